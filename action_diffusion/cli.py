@@ -1,0 +1,5 @@
+"""The `action-diffusion` command."""
+
+
+def main() -> int:
+    return 0

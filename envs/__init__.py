@@ -1,0 +1,1 @@
+"""Simulators behind one protocol, scripted experts, vectorised rollouts and video."""

@@ -1,0 +1,1 @@
+"""Networks, the diffusion process, the sampler, normalisation and the policy bundle."""

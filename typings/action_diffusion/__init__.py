@@ -1,0 +1,1 @@
+../../action_diffusion/__init__.py
