@@ -1,5 +1,216 @@
-"""The `action-diffusion` command."""
+"""The `action-diffusion` command: subcommands, help that teaches, and one line with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from action_diffusion import __version__
+from action_diffusion.errors import InputError, unknown
+
+MAIN_HELP = """\
+action-diffusion: demonstrations in, a diffusion policy that works on a real arm out.
+
+  action-diffusion train                                   train and evaluate on PushT; about 10 minutes on 2 cores
+  action-diffusion evaluate bundle=outputs/…/bundle        success rate with its interval, videos, a report
+  action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
+  action-diffusion deploy bundle=outputs/…/bundle          run a bundle in real time
+
+Each takes name=value options; `action-diffusion train --help` explains them.
+"""
+
+TRAIN_HELP = """\
+action-diffusion train [name=value …]     from demonstrations to a policy bundle, evaluated
+
+  action-diffusion train                                            PushT from states, embedded demonstrations
+  action-diffusion train task=pusht_image                           the same from camera images
+  action-diffusion train data=pusht_human train.max_minutes=8       demonstrations by people (downloaded once)
+  action-diffusion train task=custom data=my_robot.zarr             your own robot: keys and cameras from the buffer
+  action-diffusion train output_dir=runs/a resume=true              go on with a run that was stopped
+
+Options
+  task=…                        {tasks}
+  encoder=…                     {encoders}
+  denoiser=…                    {denoisers}
+  scheduler=…                   {schedulers}
+  data=PATH|NAME                a replay buffer (Zarr folder or zip), or pusht_expert, pusht_human
+  output_dir=DIR                where bundle/, metrics.jsonl, checkpoints/ and evaluation/ go
+  seed=0  device=auto|cpu|cuda  resume=true  init=DIR/bundle
+  train.max_minutes=M | train.max_steps=N | train.max_epochs=E      the budget
+  train.batch_size=B  train.lr=…  train.mixed_precision=no|bf16|fp16  train.num_processes=2
+  train.checkpoint_every=N  train.validate_every=N  train.rollout_every=N
+  evaluation.n_episodes=50      0 turns the final evaluation off
+  dataset.memory_gb=G           memory for the data; what does not fit is read from disk
+  policy.…                      any option of a component, such as policy.denoiser.channels=[48,96,192]
+  --config-dir DIR              a folder with your own task/*.yaml, used as task=NAME
+"""
+
+EVALUATE_HELP = """\
+action-diffusion evaluate bundle=DIR [name=value …]     how good is a policy, with intervals, videos and a report
+
+  action-diffusion evaluate bundle=outputs/a/bundle n_episodes=50
+  action-diffusion evaluate bundle=A/bundle compare=B/bundle         paired, on the same starts
+  action-diffusion evaluate bundle=[A/bundle,B/bundle,C/bundle]      several training seeds, summarised
+
+Options
+  n_episodes=50  seed=100000    the starts: seed, seed + 1, …
+  n_envs=10                     environments that run at once (scores do not depend on it)
+  output_dir=DIR                where results.json, report.html and videos/ go
+  sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
+  n_videos=6  policy_batch=10  device=auto|cpu|cuda  data=PATH (tasks without a simulator)
+"""
+
+COLLECT_HELP = """\
+action-diffusion collect output=PATH [name=value …]     demonstrations into a replay buffer
+
+  action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
+
+Options
+  episodes=20  seed=0           starts from seed upward; failures are discarded and counted
+  min_score=0.98                what counts as a failure
+"""
+
+DEPLOY_HELP = """\
+action-diffusion deploy bundle=DIR [name=value …]     run a bundle in real time
+
+  action-diffusion deploy bundle=outputs/a/bundle robot=sim_pusht
+
+Options
+  robot=sim_pusht               PushT in real time
+  n_episodes=1  seed=100000     the starts
+  output_dir=DIR                where the log and the latency report go
+"""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(MAIN_HELP)
+        return 0
+    if words[0] == "--version":
+        print(f"action-diffusion {__version__}")
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            raise unknown("command", words[0], COMMANDS)
+        command, help_text = COMMANDS[words[0]]
+        overrides, config_dir = _split(words[1:])
+        if overrides is None:
+            print(_fill(help_text))
+            return 0
+        return command(overrides, config_dir)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _split(words: Sequence[str]) -> tuple[list[str] | None, str | None]:
+    """(overrides, --config-dir); overrides None when help is asked for."""
+    overrides: list[str] = []
+    config_dir = None
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            return None, None
+        if word == "--config-dir":
+            if not rest:
+                raise InputError("--config-dir needs a folder")
+            config_dir = rest.pop(0)
+        elif word.startswith("--config-dir="):
+            config_dir = word.partition("=")[2]
+        elif word.startswith("-"):
+            raise InputError(
+                f"unknown option {word}: options are written name=value, beside --help and --config-dir"
+            )
+        else:
+            overrides.append(word)
+    return overrides, config_dir
+
+
+def _fill(text: str) -> str:
+    from action_diffusion.configuration import choices
+
+    for group in ("task", "encoder", "denoiser", "scheduler"):
+        text = text.replace(f"{{{group}s}}", ", ".join(choices(group)))
+    return text
+
+
+def _train(overrides: list[str], config_dir: str | None) -> int:
+    from action_diffusion.configuration import load
+    from action_diffusion.training.resuming import recall, remember
+    from action_diffusion.training.run import train
+    from action_diffusion.training.trainer import Interrupted
+
+    overrides, config_dir = recall(overrides, config_dir)
+    config = load("train", overrides, config_dir)
+    config = remember(config, overrides, config_dir)
+    try:
+        results = train(config)
+    except Interrupted as stop:
+        print(
+            f"interrupted: saved at step {stop.step}. Go on with: action-diffusion train "
+            f"output_dir={config['output_dir']} resume=true",
+            file=sys.stderr,
+        )
+        return 130
+    if results:
+        print_results(results, f"{config['output_dir']}/evaluation")
     return 0
+
+
+def _evaluate(overrides: list[str], config_dir: str | None) -> int:
+    from action_diffusion.configuration import load
+    from action_diffusion.training.evaluate import run
+
+    for results, folder in run(load("evaluate", overrides, config_dir)):
+        print_results(results, folder)
+    return 0
+
+
+def _collect(overrides: list[str], config_dir: str | None) -> int:
+    from action_diffusion.configuration import load
+    from action_diffusion.envs.collect import run
+
+    for name, value in run(load("collect", overrides, config_dir)).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _deploy(overrides: list[str], config_dir: str | None) -> int:
+    from action_diffusion.configuration import load
+    from action_diffusion.deploy.run import run
+
+    return run(load("deploy", overrides, config_dir))
+
+
+def print_results(results: dict[str, object], folder: object) -> None:
+    """The headline numbers of an evaluation, and where the rest is."""
+    for name in ("task", "n_episodes", "mean_score", "mean_interval", "success_rate", "success_interval"):
+        if name in results:
+            print(f"{name}: {_rounded(results[name])}")
+    for name, value in results.items():
+        if name.startswith("action_") or name.endswith("_difference"):
+            print(f"{name}: {_rounded(value)}")
+    print(f"report: {folder}/report.html")
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return round(value, 4)
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str], str | None], int], str]] = {
+    "train": (_train, TRAIN_HELP),
+    "evaluate": (_evaluate, EVALUATE_HELP),
+    "collect": (_collect, COLLECT_HELP),
+    "deploy": (_deploy, DEPLOY_HELP),
+}

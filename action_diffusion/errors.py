@@ -17,5 +17,6 @@ def unknown(kind: str, name: str, choices: Iterable[str], where: str = "") -> In
     """
     valid = sorted(str(choice) for choice in choices)
     close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(valid) or '(none)'}"
+    listed = ", ".join(valid[:20]) + (", …" if len(valid) > 20 else "")
+    hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {listed or '(none)'}"
     return InputError(f"unknown {kind} {str(name)!r}{f' in {where}' if where else ''}: {hint}")

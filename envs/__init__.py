@@ -1,1 +1,31 @@
-"""Simulators behind one protocol, scripted experts, vectorised rollouts and video."""
+"""Simulators behind one protocol, scripted experts, vectorised rollouts and video.
+
+A simulator is imported when it is first made, so that nobody pays for the ones that they do not use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, cast
+
+from action_diffusion.envs.base import Env
+
+from action_diffusion.errors import unknown
+
+REGISTRY = {
+    "pusht": "action_diffusion.envs.pusht:PushT",
+}
+
+
+def make(name: str, **settings: Any) -> Env:
+    """The simulator registered under `name`, built with `settings` (its constructor's keywords).
+
+    Raises `InputError` for a name that is not registered.
+    """
+    if name not in REGISTRY:
+        raise unknown("environment", name, REGISTRY)
+    module, _, attribute = REGISTRY[name].partition(":")
+    return cast(Env, getattr(importlib.import_module(module), attribute)(**settings))
+
+
+__all__ = ["REGISTRY", "Env", "make"]

@@ -1,1 +1,29 @@
-"""Networks, the diffusion process, the sampler, normalisation and the policy bundle."""
+"""Networks, the diffusion process, the sampler, normalisation and the policy bundle.
+
+policy = action_diffusion.policy.load("outputs/bundle")
+policy.predict({"state": states})["action"]          # states [To, 5] → actions [Ta, 2]
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_NAMES = {
+    "load": "bundle",
+    "save": "bundle",
+    "DiffusionPolicy": "policy",
+    "Sample": "policy",
+    "PolicySpec": "spec",
+    "Agent": "agent",
+    "Hook": "sampler",
+    "Sampler": "sampler",
+    "StepState": "sampler",
+    "StopSampling": "sampler",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)

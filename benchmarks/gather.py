@@ -1,0 +1,99 @@
+"""How fast image batches are gathered, and how much memory that takes.
+
+    python -m benchmarks.gather data=PATH [batch_size=64] [crop=84] [seconds=5] [memory_gb=0.2] [device=cuda]
+
+Windows of To = 2, H = 16, Ta = 8 of the buffer's first image key and its actions, in random order, cropped at
+random. Two figures: uint8 batches, and batches converted to float32 [B, To, 3, crop, crop].
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from action_diffusion.datasets.batches import (
+    BatchSource,
+    ObsKey,
+    images_to_float,
+    random_crop_offsets,
+)
+from action_diffusion.datasets.sources import open_data
+from action_diffusion.datasets.windows import batch_indices, make_windows
+from action_diffusion.errors import InputError, unknown
+
+_OPTIONS = {
+    "data": "pusht_human",
+    "batch_size": "64",
+    "crop": "84",
+    "seconds": "5",
+    "memory_gb": "",
+    "device": "cpu",
+}
+
+
+def main(arguments: list[str]) -> None:
+    options = dict(_OPTIONS)
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name not in options:
+            raise unknown("option", name, options)
+        options[name] = value
+    batch_size, crop, seconds = int(options["batch_size"]), int(options["crop"]), float(options["seconds"])
+
+    started = time.perf_counter()
+    source = _open(options)
+    print(f"{source.mode}: {source.n_bytes / 1e9:.2f} GB loaded in {time.perf_counter() - started:.1f} s")
+    image = next(iter(source.frame_sizes))
+    rng = np.random.default_rng(0)
+
+    def gather(step: int) -> torch.Tensor:
+        offsets = random_crop_offsets(batch_size, source.frame_sizes[image], (crop, crop), rng)
+        indices = batch_indices(len(source), batch_size, 0, step)
+        return source.gather(indices, crop=(crop, crop), offsets=offsets).obs[image]
+
+    print(f"uint8    {_rate(gather, seconds) * batch_size:10,.0f} samples/s")
+    print(
+        f"float32  {_rate(lambda step: images_to_float(gather(step)), seconds) * batch_size:10,.0f} samples/s"
+    )
+    print(f"resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:10.2f} GB at most")
+
+
+def _open(options: dict[str, str]) -> BatchSource:
+    buffer = open_data(options["data"])
+    images = [key for key in buffer.keys if len(buffer[key].shape) == 4]
+    if not images:
+        raise InputError(f"{buffer.name} holds no images [N, H, W, 3]")
+    return BatchSource(
+        buffer=buffer,
+        windows=make_windows(buffer.episode_ends, horizon=16, n_obs_steps=2, n_action_steps=8),
+        observations={images[0]: ObsKey(images[0], None, "image")},
+        action_key="action",
+        n_obs_steps=2,
+        device=options["device"],
+        memory_gb=float(options["memory_gb"]) if options["memory_gb"] else None,
+    )
+
+
+def _rate(work: Callable[[int], torch.Tensor], seconds: float) -> float:
+    """Calls a second."""
+    work(0)
+    started, step = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        step += 1
+        result = work(step)
+    if result.is_cuda:
+        torch.cuda.synchronize()
+    return step / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,115 @@
+"""What a replay buffer must be before anything learns from it. A wrong file stops here, with one line.
+
+Nothing is repaired: a value that is not finite, an image that is not [H, W, 3] in 0..255, or episodes
+that do not tile the rows are errors of whoever wrote the file, and training on them would hide that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from action_diffusion.errors import InputError
+
+
+def check_episode_ends(ends: np.ndarray, where: str) -> np.ndarray:
+    """`ends` [E] as int64: the row after each episode. Raises `InputError` unless they tile the rows."""
+    ends = np.asarray(ends)
+    if ends.ndim != 1 or ends.dtype.kind not in "iu":
+        raise InputError(
+            f"{where}: episode_ends must be a list of whole numbers, got {ends.dtype} {list(ends.shape)}"
+        )
+    if len(ends) == 0:
+        raise InputError(f"{where}: holds no episodes (episode_ends is empty)")
+    ends = ends.astype(np.int64)
+    lengths = np.diff(ends, prepend=0)
+    if (lengths <= 0).any():
+        episode = int(np.argmax(lengths <= 0))
+        start = int(ends[episode - 1]) if episode else 0
+        problem = "is empty" if lengths[episode] == 0 else "ends before it starts"
+        raise InputError(
+            f"{where}: episode {episode} {problem} (rows {start} to {ends[episode]}): "
+            "episode_ends must increase"
+        )
+    return ends
+
+
+def check_lengths(
+    lengths: Mapping[str, int], n_steps: int, where: str, *, allow_longer: bool = False
+) -> None:
+    """Every array has one row a step. `allow_longer`: rows left by an interrupted append are tolerated."""
+    if not lengths:
+        raise InputError(f"{where}: holds no arrays under data/")
+    shortest = min(lengths, key=lambda key: lengths[key])
+    if lengths[shortest] < n_steps:
+        raise InputError(
+            f"{where}: episode_ends goes up to row {n_steps}, "
+            f"but data/{shortest} has {lengths[shortest]} rows"
+        )
+    if allow_longer or max(lengths.values()) == n_steps:
+        return
+    if len(set(lengths.values())) > 1:
+        rows = ", ".join(f"{key} {rows}" for key, rows in lengths.items())
+        raise InputError(f"{where}: arrays of unequal length (rows: {rows}); episode_ends says {n_steps}")
+    raise InputError(
+        f"{where}: episode_ends stops at row {n_steps}, but the arrays have {lengths[shortest]} rows"
+    )
+
+
+def check_dtype(dtype: np.dtype, key: str, where: str) -> None:
+    """Only booleans, whole numbers and floats are data; objects and strings are refused."""
+    if dtype.kind not in "biuf":
+        raise InputError(f"{where}: data/{key} holds {dtype} values; only numbers can be used")
+
+
+def check_finite(values: np.ndarray, key: str, where: str, first_row: int = 0) -> None:
+    """Raises `InputError` with key and row of the first NaN or infinite value in `values` [N, ...]."""
+    if values.dtype.kind != "f":
+        return
+    finite = np.isfinite(values)
+    if finite.all():
+        return
+    row, *rest = (int(i) for i in np.argwhere(~finite)[0])
+    place = f"row {first_row + row}" + (f", column {', '.join(map(str, rest))}" if rest else "")
+    value = "NaN" if np.isnan(values[row][tuple(rest)]) else "infinite"
+    count = int((~finite.reshape(len(finite), -1).all(axis=1)).sum())
+    more = f" ({count} such rows)" if count > 1 else ""
+    raise InputError(f"{where}: data/{key} is {value} at {place}{more}; values must be finite")
+
+
+def check_image_shape(shape: tuple[int, ...], key: str, where: str) -> None:
+    """Images are [N, H, W, 3], colour last."""
+    if len(shape) == 4 and shape[3] == 3:
+        return
+    hint = "; this looks like [N, 3, H, W]: move the colours last" if shape[1:2] == (3,) else ""
+    raise InputError(f"{where}: data/{key} has shape {list(shape)}, images must be [N, H, W, 3]{hint}")
+
+
+def images_to_uint8(images: np.ndarray, key: str, where: str, first_row: int = 0) -> np.ndarray:
+    """`images` [n, H, W, 3] of any numeric type as uint8, provided that this loses nothing.
+
+    Raises `InputError` that names the row of the first value that is not a whole number from 0 to 255.
+    """
+    if images.dtype == np.uint8:
+        return images
+    with np.errstate(invalid="ignore"):  # NaN and out-of-range values show up in the comparison
+        converted = images.astype(np.uint8)
+    if np.array_equal(converted, images):
+        return converted
+    check_finite(images, key, where, first_row)
+    bad = images[(converted != images).reshape(len(images), -1).any(axis=1)][0]
+    row = first_row + int(np.argmax((converted != images).reshape(len(images), -1).any(axis=1)))
+    low, high = float(bad.min()), float(bad.max())
+    hint = "; this looks like 0..1: multiply by 255" if low >= 0 and high <= 1 else ""
+    hint = "; this looks like -1..1: scale to 0..255" if -1 <= low < 0 and high <= 1 else hint
+    raise InputError(
+        f"{where}: data/{key} row {row} has values {low:g} to {high:g} that are not whole numbers "
+        f"from 0 to 255{hint}"
+    )
+
+
+def check_image_range(highest: float, dtype: np.dtype, key: str, where: str) -> None:
+    """Float images whose `highest` value is 1 hold 0..1 in black and white, not 0..255."""
+    if dtype.kind == "f" and highest == 1:
+        raise InputError(f"{where}: data/{key} holds values from 0 to 1; images must be 0 to 255")

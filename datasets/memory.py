@@ -1,0 +1,48 @@
+"""Where a buffer's arrays go: on the training device, in memory, or on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Mode = Literal["device", "memory", "disk"]
+
+_MEMORY_SHARE = 0.7  # of what is free; the rest is for networks, batches and the page cache
+_DEVICE_SHARE = 0.5  # activations need more of a GPU than of the host
+
+
+def choose_mode(n_bytes: int, device: torch.device, memory_gb: float | None = None) -> Mode:
+    """The fastest place that holds `n_bytes`. `memory_gb` (10^9 bytes) replaces what is measured as free."""
+    if device.type == "cuda" and n_bytes <= _limit(
+        memory_gb, _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+    ):
+        return "device"
+    return "memory" if n_bytes <= memory_limit(memory_gb) else "disk"
+
+
+def memory_limit(memory_gb: float | None) -> float:
+    """Bytes of host memory that arrays may take."""
+    return _limit(memory_gb, _MEMORY_SHARE * free_memory())
+
+
+def _limit(memory_gb: float | None, measured: float) -> float:
+    return measured if memory_gb is None else memory_gb * 1e9
+
+
+def free_memory() -> int:
+    """Bytes that this process could still take: of the machine, and of the container where that is less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or no limit ("max")
+        return free

@@ -1,0 +1,260 @@
+"""Demonstrations as columns: one row a step, episodes one after the other, on disk (Zarr) or in memory.
+
+    data/state   | 0 1 2 3 4 | 5 6 7 | 8 9 ...        rows
+    episodes     |     0     |   1   |  2
+    episode_ends             5       8     ...        row after the last step of each
+
+An append writes the rows first and `episode_ends` last, so that a process killed in between leaves the
+earlier episodes readable. What it left behind is cut off by the next append.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import LocalStore
+
+from action_diffusion.datasets.checks import check_dtype, check_episode_ends, check_finite, check_lengths
+from action_diffusion.datasets.files import atomic_path, sync, writing
+from action_diffusion.datasets.store import Column, ZarrColumn, array_at, open_zarr, reading, write_zarr
+from action_diffusion.errors import InputError
+
+_APPENDING = "appending"  # attribute of meta/ while there may be rows that episode_ends does not count yet
+
+
+class ReplayBuffer:
+    """Columns of equal length with the rows at which episodes end.
+
+    Made by `open`, `create` or `from_arrays`. `buffer[key]` has `shape` and `dtype`, and gives numpy arrays
+    when indexed by rows, in the type they are stored in. `path` is None for a buffer in memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        columns: Mapping[str, Column],
+        episode_ends: np.ndarray,
+        attrs: Mapping[str, Any],
+        path: Path | None,
+    ) -> None:
+        self._columns = dict(columns)
+        self.episode_ends = episode_ends
+        self.attrs = dict(attrs)
+        self.path = path
+
+    @classmethod
+    def open(cls, path: str | Path) -> ReplayBuffer:
+        """The buffer at `path`: Zarr v2 or v3, a folder or a zip. Nothing is read but its description.
+
+        Raises `InputError` for a path that is missing or damaged, arrays of unequal length, types other
+        than numbers, and `episode_ends` that do not increase up to the last row.
+        """
+        path = Path(path).expanduser()
+        group, exists = open_zarr(path)
+        where = str(path)
+        with reading(f"{where}: meta/episode_ends"):
+            ends = check_episode_ends(np.asarray(array_at(group, "meta/episode_ends", where)[:]), where)
+            interrupted = _APPENDING in group["meta"].attrs
+        with reading(where):
+            data = group.get("data")
+            keys = sorted(data.keys()) if isinstance(data, zarr.Group) else []
+            arrays = {key: array_at(group, f"data/{key}", where) for key in keys}
+            attrs = dict(group.attrs)
+        for key, array in arrays.items():
+            check_dtype(array.dtype, key, where)
+        n_rows = int(ends[-1])
+        lengths = {key: array.shape[0] for key, array in arrays.items()}
+        check_lengths(lengths, n_rows, where, allow_longer=interrupted)
+        columns = {
+            key: ZarrColumn(array, n_rows=n_rows, exists=exists, where=f"{where}: data/{key}")
+            for key, array in arrays.items()
+        }
+        return cls(columns=columns, episode_ends=ends, attrs=attrs, path=path)
+
+    @classmethod
+    def create(cls, path: str | Path, *, attrs: Mapping[str, Any] | None = None) -> ReplayBuffer:
+        """An empty buffer that will be a Zarr v3 folder at `path` from its first `append` on."""
+        path = Path(path).expanduser()
+        if path.exists():
+            raise InputError(f"{path} exists: choose another path, or open it and append")
+        if path.suffix == ".zip":
+            raise InputError(f"{path}: a zip cannot grow: record into a folder, then save() it as a zip")
+        return cls(columns={}, episode_ends=np.zeros(0, np.int64), attrs=attrs or {}, path=path)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, np.ndarray],
+        episode_ends: Sequence[int] | np.ndarray,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> ReplayBuffer:
+        """A buffer in memory of `arrays` [N, ...], checked as `open` does; the arrays are not copied."""
+        ends = check_episode_ends(np.asarray(episode_ends), "arrays")
+        columns = {key: np.asarray(array) for key, array in arrays.items()}
+        for key, array in columns.items():
+            check_dtype(array.dtype, key, "arrays")
+        check_lengths({key: len(array) for key, array in columns.items()}, int(ends[-1]), "arrays")
+        return cls(columns=columns, episode_ends=ends, attrs=attrs or {}, path=None)
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._columns)
+
+    @property
+    def n_episodes(self) -> int:
+        return len(self.episode_ends)
+
+    @property
+    def n_steps(self) -> int:
+        return int(self.episode_ends[-1]) if self.n_episodes else 0
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._columns
+
+    def __getitem__(self, key: str) -> Column:
+        if key not in self._columns:
+            raise InputError(f"{self.name}: no key {key!r} in data/; it has {', '.join(self.keys) or 'none'}")
+        return self._columns[key]
+
+    @property
+    def name(self) -> str:
+        """What messages call this buffer."""
+        return str(self.path) if self.path else "the buffer in memory"
+
+    def with_column(self, key: str, column: Column) -> ReplayBuffer:
+        """The same buffer with one more column [N, ...], which stays where it is (nothing is written)."""
+        check_lengths({key: column.shape[0]}, self.n_steps, self.name)
+        return ReplayBuffer(
+            columns={**self._columns, key: column},
+            episode_ends=self.episode_ends,
+            attrs=self.attrs,
+            path=self.path,
+        )
+
+    def episode(self, index: int) -> dict[str, np.ndarray]:
+        """All columns of episode `index` (negative from the end), rows [T, ...] in memory."""
+        if not -self.n_episodes <= index < self.n_episodes:
+            raise InputError(f"{self.name}: no episode {index}, there are {self.n_episodes}")
+        index %= self.n_episodes
+        first = int(self.episode_ends[index - 1]) if index else 0
+        end = int(self.episode_ends[index])
+        return {key: np.asarray(column[first:end]) for key, column in self._columns.items()}
+
+    def episodes(self) -> Iterator[dict[str, np.ndarray]]:
+        """Every episode in order."""
+        return (self.episode(index) for index in range(self.n_episodes))
+
+    def append(self, episode: Mapping[str, np.ndarray]) -> None:
+        """Add one episode: every key of the buffer, rows [T, ...] of the same shape and type, T at least 1.
+
+        On disk it is either there as a whole or not at all, whenever the process is killed.
+        """
+        rows = self._checked(episode)
+        length = len(next(iter(rows.values())))
+        ends = np.append(self.episode_ends, self.n_steps + length)
+        if self.path is None:
+            old = self._columns
+            self._columns = {key: np.concatenate([old[key], rows[key]]) if old else rows[key] for key in rows}
+        elif not self._columns:
+            with atomic_path(self.path) as temporary:
+                write_zarr(temporary, rows, ends, self.attrs)
+        else:
+            with writing(f"episode {self.n_episodes} to {self.path} (those before it are unharmed)"):
+                self._append_on_disk(self.path, rows, ends)
+        if self.path is not None:
+            self._columns = ReplayBuffer.open(self.path)._columns
+        self.episode_ends = ends
+
+    def _checked(self, episode: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = {key: np.asarray(values) for key, values in episode.items()}
+        where = f"episode for {self.name}"
+        if not rows or (self._columns and set(rows) != set(self._columns)):
+            raise InputError(
+                f"{where} has keys {', '.join(sorted(rows)) or '(none)'}; "
+                f"expected {', '.join(sorted(self._columns)) or 'at least one'}"
+            )
+        for key, values in rows.items():
+            check_dtype(values.dtype, key, where)
+            check_finite(values, key, where)
+            if self._columns:
+                column = self._columns[key]
+                if values.shape[1:] != column.shape[1:] or values.dtype != column.dtype:
+                    raise InputError(
+                        f"{where}: {key} has rows {list(values.shape[1:])} of {values.dtype}, "
+                        f"the buffer has {list(column.shape[1:])} of {column.dtype}"
+                    )
+        lengths = {key: len(values) for key, values in rows.items()}
+        check_episode_ends(np.asarray([min(lengths.values())]), where)
+        check_lengths(lengths, min(lengths.values()), where)
+        return {key: rows[key] for key in self._columns or rows}
+
+    def _append_on_disk(self, path: Path, rows: Mapping[str, np.ndarray], ends: np.ndarray) -> None:
+        if not (path / "zarr.json").is_file():
+            raise InputError(f"{path}: only a Zarr v3 folder can grow: save() a copy and append to that")
+        started = time.time() - 1
+        store = LocalStore(path)
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            group = zarr.open_group(store, mode="r+", use_consolidated=False)
+            meta = group["meta"]
+            meta.attrs[_APPENDING] = True
+            for key, values in rows.items():
+                array = array_at(group, f"data/{key}", str(path))
+                array.resize((self.n_steps, *array.shape[1:]))  # cuts off what an interrupted append left
+                array.resize((int(ends[-1]), *array.shape[1:]))
+                array[self.n_steps :] = values
+            sync(path / "data", newer_than=started)
+            counted = array_at(group, "meta/episode_ends", str(path))
+            counted.resize(ends.shape)
+            counted[:] = ends
+            sync(path / "meta")
+            del meta.attrs[_APPENDING]
+
+    def drop(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Remove episodes. On disk the file is written anew and takes the old one's place.
+
+        Raises `InputError` for an index that does not exist, and where no episode would be left.
+        """
+        dropped = np.unique(np.asarray(indices, np.int64))
+        if ((dropped < 0) | (dropped >= self.n_episodes)).any():
+            raise InputError(
+                f"{self.name}: cannot drop {dropped.tolist()}, there are {self.n_episodes} episodes"
+            )
+        kept = np.setdiff1d(np.arange(self.n_episodes), dropped)
+        if len(kept) == 0:
+            raise InputError(f"{self.name}: cannot drop all {self.n_episodes} episodes")
+        firsts = np.concatenate([[0], self.episode_ends[:-1]])
+        lengths = self.episode_ends - firsts
+        rows = np.concatenate([np.arange(firsts[i], self.episode_ends[i]) for i in kept])
+        ends = np.cumsum(lengths[kept])
+        if self.path is None:
+            self._columns = {key: column[rows] for key, column in self._columns.items()}
+        else:
+            columns = {key: _Rows(column, rows) for key, column in self._columns.items()}
+            with atomic_path(self.path) as temporary:
+                write_zarr(temporary, columns, ends, self.attrs)
+            self._columns = ReplayBuffer.open(self.path)._columns
+        self.episode_ends = ends
+
+    def save(self, path: str | Path) -> None:
+        """Write the buffer as Zarr v3, a zip where `path` ends in .zip; it replaces what is at `path`."""
+        if not self.n_episodes:
+            raise InputError(f"{self.name} holds no episodes: nothing to save")
+        with atomic_path(Path(path).expanduser()) as temporary:
+            write_zarr(temporary, self._columns, self.episode_ends, self.attrs)
+
+
+class _Rows:
+    """Some rows of a column, read when asked for."""
+
+    def __init__(self, column: Column, rows: np.ndarray) -> None:
+        self._column, self._rows = column, rows
+        self.shape = (len(rows), *column.shape[1:])
+        self.dtype = column.dtype
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray:
+        return np.asarray(self._column[self._rows[rows]])

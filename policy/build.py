@@ -1,0 +1,105 @@
+"""From plain configuration to a policy: used alike by training and by loading a bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy import normalizer as normalizer_module
+from action_diffusion.policy.normalizer import Normalizer
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.registry import build
+from action_diffusion.policy.sampler import Sampler
+from action_diffusion.policy.spec import PolicySpec
+
+SECTIONS = ("features", "normalizer", "encoder", "denoiser", "process", "sampler", "objective")
+
+
+def build_features(config: Mapping[str, Any], spec: PolicySpec) -> dict[str, nn.Module]:
+    """The feature module of each state key that has one. `config`: key → {name, …}, or None."""
+    features = {}
+    for key, options in (config or {}).items():
+        if options is None:
+            continue
+        if key not in spec.observations or spec.observations[key].kind != "state":
+            raise unknown("state in policy.features", key, spec.observations)
+        features[key] = build("features", options, n=math.prod(spec.observations[key].shape))
+    return features
+
+
+def fit_normalizer(
+    config: Mapping[str, Any], spec: PolicySpec, read: Callable[[str], np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Statistics of every state key (after its features) and of the action.
+
+    `read(key)` gives all the training steps [N, D] of an observation key or of "action". `config`: {"default": kind,
+    and a kind for each key that differs}.
+    """
+    kinds = dict(config["normalizer"])
+    default = kinds.pop("default", "minmax")
+    features = build_features(config.get("features", {}), spec)
+    keys = [key for key, value in spec.observations.items() if value.kind == "state"]
+    for key in kinds:
+        if key not in (*keys, "action"):
+            raise unknown("key in policy.normalizer", key, (*keys, "action"))
+    statistics = {}
+    for key in (*keys, "action"):
+        values = read(key)
+        values = values.reshape(len(values), -1)
+        if key in features:
+            with torch.no_grad():
+                values = features[key](torch.from_numpy(np.asarray(values, np.float32))).numpy()
+        statistics[key] = normalizer_module.fit(values, kinds.get(key, default))
+    return statistics
+
+
+def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy:
+    """The policy that `config` (the `policy` part of a resolved configuration) describes, for `spec`.
+
+    Raises `InputError` for unknown components and options, and for parts that do not fit each other.
+    """
+    for section in SECTIONS:
+        if section not in config and section != "features":
+            raise InputError(f"the policy configuration has no {section!r} section")
+    for section in config:
+        if section not in SECTIONS:
+            raise unknown("section of the policy configuration", section, SECTIONS)
+    features = build_features(config.get("features", {}), spec)
+    sizes = {key: math.prod(value.shape) for key, value in spec.observations.items() if value.kind == "state"}
+    sizes |= {key: module.output_dim for key, module in features.items()}
+    cameras = spec.camera_order
+    encoder = build(
+        "encoder",
+        config["encoder"],
+        image_keys=cameras,
+        image_shapes={key: spec.observations[key].shape for key in cameras},
+        state_dims=sizes,
+        n_obs_steps=spec.n_obs_steps,
+    )
+    denoiser = build(
+        "denoiser", config["denoiser"], action_dim=spec.action.shape[0], condition_dim=encoder.output_dim
+    )
+    denoiser.check_horizon(spec.horizon)
+    process = build("process", config["process"])
+    return DiffusionPolicy(
+        spec=spec,
+        features=features,
+        normalizer=Normalizer(spec.normalizer),
+        encoder=encoder,
+        denoiser=denoiser,
+        process=process,
+        sampler=Sampler(process=process, **config["sampler"]),
+        **config["objective"],
+    )
+
+
+def with_statistics(spec: PolicySpec, statistics: dict[str, Any]) -> PolicySpec:
+    """The same specification with normaliser statistics."""
+    return replace(spec, normalizer=statistics)

@@ -1,0 +1,274 @@
+"""The policy bundle: everything needed to run a policy, in one folder of inert files.
+
+    model.safetensors    weights (the EMA of training)
+    config.yaml          the resolved configuration; its `policy` part is built from registered names only
+    spec.json            observations, cameras, action, rates, normaliser statistics, versions
+    golden.safetensors   an input and the chunk it gave, to verify a copy on another machine
+
+Loading executes nothing that came with the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+import yaml
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
+from safetensors.torch import load_file, save_file
+
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.build import build_policy
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.registry import refuse_targets
+from action_diffusion.policy.spec import PolicySpec
+
+FILES = ("model.safetensors", "config.yaml", "spec.json")
+GOLDEN_TOLERANCE = 1e-3
+"""Largest difference of a golden chunk, as a share of the action's range, that verification accepts."""
+
+
+def versions() -> dict[str, str]:
+    """The versions that shape a policy's numbers, for `spec.json` and `results.json`."""
+    names = ("action-diffusion", "torch", "torchvision", "diffusers", "numpy", "zarr", "gym-pusht", "pymunk")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def save(
+    path: str | Path,
+    policy: DiffusionPolicy,
+    config: Mapping[str, Any],
+    *,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    golden_obs: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write a bundle, atomically: a reader sees the old folder or the new one.
+
+    weights: to write instead of the policy's own (the EMA). golden_obs: key → [To, …], the input of the golden pair.
+    Raises `InputError` when the disk is full; what was there before stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_targets(config, "config")
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        state = {k: v.detach().cpu().contiguous() for k, v in (weights or policy.state_dict()).items()}
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        (folder / "spec.json").write_text(json.dumps(policy.spec.to_json(), indent=1) + "\n")
+        if golden_obs is not None:
+            save_numpy(_golden(policy, state, golden_obs), folder / "golden.safetensors")
+        for file in folder.iterdir():
+            _sync(file)
+        folder.chmod(0o755)
+        _replace(folder, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"could not write the bundle {path}: {error}; what was there before is kept"
+        ) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    verify: bool = False,
+    sampler: Mapping[str, Any] | None = None,
+) -> DiffusionPolicy:
+    """Load a policy from a bundle folder, ready to `predict`.
+
+    verify: also compute the golden pair and compare. sampler: values that replace those of the bundle's sampler
+    (scheduler, num_inference_steps, …), within the family that it was trained with.
+    Raises `InputError` naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    config, spec = read_config(path), read_spec(path)
+    policy_config = config.get("policy")
+    if not isinstance(policy_config, dict):
+        raise InputError(f"{path / 'config.yaml'}: no 'policy' section")
+    if sampler:
+        policy_config = policy_config | {"sampler": _merge_sampler(policy_config["sampler"], sampler)}
+    encoder = policy_config.get("encoder")
+    if isinstance(encoder, dict):  # initial weights from a file were only for training
+        policy_config = policy_config | {"encoder": encoder | {"weights": None}}
+    try:
+        policy = build_policy(policy_config, spec)
+    except InputError as error:
+        raise InputError(f"{path / 'config.yaml'}: {error}") from None
+    load_weights(policy, path)
+    policy = policy.to(resolve_device(device)).eval()
+    if verify:
+        verify_golden(policy, path)
+    return policy
+
+
+def load_weights(policy: DiffusionPolicy, path: Path) -> None:
+    """Copy a bundle's weights into a policy of the same shapes; `InputError` names the first that differs."""
+    file = Path(path) / "model.safetensors"
+    _require(Path(path))
+    try:
+        state = load_file(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable safetensors file: {error}") from None
+    own = policy.state_dict()
+    for name in sorted(own.keys() ^ state.keys()):
+        side = "lacks" if name in own else "has an extra"
+        raise InputError(f"{file} {side} weight {name!r}: it does not belong to the policy configured here")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise InputError(
+                f"{file}: weight {name!r} has shape {list(state[name].shape)}, the configured policy has "
+                f"{list(value.shape)}"
+            )
+    policy.load_state_dict(state)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration of a bundle, as plain data."""
+    _require(path)
+    file = path / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected a mapping, found {type(config).__name__}")
+    refuse_targets(config, str(file))
+    return config
+
+
+def read_spec(path: Path) -> PolicySpec:
+    """The specification of a bundle."""
+    _require(path)
+    file = path / "spec.json"
+    try:
+        data = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: expected an object, found {type(data).__name__}")
+    return PolicySpec.from_json(data, str(file))
+
+
+def verify_golden(policy: DiffusionPolicy, path: Path) -> float:
+    """Compare the golden pair with what the policy computes here; returns the largest difference over the range."""
+    file = Path(path) / "golden.safetensors"
+    if not file.is_file():
+        raise InputError(f"{file} is missing, so the bundle cannot be verified")
+    try:
+        golden = load_numpy(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable safetensors file: {error}") from None
+    obs = {key.removeprefix("obs."): value for key, value in golden.items() if key.startswith("obs.")}
+    found = policy.predict(
+        obs, noise=golden["noise"], generator=torch.Generator(policy.device).manual_seed(0)
+    )
+    statistics = policy.spec.normalizer["action"]
+    span = np.maximum(np.subtract(statistics["max"], statistics["min"]), 1e-6)
+    error = float((np.abs(found["action_pred"] - golden["action_pred"]) / span).max())
+    if not error <= GOLDEN_TOLERANCE:
+        raise InputError(
+            f"{path}: the golden input gives a chunk that differs by {error:.2g} of the action range "
+            f"(at most {GOLDEN_TOLERANCE:g}): the weights or a library changed"
+        )
+    return error
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A torch device that exists here; "auto" is the first GPU, or the CPU. `InputError` where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        present = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"device={device} is not there ({reason}): choose from {', '.join(present)}"
+        ) from None
+    return resolved
+
+
+def _golden(
+    policy: DiffusionPolicy, state: Mapping[str, Any], obs: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    own = {key: value.clone() for key, value in policy.state_dict().items()}
+    training = policy.training
+    policy.load_state_dict(dict(state))
+    policy.eval()
+    shape = (1, policy.spec.horizon, *policy.spec.action.shape)
+    noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    chunk = policy.predict(obs, noise=noise, generator=torch.Generator(policy.device).manual_seed(0))
+    policy.load_state_dict(own)
+    policy.train(training)
+    inputs = {f"obs.{key}": np.ascontiguousarray(value) for key, value in obs.items()}
+    return inputs | {"noise": noise, "action_pred": np.ascontiguousarray(chunk["action_pred"])}
+
+
+def _merge_sampler(own: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    changes = {key: value for key, value in changes.items() if value is not None}
+    base = dict(own)
+    if changes.get("scheduler", own["scheduler"]) != own["scheduler"]:
+        # Options such as eta or timestep_spacing belong to one scheduler.
+        base = {
+            key: own[key] for key in ("scheduler", "num_inference_steps", "clip", "clip_range") if key in own
+        }
+    return base | changes
+
+
+def _require(path: Path) -> None:
+    if not Path(path).is_dir():
+        raise InputError(f"no bundle at {path}: expected a folder with {', '.join(FILES)}")
+    missing = [name for name in FILES if not (Path(path) / name).is_file()]
+    if missing:
+        nested = Path(path) / "bundle"
+        hint = f"; did you mean {nested}?" if nested.is_dir() else ""
+        raise InputError(f"{path} is not a complete bundle, it lacks {', '.join(missing)}{hint}")
+
+
+def _replace(folder: Path, path: Path) -> None:
+    """Rename `folder` to `path`, moving an existing folder out of the way first."""
+    if not path.exists():
+        os.replace(folder, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+    os.replace(path, old / "bundle")
+    os.replace(folder, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+__all__ = [
+    "load",
+    "load_weights",
+    "read_config",
+    "read_spec",
+    "resolve_device",
+    "save",
+    "verify_golden",
+    "versions",
+]

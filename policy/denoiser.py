@@ -1,0 +1,177 @@
+"""The denoiser: a 1D U-Net over the time of an action chunk, modulated by observation and denoising step.
+
+    chunk [B, H, A] ─▶ down₀ ─▶ down₁ ─▶ … ─▶ middle ─▶ … ─▶ up₁ ─▶ up₀ ─▶ [B, H, A]
+                         └────────┴── skip connections ──────┘
+    every residual block is scaled and shifted (FiLM) by  W_t · mish(embed(time)) + W_o · mish(condition) + bias
+
+The condition does not change during a chunk and the times are the same for every chunk, so the two products are
+computed once per chunk for all blocks and steps together (`prepare`), and a denoising step only adds them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from action_diffusion.errors import InputError
+
+
+@dataclass(frozen=True)
+class Film:
+    """The modulation of all blocks: of each step [K, F] and of each observation [B, F]."""
+
+    steps: Tensor
+    condition: Tensor
+
+    def at(self, index: int, rows: Tensor | None = None) -> Tensor:
+        """The modulation [R, F] for step `index`, for all rows or those named."""
+        condition = self.condition if rows is None else self.condition[rows]
+        return condition + self.steps[index]
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Sines and cosines of a time [N] → [N, dim] (Vaswani et al. 2017; Ho et al. 2020)."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        half = dim // 2
+        exponent = torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1))
+        self.register_buffer("frequencies", exponent.exp(), persistent=False)
+
+    def forward(self, times: Tensor) -> Tensor:
+        angles = times[:, None].float() * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ConvBlock(nn.Module):
+    """Convolution, group normalisation, Mish. [B, C_in, T] → [B, C_out, T]."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, n_groups: int):
+        super().__init__()
+        self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.norm = nn.GroupNorm(n_groups, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.mish(self.norm(self.conv(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Two `ConvBlock`s with FiLM between them (Perez et al. 2018). [B, C_in, T], film [B, 2 C_out] → [B, C_out, T]."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, n_groups: int):
+        super().__init__()
+        self.first = ConvBlock(in_channels, out_channels, kernel_size, n_groups)
+        self.second = ConvBlock(out_channels, out_channels, kernel_size, n_groups)
+        self.shortcut = (
+            nn.Conv1d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
+        self.film_size = 2 * out_channels
+
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        scale, shift = film.unsqueeze(-1).chunk(2, dim=1)
+        hidden = torch.addcmul(shift, self.first(x), scale)
+        return self.second(hidden) + self.shortcut(x)
+
+
+class ConditionalUnet1d(nn.Module):
+    """The U-Net of Diffusion Policy (Chi et al. 2023), after Janner et al. 2022.
+
+    action_dim: A. condition_dim: size of the encoded observation history. channels: of each level; the time axis is
+    halved between levels, so the horizon must be divisible by 2^(levels − 1) (`check_horizon`). With `n_times=2`
+    the network is told two times (shortcut and mean-flow models).
+    """
+
+    def __init__(
+        self,
+        *,
+        action_dim: int,
+        condition_dim: int,
+        channels: Sequence[int] = (48, 96, 192),
+        kernel_size: int = 5,
+        n_groups: int = 8,
+        time_dim: int = 128,
+    ):
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise InputError(
+                f"denoiser.kernel_size={kernel_size} must be odd, so that a chunk keeps its length"
+            )
+        for width in channels:
+            if width % n_groups:
+                raise InputError(f"denoiser.channels: {width} is not divisible by n_groups={n_groups}")
+        self.channels = tuple(channels)
+        self.action_dim = action_dim
+        self.time_embedding = nn.Sequential(
+            SinusoidalEmbedding(time_dim),
+            nn.Linear(time_dim, 4 * time_dim),
+            nn.Mish(),
+            nn.Linear(4 * time_dim, time_dim),
+        )
+
+        def block(n_in: int, n_out: int) -> ResidualBlock:
+            return ResidualBlock(n_in, n_out, kernel_size, n_groups)
+
+        widths = [action_dim, *channels]
+        self.down = nn.ModuleList()
+        for level, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            last = level == len(channels) - 1
+            resize: nn.Module = nn.Identity() if last else nn.Conv1d(n_out, n_out, 3, stride=2, padding=1)
+            self.down.append(nn.ModuleList([block(n_in, n_out), block(n_out, n_out), resize]))
+        self.middle = nn.ModuleList([block(channels[-1], channels[-1]) for _ in range(2)])
+        self.up = nn.ModuleList()
+        for n_out, n_in in reversed(list(zip(channels[:-1], channels[1:], strict=True))):
+            grow = nn.ConvTranspose1d(n_out, n_out, 4, stride=2, padding=1)
+            self.up.append(nn.ModuleList([block(2 * n_in, n_out), block(n_out, n_out), grow]))
+        self.out = nn.Sequential(
+            ConvBlock(channels[0], channels[0], kernel_size, n_groups), nn.Conv1d(channels[0], action_dim, 1)
+        )
+        self.film_sizes = [m.film_size for m in self.modules() if isinstance(m, ResidualBlock)]
+        self.time_film = nn.Linear(time_dim, sum(self.film_sizes))
+        self.condition_film = nn.Linear(condition_dim, sum(self.film_sizes), bias=False)
+        with torch.no_grad():  # one linear layer of both inputs, split in two: the same initial spread
+            bound = 1.0 / math.sqrt(time_dim + condition_dim)
+            for parameter in (*self.time_film.parameters(), *self.condition_film.parameters()):
+                parameter.uniform_(-bound, bound)
+            start = 0
+            for size in self.film_sizes:  # scales start around 1, so that signals pass unchanged
+                self.time_film.bias[start : start + size // 2] += 1.0
+                start += size
+
+    def check_horizon(self, horizon: int) -> None:
+        """`InputError` when a chunk of this length cannot be halved between all levels."""
+        factor = 2 ** (len(self.channels) - 1)
+        if horizon % factor:
+            raise InputError(
+                f"horizon={horizon} must be divisible by {factor}, since a U-Net of {len(self.channels)} levels "
+                f"halves it {len(self.channels) - 1} times"
+            )
+
+    def prepare(self, condition: Tensor, times: Tensor) -> Film:
+        """Everything that depends only on the observation or only on the step. condition [B, C], times [K]."""
+        return Film(
+            steps=self.time_film(F.mish(self.time_embedding(times))),
+            condition=self.condition_film(F.mish(condition)),
+        )
+
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        """x [B, H, A], film [B, F] (of `Film.at`, or the sum of its two parts in training) → [B, H, A]."""
+        films = iter(film.split(self.film_sizes, dim=-1))
+        h = x.transpose(1, 2)
+        skips = []
+        for first, second, resize in self.down:  # type: ignore[misc]
+            h = second(first(h, next(films)), next(films))
+            skips.append(h)
+            h = resize(h)
+        for block in self.middle:
+            h = block(h, next(films))
+        for first, second, grow in self.up:  # type: ignore[misc]
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = grow(second(first(h, next(films)), next(films)))
+        return self.out(h).transpose(1, 2)

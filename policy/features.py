@@ -1,0 +1,86 @@
+"""Fixed functions of a low-dimensional observation, applied before normalisation.
+
+An angle jumps where it wraps, and a pose says little about where an object's edges are; a network learns far more
+from the same numbers written smoothly. Each feature maps a vector [..., n] to a vector [..., m].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from action_diffusion.errors import InputError
+
+
+class SinCos(nn.Module):
+    """Replaces angles (radians) by their sine and cosine: [..., n] → [..., n + len(columns)]."""
+
+    def __init__(self, *, n: int, columns: Sequence[int]):
+        super().__init__()
+        _check_columns("sin_cos", columns, n)
+        self.columns = list(columns)
+        self.others = [i for i in range(n) if i not in self.columns]
+        self.output_dim = n + len(self.columns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x[..., self.columns]
+        return torch.cat([x[..., self.others], angles.sin(), angles.cos()], dim=-1)
+
+
+class PlanarObject(nn.Module):
+    """Writes a planar pose (x, y, angle) as points fixed to the object, and other positions in the object's frame.
+
+    n: size of the input. pose: its three columns. points: [P, 2] in the object's frame, same unit as x and y.
+    relative: columns (x, y) of positions that are also given in the object's frame.
+    [..., n] → [..., n − 1 + 2 + 2 P + len(relative)]: input without the angle, its sine and cosine, the points, the
+    relative positions.
+    """
+
+    points: Tensor
+
+    def __init__(
+        self,
+        *,
+        n: int,
+        pose: Sequence[int],
+        points: Sequence[Sequence[float]],
+        relative: Sequence[int] = (),
+    ):
+        super().__init__()
+        _check_columns("planar_object", [*pose, *relative], n)
+        if len(pose) != 3 or len(relative) % 2:
+            raise InputError(
+                "planar_object: pose takes three columns (x, y, angle), relative pairs of columns"
+            )
+        self.pose, self.relative = list(pose), list(relative)
+        self.others = [i for i in range(n) if i != self.pose[2]]
+        self.register_buffer(
+            "points", torch.tensor(points, dtype=torch.float32).view(-1, 2), persistent=False
+        )
+        self.output_dim = n + 1 + 2 * len(self.points) + len(self.relative)
+
+    def forward(self, x: Tensor) -> Tensor:
+        origin, angle = x[..., self.pose[:2]], x[..., self.pose[2]]
+        sin, cos = angle.sin(), angle.cos()
+        rotation = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
+        points = self.points @ rotation.mT + origin.unsqueeze(-2)
+        offsets = x[..., self.relative].unflatten(-1, (-1, 2)) - origin.unsqueeze(-2)
+        relative = offsets @ rotation
+        parts = [
+            x[..., self.others],
+            sin.unsqueeze(-1),
+            cos.unsqueeze(-1),
+            points.flatten(-2),
+            relative.flatten(-2),
+        ]
+        return torch.cat(parts, dim=-1)
+
+
+def _check_columns(name: str, columns: Sequence[int], n: int) -> None:
+    for column in columns:
+        if not 0 <= column < n:
+            raise InputError(
+                f"features.{name}: column {column} does not exist in an observation of {n} values"
+            )

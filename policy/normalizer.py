@@ -1,0 +1,84 @@
+"""Normalisation per key, with statistics that travel in the bundle.
+
+    kind       maps                        to
+    minmax     [min, max] of the data      [−1, 1]
+    gaussian   mean, standard deviation    0, 1
+    identity   x                           x
+
+A dimension that never changes maps to 0 and back to its value, instead of dividing by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from action_diffusion.errors import InputError, unknown
+
+KINDS = ("minmax", "gaussian", "identity")
+CONSTANT = 1e-6
+"""A dimension whose range is below this share of its magnitude (or below this, near zero) counts as constant."""
+
+
+def fit(values: np.ndarray, kind: str = "minmax") -> dict[str, Any]:
+    """Statistics of `values` [N, D] as plain numbers: kind, scale, offset (normalised = x · scale + offset), min, max.
+
+    Raises `InputError` for an unknown kind or an empty array.
+    """
+    if kind not in KINDS:
+        raise unknown("normaliser", kind, KINDS)
+    if len(values) == 0:
+        raise InputError("no steps to compute normaliser statistics from")
+    data = np.asarray(values, dtype=np.float64)
+    low, high = data.min(axis=0), data.max(axis=0)
+    constant = (high - low) <= CONSTANT * np.maximum(1.0, np.abs(high))
+    if kind == "minmax":
+        scale = 2.0 / np.where(constant, 1.0, high - low)
+        offset = -1.0 - low * scale
+    elif kind == "gaussian":
+        deviation = data.std(axis=0)
+        scale = 1.0 / np.where(constant, 1.0, deviation)
+        offset = -data.mean(axis=0) * scale
+    else:
+        scale, offset = np.ones_like(low), np.zeros_like(low)
+    if kind != "identity":
+        scale = np.where(constant, 1.0, scale)
+        offset = np.where(constant, -low, offset)
+    as_list = {"scale": scale, "offset": offset, "min": low, "max": high}
+    return {"kind": kind} | {name: np.float32(value).tolist() for name, value in as_list.items()}
+
+
+class Normalizer(nn.Module):
+    """Affine maps of named vectors. `statistics`: key → result of `fit`.
+
+    Kept out of the weights: the statistics are written to the bundle's `spec.json`, where people can read them.
+    """
+
+    def __init__(self, statistics: Mapping[str, Mapping[str, Any]]):
+        super().__init__()
+        self.statistics = {key: dict(value) for key, value in statistics.items()}
+        for key, value in self.statistics.items():
+            for name in ("scale", "offset"):
+                if name not in value:
+                    raise InputError(f"normaliser statistics of {key!r} lack {name!r}")
+                tensor = torch.tensor(value[name], dtype=torch.float32)
+                if not bool(torch.isfinite(tensor).all()) or (name == "scale" and bool((tensor == 0).any())):
+                    raise InputError(f"normaliser statistics of {key!r}: {name} must be finite and not zero")
+                self.register_buffer(f"{key}__{name}", tensor, persistent=False)
+
+    def normalize(self, key: str, value: Tensor) -> Tensor:
+        """[…, D] in the data's units → […, D] normalised."""
+        return value * self._get(key, "scale") + self._get(key, "offset")
+
+    def unnormalize(self, key: str, value: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        return (value - self._get(key, "offset")) / self._get(key, "scale")
+
+    def _get(self, key: str, name: str) -> Tensor:
+        if key not in self.statistics:
+            raise unknown("normalised key", key, self.statistics)
+        return getattr(self, f"{key}__{name}")

@@ -1,0 +1,194 @@
+"""The policy: observation history in, action chunk out.
+
+obs ─▶ features ─▶ normalise ─▶ encoder ─▶ condition ┐
+                                      noise ─▶ denoiser × steps ─▶ unnormalise ─▶ chunk [B, H, A]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.normalizer import Normalizer
+from action_diffusion.policy.process import Process, Step
+from action_diffusion.policy.sampler import ChainStep, Generators, Hook, Sampler, draw_noise
+from action_diffusion.policy.spec import PolicySpec
+
+LOSSES = {
+    "mse": nn.functional.mse_loss,
+    "l1": nn.functional.l1_loss,
+    "huber": nn.functional.smooth_l1_loss,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sampled chunks. action: data's units; normalized: in [−1, 1]; both [B, H, A], or [B, n, H, A] for n_samples > 1.
+
+    chain: every transition, when asked for (rows are B · n, sample after sample of the same observation).
+    """
+
+    action: Tensor
+    normalized: Tensor
+    chain: list[ChainStep]
+
+
+class DiffusionPolicy(nn.Module):
+    """A diffusion policy made of parts (Chi et al. 2023).
+
+    features: key → module applied to a state before normalisation. noise_draws: denoising examples per encoded
+    observation in training, which is cheap where the encoder is the expensive part. loss_on_padding: whether
+    padded steps at the ends of an episode count in the loss (they repeat the first or last action).
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: PolicySpec,
+        features: Mapping[str, nn.Module],
+        normalizer: Normalizer,
+        encoder: nn.Module,
+        denoiser: Any,
+        process: Process,
+        sampler: Sampler,
+        loss: str = "mse",
+        noise_draws: int = 1,
+        loss_on_padding: bool = True,
+    ):
+        super().__init__()
+        if loss not in LOSSES:
+            raise unknown("policy.loss", loss, LOSSES)
+        if noise_draws < 1:
+            raise InputError(f"policy.noise_draws={noise_draws} must be at least 1")
+        self.spec = spec
+        self.features = nn.ModuleDict(features)
+        self.normalizer = normalizer
+        self.encoder = encoder
+        self.denoiser = denoiser
+        self.process = process
+        self.sampler = sampler
+        self.loss = LOSSES[loss]
+        self.noise_draws = noise_draws
+        self.loss_on_padding = loss_on_padding
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def encode(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Observation history (key → [B, To, …], data's units, images uint8) → condition [B, C]."""
+        ready = {}
+        for key, spec in self.spec.observations.items():
+            value = obs[key]
+            if spec.kind == "state":
+                value = value.float().flatten(2)
+                if key in self.features:
+                    value = self.features[key](value)
+                value = self.normalizer.normalize(key, value)
+            ready[key] = value
+        return self.encoder(ready, generator=generator)
+
+    def forward(
+        self,
+        obs: Mapping[str, Tensor],
+        action: Tensor,
+        mask: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The training loss, a scalar. action [B, H, A] in the data's units; mask [B, H], False where padded.
+
+        `generator` draws crops, times and noise: the loss is a function of the weights, the batch and its state.
+        """
+        condition = self.encode(obs, generator)
+        x0 = self.normalizer.normalize("action", action)
+        if self.noise_draws > 1:
+            condition = condition.repeat(self.noise_draws, 1)
+            x0 = x0.repeat(self.noise_draws, 1, 1)
+        times = self.process.draw_times(len(x0), generator=generator, device=x0.device)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        film = self.denoiser.prepare(condition, times)
+        output = self.denoiser(self.process.add_noise(x0, eps, times), film.steps + film.condition)
+        target = self.process.target(x0, eps, times)
+        if self.loss_on_padding or mask is None:
+            return self.loss(output, target)
+        weight = mask.repeat(self.noise_draws, 1).unsqueeze(-1).expand_as(target)
+        return (self.loss(output, target, reduction="none") * weight).sum() / weight.sum()
+
+    def sample(
+        self,
+        obs: Mapping[str, Tensor],
+        *,
+        noise: Tensor | None = None,
+        n_samples: int = 1,
+        noise_generator: Generators = None,
+        generator: Generators = None,
+        hooks: Sequence[Hook] = (),
+        grad: bool = False,
+        return_chain: bool = False,
+    ) -> Sample:
+        """Sample chunks for observations (key → [B, To, …], data's units, on the policy's device).
+
+        The encoder runs once per observation; its embedding is repeated for `n_samples`. noise [B · n, H, A] is the
+        initial noise; without it `noise_generator` draws it, and `generator` draws the noise of stochastic steps
+        (each one, or a list with one per row, so that a row does not depend on its neighbours). `hooks`: see
+        `sampler.Hook`. grad=True lets gradients flow from the chunk to weights, noise and observations; otherwise
+        only what a hook needs is differentiated.
+        """
+        with torch.set_grad_enabled(grad):
+            condition = self.encode(obs)
+            if n_samples > 1:
+                condition = condition.repeat_interleave(n_samples, dim=0)
+            shape = (len(condition), self.spec.horizon, *self.spec.action.shape)
+            if noise is None:
+                noise = draw_noise(shape, noise_generator, condition.device, condition.dtype)
+            elif noise.shape != shape:
+                raise InputError(f"noise has shape {list(noise.shape)}, expected {list(shape)}")
+            times = torch.tensor([step.time for step in self.sampler.steps], device=condition.device)
+            film = self.denoiser.prepare(condition, times)
+
+        def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
+            return self.denoiser(x, film.at(step.index, rows))
+
+        normalized, chain = self.sampler.run(
+            denoise, noise, generator=generator, hooks=hooks, grad=grad, return_chain=return_chain
+        )
+        action = self.normalizer.unnormalize("action", normalized)
+        if n_samples > 1:
+            normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
+        return Sample(action, normalized, chain)
+
+    def predict(
+        self,
+        obs: Mapping[str, np.ndarray],
+        *,
+        noise: np.ndarray | None = None,
+        noise_generator: Generators = None,
+        generator: Generators = None,
+        hooks: Sequence[Hook] = (),
+    ) -> dict[str, np.ndarray]:
+        """Actions for a dictionary of numpy arrays, [To, …] or [B, To, …] each, in the data's own units.
+
+        Returns float32 `action` [(B,) Ta, A], the steps to execute, and `action_pred` [(B,) H, A], the whole chunk.
+        Raises `InputError` for observations that differ from `spec`.
+        """
+        batched = self.spec.check(obs)
+        tensors = {}
+        for key in self.spec.observations:
+            value = np.ascontiguousarray(obs[key] if batched else np.asarray(obs[key])[None])
+            tensors[key] = torch.from_numpy(value).to(self.device)
+        start = None if noise is None else torch.from_numpy(np.asarray(noise, np.float32)).to(self.device)
+        with torch.no_grad():
+            sample = self.sample(
+                tensors, noise=start, noise_generator=noise_generator, generator=generator, hooks=hooks
+            )
+        chunk = sample.action.float().cpu().numpy()
+        now = self.spec.n_obs_steps - 1
+        action = chunk[:, now : now + self.spec.n_action_steps]
+        return {"action": action if batched else action[0], "action_pred": chunk if batched else chunk[0]}

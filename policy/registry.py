@@ -1,0 +1,56 @@
+"""The project's own component names, and the only way that a configuration becomes an object.
+
+A bundle is somebody else's file. It may name one of these components and give it plain values; it can never name
+code to import, so loading one executes nothing that came with it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.denoiser import ConditionalUnet1d
+from action_diffusion.policy.encoder import ObservationEncoder
+from action_diffusion.policy.features import PlanarObject, SinCos
+from action_diffusion.policy.process import Diffusion, Flow
+
+COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
+    "encoder": {"observation": ObservationEncoder},
+    "denoiser": {"unet1d": ConditionalUnet1d},
+    "process": {"diffusion": Diffusion, "flow": Flow},
+    "features": {"sin_cos": SinCos, "planar_object": PlanarObject},
+}
+
+
+def build(kind: str, config: Mapping[str, Any], **parts: Any) -> Any:
+    """Build component `config["name"]` of `kind` from the other values of `config` and the given parts.
+
+    Raises `InputError` for an unknown name or option, suggesting the close ones.
+    """
+    options = dict(config)
+    refuse_targets(options, kind)
+    name = options.pop("name", None)
+    if name not in COMPONENTS[kind]:
+        raise unknown(f"{kind}.name", str(name), COMPONENTS[kind])
+    component = COMPONENTS[kind][name]
+    accepted = set(inspect.signature(component).parameters)
+    for option in options:
+        if option not in accepted or option in parts:
+            raise unknown(f"option of {kind} {name}", option, accepted - set(parts))
+    return component(**options, **parts)
+
+
+def refuse_targets(config: Any, where: str) -> None:
+    """`InputError` for a `_target_` anywhere inside: code is never named by configuration."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if key == "_target_":
+                raise InputError(
+                    f"{where}: _target_ ({value}) is not allowed; components are built by their names"
+                )
+            refuse_targets(value, where)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            refuse_targets(value, where)

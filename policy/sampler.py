@@ -1,0 +1,213 @@
+"""The sampling loop and its hooks: the one place where a chunk is denoised.
+
+Each step goes
+
+    x ──denoiser──▶ output ──process──▶ x0_raw ──clip──▶ x0_hat ──hooks──▶ x0_hat ──clip──▶ scheduler ──▶ x_next
+         ▲ wrap_denoiser                                  ▲ edit_x0                          ▲ after_step
+
+so guidance, inpainting, caching and fine-tuning are hooks, never copies of the loop. eps and velocity are derived
+from the current x0_hat, therefore always agree with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.process import Process, Step
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+DenoiserCall = Callable[[Tensor, Step, Tensor | None], Tensor]
+"""`(x [R, H, A], step, rows [R] or None) -> output [R, H, A]`; `rows` picks the batch rows that x stands for."""
+
+
+@dataclass(frozen=True)
+class StepState:
+    """The canonical state of one denoising step, whatever the scheduler. Tensors are [B, H, A], normalised units.
+
+    k: step index, counted from 0 at the noisiest. x: the sample, in the scheduler's own scale.
+    x0_hat: estimate of the clean chunk, clipped when the clip target is "x0"; x0_raw: the same before clipping
+    and before any hook, a differentiable function of x where gradients are on.
+    """
+
+    step: Step
+    x: Tensor
+    x0_hat: Tensor
+    x0_raw: Tensor
+
+    @property
+    def k(self) -> int:
+        return self.step.index
+
+    @property
+    def sigma(self) -> float:
+        """Noise over signal."""
+        return self.step.sigma
+
+    @property
+    def tau(self) -> float:
+        """1 / (1 + sigma)."""
+        return self.step.tau
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise that x and x0_hat imply, [B, H, A]."""
+        return (self.x - self.step.a * self.x0_hat) / self.step.b
+
+    @property
+    def velocity(self) -> Tensor:
+        """x0_hat − eps, [B, H, A] (not the v of v-prediction)."""
+        return self.x0_hat - self.eps
+
+
+class Hook:
+    """Base of all hooks; each method does nothing. One instance may keep state during one sampling run."""
+
+    needs_gradient = False
+    """True: the denoiser runs with gradients and `state.x` is a leaf, so that `edit_x0` can differentiate
+    `state.x0_raw` with respect to `state.x`. Fails inside `torch.inference_mode`."""
+
+    def begin(self, x: Tensor, steps: Sequence[Step]) -> None:
+        """Called once, with the initial noise [B, H, A] and all the steps."""
+
+    def wrap_denoiser(self, denoise: DenoiserCall) -> DenoiserCall:
+        """Return the call to use instead: skip, reuse, or batch the network's evaluations."""
+        return denoise
+
+    def edit_x0(self, state: StepState) -> Tensor:
+        """Return the x0_hat [B, H, A] to go on with."""
+        return state.x0_hat
+
+    def after_step(self, state: StepState, x_next: Tensor) -> Tensor:
+        """Return the sample [B, H, A] to go on with; raise `StopSampling` to end here."""
+        return x_next
+
+
+class StopSampling(Exception):
+    """Raised by a hook's `after_step` to end sampling early; `x0` [B, H, A] becomes the result."""
+
+    def __init__(self, x0: Tensor):
+        super().__init__("sampling stopped by a hook")
+        self.x0 = x0
+
+
+@dataclass(frozen=True)
+class ChainStep:
+    """One recorded transition: x → x_next ~ N(mean, std²), tensors [B, H, A]; std is 0 where deterministic."""
+
+    step: Step
+    x: Tensor
+    x_next: Tensor
+    mean: Tensor
+    std: float
+
+
+class Sampler:
+    """Runs a denoiser through a diffusers scheduler.
+
+    `scheduler`: "ddpm", "ddim", "dpm_solver++" or "flow"; `options` go to the scheduler (eta, timestep_spacing,
+    solver_order, …). `clip`: "x0" keeps the estimate of the clean chunk in [−clip_range, clip_range] (normalised
+    units), "x" keeps the sample itself there, None neither.
+    """
+
+    def __init__(
+        self,
+        *,
+        process: Process,
+        scheduler: str,
+        num_inference_steps: int,
+        clip: str | None = "x0",
+        clip_range: float = 1.0,
+        **options: Any,
+    ):
+        if clip not in ("x0", "x", None):
+            raise unknown("sampler.clip", str(clip), ("x0", "x", "null"))
+        self.process = process
+        self.scheduler = scheduler
+        self.num_inference_steps = num_inference_steps
+        self.clip = clip
+        self.clip_range = clip_range
+        self.options = options
+        try:
+            process.solver(
+                scheduler, num_inference_steps, **options
+            )  # a wrong option is refused now, not in use
+        except TypeError as error:
+            raise InputError(f"sampler option not known to {scheduler}: {error}") from None
+
+    @property
+    def steps(self) -> list[Step]:
+        """The denoising steps, noisiest first."""
+        return self.process.solver(self.scheduler, self.num_inference_steps, **self.options).steps
+
+    def run(
+        self,
+        denoise: DenoiserCall,
+        noise: Tensor,
+        *,
+        generator: Generators = None,
+        hooks: Sequence[Hook] = (),
+        grad: bool = False,
+        return_chain: bool = False,
+    ) -> tuple[Tensor, list[ChainStep]]:
+        """Denoise `noise` [B, H, A] into chunks [B, H, A] in normalised units, and the chain of transitions if asked.
+
+        grad=True keeps the graph through every step; otherwise only what a hook asks for is differentiated.
+        """
+        solver = self.process.solver(self.scheduler, self.num_inference_steps, **self.options)
+        for hook in hooks:
+            denoise = hook.wrap_denoiser(denoise)
+            hook.begin(noise, solver.steps)
+        x, chain = noise, list[ChainStep]()
+        try:
+            for step in solver.steps:
+                with torch.set_grad_enabled(grad):
+                    state = self._estimate(denoise, x, step, hooks, grad)
+                    for hook in hooks:
+                        edited = hook.edit_x0(state)
+                        if edited is not state.x0_hat:
+                            state = replace(state, x0_hat=self._clip(edited, "x0"))
+                    x_next = self._clip(solver.advance(state.x0_hat, state.x, step, generator), "x")
+                    if return_chain:
+                        mean, std = solver.transition(state.x0_hat, state.x, x_next, step)
+                        chain.append(ChainStep(step, state.x, x_next, mean, std))
+                    for hook in hooks:
+                        x_next = hook.after_step(state, x_next)
+                x = x_next
+        except StopSampling as stop:
+            return stop.x0, chain
+        return x, chain
+
+    def _estimate(
+        self, denoise: DenoiserCall, x: Tensor, step: Step, hooks: Sequence[Hook], grad: bool
+    ) -> StepState:
+        differentiate = any(hook.needs_gradient for hook in hooks)
+        if differentiate and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "a sampling hook needs gradients: use torch.no_grad, not inference_mode, around sample"
+            )
+        with torch.set_grad_enabled(grad or differentiate):
+            if differentiate and not x.requires_grad:
+                x = x.detach().requires_grad_()
+            x0_raw = self.process.x0_from_output(denoise(x, step, None), x, step)
+        return StepState(step, x, self._clip(x0_raw, "x0"), x0_raw)
+
+    def _clip(self, value: Tensor, target: str) -> Tensor:
+        return value.clamp(-self.clip_range, self.clip_range) if self.clip == target else value
+
+
+def draw_noise(
+    shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Standard normal noise [B, H, A]. With a list of generators, row i depends on generator i alone."""
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for {shape[0]} rows; give one, or one per row")
+        generator = list(generator)
+    return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)

@@ -1,0 +1,181 @@
+"""From a replay buffer to what a run needs: the specification of the policy, and the batches of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from action_diffusion.datasets.batches import Batch, BatchSource, ObsKey, random_crop_offsets
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.windows import batch_indices, make_windows, split_episodes
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+
+
+def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, str]) -> PolicySpec:
+    """The specification of a policy for `task` and the shapes of `buffer`, without normaliser statistics.
+
+    Where the task names no observations, every camera and every other vector of the buffer is one.
+    """
+    action = dict(task["action"])
+    source = action.get("source") or "action"
+    if source not in buffer.keys:
+        raise unknown("key of the buffer for task.action.source", source, buffer.keys, buffer.name)
+    shape = tuple(buffer[source].shape[1:])
+    if len(shape) != 1:
+        raise InputError(
+            f"{buffer.name}: {source!r} has shape [N, {', '.join(map(str, shape))}], actions are [N, A]"
+        )
+    named = task.get("observations") or _found(buffer, source)
+    observations = {key: _observation(key, dict(options), buffer) for key, options in named.items()}
+    return PolicySpec(
+        observations=observations,
+        action=ActionSpec(shape=shape, unit=action.get("unit") or "", source=source),
+        n_obs_steps=task["n_obs_steps"],
+        horizon=task["horizon"],
+        n_action_steps=task["n_action_steps"],
+        control_rate=float(task["control_rate"]),
+        task=task["name"],
+        env=dict(task["env"]) if task.get("env") else None,
+        versions=versions,
+    )
+
+
+def _found(buffer: ReplayBuffer, action: str) -> dict[str, dict[str, Any]]:
+    skipped = {action, "reward", "rewards", "done", "dones", "timestamp"}
+    found: dict[str, dict[str, Any]] = {}
+    for key in sorted(buffer.keys):
+        column = buffer[key]
+        if key in skipped or column.ndim < 2:
+            continue
+        is_image = column.ndim == 4 and column.shape[-1] == 3
+        found[key] = {"source": key, "kind": "image" if is_image else "state"}
+    if not found:
+        raise InputError(
+            f"{buffer.name} holds no observations beside {action!r}: its keys are {sorted(buffer.keys)}"
+        )
+    return found
+
+
+def _observation(key: str, options: dict[str, Any], buffer: ReplayBuffer) -> ObservationSpec:
+    source = options.get("source") or key
+    if source not in buffer.keys:
+        raise unknown(f"key of the buffer for observation {key!r}", source, buffer.keys, buffer.name)
+    shape = tuple(buffer[source].shape[1:])
+    kind = options.get("kind") or "state"
+    columns = options.get("columns")
+    if kind == "image":
+        if len(shape) != 3 or shape[-1] != 3:
+            raise InputError(
+                f"{buffer.name}: {source!r} has shape [N, {', '.join(map(str, shape))}], images are [N, H, W, 3]"
+            )
+    elif kind == "state":
+        if columns is not None:
+            if len(shape) != 1 or not all(0 <= c < shape[0] for c in columns):
+                raise InputError(
+                    f"observation {key!r}: columns {columns} do not exist in {source!r} of {list(shape)}"
+                )
+            shape = (len(columns),)
+    else:
+        raise unknown(f"kind of observation {key!r}", kind, ("state", "image"))
+    return ObservationSpec(
+        shape=shape,
+        dtype="uint8" if kind == "image" else "float32",
+        unit=options.get("unit") or "",
+        kind=kind,
+        source=source,
+        columns=None if columns is None else tuple(columns),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training windows, and the held-out ones (None where nothing is held out)."""
+
+    train: BatchSource
+    held_out: BatchSource | None
+    train_rows: np.ndarray
+
+
+def prepare(
+    buffer: ReplayBuffer,
+    spec: PolicySpec,
+    *,
+    device: torch.device,
+    val_fraction: float,
+    seed: int,
+    max_episodes: int | None = None,
+    memory_gb: float | None = None,
+    cache_dir: Path | None = None,
+) -> TrainingData:
+    """Split by episode and load what the policy needs into the fastest memory that holds it."""
+    n_episodes = buffer.n_episodes
+    fraction = val_fraction if n_episodes > 1 else 0.0
+    train, held_out = split_episodes(n_episodes, fraction, seed)
+    if max_episodes is not None:
+        train = train[:max_episodes]
+    sizes = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps, "n_action_steps": spec.n_action_steps}
+    source = BatchSource(
+        buffer=buffer,
+        windows=make_windows(buffer.episode_ends, episodes=train, **sizes),
+        observations={k: ObsKey(v.source, v.columns, _kind(v)) for k, v in spec.observations.items()},
+        action_key=spec.action.source,
+        n_obs_steps=spec.n_obs_steps,
+        device=device,
+        memory_gb=memory_gb,
+        cache_dir=cache_dir,
+    )
+    ends = buffer.episode_ends
+    starts = np.concatenate([[0], ends[:-1]])
+    rows = np.concatenate([np.arange(starts[e], ends[e]) for e in train])
+    validation = None
+    if len(held_out):
+        validation = source.with_windows(make_windows(ends, episodes=held_out, **sizes))
+    return TrainingData(source, validation, rows)
+
+
+def _kind(spec: ObservationSpec) -> Any:
+    return spec.kind
+
+
+class StepBatches:
+    """The batch of a training step: a pure function of seed, step and process.
+
+    crop: (h, w) to cut from the images of `image_size` (H, W) while they are gathered, at random, the same for all
+    frames of a window.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        crop: tuple[int, int] | None = None,
+        image_size: tuple[int, int] | None = None,
+    ):
+        self.source, self.seed, self.rank, self.world = source, seed, rank, world
+        self.crop, self.image_size = crop, image_size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+        """See `trainer.Source`."""
+        indices = batch_indices(len(self.source), batch_size, self.seed, step, self.rank, self.world)
+        if self.crop is None or self.image_size is None:
+            return self.source.gather(indices)
+        random = np.random.default_rng([self.seed, step, self.rank])
+        offsets = random_crop_offsets(batch_size, self.image_size, self.crop, random)
+        return self.source.gather(indices, crop=self.crop, offsets=offsets)
+
+
+def held_out_indices(source: BatchSource, count: int) -> np.ndarray:
+    """Up to `count` window indices, spread evenly over the held-out episodes."""
+    return np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64))

@@ -1,0 +1,301 @@
+"""`action-diffusion train`: from a configuration to a trained and evaluated policy.
+
+data ─▶ specification and statistics ─▶ policy ─▶ Trainer ─▶ DIR/bundle ─▶ DIR/evaluation
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+
+from action_diffusion import envs
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.sources import resolve, with_images
+from action_diffusion.errors import InputError
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.build import build_policy, fit_normalizer
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.training import checkpoints
+from action_diffusion.training.data import StepBatches, TrainingData, describe, prepare
+from action_diffusion.training.evaluation import evaluate
+from action_diffusion.training.metrics import MetricsLog
+from action_diffusion.training.settings import TrainSettings
+from action_diffusion.training.trainer import Trainer
+from action_diffusion.training.validation import Rollouts, Validation, evaluate_held_out
+
+console = Console(stderr=True, highlight=False)
+
+
+def train(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Train, write the bundle and evaluate it. Returns the results of the evaluation ({} without one).
+
+    `config`: plain data of `configs/train.yaml`. Raises `InputError`, or `Interrupted` after saving on Ctrl-C.
+    """
+    settings = TrainSettings(**config["train"])
+    output_dir = _output_dir(config)
+    if settings.num_processes > 1 and "RANK" not in os.environ:
+        return _spawn(dict(config, output_dir=str(output_dir)), settings.num_processes)
+    accelerator = _accelerator(config, settings)
+    say = console.print if accelerator.is_main_process else (lambda *_: None)
+
+    buffer = open_data(config)
+    spec, data = _load(config, buffer, accelerator.device)
+    spec, policy = _policy(config, spec, data)
+    settings = _fit_batch(settings, len(data.train), accelerator.num_processes, say)
+    say(
+        f"[bold]{spec.task}[/]: {buffer.n_episodes} episodes, {buffer.n_steps:,} steps, {len(data.train):,} windows "
+        f"in {data.train.mode} memory; {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters on "
+        f"{accelerator.device}\nwriting to {output_dir}"
+    )
+    trainer = _trainer(config, settings, policy, data, accelerator, output_dir)
+    newest = checkpoints.checkpoint_folders(output_dir)[-1:]
+    if config["resume"] and newest:
+        trainer.resume(newest[0])
+        say(f"going on from step {trainer.progress.step} ({newest[0].name})")
+    done = trainer.run()
+    results: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        trainer.write_bundle(output_dir / "bundle", trainer.ema_state())
+        say(f"{done.step:,} steps in {done.seconds / 60:.1f} minutes; bundle in {output_dir / 'bundle'}")
+        if trainer.metrics is not None:
+            trainer.metrics.close()
+        results = final_evaluation(config, output_dir, data)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
+    """The replay buffer that `data=` names; images that only a simulator can give are rendered once."""
+    cache_dir = _path(config["dataset"]["cache_dir"])
+    buffer = ReplayBuffer.open(resolve(config["data"], cache_dir=cache_dir))
+    task = config["task"]
+    wanted = {
+        o.get("source") or key
+        for key, o in (task.get("observations") or {}).items()
+        if o.get("kind") == "image"
+    }
+    if (
+        wanted - set(buffer.keys)
+        and (task.get("env") or {}).get("name") == "pusht"
+        and "state" in buffer.keys
+    ):
+        from action_diffusion.envs.pusht import render_states
+
+        for key in wanted - set(buffer.keys):
+            buffer = with_images(buffer, render_states, key=key, cache_dir=cache_dir)
+    return buffer
+
+
+def final_evaluation(config: Mapping[str, Any], output_dir: Path, data: TrainingData) -> dict[str, Any]:
+    """Evaluate DIR/bundle: in the task's simulator, or else on held-out episodes."""
+    options = dict(config["evaluation"])
+    if not options["n_episodes"]:
+        return {}
+    policy = bundles.load(output_dir / "bundle", _device(config))
+    where: dict[str, Any] = {
+        "output_dir": output_dir / "evaluation",
+        "metrics_file": output_dir / "metrics.jsonl",
+    }
+    settings = {"data": str(config["data"]), "train": config["train"], "sampler": config["policy"]["sampler"]}
+    if policy.spec.env is not None:
+        env = policy.spec.env
+        return evaluate(
+            policy=policy,
+            env_name=policy.spec.task,
+            make_env=lambda: envs.make(**env),
+            keys=list(policy.spec.observations),
+            settings=settings,
+            **options,
+            **where,
+        )
+    if data.held_out is None:
+        console.print("one episode only, none held out: no evaluation")
+        return {}
+    return evaluate_held_out(policy, data.held_out, settings=settings, **where)
+
+
+def _output_dir(config: Mapping[str, Any]) -> Path:
+    """The run's folder; an existing run there is never overwritten."""
+    given = config["output_dir"]
+    task = config["task"]["name"]
+    path = Path(given) if given else Path("outputs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}"
+    if config["resume"] and not given:
+        raise InputError("resume=true needs output_dir=DIR, the folder of the run to go on with")
+    if not config["resume"] and "RANK" not in os.environ and (path / "metrics.jsonl").exists():
+        raise InputError(
+            f"{path} already holds a run: give resume=true to go on with it, or another output_dir"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    checkpoints.clean(path)
+    return path
+
+
+def _accelerator(config: Mapping[str, Any], settings: TrainSettings) -> Accelerator:
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    device = _device(config)
+    precision = settings.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() else "no"
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("train.mixed_precision=fp16 needs a GPU: use bf16 or no on the CPU")
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+    )
+
+
+def _device(config: Mapping[str, Any]) -> torch.device:
+    return bundles.resolve_device(config["device"])
+
+
+def _load(
+    config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device
+) -> tuple[PolicySpec, TrainingData]:
+    dataset = config["dataset"]
+    spec = describe(config["task"], buffer, bundles.versions())
+    data = prepare(
+        buffer,
+        spec,
+        device=device,
+        val_fraction=dataset["val_fraction"],
+        seed=config["seed"],
+        max_episodes=dataset["max_episodes"],
+        memory_gb=dataset["memory_gb"],
+        cache_dir=_path(dataset["cache_dir"]),
+    )
+    return spec, data
+
+
+def _policy(
+    config: Mapping[str, Any], spec: PolicySpec, data: TrainingData
+) -> tuple[PolicySpec, DiffusionPolicy]:
+    """A new policy, or one that starts from the weights and the statistics of `init`."""
+    torch.manual_seed(config["seed"])
+    if config["init"] is None:
+        statistics = fit_normalizer(
+            config["policy"], spec, lambda key: data.train.values(key)[data.train_rows]
+        )
+        spec = replace(spec, normalizer=statistics)
+        return spec, build_policy(config["policy"], spec)
+    path = Path(config["init"])
+    theirs = bundles.read_spec(path)
+    for ours, other, what in (
+        (
+            [(k, v.shape) for k, v in spec.observations.items()],
+            [(k, v.shape) for k, v in theirs.observations.items()],
+            "observations",
+        ),
+        (spec.action.shape, theirs.action.shape, "action"),
+    ):
+        if ours != other:
+            raise InputError(f"init={path}: its {what} {other} differ from those of this run, {ours}")
+    # The weights mean what they mean only together with the statistics that they were trained with.
+    spec = replace(spec, normalizer=theirs.normalizer)
+    policy = build_policy(config["policy"], spec)
+    bundles.load_weights(policy, path)
+    return spec, policy
+
+
+def _fit_batch(settings: TrainSettings, windows: int, processes: int, say: Any) -> TrainSettings:
+    most = windows // processes
+    if settings.batch_size <= most:
+        return settings
+    if most < 1:
+        raise InputError(f"{windows} training windows are too few for {processes} processes")
+    say(f"batch size {most} instead of {settings.batch_size}: there are only {windows} training windows")
+    return replace(settings, batch_size=most)
+
+
+def _trainer(
+    config: Mapping[str, Any],
+    settings: TrainSettings,
+    policy: DiffusionPolicy,
+    data: TrainingData,
+    accelerator: Accelerator,
+    output_dir: Path,
+) -> Trainer:
+    main, spec = accelerator.is_main_process, policy.spec
+    metrics = None
+    if main:
+        plain = {**config, "output_dir": str(output_dir)}
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+        project = settings.wandb_project if settings.wandb else None
+        metrics = MetricsLog(
+            output_dir, tensorboard=settings.tensorboard, wandb=project, run_name=output_dir.name
+        )
+    reference = data.held_out if data.held_out is not None else data.train
+    validation = Validation(policy, reference, count=config["dataset"]["val_windows"])
+    rollouts = None
+    if spec.env is not None and settings.rollout_every:
+        rollouts = Rollouts(policy, env=spec.env, n_episodes=settings.rollout_episodes)
+    cameras = [spec.observations[key].shape for key in spec.camera_order]
+    crop = getattr(policy.encoder, "crop", None) if cameras else None
+    fused = crop is not None and getattr(policy.encoder, "resize", None) is None and len(set(cameras)) == 1
+    golden = {
+        key: value[0].cpu().numpy() for key, value in reference.gather(validation.indices[:1]).obs.items()
+    }
+    return Trainer(
+        policy=policy,
+        source=StepBatches(
+            data.train,
+            seed=config["seed"],
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            crop=tuple(crop) if fused else None,
+            image_size=tuple(cameras[0][:2]) if fused else None,
+        ),
+        settings=settings,
+        accelerator=accelerator,
+        output_dir=output_dir,
+        seed=config["seed"],
+        metrics=metrics,
+        write_bundle=lambda path, weights: bundles.save(
+            path, policy, config, weights=weights, golden_obs=golden
+        ),
+        validate=validation if settings.validate_every else None,
+        rollout=rollouts,
+    )
+
+
+def _spawn(config: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Run `processes` copies that train together (gloo on the CPU, NCCL on GPUs)."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, args=(config, processes, port), nprocs=processes)  # type: ignore[no-untyped-call]
+    results = Path(config["output_dir"]) / "evaluation" / "results.json"
+    return yaml.safe_load(results.read_text()) if results.exists() else {}
+
+
+def _process(rank: int, config: dict[str, Any], processes: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true" if _device(config).type == "cpu" else "false",
+    }
+    if _device(config).type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    train(config)
+
+
+def _path(value: Any) -> Path | None:
+    return None if value is None else Path(value)

@@ -1,0 +1,348 @@
+"""The one training loop.
+
+    batch at (seed, step) ─▶ loss ─▶ optimiser ─▶ EMA      every step
+                              └─▶ metrics.jsonl             every `log_every`
+    EMA policy ─▶ validation, rollouts, checkpoint          now and then
+
+All randomness of a step (sample order, crops, times, noise) is a function of the seed, the step and the process, so
+a checkpoint needs no random states: resuming at step n does what an uninterrupted run does at step n.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.training import checkpoints
+from action_diffusion.training.metrics import MetricsLog
+from action_diffusion.training.progress import TrainingBar
+from action_diffusion.training.settings import TrainSettings
+
+
+class Source(Protocol):
+    """Training data: `len()` windows, and the batch [B] of a step of this process."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Any:
+        """A `datasets.batches.Batch`: obs, action [B, H, A], mask [B, H]."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Everything here is in a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    merit: float | None = None
+
+
+class Interrupted(Exception):
+    """Ctrl-C (or a termination signal): the run was saved at `step`."""
+
+    def __init__(self, step: int):
+        super().__init__(f"interrupted at step {step}")
+        self.step = step
+
+
+class Trainer:
+    """Trains a policy from parts. `validate(step) -> metrics` and `rollout(step) -> metrics` see the EMA weights.
+
+    write_bundle(path, weights): writes a policy bundle of the given (EMA) weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: DiffusionPolicy,
+        source: Source,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        output_dir: Path,
+        seed: int,
+        metrics: MetricsLog | None,
+        write_bundle: Callable[[Path, dict[str, torch.Tensor]], None],
+        validate: Callable[[], dict[str, float]] | None = None,
+        rollout: Callable[[], dict[str, float]] | None = None,
+        show_progress: bool = True,
+    ):
+        self.accelerator = accelerator
+        self.settings = settings
+        self.source = source
+        self.output_dir = output_dir
+        self.seed = seed
+        self.metrics = metrics
+        self.write_bundle = write_bundle
+        self.validate = validate
+        self.rollout = rollout
+        self.show_progress = show_progress and accelerator.is_main_process
+        self.progress = Progress()
+        self.policy = policy.to(accelerator.device)
+        self.optimizer = make_optimizer(policy, settings)
+        self.ema = EMAModel(
+            policy.parameters(),
+            decay=settings.ema_max_decay,
+            use_ema_warmup=True,
+            power=settings.ema_power,
+            foreach=True,
+        )
+        self.ema.to(accelerator.device)
+        self.model, self.prepared_optimizer = accelerator.prepare(policy, self.optimizer)
+        if settings.compile:
+            self.model = torch.compile(self.model)
+        # `steps_per_epoch` needs the global batch
+        self.steps_per_epoch = max(
+            1,
+            len(source)
+            // (settings.batch_size * accelerator.num_processes * settings.gradient_accumulation_steps),
+        )
+        self._stop_requested = False
+
+    # -- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self) -> Progress:
+        """Train until the budget is spent. Raises `Interrupted` after saving, on Ctrl-C."""
+        self._started = time.monotonic() - self.progress.seconds
+        with self._signals(), TrainingBar(enabled=self.show_progress) as bar:
+            losses: list[torch.Tensor] = []
+            last_log = (time.monotonic(), self.progress.step)
+            while not self._spent():
+                losses.append(self._step())
+                step = self.progress.step
+                if step % self.settings.log_every == 0 or self._spent():
+                    now = time.monotonic()
+                    rate = (step - last_log[1]) * self._samples_per_step / max(now - last_log[0], 1e-9)
+                    last_log = (now, step)
+                    self._log(losses, rate, bar)
+                    losses.clear()
+                self._every_so_often(bar)
+                if self._stop_together():
+                    self.save()
+                    raise Interrupted(step)
+        self.save()
+        return self.progress
+
+    def _step(self) -> torch.Tensor:
+        settings, step = self.settings, self.progress.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * lr_factor(step, self.share, settings)
+        self.model.train()
+        loss = torch.zeros((), device=self.accelerator.device)
+        for part in range(settings.gradient_accumulation_steps):
+            index = step * settings.gradient_accumulation_steps + part
+            generator = self._generator(index)
+            batch = self.source.batch(index, settings.batch_size, generator)
+            with self.accelerator.accumulate(self.model), self.accelerator.autocast():
+                part_loss = self.model(batch.obs, batch.action, batch.mask, generator=generator)
+                self.accelerator.backward(part_loss)
+                if self.accelerator.sync_gradients and settings.max_grad_norm > 0:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
+                self.prepared_optimizer.step()
+                self.prepared_optimizer.zero_grad()
+            loss += part_loss.detach() / settings.gradient_accumulation_steps
+        self.ema.step(self.policy.parameters())
+        self.progress.step += 1
+        self.progress.seconds = time.monotonic() - self._started
+        return loss
+
+    def _generator(self, index: int) -> torch.Generator:
+        words = np.random.SeedSequence([self.seed, index, self.accelerator.process_index]).generate_state(2)
+        seed = (int(words[0]) << 31) ^ int(words[1])
+        return torch.Generator(self.accelerator.device).manual_seed(seed)
+
+    @property
+    def _samples_per_step(self) -> int:
+        settings = self.settings
+        return settings.batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
+
+    # -- budget -----------------------------------------------------------------------------------------------
+
+    @property
+    def share(self) -> float:
+        """The share of the budget that is spent, 0 to 1; of several budgets, the one nearest to its end."""
+        settings, progress = self.settings, self.progress
+        shares = []
+        if settings.max_steps is not None:
+            shares.append(progress.step / settings.max_steps)
+        if settings.max_epochs is not None:
+            shares.append(progress.step / max(1, round(settings.max_epochs * self.steps_per_epoch)))
+        if settings.max_minutes is not None:
+            shares.append(progress.seconds / (60.0 * settings.max_minutes))
+        return min(max(shares), 1.0)
+
+    def _spent(self) -> bool:
+        """All processes stop at the same step, though their clocks differ."""
+        return (
+            self._any_process(self.share >= 1.0)
+            if self.settings.max_minutes is not None
+            else self.share >= 1.0
+        )
+
+    def _stop_together(self) -> bool:
+        return self._any_process(self._stop_requested)
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(
+            self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item() > 0
+        )
+
+    # -- now and then -----------------------------------------------------------------------------------------
+
+    def _log(self, losses: list[torch.Tensor], rate: float, bar: TrainingBar) -> None:
+        loss = float(torch.stack(losses).mean())
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} at step {self.progress.step}: lower train.lr, or use mixed_precision=no"
+            )
+        lr = self.optimizer.param_groups[0]["lr"]
+        bar.update(share=self.share, step=self.progress.step, loss=loss, rate=rate)
+        if self.metrics is not None:
+            self.metrics.write(
+                self.progress.step,
+                loss=loss,
+                lr=lr,
+                samples_per_second=round(rate, 1),
+                epoch=round(self.progress.step / self.steps_per_epoch, 3),
+                seconds=round(self.progress.seconds, 3),
+            )
+
+    def _every_so_often(self, bar: TrainingBar) -> None:
+        step, settings, done = self.progress.step, self.settings, self._spent()
+        if self.validate is not None and _due(step, settings.validate_every, done):
+            self._measure("validation", self.validate, bar)
+        if self.rollout is not None and not done and _due(step, settings.rollout_every, False):
+            self._measure("rollout", self.rollout, bar)
+        if not done and _due(step, settings.checkpoint_every, False):
+            self.save()
+
+    def _measure(self, name: str, measure: Callable[[], dict[str, float]], bar: TrainingBar) -> None:
+        if self.accelerator.is_main_process:
+            bar.status(name)
+            with self.ema_weights():
+                values = measure()
+            self.progress.merit = _merit(values, self.progress.merit, has_rollouts=self.rollout is not None)
+            if self.metrics is not None:
+                self.metrics.write(self.progress.step, **values)
+            bar.status("")
+        self.accelerator.wait_for_everyone()
+        self.progress.seconds = time.monotonic() - self._started
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The policy with the EMA weights, in evaluation mode, for as long as the context lasts."""
+        self.ema.store(self.policy.parameters())
+        self.ema.copy_to(self.policy.parameters())
+        self.policy.eval()
+        try:
+            yield
+        finally:
+            self.ema.restore(self.policy.parameters())
+            self.policy.train()
+
+    # -- saving and resuming ----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; only the newest and the best stay."""
+        if self.accelerator.is_main_process:
+            state = {
+                "seconds": self.progress.seconds,
+                "merit": self.progress.merit,
+                "ema_step": self.ema.optimization_step,
+                "scaler": self.accelerator.scaler.state_dict()
+                if self.accelerator.scaler is not None
+                else None,
+            }
+            checkpoints.save_checkpoint(
+                self.output_dir,
+                step=self.progress.step,
+                weights=self.policy.state_dict(),
+                optimizer=self.optimizer,
+                state=state,
+                write_bundle=lambda path: self.write_bundle(path, self.ema_state()),
+            )
+            checkpoints.prune(self.output_dir, keep_best=self.settings.keep_best)
+        self.accelerator.wait_for_everyone()
+
+    def ema_state(self) -> dict[str, torch.Tensor]:
+        """The policy's state with EMA weights, by name."""
+        names = [name for name, _ in self.policy.named_parameters()]
+        shadows = dict(zip(names, self.ema.shadow_params, strict=True))
+        return {name: shadows.get(name, value).detach() for name, value in self.policy.state_dict().items()}
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint as if it had never stopped."""
+        weights, tensors, state = checkpoints.load_checkpoint(folder)
+        self.policy.load_state_dict(weights)
+        checkpoints.restore_optimizer(self.optimizer, tensors, state["optimizer"])
+        ema = checkpoints.load_weights(folder / "bundle" / "model.safetensors")
+        with torch.no_grad():
+            for (name, _), shadow in zip(self.policy.named_parameters(), self.ema.shadow_params, strict=True):
+                shadow.copy_(ema[name])
+        self.ema.optimization_step = state["ema_step"]
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(step=state["step"], seconds=state["seconds"], merit=state["merit"])
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C asks the loop to save and stop; a second one interrupts at once."""
+
+        def request(number: int, frame: Any) -> None:
+            self._stop_requested = True
+            signal.signal(number, before[number])
+
+        before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, request)
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def make_optimizer(policy: DiffusionPolicy, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and kernels only."""
+    decay = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for p in policy.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), fused=True)
+
+
+def lr_factor(step: int, share: float, settings: TrainSettings) -> float:
+    """Learning rate over its peak: linear warm-up over `warmup` steps, then a cosine over the share of the budget."""
+    ramp = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+    if settings.lr_schedule == "constant":
+        return ramp
+    cosine = 0.5 * (1.0 + math.cos(math.pi * share))
+    return ramp * (settings.lr_final + (1.0 - settings.lr_final) * cosine)
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return bool(every) and (last or step % every == 0)
+
+
+def _merit(values: dict[str, float], before: float | None, *, has_rollouts: bool) -> float | None:
+    """What checkpoints are ranked by: the rollout score where there is a simulator, else minus the action error."""
+    if "rollout_score" in values:
+        return values["rollout_score"]
+    if not has_rollouts and "action_error" in values:
+        return -values["action_error"]
+    return before

@@ -1,0 +1,90 @@
+"""What is measured while training: held-out loss and action error, and short rollouts. The caller puts the EMA in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from action_diffusion import envs
+from action_diffusion.datasets.batches import BatchSource
+from action_diffusion.envs.rollout import rollout
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.training.data import held_out_indices
+from action_diffusion.training.evaluation import evaluate_offline
+
+ROLLOUT_SEED = 50_000
+"""First start of the rollouts in training: neither the demonstrations' (from 0) nor the evaluation's (from 100000)."""
+
+
+class Validation:
+    """`validation_loss`, and `action_error`: mean absolute error of sampled actions over the executed steps.
+
+    The error is in the data's units, averaged over action dimensions; the same windows, times and noise each time.
+    """
+
+    def __init__(
+        self, policy: DiffusionPolicy, source: BatchSource, *, count: int = 256, batch_size: int = 64
+    ):
+        self.policy, self.source = policy, source
+        self.indices = held_out_indices(source, count)
+        self.batches = np.array_split(self.indices, max(1, len(self.indices) // batch_size))
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        spec, device = self.policy.spec, self.policy.device
+        executed = slice(spec.n_obs_steps - 1, spec.n_obs_steps - 1 + spec.n_action_steps)
+        generator = torch.Generator(device).manual_seed(0)
+        losses, errors = [], []
+        for indices in self.batches:
+            batch = self.source.gather(indices)
+            losses.append(self.policy(batch.obs, batch.action, batch.mask, generator=generator))
+            chunk = self.policy.sample(batch.obs, noise_generator=generator, generator=generator).action
+            error = (chunk - batch.action)[:, executed].abs().mean(-1)
+            errors.append(error[batch.mask[:, executed]].mean())
+        return {
+            "validation_loss": float(torch.stack(losses).mean()),
+            "action_error": float(torch.stack(errors).mean()),
+        }
+
+
+class Rollouts:
+    """`rollout_score`: mean score of a few episodes from starts that neither training nor evaluation uses."""
+
+    def __init__(self, policy: DiffusionPolicy, *, env: Mapping[str, Any], n_episodes: int):
+        self.policy, self.env, self.n_episodes = policy, dict(env), n_episodes
+
+    def __call__(self) -> dict[str, float]:
+        episodes = rollout(
+            policy=self.policy,
+            make_env=lambda: envs.make(**self.env),
+            seeds=range(ROLLOUT_SEED, ROLLOUT_SEED + self.n_episodes),
+            keys=list(self.policy.spec.observations),
+            n_envs=min(10, self.n_episodes),
+        )
+        return {"rollout_score": float(np.mean([episode.score for episode in episodes]))}
+
+
+def evaluate_held_out(
+    policy: DiffusionPolicy,
+    source: BatchSource,
+    *,
+    output_dir: Path,
+    settings: dict[str, Any],
+    metrics_file: Path | None,
+) -> dict[str, Any]:
+    """Held-out action error with plots, for tasks without a simulator (`evaluation.evaluate_offline`)."""
+    indices = held_out_indices(source, 512)
+
+    def batches() -> Any:
+        for part in np.array_split(indices, max(1, len(indices) // 64)):
+            batch = source.gather(part)
+            obs = {key: value.cpu().numpy() for key, value in batch.obs.items()}
+            yield obs, batch.action.cpu().numpy(), batch.mask.cpu().numpy()
+
+    return evaluate_offline(
+        policy=policy, batches=batches(), output_dir=output_dir, settings=settings, metrics_file=metrics_file
+    )
