@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.training.settings import TrainSettings
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.training.settings import TrainSettings
 
 BUDGETS = ("train.max_minutes", "train.max_steps", "train.max_epochs")
 OPEN_SECTIONS = ("policy", "task")

@@ -57,9 +57,7 @@ def main(arguments: list[str]) -> None:
         return source.gather(indices, crop=(crop, crop), offsets=offsets).obs[image]
 
     print(f"uint8    {_rate(gather, seconds) * batch_size:10,.0f} samples/s")
-    print(
-        f"float32  {_rate(lambda step: images_to_float(gather(step)), seconds) * batch_size:10,.0f} samples/s"
-    )
+    print(f"float32  {_rate(lambda step: images_to_float(gather(step)), seconds) * batch_size:10,.0f} samples/s")
     print(f"resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:10.2f} GB at most")
 
 

@@ -153,13 +153,9 @@ class BatchSource:
             critic=self._criticise(indices, crop, offsets) if critic else None,
         )
 
-    def _observe(
-        self, rows: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None
-    ) -> dict[str, Tensor]:
+    def _observe(self, rows: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> dict[str, Tensor]:
         return {
-            name: self._crop(key, rows, crop, offsets)
-            if key.kind == "image" and crop
-            else self._take(key, rows)
+            name: self._crop(key, rows, crop, offsets) if key.kind == "image" and crop else self._take(key, rows)
             for name, key in self._observations.items()
         }
 
@@ -168,16 +164,12 @@ class BatchSource:
             return self._tensors[key][torch.from_numpy(rows).to(self.device)]
         return torch.from_numpy(np.take(self._arrays[key], rows, axis=0)).to(self.device)
 
-    def _crop(
-        self, key: ObsKey, rows: np.ndarray, crop: tuple[int, int], offsets: np.ndarray | None
-    ) -> Tensor:
+    def _crop(self, key: ObsKey, rows: np.ndarray, crop: tuple[int, int], offsets: np.ndarray | None) -> Tensor:
         shape = self._tensors[key].shape if self.mode == "device" else self._arrays[key].shape
         n, height, width, channels = shape
         room = np.array([height - crop[0], width - crop[1]])
         if (room < 0).any():
-            raise InputError(
-                f"crop {list(crop)} is larger than the {height} x {width} images of {key.source}"
-            )
+            raise InputError(f"crop {list(crop)} is larger than the {height} x {width} images of {key.source}")
         corner = np.broadcast_to(room // 2, (len(rows), 2)) if offsets is None else np.asarray(offsets)
         if ((corner < 0) | (corner > room)).any():  # a view knows no bounds of its own
             raise ValueError(f"crop offsets must be from 0 to {room.tolist()}")
@@ -192,9 +184,7 @@ class BatchSource:
             cut = torch.from_numpy(frames[index]).to(self.device)
         return cut.view(*rows.shape, *crop, channels)
 
-    def _criticise(
-        self, indices: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None
-    ) -> Critic:
+    def _criticise(self, indices: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> Critic:
         if self._reward is None:
             raise InputError("a critic needs rewards: name the buffer's reward_key")
         now, end, first = self.windows.now(indices), self.windows.end[indices], self.windows.first[indices]
@@ -222,9 +212,7 @@ def images_to_float(images: Tensor) -> Tensor:
     return scaled.movedim(-1, -3)
 
 
-def random_crop_offsets(
-    n: int, image: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator
-) -> np.ndarray:
+def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Top left corners of `n` crops (height, width) inside an image (height, width): int64 [n, 2]."""
     return rng.integers(0, np.array(image) - np.array(crop) + 1, size=(n, 2))
 
@@ -232,7 +220,7 @@ def random_crop_offsets(
 def _load_on(device: torch.device, buffer: ReplayBuffer, key: ObsKey) -> Tensor:
     dtype = torch.uint8 if key.kind == "image" else torch.float32
     tensor = torch.empty(array_shape(buffer, key), dtype=dtype, device=device)
-    load_into(lambda rows, values: tensor[rows].copy_(torch.from_numpy(values)), buffer, key)
+    load_into(lambda rows, values: tensor[rows].copy_(torch.tensor(values)), buffer, key)
     return tensor
 
 

@@ -17,9 +17,7 @@ def check_episode_ends(ends: np.ndarray, where: str) -> np.ndarray:
     """`ends` [E] as int64: the row after each episode. Raises `InputError` unless they tile the rows."""
     ends = np.asarray(ends)
     if ends.ndim != 1 or ends.dtype.kind not in "iu":
-        raise InputError(
-            f"{where}: episode_ends must be a list of whole numbers, got {ends.dtype} {list(ends.shape)}"
-        )
+        raise InputError(f"{where}: episode_ends must be a list of whole numbers, got {ends.dtype} {list(ends.shape)}")
     if len(ends) == 0:
         raise InputError(f"{where}: holds no episodes (episode_ends is empty)")
     ends = ends.astype(np.int64)
@@ -29,32 +27,23 @@ def check_episode_ends(ends: np.ndarray, where: str) -> np.ndarray:
         start = int(ends[episode - 1]) if episode else 0
         problem = "is empty" if lengths[episode] == 0 else "ends before it starts"
         raise InputError(
-            f"{where}: episode {episode} {problem} (rows {start} to {ends[episode]}): "
-            "episode_ends must increase"
+            f"{where}: episode {episode} {problem} (rows {start} to {ends[episode]}): episode_ends must increase"
         )
     return ends
 
 
-def check_lengths(
-    lengths: Mapping[str, int], n_steps: int, where: str, *, allow_longer: bool = False
-) -> None:
-    """Every array has one row a step. `allow_longer`: rows left by an interrupted append are tolerated."""
+def check_lengths(lengths: Mapping[str, int], n_steps: int, where: str, *, allow_longer: bool = False) -> None:
+    """Every array has one row a step. `allow_longer`: rows that an interrupted append left are tolerated."""
     if not lengths:
         raise InputError(f"{where}: holds no arrays under data/")
-    shortest = min(lengths, key=lambda key: lengths[key])
-    if lengths[shortest] < n_steps:
-        raise InputError(
-            f"{where}: episode_ends goes up to row {n_steps}, "
-            f"but data/{shortest} has {lengths[shortest]} rows"
-        )
-    if allow_longer or max(lengths.values()) == n_steps:
+    shortest, longest = min(lengths.values()), max(lengths.values())
+    if shortest == longest == n_steps or (allow_longer and shortest >= n_steps):
         return
-    if len(set(lengths.values())) > 1:
+    if shortest != longest:
         rows = ", ".join(f"{key} {rows}" for key, rows in lengths.items())
-        raise InputError(f"{where}: arrays of unequal length (rows: {rows}); episode_ends says {n_steps}")
-    raise InputError(
-        f"{where}: episode_ends stops at row {n_steps}, but the arrays have {lengths[shortest]} rows"
-    )
+        raise InputError(f"{where}: arrays of unequal length ({rows} rows); episode_ends says {n_steps}")
+    problem = "stops at" if n_steps < longest else "goes up to"
+    raise InputError(f"{where}: episode_ends {problem} row {n_steps}, but the arrays have {longest} rows")
 
 
 def check_dtype(dtype: np.dtype, key: str, where: str) -> None:
@@ -104,8 +93,7 @@ def images_to_uint8(images: np.ndarray, key: str, where: str, first_row: int = 0
     hint = "; this looks like 0..1: multiply by 255" if low >= 0 and high <= 1 else ""
     hint = "; this looks like -1..1: scale to 0..255" if -1 <= low < 0 and high <= 1 else hint
     raise InputError(
-        f"{where}: data/{key} row {row} has values {low:g} to {high:g} that are not whole numbers "
-        f"from 0 to 255{hint}"
+        f"{where}: data/{key} row {row} has values {low:g} to {high:g} that are not whole numbers from 0 to 255{hint}"
     )
 
 

@@ -68,15 +68,10 @@ def load(buffer: ReplayBuffer, wanted: ObsKey) -> np.ndarray:
     """The array in memory; a column that is one already is used as it is, not copied."""
     column = buffer[wanted.source]
     dtype = np.uint8 if wanted.kind == "image" else np.float32
-    if (
-        isinstance(column, np.ndarray)
-        and column.dtype == dtype
-        and wanted.columns is None
-        and column.ndim > 1
-    ):
+    if isinstance(column, np.ndarray) and column.dtype == dtype and wanted.columns is None and column.ndim > 1:
         if wanted.kind == "state":
             check_finite(column, wanted.source, buffer.name)
-        return np.asarray(column)
+        return np.ascontiguousarray(column)  # no copy, unless it is a view; crops need whole rows
     array = np.empty(array_shape(buffer, wanted), dtype)
     load_into(array.__setitem__, buffer, wanted)
     return array
@@ -127,6 +122,8 @@ def cached_array(
     path = folder / f"{name}-{version}.npy"
     with locked(folder / name):
         if not path.exists():
+            for abandoned in folder.glob(f".{glob.escape(name)}-*.partial.npy"):  # by a process that was killed
+                abandoned.unlink()
             require_space(folder, math.prod(shape) * dtype.itemsize, description)
             with atomic_path(path) as temporary, progress(description, shape[0]) as advance:
                 _write_npy(temporary, shape, dtype, parts(), advance)
@@ -160,11 +157,7 @@ def _converted(buffer: ReplayBuffer, wanted: ObsKey) -> Iterator[np.ndarray]:
         yield from _converted_images(column, key, where)
         return
     for first, rows in blocks(column):
-        picked = (
-            rows
-            if wanted.columns is None
-            else rows.reshape(len(rows), *rows.shape[1:] or (1,))[:, wanted.columns]
-        )
+        picked = rows if wanted.columns is None else rows.reshape(len(rows), *rows.shape[1:] or (1,))[:, wanted.columns]
         with np.errstate(over="ignore"):  # becomes infinite, which the check names
             values = picked.reshape(len(rows), *shape[1:]).astype(np.float32)
         check_finite(values, key, where, first)
@@ -183,9 +176,7 @@ def _converted_images(column: Column, key: str, where: str) -> Iterator[np.ndarr
 
 def _state_of(path: Path) -> tuple[int, int]:
     """Size and newest change of a file or of all files in a folder: tells whether a cache is still right."""
-    files = (
-        [path] if path.is_file() else [Path(base, file) for base, _, names in os.walk(path) for file in names]
-    )
+    files = [path] if path.is_file() else [Path(base, file) for base, _, names in os.walk(path) for file in names]
     stats = [file.stat() for file in files]
     return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
 

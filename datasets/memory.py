@@ -16,9 +16,7 @@ _DEVICE_SHARE = 0.5  # activations need more of a GPU than of the host
 
 def choose_mode(n_bytes: int, device: torch.device, memory_gb: float | None = None) -> Mode:
     """The fastest place that holds `n_bytes`. `memory_gb` (10^9 bytes) replaces what is measured as free."""
-    if device.type == "cuda" and n_bytes <= _limit(
-        memory_gb, _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
-    ):
+    if device.type == "cuda" and n_bytes <= _limit(memory_gb, _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]):
         return "device"
     return "memory" if n_bytes <= memory_limit(memory_gb) else "disk"
 

@@ -41,9 +41,7 @@ class _Meter:
             elif now - self._line > _LINE_SECONDS:
                 self._line = now
                 left = (now - self._started) * (self._total - self._done) / max(self._done - self._first, 1)
-                print(
-                    f"{self._description}: {self._done / self._total:.0%}, {left:.0f} s left", file=sys.stderr
-                )
+                print(f"{self._description}: {self._done / self._total:.0%}, {left:.0f} s left", file=sys.stderr)
 
     def _open_bar(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

@@ -58,8 +58,11 @@ class ReplayBuffer:
         group, exists = open_zarr(path)
         where = str(path)
         with reading(f"{where}: meta/episode_ends"):
-            ends = check_episode_ends(np.asarray(array_at(group, "meta/episode_ends", where)[:]), where)
+            ends = np.asarray(array_at(group, "meta/episode_ends", where)[:])
             interrupted = _APPENDING in group["meta"].attrs
+            if interrupted:  # it may have grown without its new value being written
+                ends = np.trim_zeros(ends, "b")
+            ends = check_episode_ends(ends, where)
         with reading(where):
             data = group.get("data")
             keys = sorted(data.keys()) if isinstance(data, zarr.Group) else []
@@ -221,9 +224,7 @@ class ReplayBuffer:
         """
         dropped = np.unique(np.asarray(indices, np.int64))
         if ((dropped < 0) | (dropped >= self.n_episodes)).any():
-            raise InputError(
-                f"{self.name}: cannot drop {dropped.tolist()}, there are {self.n_episodes} episodes"
-            )
+            raise InputError(f"{self.name}: cannot drop {dropped.tolist()}, there are {self.n_episodes} episodes")
         kept = np.setdiff1d(np.arange(self.n_episodes), dropped)
         if len(kept) == 0:
             raise InputError(f"{self.name}: cannot drop all {self.n_episodes} episodes")

@@ -58,8 +58,8 @@ def _human_file(folder: Path) -> Path:
                 download(HUMAN_URL, partial)
             except InputError as error:
                 raise InputError(
-                    f"pusht_human cannot be downloaded ({error}): try again (what has come is kept), or fetch "
-                    "that file by hand and pass data=PATH, or use the demonstrations in the package, "
+                    f"pusht_human cannot be downloaded ({error}): try again (what has come is kept), or "
+                    "fetch that file by hand and pass data=PATH, or use the demonstrations in the package: "
                     "data=pusht_expert"
                 ) from error
             _check_human(partial)
@@ -74,9 +74,7 @@ def _check_human(path: Path) -> None:
         found = buffer.n_episodes, buffer.n_steps, content_hash(buffer)
     except InputError as error:
         path.unlink()
-        raise InputError(
-            f"the file from {HUMAN_URL} is damaged, and was deleted: try again ({error})"
-        ) from error
+        raise InputError(f"the file from {HUMAN_URL} is damaged, and was deleted: try again ({error})") from error
     if found != (HUMAN_EPISODES, HUMAN_STEPS, HUMAN_CONTENT):
         path.unlink()
         raise InputError(
@@ -89,9 +87,7 @@ def _check_human(path: Path) -> None:
 def content_hash(buffer: ReplayBuffer) -> str:
     """SHA-256 of `state`, `action` and `episode_ends`, whatever their chunks and compression."""
     columns = (buffer["state"][:], "<f4"), (buffer["action"][:], "<f4"), (buffer.episode_ends, "<i8")
-    return hashlib.sha256(
-        b"".join(np.ascontiguousarray(a, dtype).tobytes() for a, dtype in columns)
-    ).hexdigest()
+    return hashlib.sha256(b"".join(np.ascontiguousarray(a, dtype).tobytes() for a, dtype in columns)).hexdigest()
 
 
 def with_images(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,11 @@ import zarr
 from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore, ZipStore
 
+from action_diffusion.datasets.progress import progress
 from action_diffusion.errors import InputError
 
 CHUNK_BYTES = 1 << 20
-READ_BYTES = 16 << 20  # what is decoded at a time when an array is read from end to end
+READ_BYTES = 4 << 20  # what is decoded at a time when an array is read from end to end
 _MARKERS = ("meta/episode_ends/zarr.json", "meta/episode_ends/.zarray")
 
 
@@ -96,9 +97,7 @@ class ZarrColumn:
             return
         sizes = self.array.shards or self.array.chunks
         grid = [range(math.ceil(length / size)) for length, size in zip(self.shape, sizes, strict=True)]
-        keys = [
-            f"{self.array.path}/{self.array.metadata.encode_chunk_key(chunk)}" for chunk in product(*grid)
-        ]
+        keys = [f"{self.array.path}/{self.array.metadata.encode_chunk_key(chunk)}" for chunk in product(*grid)]
         missing = [key for key in keys if not self._exists(key)]
         if missing:
             raise InputError(
@@ -138,9 +137,7 @@ def open_zarr(path: Path) -> tuple[zarr.Group, Callable[[str], bool]]:
         hint = f"; an interrupted replacement left {previous}: rename it back" if previous.exists() else ""
         raise InputError(f"{path}: no such file or folder{hint}")
     store, names = _folder(path) if path.is_dir() else _zip(path)
-    roots = sorted(
-        {name.removesuffix(marker) for name in names for marker in _MARKERS if name.endswith(marker)}
-    )
+    roots = sorted({name.removesuffix(marker) for name in names for marker in _MARKERS if name.endswith(marker)})
     if len(roots) != 1:
         found = f"more than one ({', '.join(roots)})" if roots else "none"
         raise InputError(f"{path}: a replay buffer holds one meta/episode_ends array, found {found}")
@@ -170,24 +167,23 @@ def _zip(path: Path) -> tuple[ZipStore, list[str]]:
     return ZipStore(path, mode="r"), names
 
 
-def write_zarr(
-    path: Path, columns: Mapping[str, Column], episode_ends: np.ndarray, attrs: Mapping[str, Any]
-) -> None:
+def write_zarr(path: Path, columns: Mapping[str, Column], episode_ends: np.ndarray, attrs: Mapping[str, Any]) -> None:
     """Write a whole buffer as Zarr v3, a zip where `path` ends in .zip, block by block."""
     store = ZipStore(path, mode="w") if path.suffix == ".zip" else LocalStore(path)
-    try:
-        root = zarr.create_group(store, attributes=dict(attrs))
-        data = root.create_group("data")
+    root = zarr.create_group(store, attributes=dict(attrs))
+    data = root.create_group("data")
+    total = sum(column.shape[0] * row_bytes(column) for column in columns.values())
+    with closing(store), progress("writing the buffer", total) as advance:
         for key, column in columns.items():
             array = _create(data, key, column.shape, column.dtype)
             # whole chunks, because an entry of a zip can be written only once
             rows = array.chunks[0] * max(1, READ_BYTES // (array.chunks[0] * row_bytes(column)))
             for first in range(0, column.shape[0], rows):
-                array[first : first + rows] = np.asarray(column[first : first + rows])
+                values = np.asarray(column[first : first + rows])
+                array[first : first + rows] = values
+                advance(values.nbytes)
         ends = np.asarray(episode_ends, np.int64)
         _create(root.create_group("meta"), "episode_ends", ends.shape, ends.dtype)[:] = ends
-    finally:
-        store.close()
 
 
 def _create(group: zarr.Group, key: str, shape: tuple[int, ...], dtype: np.dtype) -> zarr.Array:

@@ -80,8 +80,8 @@ def render_states(states: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
     env = PushT(image_size=size)
     images = np.empty((len(states), size, size, 3), dtype=np.uint8)
     for image, state in zip(images, states, strict=True):
-        env.restore(state)
-        image[:] = env.observe(["image"])["image"]
+        env._place(state, (0.0, 0.0))
+        image[:] = env._picture(size)
     return images
 
 
@@ -102,7 +102,7 @@ class PushT:
         self.max_steps = max_steps
         self._image_size = image_size
         self._sim = PushTEnv(obs_type="state")
-        self._sim.reset(options={"reset_to_state": initial_state(0)})
+        self._sim._setup()
         self._steps = 0
 
     def reset(self, seed: int) -> None:
@@ -112,6 +112,7 @@ class PushT:
     def reset_to(self, state: np.ndarray) -> None:
         """Begin at `state` [5] as gym-pusht's `reset_to_state` reads it: the paper's starts are meant so."""
         self._sim.reset(options={"reset_to_state": state})
+        self._sim._last_action = None
         self._steps = 0
 
     def restore(self, state: np.ndarray, velocity: Sequence[float] = (0.0, 0.0)) -> None:
@@ -119,16 +120,18 @@ class PushT:
 
         The finger's velocity is all that a recorded state leaves out: the block never keeps any.
         """
+        self._sim._setup()  # forgets the contacts of earlier steps, which would push and be drawn
+        self._place(state, velocity)
+        self._sim._last_action = None
+        self._steps = 0
+
+    def _place(self, state: np.ndarray, velocity: Sequence[float]) -> None:
         agent, block = self._sim.agent, self._sim.block
         x, y, block_x, block_y, angle = (float(value) for value in state)
         agent.position, agent.velocity = (x, y), (float(velocity[0]), float(velocity[1]))
         block.angle = angle
         block.position = (block_x, block_y)
-        block.velocity, block.angular_velocity = (0.0, 0.0), 0.0
-        self._sim.space.reindex_shapes_for_body(agent)
-        self._sim.space.reindex_shapes_for_body(block)
-        self._sim._last_action = None
-        self._steps = 0
+        self._sim.space.step(1e-9)  # moves the shapes to their bodies, and finds the contacts that are drawn
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
         """Move the finger towards `action` [2] (px) for 0.1 s. Returns the reward in [0, 1], and done.

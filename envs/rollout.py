@@ -24,12 +24,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
+
 from action_diffusion.envs.base import Env
+from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
 
-from action_diffusion.errors import InputError
-
-Progress = Callable[[float, Sequence[float]], None]
+ProgressCallback = Callable[[float, Sequence[float]], None]
 """Called after every turn with the share of the work that is done, in [0, 1], and the scores so far."""
 
 
@@ -88,7 +88,7 @@ def rollout(
     keys: Sequence[str],
     n_envs: int = 10,
     policy_batch: int = 10,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Episode]:
     """Run one episode from every start in `seeds`, and return them in that order.
 
@@ -212,9 +212,7 @@ def _check_numbers(seeds: Sequence[int], n_envs: int, policy_batch: int) -> None
         raise InputError(f"seed {min(seeds)} is negative; seeds start at 0")
 
 
-def _next_episode(
-    waiting: Sequence[int], seeds: Sequence[int], running: Sequence[_Running], policy_batch: int
-) -> int:
+def _next_episode(waiting: Sequence[int], seeds: Sequence[int], running: Sequence[_Running], policy_batch: int) -> int:
     """The first waiting episode whose row the fewest running episodes share: two of a row need two calls."""
     shared = Counter(run.seed % policy_batch for run in running)
     return min(waiting, key=lambda index: (shared[seeds[index] % policy_batch], index))
@@ -225,9 +223,7 @@ def _begin(env: Env, index: int, seed: int, keys: Sequence[str], spec: Spec) -> 
     noise_generator, generator = generators(seed)
     env.reset(seed)
     agent.observe(env.observe(keys))
-    return _Running(
-        env=env, index=index, seed=seed, agent=agent, noise_generator=noise_generator, generator=generator
-    )
+    return _Running(env=env, index=index, seed=seed, agent=agent, noise_generator=noise_generator, generator=generator)
 
 
 def _pack(running: Sequence[_Running], policy_batch: int) -> list[dict[int, _Running]]:
@@ -248,9 +244,8 @@ def _predict(policy: Policy, call: Mapping[int, _Running], policy_batch: int) ->
     histories = {row: run.agent.history() for row, run in call.items()}
     padding = next(iter(histories.values()))
     rows = [histories.get(row, padding) for row in range(policy_batch)]
-    spare = [generators(row) for row in range(policy_batch)]
     pairs = [
-        (call[row].noise_generator, call[row].generator) if row in call else spare[row]
+        (call[row].noise_generator, call[row].generator) if row in call else generators(row)
         for row in range(policy_batch)
     ]
     obs = {key: np.stack([row[key] for row in rows]) for key in padding}

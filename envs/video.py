@@ -9,8 +9,8 @@ from pathlib import Path
 
 import av
 import numpy as np
-from action_diffusion.datasets.files import atomic_path
 
+from action_diffusion.datasets.files import atomic_path
 from action_diffusion.errors import InputError
 
 
@@ -51,9 +51,7 @@ def _encode(path: Path, frames: Iterable[np.ndarray], shape: tuple[int, ...], fp
         for frame in frames:
             frame = np.asarray(frame)
             if frame.dtype != np.uint8 or frame.shape != shape:
-                raise InputError(
-                    f"a video frame is {frame.dtype} {list(frame.shape)}; it must be uint8 {list(shape)}"
-                )
+                raise InputError(f"a video frame is {frame.dtype} {list(frame.shape)}; it must be uint8 {list(shape)}")
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))

@@ -83,9 +83,7 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
         state_dims=sizes,
         n_obs_steps=spec.n_obs_steps,
     )
-    denoiser = build(
-        "denoiser", config["denoiser"], action_dim=spec.action.shape[0], condition_dim=encoder.output_dim
-    )
+    denoiser = build("denoiser", config["denoiser"], action_dim=spec.action.shape[0], condition_dim=encoder.output_dim)
     denoiser.check_horizon(spec.horizon)
     process = build("process", config["process"])
     return DiffusionPolicy(

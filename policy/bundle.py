@@ -28,7 +28,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.registry import refuse_targets
@@ -80,9 +80,7 @@ def save(
         folder.chmod(0o755)
         _replace(folder, path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"could not write the bundle {path}: {error}; what was there before is kept"
-        ) from None
+        raise InputError(f"could not write the bundle {path}: {error}; what was there before is kept") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -179,9 +177,7 @@ def verify_golden(policy: DiffusionPolicy, path: Path) -> float:
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a readable safetensors file: {error}") from None
     obs = {key.removeprefix("obs."): value for key, value in golden.items() if key.startswith("obs.")}
-    found = policy.predict(
-        obs, noise=golden["noise"], generator=torch.Generator(policy.device).manual_seed(0)
-    )
+    found = policy.predict(obs, noise=golden["noise"], generator=torch.Generator(policy.device).manual_seed(0))
     statistics = policy.spec.normalizer["action"]
     span = np.maximum(np.subtract(statistics["max"], statistics["min"]), 1e-6)
     error = float((np.abs(found["action_pred"] - golden["action_pred"]) / span).max())
@@ -203,15 +199,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         present = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"device={device} is not there ({reason}): choose from {', '.join(present)}"
-        ) from None
+        raise InputError(f"device={device} is not there ({reason}): choose from {', '.join(present)}") from None
     return resolved
 
 
-def _golden(
-    policy: DiffusionPolicy, state: Mapping[str, Any], obs: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+def _golden(policy: DiffusionPolicy, state: Mapping[str, Any], obs: Mapping[str, np.ndarray]) -> dict[str, Any]:
     own = {key: value.clone() for key, value in policy.state_dict().items()}
     training = policy.training
     policy.load_state_dict(dict(state))
@@ -230,9 +222,7 @@ def _merge_sampler(own: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
     base = dict(own)
     if changes.get("scheduler", own["scheduler"]) != own["scheduler"]:
         # Options such as eta or timestep_spacing belong to one scheduler.
-        base = {
-            key: own[key] for key in ("scheduler", "num_inference_steps", "clip", "clip_range") if key in own
-        }
+        base = {key: own[key] for key in ("scheduler", "num_inference_steps", "clip", "clip_range") if key in own}
     return base | changes
 
 

@@ -51,14 +51,10 @@ class PlanarObject(nn.Module):
         super().__init__()
         _check_columns("planar_object", [*pose, *relative], n)
         if len(pose) != 3 or len(relative) % 2:
-            raise InputError(
-                "planar_object: pose takes three columns (x, y, angle), relative pairs of columns"
-            )
+            raise InputError("planar_object: pose takes three columns (x, y, angle), relative pairs of columns")
         self.pose, self.relative = list(pose), list(relative)
         self.others = [i for i in range(n) if i != self.pose[2]]
-        self.register_buffer(
-            "points", torch.tensor(points, dtype=torch.float32).view(-1, 2), persistent=False
-        )
+        self.register_buffer("points", torch.tensor(points, dtype=torch.float32).view(-1, 2), persistent=False)
         self.output_dim = n + 1 + 2 * len(self.points) + len(self.relative)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,6 +77,4 @@ class PlanarObject(nn.Module):
 def _check_columns(name: str, columns: Sequence[int], n: int) -> None:
     for column in columns:
         if not 0 <= column < n:
-            raise InputError(
-                f"features.{name}: column {column} does not exist in an observation of {n} values"
-            )
+            raise InputError(f"features.{name}: column {column} does not exist in an observation of {n} values")

@@ -93,9 +93,7 @@ class Solver:
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             output = (x - x0_hat) / step.b  # the scheduler's own sign: noise − x0
         time = self.scheduler.timesteps[step.index]
-        return self.scheduler.step(output, time, x, generator=generator, return_dict=False, **self._options)[
-            0
-        ]
+        return self.scheduler.step(output, time, x, generator=generator, return_dict=False, **self._options)[0]
 
     def transition(self, x0_hat: Tensor, x: Tensor, x_next: Tensor, step: Step) -> tuple[Tensor, float]:
         """Mean [B, H, A] and standard deviation of p(x_next | x), for log-probabilities.

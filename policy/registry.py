@@ -47,9 +47,7 @@ def refuse_targets(config: Any, where: str) -> None:
     if isinstance(config, Mapping):
         for key, value in config.items():
             if key == "_target_":
-                raise InputError(
-                    f"{where}: _target_ ({value}) is not allowed; components are built by their names"
-                )
+                raise InputError(f"{where}: _target_ ({value}) is not allowed; components are built by their names")
             refuse_targets(value, where)
     elif isinstance(config, list | tuple):
         for value in config:

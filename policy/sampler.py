@@ -135,9 +135,7 @@ class Sampler:
         self.clip_range = clip_range
         self.options = options
         try:
-            process.solver(
-                scheduler, num_inference_steps, **options
-            )  # a wrong option is refused now, not in use
+            process.solver(scheduler, num_inference_steps, **options)  # a wrong option is refused now, not in use
         except TypeError as error:
             raise InputError(f"sampler option not known to {scheduler}: {error}") from None
 
@@ -184,14 +182,10 @@ class Sampler:
             return stop.x0, chain
         return x, chain
 
-    def _estimate(
-        self, denoise: DenoiserCall, x: Tensor, step: Step, hooks: Sequence[Hook], grad: bool
-    ) -> StepState:
+    def _estimate(self, denoise: DenoiserCall, x: Tensor, step: Step, hooks: Sequence[Hook], grad: bool) -> StepState:
         differentiate = any(hook.needs_gradient for hook in hooks)
         if differentiate and torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "a sampling hook needs gradients: use torch.no_grad, not inference_mode, around sample"
-            )
+            raise RuntimeError("a sampling hook needs gradients: use torch.no_grad, not inference_mode, around sample")
         with torch.set_grad_enabled(grad or differentiate):
             if differentiate and not x.requires_grad:
                 x = x.detach().requires_grad_()
@@ -202,9 +196,7 @@ class Sampler:
         return value.clamp(-self.clip_range, self.clip_range) if self.clip == target else value
 
 
-def draw_noise(
-    shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal noise [B, H, A]. With a list of generators, row i depends on generator i alone."""
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:

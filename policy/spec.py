@@ -79,9 +79,7 @@ class PolicySpec:
     def from_json(cls, data: Mapping[str, Any], where: str) -> PolicySpec:
         """The inverse of `to_json`; `InputError` names what is missing or unknown. `where`: the file."""
         if data.get("format") != FORMAT:
-            raise InputError(
-                f"{where}: bundle format {data.get('format')!r}, this version reads format {FORMAT}"
-            )
+            raise InputError(f"{where}: bundle format {data.get('format')!r}, this version reads format {FORMAT}")
         try:
             fields = {key: data[key] for key in cls.__dataclass_fields__}
             fields["observations"] = {
@@ -98,9 +96,7 @@ class PolicySpec:
             )
         for key in (*(k for k, v in spec.observations.items() if v.kind == "state"), "action"):
             if key not in spec.normalizer:
-                raise InputError(
-                    f"{where}: no normaliser statistics for {key!r}; the bundle cannot be used without"
-                )
+                raise InputError(f"{where}: no normaliser statistics for {key!r}; the bundle cannot be used without")
         return spec
 
     def check(self, observations: Mapping[str, np.ndarray]) -> bool:
@@ -128,9 +124,7 @@ class PolicySpec:
                 raise InputError(f"observation {key!r}: either all observations have a batch axis or none")
             batched = value.shape != expected
             if spec.kind == "image" and value.dtype != np.uint8:
-                raise InputError(
-                    f"observation {key!r} has dtype {value.dtype}, images are uint8 from 0 to 255"
-                )
+                raise InputError(f"observation {key!r} has dtype {value.dtype}, images are uint8 from 0 to 255")
             if spec.kind == "state" and not np.isfinite(value).all():
                 raise InputError(f"observation {key!r} holds NaN or infinite values")
         return bool(batched)

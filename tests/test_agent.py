@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from action_diffusion.policy.agent import Agent
 from hypothesis import given
 from hypothesis import strategies as st
 
 from action_diffusion.errors import InputError
+from action_diffusion.policy.agent import Agent
 
 
 def observation(t: int) -> dict[str, np.ndarray]:

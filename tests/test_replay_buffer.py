@@ -58,9 +58,7 @@ def write_foreign(path: Path, buffer: ReplayBuffer, *, prefix: str = "", zarr_fo
             array = buffer[key][:]
             chunks = (3, *array.shape[1:])
             root.create_array(f"data/{key}", shape=array.shape, dtype=array.dtype, chunks=chunks)[:] = array
-        root.create_array("meta/episode_ends", shape=(buffer.n_episodes,), dtype="i8")[:] = (
-            buffer.episode_ends
-        )
+        root.create_array("meta/episode_ends", shape=(buffer.n_episodes,), dtype="i8")[:] = buffer.episode_ends
     root.attrs.update(buffer.attrs)
     if folder != path:
         shutil.make_archive(str(path.with_suffix("")), "zip", folder)
@@ -69,9 +67,7 @@ def write_foreign(path: Path, buffer: ReplayBuffer, *, prefix: str = "", zarr_fo
 @pytest.mark.parametrize("name", ["plain", "packed.zip"])
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
 @settings(max_examples=8, deadline=None)
-def test_what_is_saved_comes_back(
-    tmp_path_factory: pytest.TempPathFactory, name: str, lengths: list[int]
-) -> None:
+def test_what_is_saved_comes_back(tmp_path_factory: pytest.TempPathFactory, name: str, lengths: list[int]) -> None:
     buffer = in_memory(*lengths)
     path = tmp_path_factory.mktemp("saved") / name
     buffer.save(path)
@@ -108,9 +104,7 @@ def test_rows_are_indexed_as_in_numpy(tmp_path: Path) -> None:
 
 def test_chunks_are_about_a_megabyte(tmp_path: Path) -> None:
     frames = np.zeros((80, 96, 96, 3), np.uint8)
-    ReplayBuffer.from_arrays({"img": frames, "action": np.zeros((80, 2), np.float32)}, [80]).save(
-        tmp_path / "a"
-    )
+    ReplayBuffer.from_arrays({"img": frames, "action": np.zeros((80, 2), np.float32)}, [80]).save(tmp_path / "a")
     data = zarr.open_group(tmp_path / "a", mode="r")["data"]
     assert data["img"].chunks == (37, 96, 96, 3)
     assert data["action"].chunks[0] * 8 == 1 << 20
@@ -142,9 +136,7 @@ def test_an_append_adds_one_episode(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("on_disk", [True, False])
-def test_an_episode_that_does_not_fit_is_refused(
-    tmp_path: Path, change: Callable, message: str, on_disk: bool
-) -> None:
+def test_an_episode_that_does_not_fit_is_refused(tmp_path: Path, change: Callable, message: str, on_disk: bool) -> None:
     buffer = in_memory(4)
     if on_disk:
         buffer.save(tmp_path / "a")
@@ -224,9 +216,7 @@ for number in range(10_000):
 
 def test_a_killed_recorder_loses_no_finished_episode(tmp_path: Path) -> None:
     path = tmp_path / "recorded"
-    with subprocess.Popen(
-        [sys.executable, "-c", _RECORDER, str(path)], stdout=subprocess.PIPE, text=True
-    ) as recorder:
+    with subprocess.Popen([sys.executable, "-c", _RECORDER, str(path)], stdout=subprocess.PIPE, text=True) as recorder:
         assert recorder.stdout
         finished = 0
         for line in recorder.stdout:
@@ -275,9 +265,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     for name in ("folder", "packed.zip"):
         in_memory(4).save(tmp_path / name)
         with monkeypatch.context() as patched:
-            patched.setattr(
-                os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-            )
+            patched.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             with pytest.raises(InputError, match="No space left"):
                 in_memory(4, 2).save(tmp_path / name)
         assert_same(ReplayBuffer.open(tmp_path / name), in_memory(4))
@@ -290,7 +278,7 @@ def test_a_column_can_be_added_without_writing() -> None:
     assert "more" in extended
     assert "more" not in buffer
     assert extended.episode(1)["more"].tolist() == [4, 5]
-    with pytest.raises(InputError, match="5 rows"):
+    with pytest.raises(InputError, match="row 6, but the arrays have 5 rows"):
         buffer.with_column("more", np.arange(5))
 
 
@@ -325,15 +313,21 @@ def chunk(path: Path, key: str) -> Path:
 @pytest.mark.parametrize(
     ("plant", "message"),
     [
-        (lambda path: rewrite(path, "data/state", np.zeros((9, 3))), "row 10, but data/state has 9 rows"),
-        (lambda path: rewrite(path, "data/state", np.zeros((12, 3))), "unequal length .*state 12"),
+        (
+            lambda path: rewrite(path, "data/state", np.zeros((9, 3))),
+            r"unequal length \(action 10, img 10, state 9 rows\)",
+        ),
+        (
+            lambda path: rewrite(path, "data/state", np.zeros((12, 3))),
+            "unequal length .*state 12 rows.*episode_ends says 10",
+        ),
         (
             lambda path: rewrite(path, "meta/episode_ends", np.array([4, 9])),
-            "stops at row 9, .* have 10 rows",
+            "stops at row 9, but the arrays have 10 rows",
         ),
         (
             lambda path: rewrite(path, "meta/episode_ends", np.array([4, 11])),
-            "row 11, but data/.* has 10 rows",
+            "goes up to row 11, but the arrays have 10 rows",
         ),
         (
             lambda path: rewrite(path, "meta/episode_ends", np.array([4, 3, 10])),
@@ -371,9 +365,7 @@ def chunk(path: Path, key: str) -> Path:
         (lambda path: chunk(path, "img").unlink(), "data/img lacks 1 of 1 chunks"),
     ],
 )
-def test_planted_faults_in_a_folder_are_named_in_one_line(
-    tmp_path: Path, plant: Callable, message: str
-) -> None:
+def test_planted_faults_in_a_folder_are_named_in_one_line(tmp_path: Path, plant: Callable, message: str) -> None:
     path = tmp_path / "planted"
     in_memory(4, 6).save(path)
     plant(path)
@@ -423,7 +415,7 @@ def test_what_is_no_buffer_at_all_is_named(tmp_path: Path) -> None:
 
 def test_arrays_in_memory_are_checked_too() -> None:
     for arrays, ends, message in [
-        ({"a": np.zeros((4, 1)), "b": np.zeros((3, 1))}, [4], "data/b has 3 rows"),
+        ({"a": np.zeros((4, 1)), "b": np.zeros((3, 1))}, [4], "unequal length .a 4, b 3 rows."),
         ({"a": np.zeros((4, 1))}, [2, 2, 4], "episode 1 is empty"),
         ({"a": np.array([None] * 4)}, [4], "object"),
         ({}, [4], "no arrays"),

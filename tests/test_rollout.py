@@ -11,10 +11,10 @@ import av
 import numpy as np
 import pytest
 import torch
+
 from action_diffusion.envs import make
 from action_diffusion.envs.rollout import Episode, replay, rollout
 from action_diffusion.envs.video import write_video
-
 from action_diffusion.errors import InputError
 
 TO, TA, HORIZON = 2, 4, 8

@@ -60,9 +60,7 @@ def test_windows_are_those_of_a_naive_loop(episode_lengths: list[int], shape: di
 
 
 @given(lengths, shapes())
-def test_now_is_a_real_row_and_padding_repeats_the_ends(
-    episode_lengths: list[int], shape: dict[str, int]
-) -> None:
+def test_now_is_a_real_row_and_padding_repeats_the_ends(episode_lengths: list[int], shape: dict[str, int]) -> None:
     ends = np.cumsum(episode_lengths)
     windows = make_windows(ends, **shape)
     indices = np.arange(len(windows))
@@ -70,9 +68,7 @@ def test_now_is_a_real_row_and_padding_repeats_the_ends(
     now = shape["n_obs_steps"] - 1
     assert mask[:, now].all()
     assert (rows[:, now] == windows.now(indices)).all()
-    assert (
-        np.searchsorted(ends, rows, side="right") == np.searchsorted(ends, rows[:, :1], side="right")
-    ).all()
+    assert (np.searchsorted(ends, rows, side="right") == np.searchsorted(ends, rows[:, :1], side="right")).all()
     assert (np.diff(rows, axis=1)[mask[:, 1:] & mask[:, :-1]] == 1).all()
     # every first row of an episode is "now" once, so that a policy has seen how episodes begin
     assert set(np.concatenate([[0], ends[:-1]])) <= set(rows[:, now])
@@ -100,9 +96,7 @@ def test_the_picture_in_the_documentation() -> None:
 
 
 def test_no_episodes_give_no_windows() -> None:
-    windows = make_windows(
-        np.array([4]), horizon=4, n_obs_steps=1, n_action_steps=2, episodes=np.zeros(0, int)
-    )
+    windows = make_windows(np.array([4]), horizon=4, n_obs_steps=1, n_action_steps=2, episodes=np.zeros(0, int))
     assert len(windows) == 0
 
 

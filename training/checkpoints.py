@@ -58,9 +58,7 @@ def save_checkpoint(
             shutil.rmtree(path)
         os.replace(folder, path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"could not write the checkpoint {path}: {error}; earlier checkpoints are kept"
-        ) from None
+        raise InputError(f"could not write the checkpoint {path}: {error}; earlier checkpoints are kept") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return path
@@ -97,9 +95,7 @@ def restore_optimizer(
         state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, numbers["param_groups"], strict=True):
-        group.update(
-            {key: tuple(v) if isinstance(v, list) and key == "betas" else v for key, v in saved.items()}
-        )
+        group.update({key: tuple(v) if isinstance(v, list) and key == "betas" else v for key, v in saved.items()})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -28,9 +28,7 @@ def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, 
         raise unknown("key of the buffer for task.action.source", source, buffer.keys, buffer.name)
     shape = tuple(buffer[source].shape[1:])
     if len(shape) != 1:
-        raise InputError(
-            f"{buffer.name}: {source!r} has shape [N, {', '.join(map(str, shape))}], actions are [N, A]"
-        )
+        raise InputError(f"{buffer.name}: {source!r} has shape [N, {', '.join(map(str, shape))}], actions are [N, A]")
     named = task.get("observations") or _found(buffer, source)
     observations = {key: _observation(key, dict(options), buffer) for key, options in named.items()}
     return PolicySpec(
@@ -56,9 +54,7 @@ def _found(buffer: ReplayBuffer, action: str) -> dict[str, dict[str, Any]]:
         is_image = column.ndim == 4 and column.shape[-1] == 3
         found[key] = {"source": key, "kind": "image" if is_image else "state"}
     if not found:
-        raise InputError(
-            f"{buffer.name} holds no observations beside {action!r}: its keys are {sorted(buffer.keys)}"
-        )
+        raise InputError(f"{buffer.name} holds no observations beside {action!r}: its keys are {sorted(buffer.keys)}")
     return found
 
 
@@ -77,9 +73,7 @@ def _observation(key: str, options: dict[str, Any], buffer: ReplayBuffer) -> Obs
     elif kind == "state":
         if columns is not None:
             if len(shape) != 1 or not all(0 <= c < shape[0] for c in columns):
-                raise InputError(
-                    f"observation {key!r}: columns {columns} do not exist in {source!r} of {list(shape)}"
-                )
+                raise InputError(f"observation {key!r}: columns {columns} do not exist in {source!r} of {list(shape)}")
             shape = (len(columns),)
     else:
         raise unknown(f"kind of observation {key!r}", kind, ("state", "image"))

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress, TaskID
+
 from action_diffusion.envs.base import Env
 from action_diffusion.envs.rollout import Episode, Policy, replay, rollout
 from action_diffusion.envs.video import write_video
+from action_diffusion.errors import InputError
 from action_diffusion.policy.bundle import versions
 from action_diffusion.training.offline import evaluate_offline
 from action_diffusion.training.report import Clip, read_metrics, write_report
@@ -29,13 +32,8 @@ from action_diffusion.training.results import (
     write_results,
 )
 from action_diffusion.training.statistics import bootstrap_interval, wilson_interval
-from rich.progress import Progress, TaskID
 
-from action_diffusion.errors import InputError
-
-SCORE_DEFINITION = (
-    "The score of an episode is its maximum reward, in [0, 1]; success is a score that reaches 1."
-)
+SCORE_DEFINITION = "The score of an episode is its maximum reward, in [0, 1]; success is a score that reaches 1."
 
 
 def evaluate(
@@ -155,9 +153,7 @@ def _film(
             frames = _counted(replay(env=env, episode=episode), bars, task)
             try:
                 write_video(clip.path, frames, fps=env.control_rate)
-            except (
-                RuntimeError
-            ) as error:  # a simulator that does not repeat itself: no video beats a wrong one
+            except RuntimeError as error:  # a simulator that does not repeat itself: no video beats a wrong one
                 warnings.warn(f"no video of seed {episode.seed}: {error}", stacklevel=2)
                 continue
             clips.append(clip)

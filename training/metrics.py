@@ -14,9 +14,7 @@ from action_diffusion.errors import InputError
 class MetricsLog:
     """Appends a JSON object a line, each with "step"; whole lines only, so that a kill leaves a readable file."""
 
-    def __init__(
-        self, output_dir: Path, *, tensorboard: bool = False, wandb: str | None = None, run_name: str = ""
-    ):
+    def __init__(self, output_dir: Path, *, tensorboard: bool = False, wandb: str | None = None, run_name: str = ""):
         output_dir.mkdir(parents=True, exist_ok=True)
         self.path = output_dir / "metrics.jsonl"
         _end_line(self.path)

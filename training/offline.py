@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
+
 from action_diffusion.envs.rollout import Policy, generators
+from action_diffusion.errors import InputError
 from action_diffusion.policy.bundle import versions
 from action_diffusion.training.plots import plot_chunks
 from action_diffusion.training.report import read_metrics, write_offline_report
 from action_diffusion.training.results import plain, ranks, showing, write_results
-from rich.progress import Progress
-
-from action_diffusion.errors import InputError
 
 Batches = Iterable[tuple[Mapping[str, np.ndarray], np.ndarray, np.ndarray]]
 
@@ -37,8 +37,7 @@ def evaluate_offline(
     metrics_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compare one sampled chunk with the demonstrated one for every held-out window, and write what came of
-    it.
+    """Compare a sampled chunk with the demonstrated one for every held-out window, and write what came of it.
 
     Writes results.json (what is returned) and report.html into `output_dir`. Errors count the steps that
     would be executed and are not padding; `relative` ones are shares of each dimension's range in the
@@ -55,24 +54,27 @@ def evaluate_offline(
         progress: a bar is added to this one; without it, one is shown on stderr.
 
     Returns:
-        `task`, `n_windows`, `n_steps`, `n_action_steps`, `names`, `relative_error` (the mean over dimensions
-        of mean absolute error over range; None where every dimension is constant), `errors` (by name: `mae`,
-        `rmse`, `range`, `relative_mae`, `relative_rmse`), `steps_ahead` [H], `mae_ahead` [H][A],
-        `relative_ahead` [H] (None where no step is left or every dimension is constant), `settings`,
-        `versions`, `seconds`.
+        `task`, `n_windows`, `n_steps`, `n_action_steps`, `names`, `action_error` (mean absolute error, in the
+        data's units, averaged over dimensions), `action_error_relative` (the same as a share of range; None
+        where every dimension is constant), `errors` (by name: `mae`, `rmse`, `range`, `relative_mae`,
+        `relative_rmse`), `steps_ahead` [H], `mae_ahead` [H][A], `relative_ahead` [H] (None where no step is
+        left or every dimension is constant), `settings`, `versions`, `seconds`.
 
     Raises:
-        InputError: for no windows, shapes that do not fit together, actions or chunks that are not finite,
-            unreadable metrics, or a disk that does not take the files.
+        InputError: for no windows or plots, names that are not one for each dimension, shapes that do not fit
+            together, actions or chunks that are not finite, unreadable metrics, or a disk that does not take
+            the files.
     """
     folder = Path(output_dir)
+    if n_plots < 1:
+        raise InputError(f"n_plots is {n_plots}; it must be at least 1")
     settings = plain({**settings, "noise_seed": seed})
     metrics = read_metrics(Path(metrics_file)) if metrics_file is not None else []
     began = time.perf_counter()
     predicted, demonstrated, mask = _sample(policy, batches, seed, progress)
     names = list(names) or [f"action {index}" for index in range(demonstrated.shape[2])]
-    if len(names) != demonstrated.shape[2]:
-        raise InputError(f"{len(names)} names for {demonstrated.shape[2]} action dimensions")
+    if len(set(names)) != demonstrated.shape[2]:
+        raise InputError(f"{len(set(names))} different names for {demonstrated.shape[2]} action dimensions")
     now, count = policy.spec.n_obs_steps - 1, policy.spec.n_action_steps
     executed = mask.copy()
     executed[:, :now] = executed[:, now + count :] = False
@@ -159,22 +161,18 @@ def _by_dimension(error: np.ndarray, span: np.ndarray, names: Sequence[str]) -> 
         for index, name in enumerate(names)
     }
     relative = float((mae[varies] / span[varies]).mean()) if varies.any() else None
-    return {"relative_error": relative, "errors": errors}
+    return {"action_error": float(mae.mean()), "action_error_relative": relative, "errors": errors}
 
 
 def _by_step(error: np.ndarray, mask: np.ndarray, span: np.ndarray, now: int) -> dict[str, Any]:
     """Mean of `error` [N, H, A] at every step of a chunk, counted from now, without padding."""
     varies = span > 0
-    mae = [
-        error[mask[:, step], step].mean(axis=0) if mask[:, step].any() else None
-        for step in range(mask.shape[1])
-    ]
+    mae = [error[mask[:, step], step].mean(axis=0) if mask[:, step].any() else None for step in range(mask.shape[1])]
     return {
         "steps_ahead": [step - now for step in range(mask.shape[1])],
         "mae_ahead": [None if row is None else row.tolist() for row in mae],
         "relative_ahead": [
-            None if row is None or not varies.any() else float((row[varies] / span[varies]).mean())
-            for row in mae
+            None if row is None or not varies.any() else float((row[varies] / span[varies]).mean()) for row in mae
         ],
     }
 
@@ -183,9 +181,9 @@ def _choose(error: np.ndarray, executed: np.ndarray, span: np.ndarray, count: in
     """Windows to plot, evenly by their mean relative error over executed steps."""
     scale = np.where(span > 0, span, np.inf)
     steps = executed.sum(axis=1)
-    mean = ((error / scale).mean(axis=2) * executed).sum(axis=1) / np.maximum(steps, 1)
+    total = np.where(executed, (error / scale).mean(axis=2), 0.0).sum(axis=1)
+    mean = total / np.maximum(steps, 1)
     order = [index for index in np.argsort(mean, kind="stable").tolist() if steps[index]]
     return [
-        (label, order[rank])
-        for label, rank in ranks(len(order), count, first="Lowest error", last="Highest error")
+        (label, order[rank]) for label, rank in ranks(len(order), count, first="Lowest error", last="Highest error")
     ]

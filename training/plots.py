@@ -160,9 +160,7 @@ def plot_chunks(
                 axes = grid[row, column]
                 _shade(axes, n_action_steps)
                 axes.plot(ahead, shown[column, :, row], color=INK, label="demonstrated")
-                axes.plot(
-                    ahead, predicted[column, :, row], color=FIRST, label="predicted", marker="o", ms=2.5
-                )
+                axes.plot(ahead, predicted[column, :, row], color=FIRST, label="predicted", marker="o", ms=2.5)
         for axes, title in zip(grid[0], titles, strict=False):
             axes.set_title(title, fontsize=9)
         for axes in grid[-1]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from action_diffusion.training import page, plots
 
 from action_diffusion.errors import InputError
+from action_diffusion.training import page, plots
 
 EMBED_LIMIT = 2 * 1024**2
 """Videos of at least this many bytes are linked, not embedded."""
@@ -61,9 +61,7 @@ def write_report(
     low, high = results["mean_interval"]
     least, most = results["success_interval"]
     cards = [
-        page.card(
-            "Mean score", f"{results['mean_score']:.3f}", f"95 % interval {low:.3f} to {high:.3f} (bootstrap)"
-        ),
+        page.card("Mean score", f"{results['mean_score']:.3f}", f"95 % interval {low:.3f} to {high:.3f} (bootstrap)"),
         page.card(
             "Success rate",
             _percent(results["success_rate"]),
@@ -94,7 +92,7 @@ def write_offline_report(
     path: Path, *, results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], chunks: bytes
 ) -> None:
     """Write the page for the `results` of `evaluation.evaluate_offline`; `chunks`: `plot_chunks`."""
-    error, n = _percent(results["relative_error"]), results["n_windows"]
+    error, n = _percent(results["action_error_relative"]), results["n_windows"]
     count = results["n_action_steps"]
     cards = [
         page.card("Mean action error", error, "of each dimension's range in the held-out data"),
@@ -116,9 +114,7 @@ def write_offline_report(
     table = f'<div class="card scroll">{page.number_table(heads, rows)}</div>'
     body = [page.grid(cards), page.note(_NO_SIMULATOR), page.section("Error by action dimension", table)]
     ahead = [
-        pair
-        for pair in zip(results["steps_ahead"], results["relative_ahead"], strict=True)
-        if pair[1] is not None
+        pair for pair in zip(results["steps_ahead"], results["relative_ahead"], strict=True) if pair[1] is not None
     ]
     if ahead:
         curve = plots.plot_error_ahead(*zip(*ahead, strict=True), n_action_steps=count)

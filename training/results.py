@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from action_diffusion.datasets.files import atomic_path
-from action_diffusion.training.statistics import paired_interval, spread
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from action_diffusion.datasets.files import atomic_path
 from action_diffusion.errors import InputError
+from action_diffusion.training.statistics import paired_interval, spread
 
 _NAMES = ("task", "n_episodes", "mean_score", "success_rate", "scores", "seeds")
 
@@ -76,9 +76,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"cannot read results from {path}: {error}") from None
     if missing:
-        raise InputError(
-            f"{path} is not the result of an evaluation in simulation: it has no {', '.join(missing)}"
-        )
+        raise InputError(f"{path} is not the result of an evaluation in simulation: it has no {', '.join(missing)}")
     return results
 
 
@@ -93,9 +91,7 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(settings, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"the settings must be plain data (numbers, strings, lists, dictionaries): {error}"
-        ) from None
+        raise InputError(f"the settings must be plain data (numbers, strings, lists, dictionaries): {error}") from None
 
 
 def ranks(n: int, count: int, *, first: str, last: str) -> list[tuple[str, int]]:
@@ -120,9 +116,7 @@ def _require_same_starts(results: Sequence[Mapping[str, Any]]) -> None:
     first = results[0]
     for other in results[1:]:
         if other["task"] != first["task"]:
-            raise InputError(
-                f"results of different tasks do not compare: {first['task']} and {other['task']}"
-            )
+            raise InputError(f"results of different tasks do not compare: {first['task']} and {other['task']}")
         if other["seeds"] != first["seeds"]:
             raise InputError(
                 f"results on different starts do not compare: {_range(first['seeds'])} and "

@@ -23,12 +23,8 @@ def recall(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str],
         earlier = json.loads(file.read_text())
         words, folder = [str(word) for word in earlier["overrides"]], earlier["config_dir"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file} cannot be read ({error}): give all options again, into another output_dir"
-        ) from None
-    return [word for word in words if word.partition("=")[0] not in given] + list(
-        overrides
-    ), config_dir or folder
+        raise InputError(f"{file} cannot be read ({error}): give all options again, into another output_dir") from None
+    return [word for word in words if word.partition("=")[0] not in given] + list(overrides), config_dir or folder
 
 
 def remember(config: dict[str, Any], overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:

@@ -81,16 +81,8 @@ def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
     cache_dir = _path(config["dataset"]["cache_dir"])
     buffer = ReplayBuffer.open(resolve(config["data"], cache_dir=cache_dir))
     task = config["task"]
-    wanted = {
-        o.get("source") or key
-        for key, o in (task.get("observations") or {}).items()
-        if o.get("kind") == "image"
-    }
-    if (
-        wanted - set(buffer.keys)
-        and (task.get("env") or {}).get("name") == "pusht"
-        and "state" in buffer.keys
-    ):
+    wanted = {o.get("source") or key for key, o in (task.get("observations") or {}).items() if o.get("kind") == "image"}
+    if wanted - set(buffer.keys) and (task.get("env") or {}).get("name") == "pusht" and "state" in buffer.keys:
         from action_diffusion.envs.pusht import render_states
 
         for key in wanted - set(buffer.keys):
@@ -134,9 +126,7 @@ def _output_dir(config: Mapping[str, Any]) -> Path:
     if config["resume"] and not given:
         raise InputError("resume=true needs output_dir=DIR, the folder of the run to go on with")
     if not config["resume"] and "RANK" not in os.environ and (path / "metrics.jsonl").exists():
-        raise InputError(
-            f"{path} already holds a run: give resume=true to go on with it, or another output_dir"
-        )
+        raise InputError(f"{path} already holds a run: give resume=true to go on with it, or another output_dir")
     path.mkdir(parents=True, exist_ok=True)
     checkpoints.clean(path)
     return path
@@ -161,9 +151,7 @@ def _device(config: Mapping[str, Any]) -> torch.device:
     return bundles.resolve_device(config["device"])
 
 
-def _load(
-    config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device
-) -> tuple[PolicySpec, TrainingData]:
+def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device) -> tuple[PolicySpec, TrainingData]:
     dataset = config["dataset"]
     spec = describe(config["task"], buffer, bundles.versions())
     data = prepare(
@@ -179,15 +167,11 @@ def _load(
     return spec, data
 
 
-def _policy(
-    config: Mapping[str, Any], spec: PolicySpec, data: TrainingData
-) -> tuple[PolicySpec, DiffusionPolicy]:
+def _policy(config: Mapping[str, Any], spec: PolicySpec, data: TrainingData) -> tuple[PolicySpec, DiffusionPolicy]:
     """A new policy, or one that starts from the weights and the statistics of `init`."""
     torch.manual_seed(config["seed"])
     if config["init"] is None:
-        statistics = fit_normalizer(
-            config["policy"], spec, lambda key: data.train.values(key)[data.train_rows]
-        )
+        statistics = fit_normalizer(config["policy"], spec, lambda key: data.train.values(key)[data.train_rows])
         spec = replace(spec, normalizer=statistics)
         return spec, build_policy(config["policy"], spec)
     path = Path(config["init"])
@@ -233,9 +217,7 @@ def _trainer(
         plain = {**config, "output_dir": str(output_dir)}
         (output_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
         project = settings.wandb_project if settings.wandb else None
-        metrics = MetricsLog(
-            output_dir, tensorboard=settings.tensorboard, wandb=project, run_name=output_dir.name
-        )
+        metrics = MetricsLog(output_dir, tensorboard=settings.tensorboard, wandb=project, run_name=output_dir.name)
     reference = data.held_out if data.held_out is not None else data.train
     validation = Validation(policy, reference, count=config["dataset"]["val_windows"])
     rollouts = None
@@ -244,9 +226,7 @@ def _trainer(
     cameras = [spec.observations[key].shape for key in spec.camera_order]
     crop = getattr(policy.encoder, "crop", None) if cameras else None
     fused = crop is not None and getattr(policy.encoder, "resize", None) is None and len(set(cameras)) == 1
-    golden = {
-        key: value[0].cpu().numpy() for key, value in reference.gather(validation.indices[:1]).obs.items()
-    }
+    golden = {key: value[0].cpu().numpy() for key, value in reference.gather(validation.indices[:1]).obs.items()}
     return Trainer(
         policy=policy,
         source=StepBatches(
@@ -262,9 +242,7 @@ def _trainer(
         output_dir=output_dir,
         seed=config["seed"],
         metrics=metrics,
-        write_bundle=lambda path, weights: bundles.save(
-            path, policy, config, weights=weights, golden_obs=golden
-        ),
+        write_bundle=lambda path, weights: bundles.save(path, policy, config, weights=weights, golden_obs=golden),
         validate=validation if settings.validate_every else None,
         rollout=rollouts,
     )

@@ -53,9 +53,7 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.log_every > 10:
-            raise InputError(
-                f"train.log_every={self.log_every} must be at most 10: metrics.jsonl promises that"
-            )
+            raise InputError(f"train.log_every={self.log_every} must be at most 10: metrics.jsonl promises that")
         for name in ("checkpoint_every", "validate_every", "rollout_every", "keep_best", "warmup"):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name}={getattr(self, name)} must not be negative (0 turns it off)")

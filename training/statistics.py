@@ -29,9 +29,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
     """
     if n < 1 or not 0 <= successes <= n:
-        raise InputError(
-            f"{successes} successes in {n} trials; need at least one trial and 0 <= successes <= n"
-        )
+        raise InputError(f"{successes} successes in {n} trials; need at least one trial and 0 <= successes <= n")
     z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
     centre = (successes + z2 / 2) / (n + z2)
     half = math.sqrt(z2 * (successes * (n - successes) / n + z2 / 4)) / (n + z2)
@@ -71,9 +69,7 @@ def paired_interval(
     """
     first, second = _checked(a), _checked(b)
     if len(first) != len(second):
-        raise InputError(
-            f"a paired interval needs the same starts: {len(first)} values against {len(second)}"
-        )
+        raise InputError(f"a paired interval needs the same starts: {len(first)} values against {len(second)}")
     return bootstrap_interval(first - second, seed=seed)
 
 

@@ -105,8 +105,7 @@ class Trainer:
         # `steps_per_epoch` needs the global batch
         self.steps_per_epoch = max(
             1,
-            len(source)
-            // (settings.batch_size * accelerator.num_processes * settings.gradient_accumulation_steps),
+            len(source) // (settings.batch_size * accelerator.num_processes * settings.gradient_accumulation_steps),
         )
         self._stop_requested = False
 
@@ -184,11 +183,7 @@ class Trainer:
 
     def _spent(self) -> bool:
         """All processes stop at the same step, though their clocks differ."""
-        return (
-            self._any_process(self.share >= 1.0)
-            if self.settings.max_minutes is not None
-            else self.share >= 1.0
-        )
+        return self._any_process(self.share >= 1.0) if self.settings.max_minutes is not None else self.share >= 1.0
 
     def _stop_together(self) -> bool:
         return self._any_process(self._stop_requested)
@@ -196,9 +191,7 @@ class Trainer:
     def _any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
             return flag
-        return bool(
-            self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item() > 0
-        )
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)).item() > 0)
 
     # -- now and then -----------------------------------------------------------------------------------------
 
@@ -262,9 +255,7 @@ class Trainer:
                 "seconds": self.progress.seconds,
                 "merit": self.progress.merit,
                 "ema_step": self.ema.optimization_step,
-                "scaler": self.accelerator.scaler.state_dict()
-                if self.accelerator.scaler is not None
-                else None,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             }
             checkpoints.save_checkpoint(
                 self.output_dir,

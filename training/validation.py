@@ -14,7 +14,7 @@ from action_diffusion.datasets.batches import BatchSource
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.data import held_out_indices
-from action_diffusion.training.evaluation import evaluate_offline
+from action_diffusion.training.offline import evaluate_offline
 
 ROLLOUT_SEED = 50_000
 """First start of the rollouts in training: neither the demonstrations' (from 0) nor the evaluation's (from 100000)."""
@@ -26,9 +26,7 @@ class Validation:
     The error is in the data's units, averaged over action dimensions; the same windows, times and noise each time.
     """
 
-    def __init__(
-        self, policy: DiffusionPolicy, source: BatchSource, *, count: int = 256, batch_size: int = 64
-    ):
+    def __init__(self, policy: DiffusionPolicy, source: BatchSource, *, count: int = 256, batch_size: int = 64):
         self.policy, self.source = policy, source
         self.indices = held_out_indices(source, count)
         self.batches = np.array_split(self.indices, max(1, len(self.indices) // batch_size))

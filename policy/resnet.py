@@ -1,0 +1,140 @@
+"""ResNets without classifier and without batch statistics, for camera frames.
+
+The blocks are torchvision's (He et al. 2016), with BatchNorm replaced by GroupNorm (Wu & He 2018): the weights that run
+are an average over training steps (EMA), and batch statistics do not survive averaging (Chi et al. 2023). The trunk is
+a `Sequential` in torchvision's order, so that its weights, and those of policies built on it, find their places:
+
+    0 convolution   1 norm   2 ReLU   3 max pool   4 5 6 7 stages, each but the first halves height and width
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from action_diffusion.errors import InputError, unknown
+
+
+class _Kind(NamedTuple):
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, int, int, int]
+
+
+BACKBONES = {
+    "resnet18": _Kind(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": _Kind(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": _Kind(Bottleneck, (3, 4, 6, 3)),
+}
+
+
+class ResNet(nn.Sequential):
+    """The trunk of a ResNet: images [N, 3, h, w] to features [N, out_channels, ceil(h / stride), ceil(w / stride)].
+
+    width: scales all channels; half the width is about a quarter of the work. With 1, the stages have 64, 128, 256 and
+    512 channels (four times that in resnet50), as in the paper. stages: how many of the four there are; without the
+    last, a small frame keeps a feature map twice as fine (stride 16, not 32). group_norm_channels: channels that are
+    normalised together. Convolutions start as in He et al. (2015), fan-out.
+    Raises `InputError` for an unknown backbone, a number of stages out of range, and groups that do not divide.
+    """
+
+    def __init__(self, *, backbone: str, width: float = 1.0, stages: int = 4, group_norm_channels: int = 16):
+        if backbone not in BACKBONES:
+            raise unknown("encoder.backbone", backbone, BACKBONES)
+        if stages not in (1, 2, 3, 4):
+            raise InputError(f"encoder.stages={stages}: expected 1 to 4")
+        channels = round(64 * width)
+        if group_norm_channels < 1 or channels < 1 or channels % group_norm_channels:
+            raise InputError(
+                f"encoder.width={width} gives {channels} channels, expected a multiple of "
+                f"encoder.group_norm_channels={group_norm_channels}"
+            )
+        kind = BACKBONES[backbone]
+        norm = partial(_group_norm, group_norm_channels)
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False),
+            norm(channels),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+        ]
+        entering = channels
+        for stage, depth in enumerate(kind.depths[:stages]):
+            planes = channels * 2**stage
+            layers.append(_stage(kind.block, entering, planes, depth, 1 if stage == 0 else 2, norm))
+            entering = planes * kind.block.expansion
+        super().__init__(*layers)
+        self.out_channels = entering
+        self.stride = 4 * 2 ** (stages - 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def load_weights(trunk: nn.Sequential, path: str | Path, *, described: str) -> None:
+    """Copy torchvision ResNet weights, a safetensors file, into `trunk`; `described` names the trunk in errors.
+
+    Convolutions are taken as they are, and scales and shifts of BatchNorm go to GroupNorm. Its running statistics have
+    no place here, nor has the classifier `fc`. Everything else must match, in name and shape.
+    Raises `InputError` for an unreadable file, and for the first weight that differs, naming both sides.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"encoder.weights={path}: not a readable safetensors file: {error}") from None
+    given = {_trunk_name(name): value for name, value in state.items() if _belongs(name)}
+    own = trunk.state_dict()
+    for name in (*own, *given):
+        if _shape(own, name) != _shape(given, name):
+            raise InputError(
+                f"encoder.weights={path} does not fit {described}: {_torchvision_name(name)} is "
+                f"{_shape(given, name)} in the file, {_shape(own, name)} in the network"
+            )
+    trunk.load_state_dict(given)
+
+
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck],
+    entering: int,
+    planes: int,
+    depth: int,
+    stride: int,
+    norm: partial[nn.GroupNorm],
+) -> nn.Sequential:
+    leaving = planes * block.expansion
+    shortcut = None
+    if stride != 1 or entering != leaving:
+        shortcut = nn.Sequential(nn.Conv2d(entering, leaving, kernel_size=1, stride=stride, bias=False), norm(leaving))
+    first = block(entering, planes, stride, shortcut, norm_layer=norm)
+    return nn.Sequential(first, *(block(leaving, planes, norm_layer=norm) for _ in range(depth - 1)))
+
+
+def _group_norm(channels_per_group: int, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // channels_per_group, channels)
+
+
+_PLACES = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+
+
+def _belongs(name: str) -> bool:
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return name.partition(".")[0] != "fc" and name.rpartition(".")[2] not in statistics
+
+
+def _trunk_name(name: str) -> str:
+    """layer2.0.conv1.weight → 5.0.conv1.weight; a name that torchvision does not use stays as it is."""
+    head, _, rest = name.partition(".")
+    return f"{_PLACES.get(head, head)}.{rest}"
+
+
+def _torchvision_name(name: str) -> str:
+    head, _, rest = name.partition(".")
+    return f"{ {place: known for known, place in _PLACES.items()}.get(head, head) }.{rest}"
+
+
+def _shape(weights: dict[str, Tensor], name: str) -> str:
+    return str(list(weights[name].shape)) if name in weights else "missing"

@@ -1,0 +1,96 @@
+"""Normalisation and the fixed features before it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from action_diffusion.errors import InputError
+from action_diffusion.policy.features import PlanarObject, SinCos
+from action_diffusion.policy.normalizer import Normalizer, fit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+VALUES = arrays(
+    np.float32,
+    st.tuples(st.integers(1, 20), st.integers(1, 4)),
+    elements=st.floats(-1000, 1000, width=32).map(lambda v: np.float32(round(v, 2))),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(values=VALUES, kind=st.sampled_from(["minmax", "gaussian", "identity"]))
+def test_there_and_back(values, kind):
+    normalizer = Normalizer({"x": fit(values, kind)})
+    tensor = torch.from_numpy(values)
+    normal = normalizer.normalize("x", tensor)
+    assert normal.isfinite().all()
+    torch.testing.assert_close(normalizer.unnormalize("x", normal), tensor, atol=2e-2, rtol=1e-4)
+    if kind == "minmax":
+        assert normal.abs().max() <= 1.001
+
+
+def test_a_constant_dimension_maps_to_zero_and_back():
+    values = np.array([[1.0, 5.0], [3.0, 5.0]], dtype=np.float32)
+    for kind in ("minmax", "gaussian"):
+        normalizer = Normalizer({"x": fit(values, kind)})
+        normal = normalizer.normalize("x", torch.from_numpy(values))
+        assert (normal[:, 1] == 0).all()
+        assert (normalizer.unnormalize("x", normal)[:, 1] == 5.0).all()
+
+
+def test_statistics_survive_json():
+    import json
+
+    statistics = fit(np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32))
+    assert json.loads(json.dumps(statistics)) == statistics
+    assert set(statistics) == {"kind", "scale", "offset", "min", "max"}
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"x": {"scale": [1.0]}}, "lack 'offset'"),
+        ({"x": {"scale": [0.0], "offset": [0.0]}}, "finite and not zero"),
+        ({"x": {"scale": [float("nan")], "offset": [0.0]}}, "finite and not zero"),
+    ],
+)
+def test_statistics_that_cannot_be_used_are_refused(statistics, message):
+    with pytest.raises(InputError, match=message):
+        Normalizer(statistics)
+
+
+def test_unknown_kinds_and_keys_are_named():
+    with pytest.raises(InputError, match="did you mean minmax"):
+        fit(np.zeros((2, 2)), "minimax")
+    with pytest.raises(InputError, match="did you mean state"):
+        Normalizer({"state": fit(np.eye(2))}).normalize("states", torch.zeros(2))
+    with pytest.raises(InputError, match="no steps"):
+        fit(np.zeros((0, 2)))
+
+
+def test_sin_cos_is_continuous_where_an_angle_wraps():
+    feature = SinCos(n=3, columns=[2])
+    below, above = torch.tensor([1.0, 2.0, 2 * np.pi - 1e-4]), torch.tensor([1.0, 2.0, 1e-4])
+    assert feature.output_dim == 4
+    torch.testing.assert_close(feature(below), feature(above), atol=1e-3, rtol=0)
+    torch.testing.assert_close(feature(below)[:2], below[:2])
+
+
+def test_planar_object_writes_corners_and_relative_positions():
+    feature = PlanarObject(n=5, pose=[2, 3, 4], points=[[10.0, 0.0], [0.0, 5.0]], relative=[0, 1])
+    state = torch.tensor([[1.0, 2.0, 100.0, 50.0, np.pi / 2]])
+    out = feature(state)[0]
+    assert out.shape == (feature.output_dim,)
+    # a quarter turn takes (10, 0) to (0, 10) and (0, 5) to (-5, 0)
+    torch.testing.assert_close(out[6:10], torch.tensor([100.0, 60.0, 95.0, 50.0]), atol=1e-3, rtol=0)
+    # the agent, seen from the object: rotate its offset back
+    torch.testing.assert_close(out[10:], torch.tensor([-48.0, 99.0]), atol=1e-3, rtol=0)
+
+
+def test_features_refuse_columns_that_do_not_exist():
+    with pytest.raises(InputError, match="column 7 does not exist in an observation of 5"):
+        SinCos(n=5, columns=[7])
+    with pytest.raises(InputError, match="pose takes three columns"):
+        PlanarObject(n=5, pose=[2, 3], points=[[0, 0]])
