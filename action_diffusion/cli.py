@@ -77,8 +77,11 @@ action-diffusion deploy bundle=DIR [name=value …]     run a bundle in real tim
 
 Options
   robot=sim_pusht               PushT in real time
-  n_episodes=1  seed=100000     the starts
-  output_dir=DIR                where the log and the latency report go
+  n_episodes=1  seed=100000     the starts: seed, seed + 1, …
+  output_dir=DIR                where log.jsonl (a line a step) and latency.json go
+  safety.margin=0.1             how far a command may leave what was demonstrated, as a share of its range
+  sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
+  device=auto|cpu|cuda
 """
 
 
@@ -102,6 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command(overrides, config_dir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -127,9 +135,7 @@ def _split(words: Sequence[str]) -> tuple[list[str] | None, str | None]:
         elif word.startswith("--config-dir="):
             config_dir = word.partition("=")[2]
         elif word.startswith("-"):
-            raise InputError(
-                f"unknown option {word}: options are written name=value, beside --help and --config-dir"
-            )
+            raise InputError(f"unknown option {word}: options are written name=value, beside --help and --config-dir")
         else:
             overrides.append(word)
     return overrides, config_dir
@@ -144,14 +150,15 @@ def _fill(text: str) -> str:
 
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
+    # The configuration is read before torch is imported: a misspelt option is refused in half a second.
     from action_diffusion.configuration import load
     from action_diffusion.training.resuming import recall, remember
+
+    overrides, config_dir = recall(overrides, config_dir)
+    config = remember(load("train", overrides, config_dir), overrides, config_dir)
     from action_diffusion.training.run import train
     from action_diffusion.training.trainer import Interrupted
 
-    overrides, config_dir = recall(overrides, config_dir)
-    config = load("train", overrides, config_dir)
-    config = remember(config, overrides, config_dir)
     try:
         results = train(config)
     except Interrupted as stop:
@@ -168,27 +175,33 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
 
 def _evaluate(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
+
+    config = load("evaluate", overrides, config_dir)
     from action_diffusion.training.evaluate import run
 
-    for results, folder in run(load("evaluate", overrides, config_dir)):
+    for results, folder in run(config):
         print_results(results, folder)
     return 0
 
 
 def _collect(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
+
+    config = load("collect", overrides, config_dir)
     from action_diffusion.envs.collect import run
 
-    for name, value in run(load("collect", overrides, config_dir)).items():
+    for name, value in run(config).items():
         print(f"{name}: {value}")
     return 0
 
 
 def _deploy(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
+
+    config = load("deploy", overrides, config_dir)
     from action_diffusion.deploy.run import run
 
-    return run(load("deploy", overrides, config_dir))
+    return run(config)
 
 
 def print_results(results: dict[str, object], folder: object) -> None:

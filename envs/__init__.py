@@ -9,7 +9,6 @@ import importlib
 from typing import Any, cast
 
 from action_diffusion.envs.base import Env
-
 from action_diffusion.errors import unknown
 
 REGISTRY = {

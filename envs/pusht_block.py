@@ -15,7 +15,8 @@ single-axle vehicle: s = d / (1 + l^2 / G2) along n, turning l / G2 for every px
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,8 @@ PARTS = np.array([[-60.0, -45.0, 60.0, -15.0], [-15.0, -15.0, 15.0, 75.0]])  # b
 CORNERS = np.array([(-60, -45), (60, -45), (60, -15), (15, 75), (-15, 75), (-60, -15)], dtype=np.float64)
 _OUTWARD = np.array([(-1, -1), (1, -1), (1, 1), (1, 1), (-1, 1), (-1, 1)], dtype=np.float64)
 _RING_DISTANCE = 27.0
-_FAR = 1e4  # the length of a way that does not exist
+_MARGIN = 19.0
+FAR = 1e4  # the length of a way that does not exist
 
 # Per face: the first and the last place of the finger's centre, and the direction in which it pushes.
 FACES = np.array(
@@ -71,7 +73,8 @@ class Pose(NamedTuple):
         return rotated(points - self.centre, -np.asarray(self.angle))
 
 
-class Contacts(NamedTuple):
+@dataclass(frozen=True)
+class Contacts:
     """Places from which to push: the finger's centre [..., 2], its direction [..., 2], and the face [...]."""
 
     at: np.ndarray
@@ -83,7 +86,7 @@ class Contacts(NamedTuple):
         """Lever arms r x n [...], px; positive ones turn the block by positive angles."""
         return self.at[..., 0] * self.push[..., 1] - self.at[..., 1] * self.push[..., 0]
 
-    def __getitem__(self, index) -> Contacts:  # type: ignore[override]
+    def __getitem__(self, index: Any) -> Contacts:
         return Contacts(self.at[index], self.push[index], self.face[index])
 
 
@@ -101,7 +104,11 @@ def all_contacts(spacing: float) -> Contacts:
     for face, (first, last, _) in enumerate(FACES):
         length = float(np.linalg.norm(last - first))
         parts.append(on_face(face, np.linspace(0, length, round(length / spacing) + 1)))
-    return Contacts(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return Contacts(
+        at=np.concatenate([part.at for part in parts]),
+        push=np.concatenate([part.push for part in parts]),
+        face=np.concatenate([part.face for part in parts]),
+    )
 
 
 def pushed(pose: Pose, contacts: Contacts, travel: np.ndarray) -> Pose:
@@ -153,49 +160,64 @@ def crosses(start: np.ndarray, end: np.ndarray, margin: np.ndarray) -> np.ndarra
     return (np.maximum(enters, 0) < np.minimum(leaves, 1)).any(axis=-1)
 
 
+def _lengths(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Lengths [...] of straight legs; one that comes nearer to the T than 19 px, or than its ends, is FAR longer."""
+    margin = np.minimum(_MARGIN, np.minimum(room(start), room(end)) - 0.5)
+    return np.linalg.norm(end - start, axis=-1) + FAR * crosses(start, end, margin)
+
+
+def _walks(edges: np.ndarray) -> np.ndarray:
+    """From the lengths [C] of a ring's edges, those of the walks [2 senses, first corner, last corner]."""
+    reached = np.cumsum(edges) - edges
+    rising = (reached[None] - reached[:, None]) % edges.sum()
+    return np.stack([rising, rising.T])
+
+
 class Ways:
     """The ways of a finger round the T to `targets` [N, 2], both ways round, in the block's frame.
 
     A ring of six corners, 27 px outside of the T's, is what it walks on; where a straight way is free it is taken.
-    Corners that would leave the arena are moved to its edge, and left out where the T leaves no room there.
+    Corners that would leave the arena are moved to its edge, where the T leaves room. No leg comes nearer to the T
+    than 19 px, or than its own ends.
 
     Attributes:
         lengths: float64 [3, N] px: straight, round by rising corner numbers, round by falling ones; 10,000 and
             more where there is no such way.
     """
 
-    def __init__(self, *, start: np.ndarray, targets: np.ndarray, pose: Pose, arena: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        *,
+        start: np.ndarray,
+        targets: np.ndarray,
+        pose: Pose,
+        arena: tuple[float, float],
+    ) -> None:
         outside = np.clip(pose.to_world(CORNERS + _RING_DISTANCE * _OUTWARD), *arena)
         self._start, self._targets, self._ring = start, targets, pose.to_block(outside)
-        margins = np.minimum(19.0, room(targets) - 0.5)
-        begin = min(19.0, float(room(start)) - 0.5)
-        blocked = crosses(start, targets, np.minimum(margins, begin))
-        straight = np.linalg.norm(targets - start, axis=-1) + _FAR * blocked
-        usable = np.where(room(self._ring) > FINGER + 1, 0.0, _FAR)
-        onto = np.linalg.norm(self._ring - start, axis=-1) + usable
-        onto += _FAR * crosses(start, self._ring, np.asarray(begin))
-        off = np.linalg.norm(targets[:, None] - self._ring, axis=-1) + usable
-        off += _FAR * crosses(targets[:, None], self._ring, margins[:, None])
-        around = onto[:, None] + self._walks(usable) + off[:, None, None, :]  # [N, 2, first corner, last corner]
+        passable = np.where(room(self._ring) > FINGER + 0.6, 0.0, FAR)
+        straight = _lengths(start, targets)
+        onto = _lengths(start, self._ring) + passable
+        off = _lengths(targets[:, None], self._ring)
+        edges = _lengths(self._ring, np.roll(self._ring, -1, axis=0)) + passable
+        around = onto[:, None] + _walks(edges) + off[:, None, None, :]  # [N, 2, first corner, last corner]
         around = around.reshape(len(targets), 2, -1)
         self._corners = np.stack(np.divmod(around.argmin(axis=-1), len(CORNERS)), axis=-1)  # [N, 2, 2]
         self.lengths = np.concatenate([straight[None], around.min(axis=-1).T])
 
-    def _walks(self, usable: np.ndarray) -> np.ndarray:
-        """Lengths [2, first, last] along the ring in either sense."""
-        edges = np.linalg.norm(np.roll(self._ring, -1, axis=0) - self._ring, axis=-1)
-        edges = edges + usable + np.roll(usable, -1)
-        reached = np.cumsum(edges) - edges
-        rising = (reached[None] - reached[:, None]) % edges.sum()
-        return np.stack([rising, rising.T])
+    def path(self, target: int, way: int) -> np.ndarray:
+        """The points [K, 2] passed on `way` (row of `lengths`) to `target`, which is the last.
 
-    def path(self, target: int, way: int) -> list[np.ndarray]:
-        """The corners [2] passed on `way` (row of `lengths`) to `target`, then the target."""
-        points = []
-        if way > 0:
-            corner, last = self._corners[target, way - 1]
-            points.append(self._ring[corner])
-            while corner != last:
-                corner = (corner + (1 if way == 1 else -1)) % len(CORNERS)
-                points.append(self._ring[corner])
-        return [*points, self._targets[target]]
+        A first corner counts as passed within 20 px, and where the path would turn back at it by more than 120
+        degrees: a carrot on such a path would stand still.
+        """
+        if way == 0:
+            return self._targets[[target]]
+        corner, last = (int(index) for index in self._corners[target, way - 1])
+        sense = 1 if way == 1 else -1
+        order = [(corner + sense * k) % len(CORNERS) for k in range((sense * (last - corner)) % len(CORNERS) + 1)]
+        points = np.concatenate([self._ring[order], self._targets[[target]]])
+        here, onward = points[0] - self._start, points[1] - points[0]
+        near, along = np.linalg.norm(here), np.linalg.norm(onward)
+        passed = near < 20.0 or here @ onward < -0.5 * near * along
+        return points[int(passed) :]

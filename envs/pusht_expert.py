@@ -33,7 +33,7 @@ from action_diffusion.envs.pusht_block import (
 )
 
 GOAL = Pose(np.array(GOAL_POSE[:2]) + rotated(GRAVITY, GOAL_POSE[2]), GOAL_POSE[2])
-ARENA = (3.0, 509.0)  # where the finger may go, px
+ARENA = (1.0, 511.0)  # where the finger may go, px
 WALLS = (9.0, 503.0)  # where the block may be pushed, px
 TURN = 110.0  # finger travel that one radian takes, px / rad
 OVERHEAD = 120.0  # the way to one more push, px
@@ -108,14 +108,14 @@ class PushTExpert:
         """The contact whose push is worth most given `ways` [N] (px) to all, a finer place of it, and its travel."""
         contacts = self._contacts
         worth = _worth(pose, contacts[:, None], TRAVELS, ways[:, None])
-        best, n = np.unravel_index(int(worth.argmax()), worth.shape)
+        best, n = divmod(int(worth.argmax()), len(TRAVELS))
         face = int(contacts.face[best])
         along = float(np.linalg.norm(contacts.at[best] - on_face(face, np.zeros(1)).at[0]))
         finer = on_face(face, along + np.linspace(-SPACING, SPACING, 9))
-        low, high = np.concatenate([[0.0], TRAVELS])[[n, min(n + 2, len(TRAVELS))]]
-        travels = np.linspace(low, high, 33)[1:]
-        place, n = np.unravel_index(int(_worth(pose, finer[:, None], travels, ways[best]).argmax()), (9, 32))
-        return int(best), finer[place : place + 1], float(travels[n])
+        shorter, longer = TRAVELS[n - 1] if n else 0.0, TRAVELS[min(n + 1, len(TRAVELS) - 1)]
+        travels = np.linspace(shorter, longer, 33)[1:]
+        place, n = divmod(int(_worth(pose, finer[:, None], travels, ways[best]).argmax()), len(travels))
+        return best, finer[place : place + 1], float(travels[n])
 
 
 def _in_front(contacts: Contacts, finger: np.ndarray) -> np.ndarray:
@@ -141,4 +141,4 @@ def _worth(pose: Pose, contacts: Contacts, travels: np.ndarray, ways: np.ndarray
 def _within_walls(pose: Pose) -> np.ndarray:
     """Whether the block at `pose` [...] is clear of the walls, bool [...]."""
     corners = Pose(pose.centre[..., None, :], np.asarray(pose.angle)[..., None]).to_world(CORNERS)
-    return ((corners > WALLS[0]) & (corners < WALLS[1])).all(axis=(-1, -2))
+    return np.asarray(((corners > WALLS[0]) & (corners < WALLS[1])).all(axis=(-1, -2)))

@@ -70,7 +70,7 @@ def centre_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class JitterFactors(NamedTuple):
-    """What to do to each image, [N] each: brightness, contrast and saturation multiply (1 = nothing), hue adds turns."""
+    """What to do to each image, [N] each: brightness, contrast and saturation multiply, hue is a shift in turns."""
 
     brightness: Tensor
     contrast: Tensor
@@ -114,7 +114,7 @@ class ColorJitter:
 
     def __call__(self, images: Tensor, factors: JitterFactors) -> Tensor:
         """Images [N, 3, h, w] in [0, 1] with factors [N]; operations of strength 0 are skipped."""
-        for name, adjust in _ADJUST.items():
+        for name, adjust in ADJUST.items():
             if self.strength[name]:
                 factor = getattr(factors, name).to(images.device)
                 images = adjust(images, factor.view(-1, 1, 1, 1))
@@ -141,7 +141,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     value, minimum = images.amax(dim=1, keepdim=True), images.amin(dim=1, keepdim=True)
     chroma = value - minimum
     hue = (_hue(images, value, chroma) + shift) % 1.0
-    # Back to RGB (Smith 1978, in closed form): channel n of (5, 3, 1) is V - C * clip(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6.
+    # Back to RGB: a channel is V - C * clip(min(k, 4 - k), 0, 1) with k = (n + 6 hue) mod 6, n = 5, 3, 1 for R, G, B.
     k = (torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1) + 6.0 * hue) % 6.0
     return value - chroma * torch.minimum(k, 4.0 - k).clamp_(0, 1)
 
@@ -162,7 +162,7 @@ def _gray(images: Tensor) -> Tensor:
     return r * _GRAY[0] + g * _GRAY[1] + b * _GRAY[2]
 
 
-_ADJUST = {
+ADJUST = {
     "brightness": adjust_brightness,
     "contrast": adjust_contrast,
     "saturation": adjust_saturation,

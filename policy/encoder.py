@@ -6,8 +6,8 @@
 All To frames of all windows go through the network as one batch. An embedding is its steps one after the other, oldest
 first, and a step is its states, in order, then its cameras, in order: D = sum of n + cameras * F.
 
-Names of weights: `cameras.<i>.` for camera i, or `cameras.0.` when they share a network; in it `backbone.<0, 1, 4 to 7>`
-(see `resnet`), `pool.nets`, `pool.pos_grid` and `out`.
+Names of weights: `cameras.<i>.` for camera i, or `cameras.0.` when they share a network; in it
+`backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class CameraEncoder(nn.Module):
 
     def __init__(self, *, backbone: resnet.ResNet, size: Size, pooling: str, keypoints: int, feature_dim: int):
         super().__init__()
+        if keypoints < 1 or feature_dim < 1:
+            raise InputError(f"encoder.keypoints={keypoints}, encoder.feature_dim={feature_dim}: expected at least 1")
         self.backbone = backbone
         self.pool: nn.Module
         if pooling == "spatial_softmax":
@@ -74,7 +76,8 @@ class ObservationEncoder(nn.Module):
     backbone: resnet18, resnet34 or resnet50. width, stages: thinner and shorter networks, see `resnet.ResNet`.
     pooling: "spatial_softmax" (positions of `keypoints` features) or "average". feature_dim: F, per camera.
     resize: (h, w) that frames are scaled to first. crop: (h, w) cut then, at random in training and from the centre
-    otherwise. color_jitter: see `augment.ColorJitter`; in training only. share: one network for all cameras, or one each.
+    otherwise. color_jitter: see `augment.ColorJitter`; in training only.
+    share: one network for all cameras, or one each.
     weights: safetensors file with torchvision weights of the backbone, to start from.
     channels_last: memory layout of the convolutions, faster on CPUs and on tensor cores.
     group_norm_channels: channels per group of GroupNorm.
@@ -136,9 +139,9 @@ class ObservationEncoder(nn.Module):
     def forward(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Embedding [B, To * D], float32.
 
-        obs: a state is a float [B, To, n], normalised already; a camera uint8 [B, To, H, W, 3], 0 to 255, or in training
-        [B, To, h, w, 3] when the random crop has been cut already (not with `resize`). `generator` draws crops and
-        jitter, camera after camera; the global one does without it. Raises `InputError` for anything else.
+        obs: a state is a float [B, To, n], normalised already; a camera is uint8 [B, To, H, W, 3], 0 to 255, or in
+        training [B, To, h, w, 3] when the random crop has been cut already (not with `resize`). `generator` draws crops
+        and jitter, camera after camera; the global one does without it. Raises `InputError` for anything else.
         """
         parts = [self._state(key, obs) for key in self.state_dims]
         for i, key in enumerate(self.image_keys):
@@ -168,7 +171,7 @@ class ObservationEncoder(nn.Module):
         if self.training and self.jitter:
             factors = self.jitter.draw(b, generator)
             images = self.jitter(images, augment.JitterFactors(*(f.repeat_interleave(to) for f in factors)))
-        return images.mul(2.0).sub_(1.0)
+        return images.mul_(2.0).sub_(1.0)
 
     def _frames(self, key: str, obs: Mapping[str, Tensor]) -> Tensor:
         frames = _get(key, obs)

@@ -79,14 +79,15 @@ def load_weights(trunk: nn.Sequential, path: str | Path, *, described: str) -> N
     """Copy torchvision ResNet weights, a safetensors file, into `trunk`; `described` names the trunk in errors.
 
     Convolutions are taken as they are, and scales and shifts of BatchNorm go to GroupNorm. Its running statistics have
-    no place here, nor has the classifier `fc`. Everything else must match, in name and shape.
+    no place here, nor have the classifier `fc` and stages that the trunk leaves out. All else must match, in name and
+    shape.
     Raises `InputError` for an unreadable file, and for the first weight that differs, naming both sides.
     """
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"encoder.weights={path}: not a readable safetensors file: {error}") from None
-    given = {_trunk_name(name): value for name, value in state.items() if _belongs(name)}
+    given = {_trunk_name(name): value for name, value in state.items() if _belongs(name, len(trunk))}
     own = trunk.state_dict()
     for name in (*own, *given):
         if _shape(own, name) != _shape(given, name):
@@ -120,9 +121,11 @@ def _group_norm(channels_per_group: int, channels: int) -> nn.GroupNorm:
 _PLACES = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 
 
-def _belongs(name: str) -> bool:
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
-    return name.partition(".")[0] != "fc" and name.rpartition(".")[2] not in statistics
+def _belongs(name: str, n_places: int) -> bool:
+    head, last = name.partition(".")[0], name.rpartition(".")[2]
+    if head == "fc" or last in ("running_mean", "running_var", "num_batches_tracked"):
+        return False
+    return int(_PLACES.get(head, 0)) < n_places
 
 
 def _trunk_name(name: str) -> str:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from action_diffusion.envs.pusht import PushT, initial_state, keypoints, render_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from action_diffusion import envs
+from action_diffusion.envs.pusht import PushT, initial_state, keypoints, render_states
 from action_diffusion.errors import InputError
 
 GOAL = np.array([100.0, 100.0, 256.0, 256.0, np.pi / 4])
@@ -107,9 +107,7 @@ def test_restore_puts_a_recorded_state_back(seed: int, action: list[float]) -> N
 def test_image_is_gym_pushts_own() -> None:
     env = PushT()
     env.reset(3)
-    np.testing.assert_array_equal(
-        env.observe(["image"])["image"], env._sim._get_img(env._sim._draw(), 96, 96)
-    )
+    np.testing.assert_array_equal(env.observe(["image"])["image"], env._sim._get_img(env._sim._draw(), 96, 96))
 
 
 def test_reward_is_full_and_done_at_the_goal() -> None:

@@ -1,0 +1,110 @@
+"""The safety gate: no command reaches a robot that has not passed here.
+
+A diffusion policy can return anything: NaN after it has diverged, a chunk from another mode, a target outside the
+workspace. The gate knows nothing of policies. It compares each command with limits, and with the last command that
+passed, and says why it refuses one; the robot then holds what it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from action_diffusion.errors import InputError
+from action_diffusion.policy.normalizer import CONSTANT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What commands [A] must keep to, in the data's units.
+
+    Attributes:
+        low, high: the smallest and the largest command, [A] each.
+        max_step: the largest change from one command to the next, [A], where there is such a limit.
+
+    Raises:
+        InputError: where shapes differ, where a limit is NaN, or where nothing lies between low and high.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    max_step: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.low.ndim != 1 or self.low.shape != self.high.shape:
+            raise InputError(
+                f"limits are vectors of one length, got {list(self.low.shape)} and {list(self.high.shape)}"
+            )
+        if not (self.low <= self.high).all():
+            raise InputError(f"limits leave no room: from {self.low.tolist()} to {self.high.tolist()}")
+        if self.max_step is not None and not (self.max_step.shape == self.low.shape and (self.max_step > 0).all()):
+            raise InputError(f"max_step must be above 0 in each of {len(self.low)} dimensions, got {self.max_step}")
+
+    def within(self, other: Limits | None) -> Limits:
+        """What keeps to these limits and to `other`."""
+        if other is None:
+            return self
+        if other.low.shape != self.low.shape:
+            raise InputError(f"the limits of commands of {len(self.low)} and {len(other.low)} values do not combine")
+        steps = [limits.max_step for limits in (self, other) if limits.max_step is not None]
+        return Limits(
+            low=np.maximum(self.low, other.low),
+            high=np.minimum(self.high, other.high),
+            max_step=np.min(steps, axis=0) if steps else None,
+        )
+
+
+def demonstrated(statistics: Mapping[str, Any], margin: float) -> Limits:
+    """The range of the demonstrated actions, widened at both ends by `margin`, a share of it (>= 0).
+
+    `statistics`: of the action, from the bundle (`policy.normalizer.fit`). A dimension that never changed in the
+    demonstrations may leave its value by `margin`, in its unit.
+    """
+    if not margin >= 0:
+        raise InputError(f"safety.margin={margin} must be 0 or more")
+    if "min" not in statistics or "max" not in statistics:
+        raise InputError("the bundle does not say in which range its actions were demonstrated, so none can be checked")
+    low, high = (np.asarray(statistics[end], dtype=np.float64) for end in ("min", "max"))
+    span = high - low
+    constant = span <= CONSTANT * np.maximum(1.0, np.abs(high))
+    room = margin * np.where(constant, 1.0, span)
+    return Limits(low=low - room, high=high + room)
+
+
+class Gate:
+    """Passes commands that are finite, of the right shape and inside `limits`; remembers the last one that passed."""
+
+    def __init__(self, *, limits: Limits) -> None:
+        self.limits = limits
+        self.last: np.ndarray | None = None
+
+    def reset(self) -> None:
+        """A new episode begins: no command has passed, and any step to the first one is allowed."""
+        self.last = None
+
+    def refuse(self, command: np.ndarray) -> str | None:
+        """Why `command` must not be sent, in one line; None where it may be, and then counts as sent."""
+        reason = self._reason(np.asarray(command))
+        if reason is None:
+            self.last = np.array(command)
+        return reason
+
+    def _reason(self, command: np.ndarray) -> str | None:
+        limits = self.limits
+        if command.shape != limits.low.shape:
+            return f"the command has shape {list(command.shape)}, expected {list(limits.low.shape)}"
+        if not np.isfinite(command).all():
+            return f"the command is not finite: {command.tolist()}"
+        outside = (command < limits.low) | (command > limits.high)
+        if outside.any():
+            i = int(outside.argmax())
+            return f"command[{i}] = {command[i]:g} is outside [{limits.low[i]:g}, {limits.high[i]:g}]"
+        if limits.max_step is not None and self.last is not None:
+            step = np.abs(command - self.last)
+            if (step > limits.max_step).any():
+                i = int((step > limits.max_step).argmax())
+                return f"command[{i}] is {step[i]:g} away from the last one, at most {limits.max_step[i]:g} is allowed"
+        return None

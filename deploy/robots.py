@@ -1,0 +1,121 @@
+"""What moves: one small protocol, and PushT behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from action_diffusion import envs
+from action_diffusion.deploy.gate import Limits
+from action_diffusion.envs.base import Env
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.spec import PolicySpec
+
+Feedback = tuple[float | None, bool]
+"""The reward in [0, 1], where something measures one, and whether the episode is over."""
+
+
+class Robot(Protocol):
+    """Something that takes commands [A], targets in the units of its demonstrations, and keeps to the last one.
+
+    Attributes:
+        control_rate: commands per second (Hz).
+        max_steps: commands after which an episode is over.
+        limits: what the robot itself allows, where it says so.
+    """
+
+    control_rate: float
+    max_steps: int
+    limits: Limits | None
+
+    def begin(self, seed: int) -> None:
+        """Be ready for an episode; a simulator begins at the start that `seed` stands for."""
+
+    def observe(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """The newest observations named by `keys`. Raises `InputError` for one that it does not have."""
+        ...
+
+    def command(self, action: np.ndarray) -> Feedback:
+        """Go towards `action` [A] for one control period."""
+        ...
+
+    def hold(self) -> Feedback:
+        """For one control period, keep to the last command, or to the present place where there was none."""
+        ...
+
+    def stop(self) -> None:
+        """Come to a rest and forget the last command. Called whenever an episode ends, however it ends."""
+
+    def close(self) -> None:
+        """Let go of the robot."""
+
+
+class SimPushT:
+    """PushT's finger as a robot: commands are targets in px, [0, 512].
+
+    The simulator moves on by one control period with each command; while it waits for a late one it stands still.
+    """
+
+    def __init__(self, *, env: Env) -> None:
+        self.control_rate = env.control_rate
+        self.max_steps = env.max_steps
+        self.limits: Limits | None = Limits(low=np.zeros(2), high=np.full(2, 512.0))
+        self._env = env
+        self._target: np.ndarray | None = None
+
+    def begin(self, seed: int) -> None:
+        """Begin at the paper's start number `seed`."""
+        self._env.reset(seed)
+        self._target = None
+
+    def observe(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """See `envs.pusht.PushT`."""
+        return self._env.observe(keys)
+
+    def command(self, action: np.ndarray) -> Feedback:
+        """Move the finger towards `action` [2] for 0.1 s."""
+        self._target = np.array(action)
+        return self._env.step(self._target)
+
+    def hold(self) -> Feedback:
+        """Keep the finger's target for 0.1 s; without one, stay where the finger is."""
+        target = self._env.observe(["agent_pos"])["agent_pos"] if self._target is None else self._target
+        return self._env.step(target)
+
+    def stop(self) -> None:
+        """Forget the target: the finger stays where it is."""
+        self._target = None
+
+    def close(self) -> None:
+        """Release the simulator."""
+        self._env.close()
+
+
+def make(name: str, spec: PolicySpec) -> Robot:
+    """The robot called `name`, set up for a policy of `spec`. Raises `InputError` for an unknown name."""
+    if name not in ROBOTS:
+        raise unknown("robot", name, ROBOTS)
+    return ROBOTS[name](spec)
+
+
+def check_fit(robot: Robot, spec: PolicySpec) -> None:
+    """Raises `InputError` where policy and robot do not fit: number of actions, control rate."""
+    n = spec.action.shape[0]
+    if robot.limits is not None and len(robot.limits.low) != n:
+        raise InputError(f"the bundle's actions have {n} values, the robot takes {len(robot.limits.low)}")
+    if robot.control_rate != spec.control_rate:
+        raise InputError(
+            f"the bundle's actions are meant for {spec.control_rate:g} Hz, "
+            f"the robot takes commands at {robot.control_rate:g} Hz"
+        )
+
+
+def _sim_pusht(spec: PolicySpec) -> Robot:
+    """With the simulator's settings of the bundle, so that deployment shows what evaluation measured."""
+    settings = spec.env if spec.env is not None and spec.env.get("name") == "pusht" else {"name": "pusht"}
+    return SimPushT(env=envs.make(**settings))
+
+
+ROBOTS: dict[str, Callable[[PolicySpec], Robot]] = {"sim_pusht": _sim_pusht}

@@ -1,0 +1,78 @@
+"""Shared parts of the tests. One thread a worker: `pytest -n 2` then uses both cores without a fight over them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.policy.build import build_policy, fit_normalizer
+from action_diffusion.policy.bundle import versions
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+
+torch.set_num_threads(1)
+
+TINY = {
+    "normalizer": {"default": "minmax"},
+    "features": {"state": {"name": "sin_cos", "columns": [4]}},
+    "encoder": {"name": "observation"},
+    "denoiser": {"name": "unet1d", "channels": [8, 16], "time_dim": 16},
+    "process": {"name": "diffusion", "prediction": "epsilon"},
+    "sampler": {"scheduler": "ddim", "num_inference_steps": 5},
+    "objective": {"loss": "mse"},
+}
+
+
+def demonstrations(n_episodes: int = 6, length: int = 40, seed: int = 0) -> ReplayBuffer:
+    """Smooth random PushT-like episodes: state [5], action [2]."""
+    random = np.random.default_rng(seed)
+    n = n_episodes * length
+    state = np.cumsum(random.normal(size=(n, 5)), axis=0).astype(np.float32) + 100
+    action = (state[:, :2] + random.normal(size=(n, 2))).astype(np.float32)
+    return ReplayBuffer.from_arrays({"state": state, "action": action}, np.arange(1, n_episodes + 1) * length)
+
+
+@pytest.fixture
+def buffer() -> ReplayBuffer:
+    return demonstrations()
+
+
+def tiny_policy(buffer: ReplayBuffer, **changes) -> DiffusionPolicy:
+    """A policy of a few thousand weights for `demonstrations`."""
+    torch.manual_seed(0)
+    config = TINY | changes
+    spec = PolicySpec(
+        observations={"state": ObservationSpec(shape=(5,), unit="px", source="state")},
+        action=ActionSpec(shape=(2,), unit="px"),
+        n_obs_steps=2,
+        horizon=8,
+        n_action_steps=4,
+        control_rate=10.0,
+        task="pusht_state",
+        env={"name": "pusht"},
+        versions=versions(),
+    )
+    statistics = fit_normalizer(config, spec, lambda key: buffer[key][:])
+    spec = PolicySpec(**{**spec.__dict__, "normalizer": statistics})
+    return build_policy(config, spec).eval()
+
+
+@pytest.fixture
+def policy(buffer) -> DiffusionPolicy:
+    return tiny_policy(buffer)
+
+
+@pytest.fixture
+def tiny_config() -> dict:
+    return dict(TINY)
+
+
+@pytest.fixture
+def make_policy(buffer):
+    """`make_policy(process=…, …)`: a tiny policy with other parts."""
+    return lambda **changes: tiny_policy(buffer, **changes)

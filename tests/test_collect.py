@@ -1,0 +1,138 @@
+"""Collected demonstrations are the expert's, reproducible, and never lost or overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.envs import collect as module
+from action_diffusion.envs.collect import Disturbance, collect
+from action_diffusion.envs.pusht import PushT
+from action_diffusion.envs.pusht_expert import PushTExpert
+from action_diffusion.errors import InputError
+
+EMBEDDED = Path(__file__).parent.parent / "datasets" / "embedded" / "pusht_expert.zarr.zip"
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReplayBuffer, dict[str, Any]]:
+    path = tmp_path_factory.mktemp("collect") / "two.zarr.zip"
+    summary = collect(env_name="pusht", episodes=2, seed=1, output=path)
+    return ReplayBuffer.open(path), summary
+
+
+def test_buffer_holds_what_the_summary_says(collected: tuple[ReplayBuffer, dict[str, Any]]) -> None:
+    buffer, summary = collected
+    assert buffer.n_episodes == summary["episodes"] == 2
+    assert buffer.n_steps == summary["steps"]
+    assert summary["discarded"] == 0
+    assert "incomplete" not in summary
+    assert {key: (buffer[key].shape[1:], str(buffer[key].dtype)) for key in buffer.keys} == {
+        "state": ((5,), "float32"),
+        "action": ((2,), "float32"),
+        "reward": ((), "float32"),
+    }
+    assert buffer.attrs["seeds"] == [1, 2]
+    assert buffer.attrs["source"] == "scripted expert"
+    assert all(episode["reward"].max() == 1.0 for episode in buffer.episodes())
+
+
+def test_recorded_actions_are_the_experts_and_only_the_executed_ones_are_disturbed(
+    collected: tuple[ReplayBuffer, dict[str, Any]],
+) -> None:
+    buffer, _ = collected
+    for start, episode in zip(buffer.attrs["seeds"], buffer.episodes(), strict=True):
+        expert, env = PushTExpert(seed=start), PushT()
+        expert.reset(episode["state"][0])
+        env.reset(start)
+        actions = [expert.act(state) for state in episode["state"]]
+        np.testing.assert_array_equal(actions, episode["action"])
+        disturbance = Disturbance(size=15.0, random=np.random.default_rng(start))
+        for state, action, reward in zip(*(episode[key] for key in ("state", "action", "reward")), strict=True):
+            np.testing.assert_array_equal(env.observe(["state"])["state"], state)
+            assert env.step(disturbance.applied(action))[0] == pytest.approx(reward)
+
+
+def test_disturbances_come_in_bursts_of_one_offset() -> None:
+    disturbance = Disturbance(size=10.0, random=np.random.default_rng(0))
+    offsets = np.array([disturbance.applied(np.zeros(2)) for _ in range(4000)])
+    struck = (offsets != 0).any(axis=1)
+    assert 0.1 < struck.mean() < 0.2
+    assert 8 < offsets[struck].std() < 12
+    changes = np.flatnonzero((np.diff(offsets, axis=0) != 0).any(axis=1))
+    assert np.diff(changes).min() >= 1
+    quiet = Disturbance(size=0.0, random=np.random.default_rng(0))
+    assert not np.any([quiet.applied(np.zeros(2)) for _ in range(200)])
+
+
+class Runner:
+    """Stands in for an episode: the score is given by the start."""
+
+    def __init__(self, scores: dict[int, float], interrupt_at: int | None = None) -> None:
+        self.scores, self.interrupt_at = scores, interrupt_at
+
+    def __call__(self, env: Any, env_name: str, start: int, perturbation: float) -> dict[str, np.ndarray]:
+        if start == self.interrupt_at:
+            raise KeyboardInterrupt
+        reward = np.full(4, self.scores.get(start, 1.0), np.float32)
+        return {"state": np.full((4, 5), start, np.float32), "action": np.zeros((4, 2), np.float32), "reward": reward}
+
+
+def test_failures_are_discarded_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_episode", Runner({0: 0.5, 2: 0.979}))
+    summary = collect(env_name="pusht", episodes=3, output=tmp_path / "a.zarr")
+    assert summary["discarded"] == 2
+    assert ReplayBuffer.open(tmp_path / "a.zarr").attrs["seeds"] == [1, 3, 4]
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_episode", Runner({}, interrupt_at=2))
+    summary = collect(env_name="pusht", episodes=5, output=tmp_path / "a.zarr")
+    assert summary["incomplete"] == "interrupted: 2 of 5 episodes kept"
+    assert ReplayBuffer.open(tmp_path / "a.zarr").n_episodes == 2
+
+
+def test_attempts_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_episode", Runner(dict.fromkeys(range(1, 100), 0.0)))
+    summary = collect(env_name="pusht", episodes=2, output=tmp_path / "a.zarr", max_attempts=4)
+    assert summary["incomplete"] == "attempts used up: 1 of 2 episodes kept"
+    with pytest.raises(InputError, match="nothing collected: 4 episodes scored below"):
+        collect(env_name="pusht", episodes=2, seed=1, output=tmp_path / "b.zarr", max_attempts=4)
+    assert not (tmp_path / "b.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"env_name": "push"}, "did you mean pusht"),
+        ({"agent_name": "exprt"}, "did you mean expert"),
+        ({"episodes": 0}, "at least one"),
+        ({"seed": -1}, "starts 0 to 99999"),
+        ({"seed": 99_990}, "evaluations begin at 100000"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        collect(**{"env_name": "pusht", "episodes": 1, "output": tmp_path / "a.zarr", **settings})
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.zarr").mkdir()
+    with pytest.raises(InputError, match="exists"):
+        collect(env_name="pusht", episodes=1, output=tmp_path / "a.zarr")
+
+
+def test_the_embedded_demonstrations_are_what_this_code_collects(tmp_path: Path) -> None:
+    embedded = ReplayBuffer.open(EMBEDDED)
+    assert EMBEDDED.stat().st_size < 1_500_000
+    assert 300 <= embedded.n_episodes <= 500
+    assert max(embedded.attrs["seeds"]) < 100_000
+    assert min(episode["reward"].max() for episode in embedded.episodes()) >= 0.98
+    collect(env_name="pusht", episodes=1, output=tmp_path / "a.zarr")
+    first, again = embedded.episode(0), ReplayBuffer.open(tmp_path / "a.zarr").episode(0)
+    for key, values in again.items():
+        np.testing.assert_allclose(first[key], values, atol=1e-3)

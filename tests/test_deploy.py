@@ -1,0 +1,450 @@
+"""Deployment: on time, never unsafe, and in a simulator bit for bit what evaluation measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from action_diffusion import configuration, envs
+from action_diffusion.deploy.clock import MonotonicClock, Pacer, VirtualClock
+from action_diffusion.deploy.gate import Gate, Limits, demonstrated
+from action_diffusion.deploy.loop import StepRecord, run_episode
+from action_diffusion.deploy.robots import SimPushT
+from action_diffusion.deploy.run import run
+from action_diffusion.envs.rollout import rollout
+from action_diffusion.errors import InputError
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.build import build_policy
+from action_diffusion.policy.normalizer import fit
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+
+TO, TA, HORIZON = 2, 4, 8
+
+
+def save_bundle(path: Path, **changes: Any) -> Path:
+    """A tiny policy with random weights, on PushT's states; `changes` go to its specification."""
+    corners = np.array([[200.0, 200.0, 200.0, 200.0, -3.0], [300.0, 300.0, 300.0, 300.0, 3.0]])
+    values: dict[str, Any] = {
+        "observations": {"state": ObservationSpec(shape=(5,), source="state")},
+        "action": ActionSpec(shape=(2,), unit="px"),
+        "n_obs_steps": TO,
+        "horizon": HORIZON,
+        "n_action_steps": TA,
+        "control_rate": 10.0,
+        "task": "pusht_state",
+        "env": {"name": "pusht", "max_steps": 12},
+        "normalizer": {"state": fit(corners), "action": fit(corners[:, :2])},
+    }
+    torch.manual_seed(0)
+    config = TINY | {"features": {}}
+    bundles.save(path, build_policy(config, PolicySpec(**values | changes)), {"policy": config})
+    return path
+
+
+def deploy(bundle: Path, output_dir: Path, *options: str) -> dict[str, Any]:
+    return configuration.load("deploy", [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", *options])
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bundle(tmp_path_factory.mktemp("deploy") / "bundle")
+
+
+# On a fake robot, with a clock that only moves when told to.
+
+
+class FakeRobot:
+    """Counts; its observation is the number of commands so far."""
+
+    control_rate = 10.0
+    limits: Limits | None = None
+
+    def __init__(self, *, max_steps: int = 12) -> None:
+        self.max_steps = max_steps
+        self.commands: list[np.ndarray] = []
+        self.observed: list[int] = []
+        self.steps = self.holds = self.stops = 0
+
+    def begin(self, seed: int) -> None:
+        self.steps = 0
+
+    def observe(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        self.observed.append(self.steps)
+        return {key: np.array([self.steps], np.float32) for key in keys}
+
+    def command(self, action: np.ndarray) -> tuple[float | None, bool]:
+        self.commands.append(action)
+        return self._pass()
+
+    def hold(self) -> tuple[float | None, bool]:
+        self.holds += 1
+        return self._pass()
+
+    def _pass(self) -> tuple[float | None, bool]:
+        self.steps += 1
+        return None, False
+
+    def stop(self) -> None:
+        self.stops += 1
+
+    def close(self) -> None:
+        pass
+
+
+class FakePolicy:
+    """Its chunk number n is `chunks(n)`, [H, 2]; a prediction takes `seconds(n)` of the clock."""
+
+    spec = SimpleNamespace(n_obs_steps=TO, n_action_steps=TA)
+
+    def __init__(self, chunks: Any, *, clock: VirtualClock, seconds: Any = lambda n: 0.0) -> None:
+        self.chunks, self.clock, self.seconds = chunks, clock, seconds
+        self.calls = 0
+
+    def predict(
+        self,
+        obs: Mapping[str, np.ndarray],
+        *,
+        noise_generator: list[torch.Generator],
+        generator: list[torch.Generator],
+    ) -> dict[str, np.ndarray]:
+        chunk = self.chunks(self.calls)
+        self.clock.advance(self.seconds(self.calls))
+        self.calls += 1
+        return {"action_pred": chunk[None]}
+
+
+def still(n: int) -> np.ndarray:
+    return np.full((HORIZON, 2), 5.0)
+
+
+def drive(robot: FakeRobot, policy: FakePolicy, *, limits: Limits | None = None) -> list[StepRecord]:
+    records: list[StepRecord] = []
+    run_episode(
+        policy=policy,
+        robot=robot,
+        agent=Agent(n_obs_steps=TO, n_action_steps=TA),
+        gate=Gate(limits=limits or Limits(low=np.zeros(2), high=np.full(2, 10.0))),
+        clock=policy.clock,
+        log=records.append,
+        seed=0,
+        keys=["count"],
+    )
+    return records
+
+
+def test_a_command_at_every_tick_and_a_chunk_every_few():
+    robot, policy = FakeRobot(), FakePolicy(still, clock=VirtualClock())
+    records = drive(robot, policy)
+    assert [record.t for record in records] == pytest.approx(np.arange(12) / 10)
+    assert [record.inference_ms is not None for record in records] == [True, False, False, False] * 3
+    assert all(record.lateness_ms == 0 and not record.missed_ticks for record in records)
+    assert len(robot.commands) == 12
+    assert robot.stops == 1
+
+
+def test_only_what_the_policy_looks_at_is_observed():
+    robot = FakeRobot()
+    drive(robot, FakePolicy(still, clock=VirtualClock()))
+    assert robot.observed == [0, 3, 4, 7, 8, 11]
+
+
+def test_ticks_that_pass_during_inference_are_counted_and_not_made_up_for():
+    policy = FakePolicy(still, clock=VirtualClock(), seconds=lambda n: 0.25 if n == 1 else 0.01)
+    records = drive(FakeRobot(), policy)
+    ticks = [round(record.t - record.lateness_ms / 1e3, 6) for record in records]
+    assert ticks == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3])
+    assert [record.missed_ticks for record in records] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
+    assert records[4].lateness_ms == pytest.approx(250)
+    assert records[4].inference_ms == pytest.approx(250)
+
+
+@given(st.lists(st.floats(0.0, 0.5), min_size=1, max_size=30))
+def test_ticks_lie_on_the_grid_and_never_in_the_past(work):
+    clock = VirtualClock()
+    clock.advance(3.0)
+    pacer = Pacer(clock=clock, rate=10.0)
+    start, missed_in_all = pacer.wait()[0], 0
+    previous = start
+    for number, seconds in enumerate(work, start=1):
+        clock.advance(seconds)
+        before = clock.now()
+        tick, missed = pacer.wait()
+        missed_in_all += missed
+        assert tick == clock.now() >= before - 1e-9
+        assert tick - previous >= 0.1 - 1e-9
+        assert (tick - start) * 10 == pytest.approx(number + missed_in_all)
+        previous = tick
+
+
+def test_the_monotonic_clock_waits():
+    clock = MonotonicClock()
+    began = time.monotonic()
+    pacer = Pacer(clock=clock, rate=100.0)
+    for _ in range(4):
+        pacer.wait()
+    assert 0.03 <= time.monotonic() - began < 1.0
+
+
+# The gate.
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (np.array([[5.0, 11.0]]), r"command\[1\] = 11 is outside \[0, 10\]"),
+        (np.array([[np.nan, 5.0]]), "NaN or infinity"),
+        (np.array([[5.0, -np.inf]]), "NaN or infinity"),
+        (np.array([[5.0, 5.0, 5.0]]), r"shape \[3\], expected \[2\]"),
+        (np.array([5.0]), "the chunk has shape"),
+        (np.array([[9.0, 5.0]]), r"command\[0\] is 4 away from the last one, at most 3"),
+    ],
+)
+def test_a_violation_never_reaches_the_robot(bad, reason):
+    """Chunk 1 is bad, the others are good: the robot holds meanwhile, and the log says why."""
+
+    def chunks(n: int) -> np.ndarray:
+        return np.repeat(bad, HORIZON, axis=0) if n == 1 else still(n)
+
+    limits = Limits(low=np.zeros(2), high=np.full(2, 10.0), max_step=np.full(2, 3.0))
+    robot = FakeRobot(max_steps=20)
+    records = drive(robot, FakePolicy(chunks, clock=VirtualClock()), limits=limits)
+    assert all(np.array_equal(command, [5.0, 5.0]) for command in robot.commands)
+    held = [record for record in records if record.interventions]
+    assert robot.holds == len(held) >= 1
+    assert held[0].step == 4
+    assert all(record.action == [5.0, 5.0] for record in records)
+    assert all(re.search(reason, record.interventions[0]) for record in held)
+    assert not records[-1].interventions
+
+
+def test_without_a_last_command_the_robot_stays_where_it_is():
+    robot = FakeRobot()
+    records = drive(robot, FakePolicy(lambda n: np.full((HORIZON, 2), np.nan), clock=VirtualClock()))
+    assert (len(robot.commands), robot.holds) == (0, 12)
+    assert all(record.action is None and record.inference_ms is not None for record in records)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_whatever_the_policy_says_commands_stay_inside(seed):
+    random = np.random.default_rng(seed)
+
+    def chunks(n: int) -> np.ndarray:
+        chunk = random.normal(5.0, 10.0 ** random.integers(-2, 4), size=(random.choice([HORIZON, 3]), 2))
+        chunk[random.random(chunk.shape) < 0.05] = random.choice([np.nan, np.inf, -np.inf])
+        return chunk.astype(random.choice([np.float32, np.float64]))
+
+    limits = Limits(low=np.zeros(2), high=np.full(2, 10.0), max_step=np.full(2, 4.0))
+    robot = FakeRobot(max_steps=30)
+    records = drive(robot, FakePolicy(chunks, clock=VirtualClock()), limits=limits)
+    sent = np.array(robot.commands).reshape(-1, 2)
+    assert np.isfinite(sent).all()
+    assert ((sent >= 0) & (sent <= 10)).all()
+    assert (np.abs(np.diff(sent, axis=0)) <= 4).all()
+    assert len(sent) + sum(len(record.interventions) for record in records) == 30
+
+
+def test_limits_come_from_the_demonstrations_and_from_the_robot():
+    actions = np.array([[0.0, -1.0, 3.0], [100.0, 1.0, 3.0]])
+    limits = demonstrated(fit(actions), 0.1)
+    assert limits.low == pytest.approx([-10.0, -1.2, 2.9])
+    assert limits.high == pytest.approx([110.0, 1.2, 3.1])
+    robot = Limits(low=np.zeros(3), high=np.full(3, 105.0), max_step=np.full(3, 7.0))
+    both = limits.within(robot)
+    assert both.low == pytest.approx([0.0, 0.0, 2.9])
+    assert both.high == pytest.approx([105.0, 1.2, 3.1])
+    assert both.max_step == pytest.approx([7.0] * 3)
+    assert limits.within(None) is limits
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Limits(low=np.zeros(2), high=np.zeros(3)), "one length"),
+        (lambda: Limits(low=np.array([np.nan]), high=np.ones(1)), "no room"),
+        (lambda: Limits(low=np.ones(1), high=np.zeros(1)), "no room"),
+        (lambda: Limits(low=np.zeros(1), high=np.ones(1), max_step=np.zeros(1)), "max_step"),
+        (lambda: Limits(low=np.zeros(1), high=np.ones(1)).within(Limits(low=np.zeros(2), high=np.ones(2))), "combine"),
+        (lambda: demonstrated(fit(np.eye(2)), -0.1), r"safety\.margin=-0\.1"),
+        (lambda: demonstrated({"kind": "minmax"}, 0.1), "does not say in which range"),
+    ],
+)
+def test_impossible_limits_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+# Stopping.
+
+
+def test_the_robot_is_stopped_and_the_log_is_kept_on_ctrl_c(bundle, tmp_path, monkeypatch, capsys):
+    stopped = []
+    monkeypatch.setattr(SimPushT, "stop", lambda self: stopped.append(True))
+    monkeypatch.setattr(SimPushT, "command", _interrupting(after=6))
+    assert run(deploy(bundle, tmp_path), clock=VirtualClock()) == 130
+    assert stopped == [True]
+    assert [row["step"] for row in read_log(tmp_path)] == list(range(6))
+    assert json.loads((tmp_path / "latency.json").read_text())["steps"] == 6
+    assert capsys.readouterr().err == "interrupted: the robot is stopped, the log is kept\n"
+
+
+def test_the_robot_is_stopped_when_the_policy_fails():
+    def chunks(n: int) -> np.ndarray:
+        raise ZeroDivisionError
+
+    robot = FakeRobot()
+    with pytest.raises(ZeroDivisionError):
+        drive(robot, FakePolicy(chunks, clock=VirtualClock()))
+    assert robot.stops == 1
+
+
+def _interrupting(*, after: int) -> Any:
+    original = SimPushT.command
+    calls = []
+
+    def command(self: SimPushT, action: np.ndarray) -> tuple[float | None, bool]:
+        calls.append(action)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return original(self, action)
+
+    return command
+
+
+# PushT.
+
+
+def test_a_deployed_episode_is_the_evaluated_one(bundle, tmp_path, capsys):
+    policy = bundles.load(bundle)
+    env = policy.spec.env
+    assert env is not None
+    evaluated = rollout(
+        policy=policy, make_env=lambda: envs.make(**env), seeds=[7, 8], keys=["state"], n_envs=1, policy_batch=1
+    )
+    assert run(deploy(bundle, tmp_path, "seed=7", "n_episodes=2"), clock=VirtualClock()) == 0
+    rows = read_log(tmp_path)
+    for episode in evaluated:
+        mine = [row for row in rows if row["seed"] == episode.seed]
+        assert [row["step"] for row in mine] == list(range(episode.n_steps))
+        assert np.array_equal(np.array([row["action"] for row in mine], np.float32), episode.actions)
+        assert [row["reward"] for row in mine] == episode.rewards.tolist()
+        assert not any(row["interventions"] for row in mine)
+    assert f"seed 8: 12 steps, score {evaluated[1].score:.4f}" in capsys.readouterr().out
+
+
+def test_real_time_and_what_it_leaves_behind(bundle, tmp_path, capsys):
+    began = time.monotonic()
+    assert run(deploy(bundle, tmp_path)) == 0
+    seconds = time.monotonic() - began
+    rows = read_log(tmp_path)
+    assert 1.1 <= rows[-1]["t"] <= seconds
+    latency = json.loads((tmp_path / "latency.json").read_text())
+    assert latency["steps"] == len(rows) == 12
+    assert latency["period_ms"] == 100
+    assert latency["deadline_misses"] == sum(row["missed_ticks"] for row in rows)
+    assert 0 < latency["inference_ms"]["median"] <= latency["inference_ms"]["p95"] <= latency["inference_ms"]["max"]
+    assert latency["lateness_ms"]["max"] == max(row["lateness_ms"] for row in rows)
+    assert set(rows[0]) >= {"step", "t", "action", "reward", "inference_ms", "lateness_ms", "interventions"}
+    out = capsys.readouterr().out
+    for words in ("seed 100000: 12 steps, score ", "inference", "lateness", "deadline misses", f"{tmp_path}/log.jsonl"):
+        assert words in out
+
+
+def test_the_default_folder_is_beside_the_bundle(tmp_path):
+    save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 2})
+    config = configuration.load("deploy", [f"bundle={tmp_path / 'bundle'}", "device=cpu"])
+    assert run(config, clock=VirtualClock()) == 0
+    assert len(read_log(next(tmp_path.glob("deployment-*")))) == 2
+
+
+def test_holding_in_the_simulator_keeps_the_target():
+    env = envs.make("pusht")
+    robot = SimPushT(env=env)
+    robot.begin(3)
+    start = env.observe(["agent_pos"])["agent_pos"]
+    robot.hold()
+    assert env.observe(["agent_pos"])["agent_pos"] == pytest.approx(start, abs=1e-3)
+    robot.command(start + np.float32(40.0))
+    for _ in range(10):
+        robot.hold()
+    assert env.observe(["agent_pos"])["agent_pos"] == pytest.approx(start + 40.0, abs=1.0)
+    robot.stop()
+    place = env.observe(["agent_pos"])["agent_pos"]
+    robot.hold()
+    assert env.observe(["agent_pos"])["agent_pos"] == pytest.approx(place, abs=1.0)
+    robot.close()
+
+
+def test_limits_pass_what_people_demonstrated():
+    folder = os.environ.get("ACTION_DIFFUSION_DATA")
+    if not folder:
+        pytest.skip("set ACTION_DIFFUSION_DATA to the folder with pusht_cchi_v7_replay.zarr.zip")
+    from action_diffusion.datasets import ReplayBuffer
+
+    actions = np.asarray(ReplayBuffer.open(Path(folder) / "pusht_cchi_v7_replay.zarr.zip")["action"][:])
+    gate = Gate(limits=demonstrated(fit(actions), 0.1).within(SimPushT(env=envs.make("pusht")).limits))
+    assert not any(gate.refuse(action) for action in actions)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"control_rate": 20.0}, [], "meant for 20 Hz, the robot takes commands at 10 Hz"),
+        (
+            {"action": ActionSpec(shape=(3,)), "normalizer": {"state": fit(np.eye(5)), "action": fit(np.eye(3))}},
+            [],
+            "actions have 3 values, the robot takes 2",
+        ),
+        (
+            {
+                "observations": {"arm": ObservationSpec(shape=(2,))},
+                "normalizer": {"arm": fit(np.eye(2)), "action": fit(np.eye(2))},
+            },
+            [],
+            "unknown PushT observation 'arm'",
+        ),
+        ({}, ["robot=sim_push"], "unknown robot 'sim_push': did you mean sim_pusht"),
+        ({}, ["n_episodes=0"], "n_episodes=0 must be at least 1"),
+        ({}, ["seed=-1"], "seed=-1 must be at least 0"),
+        ({}, ["safety.margin=-1"], "safety.margin=-1 must be 0 or more"),
+        ({}, ["sampler.scheduler=flow"], "flow"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, changes, options, message):
+    save_bundle(tmp_path / "bundle", **changes)
+    with pytest.raises(InputError, match=message):
+        run(deploy(tmp_path / "bundle", tmp_path / "run", *options), clock=VirtualClock())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_is_never_overwritten(bundle, tmp_path):
+    (tmp_path / "log.jsonl").write_text("mine\n")
+    with pytest.raises(InputError, match="already holds a log"):
+        run(deploy(bundle, tmp_path), clock=VirtualClock())
+    assert (tmp_path / "log.jsonl").read_text() == "mine\n"
+
+
+def test_several_bundles_are_refused(bundle, tmp_path):
+    with pytest.raises(InputError, match="one bundle"):
+        run(deploy(bundle, tmp_path) | {"bundle": [str(bundle), str(bundle)]}, clock=VirtualClock())
