@@ -12,7 +12,7 @@ Source: Laskey et al., "DART: Noise Injection for Robust Imitation Learning" (Co
 
 The demonstrations in the package, `datasets/embedded/pusht_expert.zarr.zip`, are made anew by
 
-    action-diffusion collect task=pusht_state agent=expert episodes=350 output=pusht_expert.zarr.zip
+    action-diffusion collect task=pusht_state agent=expert episodes=500 output=pusht_expert.zarr.zip
 """
 
 from __future__ import annotations

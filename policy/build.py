@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def fit_normalizer(
     and a kind for each key that differs}.
     """
     kinds = dict(config["normalizer"])
-    default = kinds.pop("default", "minmax")
+    default = str(kinds.pop("default", "minmax"))
     features = build_features(config.get("features", {}), spec)
     keys = [key for key, value in spec.observations.items() if value.kind == "state"]
     for key in kinds:
@@ -73,7 +73,7 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
             raise unknown("section of the policy configuration", section, SECTIONS)
     features = build_features(config.get("features", {}), spec)
     sizes = {key: math.prod(value.shape) for key, value in spec.observations.items() if value.kind == "state"}
-    sizes |= {key: module.output_dim for key, module in features.items()}
+    sizes |= {key: cast(int, module.output_dim) for key, module in features.items()}
     cameras = spec.camera_order
     encoder = build(
         "encoder",

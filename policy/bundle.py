@@ -180,13 +180,13 @@ def verify_golden(policy: DiffusionPolicy, path: Path) -> float:
     found = policy.predict(obs, noise=golden["noise"], generator=torch.Generator(policy.device).manual_seed(0))
     statistics = policy.spec.normalizer["action"]
     span = np.maximum(np.subtract(statistics["max"], statistics["min"]), 1e-6)
-    error = float((np.abs(found["action_pred"] - golden["action_pred"]) / span).max())
-    if not error <= GOLDEN_TOLERANCE:
+    difference = float((np.abs(found["action_pred"] - golden["action_pred"]) / span).max())
+    if not difference <= GOLDEN_TOLERANCE:
         raise InputError(
-            f"{path}: the golden input gives a chunk that differs by {error:.2g} of the action range "
+            f"{path}: the golden input gives a chunk that differs by {difference:.2g} of the action range "
             f"(at most {GOLDEN_TOLERANCE:g}): the weights or a library changed"
         )
-    return error
+    return difference
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

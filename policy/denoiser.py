@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -126,13 +128,13 @@ class ConditionalUnet1d(nn.Module):
 
         widths = [action_dim, *channels]
         self.down = nn.ModuleList()
-        for level, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for level, (n_in, n_out) in enumerate(pairwise(widths)):
             last = level == len(channels) - 1
             resize: nn.Module = nn.Identity() if last else Halve(n_out)
             self.down.append(nn.ModuleList([block(n_in, n_out), block(n_out, n_out), resize]))
         self.middle = nn.ModuleList([block(channels[-1], channels[-1]) for _ in range(2)])
         self.up = nn.ModuleList()
-        for n_out, n_in in reversed(list(zip(channels[:-1], channels[1:], strict=True))):
+        for n_out, n_in in reversed(list(pairwise(channels))):
             grow = Double(n_out)
             self.up.append(nn.ModuleList([block(2 * n_in, n_out), block(n_out, n_out), grow]))
         self.out = nn.Sequential(
@@ -171,13 +173,15 @@ class ConditionalUnet1d(nn.Module):
         films = iter(film.split(self.film_sizes, dim=-1))
         h = x.transpose(0, 1).contiguous()
         skips = []
-        for first, second, resize in self.down:  # type: ignore[misc]
+        for level in self.down:
+            first, second, resize = cast(nn.ModuleList, level)
             h = second(first(h, next(films)), next(films))
             skips.append(h)
             h = resize(h)
         for block in self.middle:
             h = block(h, next(films))
-        for first, second, grow in self.up:  # type: ignore[misc]
+        for level in self.up:
+            first, second, grow = cast(nn.ModuleList, level)
             h = torch.cat([h, skips.pop()], dim=-1)
             h = grow(second(first(h, next(films)), next(films)))
         return self.out(h).transpose(0, 1)

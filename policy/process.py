@@ -147,8 +147,9 @@ class Diffusion:
             "beta_start": beta_start,
             "beta_end": beta_end,
         }
-        self._scheduler = DDPMScheduler(**self._betas, clip_sample=False)
-        self._alphas = self._scheduler.alphas_cumprod.double()
+        scheduler: Any = DDPMScheduler
+        self._scheduler = scheduler(**self._betas, clip_sample=False)
+        self._alphas: Tensor = self._scheduler.alphas_cumprod.double()
 
     def draw_times(self, n: int, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
         times = torch.randint(self.num_train_timesteps, (n,), generator=generator, device=device)
@@ -229,7 +230,7 @@ class Flow:
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
         _check_member(self.family, name)
         _check_steps(name, n_steps, None)
-        scheduler = FlowMatchEulerDiscreteScheduler(**options)
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(**options)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / n_steps, n_steps).tolist())
         steps = [
             Step(index, self.TIME_SCALE * s, 1.0 - s, s)

@@ -111,7 +111,8 @@ class PolicySpec:
         for key, spec in self.observations.items():
             if key not in observations:
                 raise InputError(
-                    f"observation {key!r} is missing: the policy takes {list(self.observations)}, got {list(observations)}"
+                    f"observation {key!r} is missing: the policy takes {list(self.observations)}, "
+                    f"got {list(observations)}"
                 )
             value = np.asarray(observations[key])
             expected = (self.n_obs_steps, *spec.shape)

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.bundle import versions

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file, save_file
+
 from action_diffusion import policy as policy_package
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
-from safetensors.numpy import load_file, save_file
 
 STATE = np.arange(10, dtype=np.float32).reshape(2, 5) + 100
 
@@ -74,7 +75,7 @@ def test_a_full_disk_keeps_the_earlier_bundle(path, policy, tiny_config, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(bundles, "save_file", full)
-    with pytest.raises(InputError, match="No space left on device.*what was there before is kept"):
+    with pytest.raises(InputError, match=r"No space left on device.*what was there before is kept"):
         bundles.save(path, policy, {"policy": tiny_config})
     assert (path / "model.safetensors").read_bytes() == before
     assert os.listdir(path.parent) == ["bundle"]
@@ -82,9 +83,7 @@ def test_a_full_disk_keeps_the_earlier_bundle(path, policy, tiny_config, monkeyp
 
 def test_nothing_in_a_bundle_is_executed(path, tmp_path):
     marker = tmp_path / "executed"
-    edit_config(
-        path, lambda c: c["policy"].update(denoiser={"_target_": "os.system", "command": f"touch {marker}"})
-    )
+    edit_config(path, lambda c: c["policy"].update(denoiser={"_target_": "os.system", "command": f"touch {marker}"}))
     with pytest.raises(InputError, match=r"_target_ \(os.system\) is not allowed"):
         bundles.load(path)
     (path / "config.yaml").write_text(f"policy: !!python/object/apply:os.system ['touch {marker}']\n")
@@ -101,7 +100,7 @@ def test_a_missing_file_is_named(path, name):
 
 
 def test_a_folder_without_a_bundle_points_to_the_one_inside(path):
-    with pytest.raises(InputError, match="did you mean .*bundle"):
+    with pytest.raises(InputError, match=r"did you mean .*bundle"):
         bundles.load(path.parent)
     with pytest.raises(InputError, match="no bundle at"):
         bundles.load(path.parent / "nothing")
@@ -145,13 +144,13 @@ def test_a_configuration_that_does_not_fit_is_refused(path, change, message):
 
 def test_damaged_files_are_named(path):
     (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:100])
-    with pytest.raises(InputError, match="model.safetensors: not a readable safetensors file"):
+    with pytest.raises(InputError, match=r"model.safetensors: not a readable safetensors file"):
         bundles.load(path)
 
 
 def test_json_that_is_not_json_is_named(path):
     (path / "spec.json").write_text("{")
-    with pytest.raises(InputError, match="spec.json: not valid JSON"):
+    with pytest.raises(InputError, match=r"spec.json: not valid JSON"):
         bundles.load(path)
 
 
@@ -172,7 +171,7 @@ def test_sampling_can_be_changed_within_the_family(path):
 
 
 def test_a_device_that_is_not_there_is_refused(path):
-    with pytest.raises(InputError, match="device=cuda:7 is not there.*choose from cpu"):
+    with pytest.raises(InputError, match=r"device=cuda:7 is not there.*choose from cpu"):
         bundles.load(path, "cuda:7")
     with pytest.raises(InputError, match="device=gpu is not there"):
         bundles.load(path, "gpu")

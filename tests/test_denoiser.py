@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from action_diffusion.errors import InputError
-from action_diffusion.policy.conv import SMALL, Conv1d, Double, GroupNorm, Halve
-from action_diffusion.policy.denoiser import ConditionalUnet1d
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from action_diffusion.errors import InputError
+from action_diffusion.policy.conv import SMALL, Conv1d, Double, GroupNorm, Halve
+from action_diffusion.policy.denoiser import ConditionalUnet1d
 
 
 def compare(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, tolerance: float = 2e-5) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from action_diffusion.errors import InputError
-from action_diffusion.policy.features import PlanarObject, SinCos
-from action_diffusion.policy.normalizer import Normalizer, fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from action_diffusion.errors import InputError
+from action_diffusion.policy.features import PlanarObject, SinCos
+from action_diffusion.policy.normalizer import Normalizer, fit
 
 VALUES = arrays(
     np.float32,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from action_diffusion.errors import InputError
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
@@ -100,7 +101,9 @@ def test_training_lowers_the_loss(make_policy, buffer, changes):
 
 def test_the_loss_is_a_function_of_the_generator(policy, buffer):
     state, action = torch.from_numpy(buffer["state"][:8]).view(4, 2, 5), torch.randn(4, 8, 2)
-    first, again, other = (policy({"state": state}, action, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    first, again, other = (
+        policy({"state": state}, action, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
     assert first == again
     assert first != other
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from action_diffusion.errors import InputError
-from action_diffusion.policy.process import Diffusion, Flow, Process
-from action_diffusion.policy.sampler import Hook, Sampler, StepState, StopSampling, draw_noise
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from action_diffusion.errors import InputError
+from action_diffusion.policy.process import Diffusion, Flow, Process
+from action_diffusion.policy.sampler import Hook, Sampler, StepState, StopSampling, draw_noise
 
 SHAPE = (3, 8, 2)
 CASES = [
@@ -99,7 +102,7 @@ def test_a_hook_that_edits_x0_hat_decides_what_comes_out(case, x0, noise):
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_gradients_flow_through_every_step(case, noise):
-    process, sampler = make(case)
+    _, sampler = make(case)
     weight = torch.full((2,), 0.3, requires_grad=True)
     calls = []
 
@@ -119,7 +122,7 @@ def test_gradients_flow_through_every_step(case, noise):
 
 
 def test_gradient_of_the_sampler_agrees_with_differences(noise):
-    process, sampler = make(("ddim", "sample", 10, {}))
+    _, sampler = make(("ddim", "sample", 10, {}))
 
     def value(weight: torch.Tensor) -> torch.Tensor:
         result, _ = sampler.run(
@@ -177,12 +180,12 @@ def test_chain_holds_the_distribution_of_every_step(case, x0, noise):
         expected = torch.randn(SHAPE, generator=generator)
         torch.testing.assert_close((link.x_next - link.mean) / link.std, expected, atol=5e-3, rtol=5e-3)
     assert chain[-1].std == 0.0
-    for before, after in zip(chain[:-1], chain[1:], strict=True):
+    for before, after in pairwise(chain):
         assert before.x_next is after.x
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    process, sampler = make(("ddpm", "sample", 20, {}))
+    _, sampler = make(("ddpm", "sample", 20, {}))
 
     def chunk(seeds: list[int]) -> torch.Tensor:
         starts = [torch.Generator().manual_seed(s) for s in seeds]

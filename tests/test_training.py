@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import demonstrations
+from safetensors.torch import load_file
+
 from action_diffusion import policy as policy_package
 from action_diffusion.cli import main
 from action_diffusion.configuration import load
@@ -20,8 +23,6 @@ from action_diffusion.errors import InputError
 from action_diffusion.training import checkpoints
 from action_diffusion.training.settings import TrainSettings
 from action_diffusion.training.trainer import lr_factor
-from conftest import demonstrations
-from safetensors.torch import load_file
 
 SMALL = [
     "device=cpu",
@@ -157,9 +158,10 @@ def test_accumulated_gradients_equal_a_larger_batch(data, tmp_path):
 
 def test_two_processes_train_one_policy(data, tmp_path):
     output = tmp_path / "two"
-    command = [sys.executable, "-m", "action_diffusion",
-               *arguments(data, output, "train.max_steps=12", "train.num_processes=2", "train.checkpoint_every=5")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    words = arguments(data, output, "train.max_steps=12", "train.num_processes=2", "train.checkpoint_every=5")
+    command = [sys.executable, "-m", "action_diffusion", *words]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in lines(output) if "loss" in r] == [10, 12]
     policy_package.load(output / "bundle", verify=True)

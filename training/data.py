@@ -49,9 +49,9 @@ def _found(buffer: ReplayBuffer, action: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for key in sorted(buffer.keys):
         column = buffer[key]
-        if key in skipped or column.ndim < 2:
+        if key in skipped or len(column.shape) < 2:
             continue
-        is_image = column.ndim == 4 and column.shape[-1] == 3
+        is_image = len(column.shape) == 4 and column.shape[-1] == 3
         found[key] = {"source": key, "kind": "image" if is_image else "state"}
     if not found:
         raise InputError(f"{buffer.name} holds no observations beside {action!r}: its keys are {sorted(buffer.keys)}")

@@ -24,7 +24,7 @@ def run(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Path]]:
     Raises `InputError` for bundles that cannot be loaded or do not belong to the same task.
     """
     given = config["bundle"]
-    paths = [Path(path) for path in (given if isinstance(given, list) else [given])]
+    paths = [Path(str(path)) for path in (given if isinstance(given, list) else [given])]
     if not paths:
         raise InputError("bundle=[] names no bundle")
     stamp = f"evaluation-{datetime.now():%Y%m%d-%H%M%S}"

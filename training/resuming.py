@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from action_diffusion.configuration import BUDGETS
 from action_diffusion.errors import InputError
 
 
@@ -24,6 +25,8 @@ def recall(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str],
         words, folder = [str(word) for word in earlier["overrides"]], earlier["config_dir"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} cannot be read ({error}): give all options again, into another output_dir") from None
+    if any(key in BUDGETS for key in given):  # the budget given now replaces the earlier one
+        words = [word for word in words if word.partition("=")[0] not in BUDGETS]
     return [word for word in words if word.partition("=")[0] not in given] + list(overrides), config_dir or folder
 
 
@@ -34,7 +37,7 @@ def remember(config: dict[str, Any], overrides: Sequence[str], config_dir: str |
         config = config | {"output_dir": f"outputs/{task}-{datetime.now():%Y%m%d-%H%M%S}"}
     if config["output_dir"] is not None:
         file = Path(config["output_dir"]) / "command.json"
-        if not file.exists():
+        if not (file.parent / "metrics.jsonl").exists():  # an attempt that failed does not count
             file.parent.mkdir(parents=True, exist_ok=True)
             words = [word for word in overrides if word.partition("=")[0] not in ("output_dir", "resume")]
             file.write_text(json.dumps({"overrides": words, "config_dir": config_dir}, indent=1) + "\n")

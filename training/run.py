@@ -224,8 +224,9 @@ def _trainer(
     if spec.env is not None and settings.rollout_every:
         rollouts = Rollouts(policy, env=spec.env, n_episodes=settings.rollout_episodes)
     cameras = [spec.observations[key].shape for key in spec.camera_order]
-    crop = getattr(policy.encoder, "crop", None) if cameras else None
-    fused = crop is not None and getattr(policy.encoder, "resize", None) is None and len(set(cameras)) == 1
+    crop = getattr(policy.encoder, "crop", None)
+    # Crops are cut while gathering where that is the first thing that the encoder would do.
+    fused = len(set(cameras)) == 1 and crop is not None and getattr(policy.encoder, "resize", None) is None
     golden = {key: value[0].cpu().numpy() for key, value in reference.gather(validation.indices[:1]).obs.items()}
     return Trainer(
         policy=policy,
@@ -234,8 +235,8 @@ def _trainer(
             seed=config["seed"],
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            crop=tuple(crop) if fused else None,
-            image_size=tuple(cameras[0][:2]) if fused else None,
+            crop=crop if fused else None,
+            image_size=(cameras[0][0], cameras[0][1]) if fused else None,
         ),
         settings=settings,
         accelerator=accelerator,
@@ -255,7 +256,7 @@ def _spawn(config: dict[str, Any], processes: int) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, args=(config, processes, port), nprocs=processes)  # type: ignore[no-untyped-call]
+    torch.multiprocessing.spawn(_process, args=(config, processes, port), nprocs=processes)
     results = Path(config["output_dir"]) / "evaluation" / "results.json"
     return yaml.safe_load(results.read_text()) if results.exists() else {}
 

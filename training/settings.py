@@ -52,9 +52,22 @@ class TrainSettings:
         for name in ("batch_size", "gradient_accumulation_steps", "num_processes", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "ema_power"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"train.{name}={getattr(self, name)} must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"train.betas={list(self.betas)} must be two numbers of at least 0 and below 1")
         if self.log_every > 10:
             raise InputError(f"train.log_every={self.log_every} must be at most 10: metrics.jsonl promises that")
-        for name in ("checkpoint_every", "validate_every", "rollout_every", "keep_best", "warmup"):
+        for name in (
+            "checkpoint_every",
+            "validate_every",
+            "rollout_every",
+            "keep_best",
+            "warmup",
+            "weight_decay",
+            "max_grad_norm",
+        ):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name}={getattr(self, name)} must not be negative (0 turns it off)")
         for name, choices in {

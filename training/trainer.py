@@ -294,7 +294,7 @@ class Trainer:
 
         def request(number: int, frame: Any) -> None:
             self._stop_requested = True
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
 
         before = {}
         try:
@@ -314,7 +314,7 @@ def make_optimizer(policy: DiffusionPolicy, settings: TrainSettings) -> torch.op
     decay = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
     rest = [p for p in policy.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]), fused=True)
 
 
 def lr_factor(step: int, share: float, settings: TrainSettings) -> float:

@@ -84,5 +84,10 @@ def evaluate_held_out(
             yield obs, batch.action.cpu().numpy(), batch.mask.cpu().numpy()
 
     return evaluate_offline(
-        policy=policy, task=policy.spec.task, batches=batches(), output_dir=output_dir, settings=settings, metrics_file=metrics_file
+        policy=policy,
+        task=policy.spec.task,
+        batches=batches(),
+        output_dir=output_dir,
+        settings=settings,
+        metrics_file=metrics_file,
     )
