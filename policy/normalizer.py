@@ -5,7 +5,8 @@
     gaussian   mean, standard deviation    0, 1
     identity   x                           x
 
-A dimension that never changes maps to 0 and back to its value, instead of dividing by zero.
+A dimension that never changed in the data maps to 0 instead of dividing by zero, and back to its value whatever the
+network says: an arm must not move a joint that no demonstration moved.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def fit(values: np.ndarray, kind: str = "minmax") -> dict[str, Any]:
         raise InputError("no steps to compute normaliser statistics from")
     data = np.asarray(values, dtype=np.float64)
     low, high = data.min(axis=0), data.max(axis=0)
-    constant = (high - low) <= CONSTANT * np.maximum(1.0, np.abs(high))
+    constant = _constant(low, high)
     if kind == "minmax":
         scale = 2.0 / np.where(constant, 1.0, high - low)
         offset = -1.0 - low * scale
@@ -69,16 +70,29 @@ class Normalizer(nn.Module):
                 if not bool(torch.isfinite(tensor).all()) or (name == "scale" and bool((tensor == 0).any())):
                     raise InputError(f"normaliser statistics of {key!r}: {name} must be finite and not zero")
                 self.register_buffer(f"{key}__{name}", tensor, persistent=False)
+            self.register_buffer(f"{key}__varies", _varies(value), persistent=False)
 
     def normalize(self, key: str, value: Tensor) -> Tensor:
         """[…, D] in the data's units → […, D] normalised."""
         return value * self._get(key, "scale") + self._get(key, "offset")
 
     def unnormalize(self, key: str, value: Tensor) -> Tensor:
-        """The inverse of `normalize`."""
-        return (value - self._get(key, "offset")) / self._get(key, "scale")
+        """The inverse of `normalize`; a constant dimension gives its value."""
+        return (value * self._get(key, "varies") - self._get(key, "offset")) / self._get(key, "scale")
 
     def _get(self, key: str, name: str) -> Tensor:
         if key not in self.statistics:
             raise unknown("normalised key", key, self.statistics)
         return getattr(self, f"{key}__{name}")
+
+
+def _constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    return (high - low) <= CONSTANT * np.maximum(1.0, np.abs(high))
+
+
+def _varies(statistics: Mapping[str, Any]) -> Tensor:
+    """1 for each dimension that changed in the data (all of them for the identity), 0 for a constant one."""
+    if statistics.get("kind") == "identity" or "min" not in statistics:
+        return torch.ones(len(statistics["scale"]))
+    low, high = np.asarray(statistics["min"], np.float64), np.asarray(statistics["max"], np.float64)
+    return torch.from_numpy(~_constant(low, high)).float()

