@@ -69,6 +69,7 @@ action-diffusion collect output=PATH [name=value …]     demonstrations into a 
 Options
   episodes=20  seed=0           starts from seed upward; failures are discarded and counted
   min_score=0.98                what counts as a failure
+  visited_by=DIR/bundle         episodes begin where this policy gets to, to show it the way back
 """
 
 DEPLOY_HELP = """\

@@ -1,18 +1,24 @@
 """`action-diffusion collect`: a scripted expert's episodes into a replay buffer.
 
-A policy that learned only from clean episodes has never seen how to come back from its own mistakes. So an
-episode is disturbed now and then: for 3 to 8 steps the simulator executes the expert's action plus an offset,
-while the action *recorded* stays the one that the expert wanted.
+A policy that learned only from the usual starts has never seen how to come back from its own mistakes. So most
+episodes begin somewhere else:
 
-    state     s0    s1    s2    s3    s4
-    recorded  a0    a1    a2    a3    a4       right in the state that it stands beside
-    executed  a0    a1+d  a2+d  a3+d  a4
+    30 %   at a start of the task
+    40 %   where the expert got to after 10 to 89 steps of acting on a wrong belief of where the block is
+    30 %   with the task nearly done, where most of a policy's small corrections are needed
 
-Source: Laskey et al., "DART: Noise Injection for Robust Imitation Learning" (CoRL 2017).
+and only what follows is recorded, undisturbed: the actions of a chunk are then all consequences of the state that
+the chunk begins in. (Disturbing the expert while it is recorded, as DART does (Laskey et al. 2017), puts reactions to
+unforeseeable pushes into the later steps of a chunk; policies trained on such episodes scored worse.)
 
 The demonstrations in the package, `datasets/embedded/pusht_expert.zarr.zip`, are made anew by
 
-    action-diffusion collect task=pusht_state agent=expert episodes=500 output=pusht_expert.zarr.zip
+    action-diffusion collect task=pusht_state agent=expert episodes=380 output=a.zarr
+    action-diffusion train data=a.zarr output_dir=runs/a
+    action-diffusion collect task=pusht_state agent=expert episodes=300 seed=2000 visited_by=runs/a/bundle output=b.zarr
+
+and saving both, one after the other, as one buffer. The second half begins where a policy that learned from the
+first half gets to, which is where it needs to be shown the way (DAgger: Ross et al. 2011).
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -28,12 +34,25 @@ from action_diffusion import __version__, envs
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.envs.base import Env
+from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.policy import DiffusionPolicy
 
 EXPERTS = {
     "pusht": "action_diffusion.envs.pusht_expert:PushTExpert",
 }
+WANDERED, NEARLY_DONE = 0.4, 0.3  # shares of the episodes that begin so
+STREAM = 13  # of the random numbers that decide where an episode begins
+MAX_STEPS = 500  # those before the recording counted in
 FIRST_TEST_SEED = 100_000  # evaluations begin here; no demonstration does
+
+
+class Simulator(Env, Protocol):
+    """A simulator that can begin anywhere."""
+
+    def restore(self, state: np.ndarray) -> None: ...
 
 
 class Expert(Protocol):
@@ -43,28 +62,11 @@ class Expert(Protocol):
 
     def act(self, state: np.ndarray) -> np.ndarray: ...
 
+    def misbelief(self, random: np.random.Generator) -> np.ndarray:
+        """An error of the believed state, to be added to it."""
 
-class Disturbance:
-    """Offsets to executed actions: with probability 0.03 a step one begins, and stays for 3 to 8 steps.
-
-    size: standard deviation of each of its components, in the action's unit; 0 for none.
-    """
-
-    def __init__(self, *, size: float, random: np.random.Generator) -> None:
-        self._size = size
-        self._random = random
-        self._left = 0
-        self._offset: np.ndarray | float = 0.0
-
-    def applied(self, action: np.ndarray) -> np.ndarray:
-        """What to execute instead of `action` [A]."""
-        if self._left == 0 and self._random.random() < 0.03:
-            self._left = int(self._random.integers(3, 9))
-            self._offset = self._random.normal(0.0, self._size, action.shape)
-        if self._left == 0:
-            return action
-        self._left -= 1
-        return action + self._offset
+    def nearly_done(self, random: np.random.Generator) -> np.ndarray:
+        """A state from which little is left to do."""
 
 
 def run(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         seed=config["seed"],
         output=config["output"],
         min_score=config["min_score"],
+        visited_by=None if config["visited_by"] is None else bundles.load(config["visited_by"]),
     )
 
 
@@ -89,16 +92,17 @@ def collect(
     episodes: int,
     seed: int = 0,
     output: str | Path,
-    perturbation: float = 15.0,
     min_score: float = 0.98,
+    visited_by: DiffusionPolicy | None = None,
     max_attempts: int | None = None,
 ) -> dict[str, Any]:
     """Write `episodes` episodes of an expert to the replay buffer `output` (DIR.zarr or FILE.zarr.zip).
 
     Starts are `seed`, `seed` + 1, …; what is collected depends on nothing else. An episode whose score stays
-    below `min_score` is discarded, and counted. `perturbation` is the standard deviation of the disturbances in
-    the action's unit. At most `max_attempts` (3 x `episodes` + 10) episodes are tried; Ctrl-C ends early too.
-    Either way the episodes so far are kept.
+    below `min_score` is discarded, and counted. At most `max_attempts` (3 x `episodes` + 10) episodes are tried;
+    Ctrl-C ends early too. Either way the episodes so far are kept.
+
+    visited_by: every episode begins where this policy gets to in 10 to 150 steps, instead of as usual.
 
     Columns: `state` float32 [N, 5], `action` float32 [N, 2], `reward` float32 [N], the last for the step that
     the action began. Returns the numbers to report. Raises `InputError` for an unknown environment or agent, an
@@ -110,11 +114,11 @@ def collect(
     kept: list[dict[str, np.ndarray]] = []
     starts: list[int] = []
     discarded, interrupted = 0, False
-    env = envs.make(env_name)
+    env = cast(Simulator, envs.make(env_name, max_steps=MAX_STEPS))
     try:
         with progress(f"collecting {episodes} episodes", episodes) as advance:
             for start in range(seed, seed + limit):
-                episode = _episode(env, env_name, start, perturbation)
+                episode = _episode(env, env_name, start, visited_by)
                 if episode["reward"].max() < min_score:
                     discarded += 1
                     continue
@@ -134,7 +138,6 @@ def collect(
         "source": "scripted expert",
         "version": __version__,
         "control_rate": env.control_rate,
-        "perturbation": perturbation,
         "seeds": starts,
     }
     _buffer(kept, attrs).save(output)
@@ -157,24 +160,63 @@ def _check(env_name: str, agent_name: str, episodes: int, first: int, end: int, 
         raise InputError(f"output={output} exists: choose another path, or remove it")
 
 
-def _episode(env: Env, env_name: str, start: int, perturbation: float) -> dict[str, np.ndarray]:
-    """One episode from `start`: columns of T rows."""
+def _episode(
+    env: Simulator, env_name: str, start: int, visited_by: DiffusionPolicy | None = None
+) -> dict[str, np.ndarray]:
+    """One episode from `start`: columns of T rows. Without a row to record, its reward is a single 0."""
     module, _, name = EXPERTS[env_name].partition(":")
     expert: Expert = getattr(importlib.import_module(module), name)(seed=start)
-    disturbance = Disturbance(size=perturbation, random=np.random.default_rng(start))
-    rows: dict[str, list[Any]] = {"state": [], "action": [], "reward": []}
+    random = np.random.default_rng([STREAM, start])
     env.reset(start)
-    state = env.observe(["state"])["state"]
-    expert.reset(state)
+    expert.reset(_state(env))
+    over = _begin(env, expert, random) if visited_by is None else _follow(env, visited_by, start, random)
+    if over:
+        return {"reward": np.zeros(1, np.float32)}
+    expert.reset(_state(env))
+    rows: dict[str, list[Any]] = {"state": [], "action": [], "reward": []}
     done = False
     while not done:
+        state = _state(env)
         action = expert.act(state)
-        rows["state"].append(state)
-        rows["action"].append(action)
-        reward, done = env.step(disturbance.applied(action))
-        rows["reward"].append(reward)
-        state = env.observe(["state"])["state"]
+        reward, done = env.step(action)
+        for key, value in zip(rows, (state, action, reward), strict=True):
+            rows[key].append(value)
     return {key: np.asarray(values, dtype=np.float32) for key, values in rows.items()}
+
+
+def _begin(env: Simulator, expert: Expert, random: np.random.Generator) -> bool:
+    """Go to where the recording begins (see the module); returns whether the episode is over already."""
+    kind = random.random()
+    if kind > 1 - NEARLY_DONE:
+        env.restore(expert.nearly_done(random))
+        return False
+    left, wandering, error = 0, int(random.integers(10, 90)) if kind < WANDERED else 0, np.zeros(1)
+    for _ in range(wandering):
+        if left == 0:
+            left, error = int(random.integers(5, 25)), expert.misbelief(random)
+        left -= 1
+        if env.step(expert.act((_state(env) + error).astype(np.float32)))[1]:
+            return True
+    return False
+
+
+def _follow(env: Env, policy: DiffusionPolicy, start: int, random: np.random.Generator) -> bool:
+    """Go where the policy gets to in 10 to 149 steps; returns whether the episode is over already."""
+    agent = Agent(n_obs_steps=policy.spec.n_obs_steps, n_action_steps=policy.spec.n_action_steps)
+    first_noise, step_noise = generators(start)
+    for _ in range(int(random.integers(10, 150))):
+        agent.observe(env.observe(list(policy.spec.observations)))
+        if agent.needs_chunk:
+            history = {key: value[None] for key, value in agent.history().items()}
+            chunk = policy.predict(history, noise_generator=[first_noise], generator=[step_noise])
+            agent.accept(chunk["action_pred"][0])
+        if env.step(agent.act())[1]:
+            return True
+    return False
+
+
+def _state(env: Env) -> np.ndarray:
+    return env.observe(["state"])["state"]
 
 
 def _buffer(episodes: list[dict[str, np.ndarray]], attrs: Mapping[str, Any]) -> ReplayBuffer:

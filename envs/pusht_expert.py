@@ -40,6 +40,8 @@ OVERHEAD = 120.0  # the way to one more push, px
 SPACING = 4.0  # between the contacts that are compared, px
 APPROACH = 10.0  # a push begins this far in front of the face, px
 CLEAR = 22.0  # before it goes elsewhere, the finger backs off to this distance from the T, px
+PUSHING = 11.0  # how far ahead of the finger its target is in a push, px
+WALKING = 25.0  # and on the way to one
 TRAVELS = 280.0 * (np.arange(1, 41) / 40) ** 2  # lengths of push that are compared, px
 
 
@@ -81,10 +83,22 @@ class PushTExpert:
         pose = Pose.of(state)
         path, contact = self._path(pose, pose.to_block(state[:2]))
         reached = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=-1))])
-        # A target L px ahead means L / 2 px a step: 15 on the way, 8 in a push, slowing down before the contact.
-        ahead = min(16.0 + 0.5 * reached[contact], 30.0, reached[-1])
+        # A target L px ahead means L / 2 px a step; it slows down before the contact.
+        ahead = min(PUSHING + 0.4 * reached[contact], WALKING, reached[-1])
         target = [np.interp(ahead, reached, path[:, axis]) for axis in range(2)]
         return np.clip(target, 0.0, 512.0).astype(np.float32)
+
+    def misbelief(self, random: np.random.Generator) -> np.ndarray:
+        """An error [5] of the believed state: the block's place (sd 35 px) and angle (sd 0.5 rad)."""
+        return np.concatenate([[0.0, 0.0], random.normal(0, 35, 2), random.normal(0, 0.5, 1)])
+
+    def nearly_done(self, random: np.random.Generator) -> np.ndarray:
+        """A state [5] with the block near the goal (sd 25 px, 0.3 rad) and the finger anywhere clear of it."""
+        block = np.array(GOAL_POSE) + random.normal(0, 1, 3) * [25, 25, 0.3]
+        while True:
+            finger = random.uniform(60, 450, 2)
+            if np.linalg.norm(finger - block[:2]) > 130:
+                return np.concatenate([finger, block])
 
     def _path(self, pose: Pose, finger: np.ndarray) -> tuple[np.ndarray, int]:
         """The finger's path [K, 2] in the world, from where it is to the end of the best push; where contact is."""

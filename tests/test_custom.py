@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from action_diffusion import policy as policy_package
 from action_diffusion.cli import main
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
