@@ -11,14 +11,14 @@ and only what follows is recorded, undisturbed: the actions of a chunk are then 
 the chunk begins in. (Disturbing the expert while it is recorded, as DART does (Laskey et al. 2017), puts reactions to
 unforeseeable pushes into the later steps of a chunk; policies trained on such episodes scored worse.)
 
-The demonstrations in the package, `datasets/embedded/pusht_expert.zarr.zip`, are made anew by
+The demonstrations in the package, `datasets/embedded/pusht_expert.zarr.zip`, are 735 episodes. The first 380 are made
+anew by
 
     action-diffusion collect task=pusht_state agent=expert episodes=380 output=a.zarr
-    action-diffusion train data=a.zarr output_dir=runs/a
-    action-diffusion collect task=pusht_state agent=expert episodes=300 seed=2000 visited_by=runs/a/bundle output=b.zarr
 
-and saving both, one after the other, as one buffer. The second half begins where a policy that learned from the
-first half gets to, which is where it needs to be shown the way (DAgger: Ross et al. 2011).
+The other 355 begin where a policy that learned from these, for eight minutes, got to from the starts 2000 to 2139, once
+to three times an episode (`visited_by=` does so once): where it goes wrong is where it needs to be shown the way
+(DAgger: Ross et al. 2011).
 """
 
 from __future__ import annotations
