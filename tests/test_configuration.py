@@ -103,7 +103,7 @@ def test_all_that_ships_is_a_choice():
 @pytest.mark.parametrize(
     ("words", "budget"),
     [
-        ([], {"max_minutes": 7.5}),
+        ([], {"max_minutes": 7.0}),
         (["task=pusht_image"], {"max_minutes": 60.0}),
         (["train.max_steps=100"], {"max_steps": 100}),
         (["train.max_epochs=2"], {"max_epochs": 2.0}),

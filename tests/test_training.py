@@ -288,4 +288,4 @@ def test_the_learning_rate_warms_up_and_follows_the_budget():
 
 def test_a_budget_that_is_asked_for_replaces_the_task_s_own():
     assert load("train", ["train.max_steps=5"])["train"]["max_minutes"] is None
-    assert load("train", [])["train"]["max_minutes"] == 7.5
+    assert load("train", [])["train"]["max_minutes"] == 7
