@@ -9,7 +9,7 @@ episodes begin somewhere else:
 
 and only what follows is recorded, undisturbed: the actions of a chunk are then all consequences of the state that
 the chunk begins in. (Disturbing the expert while it is recorded, as DART does (Laskey et al. 2017), puts reactions to
-unforeseeable pushes into the later steps of a chunk; policies trained on such episodes scored worse.)
+unforeseeable pushes into the later steps of a chunk; policies trained on such episodes scored no better.)
 
 The demonstrations in the package, `datasets/embedded/pusht_expert.zarr.zip`, are 735 episodes. The first 380 are made
 anew by

@@ -90,7 +90,7 @@ class ConditionalUnet1d(nn.Module):
 
     action_dim: A. condition_dim: size of the encoded observation history. channels: of each level; the time axis is
     halved between levels, so the horizon must be divisible by 2^(levels − 1) (`check_horizon`). activation: SiLU where
-    the paper has Mish, which costs ten times as much on a CPU and learns the same.
+    the paper has Mish, which costs about ten times as much on a CPU.
     """
 
     def __init__(
