@@ -13,13 +13,15 @@ from torch import nn
 
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy import normalizer as normalizer_module
+from action_diffusion.policy.frames import ActionFrame
 from action_diffusion.policy.normalizer import Normalizer
-from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.policy import IN_FRAME, DiffusionPolicy
 from action_diffusion.policy.registry import build
 from action_diffusion.policy.sampler import Sampler
 from action_diffusion.policy.spec import PolicySpec
 
-SECTIONS = ("features", "normalizer", "encoder", "denoiser", "process", "sampler", "objective")
+OPTIONAL = ("features", "action_frame")
+SECTIONS = (*OPTIONAL, "normalizer", "encoder", "denoiser", "process", "sampler", "objective")
 
 
 def build_features(config: Mapping[str, Any], spec: PolicySpec) -> dict[str, nn.Module]:
@@ -34,13 +36,28 @@ def build_features(config: Mapping[str, Any], spec: PolicySpec) -> dict[str, nn.
     return features
 
 
-def fit_normalizer(
-    config: Mapping[str, Any], spec: PolicySpec, read: Callable[[str], np.ndarray]
-) -> dict[str, dict[str, Any]]:
-    """Statistics of every state key (after its features) and of the action.
+def build_action_frame(config: Mapping[str, Any] | None, spec: PolicySpec) -> ActionFrame | None:
+    """The frame that chunks are learnt in, or None for the data's own. `config`: {name, observation, …}, or None."""
+    if config is None:
+        return None
+    key = config.get("observation")
+    if key not in spec.observations or spec.observations[key].kind != "state":
+        raise unknown("state in policy.action_frame.observation", str(key), spec.observations)
+    sizes = {"n": math.prod(spec.observations[key].shape), "n_action": spec.action.shape[0]}
+    return cast(ActionFrame, build("action_frame", config, **sizes))
 
-    `read(key)` gives all the training steps [N, D] of an observation key or of "action". `config`: {"default": kind,
-    and a kind for each key that differs}.
+
+def fit_normalizer(
+    config: Mapping[str, Any],
+    spec: PolicySpec,
+    read: Callable[[str], np.ndarray],
+    read_chunks: Callable[[str], tuple[np.ndarray, np.ndarray]],
+) -> dict[str, dict[str, Any]]:
+    """Statistics of every state key (after its features), of the action, and of the action in its frame.
+
+    `read(key)` gives all the training steps [N, D] of an observation key or of "action". `read_chunks(key)` gives, for
+    all the training windows, that key's value now [W, D] and the chunk [W, H, A]. `config`: {"default": kind, and a
+    kind for each key that differs}.
     """
     kinds = dict(config["normalizer"])
     default = str(kinds.pop("default", "minmax"))
@@ -57,6 +74,11 @@ def fit_normalizer(
             with torch.no_grad():
                 values = features[key](torch.from_numpy(np.asarray(values, np.float32))).numpy()
         statistics[key] = normalizer_module.fit(values, kinds.get(key, default))
+    frame = build_action_frame(config.get("action_frame"), spec)
+    if frame is not None:
+        now, chunks = (torch.from_numpy(np.asarray(part, np.float32)) for part in read_chunks(frame.observation))
+        values = frame.enter(chunks, now.flatten(1)).flatten(0, 1).numpy()
+        statistics[IN_FRAME] = normalizer_module.fit(values, kinds.get("action", default))
     return statistics
 
 
@@ -66,7 +88,7 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     Raises `InputError` for unknown components and options, and for parts that do not fit each other.
     """
     for section in SECTIONS:
-        if section not in config and section != "features":
+        if section not in config and section not in OPTIONAL:
             raise InputError(f"the policy configuration has no {section!r} section")
     for section in config:
         if section not in SECTIONS:
@@ -86,9 +108,13 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     denoiser = build("denoiser", config["denoiser"], action_dim=spec.action.shape[0], condition_dim=encoder.output_dim)
     denoiser.check_horizon(spec.horizon)
     process = build("process", config["process"])
+    action_frame = build_action_frame(config.get("action_frame"), spec)
+    if action_frame is not None and IN_FRAME not in spec.normalizer:
+        raise InputError(f"no normaliser statistics for {IN_FRAME!r}, which policy.action_frame needs")
     return DiffusionPolicy(
         spec=spec,
         features=features,
+        action_frame=action_frame,
         normalizer=Normalizer(spec.normalizer),
         encoder=encoder,
         denoiser=denoiser,

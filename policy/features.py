@@ -33,12 +33,14 @@ class PlanarObject(nn.Module):
     """Writes a planar pose (x, y, angle) as points fixed to the object, and other positions in the object's frame.
 
     n: size of the input. pose: its three columns. points: [P, 2] in the object's frame, same unit as x and y.
-    relative: columns (x, y) of positions that are also given in the object's frame.
-    [..., n] → [..., n − 1 + 2 + 2 P + len(relative)]: input without the angle, its sine and cosine, the points, the
-    relative positions.
+    relative: columns (x, y) of positions that are also given in the object's frame. landmarks: [L, 2], places that
+    never move (a goal's corners), given in the object's frame.
+    [..., n] → [..., n − 1 + 2 + 2 P + len(relative) + 2 L]: input without the angle, its sine and cosine, the points,
+    the relative positions, the landmarks.
     """
 
     points: Tensor
+    landmarks: Tensor
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class PlanarObject(nn.Module):
         pose: Sequence[int],
         points: Sequence[Sequence[float]],
         relative: Sequence[int] = (),
+        landmarks: Sequence[Sequence[float]] = (),
     ):
         super().__init__()
         _check_columns("planar_object", [*pose, *relative], n)
@@ -55,7 +58,8 @@ class PlanarObject(nn.Module):
         self.pose, self.relative = list(pose), list(relative)
         self.others = [i for i in range(n) if i != self.pose[2]]
         self.register_buffer("points", torch.tensor(points, dtype=torch.float32).view(-1, 2), persistent=False)
-        self.output_dim = n + 1 + 2 * len(self.points) + len(self.relative)
+        self.register_buffer("landmarks", torch.tensor(landmarks, dtype=torch.float32).view(-1, 2), persistent=False)
+        self.output_dim = n + 1 + 2 * len(self.points) + len(self.relative) + 2 * len(self.landmarks)
 
     def forward(self, x: Tensor) -> Tensor:
         origin, angle = x[..., self.pose[:2]], x[..., self.pose[2]]
@@ -64,12 +68,14 @@ class PlanarObject(nn.Module):
         points = self.points @ rotation.mT + origin.unsqueeze(-2)
         offsets = x[..., self.relative].unflatten(-1, (-1, 2)) - origin.unsqueeze(-2)
         relative = offsets @ rotation
+        landmarks = (self.landmarks - origin.unsqueeze(-2)) @ rotation
         parts = [
             x[..., self.others],
             sin.unsqueeze(-1),
             cos.unsqueeze(-1),
             points.flatten(-2),
             relative.flatten(-2),
+            landmarks.flatten(-2),
         ]
         return torch.cat(parts, dim=-1)
 

@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.frames import ActionFrame
 from action_diffusion.policy.normalizer import Normalizer
 from action_diffusion.policy.process import Process, Step
 from action_diffusion.policy.sampler import ChainStep, Generators, Hook, Sampler, draw_noise
 from action_diffusion.policy.spec import PolicySpec
 
+IN_FRAME = "action_in_frame"
+"""The normaliser's key for actions in the policy's action frame; "action" is always for those in the data's units."""
 LOSSES = {
     "mse": nn.functional.mse_loss,
     "l1": nn.functional.l1_loss,
@@ -42,7 +45,8 @@ class Sample:
 class DiffusionPolicy(nn.Module):
     """A diffusion policy made of parts (Chi et al. 2023).
 
-    features: key → module applied to a state before normalisation. noise_draws: denoising examples per encoded
+    features: key → module applied to a state before normalisation. action_frame: that chunks are learnt in; None for
+    the data's own. noise_draws: denoising examples per encoded
     observation in training, which is cheap where the encoder is the expensive part. loss_on_padding: whether
     padded steps at the ends of an episode count in the loss (they repeat the first or last action).
     """
@@ -52,6 +56,7 @@ class DiffusionPolicy(nn.Module):
         *,
         spec: PolicySpec,
         features: Mapping[str, nn.Module],
+        action_frame: ActionFrame | None = None,
         normalizer: Normalizer,
         encoder: nn.Module,
         denoiser: Any,
@@ -68,6 +73,7 @@ class DiffusionPolicy(nn.Module):
             raise InputError(f"policy.noise_draws={noise_draws} must be at least 1")
         self.spec = spec
         self.features = nn.ModuleDict(features)
+        self.action_frame = action_frame
         self.normalizer = normalizer
         self.encoder = encoder
         self.denoiser = denoiser
@@ -94,6 +100,27 @@ class DiffusionPolicy(nn.Module):
             ready[key] = value
         return self.encoder(ready, generator=generator)
 
+    def normalize_action(self, action: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
+        """Chunks [B · n, H, A] in the data's units → what the denoiser works on; rows of an observation are neighbours.
+
+        obs: key → [B, To, …]; a frame moves with it, so a running chunk has other normalised values at every step.
+        """
+        if self.action_frame is None:
+            return self.normalizer.normalize("action", action)
+        return self.normalizer.normalize(IN_FRAME, self.action_frame.enter(action, self._now(obs, len(action))))
+
+    def unnormalize_action(self, normalized: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `normalize_action`."""
+        if self.action_frame is None:
+            return self.normalizer.unnormalize("action", normalized)
+        in_frame = self.normalizer.unnormalize(IN_FRAME, normalized)
+        return self.action_frame.leave(in_frame, self._now(obs, len(normalized)))
+
+    def _now(self, obs: Mapping[str, Tensor], rows: int) -> Tensor:
+        assert self.action_frame is not None
+        now = obs[self.action_frame.observation][:, -1].float().flatten(1)
+        return now.repeat_interleave(rows // len(now), dim=0)
+
     def forward(
         self,
         obs: Mapping[str, Tensor],
@@ -107,7 +134,7 @@ class DiffusionPolicy(nn.Module):
         `generator` draws crops, times and noise: the loss is a function of the weights, the batch and its state.
         """
         condition = self.encode(obs, generator)
-        x0 = self.normalizer.normalize("action", action)
+        x0 = self.normalize_action(action, obs)
         if self.noise_draws > 1:
             condition = condition.repeat(self.noise_draws, 1)
             x0 = x0.repeat(self.noise_draws, 1, 1)
@@ -159,7 +186,7 @@ class DiffusionPolicy(nn.Module):
         normalized, chain = self.sampler.run(
             denoise, noise, generator=generator, hooks=hooks, grad=grad, return_chain=return_chain
         )
-        action = self.normalizer.unnormalize("action", normalized)
+        action = self.unnormalize_action(normalized, obs)
         if n_samples > 1:
             normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
         return Sample(action, normalized, chain)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.windows import make_windows
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.bundle import versions
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -58,7 +59,14 @@ def tiny_policy(buffer: ReplayBuffer, **changes) -> DiffusionPolicy:
         env={"name": "pusht"},
         versions=versions(),
     )
-    statistics = fit_normalizer(config, spec, lambda key: buffer[key][:])
+    sizes = {name: getattr(spec, name) for name in ("horizon", "n_obs_steps", "n_action_steps")}
+    windows = make_windows(buffer.episode_ends, **sizes)
+    every = np.arange(len(windows))
+
+    def chunks(key: str) -> tuple[np.ndarray, np.ndarray]:
+        return buffer[key][:][windows.now(every)], buffer["action"][:][windows.rows(every)]
+
+    statistics = fit_normalizer(config, spec, lambda key: buffer[key][:], chunks)
     spec = PolicySpec(**{**spec.__dict__, "normalizer": statistics})
     return build_policy(config, spec).eval()
 

@@ -72,7 +72,10 @@ def test_every_combination_builds_and_samples(row):
         shape = spec.action.shape if key == "action" else spec.observations[key].shape
         return random.normal(size=(20, *shape)).astype(np.float32)
 
-    statistics = fit_normalizer(config["policy"], spec, read)
+    def read_chunks(key: str) -> tuple[np.ndarray, np.ndarray]:
+        return read(key), random.normal(size=(20, spec.horizon, *spec.action.shape)).astype(np.float32)
+
+    statistics = fit_normalizer(config["policy"], spec, read, read_chunks)
     policy = build_policy(config["policy"], PolicySpec(**{**spec.__dict__, "normalizer": statistics})).eval()
     obs = {key: np.zeros((2, *value.shape), value.dtype) for key, value in spec.observations.items()}
     assert policy.predict(obs)["action"].shape == (8, ACTIONS[row[0]])

@@ -95,6 +95,12 @@ class TrainingData:
     held_out: BatchSource | None
     train_rows: np.ndarray
 
+    def chunks(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """For every training window: the observation `key` now [W, ...] and the chunk [W, H, A]."""
+        indices = np.arange(len(self.train))
+        now, rows = self.train.windows.now(indices), self.train.windows.rows(indices)
+        return self.train.values(key)[now], self.train.values("action")[rows]
+
 
 def prepare(
     buffer: ReplayBuffer,

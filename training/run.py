@@ -171,7 +171,9 @@ def _policy(config: Mapping[str, Any], spec: PolicySpec, data: TrainingData) -> 
     """A new policy, or one that starts from the weights and the statistics of `init`."""
     torch.manual_seed(config["seed"])
     if config["init"] is None:
-        statistics = fit_normalizer(config["policy"], spec, lambda key: data.train.values(key)[data.train_rows])
+        statistics = fit_normalizer(
+            config["policy"], spec, lambda key: data.train.values(key)[data.train_rows], data.chunks
+        )
         spec = replace(spec, normalizer=statistics)
         return spec, build_policy(config["policy"], spec)
     path = Path(config["init"])
