@@ -39,7 +39,9 @@ class Position(ActionFrame):
     columns: of the observation, subtracted from the `action_columns` of the action, which are as many.
     """
 
-    def __init__(self, *, observation: str, columns: Sequence[int], action_columns: Sequence[int], n: int, n_action: int):
+    def __init__(
+        self, *, observation: str, columns: Sequence[int], action_columns: Sequence[int], n: int, n_action: int
+    ):
         super().__init__(observation=observation)
         _check("columns", columns, n, "an observation")
         _check("action_columns", action_columns, n_action, "an action")

@@ -128,32 +128,21 @@ def test_resuming_a_run_killed_before_its_first_checkpoint_starts_over(data, tmp
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    extra = ["train.max_steps=80", "train.checkpoint_every=0"]
+    extra = ["train.max_steps=200", "train.checkpoint_every=0"]
     assert main(arguments(data, whole, *extra)) == 0
     command = [sys.executable, "-m", "action_diffusion", *arguments(data, stopped, *extra)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     metrics = stopped / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count('"loss"') >= 2) and time.monotonic() < deadline:
+    while not (metrics.exists() and metrics.read_text().count('"loss"') >= 1) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("the run was over before the signal arrived")
     assert process.returncode == 130
     assert f"output_dir={stopped} resume=true" in errors
     assert "Traceback" not in errors
     assert main(["train", f"output_dir={stopped}", "resume=true"]) == 0
     assert_same_run(whole, stopped)
-
-
-def test_accumulated_gradients_equal_a_larger_batch(data, tmp_path):
-    """Half batches, twice as many, with the noise of their own: the loss curve is close, the sample order the same."""
-    for name, extra in {"a": ["train.gradient_accumulation_steps=2", "train.batch_size=8"], "b": []}.items():
-        assert main(arguments(data, tmp_path / name, "train.max_steps=20", *extra)) == 0
-    a, b = (np.array([r["loss"] for r in lines(tmp_path / n) if "loss" in r]) for n in "ab")
-    assert abs(a - b).max() < 0.3
-    assert lines(tmp_path / "a")[0]["epoch"] == lines(tmp_path / "b")[0]["epoch"]
 
 
 def test_two_processes_train_one_policy(data, tmp_path):

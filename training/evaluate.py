@@ -7,12 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from action_diffusion import envs
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.training.comparison import write_comparison, write_seed_summary
 from action_diffusion.training.data import prepare
-from action_diffusion.training.evaluation import evaluate
+from action_diffusion.training.evaluation import evaluate_policy
 from action_diffusion.training.results import compare, summarise_seeds, write_results
 from action_diffusion.training.run import open_data
 from action_diffusion.training.validation import evaluate_held_out
@@ -38,13 +38,16 @@ def run(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Path]]:
     if several:
         summary = summarise_seeds(results)
         write_results(root / "summary.json", summary)
+        write_seed_summary(root / "report.html", names=[str(path) for path in paths], results=results, summary=summary)
         yield _headlines(summary), root
     if config["compare"] is not None:
         other = _evaluate_one(config, Path(config["compare"]), root / "compare")
         yield other, root / "compare"
-        difference = compare(results[0], other)
-        write_results(root / "comparison.json", difference)
-        yield difference, root
+        difference, folder = compare(results[0], other), root / "comparison"
+        write_results(folder / "results.json", difference)
+        names = (str(paths[0]), str(config["compare"]))
+        write_comparison(folder / "report.html", names=names, results=(results[0], other), found=difference)
+        yield difference, folder
 
 
 def _evaluate_one(config: Mapping[str, Any], path: Path, folder: Path) -> dict[str, Any]:
@@ -55,16 +58,8 @@ def _evaluate_one(config: Mapping[str, Any], path: Path, folder: Path) -> dict[s
     settings["sampler"] |= {key: value for key, value in config["sampler"].items() if value is not None}
     if policy.spec.env is None:
         return _held_out(config, policy, path, settings, where)
-    env = policy.spec.env
-    return evaluate(
-        policy=policy,
-        env_name=policy.spec.task,
-        make_env=lambda: envs.make(**env),
-        keys=list(policy.spec.observations),
-        settings=settings,
-        **{name: config[name] for name in ("n_episodes", "seed", "n_envs", "policy_batch", "n_videos")},
-        **where,
-    )
+    options = {name: config[name] for name in ("n_episodes", "seed", "n_envs", "policy_batch", "n_videos")}
+    return evaluate_policy(policy, settings=settings, **options, **where)
 
 
 def _held_out(

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress, TaskID
 
+from action_diffusion import envs
 from action_diffusion.envs.base import Env
 from action_diffusion.envs.rollout import Episode, Policy, replay, rollout
 from action_diffusion.envs.video import write_video
 from action_diffusion.errors import InputError
 from action_diffusion.policy.bundle import versions
+from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.offline import evaluate_offline
 from action_diffusion.training.report import Clip, read_metrics, write_report
 from action_diffusion.training.results import (
@@ -34,6 +36,25 @@ from action_diffusion.training.results import (
 from action_diffusion.training.statistics import bootstrap_interval, wilson_interval
 
 SCORE_DEFINITION = "The score of an episode is its maximum reward, in [0, 1]; success is a score that reaches 1."
+
+
+def evaluate_policy(
+    policy: DiffusionPolicy, *, settings: Mapping[str, Any], output_dir: Path, metrics_file: Path | None, **options: Any
+) -> dict[str, Any]:
+    """`evaluate` of a policy in the simulator that its bundle names; `options`: n_episodes, seed, n_envs, …"""
+    env = policy.spec.env
+    if env is None:
+        raise InputError(f"{policy.spec.task} has no simulator to evaluate in")
+    return evaluate(
+        policy=policy,
+        env_name=policy.spec.task,
+        make_env=lambda: envs.make(**env),
+        keys=list(policy.spec.observations),
+        settings=settings,
+        output_dir=output_dir,
+        metrics_file=metrics_file,
+        **options,
+    )
 
 
 def evaluate(
@@ -68,32 +89,19 @@ def evaluate(
         InputError: for bad numbers, settings that are not plain data, unreadable metrics, actions that are
             NaN or do not fit the simulator (naming the seed), or a disk that does not take the files.
     """
-    folder = Path(output_dir)
+    folder, spec = Path(output_dir), policy.spec
     for name, value, least in (("n_episodes", n_episodes, 1), ("n_videos", n_videos, 0)):
         if value < least:
             raise InputError(f"{name} is {value}; it must be at least {least}")
-    seeds = list(range(seed, seed + n_episodes))
-    own = {"seed": seed, "n_envs": n_envs, "policy_batch": policy_batch}
-    settings = plain(
-        {
-            **settings,
-            "n_obs_steps": policy.spec.n_obs_steps,
-            "n_action_steps": policy.spec.n_action_steps,
-            **own,
-        }
-    )
+    sizes = {"n_envs": n_envs, "policy_batch": policy_batch}
+    own = {"n_obs_steps": spec.n_obs_steps, "n_action_steps": spec.n_action_steps, "seed": seed, **sizes}
+    settings = plain({**settings, **own})
     metrics = read_metrics(Path(metrics_file)) if metrics_file is not None else []
+    seeds = list(range(seed, seed + n_episodes))
     began = time.perf_counter()
     with showing(progress) as bars:
-        episodes = rollout(
-            policy=policy,
-            make_env=make_env,
-            seeds=seeds,
-            keys=keys,
-            n_envs=n_envs,
-            policy_batch=policy_batch,
-            progress=_score_so_far(bars, n_episodes),
-        )
+        watch = _score_so_far(bars, n_episodes)
+        episodes = rollout(policy=policy, make_env=make_env, seeds=seeds, keys=keys, progress=watch, **sizes)
         results = {
             "task": env_name,
             **_summary([episode.score for episode in episodes]),
@@ -168,4 +176,4 @@ def _counted(frames: Iterable[np.ndarray], bars: Progress, task: TaskID) -> Iter
         bars.advance(task)
 
 
-__all__ = ["compare", "evaluate", "evaluate_offline", "read_results", "summarise_seeds"]
+__all__ = ["compare", "evaluate", "evaluate_offline", "evaluate_policy", "read_results", "summarise_seeds"]

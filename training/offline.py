@@ -65,31 +65,24 @@ def evaluate_offline(
             together, actions or chunks that are not finite, unreadable metrics, or a disk that does not take
             the files.
     """
-    folder = Path(output_dir)
+    folder, spec = Path(output_dir), policy.spec
     if n_plots < 1:
         raise InputError(f"n_plots is {n_plots}; it must be at least 1")
     settings = plain({**settings, "noise_seed": seed})
     metrics = read_metrics(Path(metrics_file)) if metrics_file is not None else []
     began = time.perf_counter()
     predicted, demonstrated, mask = _sample(policy, batches, seed, progress)
-    names = list(names) or [f"action {index}" for index in range(demonstrated.shape[2])]
-    if len(set(names)) != demonstrated.shape[2]:
-        raise InputError(f"{len(set(names))} different names for {demonstrated.shape[2]} action dimensions")
-    now, count = policy.spec.n_obs_steps - 1, policy.spec.n_action_steps
-    executed = mask.copy()
-    executed[:, :now] = executed[:, now + count :] = False
-    if not executed.any():
-        raise InputError("every step that would be executed is padding: nothing can be compared")
-    error = np.abs(predicted - demonstrated)
-    span = np.ptp(demonstrated[mask], axis=0)
+    names = _names(names, demonstrated.shape[2])
+    executed = _executed(mask, spec.n_obs_steps - 1, spec.n_action_steps)
+    error, span = np.abs(predicted - demonstrated), np.ptp(demonstrated[mask], axis=0)
     results = {
         "task": task,
         "n_windows": len(predicted),
         "n_steps": int(executed.sum()),
-        "n_action_steps": count,
+        "n_action_steps": spec.n_action_steps,
         "names": names,
         **_by_dimension(error[executed], span, names),
-        **_by_step(error, mask, span, now),
+        **_by_step(error, mask, span, spec.n_obs_steps - 1),
         "settings": settings,
         "versions": versions(),
         "seconds": time.perf_counter() - began,
@@ -101,13 +94,29 @@ def evaluate_offline(
         predicted=predicted[rows],
         demonstrated=demonstrated[rows],
         mask=mask[rows],
-        now=now,
+        now=spec.n_obs_steps - 1,
         names=names,
-        n_action_steps=count,
+        n_action_steps=spec.n_action_steps,
         titles=[label for label, _ in chosen],
     )
     write_offline_report(folder / "report.html", results=results, metrics=metrics, chunks=chunks)
     return results
+
+
+def _names(names: Sequence[str], n: int) -> list[str]:
+    chosen = list(names) or [f"action {index}" for index in range(n)]
+    if len(set(chosen)) != n:
+        raise InputError(f"{len(set(chosen))} different names for {n} action dimensions")
+    return chosen
+
+
+def _executed(mask: np.ndarray, now: int, count: int) -> np.ndarray:
+    """Which steps [N, H] would be executed and are not padding."""
+    executed = mask.copy()
+    executed[:, :now] = executed[:, now + count :] = False
+    if not executed.any():
+        raise InputError("every step that would be executed is padding: nothing can be compared")
+    return executed
 
 
 def _sample(

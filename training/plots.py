@@ -105,6 +105,19 @@ def plot_scores(scores: Sequence[float]) -> bytes:
         return _svg(figure)
 
 
+def plot_pairs(first: Sequence[float], second: Sequence[float], *, labels: Sequence[str]) -> bytes:
+    """Scores in [0, 1] of two policies on the same starts, a point a start, above the line where `second` wins: SVG."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=1.0, linestyle="--")
+        axes.scatter(first, second, s=16, color=FIRST, alpha=0.7)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        axes.set_xlabel(f"score of {labels[0]}")
+        axes.set_ylabel(f"score of {labels[1]}")
+        return _svg(figure)
+
+
 def plot_error_ahead(steps_ahead: Sequence[int], errors: Sequence[float], *, n_action_steps: int) -> bytes:
     """Mean action error, a share of the data's range, over steps from now; returns an SVG.
 

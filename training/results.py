@@ -114,6 +114,8 @@ def showing(progress: Progress | None) -> Iterator[Progress]:
 
 def _require_same_starts(results: Sequence[Mapping[str, Any]]) -> None:
     first = results[0]
+    if any("seeds" not in result for result in results):
+        raise InputError(f"{first['task']} has no simulator: there are no scores on the same starts to compare")
     for other in results[1:]:
         if other["task"] != first["task"]:
             raise InputError(f"results of different tasks do not compare: {first['task']} and {other['task']}")

@@ -18,7 +18,6 @@ import yaml
 from accelerate import Accelerator
 from rich.console import Console
 
-from action_diffusion import envs
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.sources import resolve, with_images
 from action_diffusion.errors import InputError
@@ -28,7 +27,7 @@ from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training import checkpoints
 from action_diffusion.training.data import StepBatches, TrainingData, describe, prepare
-from action_diffusion.training.evaluation import evaluate
+from action_diffusion.training.evaluation import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.settings import TrainSettings
 from action_diffusion.training.trainer import Trainer
@@ -102,16 +101,7 @@ def final_evaluation(config: Mapping[str, Any], output_dir: Path, data: Training
     }
     settings = {"data": str(config["data"]), "train": config["train"], "sampler": config["policy"]["sampler"]}
     if policy.spec.env is not None:
-        env = policy.spec.env
-        return evaluate(
-            policy=policy,
-            env_name=policy.spec.task,
-            make_env=lambda: envs.make(**env),
-            keys=list(policy.spec.observations),
-            settings=settings,
-            **options,
-            **where,
-        )
+        return evaluate_policy(policy, settings=settings, **options, **where)
     if data.held_out is None:
         console.print("one episode only, none held out: no evaluation")
         return {}
