@@ -16,6 +16,7 @@ action-diffusion: demonstrations in, a diffusion policy that works on a real arm
   action-diffusion evaluate bundle=outputs/…/bundle        success rate with its interval, videos, a report
   action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
   action-diffusion deploy bundle=outputs/…/bundle          run a bundle in real time
+  action-diffusion data convert in=FILE.hdf5 out=DIR.zarr  robomimic's and robosuite's files, and back
 
 Each takes name=value options; `action-diffusion train --help` explains them.
 """
@@ -100,8 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"action-diffusion {__version__}")
         return 0
     try:
+        if words[0] == "data":  # has subcommands with options of their own
+            from action_diffusion.data_command import run
+
+            return run(words[1:])
         if words[0] not in COMMANDS:
-            raise unknown("command", words[0], COMMANDS)
+            raise unknown("command", words[0], [*COMMANDS, "data"])
         command, help_text = COMMANDS[words[0]]
         overrides, config_dir = _split(words[1:])
         if overrides is None:

@@ -112,5 +112,7 @@ def _lengths(vectors: np.ndarray, shortest: float = 1e-12) -> np.ndarray:
     bad = ~((lengths > shortest) & np.isfinite(lengths))
     if bad.any():
         row = tuple(int(i) for i in np.argwhere(bad)[0][:-1])
-        raise InputError(f"rotation {list(row) if row else ''} has axes that are zero, parallel or not finite")
+        raise InputError(
+            f"rotation {list(row)} of {list(vectors.shape[:-1])}: its axes are zero, parallel or not finite"
+        )
     return lengths

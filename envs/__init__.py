@@ -13,6 +13,11 @@ from action_diffusion.errors import unknown
 
 REGISTRY = {
     "pusht": "action_diffusion.envs.pusht:PushT",
+    "lift": "action_diffusion.envs.manipulation:lift",
+    "can": "action_diffusion.envs.manipulation:can",
+    "square": "action_diffusion.envs.manipulation:square",
+    "transport": "action_diffusion.envs.manipulation:transport",
+    "tool_hang": "action_diffusion.envs.manipulation:tool_hang",
 }
 
 

@@ -5,26 +5,28 @@ episodes begin somewhere else:
 
     30 %   at a start of the task
     40 %   where the expert got to after 10 to 89 steps of acting on a wrong belief of where the block is
-    30 %   with the task nearly done, where most of a policy's small corrections are needed
+    30 %   with the task nearly done, where most of a policy's small corrections are needed (in PushT; elsewhere at
+           a start of the task)
 
 and only what follows is recorded, undisturbed: the actions of a chunk are then all consequences of the state that
 the chunk begins in. (Disturbing the expert while it is recorded, as DART does (Laskey et al. 2017), puts reactions to
 unforeseeable pushes into the later steps of a chunk; policies trained on such episodes scored no better.)
 
-The demonstrations in the package, `datasets/embedded/pusht_expert.zarr.zip`, are 735 episodes. The first 380 are made
+The demonstrations in the package, `datasets/embedded/pusht_expert.zarr.zip`, are 932 episodes. The first 400 are made
 anew by
 
-    action-diffusion collect task=pusht_state agent=expert episodes=380 output=a.zarr
+    action-diffusion collect task=pusht_state agent=expert episodes=200 output=a.zarr
+    action-diffusion collect task=pusht_state agent=expert episodes=200 seed=1000 output=b.zarr
 
-The other 355 begin where a policy that learned from these, for eight minutes, got to from the starts 2000 to 2139, once
-to three times an episode (`visited_by=` does so once): where it goes wrong is where it needs to be shown the way
-(DAgger: Ross et al. 2011).
+The other 532 begin where a policy that learned from these, in 1,000 optimiser steps, got to from the starts 2000 to
+2199, once to three times an episode (`visited_by=` does so once): where it goes wrong is where it needs to be shown
+the way (DAgger: Ross et al. 2011).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -42,6 +44,9 @@ from action_diffusion.policy.policy import DiffusionPolicy
 
 EXPERTS = {
     "pusht": "action_diffusion.envs.pusht_expert:PushTExpert",
+    "lift": "action_diffusion.envs.manipulation_expert:lift",
+    "can": "action_diffusion.envs.manipulation_expert:can",
+    "square": "action_diffusion.envs.manipulation_expert:square",
 }
 WANDERED, NEARLY_DONE = 0.4, 0.3  # shares of the episodes that begin so
 STREAM = 13  # of the random numbers that decide where an episode begins
@@ -50,23 +55,44 @@ FIRST_TEST_SEED = 100_000  # evaluations begin here; no demonstration does
 
 
 class Simulator(Env, Protocol):
-    """A simulator that can begin anywhere."""
+    """A simulator that can begin anywhere, and says what is worth recording.
+
+    Attributes:
+        recorded: the low-dimensional observations that a recording holds, a column each.
+    """
+
+    @property
+    def recorded(self) -> tuple[str, ...]: ...
 
     def restore(self, state: np.ndarray) -> None: ...
 
+    def metadata(self) -> dict[str, Any]:
+        """What a recording says of the simulator: attributes of its buffer."""
+        ...
+
 
 class Expert(Protocol):
-    """What a scripted expert offers: made with a seed, told of each new episode, asked for one action a step."""
+    """What a scripted expert offers: made with a seed, told of each new episode, asked for one action a step.
 
-    def reset(self, state: np.ndarray) -> None: ...
+    Attributes:
+        observations: what it acts on.
+    """
 
-    def act(self, state: np.ndarray) -> np.ndarray: ...
+    observations: tuple[str, ...]
+
+    def reset(self) -> None: ...
+
+    def act(self, observation: Mapping[str, np.ndarray], error: np.ndarray | None = None) -> np.ndarray:
+        """The action for an observation, believed to be off by `error`."""
+        ...
 
     def misbelief(self, random: np.random.Generator) -> np.ndarray:
-        """An error of the believed state, to be added to it."""
+        """An error for `act`."""
+        ...
 
-    def nearly_done(self, random: np.random.Generator) -> np.ndarray:
-        """A state from which little is left to do."""
+    def nearly_done(self, random: np.random.Generator) -> np.ndarray | None:
+        """A state from which little is left to do, for `Simulator.restore`; None where there is none to be had."""
+        ...
 
 
 def run(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,8 +100,11 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     env = config["task"]["env"]
     if env is None:
         raise InputError(f"task={config['task']['name']} has no simulator to collect in")
+    observations: Mapping[str, Mapping[str, Any]] = config["task"]["observations"] or {}
     return collect(
         env_name=env["name"],
+        # A camera whose pictures are kept under another name is rendered from the states when it is trained on.
+        cameras=[key for key, value in observations.items() if value["kind"] == "image" and value["source"] == key],
         agent_name=config["agent"],
         episodes=config["episodes"],
         seed=config["seed"],
@@ -88,6 +117,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
 def collect(
     *,
     env_name: str,
+    cameras: Sequence[str] = (),
     agent_name: str = "expert",
     episodes: int,
     seed: int = 0,
@@ -104,9 +134,10 @@ def collect(
 
     visited_by: every episode begins where this policy gets to in 10 to 150 steps, instead of as usual.
 
-    Columns: `state` float32 [N, 5], `action` float32 [N, 2], `reward` float32 [N], the last for the step that
-    the action began. Returns the numbers to report. Raises `InputError` for an unknown environment or agent, an
-    output that exists, starts that belong to evaluation, and where not one episode was good enough.
+    Columns: what the simulator says is worth recording and the `cameras`, as observed; `action` float32 [N, A], and
+    `reward` float32 [N] for the step that the action began. Returns the numbers to report. Raises `InputError` for an
+    unknown environment or agent, an output that exists, starts that belong to evaluation, and where not one episode
+    was good enough.
     """
     output = Path(output).expanduser()
     limit = max_attempts if max_attempts is not None else 3 * episodes + 10
@@ -118,7 +149,7 @@ def collect(
     try:
         with progress(f"collecting {episodes} episodes", episodes) as advance:
             for start in range(seed, seed + limit):
-                episode = _episode(env, env_name, start, visited_by)
+                episode = _episode(env, env_name, start, visited_by, cameras)
                 if episode["reward"].max() < min_score:
                     discarded += 1
                     continue
@@ -139,6 +170,7 @@ def collect(
         "version": __version__,
         "control_rate": env.control_rate,
         "seeds": starts,
+        **env.metadata(),
     }
     _buffer(kept, attrs).save(output)
     return _summary(kept, discarded=discarded, wanted=episodes, interrupted=interrupted, output=output)
@@ -161,41 +193,47 @@ def _check(env_name: str, agent_name: str, episodes: int, first: int, end: int, 
 
 
 def _episode(
-    env: Simulator, env_name: str, start: int, visited_by: DiffusionPolicy | None = None
+    env: Simulator,
+    env_name: str,
+    start: int,
+    visited_by: DiffusionPolicy | None = None,
+    cameras: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """One episode from `start`: columns of T rows. Without a row to record, its reward is a single 0."""
     module, _, name = EXPERTS[env_name].partition(":")
     expert: Expert = getattr(importlib.import_module(module), name)(seed=start)
     random = np.random.default_rng([STREAM, start])
     env.reset(start)
-    expert.reset(_state(env))
+    expert.reset()
     over = _begin(env, expert, random) if visited_by is None else _follow(env, visited_by, start, random)
     if over:
         return {"reward": np.zeros(1, np.float32)}
-    expert.reset(_state(env))
-    rows: dict[str, list[Any]] = {"state": [], "action": [], "reward": []}
+    expert.reset()
+    keys = [*env.recorded, *cameras]
+    rows: list[dict[str, Any]] = []
     done = False
     while not done:
-        state = _state(env)
-        action = expert.act(state)
+        observation = env.observe(keys)
+        action = expert.act(observation)
         reward, done = env.step(action)
-        for key, value in zip(rows, (state, action, reward), strict=True):
-            rows[key].append(value)
-    return {key: np.asarray(values, dtype=np.float32) for key, values in rows.items()}
+        rows.append({**observation, "action": np.float32(action), "reward": np.float32(reward)})
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _begin(env: Simulator, expert: Expert, random: np.random.Generator) -> bool:
     """Go to where the recording begins (see the module); returns whether the episode is over already."""
     kind = random.random()
     if kind > 1 - NEARLY_DONE:
-        env.restore(expert.nearly_done(random))
+        state = expert.nearly_done(random)
+        if state is not None:
+            env.restore(state)
         return False
-    left, wandering, error = 0, int(random.integers(10, 90)) if kind < WANDERED else 0, np.zeros(1)
+    left, wandering, error = 0, int(random.integers(10, 90)) if kind < WANDERED else 0, None
     for _ in range(wandering):
         if left == 0:
             left, error = int(random.integers(5, 25)), expert.misbelief(random)
         left -= 1
-        if env.step(expert.act((_state(env) + error).astype(np.float32)))[1]:
+        if env.step(expert.act(env.observe(expert.observations), error))[1]:
             return True
     return False
 
@@ -213,10 +251,6 @@ def _follow(env: Env, policy: DiffusionPolicy, start: int, random: np.random.Gen
         if env.step(agent.act())[1]:
             return True
     return False
-
-
-def _state(env: Env) -> np.ndarray:
-    return env.observe(["state"])["state"]
 
 
 def _buffer(episodes: list[dict[str, np.ndarray]], attrs: Mapping[str, Any]) -> ReplayBuffer:

@@ -107,6 +107,7 @@ class PushT:
 
     control_rate = 10.0
     action_shape = (2,)
+    recorded = ("state",)
 
     def __init__(self, *, image_size: int = IMAGE_SIZE, max_steps: int = 300) -> None:
         self.max_steps = max_steps
@@ -114,6 +115,10 @@ class PushT:
         self._sim = _Simulator(obs_type="state")
         self._sim._setup()
         self._steps = 0
+
+    def metadata(self) -> dict[str, object]:
+        """What a recording says of this simulator, beside its control rate: nothing, since there is one PushT."""
+        return {}
 
     def reset(self, seed: int) -> None:
         """Begin at the paper's start number `seed`."""

@@ -209,7 +209,7 @@ class Ways:
         """The points [K, 2] passed on `way` (row of `lengths`) to `target`, which is the last.
 
         A first corner counts as passed within 20 px, and where the path would turn back at it by more than 120
-        degrees: a carrot on such a path would stand still.
+        degrees: a carrot on such a path would stand still. The leg past it may brush the T's corner.
         """
         if way == 0:
             return self._targets[[target]]

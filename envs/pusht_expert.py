@@ -16,6 +16,8 @@ random. Where the two ways are nearly equal, either is then shown; where they ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from action_diffusion.envs.pusht import GOAL_POSE
@@ -40,8 +42,8 @@ OVERHEAD = 120.0  # the way to one more push, px
 SPACING = 4.0  # between the contacts that are compared, px
 APPROACH = 10.0  # a push begins this far in front of the face, px
 CLEAR = 22.0  # before it goes elsewhere, the finger backs off to this distance from the T, px
-PUSHING = 11.0  # how far ahead of the finger its target is in a push, px
-WALKING = 25.0  # and on the way to one
+GENTLE, PUSHING = 11.0, 28.0  # how far ahead of the finger its target is at the end of a push, and at most, px
+WALKING = 60.0  # and on the way to one
 TRAVELS = 280.0 * (np.arange(1, 41) / 40) ** 2  # lengths of push that are compared, px
 
 
@@ -68,23 +70,29 @@ def cost_to_go(pose: Pose) -> np.ndarray:
 class PushTExpert:
     """Acts on a PushT state, one target of the finger at a time; `seed` decides the handedness of its episodes."""
 
+    observations = ("state",)
+
     def __init__(self, *, seed: int) -> None:
         self._random = np.random.default_rng(seed)
         self._contacts = all_contacts(SPACING)
         self._handedness = 0.0
 
-    def reset(self, state: np.ndarray) -> None:
-        """Begin an episode; `state` is not looked at, since the expert does not plan further than a step."""
+    def reset(self) -> None:
+        """Begin an episode."""
         self._handedness = float(self._random.uniform(-0.15, 0.15))
 
-    def act(self, state: np.ndarray) -> np.ndarray:
-        """The target float32 [2] (px, within [0, 512]) for `state` [5] (agent x, y, block x, y, angle)."""
-        state = np.asarray(state, dtype=np.float64)
+    def act(self, observation: Mapping[str, np.ndarray], error: np.ndarray | None = None) -> np.ndarray:
+        """The target float32 [2] (px, within [0, 512]) for `state` [5] (agent x, y, block x, y, angle).
+
+        error: [5], how far off the state is believed to be.
+        """
+        state = np.asarray(observation["state"], np.float64) + (0.0 if error is None else error)
         pose = Pose.of(state)
         path, contact = self._path(pose, pose.to_block(state[:2]))
         reached = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=-1))])
-        # A target L px ahead means L / 2 px a step; it slows down before the contact.
-        ahead = min(PUSHING + 0.4 * reached[contact], WALKING, reached[-1])
+        # A target L px ahead means L / 2.5 px a step; it slows down before the contact, and again before the end.
+        pace = min(GENTLE + 0.25 * (reached[-1] - reached[contact]), PUSHING)
+        ahead = min(pace + 0.4 * reached[contact], WALKING, reached[-1])
         target = [np.interp(ahead, reached, path[:, axis]) for axis in range(2)]
         return np.clip(target, 0.0, 512.0).astype(np.float32)
 

@@ -100,11 +100,11 @@ def test_version(capsys):
     ("words", "message"),
     [
         ("trian", "unknown command 'trian': did you mean train?"),
-        ("fly", "unknown command 'fly': choose from collect, deploy, evaluate, train"),
+        ("fly", "unknown command 'fly': choose from collect, data, deploy, evaluate, train"),
         ("train --resume", "unknown option --resume: options are written name=value"),
         ("train task", "'task' is not of the form name=value; see: action-diffusion train --help"),
         ("train =3", "'=3' is not of the form name=value"),
-        ("train task=pusht_stat", "unknown task 'pusht_stat': did you mean pusht_state or pusht_image?"),
+        ("train task=pusht_stat", "unknown task 'pusht_stat': did you mean pusht_state"),
         ("train encoder=vit", "unknown encoder 'vit': choose from "),
         ("train scheduler=ddpmm", "unknown scheduler 'ddpmm': did you mean ddpm or ddim?"),
         ("train train.lrr=3", "unknown option 'train.lrr': did you mean train.lr"),
@@ -253,5 +253,6 @@ def test_the_installed_command_works_from_another_folder(folder):
     run = subprocess.run([command, "train", "task=pusht_stat"], capture_output=True, text=True, cwd=folder, timeout=120)
     assert run.returncode == 2
     assert run.stdout == ""
-    assert run.stderr == "error: unknown task 'pusht_stat': did you mean pusht_state or pusht_image?\n"
+    assert run.stderr.startswith("error: unknown task 'pusht_stat': did you mean pusht_state")
+    assert run.stderr.count("\n") == 1
     assert list(folder.iterdir()) == []

@@ -19,8 +19,9 @@ from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.settings import TrainSettings
 
 SMALL = ["policy.denoiser.channels=[8,16]", "policy.denoiser.time_dim=16", "policy.encoder.width=0.25"]
-ACTIONS = {"pusht_state": 2, "pusht_image": 2, "custom": 7}
-SHAPES: dict[str, tuple[int, ...]] = {"state": (5,), "agent_pos": (2,), "image": (96, 96, 3)}
+ACTIONS = {"pusht": 2, "custom": 7, "lift": 7, "can": 7, "square": 7, "transport": 14, "tool_hang": 7}
+SHAPES: dict[str, tuple[int, ...]] = {"state": (5,), "agent_pos": (2,), "image": (96, 96, 3), "object": (10,)}
+ENDINGS: dict[str, tuple[int, ...]] = {"_image": (84, 84, 3), "_pos": (3,), "_quat": (4,), "_qpos": (2,)}
 CUSTOM = {"front": (48, 64, 3), "wrist": (48, 48, 3), "joints": (7,)}
 
 
@@ -41,8 +42,18 @@ def combinations() -> list[tuple[str, ...]]:
     return rows
 
 
+def shape_of(key: str, task: str) -> tuple[int, ...]:
+    if key.endswith("_image") and task.startswith("tool_hang"):
+        return (240, 240, 3)
+    return SHAPES.get(key) or next(shape for ending, shape in ENDINGS.items() if key.endswith(ending))
+
+
+def actions_of(task: str) -> int:
+    return ACTIONS[task.removesuffix("_state").removesuffix("_image")]
+
+
 def specification(task: dict[str, Any]) -> PolicySpec:
-    shapes = {key: SHAPES[key] for key in task["observations"]} if task["observations"] else CUSTOM
+    shapes = {key: shape_of(key, task["name"]) for key in task["observations"]} if task["observations"] else CUSTOM
     return PolicySpec(
         observations={
             key: ObservationSpec(
@@ -52,7 +63,7 @@ def specification(task: dict[str, Any]) -> PolicySpec:
             )
             for key, shape in shapes.items()
         },
-        action=ActionSpec(shape=(ACTIONS[task["name"]],)),
+        action=ActionSpec(shape=(actions_of(task["name"]),)),
         n_obs_steps=task["n_obs_steps"],
         horizon=task["horizon"],
         n_action_steps=task["n_action_steps"],
@@ -78,7 +89,7 @@ def test_every_combination_builds_and_samples(row):
     statistics = fit_normalizer(config["policy"], spec, read, read_chunks)
     policy = build_policy(config["policy"], PolicySpec(**{**spec.__dict__, "normalizer": statistics})).eval()
     obs = {key: np.zeros((2, *value.shape), value.dtype) for key, value in spec.observations.items()}
-    assert policy.predict(obs)["action"].shape == (8, ACTIONS[row[0]])
+    assert policy.predict(obs)["action"].shape == (8, actions_of(row[0]))
 
 
 @pytest.mark.parametrize("denoiser", choices("denoiser"))

@@ -45,7 +45,7 @@ def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, 
 
 
 def _found(buffer: ReplayBuffer, action: str) -> dict[str, dict[str, Any]]:
-    skipped = {action, "reward", "rewards", "done", "dones", "timestamp"}
+    skipped = {action, "reward", "rewards", "done", "dones", "timestamp", "states"}  # states: a simulator's own
     found: dict[str, dict[str, Any]] = {}
     for key in sorted(buffer.keys):
         column = buffer[key]

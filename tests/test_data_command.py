@@ -1,0 +1,97 @@
+"""`action-diffusion data`: help that can be typed, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from robomimic_files import FakeObserver, h5py, write_robomimic, write_robosuite
+
+from action_diffusion import data_command
+from action_diffusion.datasets import ReplayBuffer, robosuite_states
+from action_diffusion.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["help"]])
+def test_help_names_every_subcommand(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_command.run(words) == 0
+    out = capsys.readouterr().out
+    for name in data_command.SUBCOMMANDS:
+        assert f"  action-diffusion data {name} " in out
+
+
+@pytest.mark.parametrize("name", data_command.SUBCOMMANDS)
+def test_help_of_a_subcommand_names_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_command.run([name, "in=x", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"action-diffusion data {name} ")
+    for option in data_command.SUBCOMMANDS[name].options:
+        assert f"{option}=" in out
+
+
+def test_there_and_back(capsys: pytest.CaptureFixture[str]) -> None:
+    write_robomimic(Path("a.hdf5"))
+    assert data_command.run(["convert", "in=a.hdf5", "out=a.zarr", "workers=1"]) == 0
+    out = capsys.readouterr().out
+    assert "output: a.zarr\nepisodes: 3\nsteps: 16\n" in out
+    assert "subsets: train (2), valid (1)\n" in out
+    assert "observed" not in ReplayBuffer.open("a.zarr").attrs
+    assert data_command.run(["convert", "in=a.zarr", "out=b.h5"]) == 0
+    assert "episodes: 3\n" in capsys.readouterr().out
+    with h5py.File("b.h5") as file:
+        assert len(file["data"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "keys"),
+    [
+        ([], ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")),
+        (["observations=object,agentview_image"], ("object", "agentview_image")),
+    ],
+)
+def test_states_are_rendered_where_there_is_nothing_else(
+    words: list[str], keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fake(env_args: object, keys: tuple[str, ...]) -> FakeObserver:
+        asked.append(keys)
+        return FakeObserver()
+
+    monkeypatch.setattr(robosuite_states, "SimulatorObserver", fake)
+    write_robosuite(Path("a.hdf5"), [4])
+    assert data_command.run(["convert", "in=a.hdf5", "out=a.zarr", "workers=1", *words]) == 0
+    assert asked == [keys]
+    assert "object" in ReplayBuffer.open("a.zarr")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("convrt", "unknown subcommand of data 'convrt': did you mean convert?"),
+        ("convert", "in is required: action-diffusion data convert in=…"),
+        ("convert in=a.hdf5", "out is required: action-diffusion data convert out=…"),
+        ("convert in=a.hdf5 out=", "out= is empty; see: action-diffusion data convert --help"),
+        ("convert in=a.hdf5 in=b.hdf5", "in= is given twice"),
+        ("convert a.hdf5", "'a.hdf5' is not of the form name=value; see: action-diffusion data convert --help"),
+        ("convert --in=a.hdf5", "'--in=a.hdf5' is not of the form name=value"),
+        ("convert in=a.hdf5 output=a.zarr", "unknown option 'output': did you mean out?"),
+        ("convert in=a.hdf5 out=b.h5", "in=a.hdf5 out=b.h5: one of them, not both, must end in .hdf5 or .h5"),
+        ("convert in=a.zarr out=b.zarr", "one of them, not both, must end in .hdf5 or .h5"),
+        ("convert in=a.hdf5 out=a.zarr workers=0", "workers=0: expected a whole number above 0"),
+        ("convert in=a.hdf5 out=a.zarr", "a.hdf5: no such file"),
+        ("convert in=a.zarr out=a.hdf5", "a.zarr: no such file or folder"),
+        ("convert in=a.zarr out=a.hdf5 observations=object", "observations= is for converting to a replay buffer"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(words: str, message: str, folder: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        data_command.run(words.split())
+    assert message in str(caught.value)
+    assert list(folder.iterdir()) == []
