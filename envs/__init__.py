@@ -21,6 +21,10 @@ REGISTRY = {
 }
 
 
+APART = {"lift", "can", "square", "transport", "tool_hang"}
+"""Simulators whose steps take long enough to be worth a process each (`envs.seats`)."""
+
+
 def make(name: str, **settings: Any) -> Env:
     """The simulator registered under `name`, built with `settings` (its constructor's keywords).
 

@@ -10,27 +10,33 @@ always sits in the row `seed % policy_batch`, and it draws its noise from two ge
     call 2   row 0: 100000   row 1: 100001   row 2: padding  row 3: 100003      (100002 is over)
 
 A score is then a function of policy, seed and `policy_batch`: the same whatever `n_envs` is, and whichever
-other starts are evaluated. Simulators run in this process, in turns of one chunk: all waiting episodes go
-into as few calls as their rows allow, then each executes its chunk. An environment that finishes takes the
-next episode.
+other starts are evaluated. Simulators take turns of one chunk: all waiting episodes go into as few calls as
+their rows allow, then all execute their chunks, each in its `seats.Seat`. One that finishes takes the next
+episode. An episode whose simulator is lost is begun again, and given up after `ATTEMPTS`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from action_diffusion.envs.base import Env
+from action_diffusion.envs.seats import Apart, Here, Lost, Outcome, Seat, Start
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
 
 ProgressCallback = Callable[[float, Sequence[float]], None]
 """Called after every turn with the share of the work that is done, in [0, 1], and the scores so far."""
+
+LostCallback = Callable[[int, str], None]
+"""Called with the seed of an episode whose simulator was lost, and why."""
+ATTEMPTS = 2
+"""How often an episode is begun before it is given up."""
 
 
 class Spec(Protocol):
@@ -61,7 +67,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One finished episode of T steps.
+    """One finished episode of T steps; of 0 steps, with a score of 0, where its simulator was lost every time.
 
     Attributes:
         seed: the start.
@@ -88,7 +94,9 @@ def rollout(
     keys: Sequence[str],
     n_envs: int = 10,
     policy_batch: int = 10,
+    in_processes: bool = False,
     progress: ProgressCallback | None = None,
+    on_lost: LostCallback | None = None,
 ) -> list[Episode]:
     """Run one episode from every start in `seeds`, and return them in that order.
 
@@ -96,6 +104,7 @@ def rollout(
         keys: the observations that the policy wants; they are only built where it looks at them.
         n_envs: simulators held at once. It changes the speed, never a score.
         policy_batch: rows of every policy call. It is part of what a score depends on.
+        in_processes: each simulator in a process of its own; `make_env` must be picklable then.
 
     Raises:
         InputError: for numbers below 1 or negative seeds, and, naming the seed, for actions that are NaN,
@@ -104,28 +113,57 @@ def rollout(
     _check_numbers(seeds, n_envs, policy_batch)
     waiting = list(range(len(seeds)))
     finished: dict[int, Episode] = {}
-    envs = [make_env() for _ in range(min(n_envs, len(seeds)))]
+    seats: list[Seat] = []
     try:
+        for _ in range(min(n_envs, len(seeds))):
+            seats.append(Apart(make_env) if in_processes else Here(make_env))
         running: list[_Running] = []
         while len(finished) < len(seeds):
-            idle = [env for env in envs if all(run.env is not env for run in running)]
-            for env in idle[: len(waiting)]:
+            idle = [seat for seat in seats if all(run.seat is not seat for run in running)]
+            for seat in idle[: len(waiting)]:
                 index = _next_episode(waiting, seeds, running, policy_batch)
                 waiting.remove(index)
-                running.append(_begin(env, index, seeds[index], keys, policy.spec))
-            for call in _pack(running, policy_batch):
-                _predict(policy, call, policy_batch)
-            for run in running:
-                run.execute_chunk(keys)
+                running.append(_Running(seat=seat, index=index, seed=seeds[index], spec=policy.spec))
+            _turn(policy, running, keys, policy_batch, on_lost)
             finished |= {run.index: run.episode() for run in running if run.done}
             running = [run for run in running if not run.done]
             if progress is not None:
-                share = len(finished) + sum(len(run.rewards) / run.env.max_steps for run in running)
+                share = len(finished) + sum(len(run.rewards) / run.max_steps for run in running)
                 progress(share / len(seeds), [finished[index].score for index in sorted(finished)])
     finally:
-        for env in envs:
-            env.close()
+        for seat in seats:
+            seat.close()
     return [finished[index] for index in range(len(seeds))]
+
+
+def _turn(
+    policy: Policy,
+    running: Sequence[_Running],
+    keys: Sequence[str],
+    policy_batch: int,
+    on_lost: LostCallback | None,
+) -> None:
+    """Begin what has not begun, then let every episode execute one chunk."""
+
+    def answers(runs: Sequence[_Running], take: Callable[[_Running], None]) -> None:
+        for run in runs:
+            try:
+                take(run)
+            except Lost as lost:
+                run.begin_again()
+                if on_lost is not None:
+                    on_lost(run.seed, str(lost))
+
+    fresh = [run for run in running if not run.begun]
+    for run in fresh:
+        run.seat.begin(run.seed, keys)
+    answers(fresh, _Running.take_start)
+    ready = [run for run in running if run.begun]
+    for call in _pack(ready, policy_batch):
+        _predict(policy, call, policy_batch)
+    for run in ready:
+        run.send_chunk(keys)
+    answers(ready, _Running.take_outcome)
 
 
 def replay(*, env: Env, episode: Episode, size: int = 256) -> Iterator[np.ndarray]:
@@ -159,48 +197,64 @@ def generators(*seed: int) -> tuple[torch.Generator, torch.Generator]:
     return noise, steps
 
 
-@dataclass(kw_only=True)
 class _Running:
     """One episode that is under way."""
 
-    env: Env
-    index: int
-    seed: int
-    agent: Agent
-    noise_generator: torch.Generator
-    generator: torch.Generator
-    rewards: list[float] = field(default_factory=list)
-    actions: list[np.ndarray] = field(default_factory=list)
-    done: bool = False
+    def __init__(self, *, seat: Seat, index: int, seed: int, spec: Spec) -> None:
+        self.seat, self.index, self.seed, self._spec = seat, index, seed, spec
+        self._attempts, self.done = 0, False
+        self.max_steps = 1
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """As at first, with the same noise; given up when that has been tried often enough."""
+        self._attempts += 1
+        self.begun, self.done = False, self._attempts > ATTEMPTS
+        self.agent = Agent(n_obs_steps=self._spec.n_obs_steps, n_action_steps=self._spec.n_action_steps)
+        self.noise_generator, self.generator = generators(self.seed)
+        self.rewards: list[float] = []
+        self.actions: list[np.ndarray] = []
+
+    def take_start(self) -> None:
+        start = self.seat.answer()
+        assert isinstance(start, Start)
+        self.max_steps, self.action_shape = start.max_steps, start.action_shape
+        self.agent.observe(start.observation)
+        self.begun = True
 
     def accept(self, chunk: np.ndarray) -> None:
         try:
             self.agent.accept(chunk)
         except InputError as error:
             raise InputError(f"seed {self.seed}, episode step {len(self.rewards)}: {error}") from None
-        if chunk.shape[1:] != self.env.action_shape:
+        if chunk.shape[1:] != self.action_shape:
             raise InputError(
                 f"seed {self.seed}: the policy's actions have shape {list(chunk.shape[1:])}, "
-                f"the simulator takes {list(self.env.action_shape)}"
+                f"the simulator takes {list(self.action_shape)}"
             )
 
-    def execute_chunk(self, keys: Sequence[str]) -> None:
-        """Act until the agent needs another chunk or the episode ends."""
-        while not (self.done or self.agent.needs_chunk):
-            action = self.agent.act()
-            reward, over = self.env.step(action)
-            self.actions.append(action)
-            self.rewards.append(float(reward))
-            self.done = over or len(self.rewards) >= self.env.max_steps
-            if not self.done and self.agent.will_be_seen:
-                self.agent.observe(self.env.observe(keys))
+    def send_chunk(self, keys: Sequence[str]) -> None:
+        """Let the simulator act until the agent needs another chunk or the episode ends."""
+        self._plan: list[tuple[np.ndarray, bool]] = []
+        while not self.agent.needs_chunk:
+            self._plan.append((self.agent.act(), self.agent.will_be_seen))
+        self.seat.execute(self._plan, keys, self.max_steps - len(self.rewards))
+
+    def take_outcome(self) -> None:
+        outcome = self.seat.answer()
+        assert isinstance(outcome, Outcome)
+        self.actions += [action for action, _ in self._plan[: len(outcome.rewards)]]
+        self.rewards += outcome.rewards
+        self.done = outcome.done
+        for observation in outcome.observations:
+            self.agent.observe(observation)
 
     def episode(self) -> Episode:
         return Episode(
             seed=self.seed,
-            score=max(self.rewards),
+            score=max(self.rewards, default=0.0),
             rewards=np.asarray(self.rewards),
-            actions=np.stack(self.actions),
+            actions=np.asarray(self.actions),
         )
 
 
@@ -216,14 +270,6 @@ def _next_episode(waiting: Sequence[int], seeds: Sequence[int], running: Sequenc
     """The first waiting episode whose row the fewest running episodes share: two of a row need two calls."""
     shared = Counter(run.seed % policy_batch for run in running)
     return min(waiting, key=lambda index: (shared[seeds[index] % policy_batch], index))
-
-
-def _begin(env: Env, index: int, seed: int, keys: Sequence[str], spec: Spec) -> _Running:
-    agent = Agent(n_obs_steps=spec.n_obs_steps, n_action_steps=spec.n_action_steps)
-    noise_generator, generator = generators(seed)
-    env.reset(seed)
-    agent.observe(env.observe(keys))
-    return _Running(env=env, index=index, seed=seed, agent=agent, noise_generator=noise_generator, generator=generator)
 
 
 def _pack(running: Sequence[_Running], policy_batch: int) -> list[dict[int, _Running]]:

@@ -44,6 +44,7 @@ class PolicySpec:
     """Everything that a caller of a policy must know. Observations are in order; cameras in the order trained on.
 
     control_rate: Hz, at which actions are meant to be executed. normalizer: key → statistics (`normalizer.fit`).
+    demonstrations: who gave them, in words ("scripted expert"), where their buffer says so.
     """
 
     observations: dict[str, ObservationSpec]
@@ -54,6 +55,7 @@ class PolicySpec:
     control_rate: float
     task: str = ""
     env: dict[str, Any] | None = None
+    demonstrations: str = ""
     normalizer: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -81,7 +83,7 @@ class PolicySpec:
         if data.get("format") != FORMAT:
             raise InputError(f"{where}: bundle format {data.get('format')!r}, this version reads format {FORMAT}")
         try:
-            fields = {key: data[key] for key in cls.__dataclass_fields__}
+            fields = {key: data[key] for key in cls.__dataclass_fields__ if key != "demonstrations" or key in data}
             fields["observations"] = {
                 key: ObservationSpec(**_tuples(value)) for key, value in data["observations"].items()
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.progress import Progress
+from test_rollout import NoisyPolicy
+from test_seats import Trouble
 
 from action_diffusion.envs import make
 from action_diffusion.errors import InputError
@@ -41,6 +44,8 @@ NAMES = {
     "settings",
     "versions",
     "seconds",
+    "demonstrations",
+    "simulator_failures",
     "score_definition",
 }
 
@@ -75,6 +80,25 @@ def run(tmp_path: Path, **settings: Any) -> dict[str, Any]:
         "progress": Progress(disable=True),
     }
     return evaluate(**(arguments | settings))
+
+
+def test_lost_simulators_and_the_demonstrations_are_named(tmp_path: Path) -> None:
+    make_env = functools.partial(Trouble, what="raise", seed=105, times=9, folder=tmp_path)
+    with pytest.warns(UserWarning, match="seed 105: the simulator failed"):
+        results = run(
+            tmp_path / "out",
+            policy=NoisyPolicy(),
+            make_env=make_env,
+            seed=104,
+            n_episodes=2,
+            in_processes=True,
+            demonstrations="scripted expert",
+        )
+    assert [failure["seed"] for failure in results["simulator_failures"]] == [105, 105]
+    assert results["scores"][1] == 0.0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "the contact solver gave up" in page
+    assert "learnt from: scripted expert" in page
 
 
 def test_it_writes_results_report_and_videos(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, 
         control_rate=float(task["control_rate"]),
         task=task["name"],
         env=dict(task["env"]) if task.get("env") else None,
+        demonstrations=str(buffer.attrs.get("source", "")),
         versions=versions,
     )
 

@@ -6,6 +6,7 @@ it is the error of sampled chunks on episodes that were not trained on, and no s
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,7 +49,9 @@ def evaluate_policy(
     return evaluate(
         policy=policy,
         env_name=policy.spec.task,
-        make_env=lambda: envs.make(**env),
+        make_env=functools.partial(envs.make, **env),
+        in_processes=env["name"] in envs.APART,
+        demonstrations=policy.spec.demonstrations,
         keys=list(policy.spec.observations),
         settings=settings,
         output_dir=output_dir,
@@ -67,6 +70,8 @@ def evaluate(
     seed: int = 100_000,
     n_envs: int = 10,
     policy_batch: int = 10,
+    in_processes: bool = False,
+    demonstrations: str = "",
     n_videos: int = 4,
     output_dir: str | Path,
     settings: Mapping[str, Any],
@@ -81,6 +86,8 @@ def evaluate(
     Args:
         env_name: what results.json calls the task.
         keys: the observations that the policy wants.
+        in_processes: see `rollout`; a simulator that is lost is reported with its seed, and started again.
+        demonstrations: what the policy learnt from, for the report.
         settings: plain data for the report and results.json; the arguments here that shape scores are added.
         metrics_file: a `metrics.jsonl`, for learning curves in the report.
         progress: bars are added to this one; without it, one is shown on stderr.
@@ -99,13 +106,24 @@ def evaluate(
     metrics = read_metrics(Path(metrics_file)) if metrics_file is not None else []
     seeds = list(range(seed, seed + n_episodes))
     began = time.perf_counter()
+    failures: list[dict[str, Any]] = []
     with showing(progress) as bars:
-        watch = _score_so_far(bars, n_episodes)
-        episodes = rollout(policy=policy, make_env=make_env, seeds=seeds, keys=keys, progress=watch, **sizes)
+        episodes = rollout(
+            policy=policy,
+            make_env=make_env,
+            seeds=seeds,
+            keys=keys,
+            in_processes=in_processes,
+            progress=_score_so_far(bars, n_episodes),
+            on_lost=_note(failures),
+            **sizes,
+        )
         results = {
             "task": env_name,
+            "demonstrations": demonstrations,
             **_summary([episode.score for episode in episodes]),
             "seeds": seeds,
+            "simulator_failures": failures,
             "settings": settings,
             "versions": versions(),
             "seconds": time.perf_counter() - began,
@@ -115,6 +133,16 @@ def evaluate(
         clips = _film(make_env, _choose(episodes, n_videos), folder / "videos", bars)
     write_report(folder / "report.html", results=results, metrics=metrics, clips=clips)
     return results
+
+
+def _note(failures: list[dict[str, Any]]) -> Callable[[int, str], None]:
+    """What says that a simulator was lost, now and in the results."""
+
+    def on_lost(seed: int, reason: str) -> None:
+        failures.append({"seed": seed, "reason": reason})
+        warnings.warn(f"seed {seed}: {reason}; the simulator is started again", stacklevel=2)
+
+    return on_lost
 
 
 def _score_so_far(bars: Progress, n_episodes: int) -> Callable[[float, Sequence[float]], None]:
@@ -140,7 +168,9 @@ def _summary(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def _choose(episodes: Sequence[Episode], count: int) -> list[tuple[str, Episode]]:
-    ranked = sorted(episodes, key=lambda episode: episode.score, reverse=True)
+    ranked = sorted(
+        (episode for episode in episodes if episode.n_steps), key=lambda episode: episode.score, reverse=True
+    )
     return [(label, ranked[rank]) for label, rank in ranks(len(ranked), count, first="Best", last="Worst")]
 
 

@@ -78,12 +78,16 @@ def write_report(
         page.note(f"{results['score_definition']} {_STARTS}"),
         page.section("Scores", histogram + page.folded("Every episode, the worst first", table)),
     ]
+    if results.get("simulator_failures"):
+        rows = [(str(one["seed"]), one["reason"]) for one in results["simulator_failures"]]
+        said = page.note("These episodes were begun again; one whose simulator was lost every time counts as 0.")
+        body.append(page.section("Lost simulators", said + page.number_table(("seed", "what happened"), rows)))
     if clips:
         body.append(page.section("Episodes", page.grid(_video(clip, path.parent) for clip in clips)))
     page.write_page(
         path,
         title=f"{results['task']}: mean score {results['mean_score']:.3f}",
-        subtitle=f"{n} episodes in simulation, {results['seconds']:.1f} s",
+        subtitle=f"{n} episodes in simulation, {results['seconds']:.1f} s{_learnt_from(results)}",
         body=[*body, *_closing(results, metrics)],
     )
 
@@ -183,6 +187,11 @@ def _video(clip: Clip, folder: Path) -> str:
         source = clip.path.relative_to(folder).as_posix()
     video = f'<video controls loop muted playsinline preload="auto" src="{source}"></video>'
     return page.figure(video, title=clip.label, caption=f"score {clip.score:.3f}, seed {clip.seed}")
+
+
+def _learnt_from(results: Mapping[str, Any]) -> str:
+    given = results.get("demonstrations")
+    return f"; learnt from: {given}" if given else ""
 
 
 def _number(value: float) -> str:

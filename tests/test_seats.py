@@ -1,0 +1,120 @@
+"""Simulators in processes of their own: the same scores, and an evaluation that outlives a crash."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_rollout import ChaoticEnv, NoisyPolicy, assert_same, run
+
+from action_diffusion import envs
+from action_diffusion.envs.rollout import rollout
+from action_diffusion.envs.seats import Apart, Lost
+from action_diffusion.errors import InputError
+
+PLAN = [(np.zeros(2), True)] * 3
+
+
+class Trouble(ChaoticEnv):
+    """Does `what` at step 6 of the episodes of `seed`, as often as `times` says; `folder` counts."""
+
+    def __init__(self, *, what: str, seed: int, times: int, folder: Path) -> None:
+        super().__init__()
+        self.what, self.bad_seed, self.times, self.folder = what, seed, times, folder
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        self.seed = seed
+
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        if self.seed == self.bad_seed and self.t == 6 and len(list(self.folder.iterdir())) < self.times:
+            (self.folder / str(time.monotonic_ns())).touch()
+            if self.what == "crash":
+                os._exit(11)
+            if self.what == "hang":
+                time.sleep(60)
+            if self.what == "raise":
+                raise FloatingPointError("the contact solver gave up")
+            raise InputError("an action of Chaos is two numbers")
+        return super().step(action)
+
+
+def trouble(folder: Path, what: str, times: int) -> functools.partial[Trouble]:
+    return functools.partial(Trouble, what=what, seed=105, times=times, folder=folder)
+
+
+def test_scores_are_the_same_as_in_this_process() -> None:
+    policy = NoisyPolicy(scale=15.0, offset=256.0)
+    settings: dict[str, Any] = {
+        "policy": policy,
+        "make_env": functools.partial(envs.make, "pusht", max_steps=30),
+        "seeds": range(100_000, 100_004),
+        "keys": ["agent_pos"],
+        "n_envs": 2,
+    }
+    assert_same(rollout(**settings, in_processes=True), rollout(**settings))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("crash", "process ended with exit code 11"), ("raise", "FloatingPointError: the contact solver gave up")],
+)
+def test_an_episode_whose_simulator_is_lost_is_begun_again(tmp_path: Path, what: str, said: str) -> None:
+    lost: list[tuple[int, str]] = []
+    found = run(
+        NoisyPolicy(),
+        trouble(tmp_path, what, 1),
+        range(104, 107),
+        n_envs=2,
+        in_processes=True,
+        on_lost=lambda seed, reason: lost.append((seed, reason)),
+    )
+    assert_same(found, run(NoisyPolicy(), ChaoticEnv, range(104, 107)))
+    assert [seed for seed, _ in lost] == [105]
+    assert said in lost[0][1]
+
+
+def test_an_episode_that_is_lost_every_time_scores_zero_and_the_others_go_on(tmp_path: Path) -> None:
+    lost: list[int] = []
+    found = run(
+        NoisyPolicy(),
+        trouble(tmp_path, "raise", 9),
+        range(104, 107),
+        n_envs=2,
+        in_processes=True,
+        on_lost=lambda seed, _: lost.append(seed),
+    )
+    expected = run(NoisyPolicy(), ChaoticEnv, range(104, 107))
+    assert_same([found[0], found[2]], [expected[0], expected[2]])
+    assert (found[1].score, found[1].n_steps) == (0.0, 0)
+    assert lost == [105, 105]
+
+
+def test_a_hung_simulator_is_ended_and_another_one_started(tmp_path: Path) -> None:
+    seat = Apart(trouble(tmp_path, "hang", 1), execute_seconds=0.5)
+    try:
+        seat.begin(105, ["state"])
+        seat.answer()
+        for _ in range(2):
+            seat.execute(PLAN, ["state"], 40)
+            seat.answer()
+        hung = seat._process
+        seat.execute(PLAN, ["state"], 40)
+        with pytest.raises(Lost, match=r"no answer for 0\.5 s"):
+            seat.answer()
+        assert not hung.is_alive()
+        seat.begin(105, ["state"])
+        assert seat.answer().max_steps == 40
+    finally:
+        seat.close()
+    assert not seat._process.is_alive()
+
+
+def test_bad_input_is_not_a_crash(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="an action of Chaos is two numbers"):
+        run(NoisyPolicy(), trouble(tmp_path, "refuse", 1), [105], n_envs=1, in_processes=True)
