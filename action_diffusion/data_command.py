@@ -12,8 +12,9 @@ DATA_HELP = """\
 action-diffusion data SUBCOMMAND [name=value …]     demonstrations: from and to other formats
 
   action-diffusion data convert in=FILE.hdf5 out=DIR.zarr     robomimic's and robosuite's files, and back
+  action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     a column of absolute actions, from relative ones
 
-`action-diffusion data convert --help` explains it.
+`--help` after a subcommand explains it.
 """
 
 CONVERT_HELP = """\
@@ -32,6 +33,19 @@ Options
                         observations; else object, robot0_eef_pos, robot0_eef_quat, robot0_gripper_qpos and the
                         same of further arms
   workers=N             processes; default: one a core, fewer for small files
+"""
+
+
+ABSOLUTE_HELP = """\
+action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     absolute actions, from relative ones of OSC_POSE
+
+  action-diffusion data absolute in=lift.zarr out=lift_abs.zarr
+  action-diffusion train task=lift_state data=lift_abs.zarr task.action.source=absolute_action \\
+                         'task.env={name: lift, absolute: true}'
+
+The recorded states are put into the simulator, whose controllers say what pose each action asked for: position, 6D
+rotation (Zhou et al. 2019) and gripper. The new actions are then executed from each episode's first state, and how far
+the hands stray from the recording is printed.
 """
 
 
@@ -104,6 +118,12 @@ def _convert(options: Mapping[str, str]) -> Mapping[str, Any]:
     return convert(layout, output, observer=observer, workers=workers)
 
 
+def _absolute(options: Mapping[str, str]) -> Mapping[str, Any]:
+    from action_diffusion.datasets.absolute import add_absolute
+
+    return add_absolute(Path(options["in"]).expanduser(), Path(options["out"]).expanduser())
+
+
 def _workers(text: str | None) -> int | None:
     if text is None:
         return None
@@ -112,4 +132,7 @@ def _workers(text: str | None) -> int | None:
     return int(text)
 
 
-SUBCOMMANDS = {"convert": Subcommand(_convert, CONVERT_HELP, ("in", "out", "observations", "workers"), ("in", "out"))}
+SUBCOMMANDS = {
+    "convert": Subcommand(_convert, CONVERT_HELP, ("in", "out", "observations", "workers"), ("in", "out")),
+    "absolute": Subcommand(_absolute, ABSOLUTE_HELP, ("in", "out"), ("in", "out")),
+}

@@ -33,6 +33,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from action_diffusion import __version__, envs
+from action_diffusion.datasets.demos import pack
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.envs.base import Env
@@ -68,6 +69,10 @@ class Simulator(Env, Protocol):
 
     def metadata(self) -> dict[str, Any]:
         """What a recording says of the simulator: attributes of its buffer."""
+        ...
+
+    def episode_metadata(self) -> dict[str, str]:
+        """What it says of the episode under way: attributes of a demo, as robomimic's files have them."""
         ...
 
 
@@ -143,6 +148,7 @@ def collect(
     limit = max_attempts if max_attempts is not None else 3 * episodes + 10
     _check(env_name, agent_name, episodes, seed, seed + limit, output)
     kept: list[dict[str, np.ndarray]] = []
+    scenes: list[dict[str, str]] = []
     starts: list[int] = []
     discarded, interrupted = 0, False
     env = cast(Simulator, envs.make(env_name, max_steps=MAX_STEPS))
@@ -154,6 +160,7 @@ def collect(
                     discarded += 1
                     continue
                 kept.append(episode)
+                scenes.append(env.episode_metadata())
                 starts.append(start)
                 advance(1)
                 if len(kept) == episodes:
@@ -172,6 +179,8 @@ def collect(
         "seeds": starts,
         **env.metadata(),
     }
+    if any(scenes):
+        attrs["hdf5_attributes"] = pack(((f"data/demo_{i}", scene) for i, scene in enumerate(scenes)), str(output))
     _buffer(kept, attrs).save(output)
     return _summary(kept, discarded=discarded, wanted=episodes, interrupted=interrupted, output=output)
 

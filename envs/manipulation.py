@@ -76,9 +76,17 @@ class Manipulation:
         self._steps = 0
 
     @property
+    def n_robots(self) -> int:
+        return len(self._sim.robots)
+
+    def episode_metadata(self) -> dict[str, str]:
+        """The scene of this episode, under robomimic's name for it."""
+        return {"model_file": self.model()}
+
+    @property
     def recorded(self) -> tuple[str, ...]:
         """The low-dimensional observations that robomimic's files hold, and its `states`."""
-        robots = [f"robot{index}_{name}" for index in range(len(self._sim.robots)) for name in RECORDED]
+        robots = [f"robot{index}_{name}" for index in range(self.n_robots) for name in RECORDED]
         return ("states", "object", *robots)
 
     def metadata(self) -> dict[str, Any]:

@@ -120,6 +120,10 @@ class PushT:
         """What a recording says of this simulator, beside its control rate: nothing, since there is one PushT."""
         return {}
 
+    def episode_metadata(self) -> dict[str, str]:
+        """What it says of one episode: nothing, since the block is always the same."""
+        return {}
+
     def reset(self, seed: int) -> None:
         """Begin at the paper's start number `seed`."""
         self.reset_to(initial_state(seed))

@@ -7,6 +7,7 @@ it is the error of sampled chunks on episodes that were not trained on, and no s
 from __future__ import annotations
 
 import functools
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -100,6 +101,8 @@ def evaluate(
     for name, value, least in (("n_episodes", n_episodes, 1), ("n_videos", n_videos, 0)):
         if value < least:
             raise InputError(f"{name} is {value}; it must be at least {least}")
+    if in_processes:
+        n_envs = min(n_envs, 2 * (os.cpu_count() or 1))  # more would wait for each other, and each takes 0.4 GB
     sizes = {"n_envs": n_envs, "policy_batch": policy_batch}
     own = {"n_obs_steps": spec.n_obs_steps, "n_action_steps": spec.n_action_steps, "seed": seed, **sizes}
     settings = plain({**settings, **own})
