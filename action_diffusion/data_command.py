@@ -40,8 +40,8 @@ ABSOLUTE_HELP = """\
 action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     absolute actions, from relative ones of OSC_POSE
 
   action-diffusion data absolute in=lift.zarr out=lift_abs.zarr
-  action-diffusion train task=lift_state data=lift_abs.zarr task.action.source=absolute_action \\
-                         'task.env={name: lift, absolute: true}'
+  action-diffusion train task=lift_state data=lift_abs.zarr task.env.absolute=true \\
+                         task.action.source=absolute_action
 
 The recorded states are put into the simulator, whose controllers say what pose each action asked for: position, 6D
 rotation (Zhou et al. 2019) and gripper. The new actions are then executed from each episode's first state, and how far

@@ -2,8 +2,8 @@
 
     python -m benchmarks.lift_evaluation [n_episodes=20] [max_steps=60]
 
-Both drive the same untrained policy (`resnet18_small`, 20 DDIM steps) from the same starts, for the same number of steps;
-one process asks it for one row at a time. The clock includes the start of the simulators.
+Both drive the same untrained policy (`resnet18_small`, 20 DDIM steps) from the same starts; one process asks it for one
+row at a time. The clock includes the start of the simulators.
 """
 
 from __future__ import annotations

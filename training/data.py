@@ -13,6 +13,7 @@ import torch
 from action_diffusion.datasets.batches import Batch, BatchSource, ObsKey, random_crop_offsets
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.windows import batch_indices, make_windows, split_episodes
+from action_diffusion.envs import APART
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
@@ -39,10 +40,18 @@ def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, 
         n_action_steps=task["n_action_steps"],
         control_rate=float(task["control_rate"]),
         task=task["name"],
-        env=dict(task["env"]) if task.get("env") else None,
+        env=_environment(task.get("env"), buffer),
         demonstrations=str(buffer.attrs.get("source", "")),
         versions=versions,
     )
+
+
+def _environment(env: Mapping[str, Any] | None, buffer: ReplayBuffer) -> dict[str, Any] | None:
+    """The task's simulator, as the buffer says that it was recorded."""
+    if not env:
+        return None
+    recorded = {key: buffer.attrs[key] for key in ("env_args",) if key in buffer.attrs and env["name"] in APART}
+    return recorded | dict(env)
 
 
 def _found(buffer: ReplayBuffer, action: str) -> dict[str, dict[str, Any]]:
