@@ -80,7 +80,8 @@ def _simulators(env_args: Mapping[str, Any]) -> tuple[Any, Any]:
     """The simulator with the recorded controllers, and the same told absolute poses."""
     from action_diffusion.envs.manipulation import Manipulation
 
-    return tuple(Manipulation(env_args=env_args, absolute=absolute, max_steps=10**9) for absolute in (False, True))
+    relative, absolute = (Manipulation(env_args=env_args, absolute=told, max_steps=10**9) for told in (False, True))
+    return relative, absolute
 
 
 def _convert(env: Any, states: np.ndarray, actions: np.ndarray, model: str | None) -> np.ndarray:

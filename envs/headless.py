@@ -73,10 +73,6 @@ class RenderSettings(NamedTuple):
     samples: int = 0
 
 
-AS_ROBOSUITE = RenderSettings(reflections=True, samples=4)
-"""How robosuite itself renders, and with it every robomimic file that does not say otherwise."""
-
-
 @dataclass
 class _Context:
     gl: Any

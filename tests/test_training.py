@@ -19,8 +19,11 @@ from safetensors.torch import load_file
 from action_diffusion import policy as policy_package
 from action_diffusion.cli import main
 from action_diffusion.configuration import load
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training import checkpoints
+from action_diffusion.training.data import prepare
 from action_diffusion.training.settings import TrainSettings
 from action_diffusion.training.trainer import lr_factor
 
@@ -159,7 +162,6 @@ def test_two_processes_train_one_policy(data, tmp_path):
 
 
 def len_windows(data: Path) -> int:
-    from action_diffusion.datasets.replay_buffer import ReplayBuffer
     from action_diffusion.datasets.windows import make_windows, split_episodes
 
     buffer = ReplayBuffer.open(data)
@@ -278,3 +280,26 @@ def test_the_learning_rate_warms_up_and_follows_the_budget():
 def test_a_budget_that_is_asked_for_replaces_the_task_s_own():
     assert load("train", ["train.max_steps=5"])["train"]["max_minutes"] is None
     assert load("train", [])["train"]["max_minutes"] == 7
+
+
+def test_a_named_subset_of_the_episodes_is_trained_on(tmp_path, capsys):
+    buffer = demonstrations()
+    names = [f"demo_{i}" for i in range(6)]
+    demo = np.repeat(np.arange(6, dtype=np.int32), 40)
+    arrays = {"state": buffer["state"][:], "action": buffer["action"][:], "demo": demo}
+    attrs = {"demos": names, "subsets": {"train": ["demo_1", "demo_4", "demo_5"]}}
+    ReplayBuffer.from_arrays(arrays, buffer.episode_ends, attrs).save(tmp_path / "demos.zarr")
+    settings = {"n_obs_steps": 2, "horizon": 16, "n_action_steps": 8}
+    spec = PolicySpec(
+        observations={"state": ObservationSpec(shape=(5,), source="state")},
+        action=ActionSpec(shape=(2,)),
+        control_rate=10.0,
+        **settings,
+    )
+    opened = ReplayBuffer.open(tmp_path / "demos.zarr")
+    found = prepare(opened, spec, device=torch.device("cpu"), val_fraction=0.34, seed=0, subset="train")
+    assert found.held_out is not None
+    seen = {*(found.train_rows // 40), *(found.held_out.windows.first // 40)}
+    assert seen == {1, 4, 5}
+    assert main([*arguments(tmp_path / "demos.zarr", tmp_path / "run"), "dataset.subset=trian"]) == 2
+    assert "unknown subset 'trian'" in capsys.readouterr().err

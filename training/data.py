@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from action_diffusion.datasets.batches import Batch, BatchSource, ObsKey, random_crop_offsets
+from action_diffusion.datasets.demos import subset as named_subset
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.windows import batch_indices, make_windows, split_episodes
 from action_diffusion.envs import APART
@@ -120,13 +121,17 @@ def prepare(
     val_fraction: float,
     seed: int,
     max_episodes: int | None = None,
+    subset: str | None = None,
     memory_gb: float | None = None,
     cache_dir: Path | None = None,
 ) -> TrainingData:
-    """Split by episode and load what the policy needs into the fastest memory that holds it."""
-    n_episodes = buffer.n_episodes
-    fraction = val_fraction if n_episodes > 1 else 0.0
-    train, held_out = split_episodes(n_episodes, fraction, seed)
+    """Split by episode and load what the policy needs into the fastest memory that holds it.
+
+    subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys).
+    """
+    chosen = np.arange(buffer.n_episodes) if subset is None else named_subset(buffer, subset)
+    fraction = val_fraction if len(chosen) > 1 else 0.0
+    train, held_out = (chosen[part] for part in split_episodes(len(chosen), fraction, seed))
     if max_episodes is not None:
         train = train[:max_episodes]
     sizes = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps, "n_action_steps": spec.n_action_steps}

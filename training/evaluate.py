@@ -75,6 +75,7 @@ def _held_out(
         device=policy.device,
         val_fraction=trained["dataset"]["val_fraction"] if own else 0.0,
         seed=trained["seed"],
+        subset=trained["dataset"].get("subset") if own else None,
         memory_gb=trained["dataset"]["memory_gb"],
     )
     source = data.held_out if own else data.train

@@ -151,6 +151,7 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
         val_fraction=dataset["val_fraction"],
         seed=config["seed"],
         max_episodes=dataset["max_episodes"],
+        subset=dataset["subset"],
         memory_gb=dataset["memory_gb"],
         cache_dir=_path(dataset["cache_dir"]),
     )
