@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.progress import Progress
 from test_rollout import NoisyPolicy
-from test_seats import Trouble
+from trouble import Trouble
 
 from action_diffusion.envs import make
 from action_diffusion.errors import InputError

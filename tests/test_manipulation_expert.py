@@ -23,6 +23,7 @@ def observation(hand=(0, 0, 1), object=(0, 0, 0.83), width=0.08, object_yaw=0.0)
         "robot0_eef_pos": np.array(hand, np.float32),
         "robot0_eef_quat": DOWN.as_quat().astype(np.float32),
         "robot0_gripper_qpos": np.array([width / 2, -width / 2], np.float32),
+        "robot0_gripper_qvel": np.zeros(2, np.float32),
     }
 
 
