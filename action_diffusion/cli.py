@@ -12,7 +12,7 @@ from action_diffusion.errors import InputError, unknown
 MAIN_HELP = """\
 action-diffusion: demonstrations in, a diffusion policy that works on a real arm out.
 
-  action-diffusion train                                   train and evaluate on PushT; about 10 minutes on 2 cores
+  action-diffusion train                                   train and evaluate on PushT; about 8 minutes on 2 cores
   action-diffusion evaluate bundle=outputs/…/bundle        success rate with its interval, videos, a report
   action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
   action-diffusion deploy bundle=outputs/…/bundle          run a bundle in real time
