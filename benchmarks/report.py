@@ -1,0 +1,107 @@
+"""What a run says: the machine, the versions, a table, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from action_diffusion.datasets.files import atomic_path
+from benchmarks.compare import Result
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, system, and how busy it was before."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "processor": model,
+        "cores": cores,
+        "memory_gb": round(memory / 1e9, 1),
+        "system": platform.platform(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def write_json(
+    path: Path,
+    *,
+    machine: Mapping[str, Any],
+    versions: Mapping[str, Any],
+    results: Sequence[Result],
+    failures: Mapping[str, str],
+) -> None:
+    """The file takes `path`'s place when it is complete. failures: name of a row and why it has no figures."""
+    content = {
+        "machine": dict(machine),
+        "versions": dict(versions),
+        "rows": [result.to_json() for result in results],
+        "failures": dict(failures),
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def show(
+    console: Console,
+    *,
+    machine: Mapping[str, Any],
+    versions: Mapping[str, Mapping[str, Any]],
+    results: Sequence[Result],
+    failures: Mapping[str, str],
+) -> None:
+    """The table, and under it what was measured on what."""
+    table = Table(title="ours beside the peer", title_justify="left", box=None, pad_edge=False)
+    table.add_column("row")
+    for heading in ("ours", "peer", "", "ratio", "quartiles", "at least", ""):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    for result in results:
+        bound = result.row.bound
+        table.add_row(
+            result.row.name,
+            number(result.ours),
+            number(result.peer),
+            result.row.unit,
+            f"{result.ratio:.2f}",
+            f"{result.spread[0]:.2f} to {result.spread[1]:.2f}",
+            "" if bound is None else f"{bound:g}",
+            "" if bound is None else "reached" if result.ratio >= bound else "missed",
+        )
+    console.print(table)
+    for name, reason in failures.items():
+        console.print(f"{name}: not measured: {reason}", style="red", markup=False)
+    console.print()
+    for result in results:
+        notes = f" [{result.note}]" if result.note else ""
+        console.print(f"{result.row.name}: {result.row.what}; {result.pairs} pairs{notes}", markup=False)
+    console.print(
+        "\nA ratio is the median of the ratios of neighbouring turns, above 1 where ours is ahead; its quartiles say "
+        "how they spread. Times and rates are medians.",
+        markup=False,
+    )
+    console.print(f"machine: {_listed(machine)}", markup=False)
+    for side, found in versions.items():
+        console.print(f"{side}: {_listed(found)}", markup=False)
+
+
+def number(value: float) -> str:
+    """Three digits that mean something: 0.0123, 1.23, 12.3, 123, 12,345."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
