@@ -55,6 +55,7 @@ class Plan:
         over, steepness: the funnel around the goal.
         low: the height that it is lowered to there, and let go a little above.
         yaws: of the object (rad), one of which it has to have there.
+        steps: about how many an episode takes.
     """
 
     grasp: tuple[float, float, float]
@@ -66,9 +67,10 @@ class Plan:
     steepness: float = 0.0
     low: float = 0.0
     yaws: tuple[float, ...] = ()
+    steps: int = 0
 
 
-LIFT = Plan(grasp=(0, 0, 0), width=(0.03, 0.066), symmetry=0, carry=1.0)
+LIFT = Plan(grasp=(0, 0, 0), width=(0.03, 0.066), symmetry=0, carry=1.0, steps=26)
 CAN = Plan(
     grasp=(0, 0, 0.02),
     width=(0.02, 0.056),
@@ -78,6 +80,7 @@ CAN = Plan(
     over=0.02,
     steepness=4.0,
     low=0.88,
+    steps=115,
 )
 SQUARE = Plan(
     grasp=(0.054, 0, 0.006),
@@ -89,6 +92,7 @@ SQUARE = Plan(
     steepness=8.0,
     low=0.83,
     yaws=(np.pi / 2, np.pi, -np.pi / 2),  # not 0, which takes the hand where the arm hardly reaches
+    steps=97,
 )
 RELEASE, STILL_RELEASED = 0.02, 0.06  # m above `low` where fingers open, and where they stay open
 LOOSE = 0.015  # m that fingers open beyond the object's width before the hand leaves
@@ -129,6 +133,7 @@ class Expert:
     def __init__(self, *, seed: int, plan: Plan) -> None:
         self._random = np.random.default_rng(seed)
         self._plan = plan
+        self.steps = plan.steps
 
     def reset(self) -> None:
         """Begin an episode; there is nothing to forget."""

@@ -71,6 +71,7 @@ class PushTExpert:
     """Acts on a PushT state, one target of the finger at a time; `seed` decides the handedness of its episodes."""
 
     observations = ("state",)
+    steps = 60
 
     def __init__(self, *, seed: int) -> None:
         self._random = np.random.default_rng(seed)

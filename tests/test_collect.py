@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.envs import collect as module
+from action_diffusion.envs import demonstration
 from action_diffusion.envs.collect import collect
 from action_diffusion.envs.pusht import PushT
 from action_diffusion.envs.pusht_expert import PushTExpert
@@ -52,7 +52,7 @@ def test_recorded_actions_are_the_experts_undisturbed(collected: tuple[ReplayBuf
 
 def test_an_episode_from_a_usual_start_replays_exactly() -> None:
     env = PushT(max_steps=500)
-    episodes = ((start, module._episode(env, "pusht", start)) for start in range(8))
+    episodes = ((start, demonstration.episode(env, "pusht", start)) for start in range(8))
     start, episode = next(one for one in episodes if np.allclose(one[1]["state"][0], begin_of(one[0]), atol=1e-3))
     env.reset(start)
     for state, action, reward in zip(episode["state"], episode["action"], episode["reward"], strict=True):
@@ -61,7 +61,7 @@ def test_an_episode_from_a_usual_start_replays_exactly() -> None:
 
 
 def test_episodes_begin_in_all_three_ways() -> None:
-    begins = [module._episode(PushT(max_steps=500), "pusht", start) for start in range(8)]
+    begins = [demonstration.episode(PushT(max_steps=500), "pusht", start) for start in range(8)]
     first = [episode["state"][0] for episode in begins if "state" in episode]
     usual = [np.allclose(state, begin_of(start), atol=1e-3) for start, state in enumerate(first)]
     near = [np.linalg.norm(state[2:4] - 256) < 90 for state in first]
@@ -71,7 +71,7 @@ def test_episodes_begin_in_all_three_ways() -> None:
 
 
 def test_episodes_can_begin_where_a_policy_gets_to(policy: Any) -> None:
-    first, again = (module._episode(PushT(max_steps=500), "pusht", 3, policy) for _ in range(2))
+    first, again = (demonstration.episode(PushT(max_steps=500), "pusht", 3, policy) for _ in range(2))
     assert not np.allclose(first["state"][0, :2], begin_of(3)[:2], atol=5.0)
     assert first["reward"].max() == 1.0
     np.testing.assert_array_equal(first["state"], again["state"])
@@ -97,21 +97,21 @@ class Runner:
 
 
 def test_failures_are_discarded_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_episode", Runner({0: 0.5, 2: 0.979}))
+    monkeypatch.setattr(demonstration, "episode", Runner({0: 0.5, 2: 0.979}))
     summary = collect(env_name="pusht", episodes=3, output=tmp_path / "a.zarr")
     assert summary["discarded"] == 2
     assert ReplayBuffer.open(tmp_path / "a.zarr").attrs["seeds"] == [1, 3, 4]
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_episode", Runner({}, interrupt_at=2))
+    monkeypatch.setattr(demonstration, "episode", Runner({}, interrupt_at=2))
     summary = collect(env_name="pusht", episodes=5, output=tmp_path / "a.zarr")
     assert summary["incomplete"] == "interrupted: 2 of 5 episodes kept"
     assert ReplayBuffer.open(tmp_path / "a.zarr").n_episodes == 2
 
 
 def test_attempts_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_episode", Runner(dict.fromkeys(range(1, 100), 0.0)))
+    monkeypatch.setattr(demonstration, "episode", Runner(dict.fromkeys(range(1, 100), 0.0)))
     summary = collect(env_name="pusht", episodes=2, output=tmp_path / "a.zarr", max_attempts=4)
     assert summary["incomplete"] == "attempts used up: 1 of 2 episodes kept"
     with pytest.raises(InputError, match="nothing collected: 4 episodes scored below"):
@@ -160,3 +160,13 @@ def test_any_simulator_with_an_expert_can_be_collected_in(tmp_path: Path) -> Non
     assert buffer["action"].shape == (buffer.n_steps, 7)
     assert buffer.attrs["env_args"]["env_name"] == "Lift"
     assert buffer["reward"][-1] == 1.0
+
+
+def test_what_is_collected_does_not_depend_on_the_processes(tmp_path: Path) -> None:
+    pytest.importorskip("robosuite", reason="needs the extra [robomimic]")
+    for workers in (1, 2):
+        collect(env_name="lift", episodes=3, output=tmp_path / f"{workers}.zarr", workers=workers)
+    one, two = (ReplayBuffer.open(tmp_path / f"{workers}.zarr") for workers in (1, 2))
+    assert dict(one.attrs) == dict(two.attrs)
+    for key in one.keys:
+        np.testing.assert_array_equal(one[key][:], two[key][:])
