@@ -59,7 +59,7 @@ Options
   n_envs=10                     environments that run at once (scores do not depend on it)
   output_dir=DIR                where results.json, report.html and videos/ go
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
-  n_videos=6  policy_batch=25  device=auto|cpu|cuda  data=PATH (tasks without a simulator)
+  n_videos=6  policy_batch=null  device=auto|cpu|cuda  data=PATH (tasks without a simulator)
 """
 
 COLLECT_HELP = """\

@@ -6,6 +6,7 @@ A simulator is imported when it is first made, so that nobody pays for the ones 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any, cast
 
 from action_diffusion.envs.base import Env
@@ -25,6 +26,14 @@ APART = {"lift", "can", "square", "transport", "tool_hang"}
 """Simulators whose steps take long enough to be worth a process each (`envs.seats`)."""
 
 
+def at_once(name: str, n_envs: int) -> int:
+    """How many simulators of `name` are worth holding, at most `n_envs`.
+
+    Those with a process each: two a core. More would wait for each other, and each takes 0.4 GB.
+    """
+    return min(n_envs, 2 * (os.cpu_count() or 1)) if name in APART else n_envs
+
+
 def make(name: str, **settings: Any) -> Env:
     """The simulator registered under `name`, built with `settings` (its constructor's keywords).
 
@@ -36,4 +45,4 @@ def make(name: str, **settings: Any) -> Env:
     return cast(Env, getattr(importlib.import_module(module), attribute)(**settings))
 
 
-__all__ = ["REGISTRY", "Env", "make"]
+__all__ = ["APART", "REGISTRY", "Env", "at_once", "make"]

@@ -166,14 +166,14 @@ def _turn(
     answers(ready, _Running.take_outcome)
 
 
-def replay(*, env: Env, episode: Episode, size: int = 256) -> Iterator[np.ndarray]:
-    """Execute an episode's recorded actions again, and yield pictures: the start, then one after every step.
+def replay(*, env: Env, episode: Episode, size: int = 256, every: int = 1) -> Iterator[np.ndarray]:
+    """Execute an episode's recorded actions again, and yield pictures: the start, then one after `every` steps.
 
     Simulators are deterministic, so this shows what happened without asking the policy again, and only
     episodes that someone wants to see are rendered, one picture in memory at a time.
 
     Yields:
-        uint8 [size, size, 3]; `episode.n_steps + 1` of them.
+        uint8 [size, size, 3]; `episode.n_steps // every + 1` of them.
 
     Raises:
         RuntimeError: when the simulator gives another reward than it gave before (beyond 1e-6).
@@ -187,7 +187,8 @@ def replay(*, env: Env, episode: Episode, size: int = 256) -> Iterator[np.ndarra
                 f"the simulator is not deterministic: seed {episode.seed} gave reward {expected} "
                 f"at step {step}, and {reward} when its actions were replayed"
             )
-        yield env.render(size)
+        if (step + 1) % every == 0:
+            yield env.render(size)
 
 
 def generators(*seed: int) -> tuple[torch.Generator, torch.Generator]:

@@ -28,6 +28,10 @@ Plan = Sequence[tuple[np.ndarray, bool]]
 """Actions [A] to execute, each with whether what is observed after it will be looked at."""
 BEGIN_SECONDS, EXECUTE_SECONDS = 300.0, 120.0
 """How long a simulator may take to start and reset, and to execute a chunk, before it counts as hung."""
+NOT_STARTED = (
+    "a process for a simulator could not start, as it says above; "
+    'a script that uses several must do its work under `if __name__ == "__main__":`'
+)
 
 
 class Start(NamedTuple):
@@ -95,6 +99,7 @@ class Apart:
     ) -> None:
         self._make_env = make_env
         self._seconds = {"begin": begin_seconds, "execute": execute_seconds}
+        self._begun = False
         self._start()
 
     def _start(self) -> None:
@@ -131,7 +136,10 @@ class Apart:
             failed, value = self._pipe.recv()
         except (EOFError, OSError):
             self._process.join(10)
+            if not self._begun and self._process.exitcode == 1:
+                raise InputError(NOT_STARTED) from None
             raise self._lost(f"the simulator's process ended with exit code {self._process.exitcode}") from None
+        self._begun = True
         if isinstance(failed, str):
             raise InputError(failed)
         if failed:

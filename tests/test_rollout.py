@@ -197,6 +197,8 @@ def test_a_replay_shows_the_episode_again() -> None:
     frames = np.stack(list(replay(env=ChaoticEnv(), episode=episode, size=8)))
     assert frames.shape == (episode.n_steps + 1, 8, 8, 3)
     assert frames[1:, 0, 0, 0].tolist() == (255 * episode.rewards).astype(int).tolist()
+    fewer = np.stack(list(replay(env=ChaoticEnv(), episode=episode, size=8, every=3)))
+    np.testing.assert_array_equal(fewer, frames[::3])
 
 
 def test_a_replay_that_differs_is_not_shown() -> None:

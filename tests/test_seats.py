@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,22 @@ def test_a_hung_simulator_is_ended_and_another_one_started(tmp_path: Path) -> No
     finally:
         seat.close()
     assert not seat._process.is_alive()
+
+
+UNGUARDED = """
+import functools
+from action_diffusion.envs import make
+from action_diffusion.envs.seats import Apart
+seat = Apart(functools.partial(make, "pusht"))
+seat.begin(0, ["state"])
+seat.answer()
+"""
+
+
+def test_a_script_that_starts_processes_while_it_is_imported_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    ended = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60)
+    assert ended.stderr.rstrip().splitlines()[-1].endswith('under `if __name__ == "__main__":`')
 
 
 def test_bad_input_is_not_a_crash(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ it is the error of sampled chunks on episodes that were not trained on, and no s
 from __future__ import annotations
 
 import functools
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +38,10 @@ from action_diffusion.training.statistics import bootstrap_interval, wilson_inte
 
 SCORE_DEFINITION = "The score of an episode is its maximum reward, in [0, 1]; success is a score that reaches 1."
 
+VIDEO_RATE = 10.0  # pictures per second, or fewer where the control rate is lower: drawing takes most of the time
+BATCH, BATCH_APART = 25, 8
+"""Rows of a policy call where the configuration does not say: few where the simulators, not the policy, take long."""
+
 
 def evaluate_policy(
     policy: DiffusionPolicy, *, settings: Mapping[str, Any], output_dir: Path, metrics_file: Path | None, **options: Any
@@ -47,11 +50,15 @@ def evaluate_policy(
     env = policy.spec.env
     if env is None:
         raise InputError(f"{policy.spec.task} has no simulator to evaluate in")
+    apart = env["name"] in envs.APART
+    options["n_envs"] = envs.at_once(env["name"], options["n_envs"])
+    if options["policy_batch"] is None:
+        options["policy_batch"] = BATCH_APART if apart else BATCH
     return evaluate(
         policy=policy,
         env_name=policy.spec.task,
         make_env=functools.partial(envs.make, **env),
-        in_processes=env["name"] in envs.APART,
+        in_processes=apart,
         demonstrations=policy.spec.demonstrations,
         keys=list(policy.spec.observations),
         settings=settings,
@@ -101,8 +108,6 @@ def evaluate(
     for name, value, least in (("n_episodes", n_episodes, 1), ("n_videos", n_videos, 0)):
         if value < least:
             raise InputError(f"{name} is {value}; it must be at least {least}")
-    if in_processes:
-        n_envs = min(n_envs, 2 * (os.cpu_count() or 1))  # more would wait for each other, and each takes 0.4 GB
     sizes = {"n_envs": n_envs, "policy_batch": policy_batch}
     own = {"n_obs_steps": spec.n_obs_steps, "n_action_steps": spec.n_action_steps, "seed": seed, **sizes}
     settings = plain({**settings, **own})
@@ -186,14 +191,15 @@ def _film(
     clips: list[Clip] = []
     if not chosen:
         return clips
-    task = bars.add_task("videos", total=sum(episode.n_steps + 1 for _, episode in chosen))
     env = make_env()
+    every = max(1, round(env.control_rate / VIDEO_RATE))
+    task = bars.add_task("videos", total=sum(episode.n_steps // every + 1 for _, episode in chosen))
     try:
         for label, episode in chosen:
             clip = Clip(label, episode.seed, episode.score, folder / f"seed_{episode.seed}.mp4")
-            frames = _counted(replay(env=env, episode=episode), bars, task)
+            frames = _counted(replay(env=env, episode=episode, every=every), bars, task)
             try:
-                write_video(clip.path, frames, fps=env.control_rate)
+                write_video(clip.path, frames, fps=env.control_rate / every)
             except RuntimeError as error:  # a simulator that does not repeat itself: no video beats a wrong one
                 warnings.warn(f"no video of seed {episode.seed}: {error}", stacklevel=2)
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,14 @@ class Rollouts:
         self.policy, self.env, self.n_episodes = policy, dict(env), n_episodes
 
     def __call__(self) -> dict[str, float]:
+        name = self.env["name"]
         episodes = rollout(
             policy=self.policy,
-            make_env=lambda: envs.make(**self.env),
+            make_env=functools.partial(envs.make, **self.env),
             seeds=range(ROLLOUT_SEED, ROLLOUT_SEED + self.n_episodes),
             keys=list(self.policy.spec.observations),
-            n_envs=min(10, self.n_episodes),
+            n_envs=envs.at_once(name, 10),
+            in_processes=name in envs.APART,
         )
         return {"rollout_score": float(np.mean([episode.score for episode in episodes]))}
 
