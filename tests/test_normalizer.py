@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.features import PlanarObject, SinCos
+from action_diffusion.policy.features import Magnified, PlanarObject, SinCos
 from action_diffusion.policy.normalizer import Normalizer, fit
 
 VALUES = arrays(
@@ -97,3 +97,21 @@ def test_features_refuse_columns_that_do_not_exist():
         SinCos(n=5, columns=[7])
     with pytest.raises(InputError, match="pose takes three columns"):
         PlanarObject(n=5, pose=[2, 3], points=[[0, 0]])
+
+
+@settings(deadline=None, max_examples=40)
+@given(values=VALUES, scale=st.floats(0.01, 100))
+def test_magnified_columns_are_added(values, scale):
+    columns = list(range(values.shape[1]))[::2]
+    feature = Magnified(n=values.shape[1], columns=columns, scale=scale)
+    found = feature(torch.from_numpy(values)).numpy()
+    assert found.shape == (len(values), feature.output_dim)
+    np.testing.assert_array_equal(found[:, : values.shape[1]], values)
+    expected = np.arcsinh(values[:, columns].astype(np.float64) / scale)
+    np.testing.assert_allclose(found[:, values.shape[1] :], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"columns": [3]}, "column 3"), ({"scale": 0}, "above 0")])
+def test_magnified_refuses(options, message):
+    with pytest.raises(InputError, match=message):
+        Magnified(**{"n": 3, "columns": [0], "scale": 1.0} | options)
