@@ -7,13 +7,17 @@ Every scheduler here keeps a sample of the form `x = a · x0 + b · eps`:
     flow         1 − s      s            FlowMatchEulerDiscreteScheduler
 
 so whatever the network predicts, its output is turned into `x0_hat` once, here, and the diffusers scheduler is
-run with that (`prediction_type="sample"`, or the velocity that follows from it for flow matching). Recomputing
+driven by that (`prediction_type="sample"`, or the velocity that follows from it for flow matching). Recomputing
 eps from x0 is well conditioned at every noise level; the other direction divides by √ᾱ, which is 1/2000 at the
 noisiest of 100 squared-cosine steps.
+
+Driven so, every step of these schedulers is linear, and its numbers are the same for every chunk. They are read off
+the diffusers scheduler once (`_moves`); sampling then only multiplies and adds, on any device, without asking it again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,46 +79,41 @@ class Process(Protocol):
         """A sampling scheduler of this family; `InputError` for one of another family."""
 
 
-class Solver:
-    """A diffusers scheduler set to a number of steps, driven by `x0_hat`. Make a new one for each sampling run.
+@dataclass(frozen=True)
+class Move:
+    """What a scheduler does in one step: x_next = keep · x + Σ_j blend[j] · x0_hat of j steps ago + spread · z.
 
-    `steps` lists what is known beforehand; `advance` goes from `x` at step i to `x` at step i + 1;
-    `transition` gives the mean and the standard deviation of that move.
+    z is standard normal. draws: whether the scheduler draws it (some draw where spread is 0, too).
     """
 
-    def __init__(self, *, scheduler: Any, steps: list[Step], advance_options: dict[str, Any]):
-        self.scheduler = scheduler
+    keep: float
+    blend: tuple[float, ...]
+    spread: float
+    draws: bool
+
+
+class Solver:
+    """A diffusers scheduler set to a number of steps, as the linear map that each of its steps is.
+
+    `steps` lists what the network and hooks are told; `mean` goes from `x` at step i to `x` at step i + 1 up to the
+    noise, whose standard deviation is `moves[i].spread`. Nothing here changes, so one solver serves all chunks.
+    """
+
+    def __init__(self, *, scheduler: Any, steps: list[Step], **step_options: Any):
         self.steps = steps
-        self._options = advance_options
+        self.moves = _moves(scheduler, steps, step_options)
+        self.memory = max(len(move.blend) for move in self.moves)  # estimates that `mean` looks at
 
-    def advance(self, x0_hat: Tensor, x: Tensor, step: Step, generator: Any = None) -> Tensor:
-        """One step of the scheduler, [B, H, A]. `generator`: a torch.Generator or one per row."""
-        output = x0_hat
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            output = (x - x0_hat) / step.b  # the scheduler's own sign: noise − x0
-        time = self.scheduler.timesteps[step.index]
-        return self.scheduler.step(output, time, x, generator=generator, return_dict=False, **self._options)[0]
+    def mean(self, estimates: Sequence[Tensor], x: Tensor, step: Step) -> Tensor:
+        """The mean [B, H, A] of p(x_next | x). estimates: x0_hat [B, H, A] of this step, the step before, and so on.
 
-    def transition(self, x0_hat: Tensor, x: Tensor, x_next: Tensor, step: Step) -> tuple[Tensor, float]:
-        """Mean [B, H, A] and standard deviation of p(x_next | x), for log-probabilities.
-
-        Deterministic schedulers have x_next itself and 0. For DDPM the posterior of Ho et al. 2020, eq. 7; for
-        DDIM with eta > 0, Song et al. 2021, eq. 12 and 16 (the same for eta = 1).
+        For DDPM the posterior of Ho et al. 2020, eq. 7; for DDIM Song et al. 2021, eq. 12.
         """
-        eta = {DDPMScheduler: 1.0}.get(type(self.scheduler), self._options.get("eta", 0.0))
-        if eta == 0.0:
-            return x_next, 0.0
-        a, b = step.a, step.b
-        a_next, b_next = self._next_scales(step)
-        std = eta * b_next / b * max(1.0 - (a / a_next) ** 2, 0.0) ** 0.5
-        eps = (x - a * x0_hat) / b
-        return a_next * x0_hat + max(b_next**2 - std**2, 0.0) ** 0.5 * eps, std
-
-    def _next_scales(self, step: Step) -> tuple[float, float]:
-        if step.index + 1 < len(self.steps):
-            following = self.steps[step.index + 1]
-            return following.a, following.b
-        return 1.0, 0.0
+        move = self.moves[step.index]
+        mean = move.keep * x
+        for weight, x0_hat in zip(move.blend, estimates, strict=False):
+            mean = torch.add(mean, x0_hat, alpha=weight)
+        return mean
 
 
 class Diffusion:
@@ -198,7 +197,7 @@ class Diffusion:
         for index, k in enumerate(scheduler.timesteps.tolist()):
             alpha = float(self._alphas[int(k)])
             steps.append(Step(index, float(k), alpha**0.5, (1.0 - alpha) ** 0.5))
-        return Solver(scheduler=scheduler, steps=steps, advance_options=advance)
+        return Solver(scheduler=scheduler, steps=steps, **advance)
 
 
 class Flow:
@@ -236,7 +235,41 @@ class Flow:
             Step(index, self.TIME_SCALE * s, 1.0 - s, s)
             for index, s in enumerate(scheduler.sigmas[:-1].double().tolist())
         ]
-        return Solver(scheduler=scheduler, steps=steps, advance_options={})
+        return Solver(scheduler=scheduler, steps=steps)
+
+
+NEGLIGIBLE = 1e-8
+"""Noise of a smaller standard deviation is none: schedulers keep it above zero for the sake of a logarithm."""
+
+
+def _moves(scheduler: Any, steps: Sequence[Step], options: Mapping[str, Any]) -> list[Move]:
+    """The numbers of every step, read off a diffusers scheduler by giving it unit vectors for x and for each x0_hat.
+
+    The last entry is 0 in all that is given, so what comes out there is the noise.
+    """
+    if scheduler.config.get("thresholding"):
+        raise InputError("sampler.thresholding=true is not supported, since it is not linear: use sampler.clip=x0")
+    if str(scheduler.config.get("variance_type")).startswith("learned"):
+        raise InputError("sampler.variance_type=learned needs a network that predicts variances: use fixed_small")
+    size = len(steps) + 2
+    unit = torch.eye(size, dtype=torch.float64).view(size, 1, 1, size)
+    moves = []
+    for step in steps:
+        x, x0_hat = unit[0], unit[1 + step.index]
+        output = (x - x0_hat) / step.b if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else x0_hat
+        generator = torch.Generator().manual_seed(0)
+        untouched = generator.get_state()
+        time = scheduler.timesteps[step.index]
+        found = scheduler.step(output, time, x, generator=generator, return_dict=False, **options)[0]
+        x_next = found.flatten().double()
+        draws = not torch.equal(generator.get_state(), untouched)
+        z = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        spread = float(x_next[-1] / z[-1]) if draws else 0.0
+        keep, *blend = (x_next - spread * z)[: 2 + step.index].tolist()
+        while len(blend) > 1 and abs(blend[0]) < NEGLIGIBLE:
+            blend.pop(0)  # older than the scheduler looks back
+        moves.append(Move(keep, tuple(reversed(blend)), spread if spread > NEGLIGIBLE else 0.0, draws))
+    return moves
 
 
 def _check_prediction(family: str, prediction: str) -> None:

@@ -11,6 +11,7 @@ from the current x0_hat, therefore always agree with it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -135,14 +136,14 @@ class Sampler:
         self.clip_range = clip_range
         self.options = options
         try:
-            process.solver(scheduler, num_inference_steps, **options)  # a wrong option is refused now, not in use
+            self.solver = process.solver(scheduler, num_inference_steps, **options)
         except TypeError as error:
             raise InputError(f"sampler option not known to {scheduler}: {error}") from None
 
     @property
     def steps(self) -> list[Step]:
         """The denoising steps, noisiest first."""
-        return self.process.solver(self.scheduler, self.num_inference_steps, **self.options).steps
+        return self.solver.steps
 
     def run(
         self,
@@ -158,29 +159,45 @@ class Sampler:
 
         grad=True keeps the graph through every step; otherwise only what a hook asks for is differentiated.
         """
-        solver = self.process.solver(self.scheduler, self.num_inference_steps, **self.options)
         for hook in hooks:
             denoise = hook.wrap_denoiser(denoise)
-            hook.begin(noise, solver.steps)
-        x, chain = noise, list[ChainStep]()
+            hook.begin(noise, self.steps)
+        step_noise = self._step_noise(noise, generator)
+        x, estimates, chain = noise, deque[Tensor](maxlen=self.solver.memory), list[ChainStep]()
         try:
-            for step in solver.steps:
+            for step, move in zip(self.steps, self.solver.moves, strict=True):
                 with torch.set_grad_enabled(grad):
                     state = self._estimate(denoise, x, step, hooks, grad)
                     for hook in hooks:
                         edited = hook.edit_x0(state)
                         if edited is not state.x0_hat:
                             state = replace(state, x0_hat=self._clip(edited, "x0"))
-                    x_next = self._clip(solver.advance(state.x0_hat, state.x, step, generator), "x")
+                    estimates.appendleft(state.x0_hat)
+                    x_next = mean = self.solver.mean(estimates, state.x, step)
+                    if move.spread:
+                        x_next = torch.add(mean, step_noise[step.index], alpha=move.spread)
+                    x_next = self._clip(x_next, "x")
                     if return_chain:
-                        mean, std = solver.transition(state.x0_hat, state.x, x_next, step)
-                        chain.append(ChainStep(step, state.x, x_next, mean, std))
+                        chain.append(ChainStep(step, state.x, x_next, mean if move.spread else x_next, move.spread))
                     for hook in hooks:
                         x_next = hook.after_step(state, x_next)
                 x = x_next
         except StopSampling as stop:
             return stop.x0, chain
         return x, chain
+
+    def _step_noise(self, x: Tensor, generator: Generators) -> dict[int, Tensor]:
+        """The noise [B, H, A] of every step that draws some, by step index.
+
+        All is drawn before the loop, so that generators of the CPU do not make a GPU wait in every step.
+        """
+        drawing = [index for index, move in enumerate(self.solver.moves) if move.draws]
+        if not drawing:
+            return {}
+        first = generator[0] if isinstance(generator, Sequence) else generator
+        where = x.device if first is None else first.device
+        drawn = torch.stack([draw_noise(x.shape, generator, where, x.dtype) for _ in drawing]).to(x.device)
+        return dict(zip(drawing, drawn, strict=True))
 
     def _estimate(self, denoise: DenoiserCall, x: Tensor, step: Step, hooks: Sequence[Hook], grad: bool) -> StepState:
         differentiate = any(hook.needs_gradient for hook in hooks)

@@ -19,6 +19,18 @@ from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
 torch.set_num_threads(1)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 TINY = {
     "normalizer": {"default": "minmax"},
     "features": {"state": {"name": "sin_cos", "columns": [4]}},

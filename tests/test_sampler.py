@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -168,6 +168,94 @@ def test_equals_the_plain_loop_of_diffusers(cls, noise):
         lambda x, step, rows=None: network(x, step.time), noise, generator=torch.Generator().manual_seed(3)
     )
     torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+
+
+SCHEDULERS = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "dpm_solver++": DPMSolverMultistepScheduler,
+    "flow": FlowMatchEulerDiscreteScheduler,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "options"),
+    [
+        ("ddpm", 100, {}),
+        ("ddpm", 10, {"timestep_spacing": "leading", "variance_type": "fixed_large"}),
+        ("ddim", 16, {"timestep_spacing": "leading", "steps_offset": 1}),
+        ("ddim", 10, {"eta": 0.5}),
+        ("ddim", 20, {"eta": 1.0, "set_alpha_to_one": False}),
+        ("dpm_solver++", 1, {}),
+        ("dpm_solver++", 4, {"solver_order": 3}),
+        ("dpm_solver++", 20, {"solver_order": 3, "use_karras_sigmas": True}),
+        ("dpm_solver++", 20, {"solver_type": "heun"}),
+        ("dpm_solver++", 10, {"solver_order": 1, "timestep_spacing": "trailing"}),
+        ("flow", 1, {}),
+        ("flow", 10, {"shift": 3.0}),
+        ("flow", 10, {"stochastic_sampling": True}),
+    ],
+)
+def test_every_move_is_the_one_of_diffusers(name, n, options, noise):
+    """The numbers read off a scheduler give what the scheduler itself gives, for any estimates and with its noise."""
+    process = Flow() if name == "flow" else Diffusion()
+    sampler = Sampler(process=process, scheduler=name, num_inference_steps=n, clip=None, **options)
+    spacing = {"timestep_spacing": "linspace" if name == "dpm_solver++" else "trailing"}
+    common = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"} | spacing
+    common |= {} if name == "dpm_solver++" else {"clip_sample": False}
+    common = {} if name == "flow" else common
+    theirs = SCHEDULERS[name](**(common | {key: value for key, value in options.items() if key != "eta"}))
+    theirs.set_timesteps(
+        **({"sigmas": [1 - i / n for i in range(n)]} if name == "flow" else {"num_inference_steps": n})
+    )
+    eta = {"eta": options["eta"]} if "eta" in options else {}
+    estimates = torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(8))
+    x, generator, expected = noise, torch.Generator().manual_seed(3), []
+    for step, estimate, time in zip(sampler.steps, estimates, theirs.timesteps, strict=True):
+        output = (x - estimate) / step.b if name == "flow" else estimate
+        x = theirs.step(output, time, x, generator=generator, **eta).prev_sample
+        expected.append(x)
+    process.x0_from_output = lambda output, x, step: output
+    answer = lambda x, step, rows=None: estimates[step.index]  # noqa: E731
+    _, chain = sampler.run(answer, noise, generator=torch.Generator().manual_seed(3), return_chain=True)
+    for link, x in zip(chain, expected, strict=True):
+        torch.testing.assert_close(link.x_next, x, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"thresholding": True}, "thresholding=true.*sampler.clip=x0"), ({"variance_type": "learned"}, "fixed_small")],
+)
+def test_schedulers_whose_steps_are_not_linear_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Sampler(process=Diffusion(), scheduler="ddpm", num_inference_steps=10, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_no_step_waits_for_the_gpu(case, noise):
+    """Generators on the CPU, as rollouts have; all that is drawn and copied is so before the first step."""
+    _, sampler = make(case)
+    started = noise.cuda()
+    torch.cuda.synchronize()
+
+    class Watch(Hook):
+        def wrap_denoiser(self, denoise):
+            def call(x, step, rows=None):
+                torch.cuda.set_sync_debug_mode("error")
+                return denoise(x, step, rows)
+
+            return call
+
+    try:
+        sampler.run(
+            lambda x, step, rows=None: torch.tanh(x),
+            started,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(noise))],
+            hooks=[Watch()],
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=["ddpm", "ddim-eta"])
