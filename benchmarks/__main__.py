@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from action_diffusion.errors import InputError, unknown
-from benchmarks.compare import Different, Result, compare
+from benchmarks.compare import ROW_SECONDS, Different, Result, compare
 from benchmarks.episodes import exported_episodes
 from benchmarks.peer_environment import peer_environment
 from benchmarks.report import machine, show, write_json
@@ -33,6 +33,10 @@ from benchmarks.workers import Worker, WorkerError
 ROOT = Path(__file__).resolve().parents[1]
 SPIN = {"GOMP_SPINCOUNT": "1000"}
 """For both sides: OpenMP's threads wait by spinning, and a short spin keeps a busy machine from slowing either."""
+
+
+RUN_SECONDS = 1300.0
+"""Rows are measured for less than `ROW_SECONDS` where they would not all fit into this."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,34 +81,45 @@ def main(words: Sequence[str]) -> int:
 
 
 def run(rows: Sequence[Row], path: Path | None, console: Console) -> int:
-    """Measure `rows` one after the other; a row that fails leaves the others to be measured."""
-    found = machine()
+    """Measure `rows` one after the other, show and write what came of it; returns the exit code."""
+    found: dict[str, dict[str, Any]] = {"machine": machine()}  # before it is kept busy
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch, _Workers(Path(scratch), console) as workers:
+        results, failures = _measure(rows, workers, scratch, console)
+        found["versions"] = workers.versions()
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    show(out, **found, results=results, failures=failures)
+    if path is not None:
+        write_json(path, **found, results=results, failures=failures)
+    return 1 if failures else 0
+
+
+def _measure(
+    rows: Sequence[Row], workers: _Workers, scratch: str, console: Console
+) -> tuple[list[Result], dict[str, str]]:
+    """What was found, and why a row has no figures; one that fails leaves the others to be measured."""
     results: list[Result] = []
     failures: dict[str, str] = {}
     data = exported_episodes() if any(row.work == "gather" for row in rows) else None
-    with tempfile.TemporaryDirectory(prefix="benchmarks-") as scratch, _Workers(Path(scratch), console) as workers:
-        for name in {"ours": None} | {row.peer: None for row in rows}:
-            workers[name]  # what cannot start is said before anything is measured
-        for index, row in enumerate(rows):
-            began = time.monotonic()
-            if data is not None and row.work == "gather":
-                row = replace(row, settings={**row.settings, "data": str(data)})
-            try:
-                with _status(console, f"{index + 1}/{len(rows)} {row.name}") as say, _folder(scratch) as folder:
-                    result = compare(row, workers["ours"], workers[row.peer], folder, say=say)
-            except (Different, WorkerError) as error:
-                failures[row.name] = str(error)
-                console.print(f"{row.name}: {error}", style="red", markup=False)
-                workers.forget()
-                continue
-            results.append(result)
-            line = f"{index + 1}/{len(rows)} {row.name}: ratio {result.ratio:.2f}"
-            console.print(f"{line} ({result.pairs} pairs, {time.monotonic() - began:.0f} s)", markup=False)
-        versions = workers.versions()
-    show(Console(highlight=False), machine=found, versions=versions, results=results, failures=failures)
-    if path is not None:
-        write_json(path, machine=found, versions=versions, results=results, failures=failures)
-    return 1 if failures else 0
+    for name in {"ours": None} | {row.peer: None for row in rows}:
+        workers[name]  # what cannot start is said before anything is measured
+    deadline = time.monotonic() + RUN_SECONDS
+    for index, row in enumerate(rows):
+        line, began = f"{index + 1}/{len(rows)} {row.name}", time.monotonic()
+        seconds = min(ROW_SECONDS, (deadline - began) / (len(rows) - index))
+        if row.work == "gather":
+            row = replace(row, settings={**row.settings, "data": str(data)})
+        try:
+            with _status(console, line) as say, _folder(scratch) as folder:
+                result = compare(row, workers["ours"], workers[row.peer], folder, say=say, seconds=seconds)
+        except (Different, WorkerError) as error:
+            failures[row.name] = str(error)
+            console.print(f"{line}: {error}", style="red", markup=False, soft_wrap=True)
+            workers.forget()
+            continue
+        results.append(result)
+        took = f"{result.pairs} pairs, {time.monotonic() - began:.0f} s"
+        console.print(f"{line}: ratio {result.ratio:.2f} ({took})", markup=False, soft_wrap=True)
+    return results, failures
 
 
 class _Workers(contextlib.AbstractContextManager["_Workers"]):
@@ -124,7 +139,7 @@ class _Workers(contextlib.AbstractContextManager["_Workers"]):
                 log=self._scratch / f"{name}.log",
                 environment=SPIN | variables,
                 cwd=ROOT,
-                progress=lambda text: self._console.print(f"  {text}", markup=False),
+                progress=lambda text: self._console.print(f"  {text}", markup=False, soft_wrap=True),
             )
             self._about[name] = self._running[name].ask("about")
         return self._running[name]
@@ -132,7 +147,7 @@ class _Workers(contextlib.AbstractContextManager["_Workers"]):
     def _command(self, name: str) -> tuple[list[str], dict[str, str]]:
         if name != "lerobot":
             return [sys.executable, "-m", f"benchmarks.{name}"], {}
-        peer = peer_environment(say=lambda text: self._console.print(text, markup=False))
+        peer = peer_environment(say=lambda text: self._console.print(text, markup=False, soft_wrap=True))
         script = ROOT / "benchmarks" / "peers" / "lerobot_worker.py"
         return [str(peer.python), str(script)], peer.variables
 

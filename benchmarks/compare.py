@@ -25,7 +25,7 @@ from benchmarks.workers import Worker
 
 TURN_SECONDS = 0.5
 """A turn repeats a call until it takes about so long."""
-ROW_SECONDS = 50.0
+ROW_SECONDS = 40.0
 PAIRS = (3, 15)
 """Turns of each side, at least and at most; between them, as many as `ROW_SECONDS` allow."""
 
@@ -77,7 +77,7 @@ class _Turns:
 def compare(
     row: Row, ours: Worker, peer: Worker, folder: Path, *, say: Callable[[str], None], seconds: float = ROW_SECONDS
 ) -> Result:
-    """Measure `row`, taking about `seconds` for it. `folder`: an empty one, for weights and inputs.
+    """Measure `row` for about `seconds`, and as long as preparing it takes. folder: empty, for weights and inputs.
 
     Raises `Different` where the sides disagree, and `WorkerError` where one fails.
     """
@@ -135,11 +135,12 @@ def summarise(row: Row, times: list[tuple[float, float]], our_units: int, peer_u
 
 
 def _turns(worker: Worker, least: int, units: int) -> _Turns:
-    """Warm up, and find how many calls make a turn."""
-    worker.ask("time", calls=least)
-    worker.settle()
-    once = worker.ask("time", calls=least)["seconds"] / least
-    worker.settle()
+    """Warm up, and find how many calls make a turn; a first call of seconds says enough of that."""
+    for _ in range(2):
+        once = worker.ask("time", calls=least)["seconds"] / least
+        worker.settle()
+        if once > 4 * TURN_SECONDS:
+            break
     return _Turns(worker, max(least, math.ceil(TURN_SECONDS / once)), units)
 
 

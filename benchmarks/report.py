@@ -64,9 +64,8 @@ def show(
 ) -> None:
     """The table, and under it what was measured on what."""
     table = Table(title="ours beside the peer", title_justify="left", box=None, pad_edge=False)
-    table.add_column("row")
-    for heading in ("ours", "peer", "", "ratio", "quartiles", "at least", ""):
-        table.add_column(heading, justify="left" if heading == "" else "right")
+    for heading in ("row", "ours", "peer", "", "ratio", "quartiles", "at least", ""):
+        table.add_column(heading, justify="left" if heading in ("row", "") else "right", no_wrap=True)
     for result in results:
         bound = result.row.bound
         table.add_row(
@@ -81,19 +80,24 @@ def show(
         )
     console.print(table)
     for name, reason in failures.items():
-        console.print(f"{name}: not measured: {reason}", style="red", markup=False)
+        _say(console, f"{name}: not measured: {reason}", style="red")
     console.print()
     for result in results:
         notes = f" [{result.note}]" if result.note else ""
-        console.print(f"{result.row.name}: {result.row.what}; {result.pairs} pairs{notes}", markup=False)
-    console.print(
+        _say(console, f"{result.row.name}: {result.row.what}; {result.pairs} pairs{notes}")
+    _say(
+        console,
         "\nA ratio is the median of the ratios of neighbouring turns, above 1 where ours is ahead; its quartiles say "
         "how they spread. Times and rates are medians.",
-        markup=False,
     )
-    console.print(f"machine: {_listed(machine)}", markup=False)
+    _say(console, f"machine: {_listed(machine)}")
     for side, found in versions.items():
-        console.print(f"{side}: {_listed(found)}", markup=False)
+        _say(console, f"{side}: {_listed(found)}")
+
+
+def _say(console: Console, line: str, style: str = "") -> None:
+    """One line, however long: brackets are no markup, and nothing is broken at the console's width."""
+    console.print(line, style=style, markup=False, soft_wrap=True)
 
 
 def number(value: float) -> str:
