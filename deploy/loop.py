@@ -1,21 +1,27 @@
 """One episode in real time: observe, think, check, command, at every tick of the control rate.
 
-Inference is synchronous: at the ticks that need a new chunk the command is late by what the policy took, and ticks
-that pass meanwhile are missed. `lateness_ms` says how late each command was, so that this is measured, not guessed.
+Ticks are the control steps of `scheduling.ChunkScheduler`, which says what each one's command is. Where the loop thinks
+by itself (`thinking.Thinker`), a command is late by what the policy took, and ticks that pass meanwhile are missed;
+`lateness_ms` says how late each command was, so that this is measured, not guessed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from action_diffusion.deploy.clock import Clock, Pacer
 from action_diffusion.deploy.gate import Gate
-from action_diffusion.deploy.robots import Robot
+from action_diffusion.deploy.prediction import Guidance, predict
+from action_diffusion.deploy.robots import Feedback, Robot
+from action_diffusion.deploy.scheduling import ChunkScheduler, Request, Swap
+from action_diffusion.deploy.thinking import Thinker
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
@@ -31,7 +37,10 @@ class StepRecord:
         t: when the command was sent, s since the first tick.
         action: the command that the robot follows, [A] in the data's units; None before the first.
         reward: in [0, 1], where something measures one.
-        inference_ms: what the policy took; None where no chunk was due.
+        inference_ms: what the policy took for the chunk that arrived; None where none did.
+        delay: control steps from that chunk's observation to this step; None where none took over.
+        jump: distance between its command and what the chunk before had for the same instant, in the data's units.
+        held: no command was sent, and the robot kept to its last one.
         lateness_ms: from the tick to the command.
         missed_ticks: ticks without a command between the step before and this one.
         interventions: why the gate kept a command from the robot; empty where it did not.
@@ -43,6 +52,9 @@ class StepRecord:
     action: list[float] | None
     reward: float | None
     inference_ms: float | None
+    delay: int | None
+    jump: float | None
+    held: bool
     lateness_ms: float
     missed_ticks: int
     interventions: list[str]
@@ -60,26 +72,52 @@ def run_episode(
     policy: Policy,
     robot: Robot,
     agent: Agent,
+    scheduler: ChunkScheduler,
     gate: Gate,
     clock: Clock,
     log: Callable[[StepRecord], None],
     seed: int,
     keys: Sequence[str],
+    beside: bool = False,
+    delay: int = 0,
+    guidance: Guidance | None = None,
 ) -> Outcome:
     """Run `policy` on `robot` until the episode is over, and hand every step to `log`.
 
     The policy draws its noise as in `envs.rollout` with `policy_batch=1`: on a clock that stands still while it
     thinks, an episode in a simulator equals the evaluated one. A chunk or a command that must not be executed is
-    not an error: the robot holds, the log says why, and a refused chunk is replaced at the next tick. The robot is
-    stopped when this returns or raises, Ctrl-C included.
+    not an error: the robot holds, or goes on with the chunk that it has, the log says why, and a refused chunk is
+    replaced at the next tick. The robot is stopped when this returns or raises, Ctrl-C included.
 
     Args:
+        agent: remembers the observations; which chunk is executed when is the scheduler's.
         keys: the observations that the policy wants; they are only read where it looks at them.
+        beside: think in a thread, while the loop goes on.
+        delay: control steps after which a chunk arrives at the earliest (>= 0).
 
     Raises:
         InputError: for observations that the robot does not have or that the policy does not take.
     """
-    episode = _Episode(policy=policy, robot=robot, agent=agent, gate=gate, clock=clock, seed=seed, keys=keys)
+    thinker: Thinker[np.ndarray] = Thinker(clock=clock, beside=beside, delay=delay)
+    noise_generator, generator = generators(seed)
+    think = functools.partial(
+        _predict,
+        policy=policy,
+        noise_generator=noise_generator,
+        generator=generator,
+        guidance=guidance or Guidance(),
+    )
+    episode = _Episode(
+        robot=robot,
+        agent=agent,
+        scheduler=scheduler,
+        thinker=thinker,
+        think=think,
+        gate=gate,
+        clock=clock,
+        seed=seed,
+        keys=keys,
+    )
     done, steps, score = False, 0, None
     try:
         robot.begin(seed)
@@ -91,7 +129,16 @@ def run_episode(
             log(record)
     finally:
         robot.stop()
+        thinker.close()
     return Outcome(steps, score)
+
+
+class _Arrival(NamedTuple):
+    """What came of a chunk that arrived: seconds of thinking, the swap, or why there was none."""
+
+    seconds: float
+    swap: Swap | None
+    refusal: str | None
 
 
 class _Episode:
@@ -100,67 +147,102 @@ class _Episode:
     def __init__(
         self,
         *,
-        policy: Policy,
         robot: Robot,
         agent: Agent,
+        scheduler: ChunkScheduler,
+        thinker: Thinker[np.ndarray],
+        think: Callable[[Request, Mapping[str, np.ndarray]], np.ndarray],
         gate: Gate,
         clock: Clock,
         seed: int,
         keys: Sequence[str],
     ) -> None:
-        self._policy, self._robot, self._agent, self._gate, self._clock = policy, robot, agent, gate, clock
+        self._robot, self._agent, self._scheduler, self._gate = robot, agent, scheduler, gate
+        self._thinker, self._think, self._clock = thinker, think, clock
         self._seed, self._keys = seed, keys
-        self._noise_generator, self._generator = generators(seed)
         self._pacer = Pacer(clock=clock, rate=robot.control_rate)
         self._start = 0.0
+        self._control_step = -1
         self._steps = 0
         agent.reset()
         gate.reset()
+        scheduler.reset()
 
     def step(self) -> tuple[StepRecord, bool]:
         """Wait for the next tick and live through it; also returns whether the episode is over."""
         tick, missed = self._pacer.wait()
         if self._steps == 0:
             self._start = tick
-        if self._agent.will_be_seen:
+        self._control_step += 1 + missed
+        self._scheduler.begin_step(self._control_step)
+        arrival = self._receive()
+        if self._scheduler.will_be_seen:
             self._agent.observe(self._robot.observe(self._keys))
-        seconds, refusal = self._think() if self._agent.needs_chunk else (None, None)
-        if refusal is None:
-            action = self._agent.act()
-            refusal = self._gate.refuse(action)
-        sent = self._clock.now()
-        reward, done = self._robot.command(action) if refusal is None else self._robot.hold()
+        if self._scheduler.wants_chunk and (arrival is None or arrival.refusal is None):
+            arrival = self._ask(tick) or arrival
+        sent, held, refusal, (reward, done) = self._command()
+        swap = None if arrival is None else arrival.swap
+        reasons = [None if arrival is None else arrival.refusal, refusal]
         record = StepRecord(
             seed=self._seed,
             step=self._steps,
             t=sent - self._start,
             action=None if self._gate.last is None else self._gate.last.tolist(),
             reward=None if reward is None else float(reward),
-            inference_ms=None if seconds is None else 1e3 * seconds,
+            inference_ms=None if arrival is None else 1e3 * arrival.seconds,
+            delay=None if swap is None else swap.delay,
+            jump=None if swap is None else swap.jump,
+            held=held,
             lateness_ms=1e3 * (sent - tick),
             missed_ticks=missed,
-            interventions=[] if refusal is None else [refusal],
+            interventions=[reason for reason in reasons if reason is not None],
         )
         self._steps += 1
         return record, done or self._steps >= self._robot.max_steps
 
-    def _think(self) -> tuple[float, str | None]:
-        """Ask for a chunk and hand it to the agent. Returns the seconds it took, and why it was refused if it was."""
-        history = self._agent.history()
-        before = self._clock.now()
-        chunk = _predict(self._policy, history, self._noise_generator, self._generator)
-        seconds = self._clock.now() - before
+    def _ask(self, tick: float) -> _Arrival | None:
+        """Ask for a chunk. Where the loop thinks by itself, control steps may pass until it is there."""
+        request, history = self._scheduler.request(), self._agent.history()
+        self._thinker.ask(request.step, functools.partial(self._think, request, history))
+        passed = math.ceil((self._clock.now() - tick) * self._robot.control_rate - 1e-9) - 1
+        self._scheduler.begin_step(self._control_step + max(0, passed))
+        return self._receive()
+
+    def _receive(self) -> _Arrival | None:
+        """Hand a chunk that has arrived to the scheduler."""
+        thought = self._thinker.answer(self._scheduler.step)
+        if thought is None:
+            return None
         try:
-            self._agent.accept(chunk)
+            swap = self._scheduler.receive(thought.answer)
         except InputError as error:
-            return seconds, str(error)
-        return seconds, None
+            return _Arrival(thought.seconds, None, str(error))
+        late = None if swap is not None else "the chunk arrived after all of its actions were due"
+        return _Arrival(thought.seconds, swap, late)
+
+    def _command(self) -> tuple[float, bool, str | None, Feedback]:
+        """Send this step's command, or hold where there is none or the gate refuses it.
+
+        Returns when that was (s), whether the robot held, why the gate refused, and what the robot answers.
+        """
+        action = self._scheduler.command()
+        refusal = None if action is None else self._gate.refuse(action)
+        sent = self._clock.now()
+        if action is None or refusal is not None:
+            return sent, True, refusal, self._robot.hold()
+        return sent, False, None, self._robot.command(action)
 
 
 def _predict(
-    policy: Policy, history: dict[str, np.ndarray], noise_generator: torch.Generator, generator: torch.Generator
+    request: Request,
+    history: Mapping[str, np.ndarray],
+    *,
+    policy: Policy,
+    noise_generator: torch.Generator,
+    generator: torch.Generator,
+    guidance: Guidance,
 ) -> np.ndarray:
     """A chunk [H, A] for one history, by a call with a batch of one."""
     obs = {key: value[None] for key, value in history.items()}
-    predicted = policy.predict(obs, noise_generator=[noise_generator], generator=[generator])
-    return np.asarray(predicted["action_pred"])[0]
+    noise: dict[str, Any] = {"noise_generator": [noise_generator], "generator": [generator]}
+    return predict(policy, obs, [request], guidance=guidance, **noise)[0]

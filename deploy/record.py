@@ -28,6 +28,9 @@ class RunLog:
         self._control_rate = control_rate
         self._inference: list[float] = []
         self._lateness: list[float] = []
+        self._delays: list[float] = []
+        self._jumps: list[float] = []
+        self._holds = 0
         self._missed = 0
         self._interventions = 0
         self._file: TextIO | None = None
@@ -45,17 +48,28 @@ class RunLog:
         self._lateness.append(record.lateness_ms)
         if record.inference_ms is not None:
             self._inference.append(record.inference_ms)
+        if record.delay is not None:
+            self._delays.append(record.delay)
+        if record.jump is not None:
+            self._jumps.append(record.jump)
+        self._holds += record.held
         self._missed += record.missed_ticks
         self._interventions += len(record.interventions)
 
     def summary(self) -> dict[str, Any]:
-        """Steps, deadline misses (ticks without a command), interventions; median, 95th percentile, max in ms."""
+        """Steps, deadline misses (ticks without a command), holds, interventions; median, 95th percentile and max.
+
+        Of times in ms, of delays in control steps, and of jumps where chunks meet in the data's units.
+        """
         return {
             "control_rate": self._control_rate,
             "period_ms": 1e3 / self._control_rate,
             "steps": len(self._lateness),
             "deadline_misses": self._missed,
+            "holds": self._holds,
             "interventions": self._interventions,
+            "delay_steps": _spread(self._delays),
+            "jump": _spread(self._jumps),
             "inference_ms": _spread(self._inference),
             "lateness_ms": _spread(self._lateness),
         }

@@ -17,38 +17,49 @@ from action_diffusion.deploy import robots
 from action_diffusion.deploy.clock import Clock, MonotonicClock
 from action_diffusion.deploy.gate import Gate, demonstrated
 from action_diffusion.deploy.loop import StepRecord, run_episode
+from action_diffusion.deploy.prediction import Guidance, predict
 from action_diffusion.deploy.record import RunLog
 from action_diffusion.deploy.robots import Robot
+from action_diffusion.deploy.scheduling import ChunkScheduler, Request, check_room
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.spec import PolicySpec
 
 
 def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
     """Deploy what `configs/deploy.yaml` asks for; returns the exit code: 0, or 130 after Ctrl-C.
 
-    `clock`: real time where none is given. Raises `InputError` for a bundle that cannot be loaded or does not fit
-    the robot, and for an output folder that holds a log.
+    `clock`: real time where none is given; on another the loop thinks by itself, so that a run repeats. Raises
+    `InputError` for a bundle that cannot be loaded or does not fit the robot, for a scheduling that its chunks are too
+    short for, and for an output folder that holds a log.
     """
-    for name, least in (("n_episodes", 1), ("seed", 0)):
-        if config[name] < least:
-            raise InputError(f"{name}={config[name]} must be at least {least}")
+    for name, least in (("n_episodes", 1), ("seed", 0), ("delay", 0), ("execution_horizon", 1)):
+        value = config[name]
+        if value is not None and not isinstance(value, int):
+            raise InputError(f"{name}={value} must be a whole number")
+        if value is not None and value < least:
+            raise InputError(f"{name}={value} must be at least {least}")
     if isinstance(config["bundle"], list):
         raise InputError(f"bundle={config['bundle']}: one bundle is deployed at a time")
     path = Path(config["bundle"])
-    policy = bundles.load(path, config["device"], sampler=config["sampler"])
+    policy = bundles.load(path, config["device"], sampler=config["sampler"]).requires_grad_(False)
+    guidance = Guidance(mask=config["rtc"]["mask"], beta=config["rtc"]["beta"])
+    scheduler = _scheduler(config, policy.spec)
     robot = robots.make(config["robot"], policy.spec)
     try:
         robots.check_fit(robot, policy.spec)
         limits = demonstrated(policy.spec.normalizer["action"], config["safety"]["margin"]).within(robot.limits)
-        _warm_up(policy)
+        _warm_up(policy, scheduler, guidance)
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
         output_dir = Path(config["output_dir"]) if config["output_dir"] else path.parent / stamp
         with RunLog(output_dir, control_rate=policy.spec.control_rate) as log:
             try:
-                _episodes(config, policy, robot, Gate(limits=limits), clock or MonotonicClock(), log)
+                parts = {"scheduler": scheduler, "guidance": guidance, "gate": Gate(limits=limits)}
+                parts |= {"beside": clock is None and config["scheduling"] != "sync"}
+                _episodes(config, policy, robot, log, clock=clock or MonotonicClock(), **parts)
                 code = 0
             except KeyboardInterrupt:
                 print("interrupted: the robot is stopped, the log is kept", file=sys.stderr)
@@ -60,10 +71,17 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
     return code
 
 
-def _episodes(
-    config: Mapping[str, Any], policy: DiffusionPolicy, robot: Robot, gate: Gate, clock: Clock, log: RunLog
-) -> None:
-    """One episode after the other, each with a line of its outcome."""
+def _scheduler(config: Mapping[str, Any], spec: PolicySpec) -> ChunkScheduler:
+    """The scheduler that is asked for, after a check that the policy's chunks are long enough for it."""
+    name, n_obs_steps, s = config["scheduling"], spec.n_obs_steps, config["execution_horizon"] or spec.n_action_steps
+    scheduler = ChunkScheduler(name, n_obs_steps=n_obs_steps, execution_horizon=s)
+    delay = config["delay"] or 0
+    check_room(name, horizon=spec.horizon, n_obs_steps=n_obs_steps, execution_horizon=s, delay=delay)
+    return scheduler
+
+
+def _episodes(config: Mapping[str, Any], policy: DiffusionPolicy, robot: Robot, log: RunLog, **parts: Any) -> None:
+    """One episode after the other, each with a line of its outcome; `parts` go to `run_episode`."""
     spec = policy.spec
     with progress("deploying", config["n_episodes"] * robot.max_steps) as advance:
 
@@ -76,34 +94,42 @@ def _episodes(
                 policy=policy,
                 robot=robot,
                 agent=Agent(n_obs_steps=spec.n_obs_steps, n_action_steps=spec.n_action_steps),
-                gate=gate,
-                clock=clock,
                 log=record,
                 seed=seed,
                 keys=list(spec.observations),
+                delay=config["delay"] or 0,
+                **parts,
             )
             advance(robot.max_steps - outcome.steps)
             score = "" if outcome.score is None else f", score {outcome.score:.4f}"
             print(f"seed {seed}: {outcome.steps} steps{score}")
 
 
-def _warm_up(policy: DiffusionPolicy) -> None:
+def _warm_up(policy: DiffusionPolicy, scheduler: ChunkScheduler, guidance: Guidance) -> None:
     """The first prediction also allocates memory and picks kernels: have that behind us before the robot moves."""
+    running = np.zeros((scheduler.execution_horizon, *policy.spec.action.shape))
+    request = Request(step=0, running=running if scheduler.scheduling == "rtc" else None, delay=1)
     obs = {
         key: np.zeros((1, policy.spec.n_obs_steps, *value.shape), dtype=value.dtype)
         for key, value in policy.spec.observations.items()
     }
     noise_generator, generator = generators(0)
-    policy.predict(obs, noise_generator=[noise_generator], generator=[generator])
+    predict(policy, obs, [request], noise_generator=[noise_generator], generator=[generator], guidance=guidance)
 
 
 def _print(log: RunLog) -> None:
     summary = log.summary()
     table = Table("ms", "median", "95 %", "max", title=f"period {summary['period_ms']:g} ms")
-    for name in ("inference", "lateness"):
-        spread = summary[f"{name}_ms"].values()
-        table.add_row(name, *("–" if value is None else f"{value:.1f}" for value in spread))
+    rows = {
+        "inference": "inference_ms",
+        "lateness": "lateness_ms",
+        "delay of a chunk (control steps)": "delay_steps",
+        "jump where chunks meet (the data's units)": "jump",
+    }
+    for name, key in rows.items():
+        table.add_row(name, *("–" if value is None else f"{value:.1f}" for value in summary[key].values()))
     Console().print(table)
     print(f"deadline misses: {summary['deadline_misses']} beside {summary['steps']} commands")
+    print(f"steps without a command of their own, in which the robot held: {summary['holds']}")
     print(f"interventions of the safety gate: {summary['interventions']}")
     print(f"log: {log.path}")

@@ -151,6 +151,11 @@ class ChunkScheduler:
         self._chunks = [chunk for chunk in self._chunks if chunk.end > step]
 
     @property
+    def step(self) -> int:
+        """The control step that it is."""
+        return self._step
+
+    @property
     def wants_chunk(self) -> bool:
         """Whether a chunk should be asked for at this step; never while one is under way."""
         return self._pending is None and (self._step >= self._ask_at or not self._chunks)
@@ -191,6 +196,8 @@ class ChunkScheduler:
         new = _Chunk(origin, self._checked(chunk))
         if new.end <= self._step:
             return None
+        # Whether actions of another length are commands is not for here to say; but the two cannot be compared.
+        self._chunks = [chunk for chunk in self._chunks if chunk.actions.shape[1:] == new.actions.shape[1:]]
         running = self._planned()
         if self.scheduling != "ensemble":
             self._chunks.clear()
@@ -233,11 +240,14 @@ class ChunkScheduler:
         return chunk[now:]
 
 
-def check_room(*, horizon: int, n_obs_steps: int, execution_horizon: int, delay: int) -> None:
+def check_room(scheduling: str, *, horizon: int, n_obs_steps: int, execution_horizon: int, delay: int) -> None:
     """Raises `InputError` where chunks of `horizon` steps would end before the next one arrives, after `delay`."""
     room = horizon - n_obs_steps + 1
-    if max(execution_horizon, delay) + delay > room:
+    waits = execution_horizon if scheduling == "sync" else max(execution_horizon, delay)
+    needed = delay + waits
+    if needed > room:
         raise InputError(
-            f"a chunk of horizon={horizon} has {room} steps from now on, too few for a delay of {delay} steps after an "
-            f"execution horizon of {max(execution_horizon, delay)}: train with a longer horizon, or execute less of it"
+            f"scheduling={scheduling} with delay={delay} uses {needed} steps of a chunk, {delay} of them while the "
+            f"next is computed; horizon={horizon} leaves {room} from now on: train with a longer horizon, or set a "
+            "shorter execution_horizon"
         )

@@ -24,6 +24,7 @@ from action_diffusion.deploy.gate import Gate, Limits, demonstrated
 from action_diffusion.deploy.loop import StepRecord, run_episode
 from action_diffusion.deploy.robots import SimPushT
 from action_diffusion.deploy.run import run
+from action_diffusion.deploy.scheduling import SCHEDULINGS, ChunkScheduler
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
@@ -135,17 +136,21 @@ def still(n: int) -> np.ndarray:
     return np.full((HORIZON, 2), 5.0)
 
 
-def drive(robot: FakeRobot, policy: FakePolicy, *, limits: Limits | None = None) -> list[StepRecord]:
+def drive(
+    robot: FakeRobot, policy: FakePolicy, *, limits: Limits | None = None, scheduling: str = "sync", **options: Any
+) -> list[StepRecord]:
     records: list[StepRecord] = []
     run_episode(
         policy=policy,
         robot=robot,
         agent=Agent(n_obs_steps=TO, n_action_steps=TA),
+        scheduler=ChunkScheduler(scheduling, n_obs_steps=TO, execution_horizon=TA),
         gate=Gate(limits=limits or Limits(low=np.zeros(2), high=np.full(2, 10.0))),
         clock=policy.clock,
         log=records.append,
         seed=0,
         keys=["count"],
+        **options,
     )
     return records
 
@@ -174,6 +179,102 @@ def test_ticks_that_pass_during_inference_are_counted_and_not_made_up_for():
     assert [record.missed_ticks for record in records] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0]
     assert records[4].lateness_ms == pytest.approx(250)
     assert records[4].inference_ms == pytest.approx(250)
+
+
+# Chunk scheduling in the loop. The policy's clock may be real: then it sleeps.
+
+
+class TellingPolicy(FakePolicy):
+    """Its chunks say for which control step each action is meant, from the last observation on: (step, chunk)."""
+
+    def __init__(self, *, clock: Any, seconds: Any = lambda n: 0.0) -> None:
+        super().__init__(None, clock=clock, seconds=seconds)
+
+    def predict(self, obs: Mapping[str, np.ndarray], **_: Any) -> dict[str, np.ndarray]:
+        now = float(obs["count"][0, -1, 0])
+        self.clock.sleep_until(self.clock.now() + self.seconds(self.calls))
+        steps = now + np.arange(16) - (TO - 1)
+        self.calls += 1
+        return {"action_pred": np.stack([steps, np.full(16, self.calls - 1)], axis=1)[None]}
+
+
+def held(records: list[StepRecord]) -> str:
+    return "".join("-" if record.held else "x" for record in records)
+
+
+WIDE = Limits(low=np.full(2, -100.0), high=np.full(2, 1000.0))
+
+
+def test_an_injected_delay_holds_a_synchronous_robot_and_no_other():
+    expected = {"sync": "--xxxx--xxxx--xxxx--", "naive": "--" + 18 * "x", "ensemble": "--" + 18 * "x"}
+    for scheduling, pattern in expected.items():
+        robot = FakeRobot(max_steps=20)
+        policy = TellingPolicy(clock=VirtualClock())
+        records = drive(robot, policy, limits=WIDE, scheduling=scheduling, delay=2)
+        assert held(records) == pattern
+        sent = [record.action[0] for record in records if record.action is not None and not record.held]
+        steps = [record.step for record in records if not record.held]
+        assert sent == pytest.approx(steps)  # every command was meant for its step
+        assert {record.delay for record in records if record.delay is not None} == {2}
+        assert not any(record.interventions for record in records)
+        first = next(record.step for record in records if record.jump is not None)
+        assert first == (8 if scheduling == "sync" else 6)
+
+
+def test_actions_that_became_late_while_the_loop_was_thinking_are_dropped():
+    policy = TellingPolicy(clock=VirtualClock(), seconds=lambda n: 0.25 if n == 1 else 0.01)
+    records = drive(FakeRobot(), policy, limits=WIDE)
+    assert [record.delay for record in records if record.delay is not None] == [0, 2, 0]
+    # The robot counts commands, 4 before that observation; the ticks of 5 and 6 pass while the policy thinks.
+    assert [record.action[0] for record in records[:8]] == [0, 1, 2, 3, 6, 7, 8, 9]
+    assert records[4].lateness_ms == pytest.approx(250)
+    assert [record.missed_ticks for record in records[4:6]] == [0, 2]
+
+
+def test_a_chunk_that_comes_after_its_end_is_said_and_not_executed():
+    policy = TellingPolicy(clock=VirtualClock(), seconds=lambda n: 2.0 if n == 0 else 0.0)
+    records = drive(FakeRobot(), policy, limits=WIDE)
+    assert records[0].held
+    assert records[0].interventions == ["the chunk arrived after all of its actions were due"]
+    assert held(records[1:]) == 11 * "x"
+
+
+@pytest.mark.parametrize("scheduling", ["naive", "ensemble"])
+def test_beside_the_loop_a_slow_policy_delays_no_command(scheduling):
+    """At 50 Hz a chunk takes 70 ms: four control steps, during which the running chunk goes on."""
+    robot = FakeRobot(max_steps=40)
+    robot.control_rate = 50.0
+    policy = TellingPolicy(clock=MonotonicClock(), seconds=lambda n: 0.07)
+    began = time.monotonic()
+    records = drive(robot, policy, limits=WIDE, scheduling=scheduling, beside=True)
+    assert time.monotonic() - began < 4
+    first = next(record.step for record in records if not record.held)
+    assert first >= 3
+    assert all(record.lateness_ms < 60 for record in records)
+    delays = [record.delay for record in records if record.delay is not None]
+    assert len(delays) >= 3
+    assert min(delays) >= 3
+    assert all(record.inference_ms >= 69 for record in records if record.inference_ms is not None)
+    if not any(record.missed_ticks for record in records):  # on a machine that keeps up, what is sent is for now
+        assert held(records[first:]) == "x" * (40 - first)
+        assert [record.action[0] for record in records[first:]] == pytest.approx([r.step for r in records[first:]])
+
+
+def test_a_policy_that_fails_beside_the_loop_stops_the_robot():
+    class Broken(TellingPolicy):
+        def predict(self, obs: Mapping[str, np.ndarray], **_: Any) -> dict[str, np.ndarray]:
+            raise ZeroDivisionError
+
+    robot = FakeRobot()
+    robot.control_rate = 100.0
+    with pytest.raises(ZeroDivisionError):
+        drive(robot, Broken(clock=MonotonicClock()), scheduling="naive", beside=True)
+    assert robot.stops == 1
+
+
+def test_real_time_chunking_needs_the_network():
+    with pytest.raises(InputError, match="scheduling=rtc differentiates through the policy's network"):
+        drive(FakeRobot(), TellingPolicy(clock=VirtualClock()), limits=WIDE, scheduling="rtc")
 
 
 @given(st.lists(st.floats(0.0, 0.5), min_size=1, max_size=30))
@@ -351,6 +452,30 @@ def test_a_deployed_episode_is_the_evaluated_one(bundle, tmp_path, capsys):
     assert f"seed 8: 12 steps, score {evaluated[1].score:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scheduling", SCHEDULINGS)
+def test_a_run_on_the_virtual_clock_repeats_itself(bundle, tmp_path, scheduling):
+    """And says how chunks met."""
+    logs = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        config = deploy(bundle, folder, f"scheduling={scheduling}", "delay=1", "rtc.beta=20", "seed=3")
+        assert run(config, clock=VirtualClock()) == 0
+        logs.append(read_log(folder))
+    assert logs[0] == logs[1]
+    assert [row["delay"] for row in logs[0] if row["delay"] is not None][:2] == [1, 1]
+    latency = json.loads((tmp_path / "a" / "latency.json").read_text())
+    assert latency["delay_steps"]["max"] == 1
+    assert latency["holds"] == sum(row["held"] for row in logs[0]) >= 1
+    assert latency["jump"]["max"] == max(row["jump"] for row in logs[0] if row["jump"] is not None)
+
+
+def test_real_time_chunking_beside_the_loop(bundle, tmp_path):
+    assert run(deploy(bundle, tmp_path, "scheduling=rtc")) == 0
+    rows = read_log(tmp_path)
+    assert len(rows) == 12
+    assert any(row["jump"] is not None for row in rows)
+    assert sum(row["held"] for row in rows) <= 4
+
+
 def test_real_time_and_what_it_leaves_behind(bundle, tmp_path, capsys):
     began = time.monotonic()
     assert run(deploy(bundle, tmp_path)) == 0
@@ -430,6 +555,13 @@ def test_limits_pass_what_people_demonstrated():
         ({}, ["seed=-1"], "seed=-1 must be at least 0"),
         ({}, ["safety.margin=-1"], "safety.margin=-1 must be 0 or more"),
         ({}, ["sampler.scheduler=flow"], "flow"),
+        ({}, ["scheduling=rct"], "unknown scheduling 'rct': did you mean rtc"),
+        ({}, ["delay=-1"], "delay=-1 must be at least 0"),
+        ({}, ["delay=0.5"], "delay=0.5 must be a whole number"),
+        ({}, ["scheduling=naive", "delay=4"], "delay=4 uses 8 steps of a chunk.* leaves 7"),
+        ({}, ["execution_horizon=0"], "execution_horizon=0 must be at least 1"),
+        ({}, ["rtc.beta=0.0"], "rtc.beta=0.0 must be above 0"),
+        ({}, ["rtc.mask=one"], "unknown rtc.mask 'one': did you mean ones"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, changes, options, message):

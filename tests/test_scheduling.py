@@ -353,15 +353,20 @@ def test_bad_chunks_are_refused_and_asked_for_again(chunk, message):
         (lambda: DelayEstimator(window=0), "window=0"),
         (lambda: DelayEstimator(quantile=0.0), "quantile=0.0"),
         (
-            lambda: check_room(horizon=16, n_obs_steps=2, execution_horizon=8, delay=8),
-            "horizon=16 has 15 steps from now on, too few for a delay of 8 steps",
+            lambda: check_room("rtc", horizon=16, n_obs_steps=2, execution_horizon=4, delay=8),
+            "delay=8 uses 16 steps of a chunk, 8 of them while .* horizon=16 leaves 15",
+        ),
+        (
+            lambda: check_room("sync", horizon=16, n_obs_steps=2, execution_horizon=8, delay=8),
+            "scheduling=sync with delay=8 uses 16 steps",
         ),
     ],
 )
 def test_impossible_values_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()
-    check_room(horizon=32, n_obs_steps=2, execution_horizon=8, delay=8)
+    check_room("rtc", horizon=32, n_obs_steps=2, execution_horizon=8, delay=8)
+    check_room("sync", horizon=16, n_obs_steps=2, execution_horizon=4, delay=8)
 
 
 def test_misuse_is_an_error():

@@ -1,0 +1,54 @@
+"""The one call of a policy that deployment makes: chunks that, where asked to, continue those that run already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from action_diffusion.deploy.scheduling import Request
+from action_diffusion.envs.rollout import Policy
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.guidance import BETA, MASKS, continuing
+from action_diffusion.policy.policy import DiffusionPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How strongly a chunk is guided to continue the running one, for real-time chunking: see `policy.guidance`."""
+
+    mask: str = "exponential"
+    beta: float = BETA
+
+    def __post_init__(self) -> None:
+        if self.mask not in MASKS:
+            raise unknown("rtc.mask", self.mask, MASKS)
+        if not self.beta > 0:
+            raise InputError(f"rtc.beta={self.beta} must be above 0")
+
+
+def predict(
+    policy: Policy,
+    obs: Mapping[str, np.ndarray],
+    requests: Sequence[Request | None],
+    *,
+    noise_generator: list[torch.Generator],
+    generator: list[torch.Generator],
+    guidance: Guidance,
+) -> np.ndarray:
+    """Chunks [B, H, A] in the data's units for histories `obs`, key → [B, To, …].
+
+    requests: of each row what was asked for; None for a row whose chunk nobody will use.
+    """
+    running = [None if request is None else request.running for request in requests]
+    options: dict[str, Any] = {}
+    if any(rest is not None for rest in running):
+        if not isinstance(policy, DiffusionPolicy):
+            raise InputError("scheduling=rtc differentiates through the policy's network, which this policy hides")
+        delay = [0 if request is None else request.delay for request in requests]
+        options["hooks"] = [continuing(policy, obs, running, delay, mask=guidance.mask, beta=guidance.beta)]
+    predicted = policy.predict(obs, noise_generator=noise_generator, generator=generator, **options)
+    return np.asarray(predicted["action_pred"])
