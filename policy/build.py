@@ -13,6 +13,7 @@ from torch import nn
 
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy import normalizer as normalizer_module
+from action_diffusion.policy.estimator import PlanarPose
 from action_diffusion.policy.frames import ActionFrame
 from action_diffusion.policy.normalizer import Normalizer
 from action_diffusion.policy.policy import IN_FRAME, DiffusionPolicy
@@ -20,7 +21,7 @@ from action_diffusion.policy.registry import build
 from action_diffusion.policy.sampler import Sampler
 from action_diffusion.policy.spec import PolicySpec
 
-OPTIONAL = ("features", "action_frame")
+OPTIONAL = ("features", "action_frame", "estimator")
 SECTIONS = (*OPTIONAL, "normalizer", "encoder", "denoiser", "process", "sampler", "objective")
 
 
@@ -30,9 +31,9 @@ def build_features(config: Mapping[str, Any], spec: PolicySpec) -> dict[str, nn.
     for key, options in (config or {}).items():
         if options is None:
             continue
-        if key not in spec.observations or spec.observations[key].kind != "state":
-            raise unknown("state in policy.features", key, spec.observations)
-        features[key] = build("features", options, n=math.prod(spec.observations[key].shape))
+        if key not in spec.states:
+            raise unknown("state in policy.features", key, spec.states)
+        features[key] = build("features", options, n=math.prod(spec.states[key].shape))
     return features
 
 
@@ -41,10 +42,24 @@ def build_action_frame(config: Mapping[str, Any] | None, spec: PolicySpec) -> Ac
     if config is None:
         return None
     key = config.get("observation")
-    if key not in spec.observations or spec.observations[key].kind != "state":
-        raise unknown("state in policy.action_frame.observation", str(key), spec.observations)
-    sizes = {"n": math.prod(spec.observations[key].shape), "n_action": spec.action.shape[0]}
+    if key not in spec.states:
+        raise unknown("state in policy.action_frame.observation", str(key), spec.states)
+    sizes = {"n": math.prod(spec.states[key].shape), "n_action": spec.action.shape[0]}
     return cast(ActionFrame, build("action_frame", config, **sizes))
+
+
+def build_estimator(config: Mapping[str, Any] | None, spec: PolicySpec, embedding_dim: int) -> PlanarPose | None:
+    """What tells a state that is not observed. `config`: {name, state, known, …}, or None."""
+    if config is None:
+        return None
+    key, known = config.get("state"), config.get("known") or {}
+    if key not in spec.estimates:
+        raise unknown("state in policy.estimator.state", str(key), spec.estimates)
+    for name in known:
+        if name not in spec.observations:
+            raise unknown("observation in policy.estimator.known", name, spec.observations)
+    n = math.prod(spec.estimates[key].shape)
+    return cast(PlanarPose, build("estimator", config, embedding_dim=embedding_dim, n=n))
 
 
 def fit_normalizer(
@@ -62,7 +77,7 @@ def fit_normalizer(
     kinds = dict(config["normalizer"])
     default = str(kinds.pop("default", "minmax"))
     features = build_features(config.get("features", {}), spec)
-    keys = [key for key, value in spec.observations.items() if value.kind == "state"]
+    keys = list(spec.states)
     for key in kinds:
         if key not in (*keys, "action"):
             raise unknown("key in policy.normalizer", key, (*keys, "action"))
@@ -95,7 +110,7 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
             raise unknown("section of the policy configuration", section, SECTIONS)
     features = build_features(config.get("features", {}), spec)
     sizes = {key: math.prod(value.shape) for key, value in spec.observations.items() if value.kind == "state"}
-    sizes |= {key: cast(int, module.output_dim) for key, module in features.items()}
+    sizes |= {key: cast(int, features[key].output_dim) for key in sizes if key in features}
     cameras = spec.camera_order
     encoder = build(
         "encoder",
@@ -105,7 +120,11 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
         state_dims=sizes,
         n_obs_steps=spec.n_obs_steps,
     )
-    denoiser = build("denoiser", config["denoiser"], action_dim=spec.action.shape[0], condition_dim=encoder.output_dim)
+    estimator = build_estimator(config.get("estimator"), spec, encoder.output_dim)
+    condition_dim = encoder.output_dim
+    if estimator is not None:
+        condition_dim += features[estimator.key].output_dim if estimator.key in features else estimator.n
+    denoiser = build("denoiser", config["denoiser"], action_dim=spec.action.shape[0], condition_dim=condition_dim)
     denoiser.check_horizon(spec.horizon)
     process = build("process", config["process"])
     action_frame = build_action_frame(config.get("action_frame"), spec)
@@ -115,6 +134,7 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
         spec=spec,
         features=features,
         action_frame=action_frame,
+        estimator=estimator,
         normalizer=Normalizer(spec.normalizer),
         encoder=encoder,
         denoiser=denoiser,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.estimator import PlanarPose
 from action_diffusion.policy.frames import ActionFrame
 from action_diffusion.policy.normalizer import Normalizer
 from action_diffusion.policy.process import Process, Step
@@ -28,6 +29,15 @@ LOSSES = {
     "l1": nn.functional.l1_loss,
     "huber": nn.functional.smooth_l1_loss,
 }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """condition [B, C]; obs: the observations, and an estimated state [B, 1, n]; output: the estimator's."""
+
+    condition: Tensor
+    obs: Mapping[str, Tensor]
+    output: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,8 @@ class DiffusionPolicy(nn.Module):
     """A diffusion policy made of parts (Chi et al. 2023).
 
     features: key → module applied to a state before normalisation. action_frame: that chunks are learnt in; None for
-    the data's own. noise_draws: denoising examples per encoded
-    observation in training, which is cheap where the encoder is the expensive part. loss_on_padding: whether
+    the data's own. estimator: of a state that is not observed (`policy.estimator`). noise_draws: denoising examples per
+    encoded observation in training, which is cheap where the encoder is the expensive part. loss_on_padding: whether
     padded steps at the ends of an episode count in the loss (they repeat the first or last action).
     """
 
@@ -57,6 +67,7 @@ class DiffusionPolicy(nn.Module):
         spec: PolicySpec,
         features: Mapping[str, nn.Module],
         action_frame: ActionFrame | None = None,
+        estimator: PlanarPose | None = None,
         normalizer: Normalizer,
         encoder: nn.Module,
         denoiser: Any,
@@ -74,6 +85,7 @@ class DiffusionPolicy(nn.Module):
         self.spec = spec
         self.features = nn.ModuleDict(features)
         self.action_frame = action_frame
+        self.estimator = estimator
         self.normalizer = normalizer
         self.encoder = encoder
         self.denoiser = denoiser
@@ -89,21 +101,34 @@ class DiffusionPolicy(nn.Module):
 
     def encode(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Observation history (key → [B, To, …], data's units, images uint8) → condition [B, C]."""
-        ready = {}
-        for key, spec in self.spec.observations.items():
-            value = obs[key]
-            if spec.kind == "state":
-                value = value.float().flatten(2)
-                if key in self.features:
-                    value = self.features[key](value)
-                value = self.normalizer.normalize(key, value)
-            ready[key] = value
-        return self.encoder(ready, generator=generator)
+        return self.see(obs, generator).condition
+
+    def see(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Seen:
+        """`encode`, and what the rest of the policy takes for the observations: an estimated state is among them."""
+        ready = {
+            key: self._ready(key, obs[key]) if spec.kind == "state" else obs[key]
+            for key, spec in self.spec.observations.items()
+        }
+        embedding = self.encoder(ready, generator=generator)
+        if self.estimator is None:
+            return Seen(embedding, obs)
+        output = self.estimator(embedding)
+        key, state = self.estimator.key, self.estimator.estimate(output.detach(), obs).unsqueeze(1)
+        condition = torch.cat([embedding, self._ready(key, state).flatten(1)], dim=1)
+        return Seen(condition, {**obs, key: state}, output)
+
+    def _ready(self, key: str, value: Tensor) -> Tensor:
+        """A state [B, To, …] as the encoder takes it."""
+        value = value.float().flatten(2)
+        if key in self.features:
+            value = self.features[key](value)
+        return self.normalizer.normalize(key, value)
 
     def normalize_action(self, action: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
         """Chunks [B · n, H, A] in the data's units → what the denoiser works on; rows of an observation are neighbours.
 
-        obs: key → [B, To, …]; a frame moves with it, so a running chunk has other normalised values at every step.
+        obs: key → [B, To, …], of `see` where a state is estimated; a frame moves with it, so a running chunk has other
+        normalised values at every step.
         """
         if self.action_frame is None:
             return self.normalizer.normalize("action", action)
@@ -132,9 +157,19 @@ class DiffusionPolicy(nn.Module):
         """The training loss, a scalar. action [B, H, A] in the data's units; mask [B, H], False where padded.
 
         `generator` draws crops, times and noise: the loss is a function of the weights, the batch and its state.
+        With an estimator, `obs` holds the recorded state as well, and its loss is added.
         """
-        condition = self.encode(obs, generator)
-        x0 = self.normalize_action(action, obs)
+        seen = self.see(obs, generator)
+        loss = self._denoising_loss(seen, action, mask, generator)
+        if self.estimator is not None and seen.output is not None:
+            loss = loss + self.estimator.loss(seen.output, obs[self.estimator.key][:, -1].float())
+        return loss
+
+    def _denoising_loss(
+        self, seen: Seen, action: Tensor, mask: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        condition = seen.condition
+        x0 = self.normalize_action(action, seen.obs)
         if self.noise_draws > 1:
             condition = condition.repeat(self.noise_draws, 1)
             x0 = x0.repeat(self.noise_draws, 1, 1)
@@ -169,7 +204,8 @@ class DiffusionPolicy(nn.Module):
         only what a hook needs is differentiated.
         """
         with torch.set_grad_enabled(grad):
-            condition = self.encode(obs)
+            seen = self.see(obs)
+            condition = seen.condition
             if n_samples > 1:
                 condition = condition.repeat_interleave(n_samples, dim=0)
             shape = (len(condition), self.spec.horizon, *self.spec.action.shape)
@@ -186,7 +222,7 @@ class DiffusionPolicy(nn.Module):
         normalized, chain = self.sampler.run(
             denoise, noise, generator=generator, hooks=hooks, grad=grad, return_chain=return_chain
         )
-        action = self.unnormalize_action(normalized, obs)
+        action = self.unnormalize_action(normalized, seen.obs)
         if n_samples > 1:
             normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
         return Sample(action, normalized, chain)

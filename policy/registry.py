@@ -13,6 +13,7 @@ from typing import Any
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.denoiser import ConditionalUnet1d
 from action_diffusion.policy.encoder import ObservationEncoder
+from action_diffusion.policy.estimator import PlanarPose
 from action_diffusion.policy.features import Magnified, PlanarObject, SinCos
 from action_diffusion.policy.frames import PlanarObject as PlanarObjectFrame
 from action_diffusion.policy.frames import Position
@@ -21,6 +22,7 @@ from action_diffusion.policy.process import Diffusion, Flow
 COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
     "encoder": {"observation": ObservationEncoder},
     "denoiser": {"unet1d": ConditionalUnet1d},
+    "estimator": {"planar_pose": PlanarPose},
     "process": {"diffusion": Diffusion, "flow": Flow},
     "features": {"sin_cos": SinCos, "magnified": Magnified, "planar_object": PlanarObject},
     "action_frame": {"planar_object": PlanarObjectFrame, "position": Position},

@@ -12,6 +12,7 @@ from action_diffusion.errors import InputError, unknown
 
 FORMAT = 1
 KINDS = ("state", "image")
+LATER = ("demonstrations", "estimates")  # fields that bundles of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class PolicySpec:
     """Everything that a caller of a policy must know. Observations are in order; cameras in the order trained on.
 
     control_rate: Hz, at which actions are meant to be executed. normalizer: key → statistics (`normalizer.fit`).
-    demonstrations: who gave them, in words ("scripted expert"), where their buffer says so.
+    demonstrations: who gave them, in words ("scripted expert"), where their buffer says so. estimates: states that are
+    recorded and not observed, which the policy learns to tell.
     """
 
     observations: dict[str, ObservationSpec]
@@ -56,6 +58,7 @@ class PolicySpec:
     task: str = ""
     env: dict[str, Any] | None = None
     demonstrations: str = ""
+    estimates: dict[str, ObservationSpec] = field(default_factory=dict)
     normalizer: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -68,6 +71,11 @@ class PolicySpec:
                 f"n_action_steps={self.n_action_steps} does not fit: a chunk of horizon={self.horizon} that begins "
                 f"{self.n_obs_steps - 1} steps before now has {self.horizon - self.n_obs_steps + 1} left to execute"
             )
+
+    @property
+    def states(self) -> dict[str, ObservationSpec]:
+        """What is not an image: observed, or estimated."""
+        return {key: value for key, value in self.observations.items() if value.kind == "state"} | self.estimates
 
     @property
     def camera_order(self) -> list[str]:
@@ -83,10 +91,10 @@ class PolicySpec:
         if data.get("format") != FORMAT:
             raise InputError(f"{where}: bundle format {data.get('format')!r}, this version reads format {FORMAT}")
         try:
-            fields = {key: data[key] for key in cls.__dataclass_fields__ if key != "demonstrations" or key in data}
-            fields["observations"] = {
-                key: ObservationSpec(**_tuples(value)) for key, value in data["observations"].items()
-            }
+            fields = {key: data[key] for key in cls.__dataclass_fields__ if key not in LATER or key in data}
+            for name in ("observations", "estimates"):
+                states = data.get(name, {}) if name in LATER else data[name]
+                fields[name] = {key: ObservationSpec(**_tuples(value)) for key, value in states.items()}
             fields["action"] = ActionSpec(**_tuples(data["action"]))
             order = data["camera_order"]
         except (KeyError, TypeError, AttributeError) as error:
@@ -96,7 +104,7 @@ class PolicySpec:
             raise InputError(
                 f"{where}: camera_order is {order}, but the observations list the cameras as {spec.camera_order}"
             )
-        for key in (*(k for k, v in spec.observations.items() if v.kind == "state"), "action"):
+        for key in (*spec.states, "action"):
             if key not in spec.normalizer:
                 raise InputError(f"{where}: no normaliser statistics for {key!r}; the bundle cannot be used without")
         return spec

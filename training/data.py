@@ -33,6 +33,9 @@ def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, 
         raise InputError(f"{buffer.name}: {source!r} has shape [N, {', '.join(map(str, shape))}], actions are [N, A]")
     named = task.get("observations") or _found(buffer, source)
     observations = {key: _observation(key, dict(options), buffer) for key, options in named.items()}
+    estimates = {
+        key: _observation(key, dict(options), buffer) for key, options in (task.get("estimates") or {}).items()
+    }
     return PolicySpec(
         observations=observations,
         action=ActionSpec(shape=shape, unit=action.get("unit") or "", source=source),
@@ -43,6 +46,7 @@ def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, 
         task=task["name"],
         env=_environment(task.get("env"), buffer),
         demonstrations=str(buffer.attrs.get("source", "")),
+        estimates=estimates,
         versions=versions,
     )
 
@@ -138,7 +142,9 @@ def prepare(
     source = BatchSource(
         buffer=buffer,
         windows=make_windows(buffer.episode_ends, episodes=train, **sizes),
-        observations={k: ObsKey(v.source, v.columns, _kind(v)) for k, v in spec.observations.items()},
+        observations={
+            k: ObsKey(v.source, v.columns, _kind(v)) for k, v in (spec.observations | spec.estimates).items()
+        },
         action_key=spec.action.source,
         n_obs_steps=spec.n_obs_steps,
         device=device,

@@ -220,7 +220,8 @@ def _trainer(
     crop = getattr(policy.encoder, "crop", None)
     # Crops are cut while gathering where that is the first thing that the encoder would do.
     fused = len(set(cameras)) == 1 and crop is not None and getattr(policy.encoder, "resize", None) is None
-    golden = {key: value[0].cpu().numpy() for key, value in reference.gather(validation.indices[:1]).obs.items()}
+    first = reference.gather(validation.indices[:1]).obs
+    golden = {key: first[key][0].cpu().numpy() for key in spec.observations}
     return Trainer(
         policy=policy,
         source=StepBatches(

@@ -83,7 +83,7 @@ def evaluate_held_out(
     def batches() -> Any:
         for part in np.array_split(indices, max(1, len(indices) // 64)):
             batch = source.gather(part)
-            obs = {key: value.cpu().numpy() for key, value in batch.obs.items()}
+            obs = {key: batch.obs[key].cpu().numpy() for key in policy.spec.observations}
             yield obs, batch.action.cpu().numpy(), batch.mask.cpu().numpy()
 
     return evaluate_offline(
