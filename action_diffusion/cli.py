@@ -59,6 +59,7 @@ Options
   n_envs=10                     environments that run at once (scores do not depend on it)
   output_dir=DIR                where results.json, report.html and videos/ go
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
+  precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster
   n_videos=6  policy_batch=null  device=auto|cpu|cuda  data=PATH (tasks without a simulator)
 """
 
@@ -84,6 +85,7 @@ Options
   output_dir=DIR                where log.jsonl (a line a step) and latency.json go
   safety.margin=0.1             how far a command may leave what was demonstrated, as a share of its range
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
+  precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster
   device=auto|cpu|cuda
 """
 

@@ -25,6 +25,7 @@ from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.inference import OPTIONS
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 
@@ -45,7 +46,8 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
     if isinstance(config["bundle"], list):
         raise InputError(f"bundle={config['bundle']}: one bundle is deployed at a time")
     path = Path(config["bundle"])
-    policy = bundles.load(path, config["device"], sampler=config["sampler"]).requires_grad_(False)
+    faster = {name: config[name] for name in OPTIONS}
+    policy = bundles.load(path, config["device"], sampler=config["sampler"], **faster).requires_grad_(False)
     guidance = Guidance(mask=config["rtc"]["mask"], beta=config["rtc"]["beta"])
     scheduler = _scheduler(config, policy.spec)
     robot = robots.make(config["robot"], policy.spec)

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy
+from action_diffusion.policy.inference import accelerate
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.registry import refuse_targets
 from action_diffusion.policy.spec import PolicySpec
@@ -91,11 +92,15 @@ def load(
     *,
     verify: bool = False,
     sampler: Mapping[str, Any] | None = None,
+    precision: str | None = None,
+    compile: bool = False,
+    cuda_graph: bool = False,
 ) -> DiffusionPolicy:
     """Load a policy from a bundle folder, ready to `predict`.
 
     verify: also compute the golden pair and compare. sampler: values that replace those of the bundle's sampler
-    (scheduler, num_inference_steps, …), within the family that it was trained with.
+    (scheduler, num_inference_steps, …), within the family that it was trained with. precision, compile, cuda_graph:
+    faster ways to denoise, see `inference.accelerate`; the golden pair is compared without them.
     Raises `InputError` naming the file and what is wrong with it.
     """
     path = Path(path)
@@ -116,6 +121,7 @@ def load(
     policy = policy.to(resolve_device(device)).eval()
     if verify:
         verify_golden(policy, path)
+    accelerate(policy, precision=precision, compile=compile, cuda_graph=cuda_graph)
     return policy
 
 

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SMALL = 64
-"""Up to so many rows (T · B) fewer, larger operations win, since starting one costs more than its work."""
+from action_diffusion.policy.packing import SMALL, Packable
 
 
 def _spans(tap: int, kernel: int, steps: int) -> tuple[slice, slice]:
@@ -114,7 +113,7 @@ class _GroupNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-class Conv1d(nn.Module):
+class Conv1d(Packable):
     """A convolution along time that keeps its length, [T, B, C_in] → [T, B, C_out].
 
     weight [K, C_in, C_out] (torch's Conv1d weight is its permutation (2, 1, 0)), bias [C_out]; K is odd.
@@ -128,12 +127,15 @@ class Conv1d(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    def matrix(self, index: int) -> tuple[Tensor, Tensor | None]:
+        return self.weight.flatten(0, 1).T, self.bias
+
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] * x.shape[1] <= SMALL or self.runs_packed(x):
+            return self.product(_windows(x, len(self.weight)))
         if x.is_cuda:  # one launch instead of one a tap
             out = F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=len(self.weight) // 2)
             return out.permute(2, 0, 1).contiguous()
-        if x.shape[0] * x.shape[1] <= SMALL:
-            return F.linear(_windows(x, len(self.weight)), self.weight.flatten(0, 1).T, self.bias)
         x, weight, bias = _autocast(x, self.weight, self.bias)
         return _ShiftedConv.apply(x, weight, bias)
 
@@ -149,13 +151,13 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or x.shape[0] * x.shape[1] <= SMALL:
-            out = F.group_norm(x.permute(1, 2, 0), self.n_groups, self.weight, self.bias, self.eps)
+            out = torch.group_norm(x.permute(1, 2, 0), self.n_groups, self.weight, self.bias, self.eps)
             return out.permute(2, 0, 1).contiguous()
         with torch.autocast(x.device.type, enabled=False):
             return _GroupNorm.apply(x.float(), self.weight, self.bias, self.n_groups, self.eps)
 
 
-class Halve(nn.Module):
+class Halve(Packable):
     """Convolution of kernel 3, stride 2, padding 1: [T, B, C] → [T / 2, B, C], T even. weight [3, C, C]."""
 
     def __init__(self, channels: int):
@@ -163,17 +165,22 @@ class Halve(nn.Module):
         conv = Conv1d(channels, channels, 3)
         self.weight, self.bias = conv.weight, conv.bias
 
+    def matrix(self, index: int) -> tuple[Tensor, Tensor | None]:
+        return self.weight.flatten(0, 1).T, self.bias
+
     def forward(self, x: Tensor) -> Tensor:
         even, odd = x[0::2], x[1::2]
         before = torch.cat([torch.zeros_like(odd[:1]), odd[:-1]])
-        return F.linear(torch.cat([before, even, odd], dim=-1), self.weight.flatten(0, 1).T, self.bias)
+        return self.product(torch.cat([before, even, odd], dim=-1))
 
 
-class Double(nn.Module):
+class Double(Packable):
     """Transposed convolution of kernel 4, stride 2, padding 1: [T, B, C] → [2 T, B, C]. weight [4, C, C].
 
     Even steps are reached by taps 3 and 1 (of the step before and the step itself), odd ones by taps 2 and 0.
     """
+
+    n_matrices = 2
 
     def __init__(self, channels: int):
         super().__init__()
@@ -183,19 +190,22 @@ class Double(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    def matrix(self, index: int) -> tuple[Tensor, Tensor | None]:
+        first, second = ((3, 1), (2, 0))[index]
+        return torch.cat([self.weight[first], self.weight[second]]).T, self.bias
+
     def forward(self, x: Tensor) -> Tensor:
         edge = torch.zeros_like(x[:1])
         before, after = torch.cat([edge, x[:-1]]), torch.cat([x[1:], edge])
-        even = F.linear(torch.cat([before, x], dim=-1), torch.cat([self.weight[3], self.weight[1]]).T, self.bias)
-        odd = F.linear(torch.cat([x, after], dim=-1), torch.cat([self.weight[2], self.weight[0]]).T, self.bias)
+        even = self.product(torch.cat([before, x], dim=-1), 0)
+        odd = self.product(torch.cat([x, after], dim=-1), 1)
         return torch.stack([even, odd], dim=1).flatten(0, 1)
 
 
 def _windows(x: Tensor, kernel: int) -> Tensor:
     """What a kernel sees at every step, side by side: [T, B, C] → [T, B, K · C], zeros beyond the ends."""
-    edge = x.new_zeros(kernel // 2, *x.shape[1:])
-    padded = torch.cat([edge, x, edge])
-    return torch.cat([padded[tap : tap + len(x)] for tap in range(kernel)], dim=-1)
+    padded = F.pad(x, (0, 0, 0, 0, kernel // 2, kernel // 2))
+    return padded.unfold(0, kernel, 1).movedim(-1, 2).flatten(2)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

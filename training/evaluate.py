@@ -9,6 +9,7 @@ from typing import Any
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.inference import OPTIONS
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.comparison import write_comparison, write_seed_summary
 from action_diffusion.training.data import prepare
@@ -51,10 +52,11 @@ def run(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Path]]:
 
 
 def _evaluate_one(config: Mapping[str, Any], path: Path, folder: Path) -> dict[str, Any]:
-    policy = bundles.load(path, config["device"], sampler=config["sampler"])
+    faster = {name: config[name] for name in OPTIONS}
+    policy = bundles.load(path, config["device"], sampler=config["sampler"], **faster)
     metrics = path.parent / "metrics.jsonl"
     where: dict[str, Any] = {"output_dir": folder, "metrics_file": metrics if metrics.exists() else None}
-    settings = {"bundle": str(path), "sampler": bundles.read_config(path)["policy"]["sampler"]}
+    settings = {"bundle": str(path), "sampler": bundles.read_config(path)["policy"]["sampler"], **faster}
     settings["sampler"] |= {key: value for key, value in config["sampler"].items() if value is not None}
     if policy.spec.env is None:
         return _held_out(config, policy, path, settings, where)

@@ -1,0 +1,122 @@
+"""Faster ways to run a policy's denoiser, chosen when it is loaded: precision, compilation, CUDA graphs.
+
+    policy.load(bundle)                                       the weights as they were trained
+    policy.load(bundle, precision="fp32")                     the same, laid out for a CPU; equal within 1e-5
+    policy.load(bundle, precision="fp16")                     half the bytes to read in every step
+    policy.load(bundle, "cuda", precision="bf16", compile=True, cuda_graph=True)
+
+Where weights get gradients (training, fine-tuning) they run themselves, and whatever was prepared is forgotten when the
+policy is trained, moved, or given other weights. Guidance, which differentiates with respect to the sample, runs at the
+precision asked for when the weights are frozen (`policy.requires_grad_(False)`), but not compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from action_diffusion.errors import InputError
+from action_diffusion.policy.packing import check_precision
+from action_diffusion.policy.policy import DiffusionPolicy
+
+OPTIONS = ("precision", "compile", "cuda_graph")
+"""What `accelerate` takes, as configurations name it."""
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(x [B, H, A], film [B, F]) → output [B, H, A]."""
+FREEZE: dict[str, Any] = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+"""On a CPU: weights are constants that may be rearranged, and products of the compiler compete with the library's."""
+
+
+def accelerate(
+    policy: DiffusionPolicy, *, precision: str | None = None, compile: bool = False, cuda_graph: bool = False
+) -> None:
+    """Prepare `policy`, on its device and in evaluation mode, to denoise faster where no gradient is asked for.
+
+    precision: one of `packing.PRECISIONS`, or None for the weights as they are. compile: by torch.compile, which takes
+    up to minutes for every new batch size and needs a C++ compiler. cuda_graph: replay the kernels of a step instead of
+    starting each from Python. Raises `InputError` for what this device or machine cannot do.
+    """
+    device, denoiser = policy.device, policy.denoiser
+    if precision is not None:
+        check_precision(precision, device)
+    if cuda_graph and device.type != "cuda":
+        raise InputError(f"cuda_graph=true needs a CUDA device, the policy is on {device}")
+    on_cpu = device.type == "cpu"
+    denoiser.forget()
+    if precision is not None and not (compile and on_cpu and precision == "fp32"):  # the compiler packs fp32 itself
+        denoiser.pack(precision)
+    run: Denoise = denoiser.run
+    if compile:
+        run = torch.compile(run, fullgraph=True, options=FREEZE if on_cpu else None)
+    if cuda_graph:
+        run = CudaGraph(run)
+    if run != denoiser.run:
+        _try(run, policy, f"compile={str(compile).lower()} cuda_graph={str(cuda_graph).lower()}")
+        denoiser.prepared = run
+
+
+def _try(run: Denoise, policy: DiffusionPolicy, options: str) -> None:
+    """The first call, which compiles and captures: what is missing on this machine is said now."""
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+    denoiser = policy.denoiser
+    x = torch.zeros(1, policy.spec.horizon, denoiser.action_dim, device=policy.device)
+    film = torch.zeros(1, sum(denoiser.film_sizes), device=policy.device)
+    try:
+        with torch.no_grad():
+            run(x, film)
+    except (TorchDynamoException, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{options} does not work on this machine: {reason}") from None
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: Any
+    inputs: list[Tensor]
+    output: Tensor
+
+
+class CudaGraph:
+    """Replays the kernels that a function of tensors started, captured once for each shape of its inputs.
+
+    A step at batch 1 is hundreds of kernels of a few microseconds, which Python starts more slowly than they run. The
+    function must do the same for all inputs of a shape. Past `most_shapes` it is called as it is.
+    """
+
+    most_shapes = 8
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function = function
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+        if key not in self._captured:
+            if len(self._captured) == self.most_shapes:
+                return self.function(*inputs)
+            self._captured[key] = self._capture(inputs)
+        captured = self._captured[key]
+        for own, given in zip(captured.inputs, inputs, strict=True):
+            own.copy_(given)
+        captured.graph.replay()
+        return captured.output.clone()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _capture(self, inputs: tuple[Tensor, ...]) -> _Captured:
+        own = [tensor.clone() for tensor in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries allocate and choose kernels in their first calls
+            for _ in range(3):
+                self.function(*own)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self.function(*own)
+        return _Captured(graph, own, output)

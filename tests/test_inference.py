@@ -1,0 +1,282 @@
+"""Faster ways to run a policy give what the plain way gives: within rounding in fp32, within stated errors below it."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from action_diffusion.errors import InputError
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy import packing
+from action_diffusion.policy.conv import Conv1d, Double, Halve
+from action_diffusion.policy.denoiser import ConditionalUnet1d
+from action_diffusion.policy.inference import CudaGraph, accelerate
+from action_diffusion.policy.packing import SMALL, Linear, check_precision
+from action_diffusion.policy.sampler import Hook
+
+STATE = np.arange(10, dtype=np.float32).reshape(2, 5) + 100
+SAMPLE = {"process": {"name": "diffusion", "prediction": "sample"}}
+SCHEDULERS = [
+    {"sampler": {"scheduler": "ddpm", "num_inference_steps": 100}},
+    {"sampler": {"scheduler": "ddim", "num_inference_steps": 10, "eta": 1.0}},
+    {"sampler": {"scheduler": "dpm_solver++", "num_inference_steps": 8}},
+    {
+        "process": {"name": "flow", "prediction": "sample"},
+        "sampler": {"scheduler": "flow", "num_inference_steps": 4, "clip": None},
+    },
+]
+IDS = [case["sampler"]["scheduler"] for case in SCHEDULERS]
+ERRORS = {"fp32": 1e-5, "fp16": 2e-3, "int8": 4e-2}
+"""Of a product, as a share of its largest output."""
+
+
+def calm(policy):
+    """Its answers depend little on the sample, as a trained network's do; an untrained one's amplify rounding."""
+    with torch.no_grad():
+        policy.denoiser.out[1].weight.mul_(0.2)
+    return policy
+
+
+@pytest.fixture
+def policy(make_policy):
+    """Predicts samples: the noise that an untrained network predicts leads to chunks of nothing but the bounds."""
+    return calm(make_policy(**SAMPLE))
+
+
+@pytest.fixture
+def pack_everything(monkeypatch):
+    """Also what would be left as it is because it is small."""
+    monkeypatch.setattr(packing, "CACHED", 0)
+
+
+def observations(n: int) -> dict[str, torch.Tensor]:
+    return {"state": torch.from_numpy(np.stack([STATE + i for i in range(n)]))}
+
+
+def chunk(policy, n: int = 1) -> torch.Tensor:
+    """Normalised chunks [n, H, A] for fixed noise."""
+    noise = torch.randn(n, 8, 2, generator=torch.Generator().manual_seed(0)).to(policy.device)
+    obs = {key: value.to(policy.device) for key, value in observations(n).items()}
+    return policy.sample(obs, noise=noise, generator=torch.Generator().manual_seed(1)).normalized
+
+
+@pytest.mark.usefixtures("pack_everything")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("batch", [1, 4, SMALL])
+@pytest.mark.parametrize(
+    "make", [lambda: Conv1d(24, 40, 5), lambda: Halve(24), lambda: Double(24), lambda: Linear(24, 3)]
+)
+def test_a_packed_layer_equals_itself(make, batch, precision):
+    torch.manual_seed(0)
+    layer, x = make().eval(), torch.randn(4, batch, 24)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.pack(precision)
+        found = layer(x)
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() <= ERRORS[precision] * expected.abs().max()
+    assert precision == "fp32" or not torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("pack_everything")
+@pytest.mark.parametrize("channels", [(8, 16), (24, 48, 72)])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_packed_denoiser_equals_itself(channels, batch):
+    torch.manual_seed(0)
+    net = ConditionalUnet1d(action_dim=3, condition_dim=10, channels=channels, activation="mish").eval()
+    with torch.no_grad():
+        x, film = torch.randn(batch, 16, 3), net.prepare(torch.randn(batch, 10), torch.tensor([9.0])).at(0)
+        expected = net(x, film)
+        for precision, error in {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.2}.items():
+            net.pack(precision)
+            torch.testing.assert_close(net(x, film), expected, atol=error, rtol=0)
+
+
+@pytest.mark.usefixtures("pack_everything")
+@pytest.mark.parametrize("case", SCHEDULERS, ids=IDS)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_chunk_is_the_same_within_rounding_and_close_below(make_policy, case, batch):
+    policy = calm(make_policy(**(SAMPLE | case)))
+    expected = chunk(policy, batch)
+    assert expected.abs().max() < 1
+    for precision, error in {"fp32": 1e-5, "fp16": 3e-2}.items():
+        accelerate(policy, precision=precision)
+        torch.testing.assert_close(chunk(policy, batch), expected, atol=error, rtol=0)
+    accelerate(policy)
+    assert torch.equal(chunk(policy, batch), expected)
+
+
+def test_int8_keeps_the_layers_where_actions_enter_and_leave_more_exact(policy, monkeypatch):
+    packed = {}
+    monkeypatch.setattr(packing.Packable, "pack", lambda layer, precision: packed.update({layer: precision}))
+    net = policy.denoiser
+    net.pack("int8")
+    assert packed[net.down[0][0].first.conv] == packed[net.down[0][0].shortcut] == packed[net.out[1]] == "fp16"
+    assert packed[net.down[0][1].first.conv] == packed[net.middle[0].second.conv] == "int8"
+
+
+@pytest.mark.usefixtures("pack_everything")
+def test_gradients_are_of_the_weights_themselves(policy):
+    noise = torch.randn(1, 8, 2)
+    results = []
+    for precision in (None, "fp16"):
+        accelerate(policy, precision=precision)
+        policy.zero_grad()
+        policy.sample(observations(1), noise=noise, grad=True).normalized.square().sum().backward()
+        results.append([parameter.grad.clone() for parameter in policy.denoiser.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("pack_everything")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_guidance_of_a_frozen_policy_runs_packed(policy, precision):
+    class Guide(Hook):
+        needs_gradient = True
+
+        def __init__(self):
+            self.gradients = []
+
+        def edit_x0(self, state):
+            self.gradients += torch.autograd.grad(state.x0_raw, state.x, state.x0_raw.detach())
+            return state.x0_hat
+
+    def guided() -> tuple[torch.Tensor, torch.Tensor]:
+        guide = Guide()
+        noise = torch.randn(1, 8, 2, generator=torch.Generator().manual_seed(0))
+        result = policy.sample(observations(1), noise=noise, hooks=[guide]).normalized
+        return result, torch.stack(guide.gradients)
+
+    policy.requires_grad_(False)
+    expected = guided()
+    accelerate(policy, precision=precision)
+    for found, plain in zip(guided(), expected, strict=True):
+        assert not torch.equal(found, plain)
+        error = 1e-4 if precision == "fp32" else 5e-2
+        assert (found - plain).abs().max() <= error * plain.abs().max()
+
+
+@pytest.mark.usefixtures("pack_everything")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda policy: policy.train().eval(),
+        lambda policy: policy.load_state_dict({k: v.clone() for k, v in policy.state_dict().items()}),
+        lambda policy: policy.to(torch.float32),
+    ],
+    ids=["train", "load", "move"],
+)
+def test_what_is_packed_is_forgotten_when_weights_may_change(policy, change):
+    expected = chunk(policy)
+    accelerate(policy, precision="fp16")
+    assert not torch.equal(chunk(policy), expected)
+    change(policy)
+    assert torch.equal(chunk(policy), expected)
+
+
+@pytest.mark.usefixtures("pack_everything")
+def test_a_bundle_is_loaded_at_a_precision_and_saved_as_it_was(tmp_path, policy, tiny_config):
+    config = {"policy": tiny_config | SAMPLE}
+    bundles.save(tmp_path / "a", policy, config, golden_obs={"state": STATE})
+    loaded = bundles.load(tmp_path / "a", verify=True, precision="fp16")
+    error = (chunk(loaded) - chunk(policy)).abs().max()
+    assert 0 < error < 1e-2
+    bundles.save(tmp_path / "b", loaded, config)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8"}, "unknown precision 'fp8'.*choose from.*fp16"),
+        ({"precision": 16}, "unknown precision '16'"),
+        ({"cuda_graph": True}, "cuda_graph=true needs a CUDA device, the policy is on cpu"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(policy, options, message):
+    with pytest.raises(InputError, match=message):
+        accelerate(policy, **options)
+
+
+def test_precisions_belong_to_devices(monkeypatch):
+    with pytest.raises(InputError, match=r"precision=int8 is for CPUs.*choose fp32, bf16 or fp16"):
+        check_precision("int8", torch.device("cuda"))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(InputError, match="bfloat16 instructions"):
+        check_precision("bf16", torch.device("cpu"))
+    check_precision("bf16", torch.device("cuda"))
+    monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(supported_engines=["qnnpack"]))
+    with pytest.raises(InputError, match="FBGEMM"):
+        check_precision("fp16", torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("pack_everything")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_compiled_denoiser_equals_itself(policy, precision):
+    accelerate(policy, precision=precision)
+    expected = chunk(policy)
+    accelerate(policy, precision=precision, compile=True)
+    assert policy.denoiser.prepared is not None
+    torch.testing.assert_close(chunk(policy), expected, atol=1e-5, rtol=0)
+    policy.train()
+    assert policy.denoiser.prepared is None
+
+
+def test_a_compiler_that_fails_is_reported(policy, monkeypatch):
+    def broken(*args, **kwargs):
+        def run(*inputs):
+            raise RuntimeError("InvalidCxxCompiler: no working C++ compiler\nmore")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(
+        InputError, match=r"compile=true .* does not work on this machine: .*no working C\+\+ compiler$"
+    ):
+        accelerate(policy, compile=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SCHEDULERS, ids=IDS)
+@pytest.mark.parametrize("options", [{"cuda_graph": True}, {"compile": True}, {"compile": True, "cuda_graph": True}])
+def test_on_a_gpu_captured_and_compiled_chunks_are_the_same(make_policy, case, options):
+    policy = calm(make_policy(**(SAMPLE | case))).cuda().eval()
+    for batch in (1, 4):
+        accelerate(policy)
+        expected = chunk(policy, batch)
+        accelerate(policy, **options)
+        for _ in range(2):
+            torch.testing.assert_close(chunk(policy, batch), expected, atol=1e-5, rtol=0)
+        with torch.inference_mode():
+            torch.testing.assert_close(chunk(policy, batch), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 5e-2), ("fp16", 1e-2)])
+def test_on_a_gpu_chunks_are_close_at_half_precision(policy, precision, error):
+    policy = policy.cuda().eval()
+    expected = chunk(policy)
+    accelerate(policy, precision=precision)
+    torch.testing.assert_close(chunk(policy), expected, atol=error, rtol=0)
+    accelerate(policy, precision=precision, cuda_graph=True)
+    torch.testing.assert_close(chunk(policy), expected, atol=error, rtol=0)
+
+
+@pytest.mark.gpu
+def test_a_captured_function_takes_new_inputs_and_shapes():
+    layer = nn.Linear(4, 3).cuda()
+    captured = CudaGraph(layer)
+    with torch.no_grad():
+        for rows in (1, 2, 1, *range(3, 12)):
+            x = torch.randn(rows, 4, device="cuda")
+            first = captured(x)
+            torch.testing.assert_close(first, layer(x))
+            captured(x + 1)
+            torch.testing.assert_close(first, layer(x))  # not overwritten by the next call
