@@ -147,7 +147,8 @@ def continuing(
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in obs.items()}
     weight = weights(torch.tensor(delay, device=device), torch.from_numpy(end).to(device), length, mask)
     with torch.no_grad():
-        normalized = policy.normalize_action(torch.from_numpy(padded).to(device), tensors)
+        seen = tensors if policy.estimator is None else policy.see(tensors).obs
+        normalized = policy.normalize_action(torch.from_numpy(padded).to(device), seen)
     return RealTimeChunking(
         running=normalized,
         weight=torch.nn.functional.pad(weight, (now, 0)),
