@@ -6,8 +6,10 @@ at normalised tensors.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +29,8 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy import normalizer
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
+from action_diffusion.policy.inference import accelerate
+from action_diffusion.policy.packing import check_precision
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.settings import TrainSettings
@@ -92,13 +96,14 @@ def load_inputs(policy: DiffusionPolicy, folder: Path) -> tuple[dict[str, Tensor
 class Chunk(Work):
     """One chunk for each row of the inputs by `predict`; part: denoise (without the encoder) or encode (it alone).
 
-    reduced: at the lowest precision that the policy offers.
+    precisions: of the denoiser's weights; the first of them that this machine has kernels for.
     """
 
     def __init__(self, settings: dict[str, Any], folder: Path, say: Say) -> None:
         self._policy = build(settings, folder)
-        if settings.get("reduced"):
-            self._policy, self.note = reduced(self._policy)
+        precision = offered(settings["precisions"], self._policy.device)
+        accelerate(self._policy, precision=precision)
+        self.note = f"precision={precision}"
         self._obs, given = load_inputs(self._policy, folder)
         self._noise = given["noise"]
         self._arrays = {key: value.numpy() for key, value in self._obs.items()}
@@ -132,9 +137,14 @@ class Chunk(Work):
                 self._policy.encode(self._obs)
 
 
-def reduced(policy: DiffusionPolicy) -> tuple[DiffusionPolicy, str]:
-    """The policy at the lowest precision that it offers on this machine, and what that is in words."""
-    raise InputError("the policy offers no reduced precision")
+def offered(precisions: Sequence[str], device: torch.device) -> str:
+    """The first of `precisions` that `device` has kernels for. Raises `InputError` where it has for none."""
+    for precision in precisions[:-1]:
+        with contextlib.suppress(InputError):
+            check_precision(precision, device)
+            return precision
+    check_precision(precisions[-1], device)
+    return precisions[-1]
 
 
 class Train(Work):

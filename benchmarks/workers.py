@@ -75,12 +75,11 @@ class Worker:
     def settle(self, seconds: float = 20.0) -> None:
         """Wait until it and its own processes sleep: threads that spin, loaders that read ahead."""
         deadline = time.monotonic() + seconds
-        before = self._processor_seconds()
-        while time.monotonic() < deadline:
+        before, asleep = self._processor_seconds(), 0
+        while asleep < 2 and time.monotonic() < deadline:  # once may be others' turn on a busy machine
             time.sleep(QUIET_SECONDS)
             now = self._processor_seconds()
-            if now - before < QUIET_SECONDS / 5:
-                return
+            asleep = asleep + 1 if now - before < QUIET_SECONDS / 5 else 0
             before = now
 
     def _processor_seconds(self) -> float:

@@ -205,12 +205,23 @@ def test_other_weights_are_refused(name):
 @pytest.mark.parametrize("part", ["chunk", "denoise", "encode"])
 def test_our_chunk_is_sampled_from_the_weights_and_the_noise_in_the_folder(model, tmp_path, part):
     model(False)
-    work = ours.Chunk(POLICY | {"part": part}, tmp_path, print)
+    work = ours.Chunk(POLICY | {"part": part, "precisions": ["fp32"]}, tmp_path, print)
     outputs = work.outputs()
     assert set(outputs) == {"embedding", "output", "chunk"}
     assert outputs["chunk"].shape == (3, 16, 2)
     work.call()
     assert work.units == (4 if part == "denoise" else 1)
+
+
+def test_a_precision_is_the_first_that_the_machine_has(monkeypatch):
+    def check(precision, device):
+        if precision != "bf16":
+            raise InputError(f"no {precision}")
+
+    monkeypatch.setattr(ours, "check_precision", check)
+    assert ours.offered(["fp16", "bf16", "fp32"], torch.device("cpu")) == "bf16"
+    with pytest.raises(InputError, match="no fp32"):
+        ours.offered(["fp16", "fp32"], torch.device("cpu"))
 
 
 def test_our_training_step_is_the_training_loop_s_own(model, tmp_path):
@@ -377,8 +388,8 @@ def test_a_worker_is_waited_for_until_it_sleeps(tmp_path):
 import sys, time
 for line in sys.stdin:
     print("{}", flush=True)
-    end = time.time() + 0.6
-    while time.time() < end:
+    end = time.process_time() + 0.6
+    while time.process_time() < end:
         pass
 """
     worker = workers.Worker("busy", [sys.executable, "-c", busy], log=tmp_path / "log")
@@ -483,7 +494,9 @@ def test_numbers_have_three_digits_that_mean_something():
 def test_outputs_go_to_a_file_that_anything_can_read(model, tmp_path):
     model(False)
     worker = serving._Worker({"chunk": ours.Chunk}, dict, print)
-    worker.obey({"order": "prepare", "work": "chunk", "settings": POLICY, "folder": str(tmp_path)})
+    worker.obey(
+        {"order": "prepare", "work": "chunk", "settings": POLICY | {"precisions": ["fp32"]}, "folder": str(tmp_path)}
+    )
     worker.obey({"order": "check", "file": str(tmp_path / "ours.safetensors")})
     assert load_file(tmp_path / "ours.safetensors")["chunk"].shape == (3, 16, 2)
     assert worker.obey({"order": "time", "calls": 1})["seconds"] > 0
