@@ -20,7 +20,8 @@ from action_diffusion.training.settings import TrainSettings
 
 SMALL = ["policy.denoiser.channels=[8,16]", "policy.denoiser.time_dim=16", "policy.encoder.width=0.25"]
 ACTIONS = {"pusht": 2, "custom": 7, "lift": 7, "can": 7, "square": 7, "transport": 14, "tool_hang": 7}
-SHAPES: dict[str, tuple[int, ...]] = {"state": (5,), "agent_pos": (2,), "image": (96, 96, 3), "object": (10,)}
+SHAPES: dict[str, tuple[int, ...]] = {"state": (5,), "agent_pos": (2,), "image": (96, 96, 3)}
+OBJECTS = {"lift": 10, "can": 14, "square": 14, "transport": 41, "tool_hang": 44}
 ENDINGS: dict[str, tuple[int, ...]] = {"_image": (84, 84, 3), "_pos": (3,), "_quat": (4,), "_qpos": (2,)}
 CUSTOM = {"front": (48, 64, 3), "wrist": (48, 48, 3), "joints": (7,)}
 
@@ -45,6 +46,8 @@ def combinations() -> list[tuple[str, ...]]:
 def shape_of(key: str, task: str) -> tuple[int, ...]:
     if key.endswith("_image") and task.startswith("tool_hang"):
         return (240, 240, 3)
+    if key == "object":
+        return (OBJECTS[task.removesuffix("_state")],)
     return SHAPES.get(key) or next(shape for ending, shape in ENDINGS.items() if key.endswith(ending))
 
 
@@ -63,6 +66,7 @@ def specification(task: dict[str, Any]) -> PolicySpec:
             )
             for key, shape in shapes.items()
         },
+        estimates={key: ObservationSpec(shape=shape_of(key, task["name"])) for key in task.get("estimates") or {}},
         action=ActionSpec(shape=(actions_of(task["name"]),)),
         n_obs_steps=task["n_obs_steps"],
         horizon=task["horizon"],
@@ -80,7 +84,7 @@ def test_every_combination_builds_and_samples(row):
     random = np.random.default_rng(0)
 
     def read(key: str) -> np.ndarray:
-        shape = spec.action.shape if key == "action" else spec.observations[key].shape
+        shape = spec.action.shape if key == "action" else spec.states[key].shape
         return random.normal(size=(20, *shape)).astype(np.float32)
 
     def read_chunks(key: str) -> tuple[np.ndarray, np.ndarray]:

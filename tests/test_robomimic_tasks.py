@@ -20,6 +20,7 @@ from action_diffusion.envs.collect import collect
 from action_diffusion.envs.manipulation import Manipulation
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.normalizer import fit
+from action_diffusion.policy.registry import build
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.evaluation import evaluate
 
@@ -43,12 +44,15 @@ TASKS = ("lift_image", "can_state", "square_state", "transport_image", "tool_han
 @pytest.mark.parametrize("task", TASKS)
 def test_a_policy_is_evaluated_in_each_of_the_five(task, tmp_path):
     config = load("train", [f"task={task}", "data=x", *SMALL])
+    features = config["policy"].get("features") or {}
     env = Manipulation(task=config["task"]["env"]["name"], max_steps=8)
     env.reset(0)
     keys = list(config["task"]["observations"])
     seen = env.observe(keys)
     random = np.random.default_rng(0)
-    states = {key: fit(random.normal(size=(9, *value.shape))) for key, value in seen.items() if value.ndim == 1}
+    sizes = {key: len(value) for key, value in seen.items() if value.ndim == 1}
+    sizes |= {key: build("features", options, n=sizes[key]).output_dim for key, options in features.items()}
+    states = {key: fit(random.normal(size=(9, size))) for key, size in sizes.items()}
     spec = PolicySpec(
         observations={
             key: ObservationSpec(shape=value.shape, dtype=str(value.dtype), kind="image" if value.ndim > 1 else "state")
