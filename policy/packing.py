@@ -32,8 +32,8 @@ Product = Callable[[Tensor], Tensor]
 """Rows [M, K] → [M, N], float32."""
 SMALL = 64
 """Up to so many rows (T · B) fewer, larger operations win, since starting one costs more than its work."""
-CACHED = 2**18
-"""On a CPU, matrices of fewer weights are left as they are: they stay in a cache, and packed kernels start slower."""
+LEAST = {"fp32": 2**18, "bf16": 2**16, "fp16": 2**16, "int8": 2**16}
+"""On a CPU, layers of fewer weights stay fp32 and as they are: a cache holds them, and other kernels start slower."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
@@ -63,7 +63,7 @@ class Packable(Prepared):
 
     n_matrices = 1
     weight: Tensor
-    _packed: list[Product | None]
+    _packed: list[Product]
     _most_rows: int | None
 
     def __init__(self) -> None:
@@ -76,6 +76,11 @@ class Packable(Prepared):
 
     def pack(self, precision: str) -> None:
         """Use copies of the matrices in `precision` (one of `PRECISIONS`), wherever weights get no gradient."""
+        self.forget()
+        if precision == "fp32" and not self.weight.is_cpu:
+            return
+        if self.weight.is_cpu and self.weight.numel() < LEAST[precision]:
+            precision = "fp32"
         with torch.no_grad():
             self._packed = [_pack(*self.matrix(index), precision) for index in range(self.n_matrices)]
         self._most_rows = SMALL if precision == "fp32" else None
@@ -90,14 +95,13 @@ class Packable(Prepared):
 
     def product(self, rows: Tensor, index: int = 0) -> Tensor:
         """rows [T, B, K] → [T, B, N] with matrix `index`."""
-        packed = self._packed[index] if self.runs_packed(rows) else None
         flat = rows.flatten(0, 1)  # one addmm, where three axes may cost two operations
-        if packed is None:
+        if not self.runs_packed(rows):
             out = F.linear(flat, *self.matrix(index))
         elif torch.is_grad_enabled() and flat.requires_grad:
-            out = _PackedProduct.apply(flat, packed, self.matrix(index)[0])
+            out = _PackedProduct.apply(flat, self._packed[index], self.matrix(index)[0])
         else:
-            out = packed(flat)
+            out = self._packed[index](flat)
         return out.view(*rows.shape[:2], -1)
 
 
@@ -139,21 +143,18 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise InputError(f"precision={precision} on a CPU needs torch with FBGEMM, for x86: choose fp32")
 
 
-def _pack(weight: Tensor, bias: Tensor | None, precision: str) -> Product | None:
-    """The product with a matrix [N, K] and a bias [N]; None where the matrix as it is serves as well."""
-    on_cpu = weight.device.type == "cpu"
-    if on_cpu and weight.numel() < CACHED:
-        return None
-    if on_cpu and precision in KERNELS:
+def _pack(weight: Tensor, bias: Tensor | None, precision: str) -> Product:
+    """The product with a matrix [N, K] and a bias [N]."""
+    if weight.is_cpu and precision in KERNELS:
         return KERNELS[precision](weight, bias)
-    if precision == "fp32":
-        return None
     dtype = DTYPES[precision]
     low, low_bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
     return lambda rows: F.linear(rows.to(dtype), low, low_bias).float()
 
 
 def _onednn(weight: Tensor, bias: Tensor | None) -> Product:
+    if weight.numel() < LEAST["fp32"]:
+        return lambda rows: F.linear(rows, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), SMALL)
     return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 

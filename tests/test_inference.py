@@ -51,7 +51,7 @@ def policy(make_policy):
 @pytest.fixture
 def pack_everything(monkeypatch):
     """Also what would be left as it is because it is small."""
-    monkeypatch.setattr(packing, "CACHED", 0)
+    monkeypatch.setattr(packing, "LEAST", dict.fromkeys(packing.PRECISIONS, 0))
 
 
 def observations(n: int) -> dict[str, torch.Tensor]:
