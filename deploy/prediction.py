@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,18 @@ class Guidance:
 
     mask: str = "exponential"
     beta: float = BETA
+    rounds: int = 0
+    overlap: int | None = None
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
             raise unknown("rtc.mask", self.mask, MASKS)
         if not self.beta > 0:
             raise InputError(f"rtc.beta={self.beta} must be above 0")
+        if self.rounds < 0:
+            raise InputError(f"rtc.rounds={self.rounds} must be at least 0")
+        if self.overlap is not None and self.overlap < 0:
+            raise InputError(f"rtc.overlap={self.overlap} must be at least 0")
 
 
 def predict(
@@ -49,6 +55,6 @@ def predict(
         if not isinstance(policy, DiffusionPolicy):
             raise InputError("scheduling=rtc differentiates through the policy's network, which this policy hides")
         delay = [0 if request is None else request.delay for request in requests]
-        options["hooks"] = [continuing(policy, obs, running, delay, mask=guidance.mask, beta=guidance.beta)]
+        options["hooks"] = [continuing(policy, obs, running, delay, **asdict(guidance))]
     predicted = policy.predict(obs, noise_generator=noise_generator, generator=generator, **options)
     return np.asarray(predicted["action_pred"])

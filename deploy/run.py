@@ -48,7 +48,7 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
     path = Path(config["bundle"])
     faster = {name: config[name] for name in OPTIONS}
     policy = bundles.load(path, config["device"], sampler=config["sampler"], **faster).requires_grad_(False)
-    guidance = Guidance(mask=config["rtc"]["mask"], beta=config["rtc"]["beta"])
+    guidance = Guidance(**config["rtc"])
     scheduler = _scheduler(config, policy.spec)
     robot = robots.make(config["robot"], policy.spec)
     try:

@@ -16,6 +16,16 @@ Chunking Flow Policies", 2025, after ΠGDM, Song et al. 2023). For a flow, x = �
 
 which is x̂0 ← x̂0 + (1−τ) w g. A sample x = a x0 + b eps of any other schedule is a flow's, (a + b) times as large, at
 τ = a / (a + b): there it is x̂0 ← x̂0 + (1−τ) w (a + b) VJP_x[W ⊙ (Y − x̂0)]. So one hook serves every scheduler.
+
+This w takes what is still open to vary by 1 (normalised units): r² is its variance given x. A policy that is nearly
+sure of its chunk, once it has seen the observation, leaves far less open. Its Jacobian, which is that variance up to a
+factor, is as much smaller; guidance then hardly moves it, whatever β is. `rounds` >= 1 measures the length of the
+correction instead: the one along g that comes nearest to the residual,
+
+    x̂0 ← x̂0 + g ⟨r, g⟩ / ⟨g, g⟩,   g = VJP_x[r],   r = W ⊙ (Y − x̂0)
+
+and goes on so with what is left of the residual. These are the first steps towards the exact conditional mean of a
+Gaussian, C W (W C W)⁻¹ r with C ∝ the Jacobian, of which the published form is an approximation for C = r² I.
 """
 
 from __future__ import annotations
@@ -35,9 +45,11 @@ from action_diffusion.policy.sampler import Hook, StepState
 MASKS = ("exponential", "linear", "ones", "hard")
 BETA = 5.0
 """The published bound of the guidance weight, for 5 denoising steps."""
+LITTLE = 0.1
+"""A round that takes away less than this share of what is left (squared) is the last one."""
 
 
-def weights(delay: Tensor, end: Tensor, length: int, mask: str = "exponential") -> Tensor:
+def weights(delay: Tensor, end: Tensor, length: int, mask: str = "exponential", overlap: int | None = None) -> Tensor:
     """W, [B, length] in [0, 1]: how much each step from now on has to agree with the running chunk.
 
     Args:
@@ -46,12 +58,16 @@ def weights(delay: Tensor, end: Tensor, length: int, mask: str = "exponential") 
         end: int [B], steps that the running chunk has from now on; W = 0 after them, and everywhere where it is 0.
         mask: what lies between, falling from 1 to 0: "exponential", as published, or "linear"; "ones" stays at 1,
             "hard" is 0.
+        overlap: W = 0 from so many steps after the delay on; None for only where the running chunk ends, as published.
+            The shorter, the more the new chunk may differ from a plan that is older than its observation.
     """
     if mask not in MASKS:
         raise unknown("mask", mask, MASKS)
     step = torch.arange(length, device=delay.device)
     end = end.unsqueeze(-1)
     delay = torch.minimum(delay.unsqueeze(-1), end)
+    if overlap is not None:
+        end = torch.minimum(end, delay + overlap)
     if mask == "ones":
         return (step < end).float()
     if mask == "hard":
@@ -73,22 +89,29 @@ class RealTimeChunking(Hook):
             same instant as step i of the new chunk. Finite where `weight` is above 0; the rest is not looked at.
         weight: W, [B, H].
         beta: the bound of the guidance weight (> 0). The more denoising steps, the larger it may be.
+        rounds: 0 for the published guidance weight; otherwise the length of the correction is measured, and so many
+            products are taken in a denoising step at most. beta then has no effect.
         clip_range: before it is compared with `running`, the estimate is clipped to ± clip_range, or to the largest
             value of the row's `running` where that is larger.
     """
 
     needs_gradient = True
 
-    def __init__(self, *, running: Tensor, weight: Tensor, beta: float = BETA, clip_range: float = math.inf):
+    def __init__(
+        self, *, running: Tensor, weight: Tensor, beta: float = BETA, rounds: int = 0, clip_range: float = math.inf
+    ):
         if running.ndim != 3 or weight.shape != running.shape[:2]:
             raise InputError(f"weights of shape {list(weight.shape)} for running chunks of shape {list(running.shape)}")
         if not beta > 0:
             raise InputError(f"the guidance weight is bounded by beta={beta}, which must be above 0")
+        if rounds < 0:
+            raise InputError(f"rounds={rounds} of guidance in a denoising step: 0 or more")
         self.weight = weight.unsqueeze(-1).to(running.dtype)
         self.running = torch.where(self.weight > 0, running, 0.0)
         if not self.running.isfinite().all():
             raise InputError("the running chunk holds NaN or infinity where the new one should agree with it")
         self.beta = beta
+        self.rounds = rounds
         self.limit = self.running.abs().amax(dim=(1, 2), keepdim=True).clamp_min(clip_range)
 
     def begin(self, x: Tensor, steps: Sequence[Step]) -> None:
@@ -101,11 +124,26 @@ class RealTimeChunking(Hook):
                 "real-time chunking differentiates through the network, but its estimate has no gradient with respect "
                 "to x: sample outside torch.inference_mode, and with no hook that answers in the network's place"
             )
-        further = torch.is_grad_enabled()  # somebody differentiates through the whole sampling run
-        estimate = state.x0_hat if further else state.x0_hat.detach()
+        estimate = state.x0_hat if torch.is_grad_enabled() else state.x0_hat.detach()
         residual = self.weight * (self.running - torch.clamp(estimate, -self.limit, self.limit))
-        (pull,) = torch.autograd.grad(state.x0_raw, state.x, residual, retain_graph=True, create_graph=further)
-        return estimate + _at_most(residual, self._gain(state.step) * pull)
+        if self.rounds == 0:
+            return estimate + _at_most(residual, self._gain(state.step) * _pull(state, residual))
+        return estimate + self._fitted(state, residual)
+
+    def _fitted(self, state: StepState, residual: Tensor) -> Tensor:
+        """The correction of at most `rounds` rounds; a row ends where a round brings it little nearer."""
+        correction, going = torch.zeros_like(residual), torch.ones_like(residual[:, :1, :1])
+        for _ in range(self.rounds):
+            left = residual - self.weight * correction
+            pull = _pull(state, left)
+            along, square, length = _dot(left, pull), _dot(pull, pull), _dot(left, left)
+            tiny = torch.finfo(left.dtype).tiny
+            step = (along / square.clamp_min(tiny)).clamp_min(0.0)  # backwards would be noise of the Jacobian
+            correction = correction + going * step * pull
+            going = going * (step * along > LITTLE * length)
+            if not going.any():
+                break
+        return correction
 
     def _gain(self, step: Step) -> float:
         """(1 − τ) w (a + b)."""
@@ -123,6 +161,8 @@ def continuing(
     *,
     mask: str = "exponential",
     beta: float = BETA,
+    rounds: int = 0,
+    overlap: int | None = None,
 ) -> RealTimeChunking:
     """The hook for `policy.predict(obs, hooks=[…])` that continues each row's running chunk.
 
@@ -145,7 +185,7 @@ def continuing(
         end[row] = len(rest)
         padded[row, now : now + len(rest)] = rest
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in obs.items()}
-    weight = weights(torch.tensor(delay, device=device), torch.from_numpy(end).to(device), length, mask)
+    weight = weights(torch.tensor(delay, device=device), torch.from_numpy(end).to(device), length, mask, overlap)
     with torch.no_grad():
         seen = tensors if policy.estimator is None else policy.see(tensors).obs
         normalized = policy.normalize_action(torch.from_numpy(padded).to(device), seen)
@@ -153,8 +193,21 @@ def continuing(
         running=normalized,
         weight=torch.nn.functional.pad(weight, (now, 0)),
         beta=beta,
+        rounds=rounds,
         clip_range=policy.sampler.clip_range if policy.process.family == "diffusion" else math.inf,
     )
+
+
+def _pull(state: StepState, residual: Tensor) -> Tensor:
+    """VJP_x[residual] through the network, [B, H, A]; differentiable where somebody differentiates the whole run."""
+    further = torch.is_grad_enabled()
+    (pull,) = torch.autograd.grad(state.x0_raw, state.x, residual, retain_graph=True, create_graph=further)
+    return pull
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Of each row, [B, 1, 1]."""
+    return (first * second).sum(dim=(1, 2), keepdim=True)
 
 
 def _at_most(bound: Tensor, value: Tensor) -> Tensor:

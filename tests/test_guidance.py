@@ -66,10 +66,10 @@ def bent(x: torch.Tensor, tau: float) -> torch.Tensor:
     return (0.5 * torch.tanh(x.flatten(1) @ mixing() + 0.2 * tau)).view_as(x)
 
 
-def smooth(x: torch.Tensor, tau: float) -> torch.Tensor:
-    """The exact estimate for chunks that are a Gaussian process with a time scale of three steps, sd 0.3."""
+def smooth(x: torch.Tensor, tau: float, sd: float = 0.3) -> torch.Tensor:
+    """The exact estimate for chunks that are a Gaussian process with a time scale of three steps."""
     step = torch.arange(HORIZON, dtype=x.dtype)
-    spread = 0.09 * torch.exp(-((step[:, None] - step) ** 2) / (2 * 3.0**2))
+    spread = sd**2 * torch.exp(-((step[:, None] - step) ** 2) / (2 * 3.0**2))
     noisy = tau**2 * spread + (1 - tau) ** 2 * torch.eye(HORIZON, dtype=x.dtype)
     return torch.einsum("ij,bja->bia", tau * torch.linalg.solve(noisy, spread).T, x)
 
@@ -200,6 +200,54 @@ def test_the_frozen_steps_are_reproduced_and_the_rest_follows(case):
     assert (guided[:3] < plain[:3] / 3).all()
     assert (guided[:3] < guided[5]).all()
     assert guided[7] > 0.1
+
+
+# The measured length.
+
+
+def test_a_round_is_the_nearest_point_along_the_pull(running, weight):
+    """A linear network: the correction is along residual · matrix, and what is left is at right angles to it."""
+    matrix = mixing() + 0.1 * torch.eye(HORIZON * ACTIONS)
+    process, sampler = make(("ddim", "sample", 10, {}), clip=None)
+    watch = Watch()
+    hook = RealTimeChunking(running=running, weight=weight, rounds=1)
+
+    def linear(x: torch.Tensor, tau: float) -> torch.Tensor:
+        return (x.flatten(1) @ matrix).view_as(x)
+
+    sampler.run(network(process, linear), randn(1), hooks=[hook, watch])
+    moved = 0
+    for state in watch.states:
+        residual = weight.unsqueeze(-1) * (running - state.x0_raw.detach())
+        pulled = (residual.flatten(1) @ matrix.T).view_as(residual)
+        correction = state.x0_hat - state.x0_raw.detach()
+        for row in range(ROWS):
+            forward = (residual[row] * pulled[row]).sum() > 0
+            expected = forward * pulled[row] * (residual[row] * pulled[row]).sum() / pulled[row].square().sum()
+            torch.testing.assert_close(correction[row], expected, atol=1e-9, rtol=0)
+            moved += int(forward)
+    assert moved > len(watch.states)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_where_little_is_open_only_a_measured_length_reaches_the_running_chunk(case):
+    """Chunks that scatter by 0.02 around what the observation says, and a running chunk that is 0.1 beside it."""
+    process, sampler = make(case)
+    many = (32, HORIZON, ACTIONS)
+    running = torch.full(many, 0.1, dtype=torch.float64)
+    weight = weights(torch.full((32,), 3), torch.full((32,), 6), HORIZON).double()
+
+    def distance(**options) -> torch.Tensor:
+        hook = RealTimeChunking(running=running, weight=weight, **options)
+        denoise = network(process, lambda x, tau: smooth(x, tau, sd=0.02))
+        result, _ = sampler.run(denoise, randn(9, many), generator=torch.Generator().manual_seed(0), hooks=[hook])
+        return (result - running).mean((0, 2)).abs()
+
+    published, measured = distance(beta=BETA), distance(rounds=3)
+    assert (published[:3] > 0.05).all()
+    assert (measured[:3] < 0.03).all()
+    assert measured[3] < 0.05
+    assert measured[7] > measured[3]  # free after the running chunk, and smooth up to there
 
 
 # Numbers.
@@ -436,6 +484,7 @@ def test_wrong_values_are_refused():
         ({"weight": torch.ones(1, 7)}, r"weights of shape \[1, 7\]"),
         ({"beta": 0.0}, "beta=0"),
         ({"beta": math.nan}, "beta=nan"),
+        ({"rounds": -1}, "rounds=-1"),
         ({"running": torch.full((1, 8, 2), torch.nan)}, "NaN or infinity"),
     ):
         with pytest.raises(InputError, match=message):
