@@ -27,8 +27,6 @@ OPTIONS = ("precision", "compile", "cuda_graph")
 """What `accelerate` takes, as configurations name it."""
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, H, A], film [B, F]) → output [B, H, A]."""
-FREEZE: dict[str, Any] = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
-"""On a CPU: weights are constants that may be rearranged, and products of the compiler compete with the library's."""
 
 
 def accelerate(
@@ -45,13 +43,12 @@ def accelerate(
         check_precision(precision, device)
     if cuda_graph and device.type != "cuda":
         raise InputError(f"cuda_graph=true needs a CUDA device, the policy is on {device}")
-    on_cpu = device.type == "cpu"
     denoiser.forget()
-    if precision is not None and not (compile and on_cpu and precision == "fp32"):  # the compiler packs fp32 itself
+    if precision is not None:
         denoiser.pack(precision)
     run: Denoise = denoiser.run
     if compile:
-        run = torch.compile(run, fullgraph=True, options=FREEZE if on_cpu else None)
+        run = torch.compile(run, fullgraph=True)
     if cuda_graph:
         run = CudaGraph(run)
     if run != denoiser.run:

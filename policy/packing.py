@@ -156,7 +156,7 @@ def _onednn(weight: Tensor, bias: Tensor | None) -> Product:
     if weight.numel() < LEAST["fp32"]:
         return lambda rows: F.linear(rows, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), SMALL)
-    return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return _Opaque(lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], ""), len(weight))
 
 
 def _fp16(weight: Tensor, bias: Tensor | None) -> Product:
