@@ -43,7 +43,7 @@ from benchmarks.latency_report import Cell, Result, show, write
 DELAYS = (0, 1, 2, 4, 8)
 OPTIONS = (
     *("bundle", "output", "scheduling", "delay", "n_episodes", "seed", "execution_horizon"),
-    *("rtc.mask", "rtc.beta", "rtc.rounds", "processes"),
+    *("rtc.mask", "rtc.overlap", "rtc.beta", "rtc.rounds", "processes"),
 )
 COST = {"rtc": 3}
 """How much longer than of the others a control step takes, for the order and the time left."""
@@ -97,6 +97,7 @@ def parse(words: Sequence[str]) -> Plan:
             mask=given.get("rtc.mask", Guidance.mask),
             beta=_number(given, "rtc.beta", Guidance.beta),
             rounds=_whole(given, "rtc.rounds", Guidance.rounds, least=0),
+            overlap=_whole(given, "rtc.overlap", 0, least=0) if "rtc.overlap" in given else Guidance.overlap,
         ),
         sampler={name[8:]: yaml.safe_load(value) for name, value in given.items() if name.startswith("sampler.")},
     )

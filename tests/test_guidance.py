@@ -321,9 +321,15 @@ def test_the_exponential_mask_is_the_published_one():
     assert linear.tolist() == pytest.approx(c, abs=1e-6)
 
 
-@given(delay=st.integers(0, 12), end=st.integers(0, 10), length=st.integers(1, 12), mask=st.sampled_from(sorted(MASKS)))
-def test_masks_hold_what_is_settled_and_leave_what_the_running_chunk_has_not(delay, end, length, mask):
-    found = weights(torch.tensor([delay, 0]), torch.tensor([end, 0]), length, mask)
+@given(
+    delay=st.integers(0, 12),
+    end=st.integers(0, 10),
+    length=st.integers(1, 12),
+    mask=st.sampled_from(sorted(MASKS)),
+    overlap=st.none() | st.integers(0, 12),
+)
+def test_masks_hold_what_is_settled_and_leave_what_the_running_chunk_has_not(delay, end, length, mask, overlap):
+    found = weights(torch.tensor([delay, 0]), torch.tensor([end, 0]), length, mask, overlap)
     assert found.shape == (2, length)
     assert (found[1] == 0).all()  # no running chunk
     row = found[0]
@@ -332,6 +338,9 @@ def test_masks_hold_what_is_settled_and_leave_what_the_running_chunk_has_not(del
     assert (row[: min(delay, end)] == 1).all()
     assert (row[end:] == 0).all()
     assert (row.diff() <= 0).all()
+    if overlap is not None:
+        end = min(end, delay + overlap)
+        assert (row[end:] == 0).all()
     between = row[min(delay, end) : end]
     if mask in ("exponential", "linear"):
         assert ((between > 0) & (between < 1)).all()
