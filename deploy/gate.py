@@ -8,53 +8,13 @@ passed, and says why it refuses one; the robot then holds what it had.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from action_diffusion.deploy.limits import Limits
 from action_diffusion.errors import InputError
 from action_diffusion.policy.normalizer import CONSTANT
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What commands [A] must keep to, in the data's units.
-
-    Attributes:
-        low, high: the smallest and the largest command, [A] each.
-        max_step: the largest change from one command to the next, [A], where there is such a limit.
-
-    Raises:
-        InputError: where shapes differ, where a limit is NaN, or where nothing lies between low and high.
-    """
-
-    low: np.ndarray
-    high: np.ndarray
-    max_step: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        if self.low.ndim != 1 or self.low.shape != self.high.shape:
-            raise InputError(
-                f"limits are vectors of one length, got {list(self.low.shape)} and {list(self.high.shape)}"
-            )
-        if not (self.low <= self.high).all():
-            raise InputError(f"limits leave no room: from {self.low.tolist()} to {self.high.tolist()}")
-        if self.max_step is not None and not (self.max_step.shape == self.low.shape and (self.max_step > 0).all()):
-            raise InputError(f"max_step must be above 0 in each of {len(self.low)} dimensions, got {self.max_step}")
-
-    def within(self, other: Limits | None) -> Limits:
-        """What keeps to these limits and to `other`."""
-        if other is None:
-            return self
-        if other.low.shape != self.low.shape:
-            raise InputError(f"the limits of commands of {len(self.low)} and {len(other.low)} values do not combine")
-        steps = [limits.max_step for limits in (self, other) if limits.max_step is not None]
-        return Limits(
-            low=np.maximum(self.low, other.low),
-            high=np.minimum(self.high, other.high),
-            max_step=np.min(steps, axis=0) if steps else None,
-        )
 
 
 def demonstrated(statistics: Mapping[str, Any], margin: float) -> Limits:

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from action_diffusion import envs
-from action_diffusion.deploy.gate import Limits
+from action_diffusion.deploy.limits import Limits
 from action_diffusion.envs.base import Env
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from action_diffusion import configuration, envs
 from action_diffusion.deploy.clock import MonotonicClock, Pacer, VirtualClock
-from action_diffusion.deploy.gate import Gate, Limits, demonstrated
+from action_diffusion.deploy.gate import Gate, demonstrated
+from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.loop import StepRecord, run_episode
 from action_diffusion.deploy.robots import SimPushT
 from action_diffusion.deploy.run import run
