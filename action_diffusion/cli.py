@@ -16,6 +16,7 @@ action-diffusion: demonstrations in, a diffusion policy that works on a real arm
   action-diffusion evaluate bundle=outputs/…/bundle        success rate with its interval, videos, a report
   action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
   action-diffusion deploy bundle=outputs/…/bundle          run a bundle in real time
+  action-diffusion serve bundle=outputs/…/bundle           think for robots on other machines
   action-diffusion data convert in=FILE.hdf5 out=DIR.zarr  robomimic's and robosuite's files, and back
 
 Each takes name=value options; `action-diffusion train --help` explains them.
@@ -84,6 +85,26 @@ Options
   n_episodes=1  seed=100000     the starts: seed, seed + 1, …
   output_dir=DIR                where log.jsonl (a line a step) and latency.json go
   safety.margin=0.1             how far a command may leave what was demonstrated, as a share of its range
+  sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
+  precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster
+  device=auto|cpu|cuda
+"""
+
+SERVE_HELP = """\
+action-diffusion serve bundle=DIR [name=value …]     a policy server: this machine thinks, the robot's machine moves
+
+  action-diffusion serve bundle=outputs/a/bundle                                     for clients on this machine
+  action-diffusion serve bundle=outputs/a/bundle host=0.0.0.0 token_file=~/token   for others too
+
+Clients: WebsocketClientPolicy of openpi-client, whose api_key is the token, and `action-diffusion deploy` (its option
+server). GET /healthz answers OK. Needs the extra [serve]; docs/server.md has the protocol.
+
+Options
+  host=127.0.0.1  port=8000     any host but this machine needs a token; port=0 takes one that is free
+  token_file=PATH               where it is; otherwise the environment's ACTION_DIFFUSION_TOKEN
+  max_connections=16            each is an episode of its own, with its own history of observations
+  max_message_mb=16             larger messages end a connection
+  seed=null                     a number: every episode draws the noise of this start, so that runs repeat
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
   precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster
   device=auto|cpu|cuda
@@ -216,6 +237,15 @@ def _deploy(overrides: list[str], config_dir: str | None) -> int:
     return run(config)
 
 
+def _serve(overrides: list[str], config_dir: str | None) -> int:
+    from action_diffusion.configuration import load
+
+    config = load("serve", overrides, config_dir)
+    from action_diffusion.deploy.serve import run
+
+    return run(config)
+
+
 def print_results(results: dict[str, object], folder: object) -> None:
     """The headline numbers of an evaluation, and where the rest is."""
     for name in ("task", "n_episodes", "mean_score", "mean_interval", "success_rate", "success_interval"):
@@ -238,4 +268,5 @@ COMMANDS: dict[str, tuple[Callable[[list[str], str | None], int], str]] = {
     "evaluate": (_evaluate, EVALUATE_HELP),
     "collect": (_collect, COLLECT_HELP),
     "deploy": (_deploy, DEPLOY_HELP),
+    "serve": (_serve, SERVE_HELP),
 }

@@ -15,7 +15,13 @@ import yaml
 from action_diffusion import __version__, cli, configuration
 from action_diffusion.policy import bundle as bundles
 
-REQUIRED = {"evaluate": ["bundle=x"], "collect": ["output=x"], "deploy": ["bundle=x"], "train": []}
+REQUIRED = {
+    "evaluate": ["bundle=x"],
+    "collect": ["output=x"],
+    "deploy": ["bundle=x"],
+    "serve": ["bundle=x"],
+    "train": [],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +106,7 @@ def test_version(capsys):
     ("words", "message"),
     [
         ("trian", "unknown command 'trian': did you mean train?"),
-        ("fly", "unknown command 'fly': choose from collect, data, deploy, evaluate, train"),
+        ("fly", "unknown command 'fly': choose from collect, data, deploy, evaluate, serve, train"),
         ("train --resume", "unknown option --resume: options are written name=value"),
         ("train task", "'task' is not of the form name=value; see: action-diffusion train --help"),
         ("train =3", "'=3' is not of the form name=value"),
@@ -131,6 +137,10 @@ def test_version(capsys):
         ("collect output=x.zarr task=custom", "task=custom has no simulator to collect in"),
         ("deploy", "bundle is required: action-diffusion deploy bundle=…"),
         ("deploy bundle=nowhere", "no bundle at nowhere"),
+        ("serve", "bundle is required: action-diffusion serve bundle=…"),
+        ("serve bundle=nowhere", "no bundle at nowhere"),
+        ("serve bundle=x port=99999", "port=99999 must be a whole number from 0 to 65535"),
+        ("serve bundle=x token_file=nowhere", "token_file=nowhere cannot be read: No such file or directory"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, message, refused):
