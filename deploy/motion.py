@@ -1,0 +1,145 @@
+"""From timed waypoints to what an arm should be at, at any time.
+
+    command [A]      joints | position | rotation | gripper          in the data's terms, as `protocols.Group` says
+    coordinates [A]  the same numbers, but rotations as rotation vectors from their group's reference
+
+    waypoint      a           b           c
+    time          |───────────|───────────|─────────▶
+    linear        a ╌╌╌ on the line ╌╌╌╌╌ c  c  c        rotations: on the shortest turn, at a steady rate
+    hold          a a a a a a b b b b b b c  c  c
+
+Coordinates are what limits, smoothing and stops work on. A rotation vector turns into an angular velocity by a matrix
+whose singular values are at most 1, so a limit on its rate is one on the turning too.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from action_diffusion.deploy.limits import RATES, Limits
+from action_diffusion.deploy.protocols import Group
+from action_diffusion.errors import InputError
+
+
+class Layout:
+    """Where the groups of a command lie, and the way to coordinates and back.
+
+    Attributes:
+        size: A.
+        smooth, held: indices of the numbers that are interpolated, and of those that are held.
+        recalled: indices of the held numbers that a stop sets to where the arm is.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        self.size = sum(group.size for group in groups)
+        self.smooth = self._indices(lambda group: group.kind != "hold")
+        self.held = self._indices(lambda group: group.kind == "hold")
+        self.recalled = self._indices(lambda group: group.kind == "hold" and group.at_stop == "present")
+
+    def slices(self) -> Iterator[tuple[Group, slice]]:
+        """Each group, and where its numbers are."""
+        start = 0
+        for group in self.groups:
+            yield group, slice(start, start + group.size)
+            start += group.size
+
+    def _indices(self, chosen: Callable[[Group], bool]) -> np.ndarray:
+        parts = [np.arange(part.start, part.stop) for group, part in self.slices() if chosen(group)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _rotations(self) -> Iterator[tuple[Rotation, slice]]:
+        for group, part in self.slices():
+            if group.kind == "rotation":
+                yield Rotation.from_rotvec(np.asarray(group.reference, dtype=np.float64)), part
+
+    def to_coordinates(self, commands: np.ndarray) -> np.ndarray:
+        """commands [..., A] → coordinates [..., A]."""
+        coordinates = np.array(commands, dtype=np.float64)
+        for reference, part in self._rotations():
+            turns = coordinates[..., part]
+            turned = reference.inv() * Rotation.from_rotvec(turns.reshape(-1, 3))
+            coordinates[..., part] = turned.as_rotvec().reshape(turns.shape)
+        return coordinates
+
+    def to_command(self, coordinates: np.ndarray) -> np.ndarray:
+        """coordinates [..., A] → commands [..., A]."""
+        commands = np.array(coordinates, dtype=np.float64)
+        for reference, part in self._rotations():
+            turns = commands[..., part]
+            turned = reference * Rotation.from_rotvec(turns.reshape(-1, 3))
+            commands[..., part] = turned.as_rotvec().reshape(turns.shape)
+        return commands
+
+    def between(self, a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
+        """What lies between coordinates `a` and `b`, both [A], at `share` in [0, 1) of the way."""
+        q = a + share * (b - a)
+        q[self.held] = a[self.held]
+        for group, part in self.slices():
+            if group.kind == "rotation":
+                start = Rotation.from_rotvec(a[part])
+                turn = (start.inv() * Rotation.from_rotvec(b[part])).as_rotvec()
+                q[part] = (start * Rotation.from_rotvec(share * turn)).as_rotvec()
+        return q
+
+    def check_limits(self, limits: Limits, where: str = "limits") -> None:
+        """Raises `InputError` where a number of a command has no limit of a kind that it needs, or an unusable one."""
+        if len(limits.low) != self.size:
+            raise InputError(f"{where} are for {len(limits.low)} values, a command has {self.size}")
+        needs = [(name, self.smooth) for name in RATES] + [("max_step", self.held)]
+        needs += [("low", np.arange(self.size)), ("high", np.arange(self.size))]
+        for name, indices in needs:
+            value = getattr(limits, name)
+            if len(indices) and (value is None or not np.isfinite(value[indices]).all()):
+                raise InputError(f"{where}.{name} has no value for {self._named(indices)}: nothing moves without")
+        for group, part in self.slices():
+            if group.kind == "rotation":
+                turn = np.linalg.norm(np.maximum(np.abs(limits.low[part]), np.abs(limits.high[part])))
+                if not turn < np.pi:
+                    raise InputError(
+                        f"{where} let {group.name} turn by {turn:.2f} rad from its reference; less than pi is needed"
+                    )
+
+    def _named(self, indices: np.ndarray) -> str:
+        return ", ".join(group.name for group, part in self.slices() if part.start in indices)
+
+
+@dataclass
+class Path:
+    """Waypoints that an arm follows: `times` ascending (monotonic s), coordinates `points` [A] each, at least one."""
+
+    layout: Layout
+    times: list[float]
+    points: list[np.ndarray]
+
+    def at(self, t: float) -> np.ndarray:
+        """Coordinates [A] at `t`: the first waypoint before it, the last one after it."""
+        after = bisect.bisect_right(self.times, t)
+        if after == 0:
+            return self.points[0]
+        if after == len(self.times):
+            return self.points[-1]
+        start, end = self.times[after - 1], self.times[after]
+        return self.layout.between(self.points[after - 1], self.points[after], (t - start) / (end - start))
+
+    @property
+    def end(self) -> float:
+        """When the last waypoint is due."""
+        return self.times[-1]
+
+    def replace(self, now: float, times: Sequence[float], points: Sequence[np.ndarray]) -> Path:
+        """A path that goes over to new waypoints at the first of them, or at once where that is due already.
+
+        Until then it stays as it was: later waypoints of the old path are dropped.
+        """
+        due = bisect.bisect_right(times, now)
+        if due:
+            return Path(self.layout, list(times[due - 1 :]), list(points[due - 1 :]))
+        old = [(t, point) for t, point in zip(self.times, self.points, strict=True) if now < t < times[0]]
+        kept = [(now, self.at(now)), *old]
+        return Path(self.layout, [*(t for t, _ in kept), *times], [*(point for _, point in kept), *points])
