@@ -76,11 +76,14 @@ Options
 """
 
 DEPLOY_HELP = """\
-action-diffusion deploy bundle=DIR [name=value …]     run a bundle in real time
+action-diffusion deploy bundle=DIR|server=URL [name=value …]     run a bundle in real time
 
   action-diffusion deploy bundle=outputs/a/bundle robot=sim_pusht
+  action-diffusion deploy server=ws://HOST:8000 scheduling=rtc        another machine thinks: action-diffusion serve
 
 Options
+  server_timeout=5              seconds; where no answer comes the robot holds, and the loop connects again
+  token_file=PATH               the server's token; otherwise the environment's ACTION_DIFFUSION_TOKEN
   robot=sim_pusht               PushT in real time
   n_episodes=1  seed=100000     the starts: seed, seed + 1, …
   output_dir=DIR                where log.jsonl (a line a step) and latency.json go

@@ -21,7 +21,7 @@ from action_diffusion.deploy.gate import Gate
 from action_diffusion.deploy.prediction import Guidance, predict
 from action_diffusion.deploy.robots import Feedback, Robot
 from action_diffusion.deploy.scheduling import ChunkScheduler, Request, Swap
-from action_diffusion.deploy.thinking import Thinker
+from action_diffusion.deploy.thinking import Thinker, Unavailable
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
@@ -134,9 +134,9 @@ def run_episode(
 
 
 class _Arrival(NamedTuple):
-    """What came of a chunk that arrived: seconds of thinking, the swap, or why there was none."""
+    """What came of a chunk: seconds of thinking where it arrived, the swap, or why there was none."""
 
-    seconds: float
+    seconds: float | None
     swap: Swap | None
     refusal: str | None
 
@@ -189,7 +189,7 @@ class _Episode:
             t=sent - self._start,
             action=None if self._gate.last is None else self._gate.last.tolist(),
             reward=None if reward is None else float(reward),
-            inference_ms=None if arrival is None else 1e3 * arrival.seconds,
+            inference_ms=None if arrival is None or arrival.seconds is None else 1e3 * arrival.seconds,
             delay=None if swap is None else swap.delay,
             jump=None if swap is None else swap.jump,
             held=held,
@@ -210,7 +210,11 @@ class _Episode:
 
     def _receive(self) -> _Arrival | None:
         """Hand a chunk that has arrived to the scheduler."""
-        thought = self._thinker.answer(self._scheduler.step)
+        try:
+            thought = self._thinker.answer(self._scheduler.step)
+        except Unavailable as error:
+            self._scheduler.drop()
+            return _Arrival(None, None, str(error))
         if thought is None:
             return None
         try:

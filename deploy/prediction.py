@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from action_diffusion.deploy.client import RemotePolicy
 from action_diffusion.deploy.scheduling import Request
 from action_diffusion.envs.rollout import Policy
 from action_diffusion.errors import InputError, unknown
@@ -47,14 +48,17 @@ def predict(
 ) -> np.ndarray:
     """Chunks [B, H, A] in the data's units for histories `obs`, key → [B, To, …].
 
-    requests: of each row what was asked for; None for a row whose chunk nobody will use.
+    requests: of each row what was asked for; None for a row whose chunk nobody will use. Raises
+    `thinking.Unavailable` where the policy is behind a server that does not answer.
     """
     running = [None if request is None else request.running for request in requests]
+    delay = [0 if request is None else request.delay for request in requests]
     options: dict[str, Any] = {}
-    if any(rest is not None for rest in running):
+    if isinstance(policy, RemotePolicy):
+        options = {"running": running, "delay": delay, "guidance": asdict(guidance)}
+    elif any(rest is not None for rest in running):
         if not isinstance(policy, DiffusionPolicy):
             raise InputError("scheduling=rtc differentiates through the policy's network, which this policy hides")
-        delay = [0 if request is None else request.delay for request in requests]
         options["hooks"] = [continuing(policy, obs, running, delay, **asdict(guidance))]
     predicted = policy.predict(obs, noise_generator=noise_generator, generator=generator, **options)
     return np.asarray(predicted["action_pred"])

@@ -14,19 +14,19 @@ from rich.table import Table
 
 from action_diffusion.datasets.progress import progress
 from action_diffusion.deploy import robots
+from action_diffusion.deploy.client import RemotePolicy
 from action_diffusion.deploy.clock import Clock, MonotonicClock
 from action_diffusion.deploy.gate import Gate, demonstrated
 from action_diffusion.deploy.loop import StepRecord, run_episode
+from action_diffusion.deploy.policies import DeployedPolicy, open_policy
 from action_diffusion.deploy.prediction import Guidance, predict
 from action_diffusion.deploy.record import RunLog
 from action_diffusion.deploy.robots import Robot
 from action_diffusion.deploy.scheduling import ChunkScheduler, Request, check_room
+from action_diffusion.deploy.thinking import Unavailable
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
-from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.agent import Agent
-from action_diffusion.policy.inference import OPTIONS
-from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 
 
@@ -43,11 +43,7 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
             raise InputError(f"{name}={value} must be a whole number")
         if value is not None and value < least:
             raise InputError(f"{name}={value} must be at least {least}")
-    if isinstance(config["bundle"], list):
-        raise InputError(f"bundle={config['bundle']}: one bundle is deployed at a time")
-    path = Path(config["bundle"])
-    faster = {name: config[name] for name in OPTIONS}
-    policy = bundles.load(path, config["device"], sampler=config["sampler"], **faster).requires_grad_(False)
+    policy = open_policy(config)
     guidance = Guidance(**config["rtc"])
     scheduler = _scheduler(config, policy.spec)
     robot = robots.make(config["robot"], policy.spec)
@@ -56,11 +52,13 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
         limits = demonstrated(policy.spec.normalizer["action"], config["safety"]["margin"]).within(robot.limits)
         _warm_up(policy, scheduler, guidance)
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
-        output_dir = Path(config["output_dir"]) if config["output_dir"] else path.parent / stamp
+        beside = Path(config["bundle"]).parent if config["bundle"] else Path()
+        output_dir = Path(config["output_dir"]) if config["output_dir"] else beside / stamp
         with RunLog(output_dir, control_rate=policy.spec.control_rate) as log:
             try:
                 parts = {"scheduler": scheduler, "guidance": guidance, "gate": Gate(limits=limits)}
-                parts |= {"beside": clock is None and config["scheduling"] != "sync"}
+                waits = config["scheduling"] == "sync" and not isinstance(policy, RemotePolicy)
+                parts |= {"beside": clock is None and not waits}
                 _episodes(config, policy, robot, log, clock=clock or MonotonicClock(), **parts)
                 code = 0
             except KeyboardInterrupt:
@@ -68,6 +66,8 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
                 code = 130
     finally:
         robot.close()
+        if isinstance(policy, RemotePolicy):
+            policy.close()
     if log.path.exists():
         _print(log)
     return code
@@ -82,7 +82,7 @@ def _scheduler(config: Mapping[str, Any], spec: PolicySpec) -> ChunkScheduler:
     return scheduler
 
 
-def _episodes(config: Mapping[str, Any], policy: DiffusionPolicy, robot: Robot, log: RunLog, **parts: Any) -> None:
+def _episodes(config: Mapping[str, Any], policy: DeployedPolicy, robot: Robot, log: RunLog, **parts: Any) -> None:
     """One episode after the other, each with a line of its outcome; `parts` go to `run_episode`."""
     spec = policy.spec
     with progress("deploying", config["n_episodes"] * robot.max_steps) as advance:
@@ -107,7 +107,7 @@ def _episodes(config: Mapping[str, Any], policy: DiffusionPolicy, robot: Robot, 
             print(f"seed {seed}: {outcome.steps} steps{score}")
 
 
-def _warm_up(policy: DiffusionPolicy, scheduler: ChunkScheduler, guidance: Guidance) -> None:
+def _warm_up(policy: DeployedPolicy, scheduler: ChunkScheduler, guidance: Guidance) -> None:
     """The first prediction also allocates memory and picks kernels: have that behind us before the robot moves."""
     running = np.zeros((scheduler.execution_horizon, *policy.spec.action.shape))
     request = Request(step=0, running=running if scheduler.scheduling == "rtc" else None, delay=1)
@@ -116,7 +116,10 @@ def _warm_up(policy: DiffusionPolicy, scheduler: ChunkScheduler, guidance: Guida
         for key, value in policy.spec.observations.items()
     }
     noise_generator, generator = generators(0)
-    predict(policy, obs, [request], noise_generator=[noise_generator], generator=[generator], guidance=guidance)
+    try:
+        predict(policy, obs, [request], noise_generator=[noise_generator], generator=[generator], guidance=guidance)
+    except Unavailable as error:
+        raise InputError(str(error)) from None
 
 
 def _print(log: RunLog) -> None:

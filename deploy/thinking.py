@@ -16,6 +16,10 @@ from action_diffusion.deploy.clock import Clock
 Answer = TypeVar("Answer")
 
 
+class Unavailable(RuntimeError):
+    """No answer can be had now, for a reason that may pass: hold, and ask again."""
+
+
 @dataclass(frozen=True)
 class Thought(Generic[Answer]):
     """What came out, and the seconds that it took."""
@@ -49,7 +53,10 @@ class Thinker(Generic[Answer]):
             self._future = self._pool.submit(self._timed, work)
             return
         self._future = Future()
-        self._future.set_result(self._timed(work))
+        try:
+            self._future.set_result(self._timed(work))
+        except Unavailable as error:
+            self._future.set_exception(error)
 
     def answer(self, step: int) -> Thought[Answer] | None:
         """What came out, once; None where there is no question, or no answer yet. Raises what the work raised."""

@@ -87,14 +87,14 @@ def decode_array(value: Any, what: str) -> np.ndarray:
     return np.frombuffer(data, np.dtype(dtype)).reshape(sizes)
 
 
-def shortened(value: Any) -> str:
-    """`value` in one line of at most 80 characters, whatever it is."""
+def shortened(value: Any, most: int = 80) -> str:
+    """`value` in one line of at most `most` characters, whatever it is."""
     if isinstance(value, int) and abs(value) > 10**40:  # Python refuses to write out the longest ones
         return "a number of over 40 digits"
     if isinstance(value, dict | list | bytes) and len(value) > 8:
         return f"a {type(value).__name__} of length {len(value)}"
     text = " ".join((value if isinstance(value, str) else repr(value)).split())
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _plain(value: Any) -> Any:

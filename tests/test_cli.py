@@ -136,6 +136,8 @@ def test_version(capsys):
         ("collect output=x.zarr agent=exprt", "unknown agent 'exprt': did you mean expert?"),
         ("collect output=x.zarr task=custom", "task=custom has no simulator to collect in"),
         ("deploy", "bundle is required: action-diffusion deploy bundle=…"),
+        ("deploy", "or server=ws://HOST:PORT"),
+        ("deploy server=http://x", "server=http://x: write ws://HOST:PORT"),
         ("deploy bundle=nowhere", "no bundle at nowhere"),
         ("serve", "bundle is required: action-diffusion serve bundle=…"),
         ("serve bundle=nowhere", "no bundle at nowhere"),

@@ -1,0 +1,241 @@
+"""A policy that thinks on another machine: `RemotePolicy` predicts what the policy behind a server predicts.
+
+Every question has all that its answer depends on, whole histories, the initial noise and the running chunk, so that
+nothing is lost with a connection, and a server's answer is the local policy's. A thread of its own connects again:
+
+    connected ──(closed, reset, no answer for `timeout`)──▶ lost ──(0.1 s, 0.2 s, … `MAX_WAIT`)──▶ connected
+    predict: a chunk                                        predict: raises `Unavailable` at once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from action_diffusion.deploy.access import authorization
+from action_diffusion.deploy.thinking import Unavailable
+from action_diffusion.deploy.wire import EXTRA, decode_array, pack, require, shortened, unpack
+from action_diffusion.errors import InputError
+from action_diffusion.policy.sampler import draw_noise
+from action_diffusion.policy.spec import PolicySpec
+
+FIRST_WAIT, MAX_WAIT = 0.1, 2.0
+"""Seconds between two attempts to connect: doubled from the one to the other, each up to a quarter longer by chance."""
+PING_SECONDS = 20.0
+STATUS = {401: "it asks for a token, and not for this one", 503: "it has as many connections as it takes"}
+
+
+class RemotePolicy:
+    """The policy behind `action-diffusion serve` at `url`; `spec` is its specification.
+
+    Args:
+        url: ws://HOST:PORT, or wss:// through a proxy that encrypts.
+        token: what the server asks for.
+        timeout: seconds that an answer, and a connection, may take (> 0).
+        patience: seconds in which the first connection must come about.
+        say: takes a line whenever the connection is lost or there again.
+
+    Raises:
+        InputError: where the first connection does not come about, or is not to such a server.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout: float = 5.0,
+        patience: float = 10.0,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ) -> None:
+        if not url.startswith(("ws://", "wss://")):
+            raise InputError(f"server={url}: write ws://HOST:PORT")
+        if not timeout > 0:
+            raise InputError(f"server_timeout={timeout} must be above 0 s")
+        self._url, self._token, self._timeout, self._say = url, token, timeout, say
+        self._lost = (OSError, EOFError, require("websockets.exceptions").WebSocketException)
+        self._connect = require("websockets.sync.client").connect
+        self._changed = threading.Condition()
+        self._reason = "not connected yet"
+        self._closing = False
+        self._connection, self.spec = self._first(patience)
+        self._keeper = threading.Thread(target=self._keep, name="policy server", daemon=True)
+        self._keeper.start()
+
+    def predict(
+        self,
+        obs: Mapping[str, np.ndarray],
+        *,
+        noise_generator: Sequence[torch.Generator],
+        generator: Sequence[torch.Generator],
+        running: Sequence[np.ndarray | None] | None = None,
+        delay: Sequence[int] | None = None,
+        guidance: Mapping[str, Any] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """`action_pred` [B, H, A] and `action` [B, Ta, A] in the data's units, for histories key → [B, To, …].
+
+        It draws the initial noise of row i from `noise_generator[i]`, as a local policy does; `generator[i]` seeds the
+        noise of the steps, where the scheduler has any. running, delay: see `policy.guidance.continuing`; guidance: the
+        fields of `prediction.Guidance`.
+
+        Raises `Unavailable` where there is no answer, and `InputError` for observations that the policy does not take.
+        """
+        self.spec.check(obs)
+        shape = (self.spec.horizon, *self.spec.action.shape)
+        answers = []
+        for row, (noises, steps) in enumerate(zip(noise_generator, generator, strict=True)):
+            noise = draw_noise((1, *shape), [noises], torch.device("cpu"), torch.float32)[0].numpy()
+            seed = int(torch.randint(2**63 - 1, (), generator=steps))
+            extra: dict[str, Any] = {"history": True, "noise": noise, "seed": seed}
+            rest = None if running is None else running[row]
+            if rest is not None and len(rest):
+                extra |= {"running": np.asarray(rest, np.float32)[: len(noise)], "guidance": dict(guidance or {})}
+                extra["delay"] = 0 if delay is None else int(delay[row])
+            answers.append(self._ask(self._row(obs, row) | {EXTRA: extra}))
+        chunks = [self._array(answer, "action_pred", shape) for answer in answers]
+        actions = [self._array(answer, "actions", (self.spec.n_action_steps, *shape[1:])) for answer in answers]
+        return {"action": np.stack(actions), "action_pred": np.stack(chunks)}
+
+    def close(self) -> None:
+        """Leave the server."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._keeper.join(self._timeout + 2)
+
+    def _row(self, obs: Mapping[str, np.ndarray], row: int) -> dict[str, Any]:
+        kinds = {key: np.uint8 if spec.kind == "image" else np.float32 for key, spec in self.spec.observations.items()}
+        return {key: np.asarray(obs[key][row], kind) for key, kind in kinds.items()}
+
+    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        connection = self._connection
+        if connection is None:
+            raise Unavailable(f"no connection to {self._url}: {self._reason}")
+        try:
+            connection.send(pack(message))
+            answer = connection.recv(timeout=self._timeout)
+        except self._lost as error:
+            reason = f"no answer in {self._timeout:g} s" if isinstance(error, TimeoutError) else _said(error)
+            self._drop(reason)
+            raise Unavailable(f"lost {self._url}: {reason}") from None
+        if isinstance(answer, str):
+            if answer.startswith("refused: "):
+                raise InputError(f"{self._url} refused: {shortened(answer.removeprefix('refused: '), 300)}")
+            raise Unavailable(f"{self._url} {shortened(answer, 300)}")
+        try:
+            return unpack(answer)
+        except InputError as error:
+            raise Unavailable(f"{self._url}: {error}") from None
+
+    def _array(self, answer: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            value = decode_array(answer.get(name), f"{self._url}: {name}")
+        except InputError as error:
+            raise Unavailable(str(error)) from None
+        if value.shape != shape:
+            raise Unavailable(f"{self._url}: {name} has shape {list(value.shape)}, not {list(shape)}")
+        return value.astype(np.float32)
+
+    def _drop(self, reason: str) -> None:
+        """Leave it to the other thread to connect again."""
+        self._say(f"lost {self._url}: {reason}; connecting again")
+        with self._changed:
+            self._reason, self._connection = reason, None
+            self._changed.notify_all()
+
+    def _keep(self) -> None:
+        """Connect whenever there is no connection, until `close`."""
+        wait = FIRST_WAIT
+        current = self._connection
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._connection is None)
+            with contextlib.suppress(*self._lost):
+                if current is not None:
+                    current.close()
+            if self._closing:
+                return
+            current = self._again()
+            if current is not None:
+                wait = FIRST_WAIT
+                continue
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, wait * random.uniform(1.0, 1.25))
+            wait = min(2 * wait, MAX_WAIT)
+
+    def _again(self) -> Any:
+        """One attempt: the connection, or None, and `_reason` says why."""
+        try:
+            connection, spec = self._open()
+        except (*self._lost, InputError) as error:
+            self._reason = _said(error)
+            return None
+        if spec != self.spec:
+            self._reason = "it serves another policy now"
+            connection.close()
+            return None
+        with self._changed:
+            self._connection = connection
+        self._say(f"connected to {self._url} again")
+        return connection
+
+    def _open(self) -> tuple[Any, PolicySpec]:
+        opening = self._connect(
+            self._url,
+            additional_headers=authorization(self._token),
+            compression=None,
+            max_size=2**24,
+            open_timeout=self._timeout,
+            ping_interval=PING_SECONDS,
+            ping_timeout=PING_SECONDS,
+            close_timeout=1,
+            proxy=None,
+        )
+        connection = opening.__enter__()  # what opens it; ended by close()
+        # Sending blocks where the other side has stopped reading: that, too, must end.
+        seconds = struct.pack("ll", int(self._timeout), int(self._timeout % 1 * 1e6))
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+        try:
+            return connection, _spec(unpack(connection.recv(timeout=self._timeout)), self._url)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _first(self, patience: float) -> tuple[Any, PolicySpec]:
+        began = time.monotonic()
+        while True:
+            try:
+                return self._open()
+            except self._lost as error:
+                if _status(error) is not None or time.monotonic() - began >= patience:
+                    raise InputError(f"no policy server at {self._url}: {_said(error)}") from None
+                time.sleep(FIRST_WAIT)
+
+
+def _spec(metadata: Mapping[str, Any], url: str) -> PolicySpec:
+    if metadata.get("policy") != "action-diffusion":
+        raise InputError(f"{url} is no server of ours: it does not say what its policy takes")
+    return PolicySpec.from_json(metadata, url)
+
+
+def _said(error: Exception) -> str:
+    """Why, in one line."""
+    status = _status(error)
+    text = str(error) if status is None else STATUS.get(status, str(error))
+    return shortened(text, 300) or type(error).__name__
+
+
+def _status(error: Exception) -> int | None:
+    """Of the HTTP answer that a server gave instead of a connection."""
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
