@@ -29,7 +29,12 @@ _GRAY = (0.2989, 0.587, 0.114)
 
 def to_float(frames: Tensor) -> Tensor:
     """uint8 [N, h, w, 3], 0 to 255, as float32 [N, 3, h, w], 0 to 1; the memory stays channels-last."""
-    return frames.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+    return frames.permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
+
+
+def centred(images: Tensor) -> Tensor:
+    """Images in [0, 1] to [-1, 1], in place and in one pass over the memory."""
+    return torch.add(images.new_tensor(-1.0), images, alpha=2.0, out=images)
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -171,7 +171,7 @@ class ObservationEncoder(nn.Module):
         if self.training and self.jitter:
             factors = self.jitter.draw(b, generator)
             images = self.jitter(images, augment.JitterFactors(*(f.repeat_interleave(to) for f in factors)))
-        return images.mul_(2.0).sub_(1.0)
+        return augment.centred(images)
 
     def _frames(self, key: str, obs: Mapping[str, Tensor]) -> Tensor:
         frames = _get(key, obs)

@@ -1,0 +1,88 @@
+"""From nothing to an evaluated PushT image policy on one GPU, in ten minutes: is that so here?
+
+    python -m benchmarks.gpu_pusht_image output_dir=DIR [name=value …]
+
+One `action-diffusion train task=pusht_image` with settings for a GPU: the demonstrations' images are drawn, the policy
+is trained in bfloat16, compiled, on batches that stay on the device, evaluated from the paper's starts, and reported.
+Other words are settings of that command, so `device=cpu train.max_steps=2 evaluation.n_episodes=1` tries it out without
+a GPU. DIR/benchmark.json gets the score and the seconds, of which nothing is left out.
+
+Exit code: of the training, and 1 where score or time are not what they should be on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from action_diffusion.datasets.files import atomic_path
+
+MOST_MINUTES, LEAST_SCORE = 10.0, 0.91
+SETTINGS = {
+    "task": "pusht_image",
+    "device": "cuda",
+    "train.max_minutes": "6.5",
+    "train.batch_size": "256",
+    "train.lr": "1e-3",
+    "train.mixed_precision": "bf16",
+    "train.compile": "true",
+    "train.rollout_every": "0",
+    "train.checkpoint_every": "0",
+    "evaluation.n_envs": "50",
+    "evaluation.policy_batch": "50",
+}
+
+
+def command(words: Sequence[str]) -> tuple[list[str], Path]:
+    """The training command with `words` in place of settings, and its output folder. Raises `ValueError`."""
+    given = dict(SETTINGS)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is not of the form name=value")
+        given[name] = value
+    if not given.get("output_dir"):
+        raise ValueError("output_dir is required: python -m benchmarks.gpu_pusht_image output_dir=DIR")
+    training = [sys.executable, "-m", "action_diffusion", "train"]
+    return training + [f"{name}={value}" for name, value in given.items()], Path(given["output_dir"])
+
+
+def outcome(folder: Path, seconds: float) -> dict[str, Any]:
+    """What DIR/benchmark.json says, from the results that the training left in `folder`."""
+    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    keys = ("n_episodes", "mean_score", "mean_interval", "success_rate", "success_interval", "versions")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return {"seconds": round(seconds, 1), "steps": last["step"], **{key: found[key] for key in keys}}
+
+
+def main(words: Sequence[str]) -> int:
+    """Run, time, write; returns the exit code."""
+    try:
+        training, folder = command(words)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(" ".join(training[1:]))
+    began = time.monotonic()
+    code = subprocess.run(training, check=False).returncode
+    if code:
+        return code
+    found = outcome(folder, time.monotonic() - began)
+    with atomic_path(folder / "benchmark.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    low, high = found["mean_interval"]
+    print(f"score {found['mean_score']:.3f} [{low:.3f}, {high:.3f}] after {found['seconds']:.0f} s in all")
+    if "device=cpu" in words:
+        return 0
+    kept = found["mean_score"] >= LEAST_SCORE and found["seconds"] <= 60 * MOST_MINUTES
+    print(f"asked: {LEAST_SCORE} within {MOST_MINUTES:g} minutes: {'kept' if kept else 'MISSED'}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
