@@ -66,7 +66,9 @@ class PolicyServer:
             raise InputError(f"host={host} lets other machines in: give token_file=PATH, or set {TOKEN_VARIABLE}")
         needed = _message_bytes(policy)
         if max_message_bytes < needed:
-            raise InputError(f"max_message_mb={max_message_bytes / 2**20:g}: a history takes {needed / 2**20:.2f}")
+            raise InputError(
+                f"max_message_mb={max_message_bytes / 2**20:.2g} is too little: a history takes {needed / 2**20:.2g}"
+            )
         self._policy, self._host, self._port, self._token = policy, host, port, token
         self._max_connections, self._max_message_bytes, self._seed = max_connections, max_message_bytes, seed
         self._say, self._answered, self._turned_down = say, answered, turned_down

@@ -89,11 +89,16 @@ def decode_array(value: Any, what: str) -> np.ndarray:
 
 def shortened(value: Any, most: int = 80) -> str:
     """`value` in one line of at most `most` characters, whatever it is."""
-    if isinstance(value, int) and abs(value) > 10**40:  # Python refuses to write out the longest ones
-        return "a number of over 40 digits"
-    if isinstance(value, dict | list | bytes) and len(value) > 8:
-        return f"a {type(value).__name__} of length {len(value)}"
-    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    if isinstance(value, list) and len(value) <= MAX_AXES and all(type(n) is int for n in value):
+        text = str(value)
+    elif isinstance(value, str):
+        text = " ".join(value[: 2 * most].split())
+    elif isinstance(value, float | bool | None) or (isinstance(value, int) and abs(value) < 10**40):
+        text = str(value)
+    elif isinstance(value, int):  # Python refuses to write out the longest ones
+        text = "a number of over 40 digits"
+    else:
+        text = f"a {type(value).__name__}" + (f" of length {len(value)}" if hasattr(value, "__len__") else "")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

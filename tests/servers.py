@@ -54,7 +54,7 @@ class Server:
 
     def connect(self, **options: Any) -> ClientConnection:
         """A bare connection, with its metadata still to be received."""
-        return connect(self.url, compression=None, max_size=None, proxy=None, **options)
+        return connect(self.url, compression=None, max_size=None, proxy=None, **options).__enter__()
 
     def end(self) -> int:
         """Ask it to end, and wait. Returns its exit code."""
