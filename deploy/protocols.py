@@ -136,10 +136,13 @@ class Camera(Protocol):
         """Let go of the camera."""
 
 
-ARMS: dict[str, str] = {}
-"""Driver names → "module:Class"."""
+ARMS: dict[str, str] = {
+    "ideal": "action_diffusion.deploy.sim:IdealArm",
+    "sim_pusht": "action_diffusion.deploy.sim:PushTArm",
+}
+"""Driver names → "module:Class". A name that is not here may itself be of that form, for a driver of your own."""
 
-CAMERAS: dict[str, str] = {}
+CAMERAS: dict[str, str] = {"sim_pusht": "action_diffusion.deploy.sim:PushTCamera"}
 
 
 def make_arm(name: str, **settings: Any) -> Arm:
@@ -153,9 +156,9 @@ def make_camera(name: str, **settings: Any) -> Camera:
 
 
 def _make(kind: str, registry: dict[str, str], name: str, settings: dict[str, Any]) -> object:
-    if name not in registry:
+    if name not in registry and ":" not in name:
         raise unknown(kind, name, registry)
-    module, _, attribute = registry[name].partition(":")
+    module, _, attribute = registry.get(name, name).partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)(**settings)
     except TypeError as error:

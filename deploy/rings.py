@@ -25,10 +25,9 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from action_diffusion.errors import InputError
 
@@ -148,7 +147,7 @@ class RingWriter(_Ring):
         super().__init__(path, writable=True)
         self._shapes = {name: shape for name, (_, shape) in self.fields.items()}
 
-    def append(self, t: float, values: Mapping[str, ArrayLike]) -> int:
+    def append(self, t: float, values: Mapping[str, Any]) -> int:
         """Add a record captured at `t` with a value for every field; returns its index.
 
         Raises `ValueError` where a value is missing or has another shape; the ring is then as before.

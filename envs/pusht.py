@@ -31,6 +31,7 @@ from gym_pusht.envs.pusht import PushTEnv, pymunk_to_shapely
 
 OBSERVATIONS = ("state", "agent_pos", "keypoint", "image")
 IMAGE_SIZE = 96
+PHYSICS_RATE = 100.0
 GOAL_POSE = (256.0, 256.0, np.pi / 4)  # block x, y (px), angle (rad)
 
 # The nine points of the T in the block's frame (px) that the paper's state data calls "keypoint": the mean of
@@ -102,17 +103,24 @@ class PushT:
     Observations: `state` float32 [5] (agent x, y, block x, y in px, block angle in [0, 2 pi) rad),
     `agent_pos` float32 [2], `keypoint` float32 [9, 2] (px), `image` uint8 [image_size, image_size, 3].
 
+    Args:
+        control_rate: actions per second (Hz), a divisor of the simulator's 100. The paper's task has 10; a higher one
+            shows what happens within one of its steps.
+
     Source: Chi et al., "Diffusion Policy" (RSS 2023), section V; gym-pusht.
     """
 
-    control_rate = 10.0
     action_shape = (2,)
     recorded = ("state",)
 
-    def __init__(self, *, image_size: int = IMAGE_SIZE, max_steps: int = 300) -> None:
+    def __init__(self, *, image_size: int = IMAGE_SIZE, max_steps: int = 300, control_rate: float = 10.0) -> None:
+        if not 0 < control_rate <= PHYSICS_RATE or PHYSICS_RATE % control_rate:
+            raise InputError(f"PushT's control_rate={control_rate} must divide {PHYSICS_RATE:g} Hz")
+        self.control_rate = control_rate
         self.max_steps = max_steps
         self._image_size = image_size
         self._sim = _Simulator(obs_type="state")
+        self._sim.control_hz = control_rate
         self._sim._setup()
         self._steps = 0
 
@@ -153,7 +161,7 @@ class PushT:
         self._sim.space.step(1e-9)  # moves the shapes to their bodies, and finds the contacts that are drawn
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
-        """Move the finger towards `action` [2] (px) for 0.1 s. Returns the reward in [0, 1], and done.
+        """Move the finger towards `action` [2] (px) for one control period. Returns the reward in [0, 1], and done.
 
         Done when the reward is 1 or `max_steps` are over. Raises `InputError` where the action is not two
         finite numbers.
