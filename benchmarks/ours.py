@@ -100,7 +100,7 @@ class Chunk(Work):
     """
 
     def __init__(self, settings: dict[str, Any], folder: Path, say: Say) -> None:
-        self._policy = build(settings, folder)
+        self._policy = build(settings, folder, weights=settings.get("activation", "mish") == "mish")
         precision = offered(settings["precisions"], self._policy.device)
         accelerate(self._policy, precision=precision)
         self.note = f"precision={precision}"
