@@ -62,6 +62,16 @@ class Gate:
             self.last = np.array(command)
         return reason
 
+    def ahead(self, commands: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Those of `commands` [A] each, from the first on, that could follow the last one that passed; none counts."""
+        last, passed = self.last, []
+        for command in commands:
+            if self.refuse(command) is not None:
+                break
+            passed.append(command)
+        self.last = last
+        return passed
+
     def _reason(self, command: np.ndarray) -> str | None:
         limits = self.limits
         if command.shape != limits.low.shape:

@@ -41,9 +41,10 @@ class StepRecord:
         delay: control steps from that chunk's observation to this step; None where none took over.
         jump: distance between its command and what the chunk before had for the same instant, in the data's units.
         held: no command was sent, and the robot kept to its last one.
+        observation_age_ms: from what the robot observed to the tick; None where it was not asked.
         lateness_ms: from the tick to the command.
         missed_ticks: ticks without a command between the step before and this one.
-        interventions: why the gate kept a command from the robot; empty where it did not.
+        interventions: why the gate kept a command from the robot, and what the robot's own guards did; mostly empty.
     """
 
     seed: int
@@ -55,6 +56,7 @@ class StepRecord:
     delay: int | None
     jump: float | None
     held: bool
+    observation_age_ms: float | None
     lateness_ms: float
     missed_ticks: int
     interventions: list[str]
@@ -176,8 +178,11 @@ class _Episode:
         self._control_step += 1 + missed
         self._scheduler.begin_step(self._control_step)
         arrival = self._receive()
+        age = None
         if self._scheduler.will_be_seen:
-            self._agent.observe(self._robot.observe(self._keys))
+            observation = self._robot.observe(self._keys, tick)
+            age = 1e3 * (tick - observation.t)
+            self._agent.observe(observation.values)
         if self._scheduler.wants_chunk and (arrival is None or arrival.refusal is None):
             arrival = self._ask(tick) or arrival
         sent, held, refusal, (reward, done) = self._command()
@@ -193,9 +198,10 @@ class _Episode:
             delay=None if swap is None else swap.delay,
             jump=None if swap is None else swap.jump,
             held=held,
+            observation_age_ms=age,
             lateness_ms=1e3 * (sent - tick),
             missed_ticks=missed,
-            interventions=[reason for reason in reasons if reason is not None],
+            interventions=[reason for reason in reasons if reason is not None] + self._robot.events(),
         )
         self._steps += 1
         return record, done or self._steps >= self._robot.max_steps
@@ -229,12 +235,13 @@ class _Episode:
 
         Returns when that was (s), whether the robot held, why the gate refused, and what the robot answers.
         """
-        action = self._scheduler.command()
-        refusal = None if action is None else self._gate.refuse(action)
+        actions = self._scheduler.plan(1 + self._robot.lookahead)
+        refusal = self._gate.refuse(actions[0]) if actions else None
         sent = self._clock.now()
-        if action is None or refusal is not None:
+        if not actions or refusal is not None:
             return sent, True, refusal, self._robot.hold()
-        return sent, False, None, self._robot.command(action)
+        due = self._start + self._scheduler.step / self._robot.control_rate
+        return sent, False, None, self._robot.command([actions[0], *self._gate.ahead(actions[1:])], due)
 
 
 def _predict(

@@ -1,9 +1,13 @@
-"""What moves: one small protocol, and PushT behind it."""
+"""What moves: one small protocol for the loop, and PushT behind it, in this process.
+
+Arms in processes of their own are behind the same protocol: `process_robot.ProcessRobot`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -17,6 +21,13 @@ Feedback = tuple[float | None, bool]
 """The reward in [0, 1], where something measures one, and whether the episode is over."""
 
 
+class Observation(NamedTuple):
+    """values: by key, all as they were at `t` (s on the loop's clock)."""
+
+    t: float
+    values: dict[str, np.ndarray]
+
+
 class Robot(Protocol):
     """Something that takes commands [A], targets in the units of its demonstrations, and keeps to the last one.
 
@@ -24,25 +35,33 @@ class Robot(Protocol):
         control_rate: commands per second (Hz).
         max_steps: commands after which an episode is over.
         limits: what the robot itself allows, where it says so.
+        lookahead: commands beyond the present one that it wants to know, to move smoothly; 0 where it holds each.
     """
 
     control_rate: float
     max_steps: int
     limits: Limits | None
+    lookahead: int
 
     def begin(self, seed: int) -> None:
         """Be ready for an episode; a simulator begins at the start that `seed` stands for."""
 
-    def observe(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """The newest observations named by `keys`. Raises `InputError` for one that it does not have."""
+    def observe(self, keys: Sequence[str], t: float) -> Observation:
+        """The observations named by `keys`, of one instant: the latest until `t` (s on the loop's clock) of which all
+        are known. Raises `InputError` for one that it does not have."""
         ...
 
-    def command(self, action: np.ndarray) -> Feedback:
-        """Go towards `action` [A] for one control period."""
+    def command(self, actions: Sequence[np.ndarray], t: float) -> Feedback:
+        """Go on with `actions`, [A] each: the first is due at `t` (s on the loop's clock), each further one a control
+        period later; there are 1 to 1 + `lookahead`, and the next call replaces what is left of them."""
         ...
 
     def hold(self) -> Feedback:
         """For one control period, keep to the last command, or to the present place where there was none."""
+        ...
+
+    def events(self) -> list[str]:
+        """What the robot's own guards did since the last call, and why; one line each."""
         ...
 
     def stop(self) -> None:
@@ -62,6 +81,7 @@ class SimPushT:
         self.control_rate = env.control_rate
         self.max_steps = env.max_steps
         self.limits: Limits | None = Limits(low=np.zeros(2), high=np.full(2, 512.0))
+        self.lookahead = 0
         self._env = env
         self._target: np.ndarray | None = None
 
@@ -70,19 +90,23 @@ class SimPushT:
         self._env.reset(seed)
         self._target = None
 
-    def observe(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """See `envs.pusht.PushT`."""
-        return self._env.observe(keys)
+    def observe(self, keys: Sequence[str], t: float) -> Observation:
+        """See `envs.pusht.PushT`. The simulator stands still meanwhile, so that it is as of any `t`."""
+        return Observation(t, self._env.observe(keys))
 
-    def command(self, action: np.ndarray) -> Feedback:
-        """Move the finger towards `action` [2] for 0.1 s."""
-        self._target = np.array(action)
+    def command(self, actions: Sequence[np.ndarray], t: float) -> Feedback:
+        """Move the finger towards the first of `actions` [2] for 0.1 s."""
+        self._target = np.array(actions[0])
         return self._env.step(self._target)
 
     def hold(self) -> Feedback:
         """Keep the finger's target for 0.1 s; without one, stay where the finger is."""
         target = self._env.observe(["agent_pos"])["agent_pos"] if self._target is None else self._target
         return self._env.step(target)
+
+    def events(self) -> list[str]:
+        """Nothing guards a simulator."""
+        return []
 
     def stop(self) -> None:
         """Forget the target: the finger stays where it is."""
@@ -93,11 +117,20 @@ class SimPushT:
         self._env.close()
 
 
-def make(name: str, spec: PolicySpec) -> Robot:
-    """The robot called `name`, set up for a policy of `spec`. Raises `InputError` for an unknown name."""
-    if name not in ROBOTS:
-        raise unknown("robot", name, ROBOTS)
-    return ROBOTS[name](spec)
+def make(name: str, spec: PolicySpec, options: Mapping[str, Any] | None = None) -> Robot:
+    """The robot called `name`, set up for a policy of `spec`.
+
+    `options`: of the configuration, for a robot in real time, which runs in processes of its own. Without them: a
+    simulator in this process, for clocks that are not real. Raises `InputError` for an unknown name, and for a robot
+    that does not start.
+    """
+    robots = ROBOTS if options is None else REAL_TIME
+    if name not in robots:
+        raise unknown("robot", name, robots)
+    if options is None:
+        return ROBOTS[name](spec)
+    module, _, function = REAL_TIME[name].partition(":")
+    return cast(Robot, getattr(importlib.import_module(module), function)(spec, options))
 
 
 def check_fit(robot: Robot, spec: PolicySpec) -> None:
@@ -119,3 +152,6 @@ def _sim_pusht(spec: PolicySpec) -> Robot:
 
 
 ROBOTS: dict[str, Callable[[PolicySpec], Robot]] = {"sim_pusht": _sim_pusht}
+
+REAL_TIME: dict[str, str] = {"sim_pusht": "action_diffusion.deploy.process_robot:sim_pusht"}
+"""Robots in processes of their own: names → "module:function" of a specification and options."""

@@ -46,7 +46,7 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
     policy = open_policy(config)
     guidance = Guidance(**config["rtc"])
     scheduler = _scheduler(config, policy.spec)
-    robot = robots.make(config["robot"], policy.spec)
+    robot = robots.make(config["robot"], policy.spec, config if clock is None else None)
     try:
         robots.check_fit(robot, policy.spec)
         limits = demonstrated(policy.spec.normalizer["action"], config["safety"]["margin"]).within(robot.limits)

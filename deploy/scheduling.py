@@ -198,26 +198,35 @@ class ChunkScheduler:
             return None
         # Whether actions of another length are commands is not for here to say; but the two cannot be compared.
         self._chunks = [chunk for chunk in self._chunks if chunk.actions.shape[1:] == new.actions.shape[1:]]
-        running = self._planned()
+        running = self._planned(self._step)
         if self.scheduling != "ensemble":
             self._chunks.clear()
         self._chunks.append(new)
         since = self._step if self.scheduling == "sync" else origin
         self._ask_at = min(since + self.execution_horizon, new.end)
-        planned = self._planned()
+        planned = self._planned(self._step)
         assert planned is not None
         return Swap(delay, planned, running)
 
     def command(self) -> np.ndarray | None:
         """The command of this step, [A] in the data's units; None where there is none: hold the one before."""
-        waits = self.scheduling == "sync" and (self._pending is not None or self._step >= self._ask_at)
-        return None if waits else self._planned()
+        planned = self.plan(1)
+        return planned[0] if len(planned) else None
 
-    def _planned(self) -> np.ndarray | None:
-        """What the chunks have for this instant, the older ones a little more."""
-        if not self._chunks:
+    def plan(self, n: int) -> list[np.ndarray]:
+        """The commands of this step and of up to n - 1 that follow, as they would be without a further chunk."""
+        waits = self.scheduling == "sync" and self._pending is not None
+        end = self._ask_at if self.scheduling == "sync" else self._step + n
+        steps = range(self._step, self._step if waits else min(end, self._step + n))
+        commands = (self._planned(step) for step in steps)
+        return [command for command in commands if command is not None]
+
+    def _planned(self, step: int) -> np.ndarray | None:
+        """What the chunks have for that step, the older ones a little more."""
+        chunks = [chunk for chunk in self._chunks if chunk.end > step]
+        if not chunks:
             return None
-        actions = np.stack([chunk.actions[self._step - chunk.origin] for chunk in self._chunks])
+        actions = np.stack([chunk.actions[step - chunk.origin] for chunk in chunks])
         if len(actions) == 1:
             return actions[0]
         weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(actions)))

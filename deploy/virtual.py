@@ -140,8 +140,12 @@ class _Walk:
         self._scheduler.begin_step(step)
         self._receive()
         if self._scheduler.will_be_seen:
-            self.agent.observe(self.robot.observe(self._keys))
+            self.agent.observe(self.robot.observe(self._keys, self._time).values)
         self.request = self._scheduler.request() if self._scheduler.wants_chunk else None
+
+    @property
+    def _time(self) -> float:
+        return self._step / self.robot.control_rate
 
     def take(self, chunk: np.ndarray) -> None:
         """The answer to `request`, which becomes known to the robot after the delay."""
@@ -163,7 +167,7 @@ class _Walk:
     def act(self) -> None:
         """Send the command of this step, or hold."""
         command = self._scheduler.command()
-        reward, done = self.robot.hold() if command is None else self.robot.command(command)
+        reward, done = self.robot.hold() if command is None else self.robot.command([command], self._time)
         self._commands.append(command)
         self._rewards.append(0.0 if reward is None else float(reward))
         self.done = done or len(self._commands) >= self.robot.max_steps

@@ -23,7 +23,7 @@ from action_diffusion.deploy.clock import MonotonicClock, Pacer, VirtualClock
 from action_diffusion.deploy.gate import Gate, demonstrated
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.loop import StepRecord, run_episode
-from action_diffusion.deploy.robots import SimPushT
+from action_diffusion.deploy.robots import Observation, SimPushT
 from action_diffusion.deploy.run import run
 from action_diffusion.deploy.scheduling import SCHEDULINGS, ChunkScheduler
 from action_diffusion.envs.rollout import rollout
@@ -78,23 +78,30 @@ class FakeRobot:
 
     control_rate = 10.0
     limits: Limits | None = None
+    lookahead = 0
 
     def __init__(self, *, max_steps: int = 12) -> None:
         self.max_steps = max_steps
         self.commands: list[np.ndarray] = []
         self.observed: list[int] = []
+        self.plans: list[tuple[float, list[np.ndarray]]] = []
+        self.age = 0.0
         self.steps = self.holds = self.stops = 0
 
     def begin(self, seed: int) -> None:
         self.steps = 0
 
-    def observe(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    def observe(self, keys: Sequence[str], t: float) -> Observation:
         self.observed.append(self.steps)
-        return {key: np.array([self.steps], np.float32) for key in keys}
+        return Observation(t - self.age, {key: np.array([self.steps], np.float32) for key in keys})
 
-    def command(self, action: np.ndarray) -> tuple[float | None, bool]:
-        self.commands.append(action)
+    def command(self, actions: Sequence[np.ndarray], t: float) -> tuple[float | None, bool]:
+        self.commands.append(actions[0])
+        self.plans.append((t, list(actions)))
         return self._pass()
+
+    def events(self) -> list[str]:
+        return []
 
     def hold(self) -> tuple[float | None, bool]:
         self.holds += 1
@@ -422,11 +429,11 @@ def _interrupting(*, after: int) -> Any:
     original = SimPushT.command
     calls = []
 
-    def command(self: SimPushT, action: np.ndarray) -> tuple[float | None, bool]:
-        calls.append(action)
+    def command(self: SimPushT, actions: Sequence[np.ndarray], t: float) -> tuple[float | None, bool]:
+        calls.append(actions)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return original(self, action)
+        return original(self, actions, t)
 
     return command
 
@@ -509,7 +516,7 @@ def test_holding_in_the_simulator_keeps_the_target():
     start = env.observe(["agent_pos"])["agent_pos"]
     robot.hold()
     assert env.observe(["agent_pos"])["agent_pos"] == pytest.approx(start, abs=1e-3)
-    robot.command(start + np.float32(40.0))
+    robot.command([start + np.float32(40.0)], 0.1)
     for _ in range(10):
         robot.hold()
     assert env.observe(["agent_pos"])["agent_pos"] == pytest.approx(start + 40.0, abs=1.0)

@@ -18,7 +18,7 @@ import pytest
 
 from action_diffusion import envs
 from action_diffusion.deploy.prediction import Guidance
-from action_diffusion.deploy.robots import SimPushT
+from action_diffusion.deploy.robots import Observation, SimPushT
 from action_diffusion.deploy.scheduling import SCHEDULINGS
 from action_diffusion.deploy.virtual import Episode, run_episodes
 from action_diffusion.envs.rollout import rollout
@@ -89,8 +89,8 @@ def test_a_delay_is_so_many_steps_without_a_command_and_then_what_is_due():
             return {"action_pred": np.stack([np.broadcast_to(now + np.arange(16) - 1, (len(now), 16))] * 2, axis=2)}
 
     class Counting(SimPushT):
-        def observe(self, keys):
-            return {"state": np.array([self._env._steps], np.float32)}
+        def observe(self, keys, t):
+            return Observation(t, {"state": np.array([self._env._steps], np.float32)})
 
     told = []
     (episode,) = run_episodes(
