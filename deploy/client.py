@@ -67,6 +67,8 @@ class RemotePolicy:
         self._connect = require("websockets.sync.client").connect
         self._changed = threading.Condition()
         self._reason = "not connected yet"
+        self.timing: dict[str, Any] = {}
+        """What the server said of its last answer: `infer_ms`, and `wait_ms` for the policy to be free."""
         self._closing = False
         self._connection, self.spec = self._first(patience)
         self._keeper = threading.Thread(target=self._keep, name="policy server", daemon=True)
@@ -84,9 +86,9 @@ class RemotePolicy:
     ) -> dict[str, np.ndarray]:
         """`action_pred` [B, H, A] and `action` [B, Ta, A] in the data's units, for histories key → [B, To, …].
 
-        It draws the initial noise of row i from `noise_generator[i]`, as a local policy does; `generator[i]` seeds the
-        noise of the steps, where the scheduler has any. running, delay: see `policy.guidance.continuing`; guidance: the
-        fields of `prediction.Guidance`.
+        Row i draws its initial noise from `noise_generator[i]` and that of the steps from `generator[i]`, on a CPU, as
+        with a local policy: the state of the latter travels there and back. running, delay: see
+        `policy.guidance.continuing`; guidance: the fields of `prediction.Guidance`.
 
         Raises `Unavailable` where there is no answer, and `InputError` for observations that the policy does not take.
         """
@@ -95,16 +97,16 @@ class RemotePolicy:
         answers = []
         for row, (noises, steps) in enumerate(zip(noise_generator, generator, strict=True)):
             noise = draw_noise((1, *shape), [noises], torch.device("cpu"), torch.float32)[0].numpy()
-            seed = int(torch.randint(2**63 - 1, (), generator=steps))
-            extra: dict[str, Any] = {"history": True, "noise": noise, "seed": seed}
+            extra: dict[str, Any] = {"history": True, "noise": noise, "generator": steps.get_state().numpy()}
             rest = None if running is None else running[row]
             if rest is not None and len(rest):
                 extra |= {"running": np.asarray(rest, np.float32)[: len(noise)], "guidance": dict(guidance or {})}
                 extra["delay"] = 0 if delay is None else int(delay[row])
             answers.append(self._ask(self._row(obs, row) | {EXTRA: extra}))
-        chunks = [self._array(answer, "action_pred", shape) for answer in answers]
-        actions = [self._array(answer, "actions", (self.spec.n_action_steps, *shape[1:])) for answer in answers]
-        return {"action": np.stack(actions), "action_pred": np.stack(chunks)}
+            self._advance(steps, answers[-1])
+        chunks = np.stack([self._array(answer, "action_pred", shape) for answer in answers]).astype(np.float32)
+        now = self.spec.n_obs_steps - 1
+        return {"action": chunks[:, now : now + self.spec.n_action_steps], "action_pred": chunks}
 
     def close(self) -> None:
         """Leave the server."""
@@ -133,9 +135,12 @@ class RemotePolicy:
                 raise InputError(f"{self._url} refused: {shortened(answer.removeprefix('refused: '), 300)}")
             raise Unavailable(f"{self._url} {shortened(answer, 300)}")
         try:
-            return unpack(answer)
+            decoded = unpack(answer)
         except InputError as error:
             raise Unavailable(f"{self._url}: {error}") from None
+        timing = decoded.get("server_timing")
+        self.timing = timing if isinstance(timing, dict) else {}
+        return decoded
 
     def _array(self, answer: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
         try:
@@ -144,7 +149,14 @@ class RemotePolicy:
             raise Unavailable(str(error)) from None
         if value.shape != shape:
             raise Unavailable(f"{self._url}: {name} has shape {list(value.shape)}, not {list(shape)}")
-        return value.astype(np.float32)
+        return value.copy()
+
+    def _advance(self, generator: torch.Generator, answer: Mapping[str, Any]) -> None:
+        state = self._array(answer, "generator", tuple(generator.get_state().shape))
+        try:
+            generator.set_state(torch.from_numpy(state))
+        except (RuntimeError, TypeError) as error:
+            raise Unavailable(f"{self._url}: generator: {_said(error)}") from None
 
     def _drop(self, reason: str) -> None:
         """Leave it to the other thread to connect again."""

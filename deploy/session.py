@@ -6,7 +6,7 @@ sends whole histories, and beside them under `wire.EXTRA`:
     reset      true: a new episode begins with this observation
     history    true: the observations are [To, …]; nothing is remembered
     noise      [H, A], the noise that denoising begins with
-    seed       of the noise of the steps, for schedulers that have any
+    generator  the state of what draws the noise of the steps; the answer has it as it then is
     running    [n, A], what the running chunk has from now on: the answer continues it (real-time chunking)
     delay      control steps that the answer is expected to take
     guidance   how strongly it is continued: the fields of `prediction.Guidance`
@@ -30,7 +30,7 @@ from action_diffusion.policy.guidance import continuing
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 
-EXTRAS = ("reset", "history", "noise", "seed", "running", "delay", "guidance")
+EXTRAS = ("reset", "history", "noise", "generator", "running", "delay", "guidance")
 MAX_ROUNDS = 20
 """Of guidance in a denoising step: a client must not keep the others waiting."""
 
@@ -41,7 +41,7 @@ class Question:
 
     obs: dict[str, np.ndarray]
     noise: np.ndarray | None = None
-    seed: int | None = None
+    generator: torch.Generator | None = None
     running: np.ndarray | None = None
     delay: int = 0
     guidance: Guidance = field(default_factory=Guidance)
@@ -110,8 +110,8 @@ class Session:
             options["noise"] = _finite(decode_array(extra["noise"], "noise"), "noise")[None]
             if options["noise"].shape[1:] != (horizon, n_actions):
                 raise InputError(f"noise has shape {list(options['noise'].shape[1:])}, not {[horizon, n_actions]}")
-        if "seed" in extra:
-            options["seed"] = _whole(extra["seed"], "seed", 2**63 - 1)
+        if "generator" in extra:
+            options["generator"] = _generator(decode_array(extra["generator"], "generator"))
         if "running" in extra:
             options["running"] = _finite(decode_array(extra["running"], "running"), "running")
             shape = options["running"].shape
@@ -125,7 +125,7 @@ class Session:
 
     def answer(self, policy: DiffusionPolicy, question: Question) -> dict[str, np.ndarray]:
         """Float32 `actions` [Ta, A] in the data's units; where `whole` is asked for, `action_pred` [H, A] too."""
-        generator = self.generator if question.seed is None else torch.Generator().manual_seed(question.seed)
+        generator = question.generator or self.generator
         hooks = []
         if question.running is not None:
             running, delay = [question.running], [min(question.delay, policy.spec.horizon)]
@@ -140,7 +140,11 @@ class Session:
         if not np.isfinite(predicted["action_pred"]).all():
             raise FloatingPointError("the predicted chunk holds NaN or infinity")
         answer = {"actions": predicted["action"][0]}
-        return answer | {"action_pred": predicted["action_pred"][0]} if question.whole else answer
+        if question.whole:
+            answer["action_pred"] = predicted["action_pred"][0]
+        if question.generator is not None:
+            answer["generator"] = generator.get_state().numpy()
+        return answer
 
 
 def _extra(value: Any) -> Mapping[str, Any]:
@@ -172,6 +176,15 @@ def _finite(value: np.ndarray, what: str) -> np.ndarray:
     if not np.isfinite(value).all():
         raise InputError(f"{what} holds NaN or infinite values")
     return value
+
+
+def _generator(state: np.ndarray) -> torch.Generator:
+    generator = torch.Generator()
+    try:
+        generator.set_state(torch.from_numpy(state.copy()))
+    except (RuntimeError, TypeError):
+        raise InputError("generator is not the state of a torch.Generator on a CPU") from None
+    return generator
 
 
 def _guidance(value: Any) -> Guidance:

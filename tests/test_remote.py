@@ -84,13 +84,20 @@ def test_a_deployment_through_a_server_is_the_local_one(server, bundle, tmp_path
     assert len(logs[1]) == 24
 
 
-def test_the_noise_of_stochastic_steps_repeats(bundle):
+def test_the_noise_of_stochastic_steps_is_the_local_one(bundle):
+    """Chunk after chunk from one generator, as an episode draws it."""
+    ddpm = {"scheduler": "ddpm", "num_inference_steps": 5}
     with serving(bundle, "sampler.scheduler=ddpm", "sampler.num_inference_steps=5") as server:
         remote = RemotePolicy(server.url)
-        answers = [remote.predict(histories(1), **noises(1, seed))["action_pred"] for seed in (1, 1, 2)]
+        answers = []
+        for policy in (bundles.load(bundle, sampler=ddpm), remote):
+            drawn = noises(1, seed=1)
+            answers.append([policy.predict(histories(1), **drawn) for _ in range(3)])
         remote.close()
-    assert np.array_equal(answers[0], answers[1])
-    assert not np.array_equal(answers[0], answers[2])
+    for mine, theirs in zip(*answers, strict=True):
+        assert np.array_equal(mine["action_pred"], theirs["action_pred"])
+        assert np.array_equal(mine["action"], theirs["action"])
+    assert not np.array_equal(answers[0][0]["action"], answers[0][1]["action"])
 
 
 def test_observations_that_do_not_fit_are_refused_as_the_local_policy_does(server):
