@@ -113,7 +113,7 @@ class PushTArm:
     )
     watchdog = f"the simulator holds the finger where it is when no target has come for {WATCHDOG} s"
 
-    def __init__(self, *, world: str, max_step: float = 200.0) -> None:
+    def __init__(self, *, world: str, max_step: float = 300.0) -> None:
         self._folder = Path(world)
         self.limits: Limits | None = Limits(
             low=np.zeros(2), high=np.full(2, 512.0), max_step=np.full(2, float(max_step))
