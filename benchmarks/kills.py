@@ -1,0 +1,163 @@
+"""Kill or halt what an arm depends on, at random moments, and measure when its controlled stop begins.
+
+    python -m benchmarks.kills [n=100] [bundle=DIR] [seed=0]
+
+Each time a loop runs PushT in real time: a scripted one with a camera, or, with `bundle`, `action-diffusion deploy`.
+At a random moment the loop, or its camera, gets SIGKILL (it dies) or SIGSTOP (it hangs), in turn. Exit code: 0, 1
+where a stop began later than 100 ms after that, or where the arm stopped before it, 2 for bad input.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from action_diffusion.deploy.messages import text
+from action_diffusion.deploy.rings import RingReader, shared_folder
+from action_diffusion.errors import InputError, unknown
+
+WITHIN = 0.1
+SIGNALS = {"kill": signal.SIGKILL, "halt": signal.SIGSTOP}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Who got what, the seconds until the stop began (None: it did not), and the reason that the arm's process gave."""
+
+    who: str
+    what: str
+    seconds: float | None
+    why: str
+
+    @property
+    def good(self) -> bool:
+        return self.seconds is not None and 0 <= self.seconds <= WITHIN
+
+
+def drive() -> None:
+    """The scripted loop: seeded targets at 10 Hz and a picture each, for ever. It runs in a process of its own."""
+    from action_diffusion.deploy.clock import MonotonicClock, Pacer
+    from action_diffusion.deploy.robots import make
+
+    camera = {"rate": 20.0, "latency": 0.0, "jitter": 0.0, "drop": 0.0, "die_after": 0.0}
+    options = {"limits": None, "obstacles": None, "simulated": {"latency": 0.0, "camera": camera}}
+    spec: Any = SimpleNamespace(env={"name": "pusht"}, observations=["image"])
+    robot = make("sim_pusht", spec, options)
+    random, clock = np.random.default_rng(0), MonotonicClock()
+    robot.begin(100000)
+    pacer = Pacer(clock=clock, rate=robot.control_rate)
+    target = robot.observe(["agent_pos"], clock.now()).values["agent_pos"].astype(np.float64)
+    while True:
+        tick, _ = pacer.wait()
+        robot.observe(["agent_pos", "image"], tick)
+        target = np.clip(target + random.uniform(-60, 60, 2), 50, 460)
+        robot.command([target], tick)
+
+
+def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Trial:
+    """Start a loop, let it run for `wait` seconds, do `what` ("kill", "halt") to `who` ("loop", "camera")."""
+    with _loop(bundle) as loop:
+        folder = _folder(loop)
+        events, setpoints = RingReader(folder / "events"), RingReader(folder / "setpoints")
+        _until(lambda: (record := setpoints.latest()) is not None and record.values["phase"] == 1, 60)
+        time.sleep(wait)
+        before = events.last(10)
+        if before:
+            return Trial(who, what, None, f"before anything was done: {text(before[0].values['why'])}")
+        pid = loop.pid if who == "loop" else _child(loop.pid, "camera_process")
+        moment = time.monotonic()
+        os.kill(pid, SIGNALS[what])
+        _until(lambda: any(text(event.values["kind"]) == "stop" for event in events.last(10)), 2)
+        stops = [event for event in events.last(10) if text(event.values["kind"]) == "stop"]
+        if not stops:
+            return Trial(who, what, None, "the arm went on")
+        return Trial(who, what, stops[0].t - moment, text(stops[0].values["why"]))
+
+
+@contextmanager
+def _loop(bundle: str | None) -> Iterator[subprocess.Popen[bytes]]:
+    """A loop under way; afterwards nothing of it is left."""
+    words = [sys.executable, "-c", "from benchmarks.kills import drive; drive()"]
+    with tempfile.TemporaryDirectory() as folder:
+        if bundle is not None:
+            options = ["robot=sim_pusht", "n_episodes=1000", f"output_dir={folder}/out"]
+            words = [sys.executable, "-m", "action_diffusion", "deploy", f"bundle={bundle}", *options]
+        root = str(Path(__file__).resolve().parents[1])
+        quiet = subprocess.DEVNULL
+        loop = subprocess.Popen(words, cwd=root, stdout=quiet, stderr=quiet)
+        try:
+            yield loop
+        finally:
+            loop.kill()  # whatever it started ends when it is gone
+            loop.wait()
+
+
+def _folder(loop: subprocess.Popen[bytes]) -> Path:
+    """The shared memory of a loop, once its arm is ready."""
+    pattern = f"action-diffusion-{loop.pid}-*/arm.json"
+    _until(lambda: bool(list(shared_folder().glob(pattern))) or loop.poll() is not None, 60)
+    found = list(shared_folder().glob(pattern))
+    if not found:
+        raise InputError("the loop did not start: run action-diffusion deploy with the bundle to see why")
+    return found[0].parent
+
+
+def _child(pid: int, module: str) -> int:
+    """The child of `pid` that runs `module`."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            if module in Path(f"/proc/{child}/cmdline").read_text():
+                return int(child)
+    raise InputError(f"the loop has no {module}: a policy that sees no images has no camera to kill")
+
+
+def _until(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def main(words: Sequence[str]) -> int:
+    """See the module."""
+    given = {"n": "100", "bundle": "", "seed": "0"}
+    try:
+        for word in words:
+            name, _, value = word.partition("=")
+            if name not in given:
+                raise unknown("option", name, given)
+            given[name] = value
+        if not given["n"].isdigit() or not given["seed"].isdigit():
+            raise InputError("n and seed are whole numbers")
+        bundle = str(Path(given["bundle"]).resolve()) if given["bundle"] else None
+        random, trials = np.random.default_rng(int(given["seed"])), []
+        kinds = [("loop", "kill"), ("loop", "halt"), *([] if bundle else [("camera", "kill"), ("camera", "halt")])]
+        for number in range(int(given["n"])):
+            trials.append(trial(*kinds[number % len(kinds)], wait=random.uniform(0.2, 2.0), bundle=bundle))
+            last = trials[-1]
+            took = "no stop" if last.seconds is None else f"{1e3 * last.seconds:.0f} ms"
+            print(f"{number + 1}: {last.what} the {last.who}: {took} ({last.why})", flush=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    seconds = [1e3 * entry.seconds for entry in trials if entry.seconds is not None]
+    if seconds:
+        print(f"ms until the stop began: median {np.median(seconds):.0f}, largest {max(seconds):.0f}")
+    bad = sum(not entry.good for entry in trials)
+    print(f"{len(trials) - bad} of {len(trials)} within {1e3 * WITHIN:.0f} ms")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
