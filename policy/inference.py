@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.packing import check_precision
+from action_diffusion.policy.packing import Conv2d, check_precision
 from action_diffusion.policy.policy import DiffusionPolicy
 
 OPTIONS = ("precision", "compile", "cuda_graph")
@@ -46,6 +46,9 @@ def accelerate(
     denoiser.forget()
     if precision is not None:
         denoiser.pack(precision)
+        for layer in policy.encoder.modules():
+            if isinstance(layer, Conv2d):
+                layer.pack()  # in fp32, whatever the precision
     run: Denoise = denoiser.run
     if compile:
         run = torch.compile(run, fullgraph=True)

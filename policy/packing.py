@@ -130,6 +130,35 @@ class Linear(nn.Linear, Packable):
         return self.product(x)
 
 
+class Conv2d(nn.Conv2d, Prepared):
+    """`torch.nn.Conv2d` that keeps its weights as oneDNN lays them out, for a few frames on a CPU.
+
+    Without, every call lays them out again, which for the last stages of a ResNet takes longer than the products.
+    """
+
+    MOST_FRAMES = 8
+    _wanted = False
+    _packed: Tensor | None = None
+
+    def pack(self) -> None:
+        """Lay the weights out at the next call, which says for frames of which size."""
+        self.forget()
+        self._wanted = self.weight.is_cpu and self.groups == 1 and self.weight.numel() >= LEAST["fp32"]
+
+    def forget(self) -> None:
+        self._wanted, self._packed = False, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if not self._wanted or gradient or len(x) > self.MOST_FRAMES or torch.compiler.is_compiling():
+            return super().forward(x)
+        shape = list(self.padding), list(self.stride), list(self.dilation), self.groups
+        if self._packed is None:
+            pack = torch.ops.mkldnn._reorder_convolution_weight
+            self._packed = pack(self.weight.detach(), *shape, list(x.shape))
+        return torch.ops.mkldnn._convolution_pointwise(x, self._packed, self.bias, *shape, "none", [], "")
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """`InputError` for a precision that is unknown, or that this device has no kernels for."""
     if precision not in PRECISIONS:

@@ -15,8 +15,9 @@ from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy import packing
 from action_diffusion.policy.conv import Conv1d, Double, Halve
 from action_diffusion.policy.denoiser import ConditionalUnet1d
+from action_diffusion.policy.encoder import ObservationEncoder
 from action_diffusion.policy.inference import CudaGraph, accelerate
-from action_diffusion.policy.packing import SMALL, Linear, check_precision
+from action_diffusion.policy.packing import SMALL, Conv2d, Linear, check_precision
 from action_diffusion.policy.sampler import Hook
 
 STATE = np.arange(10, dtype=np.float32).reshape(2, 5) + 100
@@ -159,6 +160,36 @@ def test_guidance_of_a_frozen_policy_runs_packed(policy, precision):
         assert not torch.equal(found, plain)
         error = 1e-4 if precision == "fp32" else 5e-2
         assert (found - plain).abs().max() <= error * plain.abs().max()
+
+
+@pytest.mark.usefixtures("pack_everything")
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_an_encoder_whose_convolutions_are_packed_equals_itself(channels_last):
+    torch.manual_seed(0)
+    encoder = ObservationEncoder(
+        image_keys=["image"],
+        image_shapes={"image": (24, 24, 3)},
+        state_dims={},
+        n_obs_steps=2,
+        width=0.25,
+        channels_last=channels_last,
+    ).eval()
+    frames = {n: {"image": torch.randint(0, 256, (n, 2, 24, 24, 3), dtype=torch.uint8)} for n in (1, 4, 8)}
+    with torch.no_grad():
+        expected = {n: encoder(obs) for n, obs in frames.items()}
+    layers = [layer for layer in encoder.modules() if isinstance(layer, Conv2d)]
+    assert len(layers) == 20
+    for layer in layers:
+        layer.pack()
+    with torch.no_grad():
+        for n in (4, 1, 8):  # laid out for 8 frames, then fewer; 16 are more than it is for
+            assert (encoder(frames[n]) - expected[n]).abs().max() <= 1e-5 * expected[n].abs().max()
+    assert all(layer._packed is not None for layer in layers)
+    loss = encoder(frames[1]).sum()  # with gradients the weights run themselves
+    loss.backward()
+    assert all(layer.weight.grad is not None for layer in layers)
+    encoder.train()
+    assert all(layer._packed is None for layer in layers)
 
 
 @pytest.mark.usefixtures("pack_everything")
