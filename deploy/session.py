@@ -100,7 +100,7 @@ class Session:
                 )
             if spec.kind == "image" and value.dtype != np.uint8:
                 raise InputError(f"observation {key!r} has dtype {value.dtype}, images are uint8 from 0 to 255")
-            obs[key] = value if spec.kind == "image" else _finite(value, f"observation {key!r}")
+            obs[key] = value.copy() if spec.kind == "image" else _finite(value, f"observation {key!r}")
         return obs
 
     def _options(self, extra: Mapping[str, Any]) -> dict[str, Any]:
