@@ -107,6 +107,7 @@ Options
   token_file=PATH               where it is; otherwise the environment's ACTION_DIFFUSION_TOKEN
   max_connections=16            each is an episode of its own, with its own history of observations
   max_message_mb=16             larger messages end a connection
+  remember=true                 false where clients ask once a chunk (openpi's ActionChunkBroker): docs/server.md
   seed=null                     a number: every episode draws the noise of this start, so that runs repeat
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
   precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster

@@ -84,6 +84,7 @@ async def _serve(config: Mapping[str, Any], policy: DiffusionPolicy, token: str 
         max_connections=config["max_connections"],
         max_message_bytes=int(config["max_message_mb"] * 2**20),
         seed=config["seed"],
+        remember=config["remember"],
         say=_once_each(lambda line: print(line, file=sys.stderr, flush=True)),
         answered=statistics.answered,
         turned_down=statistics.turned_down,

@@ -42,7 +42,7 @@ class PolicyServer:
         token: that clients must show; required where `host` is not this machine alone.
         max_connections: more are turned away.
         max_message_bytes: of what a client sends; a larger message ends its connection.
-        seed: see `Session`.
+        seed, remember: see `Session`.
         say: takes a line about something that went wrong here.
         answered: is told how many seconds the policy took for an answer.
         turned_down: is told of every line of text that went out instead.
@@ -58,6 +58,7 @@ class PolicyServer:
         max_connections: int = 16,
         max_message_bytes: int = 2**24,
         seed: int | None = None,
+        remember: bool = True,
         say: Callable[[str], None] = print,
         answered: Callable[[float], None] = lambda seconds: None,
         turned_down: Callable[[str], None] = lambda line: None,
@@ -70,7 +71,8 @@ class PolicyServer:
                 f"max_message_mb={max_message_bytes / 2**20:.2g} is too little: a history takes {needed / 2**20:.2g}"
             )
         self._policy, self._host, self._port, self._token = policy, host, port, token
-        self._max_connections, self._max_message_bytes, self._seed = max_connections, max_message_bytes, seed
+        self._max_connections, self._max_message_bytes = max_connections, max_message_bytes
+        self._session: dict[str, Any] = {"spec": policy.spec, "seed": seed, "remember": remember}
         self._say, self._answered, self._turned_down = say, answered, turned_down
         self._metadata = pack({"policy": "action-diffusion", **policy.spec.to_json()})
         self._closed: type[Exception] = require("websockets.exceptions").ConnectionClosed
@@ -127,7 +129,7 @@ class PolicyServer:
         if self.n_connections >= self._max_connections:  # several passed `_admit` at once
             await connection.close(1013, "too many connections")
             return
-        session = Session(spec=self._policy.spec, seed=self._seed)
+        session = Session(**self._session)
         timing: dict[str, float] = {}
         self.n_connections += 1
         try:

@@ -54,11 +54,14 @@ class Session:
 
     Args:
         seed: every episode draws the noise that `envs.rollout` draws for this start; None: a new one each time.
+        remember: observations come at every control step, so that the last To are the history. False: they come once a
+            chunk, too far apart to be one, and each stands for its whole history, as at the start of an episode.
     """
 
-    def __init__(self, *, spec: PolicySpec, seed: int | None = None) -> None:
+    def __init__(self, *, spec: PolicySpec, seed: int | None = None, remember: bool = True) -> None:
         self._spec = spec
         self._seed = seed
+        self._remember = remember
         self._agent = Agent(n_obs_steps=spec.n_obs_steps, n_action_steps=spec.n_action_steps)
         self._reset()
 
@@ -80,6 +83,8 @@ class Session:
         if _flag(extra, "reset"):
             self._reset()
         if not whole_history:
+            if not self._remember:
+                self._agent.reset()
             self._agent.observe(obs)
             obs = self._agent.history()
         return Question({key: value[None] for key, value in obs.items()}, whole=bool(extra), **options)

@@ -16,6 +16,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,11 @@ from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.normalizer import fit
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+
+if "benchmarks" not in sys.modules:  # not a package that installs, and the root is not on the path
+    package = ModuleSpec("benchmarks", None, is_package=True)
+    package.submodule_search_locations = [str(Path(__file__).resolve().parents[1] / "benchmarks")]
+    sys.modules["benchmarks"] = module_from_spec(package)
 
 TOKEN = "a-token-of-more-than-16-characters"
 PEER = cache_folder() / "peers" / "openpi-client" / "bin" / "python"
@@ -192,6 +200,20 @@ def test_each_connection_is_an_episode_with_a_history_of_its_own(server, policy)
     with server.connect() as three:
         three.recv()
         assert np.array_equal(ask(three, {"state": first[0]})["actions"], expected(policy, first[:1])[0])
+
+
+def test_without_remembering_each_observation_is_a_history_of_its_own(bundle, policy):
+    given = states(3)
+    noise_generator, generator = generators(7)
+    alone = [
+        policy.predict({"state": np.stack([row, row])[None]}, noise_generator=[noise_generator], generator=[generator])[
+            "action"
+        ][0]
+        for row in given
+    ]
+    with serving(bundle, "remember=false") as server, server.connect() as connection:
+        connection.recv()
+        assert np.array_equal([ask(connection, {"state": row})["actions"] for row in given], alone)
 
 
 def test_reset_begins_a_new_episode_on_the_same_connection(server, policy):
@@ -490,6 +512,16 @@ def test_a_policy_that_fails_is_one_line_to_its_client_and_nothing_to_the_others
         assert ask(one, {"state": GOOD, wire.EXTRA: {"reset": True}})["actions"].shape == (TA, 2)
         one.close(), two.close()
     assert len(said) == len(turned_down) == 2
+
+
+def test_what_is_added_on_the_way_is_measured(bundle, tmp_path, capsys):
+    """The benchmark, on a tiny policy."""
+    main = import_module("benchmarks.serving").main
+    assert main([f"bundle={bundle}", "n=3", f"output={tmp_path / 'rows.json'}"]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["client"] for row in rows] == ["openpi", "RemotePolicy"]
+    assert all(0 < row["added_ms"]["median"] <= row["total_ms"]["p95"] for row in rows)
+    assert main(["n=x"]) == 2
 
 
 def test_the_line_of_statistics():
