@@ -20,7 +20,9 @@ from action_diffusion.deploy.motion import Layout
 from action_diffusion.errors import InputError
 
 STALE = 0.1
-"""How old a message, or its last waypoint, may be (s)."""
+"""How old a message may be (s)."""
+OVERDUE = 0.25
+"""How long its last waypoint may have been due (s): more than a control period, in which a late command is sent."""
 AHEAD = 10.0
 """How far ahead a waypoint may be (s)."""
 
@@ -126,7 +128,7 @@ class WaypointGate:
             return "out of order: a later message has been followed already"
         if (np.diff(times) <= 0).any():
             return "out of order: the times of the waypoints do not ascend"
-        if now - times[-1] > STALE:
+        if now - times[-1] > OVERDUE:
             return f"stale: the last waypoint was due {1e3 * (now - times[-1]):.0f} ms ago"
         if times[-1] - now > AHEAD or now - times[0] > AHEAD:
             return f"a waypoint is due more than {AHEAD:g} s from now"

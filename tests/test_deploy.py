@@ -189,6 +189,30 @@ def test_ticks_that_pass_during_inference_are_counted_and_not_made_up_for():
     assert records[4].inference_ms == pytest.approx(250)
 
 
+def test_an_arm_that_moves_smoothly_is_told_what_comes_next_and_when():
+    """Of the running chunk, as far as it would be executed and the gate lets it pass."""
+    robot = FakeRobot()
+    robot.lookahead, robot.age = 2, 0.03
+    limits = Limits(low=np.full(2, -1.0), high=np.full(2, 7.5))
+    records = drive(robot, TellingPolicy(clock=VirtualClock()), limits=limits)
+    assert [t for t, _ in robot.plans[:5]] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    told = [[action[0] for action in actions] for _, actions in robot.plans]
+    assert told[:6] == [[0, 1, 2], [1, 2, 3], [2, 3], [3], [4, 5, 6], [5, 6, 7]]
+    assert told[6:8] == [[6, 7], [7]]
+    ages = [record.observation_age_ms for record in records]
+    assert [age for age in ages if age is not None] == pytest.approx([30.0] * len([age for age in ages if age]))
+    assert ages[1] is None
+
+
+def test_what_the_robots_own_guards_did_is_in_the_log():
+    class Guarded(FakeRobot):
+        def events(self) -> list[str]:
+            return ["stop: camera front is silent"] if self.steps == 3 else []
+
+    records = drive(Guarded(), FakePolicy(still, clock=VirtualClock()))
+    assert [record.interventions for record in records[:4]] == [[], [], ["stop: camera front is silent"], []]
+
+
 # Chunk scheduling in the loop. The policy's clock may be real: then it sleeps.
 
 

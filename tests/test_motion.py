@@ -262,7 +262,7 @@ GOOD = {"sent": 9.99, "times": [10.0, 10.1], "points": np.zeros((2, 4)), "now": 
         ({"sent": 9.8}, "stale: the message is 200 ms old"),
         ({"sent": 10.1}, "stale"),
         ({"times": [10.1, 10.0]}, "times of the waypoints do not ascend"),
-        ({"times": [9.7, 9.8]}, "the last waypoint was due 200 ms ago"),
+        ({"times": [9.6, 9.7]}, "the last waypoint was due 300 ms ago"),
         ({"times": [10.0, 1e9]}, "more than 10 s from now"),
         ({"points": np.full((2, 4), 1.2)}, r"waypoint\[0\] = 1.2 is outside"),
         ({"points": np.array([[0, 0, 0, 0.6], [0, 0, 0, 0.6]])}, r"waypoint\[3\] changes by 0.6 at once"),
