@@ -10,6 +10,7 @@ state          ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·  ·
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,20 +20,22 @@ from action_diffusion.deploy.protocols import Group
 from action_diffusion.deploy.rings import Record, RingReader
 
 FRAMES, STATES = 8, 200
+"""How many of the newest records are looked at."""
 
 
 def latest_common(t: float, sources: Sequence[RingReader]) -> float | None:
-    """The latest instant (s), not after `t`, of which all `sources` have a record or know the next one; None: empty."""
-    newest = [source.latest() for source in sources]
-    return None if any(record is None for record in newest) else min([t, *(record.t for record in newest if record)])
+    """The latest instant (s), not after `t`, up to which all `sources` have records; None where one is empty."""
+    newest = [source.times(2)[-1:] for source in sources]
+    return min([t, *(moment for ((_, moment),) in newest)]) if all(newest) else None
 
 
 def nearest(ring: RingReader, t: float) -> Record:
     """The record captured nearest to `t`. Raises `LookupError` for an empty ring."""
-    records = ring.last(min(FRAMES, ring.n_slots - 1))
-    if not records:
-        raise LookupError("no frame yet")
-    return min(records, key=lambda record: abs(record.t - t))
+    for number, _ in sorted(ring.times(min(FRAMES, ring.n_slots - 1)), key=lambda entry: abs(entry[1] - t)):
+        record = ring.read(number)
+        if record is not None:  # overwritten since
+            return record
+    raise LookupError("no frame yet")
 
 
 def interpolated(ring: RingReader, groups: Sequence[Group], t: float) -> dict[str, np.ndarray]:
@@ -40,11 +43,12 @@ def interpolated(ring: RingReader, groups: Sequence[Group], t: float) -> dict[st
 
     Raises `LookupError` for an empty ring.
     """
-    records = ring.last(min(STATES, ring.n_slots - 1))
-    if not records:
+    times = ring.times(min(STATES, ring.n_slots - 1))
+    before = max(0, bisect.bisect_right(times, t, key=lambda entry: entry[1]) - 1)
+    around = [ring.read(number) for number, _ in times[before : before + 2]]
+    a, b = (around[0], around[-1]) if around else (None, None)
+    if a is None or b is None:
         raise LookupError("no state yet")
-    before = next((i for i in range(len(records) - 1, -1, -1) if records[i].t <= t), 0)
-    a, b = records[before], records[min(before + 1, len(records) - 1)]
     share = float(np.clip((t - a.t) / (b.t - a.t), 0.0, 1.0)) if b.t > a.t else 0.0
     return {group.name: _between(group, a.values, b.values, share) for group in groups}
 

@@ -19,8 +19,9 @@ from action_diffusion.deploy.protocols import Group
 from action_diffusion.deploy.rings import Moment, RingReader
 from action_diffusion.errors import InputError
 
-LEASE = 2.0
-"""How long (s) the loop may be busy, with a chunk that it computes itself, before its heart stops."""
+LEASE = 10.0
+"""How long (s) the loop may be busy, with a chunk that it computes itself, before its heart stops. Meanwhile the arm
+goes on to the last waypoint that it has, and rests there. (A process that hangs as a whole is silent at once.)"""
 OVER = "the episode is over"
 _PATIENCE = 6.0
 
@@ -96,7 +97,7 @@ class ArmLink:
             self._commands.follow(times, values)
 
     def renew(self) -> None:
-        """The loop is well: call it at least every two seconds while the arm moves."""
+        """The loop is well: call it at least every ten seconds while the arm moves."""
         self._heart.renew()
 
     def stop(self, why: str) -> None:

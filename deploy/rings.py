@@ -190,6 +190,17 @@ class RingReader(_Ring):
         self._order()
         return Record(index, t, values) if int(self._seq[slot]) == whole else None
 
+    def times(self, k: int) -> list[tuple[int, float]]:
+        """(number, t) of the last `k` records that are still there, oldest first, without copying what they hold."""
+        count = self.count
+        found = []
+        for number in range(max(0, count - min(k, self.n_slots)), count):
+            t = float(self._t[number % self.n_slots])
+            self._order()
+            if int(self._seq[number % self.n_slots]) == 2 * number + 2:
+                found.append((number, t))
+        return found
+
     def latest(self) -> Record | None:
         """The newest record; None where there is none."""
         for _ in range(_RETRIES):

@@ -36,9 +36,11 @@ def options(**camera: float) -> dict[str, Any]:
     return {"limits": None, "obstacles": None, "simulated": {"latency": 0.0, "camera": CAMERA | camera}}
 
 
-def pusht(*keys: str, **camera: float) -> ProcessRobot:
+def pusht(*keys: str, latency: float = 0.0, **camera: float) -> ProcessRobot:
     spec: Any = SimpleNamespace(env={"name": "pusht", "max_steps": 300}, observations=dict.fromkeys(keys))
-    robot = make("sim_pusht", spec, options(**camera))
+    chosen = options(**camera)
+    chosen["simulated"]["latency"] = latency
+    robot = make("sim_pusht", spec, chosen)
     assert isinstance(robot, ProcessRobot)
     return robot
 
@@ -122,6 +124,26 @@ def test_pictures_and_states_are_of_one_instant(seeing):
         np.testing.assert_allclose([x, y], seen.values["agent_pos"], atol=15)
     with pytest.raises(InputError, match="unknown observation 'imag' in the robot's sources: did you mean image"):
         seeing.observe(["imag"], time.monotonic())
+
+
+@pytest.mark.parametrize("latency", [0.0, 0.2])
+def test_commands_take_effect_after_the_injected_latency(latency):
+    robot = pusht("agent_pos", latency=latency)
+    try:
+        robot.begin(100000)
+        time.sleep(latency + 0.05)  # what was commanded before the start has passed
+        start = robot.observe(["agent_pos"], time.monotonic()).values["agent_pos"]
+        sent = time.monotonic()
+        robot.command([start + np.sign(256 - start) * 100], sent)
+        moved = start
+        while np.linalg.norm(moved - start) < 2 and time.monotonic() < sent + 2:
+            time.sleep(0.002)
+            seen = robot.observe(["agent_pos"], time.monotonic())
+            moved = seen.values["agent_pos"]
+        assert latency <= seen.t - sent < latency + 0.15
+        assert robot.events() == []
+    finally:
+        robot.close()
 
 
 # Deaths.

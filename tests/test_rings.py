@@ -44,6 +44,7 @@ def test_readers_find_the_newest_records_whole_and_in_order(tmp_path_factory, n_
         assert (newest is None) == (n == 0)
         assert newest is None or newest.number == n - 1
         assert [record.number for record in reader.last(k)] == (kept[-k:] if k else [])
+        assert reader.times(k) == [(i, float(i)) for i in (kept[-k:] if k else [])]
         assert [record.number for record in reader.since(since)] == [i for i in kept if i > since]
         after = data.draw(st.integers(-1, 45))
         assert [record.number for record in reader.after(after)] == [i for i in kept if i > after]
