@@ -93,7 +93,8 @@ def main(words: Sequence[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    percentiles = ", ".join(f"{q} %: {1e3 * np.percentile(measured.periods, q):.2f}" for q in (1, 50, 99, 99.9, 100))
+    shares = (0, 0.1, 1, 50, 99, 99.9, 100)
+    percentiles = ", ".join(f"{q} %: {1e3 * np.percentile(measured.periods, q):.2f}" for q in shares)
     print(f"{len(measured.periods)} periods of {1e3 * measured.period:g} ms, priority {measured.priority}")
     print(f"period (ms)  {percentiles}")
     print(f"99th percentile of the difference: {1e3 * measured.off:.2f} ms")

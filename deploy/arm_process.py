@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import shutil
 import sys
@@ -33,6 +34,9 @@ from action_diffusion.deploy.protocols import Arm, check_arm, make_arm
 from action_diffusion.deploy.rings import Moment
 from action_diffusion.errors import InputError
 
+USUAL = "usual"
+_LATE = 0.2
+"""A period that is late by a larger share of it is left out: setpoints sent at once are a jump to the arm."""
 LONGEST_STOP = 5.0
 """After so many seconds (s) of braking the vendor's stop takes over, and the process ends."""
 
@@ -74,7 +78,10 @@ def run(
             emergency=Moment(folder / "emergency"),
             ending=lambda: _why(ending),
         )
-        told = {"rate": arm.rate, "watchdog": arm.watchdog, "limits": combined.plain(), "priority": _prefer()}
+        priority = _prefer()
+        if priority == USUAL:
+            print("arm: no right to a higher priority, so setpoints may be late: docs/deploy.md", file=sys.stderr)
+        told = {"rate": arm.rate, "watchdog": arm.watchdog, "limits": combined.plain(), "priority": priority}
         groups = {"command": [asdict(group) for group in arm.command], "state": [asdict(group) for group in arm.state]}
         report(folder, name, told | groups)
         _cycle(loop, ending)
@@ -118,7 +125,7 @@ def _cycle(loop: ArmLoop, ending: Ending) -> None:
             last = min(last, now + LONGEST_STOP)
             if loop.phase is Phase.STILL or now > last:
                 return
-        index = max(index + 1, int((now - start) / loop.period))
+        index = max(index + 1, math.ceil((now - start) / loop.period - _LATE))
         time.sleep(max(0.0, start + index * loop.period - now))
 
 
@@ -133,7 +140,7 @@ def _prefer() -> str:
         os.setpriority(os.PRIO_PROCESS, 0, -15)
         return "nice -15"
     except (OSError, AttributeError):
-        return "usual: the system allows no higher one"
+        return USUAL
 
 
 def main() -> int:
