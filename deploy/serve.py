@@ -107,7 +107,7 @@ async def _serve(config: Mapping[str, Any], policy: DiffusionPolicy, token: str 
 async def _report(statistics: Statistics, server: PolicyServer) -> None:
     """A line a minute; in a terminal, the numbers so far below it."""
     console = Console()
-    with console.status("") as status:
+    with console.status("", refresh_per_second=2) as status:
         began = time.monotonic()
         while True:
             await asyncio.sleep(STATUS_SECONDS)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -34,7 +36,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from action_diffusion import cli
 from action_diffusion.datasets.files import cache_folder
-from action_diffusion.deploy import wire
+from action_diffusion.deploy import serve, wire
 from action_diffusion.deploy.access import is_loopback, read_token
 from action_diffusion.deploy.serve import Statistics
 from action_diffusion.deploy.server import PolicyServer
@@ -534,6 +536,23 @@ def test_the_line_of_statistics():
     assert statistics.line(2).replace("95.1", "95.0") == line
     statistics.reset()
     assert statistics.line(0) == "0 connections, 0 chunks"
+
+
+def test_a_line_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "STATUS_SECONDS", 0.01)
+    monkeypatch.setattr(serve, "LINE_SECONDS", 0.05)
+    statistics = Statistics()
+    statistics.answered(0.02)
+
+    async def watch() -> None:
+        reporting = asyncio.create_task(serve._report(statistics, SimpleNamespace(n_connections=3)))
+        await asyncio.sleep(0.5)
+        reporting.cancel()
+
+    asyncio.run(watch())
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  3 connections, 1 chunks, inference 20\.0 ms median, 20\.0 ms 95 %", lines[0])
+    assert lines[1].endswith("3 connections, 0 chunks")
 
 
 # The command.
