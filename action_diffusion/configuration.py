@@ -27,7 +27,10 @@ BUDGETS = ("train.max_minutes", "train.max_steps", "train.max_epochs")
 GROUPS = {"train": ("task", "encoder", "denoiser", "scheduler"), "collect": ("task",)}
 OPEN = re.compile(r"(policy|task)\.\w+\.|sampler\.")
 """Options of components, which need not stand in a file: the component itself refuses what it does not know."""
-PATHS = ("bundle", "compare", "data", "output", "output_dir", "init", "dataset.cache_dir", "token_file", "server")
+PATHS = (
+    *("bundle", "compare", "data", "output", "output_dir", "init"),
+    *("dataset.cache_dir", "token_file", "server", "hardware"),
+)
 """Taken as typed, so that `=`, commas, spaces and names of digits mean nothing special in them."""
 NUMBERS = {
     "dataset.max_episodes": 100,

@@ -139,10 +139,17 @@ class Camera(Protocol):
 ARMS: dict[str, str] = {
     "ideal": "action_diffusion.deploy.sim:IdealArm",
     "sim_pusht": "action_diffusion.deploy.sim:PushTArm",
+    "ur": "action_diffusion.deploy.drivers.ur:UrArm",
+    "franka": "action_diffusion.deploy.drivers.franka:FrankaArm",
+    "lerobot": "action_diffusion.deploy.drivers.lerobot:LeRobotArm",
 }
 """Driver names → "module:Class". A name that is not here may itself be of that form, for a driver of your own."""
 
-CAMERAS: dict[str, str] = {"sim_pusht": "action_diffusion.deploy.sim:PushTCamera"}
+CAMERAS: dict[str, str] = {
+    "sim_pusht": "action_diffusion.deploy.sim:PushTCamera",
+    "usb": "action_diffusion.deploy.drivers.usb:UsbCamera",
+    "realsense": "action_diffusion.deploy.drivers.realsense:RealSenseCamera",
+}
 
 
 def make_arm(name: str, **settings: Any) -> Arm:

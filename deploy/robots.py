@@ -153,5 +153,8 @@ def _sim_pusht(spec: PolicySpec) -> Robot:
 
 ROBOTS: dict[str, Callable[[PolicySpec], Robot]] = {"sim_pusht": _sim_pusht}
 
-REAL_TIME: dict[str, str] = {"sim_pusht": "action_diffusion.deploy.process_robot:sim_pusht"}
+REAL_TIME: dict[str, str] = {
+    "sim_pusht": "action_diffusion.deploy.process_robot:sim_pusht",
+    **dict.fromkeys(("ur", "franka", "lerobot"), "action_diffusion.deploy.hardware:robot"),
+}
 """Robots in processes of their own: names → "module:function" of a specification and options."""

@@ -1,0 +1,112 @@
+"""Arms and cameras that are real, as a file says: from `hardware=cell.yaml` to processes.
+
+    arm: {host: 192.168.0.10, model: ur5e}            options of the arm's driver; which one is `robot=ur`
+    limits: {low: […], high: […], velocity: […], acceleration: […], jerk: […]}
+    obstacles: {table: 0.0}                           optional
+    cameras:                                          one for each image that the policy sees, by its key
+      front: {driver: usb, device: /dev/video0, image_size: [96, 96]}
+    observations: {state: joints}                     optional: keys of the policy → names of states
+    seconds: 60.0                                     optional: of an episode
+
+docs/bringup.md shows a whole one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from action_diffusion.deploy.arm_link import ArmSetup
+from action_diffusion.deploy.limits import RATES
+from action_diffusion.deploy.process_robot import CameraSetup, ProcessRobot
+from action_diffusion.deploy.rings import Segments
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.spec import PolicySpec
+
+SECTIONS = ("arm", "limits", "obstacles", "cameras", "observations", "seconds")
+
+
+def read_cell(path: str | None) -> dict[str, Any]:
+    """The sections of a hardware file. Raises `InputError` for one that cannot be read, or has others."""
+    if not path:
+        raise InputError("hardware=FILE.yaml is missing: what the arm and its cameras are, see docs/bringup.md")
+    try:
+        cell = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"hardware={path}: {' '.join(str(error).split())}") from None
+    if not isinstance(cell, dict):
+        raise InputError(f"hardware={path}: sections are expected: {', '.join(SECTIONS)}")
+    for name, value in cell.items():
+        if name not in SECTIONS:
+            raise unknown("section", str(name), SECTIONS, f"hardware={path}")
+        if name != "seconds" and not isinstance(value, dict | None):
+            raise InputError(f"hardware={path}: {name} must be values by name, not {value!r}")
+    return cell
+
+
+def arm_setup(driver: str, cell: Mapping[str, Any], options: Mapping[str, Any], speed: float = 1.0) -> ArmSetup:
+    """The arm of a cell. `options`: of the configuration: dry_run, limits and obstacles, which go before the cell's.
+
+    speed: share of its largest velocities and accelerations, in (0, 1].
+    """
+    settings = dict(cell.get("arm") or {})
+    if options.get("dry_run"):
+        settings["dry_run"] = True
+    limits = options.get("limits") or cell.get("limits")
+    obstacles = options.get("obstacles") or cell.get("obstacles")
+    return ArmSetup(driver=driver, settings=settings, limits=_slowed(limits, speed), obstacles=obstacles)
+
+
+def _slowed(limits: Mapping[str, Any] | None, speed: float) -> dict[str, Any] | None:
+    if not 0 < speed <= 1:
+        raise InputError(f"speed={speed} must lie in (0, 1]")
+    if limits is None:
+        return None
+    factors = dict.fromkeys(RATES, speed)
+    return {
+        name: [float(value) * factors[name] for value in values] if name in factors and values else values
+        for name, values in limits.items()
+    }
+
+
+def robot(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
+    """The robot that `options` name, with the file's settings. Raises `InputError` for one that does not start."""
+    cell = read_cell(options["hardware"])
+    cameras = {key: _camera(key, settings) for key, settings in (cell.get("cameras") or {}).items()}
+    for key, value in spec.observations.items():
+        if len(value.shape) == 3 and key not in cameras:
+            raise unknown("camera", key, cameras, f"hardware={options['hardware']}, and the policy needs it")
+    segments = Segments()
+    try:
+        made = ProcessRobot(
+            segments=segments,
+            arm=arm_setup(options["robot"], cell, options),
+            cameras=cameras,
+            control_rate=spec.control_rate,
+            max_steps=math.ceil(float(cell.get("seconds", 60.0)) * spec.control_rate),
+            derived={key: (source, _same) for key, source in (cell.get("observations") or {}).items()},
+        )
+    except BaseException:
+        segments.remove()
+        raise
+    states = [group.name for group in made.arm.state]
+    for source in (cell.get("observations") or {}).values():
+        if source not in states:
+            made.close()
+            raise unknown("state", str(source), states, f"observations of hardware={options['hardware']}")
+    return made
+
+
+def _camera(key: str, settings: Any) -> CameraSetup:
+    if not isinstance(settings, dict) or "driver" not in settings:
+        raise InputError(f"camera {key} names no driver: {{driver: usb, …}} or {{driver: realsense, …}}")
+    return CameraSetup(driver=settings["driver"], settings={k: v for k, v in settings.items() if k != "driver"})
+
+
+def _same(value: np.ndarray) -> np.ndarray:
+    return value
