@@ -76,7 +76,7 @@ def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Tri
         before = events.last(10)
         if before:
             return Trial(who, what, None, f"before anything was done: {text(before[0].values['why'])}")
-        pid = loop.pid if who == "loop" else _child(loop.pid, "camera_process")
+        pid = loop.pid if who == "loop" else child_of(loop.pid, "camera_process")
         moment = time.monotonic()
         os.kill(pid, SIGNALS[what])
         _until(lambda: any(text(event.values["kind"]) == "stop" for event in events.last(10)), 2)
@@ -114,7 +114,7 @@ def _folder(loop: subprocess.Popen[bytes]) -> Path:
     return found[0].parent
 
 
-def _child(pid: int, module: str) -> int:
+def child_of(pid: int, module: str) -> int:
     """The child of `pid` that runs `module`."""
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in path.read_text().split():

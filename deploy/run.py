@@ -29,6 +29,9 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.spec import PolicySpec
 
+ENDINGS = ("stop: ", "broken: ", "the arm's process")
+"""How the reasons begin for which a robot ends an episode by itself."""
+
 
 def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
     """Deploy what `configs/deploy.yaml` asks for; returns the exit code: 0, or 130 after Ctrl-C.
@@ -90,6 +93,9 @@ def _episodes(config: Mapping[str, Any], policy: DeployedPolicy, robot: Robot, l
         def record(step: StepRecord) -> None:
             log.write(step)
             advance(1)
+            for reason in step.interventions:
+                if reason.startswith(ENDINGS):
+                    print(f"seed {step.seed}, step {step.step}: {reason}", file=sys.stderr)
 
         for seed in range(config["seed"], config["seed"] + config["n_episodes"]):
             outcome = run_episode(

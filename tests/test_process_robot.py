@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
+from test_deploy import deploy, save_bundle
 
 from action_diffusion import envs
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
@@ -26,8 +29,10 @@ from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.protocols import ArmState, Group
 from action_diffusion.deploy.rings import RingReader, RingWriter, shared_folder
 from action_diffusion.deploy.robots import make
+from action_diffusion.deploy.run import run
 from action_diffusion.deploy.sim import PushTArm, PushTCamera
 from action_diffusion.errors import InputError
+from benchmarks.kills import child_of
 
 CAMERA = {"rate": 20.0, "latency": 0.0, "jitter": 0.0, "drop": 0.0, "die_after": 0.0}
 
@@ -220,6 +225,24 @@ def test_a_camera_that_cannot_be_is_refused_and_leaves_nothing(tmp_path):
     assert not list(shared_folder().glob(f"action-diffusion-{os.getpid()}-*"))
     with pytest.raises(InputError):
         PushTCamera(world=str(tmp_path), rate=0)
+
+
+def test_deploy_says_why_the_arm_stopped_and_keeps_the_log(tmp_path, capfd):
+    bundle = save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 300})
+
+    def kill() -> None:
+        os.kill(child_of(os.getpid(), "deploy.sim"), signal.SIGKILL)
+
+    timer = threading.Timer(4.0, kill)
+    timer.start()
+    try:
+        assert run(deploy(bundle, tmp_path / "out")) == 0
+    finally:
+        timer.cancel()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert 1 <= len(rows) < 100
+    assert "TimeoutError: the simulator is silent" in rows[-1]["interventions"][0]
+    assert f"step {len(rows) - 1}: broken: TimeoutError: the simulator is silent" in capfd.readouterr().err
 
 
 # What people did passes.
