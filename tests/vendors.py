@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import enum
 import sys
+import time
 import types
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -305,6 +308,99 @@ class pipeline:
         return WORLD.call("pipeline.stop")
 
 
+class VideoCapture:
+    """OpenCV's: see `test_vendors.test_opencvs_capture_is_like_the_stand_in`. WORLD.stamp is the kernel's (s)."""
+
+    def __init__(self, device: str | int, backend: int) -> None:
+        WORLD.call("VideoCapture", device, backend)
+        self._values: dict[int, float] = {}
+
+    def isOpened(self) -> bool:
+        return WORLD.call("isOpened", answer=True)
+
+    def set(self, name: int, value: float) -> bool:
+        self._values[name] = value
+        return WORLD.call("set", name, value, answer=True)
+
+    def get(self, name: int) -> float:
+        return 1e3 * WORLD.stamp if name == 0 else WORLD.answers.get("get", self._values.get(name, 0.0))
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        time.sleep(0.005)
+        return WORLD.call("read", answer=(True, np.full((480, 640, 3), (50, 100, 200), np.uint8)))  # BGR
+
+    def release(self) -> None:
+        return WORLD.call("release")
+
+
+class Motor:
+    model = "xl330-m288"
+
+
+class MotorsBus:
+    """lerobot's bus: of Dynamixel motors, as Koch has it."""
+
+    model_ctrl_table: ClassVar = {"xl330-m288": {"Bus_Watchdog": (98, 1)}}
+
+    def __init__(self) -> None:
+        self.motors = {"shoulder_pan": Motor(), "gripper": Motor()}
+
+    def connect(self, handshake: bool = True) -> None:
+        return WORLD.call("bus.connect", handshake)
+
+    def disconnect(self, disable_torque: bool = True) -> None:
+        return WORLD.call("bus.disconnect", disable_torque)
+
+    def write(self, data_name: str, motor: str, value: float, *, normalize: bool = True, num_retry: int = 0) -> None:
+        return WORLD.call("bus.write", data_name, motor, value)
+
+
+class RobotConfig:
+    """lerobot's base of configurations, with its registry (draccus' ChoiceRegistry)."""
+
+    known: ClassVar[dict[str, type]] = {}
+
+    @classmethod
+    def get_known_choices(cls) -> dict[str, type]:
+        return cls.known
+
+    @classmethod
+    def get_choice_class(cls, name: str) -> type:
+        return cls.known[name]
+
+
+@dataclass(kw_only=True)
+class KochFollowerConfig(RobotConfig):
+    port: str
+    id: str | None = None
+    calibration_dir: Path | None = None
+    disable_torque_on_disconnect: bool = True
+
+
+class Robot:
+    action_features: ClassVar = {"shoulder_pan.pos": float, "gripper.pos": float}
+
+    def __init__(self, config: RobotConfig) -> None:
+        WORLD.call("Robot", config)
+        self.bus = MotorsBus()
+
+    @property
+    def is_calibrated(self) -> bool:
+        return WORLD.call("is_calibrated", answer=True)
+
+    def connect(self, calibrate: bool = True) -> None:
+        return WORLD.call("connect", calibrate)
+
+    def get_observation(self) -> dict[str, float]:
+        return WORLD.call("get_observation", answer={"shoulder_pan.pos": 10.0, "gripper.pos": 50.0})
+
+    def send_action(self, action: dict[str, float]) -> dict[str, float]:
+        return WORLD.call("send_action", action, answer=action)
+
+    def disconnect(self) -> None:
+        return WORLD.call("disconnect")
+
+
 UR = {
     "rtde_control": [RTDEControlInterface],
     "rtde_receive": [RTDEReceiveInterface],
@@ -332,3 +428,22 @@ def install(monkeypatch: Any, modules: dict[str, list[type]]) -> World:
             setattr(module, given.__name__, given)
         monkeypatch.setitem(sys.modules, name, module)
     return WORLD
+
+
+def install_lerobot(monkeypatch: Any, folder: Path) -> World:
+    """lerobot with one robot, koch_follower, which registers when its package, koch_follower, is imported."""
+    world = install(monkeypatch, {"lerobot": [], "lerobot.robots": [RobotConfig]})
+    for name in ("koch_follower", "so_follower"):
+        (folder / name).mkdir()
+        text = "import sys; known = sys.modules['lerobot.robots'].RobotConfig.known\n"
+        text += "known['koch_follower'] = sys.modules['lerobot.robots'].KochFollowerConfig\n"
+        (folder / name / "__init__.py").write_text(
+            text if name == "koch_follower" else "import scservo_sdk_not_there\n"
+        )
+        monkeypatch.delitem(sys.modules, f"lerobot.robots.{name}", raising=False)
+    robots = sys.modules["lerobot.robots"]
+    monkeypatch.setattr(RobotConfig, "known", {})
+    robots.__path__ = [str(folder)]
+    robots.KochFollowerConfig = KochFollowerConfig  # type: ignore[attr-defined]
+    robots.make_robot_from_config = Robot  # type: ignore[attr-defined]
+    return world

@@ -19,6 +19,7 @@ import importlib
 import pkgutil
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,9 @@ class LeRobotArm:
             if name not in fields:
                 raise unknown("option", name, fields, "config")
         kept = {"disable_torque_on_disconnect": False} if "disable_torque_on_disconnect" in fields else {}
-        return chosen(**{**kept, **self._config})  # else a raised arm falls whenever a run ends
+        paths = {field.name for field in dataclasses.fields(chosen) if "Path" in str(field.type)}
+        given = {name: Path(value) if name in paths else value for name, value in self._config.items()}
+        return chosen(**{**kept, **given})  # else a raised arm falls whenever a run ends
 
     def _check_motors(self, robot: Any) -> None:
         actions = list(robot.action_features)
