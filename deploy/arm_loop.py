@@ -21,7 +21,7 @@ from action_diffusion.deploy.messages import EVENTS, MOST_WAYPOINTS, Message, te
 from action_diffusion.deploy.motion import Layout
 from action_diffusion.deploy.motion import Path as Waypoints
 from action_diffusion.deploy.obstacles import Obstacles
-from action_diffusion.deploy.processes import SILENCE
+from action_diffusion.deploy.processes import Watched
 from action_diffusion.deploy.protocols import Arm
 from action_diffusion.deploy.rings import Fields, Moment, RingReader, RingWriter
 from action_diffusion.deploy.shaper import SetpointCheck, Shaper
@@ -41,7 +41,7 @@ class ArmLoop:
         arm: connected.
         limits: the user's and the vendor's, in coordinates; complete.
         folder: where `commands` is, and where `state`, `setpoints` and `events` are made.
-        watch: moments that have to be marked all the time while the arm moves, by whose heartbeats they are.
+        watch: processes that have to be well while the arm moves, by their names.
         emergency: whoever marks it stops the arm; it does not begin again before it is cleared.
         ending: why the process is about to end, or None.
 
@@ -56,7 +56,7 @@ class ArmLoop:
         limits: Limits,
         folder: Path,
         obstacles: Obstacles | None = None,
-        watch: Mapping[str, Moment] | None = None,
+        watch: Mapping[str, Watched] | None = None,
         emergency: Moment | None = None,
         ending: Callable[[], str | None] = lambda: None,
     ) -> None:
@@ -184,9 +184,10 @@ class ArmLoop:
         if ending is not None:
             self._stop(ending, now)
             return
-        for name, moment in self._watch.items():
-            if now - moment.t > SILENCE:
-                self._stop(f"{name} is silent: no heartbeat for {1e3 * SILENCE:.0f} ms", now)
+        for name, watched in self._watch.items():
+            trouble = watched.trouble(now)
+            if trouble is not None:
+                self._stop(f"{name} {trouble}", now)
                 return
 
     def _stop(self, why: str, now: float) -> None:

@@ -4,9 +4,10 @@
                          └ refused              └ brakes before a limit     └ vendor's stop
     heartbeats, parent, emergency stop ─▶ controlled stop
 
-It begins a controlled stop when the loop's process dies (pidfd), when the loop or a camera falls silent for 75 ms
-(heartbeat), when anybody marks the emergency stop, when it is asked to, and when it is to end. A driver that raises
-gets the vendor's stop. Where this process itself dies, the robot's own watchdog must act: `Arm.watchdog`.
+It begins a controlled stop when the loop's process dies (pidfd), when the loop or a camera dies, is halted or hangs
+(its state in /proc, its heartbeat), when anybody marks the emergency stop, when it is asked to, and when it is to end.
+A driver that raises gets the vendor's stop. Where this process itself dies, the robot's own watchdog must act:
+`Arm.watchdog`.
 
 What it leaves in shared memory, for anybody to read: `state`, `setpoints` (both at the arm's rate), and `events`.
 """
@@ -29,7 +30,7 @@ from action_diffusion.deploy.arm_loop import ArmLoop, Phase
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.motion import Layout
 from action_diffusion.deploy.obstacles import Obstacles
-from action_diffusion.deploy.processes import Ending, report, serve
+from action_diffusion.deploy.processes import Ending, Watched, report, serve
 from action_diffusion.deploy.protocols import Arm, check_arm, make_arm
 from action_diffusion.deploy.rings import Moment
 from action_diffusion.errors import InputError
@@ -74,7 +75,7 @@ def run(
             limits=combined,
             obstacles=Obstacles.of(obstacles),
             folder=folder,
-            watch={watched: Moment(folder / f"{watched}.beat") for watched in watch},
+            watch={watched: Watched(folder / f"{watched}.beat") for watched in watch},
             emergency=Moment(folder / "emergency"),
             ending=lambda: _why(ending),
         )

@@ -81,7 +81,7 @@ class ProcessRobot:
         self._segments, self._scene, self._derived = segments, scene, derived or {}
         self.cameras: dict[str, Child] = {}
         self._frames: dict[str, RingReader] = {}
-        self._said: list[str] = []
+        self._explained = False
         self._arm: ArmLink | None = None
         try:
             names = {key: f"camera {key}" for key in cameras}
@@ -116,7 +116,7 @@ class ProcessRobot:
         self.arm.begin()
         if self._scene is not None:
             self._scene.run()
-        self._said = []
+        self._explained = False
 
     def observe(self, keys: Sequence[str], t: float) -> Observation:
         """States are interpolated, and float32; images are the frames nearest to the instant."""
@@ -156,10 +156,11 @@ class ProcessRobot:
 
     def events(self) -> list[str]:
         """What the arm's process did, and why."""
-        said = self.arm.events()
-        if not self.arm.child.alive and "the arm's process has died" not in self._said:
+        alive, said = self.arm.child.alive, self.arm.events()
+        self._explained = self._explained or any(reason.startswith("broken: ") for reason in said)
+        if not alive and not self._explained:
             said.append("the arm's process has died")
-        self._said += said
+            self._explained = True
         return said
 
     def stop(self) -> None:

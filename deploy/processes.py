@@ -24,8 +24,11 @@ from action_diffusion.errors import InputError
 
 BEAT = 0.01
 """Between two heartbeats (s)."""
-SILENCE = 0.075
-"""A process without a heartbeat for so long (s) counts as hanging. The arm's stop is to begin within 0.1 s."""
+SILENCE = 0.5
+"""A process that runs, but has no heartbeat for so long (s), counts as hanging. Less would stop arms for nothing: a
+thread of Python's keeps the others waiting for as long as its call takes, 0.1 s to start a process from a large one."""
+UNSEEN = 0.075
+"""The same where the system does not say whether a process runs at all; a stop is to begin within 0.1 s."""
 
 
 class Child:
@@ -127,15 +130,42 @@ class Ending:
         return self.asked or self.orphaned
 
 
+class Watched:
+    """A process with a `Heartbeat` at `path`, as the one sees it who needs it."""
+
+    def __init__(self, path: Path) -> None:
+        self._moment = Moment(path)
+        pid = int(path.with_suffix(".pid").read_text(encoding="utf-8"))
+        self._state: int | None = None
+        if Path("/proc/self/stat").exists():
+            self._state = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def trouble(self, now: float) -> str | None:
+        """What is wrong with it at `now` (monotonic s), or None. Dead and halted ones are seen at once."""
+        if self._state is not None:
+            try:
+                state = os.pread(self._state, 1024, 0).rpartition(b")")[2][1:2]
+            except ProcessLookupError:
+                state = b"X"
+            if state in b"XxZ":
+                return "has died"
+            if state in b"Tt":
+                return "is halted"
+        most = UNSEEN if self._state is None else SILENCE
+        return f"is silent: no heartbeat for {1e3 * most:.0f} ms" if now - self._moment.t > most else None
+
+
 class Heartbeat:
-    """Marks a moment every 10 ms from a thread, so that one who watches sees a process that hangs, or is halted.
+    """Marks a moment every 10 ms from a thread, so that one who watches (`Watched`) sees a process that hangs.
 
     The thread says nothing of the main one. Therefore a lease: the main thread says until when it is to be believed,
     at every step of its loop, and without a further word the heart stops then.
     """
 
     def __init__(self, path: Path, lease: float) -> None:
+        path.with_suffix(".pid").write_text(str(os.getpid()), encoding="utf-8")
         self._moment = Moment.create(path)
+        self._moment.mark()
         self._lease = lease
         self._ends = threading.Event()
         self.renew()

@@ -15,6 +15,7 @@ import pytest
 
 from action_diffusion.deploy.arm_link import ArmLink, ArmSetup
 from action_diffusion.deploy.arm_loop import Phase
+from action_diffusion.deploy.processes import SILENCE, Heartbeat, Watched
 from action_diffusion.deploy.protocols import Group, check_arm
 from action_diffusion.deploy.rings import Moment, RingReader, Segments
 from action_diffusion.deploy.sim import IdealArm
@@ -173,7 +174,7 @@ def test_when_the_loop_dies_or_hangs_the_stop_begins_within_100_ms(segments, sen
         wait_for(lambda: events.latest() is not None)
         assert events.latest().t - killed < 0.1
         why = events.latest().values["why"].item().decode()
-        assert ("died" in why or "silent" in why) if sent == signal.SIGKILL else "loop is silent" in why
+        assert ("died" in why) if sent == signal.SIGKILL else why == "loop is halted"
         wait_for(lambda: setpoints.latest().values["phase"] == Phase.STILL)
         rest = [record.values["command"][0] for record in setpoints.last(2)]
         assert abs(rest[1] - rest[0]) < 1e-5
@@ -239,3 +240,15 @@ def test_nonsense_moves_no_arm_beyond_its_limits(tmp_path):
     assert 100 < outcome.followed < 1400
     kinds = {reason.split(":")[0] for reason in outcome.reasons}
     assert {"refused", "stop"} <= kinds
+
+
+def test_a_process_that_runs_but_has_no_heartbeat_is_seen(tmp_path):
+    heart = Heartbeat(tmp_path / "loop.beat", lease=0.1)
+    watched = Watched(tmp_path / "loop.beat")
+    assert watched.trouble(time.monotonic()) is None
+    time.sleep(0.2)  # the main thread has not renewed its lease
+    assert watched.trouble(time.monotonic()) is None
+    assert watched.trouble(time.monotonic() + SILENCE) == "is silent: no heartbeat for 500 ms"
+    heart.renew()
+    wait_for(lambda: watched.trouble(time.monotonic() + SILENCE - 0.1) is None)
+    heart.end()
