@@ -22,7 +22,6 @@ import numpy as np
 import yaml
 
 from action_diffusion.deploy.arm_link import ArmSetup
-from action_diffusion.deploy.limits import RATES
 from action_diffusion.deploy.process_robot import CameraSetup, ProcessRobot
 from action_diffusion.deploy.rings import Segments
 from action_diffusion.errors import InputError, unknown
@@ -49,35 +48,30 @@ def read_cell(path: str | None) -> dict[str, Any]:
     return cell
 
 
-def arm_setup(driver: str, cell: Mapping[str, Any], options: Mapping[str, Any], speed: float = 1.0) -> ArmSetup:
-    """The arm of a cell. `options`: of the configuration: dry_run, limits and obstacles, which go before the cell's.
-
-    speed: share of its largest velocities and accelerations, in (0, 1].
-    """
+def arm_setup(driver: str, cell: Mapping[str, Any], options: Mapping[str, Any]) -> ArmSetup:
+    """The arm of a cell. `options`: of the configuration: dry_run, limits and obstacles, which go before the cell's."""
     settings = dict(cell.get("arm") or {})
     if options.get("dry_run"):
         settings["dry_run"] = True
-    limits = options.get("limits") or cell.get("limits")
-    obstacles = options.get("obstacles") or cell.get("obstacles")
-    return ArmSetup(driver=driver, settings=settings, limits=_slowed(limits, speed), obstacles=obstacles)
+    limits, obstacles = (options.get(name) or cell.get(name) for name in ("limits", "obstacles"))
+    return ArmSetup(driver=driver, settings=settings, limits=limits, obstacles=obstacles)
 
 
-def _slowed(limits: Mapping[str, Any] | None, speed: float) -> dict[str, Any] | None:
-    if not 0 < speed <= 1:
-        raise InputError(f"speed={speed} must lie in (0, 1]")
-    if limits is None:
-        return None
-    factors = dict.fromkeys(RATES, speed)
-    return {
-        name: [float(value) * factors[name] for value in values] if name in factors and values else values
-        for name, values in limits.items()
-    }
+def camera_setups(cell: Mapping[str, Any]) -> dict[str, CameraSetup]:
+    """The cameras of a cell, by key. Raises `InputError` for one without a driver."""
+    setups = {}
+    for key, settings in (cell.get("cameras") or {}).items():
+        if not isinstance(settings, dict) or "driver" not in settings:
+            raise InputError(f"camera {key} names no driver: {{driver: usb, …}} or {{driver: realsense, …}}")
+        rest = {name: value for name, value in settings.items() if name != "driver"}
+        setups[key] = CameraSetup(driver=settings["driver"], settings=rest)
+    return setups
 
 
 def robot(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
     """The robot that `options` name, with the file's settings. Raises `InputError` for one that does not start."""
     cell = read_cell(options["hardware"])
-    cameras = {key: _camera(key, settings) for key, settings in (cell.get("cameras") or {}).items()}
+    cameras = camera_setups(cell)
     for key, value in spec.observations.items():
         if len(value.shape) == 3 and key not in cameras:
             raise unknown("camera", key, cameras, f"hardware={options['hardware']}, and the policy needs it")
@@ -100,12 +94,6 @@ def robot(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
             made.close()
             raise unknown("state", str(source), states, f"observations of hardware={options['hardware']}")
     return made
-
-
-def _camera(key: str, settings: Any) -> CameraSetup:
-    if not isinstance(settings, dict) or "driver" not in settings:
-        raise InputError(f"camera {key} names no driver: {{driver: usb, …}} or {{driver: realsense, …}}")
-    return CameraSetup(driver=settings["driver"], settings={k: v for k, v in settings.items() if k != "driver"})
 
 
 def _same(value: np.ndarray) -> np.ndarray:

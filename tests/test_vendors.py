@@ -137,3 +137,13 @@ def test_opencvs_capture_is_like_the_stand_in(tmp_path):
         assert capture.release() is None
     for name in ("CAP_V4L2", "CAP_PROP_FOURCC", "CAP_PROP_FPS", "CAP_PROP_AUTO_EXPOSURE", "CAP_PROP_EXPOSURE"):
         assert isinstance(getattr(cv2, name), int)
+
+
+def test_the_comparison_sees_differences():
+    real = signatures("servoStop(self: rtde_control.RTDEControlInterface, a: float = 10.0) -> bool")
+    assert same(ours(vendors.RTDEControlInterface.servoStop), real[0])
+    for other in ("a: float", "b: float = 1.0", "a: int = 1", "a: float = 1.0, c: int = 0", ""):
+        comma = ", " if other else ""
+        changed = signatures(f"servoStop(self: rtde_control.RTDEControlInterface{comma}{other}) -> bool")
+        assert not same(ours(vendors.RTDEControlInterface.servoStop), changed[0])
+    assert not same(ours(vendors.RTDEControlInterface.servoStop), (real[0][0], "None"))
