@@ -4,6 +4,7 @@
     python -m action_diffusion.deploy.bringup robot=ur hardware=cell.yaml number=5 distance=0.1 speed=0.1
 
     dry_run     connect and look; nothing moves
+    seconds     how long to look, with the states once a second: move the arm by hand and pull cables
     number      which number of a command moves, from 0; without one, nothing does
     distance    how far, in its unit; to the other side where a limit is near
     speed       the largest velocity of the motion, as a share of the limit's, in (0, 1]
@@ -24,23 +25,16 @@ import numpy as np
 import yaml
 
 from action_diffusion.deploy.arm_link import ArmLink
+from action_diffusion.deploy.arm_loop import Phase
 from action_diffusion.deploy.hardware import arm_setup, camera_setups, read_cell
 from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.rings import RingReader, Segments
 from action_diffusion.errors import InputError, unknown
 
-OPTIONS: dict[str, Any] = {
-    "robot": "",
-    "hardware": "",
-    "dry_run": False,
-    "number": None,
-    "distance": 0.05,
-    "speed": 0.1,
-}
+OPTIONS: dict[str, Any] = {"robot": "", "hardware": "", "dry_run": False}
+OPTIONS |= {"seconds": 2.0, "number": None, "distance": 0.05, "speed": 0.1}
 STEP = 0.05
 """Between two waypoints (s)."""
-LOOK = 2.0
-"""How long states and frames are counted (s)."""
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -53,7 +47,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         options[name] = value if isinstance(OPTIONS[name], str) else yaml.safe_load(value)
     if not options["robot"]:
         raise InputError("robot=NAME is missing, such as robot=ur")
-    for name in ("distance", "speed"):
+    for name in ("seconds", "distance", "speed"):
         if not isinstance(options[name], int | float) or not options[name] > 0:
             raise InputError(f"{name}={options[name]} must be a number above 0")
     if not isinstance(options["dry_run"], bool) or not isinstance(options["number"], int | None):
@@ -63,30 +57,48 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def look(robot: ProcessRobot, segments: Segments) -> None:
-    """Print what the arm is, and how often it and its cameras say something, and how late."""
+def look(robot: ProcessRobot, segments: Segments, seconds: float) -> None:
+    """Print what the arm is and where, and how often it and its cameras say something, and how late.
+
+    Raises `InputError` when one of them is gone.
+    """
     arm = robot.arm
     print(f"when our process dies: {arm.watchdog}")
     print(f"setpoints at {arm.rate:g} Hz; the process runs with priority {arm.priority}")
     rings = {"arm": arm.states} | {key: RingReader(segments.path / f"camera {key}") for key in robot.cameras}
     times: dict[str, list[float]] = {name: [] for name in rings}
     ages: dict[str, list[float]] = {name: [] for name in rings}
-    end = time.monotonic() + LOOK
-    while time.monotonic() < end:
-        arm.renew()
+    start, shown = time.monotonic(), 0
+    while (now := time.monotonic()) < start + seconds:
         for name, ring in rings.items():
             record = ring.latest()
             if record is not None and record.t not in times[name][-1:]:
                 times[name].append(record.t)
-                ages[name].append(time.monotonic() - record.t)
+                ages[name].append(now - record.t)
+        if now - start >= shown:
+            _check_alive(robot)
+            _show(arm)
+            shown += 1
         time.sleep(0.002)
     for name in rings:
-        rate, age = len(times[name]) / LOOK, 1e3 * float(np.median(ages[name] or [np.nan]))
+        rate, age = len(times[name]) / seconds, 1e3 * float(np.median(ages[name] or [np.nan]))
         print(f"{name}: {rate:.0f} new per second, {age:.0f} ms old when they are seen")
+
+
+def _show(arm: ArmLink) -> None:
+    arm.renew()
     record = arm.states.latest()
     assert record is not None
-    for group in arm.state:
-        print(f"  {group.name} ({group.unit or 'no unit'}): {np.round(record.values[group.name], 4).tolist()}")
+    groups = (f"{group.name} {record.values[group.name].round(3).tolist()} {group.unit}" for group in arm.state)
+    print("; ".join(groups))
+
+
+def _check_alive(robot: ProcessRobot) -> None:
+    for key, child in robot.cameras.items():
+        if not child.alive:
+            raise InputError(f"camera {key}: its process has ended, because of what it says above")
+    if robot.arm.phase is Phase.BROKEN:
+        raise InputError(f"the arm: {'; '.join(robot.arm.events()) or 'its process has ended'}")
 
 
 def motion(arm: ArmLink, number: int, distance: float, speed: float) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +162,7 @@ def run(options: dict[str, Any]) -> int:
     segments = Segments()
     robot = ProcessRobot(segments=segments, arm=setup, cameras=cameras, control_rate=1 / STEP, max_steps=1)
     try:
-        look(robot, segments)
+        look(robot, segments, float(options["seconds"]))
         number = options["number"]
         if number is None:
             print("nothing was asked to move: number=N moves that number of a command")

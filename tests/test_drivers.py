@@ -68,12 +68,12 @@ def test_ur_arms_its_watchdog_before_anything_else_and_then_servos(ur):
     arm = UrArm(**UR, rate=125, watchdog_time=0.08)
     check_arm(arm)
     arm.connect()
-    assert ("setWatchdog", (12.5,)) in ur.told
-    assert "servoJ" not in ur.names()
+    assert not {"setWatchdog", "servoJ"} & set(ur.names())  # a watchdog that is set has to be fed at once
     state = arm.read()
     assert state.values["joints"].tolist() == [0.1, -1.2, 1.3, -1.4, -1.5, 0.6]
     assert {group.name: group.size for group in arm.state} == {k: len(v) for k, v in state.values.items()}
     arm.send(state.values["joints"])
+    assert ur.told[-2] == ("setWatchdog", (12.5,))
     assert ur.told[-1] == ("servoJ", ([0.1, -1.2, 1.3, -1.4, -1.5, 0.6], 0.0, 0.0, 0.008, 0.1, 300.0))
     arm.stop()
     arm.close()
@@ -111,7 +111,6 @@ def test_a_dry_run_of_ur_feeds_the_watchdog_and_moves_nothing(ur):
 @pytest.mark.parametrize(
     ("answer", "value", "message"),
     [
-        ("setWatchdog", False, "does not take the RTDE watchdog"),
         ("getRobotMode", 5, "robot mode 5"),
         ("isEmergencyStopped", True, "emergency stop"),
         ("isProtectiveStopped", True, "protective stop"),
@@ -124,6 +123,20 @@ def test_ur_refuses_to_start_and_lets_go(ur, answer, value, message):
     with pytest.raises(InputError, match=rf"UR at 10\.0\.0\.2: .*{message}"):
         UrArm(**UR).connect()
     assert ur.names()[-1] == "receive.disconnect"
+
+
+def test_ur_moves_under_a_watchdog_or_not_at_all(ur):
+    ur.answers["setWatchdog"] = False
+    arm = UrArm(**UR)
+    arm.connect()
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="does not take the RTDE watchdog"):
+            arm.send(arm.read().values["joints"])
+    ur.answers["setWatchdog"] = True
+    for _ in range(3):
+        arm.send(arm.read().values["joints"])
+    assert ur.names().count("setWatchdog") == 3
+    assert ur.names().count("servoJ") == 3
 
 
 def test_ur_does_not_go_on_without_a_program_a_state_or_in_time(ur, monkeypatch):
@@ -249,13 +262,15 @@ def test_lerobot_sets_the_motors_watchdog_and_clears_it(koch):
     arm = LeRobotArm(**KOCH, bus_watchdog=0.1)
     arm.connect()
     assert ("connect", (False,)) in koch.told  # no questions about calibration in the arm's process
-    watchdogs = [arguments for name, arguments in koch.told if name == "bus.write"]
-    assert watchdogs == [("Bus_Watchdog", name, ticks) for ticks in (0, 5) for name in KOCH["motors"]]
+    assert [told for told in koch.told if told[0] == "bus.write"] == [
+        ("bus.write", ("Bus_Watchdog", name, 0)) for name in KOCH["motors"]
+    ]
     config = next(arguments[0] for name, arguments in koch.told if name == "Robot")
     assert config.disable_torque_on_disconnect is False
     assert str(config.calibration_dir) == "cal"
     assert not isinstance(config.calibration_dir, str)
     arm.send(np.array([12.0, 34.0]))
+    assert koch.told[-3:-1] == [("bus.write", ("Bus_Watchdog", name, 5)) for name in KOCH["motors"]]
     assert koch.told[-1] == ("send_action", ({"shoulder_pan.pos": 12.0, "gripper.pos": 34.0},))
     arm.stop()
     assert koch.told[-1] == ("send_action", ({"shoulder_pan.pos": 10.0, "gripper.pos": 50.0},))

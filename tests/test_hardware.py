@@ -36,6 +36,17 @@ class StillArm(IdealArm):
         numbers(setpoint.tolist(), 3, "a setpoint")
 
 
+class BreakingArm(StillArm):
+    """Is gone after half a second."""
+
+    sent = 0
+
+    def send(self, setpoint: np.ndarray) -> None:
+        self.sent += 1
+        if self.sent > 100:
+            raise ConnectionError("the cable is out")
+
+
 class GreyCamera:
     """As many frames as are asked for."""
 
@@ -133,10 +144,11 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_first_motion_goes_there_and_back(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bringup, "LOOK", 0.3)
+def test_the_first_motion_goes_there_and_back(tmp_path, capsys):
     path = write(tmp_path, cameras={"front": {"driver": "test_hardware:GreyCamera", "size": 24}})
-    assert bringup.main(["robot=ideal", f"hardware={path}", "number=1", "distance=0.2", "speed=0.5"]) == 0
+    assert (
+        bringup.main(["robot=ideal", f"hardware={path}", "number=1", "distance=0.2", "speed=0.5", "seconds=0.3"]) == 0
+    )
     said = capsys.readouterr().out
     assert "when our process dies: it has no motors" in said
     assert "front: " in said
@@ -147,13 +159,18 @@ def test_the_first_motion_goes_there_and_back(tmp_path, capsys, monkeypatch):
     assert went == pytest.approx(told, abs=0.01)
 
 
-def test_an_arm_that_does_not_follow_is_seen_and_in_a_dry_run_expected(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bringup, "LOOK", 0.1)
+def test_an_arm_that_does_not_follow_is_seen_and_in_a_dry_run_expected(tmp_path, capsys):
     path = write(tmp_path, arm={})
-    words = ["robot=test_hardware:StillArm", f"hardware={path}", "number=0", "distance=0.05", "speed=1"]
+    words = ["robot=test_hardware:StillArm", f"hardware={path}", "number=0", "distance=0.05", "speed=1", "seconds=0.1"]
     assert bringup.main(words) == 1
     assert bringup.main([*words, "dry_run=true"]) == 0
     assert "went 0.0000" in capsys.readouterr().out
+
+
+def test_an_arm_that_breaks_while_it_is_looked_at_is_named(tmp_path, capsys):
+    path = write(tmp_path, arm={})
+    assert bringup.main(["robot=test_hardware:BreakingArm", f"hardware={path}", "seconds=9"]) == 2
+    assert "the cable is out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -172,10 +189,9 @@ def test_bad_options_are_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_number_that_cannot_move_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bringup, "LOOK", 0.05)
+def test_a_number_that_cannot_move_is_refused(tmp_path, capsys):
     path = write(tmp_path)
-    assert bringup.main(["robot=ideal", f"hardware={path}", "number=2"]) == 2
+    assert bringup.main(["robot=ideal", f"hardware={path}", "number=2", "seconds=0.05"]) == 2
     assert "those are [0, 1]" in capsys.readouterr().err
-    assert bringup.main(["robot=ideal", f"hardware={path}", "number=0", "distance=3"]) == 2
+    assert bringup.main(["robot=ideal", f"hardware={path}", "number=0", "distance=3", "seconds=0.05"]) == 2
     assert "no room" in capsys.readouterr().err

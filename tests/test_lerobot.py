@@ -60,6 +60,7 @@ def test_dynamixels_get_their_watchdog_last_and_are_cleared_first(found):
     written = [line for line in done if "Bus_Watchdog" in line]
     assert written == [f"write ['Bus_Watchdog', '{name}', {ticks}]" for ticks in (0, 5, 0) for name in SIX]
     assert done.index("enable_torque") < done.index(written[0])
+    assert done.index("connected") < done.index(written[len(SIX)]) < done.index("sync_write")
 
 
 def test_a_dry_run_switches_no_torque_and_writes_no_goal(found):

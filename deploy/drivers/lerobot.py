@@ -81,7 +81,7 @@ class LeRobotArm:
         self.command = (Group(name="joints", size=len(motors), kind="linear", unit="lerobot's: degrees or percent"),)
         self.state = self.command
         self._type, self._config, self._motors = type, dict(config), [f"{name}.pos" for name in motors]
-        self._ticks, self._dry_run = round(bus_watchdog / TICK), dry_run
+        self._ticks, self._dry_run, self._watched = round(bus_watchdog / TICK), dry_run, False
         self._robot: Any = None
 
     def connect(self) -> None:
@@ -137,8 +137,6 @@ class LeRobotArm:
         if self._ticks:
             self._check_watchdog(bus)
             self._write_watchdog(bus, 0)  # which also clears one that has struck
-            if not self._dry_run:
-                self._write_watchdog(bus, self._ticks)
 
     def _check_watchdog(self, bus: Any) -> None:
         tables = getattr(bus, "model_ctrl_table", None)
@@ -157,8 +155,12 @@ class LeRobotArm:
         return ArmState(t, {"joints": numbers(values, len(values), "lerobot's positions")})
 
     def send(self, setpoint: np.ndarray) -> None:
-        if not self._dry_run:
-            self._robot.send_action(dict(zip(self._motors, setpoint.tolist(), strict=True)))
+        if self._dry_run:
+            return
+        if self._ticks and not self._watched:  # not earlier: from now on motors want to hear something all the time
+            self._write_watchdog(self._robot.bus, self._ticks)
+            self._watched = True
+        self._robot.send_action(dict(zip(self._motors, setpoint.tolist(), strict=True)))
 
     def stop(self) -> None:
         """Hold where the arm is: these motors have nothing better."""

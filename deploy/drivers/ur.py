@@ -108,7 +108,7 @@ class UrArm:
         self._receive: Any = None
         self._control: Any = None
         self._io: Any = None
-        self._closed = 0.0
+        self._closed, self._watched = 0.0, False
         self._clock, self._stamp, self._seen = RemoteClock(), -1.0, 0.0
 
     def connect(self) -> None:
@@ -120,8 +120,6 @@ class UrArm:
                 raise InputError(f"the arm is not running (robot mode {mode}): switch it on and release its brakes")
             self._check_stopped()
             self._control = control.RTDEControlInterface(self._host)
-            if not self._control.setWatchdog(1 / self._watchdog_time):
-                raise InputError("the controller does not take the RTDE watchdog, and nothing else would stop the arm")
             if self._output is not None:
                 self._io = library("rtde_io", "ur").RTDEIOInterface(self._host)
                 self._grip(self._closed)
@@ -175,6 +173,8 @@ class UrArm:
         A library that has lost its connection makes a new one, with a new program that has no watchdog: whatever took
         longer than the watchdog waits is therefore the end.
         """
+        if not self._watched:  # not earlier: from now on a setpoint has to come in each of its periods
+            self._watch()
         began = time.monotonic()
         if self._dry_run:
             taken = self._control.kickWatchdog()
@@ -187,6 +187,12 @@ class UrArm:
             raise TimeoutError(f"a setpoint took {time.monotonic() - began:.2f} s to send")
         if self._output is not None and (setpoint[6] > 0.5) != (self._closed > 0.5):
             self._grip(float(setpoint[6] > 0.5))
+
+    def _watch(self) -> None:
+        """Before the first setpoint, so that the arm has not moved where the controller refuses."""
+        self._watched = self._control.setWatchdog(1 / self._watchdog_time)
+        if not self._watched:
+            raise ConnectionError("the controller does not take the RTDE watchdog, and nothing else would stop the arm")
 
     def _grip(self, closed: float) -> None:
         if not self._dry_run and not self._io.setToolDigitalOut(self._output, closed > 0.5):
