@@ -96,7 +96,8 @@ def _show(arm: ArmLink) -> None:
 def _check_alive(robot: ProcessRobot) -> None:
     for key, child in robot.cameras.items():
         if not child.alive:
-            raise InputError(f"camera {key}: its process has ended, because of what it says above")
+            child.wait_ready()  # raises what it has said
+            raise InputError(f"camera {key}: its process has died")
     if robot.arm.phase is Phase.BROKEN:
         raise InputError(f"the arm: {'; '.join(robot.arm.events()) or 'its process has ended'}")
 

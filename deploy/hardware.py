@@ -5,7 +5,7 @@
     obstacles: {table: 0.0}                           optional
     cameras:                                          one for each image that the policy sees, by its key
       front: {driver: usb, device: /dev/video0, image_size: [96, 96]}
-    observations: {state: joints}                     optional: keys of the policy → names of states
+    observations: {state: [joints, gripper]}          optional: keys of the policy → states, one after the other
     seconds: 60.0                                     optional: of an episode
 
 docs/bringup.md shows a whole one.
@@ -14,7 +14,7 @@ docs/bringup.md shows a whole one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import yaml
 from action_diffusion.deploy.arm_link import ArmSetup
 from action_diffusion.deploy.process_robot import CameraSetup, ProcessRobot
 from action_diffusion.deploy.rings import Segments
+from action_diffusion.deploy.robots import Observation
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec
 
@@ -68,33 +69,53 @@ def camera_setups(cell: Mapping[str, Any]) -> dict[str, CameraSetup]:
     return setups
 
 
-def robot(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
+class CellRobot(ProcessRobot):
+    """A `ProcessRobot` whose observations may be several states, one after the other.
+
+    joined: the observation's key → names of states. Raises `InputError` for a state that the arm does not have.
+    """
+
+    def __init__(self, *, joined: Mapping[str, Sequence[str]], **parts: Any) -> None:
+        super().__init__(**parts)
+        self._joined = joined
+        states = [group.name for group in self.arm.state]
+        for key, sources in joined.items():
+            for source in sources:
+                if source not in states:
+                    self.close()
+                    raise unknown("state", str(source), states, f"observations.{key} of the hardware's file")
+
+    def observe(self, keys: Sequence[str], t: float) -> Observation:
+        """See `ProcessRobot`: all of one instant."""
+        needed = [source for key in keys for source in self._joined.get(key, [key])]
+        seen = super().observe(list(dict.fromkeys(needed)), t)
+        values = {
+            key: np.concatenate([seen.values[source] for source in self._joined[key]])
+            if key in self._joined
+            else seen.values[key]
+            for key in keys
+        }
+        return Observation(seen.t, values)
+
+
+def robot(spec: PolicySpec, options: Mapping[str, Any]) -> CellRobot:
     """The robot that `options` name, with the file's settings. Raises `InputError` for one that does not start."""
     cell = read_cell(options["hardware"])
     cameras = camera_setups(cell)
     for key, value in spec.observations.items():
         if len(value.shape) == 3 and key not in cameras:
             raise unknown("camera", key, cameras, f"hardware={options['hardware']}, and the policy needs it")
+    given = cell.get("observations") or {}
     segments = Segments()
     try:
-        made = ProcessRobot(
+        return CellRobot(
             segments=segments,
             arm=arm_setup(options["robot"], cell, options),
             cameras=cameras,
             control_rate=spec.control_rate,
             max_steps=math.ceil(float(cell.get("seconds", 60.0)) * spec.control_rate),
-            derived={key: (source, _same) for key, source in (cell.get("observations") or {}).items()},
+            joined={key: [states] if isinstance(states, str) else list(states) for key, states in given.items()},
         )
     except BaseException:
         segments.remove()
         raise
-    states = [group.name for group in made.arm.state]
-    for source in (cell.get("observations") or {}).values():
-        if source not in states:
-            made.close()
-            raise unknown("state", str(source), states, f"observations of hardware={options['hardware']}")
-    return made
-
-
-def _same(value: np.ndarray) -> np.ndarray:
-    return value

@@ -23,7 +23,7 @@ from action_diffusion.errors import InputError
 
 LIMITS = {"low": [-1.0] * 3, "high": [1.0] * 3, "max_step": [1.0] * 3}
 LIMITS |= {"velocity": [2.0] * 3, "acceleration": [10.0] * 3, "jerk": [200.0] * 3}
-CELL = {"arm": {"n_joints": 2}, "limits": LIMITS, "observations": {"state": "joints"}, "seconds": 3.0}
+CELL = {"arm": {"n_joints": 2}, "limits": LIMITS, "observations": {"state": ["joints", "gripper"]}, "seconds": 3.0}
 
 
 class StillArm(IdealArm):
@@ -48,15 +48,18 @@ class BreakingArm(StillArm):
 
 
 class GreyCamera:
-    """As many frames as are asked for."""
+    """So many frames, and no more."""
 
-    def __init__(self, *, size: int) -> None:
-        self.shape, self.rate = (size, size, 3), 50.0
+    def __init__(self, *, size: int, frames: int = 10**9) -> None:
+        self.shape, self.rate, self._left = (size, size, 3), 50.0, frames
 
     def connect(self) -> None:
         pass
 
     def read(self) -> Frame:
+        self._left -= 1
+        if self._left < 0:
+            raise InputError("somebody pulled the cable")
         time.sleep(1 / self.rate)
         return Frame(time.monotonic(), np.full(self.shape, 128, np.uint8))
 
@@ -87,7 +90,8 @@ def test_a_file_becomes_an_arm_and_a_camera(tmp_path):
         assert (robot.max_steps, robot.control_rate) == (30, 10.0)
         time.sleep(0.2)
         seen = robot.observe(["state", "front", "gripper"], time.monotonic())
-        assert seen.values["state"].tolist() == [0.0, 0.0]
+        assert list(seen.values) == ["state", "front", "gripper"]
+        assert seen.values["state"].tolist() == [0.0, 0.0, 0.0]
         assert seen.values["front"].shape == (24, 24, 3)
     finally:
         robot.close()
@@ -99,7 +103,7 @@ def test_the_guides_cell_is_complete(tmp_path):
     cell = hardware.read_cell(str(tmp_path / "cell.yaml"))
     arm = make_arm("ur", **cell["arm"])
     Layout(arm.command).check_limits(Limits.of(cell["limits"]).within(arm.limits))
-    assert {group.name for group in arm.state} >= set(cell["observations"].values())
+    assert {group.name for group in arm.state} >= set(cell["observations"]["state"])
     for setup in hardware.camera_setups(cell).values():
         assert make_camera(setup.driver, **setup.settings).shape == (96, 96, 3)
 
@@ -146,9 +150,8 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path):
 
 def test_the_first_motion_goes_there_and_back(tmp_path, capsys):
     path = write(tmp_path, cameras={"front": {"driver": "test_hardware:GreyCamera", "size": 24}})
-    assert (
-        bringup.main(["robot=ideal", f"hardware={path}", "number=1", "distance=0.2", "speed=0.5", "seconds=0.3"]) == 0
-    )
+    words = ["robot=ideal", f"hardware={path}", "number=1", "distance=0.2", "speed=0.5", "seconds=0.3"]
+    assert bringup.main(words) == 0
     said = capsys.readouterr().out
     assert "when our process dies: it has no motors" in said
     assert "front: " in said
@@ -171,6 +174,12 @@ def test_an_arm_that_breaks_while_it_is_looked_at_is_named(tmp_path, capsys):
     path = write(tmp_path, arm={})
     assert bringup.main(["robot=test_hardware:BreakingArm", f"hardware={path}", "seconds=9"]) == 2
     assert "the cable is out" in capsys.readouterr().err
+
+
+def test_a_camera_that_falls_silent_is_named(tmp_path, capsys):
+    cameras = {"front": {"driver": "test_hardware:GreyCamera", "size": 24, "frames": 20}}
+    assert bringup.main(["robot=ideal", f"hardware={write(tmp_path, cameras=cameras)}", "seconds=9"]) == 2
+    assert "camera front: somebody pulled the cable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -103,12 +103,12 @@ class UsbCamera:
                 self._arrived.notify()
 
     def read(self) -> Frame:
-        """The next frame. Raises `TimeoutError` where none came for two periods, `ConnectionError` where none will."""
+        """The next frame. Raises `TimeoutError` where none came for two periods, `InputError` where none will."""
         with self._arrived:
             self._arrived.wait_for(lambda: self._newest is not None or self._failed != "", timeout=2 / self.rate)
             newest, self._newest = self._newest, None
             if newest is None and self._failed:
-                raise ConnectionError(f"camera usb: {self._device}: {self._failed}")
+                raise InputError(f"camera usb: {self._device}: {self._failed}")
         if newest is None:
             raise TimeoutError(f"no frame for {2 / self.rate:g} s")
         stamp, image = newest
