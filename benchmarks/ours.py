@@ -29,7 +29,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy import normalizer
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
-from action_diffusion.policy.inference import accelerate
+from action_diffusion.policy.inference import accelerate, choose_threads
 from action_diffusion.policy.packing import check_precision
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
@@ -103,7 +103,7 @@ class Chunk(Work):
         self._policy = build(settings, folder, weights=settings.get("activation", "mish") == "mish")
         precision = offered(settings["precisions"], self._policy.device)
         accelerate(self._policy, precision=precision)
-        self.note = f"precision={precision}"
+        self.note = f"precision={precision}, threads: {choose_threads(self._policy)}"
         self._obs, given = load_inputs(self._policy, folder)
         self._noise = given["noise"]
         self._arrays = {key: value.numpy() for key, value in self._obs.items()}

@@ -18,7 +18,7 @@ from action_diffusion.deploy.access import read_token
 from action_diffusion.deploy.server import PolicyServer
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.inference import OPTIONS
+from action_diffusion.policy.inference import OPTIONS, choose_threads
 from action_diffusion.policy.policy import DiffusionPolicy
 
 LINE_SECONDS = 60.0
@@ -89,7 +89,7 @@ async def _serve(config: Mapping[str, Any], policy: DiffusionPolicy, token: str 
         answered=statistics.answered,
         turned_down=statistics.turned_down,
     )
-    _warm_up(policy)
+    choose_threads(policy)  # before anyone waits
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
 
     def ready(port: int) -> None:
@@ -118,14 +118,6 @@ async def _report(statistics: Statistics, server: PolicyServer) -> None:
                 print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
                 statistics.reset()
                 began = time.monotonic()
-
-
-def _warm_up(policy: DiffusionPolicy) -> None:
-    """The first prediction also allocates memory and picks kernels: have that behind us before anyone waits."""
-    spec = policy.spec
-    policy.predict(
-        {key: np.zeros((spec.n_obs_steps, *value.shape), value.dtype) for key, value in spec.observations.items()}
-    )
 
 
 def _once_each(say: Callable[[str], None]) -> Callable[[str], None]:

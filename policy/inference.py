@@ -12,10 +12,13 @@ precision asked for when the weights are frozen (`policy.requires_grad_(False)`)
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +60,33 @@ def accelerate(
     if run != denoiser.run:
         _try(run, policy, f"compile={str(compile).lower()} cuda_graph={str(cuda_graph).lower()}")
         denoiser.prepared = run
+
+
+def choose_threads(policy: DiffusionPolicy, *, rounds: int = 5) -> int:
+    """Predict with one of torch's threads or with all of them, whichever is faster here; returns how many.
+
+    The first prediction, which allocates memory and picks kernels, is made here too.
+    A small network at batch 1 is hundreds of short operations, and handing them to a second core and waiting for it can
+    take longer than doing them. All threads have to save a tenth: they also suffer more from other programs. On a
+    device other than the CPU nothing changes. For the process: threads that have computed before keep their number.
+    """
+    spec, most = policy.spec, torch.get_num_threads()
+    obs = {key: np.zeros((spec.n_obs_steps, *value.shape), value.dtype) for key, value in spec.observations.items()}
+    policy.predict(obs)
+    if policy.device.type != "cpu" or most == 1:
+        return most
+    seconds: dict[int, list[float]] = {1: [], most: []}
+    for _ in range(rounds):
+        for threads, times in seconds.items():
+            torch.set_num_threads(threads)  # which also forgets kernels that were set up
+            policy.predict(obs)
+            began = time.perf_counter()
+            policy.predict(obs)
+            times.append(time.perf_counter() - began)
+    alone, together = (statistics.median(times) for times in seconds.values())
+    chosen = most if together < 0.9 * alone else 1
+    torch.set_num_threads(chosen)
+    return chosen
 
 
 def _try(run: Denoise, policy: DiffusionPolicy, options: str) -> None:

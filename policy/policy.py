@@ -247,7 +247,9 @@ class DiffusionPolicy(nn.Module):
             value = np.ascontiguousarray(obs[key] if batched else np.asarray(obs[key])[None])
             tensors[key] = torch.from_numpy(value).to(self.device)
         start = None if noise is None else torch.from_numpy(np.asarray(noise, np.float32)).to(self.device)
-        with torch.no_grad():
+        # Nothing here is differentiated later, which inference mode makes use of: a tenth of a small network's step.
+        quick = not any(hook.needs_gradient for hook in hooks)
+        with torch.inference_mode() if quick else torch.no_grad():
             sample = self.sample(
                 tensors, noise=start, noise_generator=noise_generator, generator=generator, hooks=hooks
             )

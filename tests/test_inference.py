@@ -16,7 +16,7 @@ from action_diffusion.policy import packing
 from action_diffusion.policy.conv import Conv1d, Double, Halve
 from action_diffusion.policy.denoiser import ConditionalUnet1d
 from action_diffusion.policy.encoder import ObservationEncoder
-from action_diffusion.policy.inference import CudaGraph, accelerate
+from action_diffusion.policy.inference import CudaGraph, accelerate, choose_threads
 from action_diffusion.policy.packing import SMALL, Conv2d, Linear, check_precision
 from action_diffusion.policy.sampler import Hook
 
@@ -311,3 +311,24 @@ def test_a_captured_function_takes_new_inputs_and_shapes():
             torch.testing.assert_close(first, layer(x))
             captured(x + 1)
             torch.testing.assert_close(first, layer(x))  # not overwritten by the next call
+
+
+@pytest.mark.parametrize(("alone", "together", "chosen"), [(1.0, 0.5, 4), (1.0, 0.95, 1), (1.0, 3.0, 1)])
+def test_a_second_thread_is_used_where_it_helps(policy, monkeypatch, alone, together, chosen):
+    seconds = {1: alone, 4: together}
+    now = 0.0
+
+    def predict(obs):
+        nonlocal now
+        assert obs["state"].shape == (2, 5)
+        now += seconds[torch.get_num_threads()]
+
+    monkeypatch.setattr(policy, "predict", predict)
+    monkeypatch.setattr("action_diffusion.policy.inference.time.perf_counter", lambda: now)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert choose_threads(policy) == chosen
+        assert torch.get_num_threads() == chosen
+    finally:
+        torch.set_num_threads(before)
