@@ -24,7 +24,7 @@ from action_diffusion.datasets.files import atomic_path, sync, writing
 from action_diffusion.datasets.store import Column, ZarrColumn, array_at, open_zarr, reading, write_zarr
 from action_diffusion.errors import InputError
 
-_APPENDING = "appending"  # attribute of meta/ while there may be rows that episode_ends does not count yet
+APPENDING = "appending"  # attribute of meta/ while there may be rows that episode_ends does not count yet
 
 
 class ReplayBuffer:
@@ -59,7 +59,7 @@ class ReplayBuffer:
         where = str(path)
         with reading(f"{where}: meta/episode_ends"):
             ends = np.asarray(array_at(group, "meta/episode_ends", where)[:])
-            interrupted = _APPENDING in group["meta"].attrs
+            interrupted = APPENDING in group["meta"].attrs
             if interrupted:  # it may have grown without its new value being written
                 ends = np.trim_zeros(ends, "b")
             ends = check_episode_ends(ends, where)
@@ -204,7 +204,7 @@ class ReplayBuffer:
         with zarr.config.set({"array.write_empty_chunks": True}):
             group = zarr.open_group(store, mode="r+", use_consolidated=False)
             meta = group["meta"]
-            meta.attrs[_APPENDING] = True
+            meta.attrs[APPENDING] = True
             for key, values in rows.items():
                 array = array_at(group, f"data/{key}", str(path))
                 array.resize((self.n_steps, *array.shape[1:]))  # cuts off what an interrupted append left
@@ -215,7 +215,7 @@ class ReplayBuffer:
             counted.resize(ends.shape)
             counted[:] = ends
             sync(path / "meta")
-            del meta.attrs[_APPENDING]
+            del meta.attrs[APPENDING]
 
     def drop(self, indices: Sequence[int] | np.ndarray) -> None:
         """Remove episodes. On disk the file is written anew and takes the old one's place.

@@ -175,7 +175,7 @@ def write_zarr(path: Path, columns: Mapping[str, Column], episode_ends: np.ndarr
     total = sum(column.shape[0] * row_bytes(column) for column in columns.values())
     with closing(store), progress("writing the buffer", total) as advance:
         for key, column in columns.items():
-            array = _create(data, key, column.shape, column.dtype)
+            array = create_array(data, key, column.shape, column.dtype)
             # whole chunks, because an entry of a zip can be written only once
             rows = array.chunks[0] * max(1, READ_BYTES // (array.chunks[0] * row_bytes(column)))
             for first in range(0, column.shape[0], rows):
@@ -183,11 +183,14 @@ def write_zarr(path: Path, columns: Mapping[str, Column], episode_ends: np.ndarr
                 array[first : first + rows] = values
                 advance(values.nbytes)
         ends = np.asarray(episode_ends, np.int64)
-        _create(root.create_group("meta"), "episode_ends", ends.shape, ends.dtype)[:] = ends
+        create_array(root.create_group("meta"), "episode_ends", ends.shape, ends.dtype)[:] = ends
 
 
-def _create(group: zarr.Group, key: str, shape: tuple[int, ...], dtype: np.dtype) -> zarr.Array:
-    rows = max(1, CHUNK_BYTES // max(1, math.prod(shape[1:]) * dtype.itemsize))
+def create_array(
+    group: zarr.Group, key: str, shape: tuple[int, ...], dtype: np.dtype, chunk_bytes: int = CHUNK_BYTES
+) -> zarr.Array:
+    """An array of ours at `key`, one row a step, in chunks of about `chunk_bytes`."""
+    rows = max(1, chunk_bytes // max(1, math.prod(shape[1:]) * dtype.itemsize))
     return group.create_array(
         key,
         shape=shape,
