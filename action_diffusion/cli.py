@@ -80,6 +80,7 @@ action-diffusion deploy bundle=DIR|server=URL [name=value …]     run a bundle 
 
   action-diffusion deploy bundle=outputs/a/bundle robot=sim_pusht
   action-diffusion deploy server=ws://HOST:8000 scheduling=rtc        another machine thinks: action-diffusion serve
+  action-diffusion deploy replay=DIR [bundle=…] [scheduling=…]        a recorded run once more, offline: docs/deploy.md
 
 Options
   server_timeout=5              seconds; where no answer comes the robot holds, and the loop connects again
@@ -89,7 +90,11 @@ Options
   limits=…  obstacles=…         of the arm, beside its vendor's
   simulated.latency=0  simulated.camera.rate=20  …      how slow and unreliable a simulated robot is
   n_episodes=1  seed=100000     the starts: seed, seed + 1, …
-  output_dir=DIR                where log.jsonl (a line a step) and latency.json go
+  output_dir=DIR                where log.jsonl (a line a step), record.zarr and latency.json go
+  page=true|PORT|false          the operator's page, on this machine; by default where the extra [page] is installed
+  page_host=…  page_token_file=PATH     let other machines in, with a token
+  wait=true                     episodes begin when somebody presses Start on the page
+  record=false                  no record.zarr
   safety.margin=0.1             how far a command may leave what was demonstrated, as a share of its range
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
   precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster
@@ -239,6 +244,10 @@ def _deploy(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("deploy", overrides, config_dir)
+    if config["replay"] is not None:
+        from action_diffusion.deploy import replay_command
+
+        return replay_command.run(config, {word.partition("=")[0] for word in overrides})
     from action_diffusion.deploy.run import run
 
     return run(config)

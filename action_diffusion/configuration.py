@@ -29,7 +29,7 @@ OPEN = re.compile(r"(policy|task)\.\w+\.|sampler\.")
 """Options of components, which need not stand in a file: the component itself refuses what it does not know."""
 PATHS = (
     *("bundle", "compare", "data", "output", "output_dir", "init"),
-    *("dataset.cache_dir", "token_file", "server", "hardware"),
+    *("dataset.cache_dir", "token_file", "server", "hardware", "replay", "page_token_file"),
 )
 """Taken as typed, so that `=`, commas, spaces and names of digits mean nothing special in them."""
 NUMBERS = {

@@ -10,63 +10,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from action_diffusion.deploy.clock import Clock, Pacer
 from action_diffusion.deploy.gate import Gate
-from action_diffusion.deploy.prediction import Guidance, predict
-from action_diffusion.deploy.robots import Feedback, Robot
+from action_diffusion.deploy.operation import NoOperator, Operator
+from action_diffusion.deploy.prediction import Guidance, predict_one
+from action_diffusion.deploy.robots import Feedback, Observation, Robot
 from action_diffusion.deploy.scheduling import ChunkScheduler, Request, Swap
+from action_diffusion.deploy.steps import Answer, NoWitness, Outcome, Seen, Status, StepRecord, Witness
 from action_diffusion.deploy.thinking import Thinker, Unavailable
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """What happened at one tick.
-
-    Attributes:
-        seed: the episode's start.
-        step: counted from 0.
-        t: when the command was sent, s since the first tick.
-        action: the command that the robot follows, [A] in the data's units; None before the first.
-        reward: in [0, 1], where something measures one.
-        inference_ms: what the policy took for the chunk that arrived; None where none did.
-        delay: control steps from that chunk's observation to this step; None where none took over.
-        jump: distance between its command and what the chunk before had for the same instant, in the data's units.
-        held: no command was sent, and the robot kept to its last one.
-        observation_age_ms: from what the robot observed to the tick; None where it was not asked.
-        lateness_ms: from the tick to the command.
-        missed_ticks: ticks without a command between the step before and this one.
-        interventions: why the gate kept a command from the robot, and what the robot's own guards did; mostly empty.
-    """
-
-    seed: int
-    step: int
-    t: float
-    action: list[float] | None
-    reward: float | None
-    inference_ms: float | None
-    delay: int | None
-    jump: float | None
-    held: bool
-    observation_age_ms: float | None
-    lateness_ms: float
-    missed_ticks: int
-    interventions: list[str]
-
-
-class Outcome(NamedTuple):
-    """How an episode ended: after how many steps, and its largest reward, where something measured one."""
-
-    steps: int
-    score: float | None
 
 
 def run_episode(
@@ -83,6 +41,8 @@ def run_episode(
     beside: bool = False,
     delay: int = 0,
     guidance: Guidance | None = None,
+    operator: Operator | None = None,
+    witness: Witness | None = None,
 ) -> Outcome:
     """Run `policy` on `robot` until the episode is over, and hand every step to `log`.
 
@@ -96,20 +56,23 @@ def run_episode(
         keys: the observations that the policy wants; they are only read where it looks at them.
         beside: think in a thread, while the loop goes on.
         delay: control steps after which a chunk arrives at the earliest (>= 0).
+        operator: the person who may pause the policy, command in its place, and end the episode.
+        witness: sees everything, to record it.
 
     Raises:
         InputError: for observations that the robot does not have or that the policy does not take.
     """
+    operator, witness = operator or NoOperator(), witness or NoWitness()
     thinker: Thinker[np.ndarray] = Thinker(clock=clock, beside=beside, delay=delay)
     noise_generator, generator = generators(seed)
     think = functools.partial(
-        _predict,
+        predict_one,
         policy=policy,
         noise_generator=noise_generator,
         generator=generator,
         guidance=guidance or Guidance(),
     )
-    episode = _Episode(
+    episode = Episode(
         robot=robot,
         agent=agent,
         scheduler=scheduler,
@@ -119,11 +82,15 @@ def run_episode(
         clock=clock,
         seed=seed,
         keys=keys,
+        operator=operator,
+        witness=witness,
     )
     done, steps, score = False, 0, None
     try:
         robot.begin(seed)
-        while not done:
+        witness.began(seed)
+        operator.begin()
+        while not done and operator.wait(robot.hold):
             record, done = episode.step()
             steps += 1
             if record.reward is not None:
@@ -131,8 +98,10 @@ def run_episode(
             log(record)
     finally:
         robot.stop()
+        operator.end()
+        witness.ended(seed, operator.mark)
         thinker.close()
-    return Outcome(steps, score)
+    return Outcome(steps, score, operator.mark)
 
 
 class _Arrival(NamedTuple):
@@ -143,7 +112,7 @@ class _Arrival(NamedTuple):
     refusal: str | None
 
 
-class _Episode:
+class Episode:
     """An episode under way: the parts, and where it stands."""
 
     def __init__(
@@ -158,10 +127,14 @@ class _Episode:
         clock: Clock,
         seed: int,
         keys: Sequence[str],
+        operator: Operator,
+        witness: Witness,
     ) -> None:
         self._robot, self._agent, self._scheduler, self._gate = robot, agent, scheduler, gate
         self._thinker, self._think, self._clock = thinker, think, clock
+        self._operator, self._witness = operator, witness
         self._seed, self._keys = seed, keys
+        self._asked: tuple[Request, float, float] | None = None
         self._pacer = Pacer(clock=clock, rate=robot.control_rate)
         self._start = 0.0
         self._control_step = -1
@@ -176,18 +149,19 @@ class _Episode:
         if self._steps == 0:
             self._start = tick
         self._control_step += 1 + missed
+        fresh = self._operator.begin_step()
+        if fresh:
+            self._forget()
         self._scheduler.begin_step(self._control_step)
         arrival = self._receive()
-        age = None
-        if self._scheduler.will_be_seen:
-            observation = self._robot.observe(self._keys, tick)
-            age = 1e3 * (tick - observation.t)
-            self._agent.observe(observation.values)
-        if self._scheduler.wants_chunk and (arrival is None or arrival.refusal is None):
-            arrival = self._ask(tick) or arrival
+        observation = self._observe(tick)
+        may_ask = not self._operator.commands and (arrival is None or arrival.refusal is None)
+        if may_ask and observation is not None and self._scheduler.wants_chunk:
+            arrival = self._ask(tick, observation.t) or arrival
         sent, held, refusal, (reward, done) = self._command()
         swap = None if arrival is None else arrival.swap
         reasons = [None if arrival is None else arrival.refusal, refusal]
+        refusals = [reason for reason in reasons if reason is not None]
         record = StepRecord(
             seed=self._seed,
             step=self._steps,
@@ -198,21 +172,47 @@ class _Episode:
             delay=None if swap is None else swap.delay,
             jump=None if swap is None else swap.jump,
             held=held,
-            observation_age_ms=age,
+            observation_age_ms=None if observation is None else 1e3 * (tick - observation.t),
             lateness_ms=1e3 * (sent - tick),
-            missed_ticks=missed,
-            interventions=[reason for reason in reasons if reason is not None] + self._robot.events(),
+            missed_ticks=0 if fresh else missed,
+            interventions=refusals + self._robot.events(),
+            operator=self._operator.commands,
         )
+        command_step = self._scheduler.step
+        self._witness.stepped(record, Seen(tick, self._control_step, command_step, observation, fresh, refusals))
         self._steps += 1
         return record, done or self._steps >= self._robot.max_steps
 
-    def _ask(self, tick: float) -> _Arrival | None:
+    def _forget(self) -> None:
+        """Somebody else has commanded, or nobody: what the policy saw and said before no longer counts."""
+        if self._thinker.forget():
+            self._tell(Status.DROPPED)
+        self._agent.reset()
+        self._scheduler.reset()
+
+    def _observe(self, tick: float) -> Observation | None:
+        """What the policy looks at; or, only for the witness, what it would see."""
+        looks = self._scheduler.will_be_seen
+        if not (looks or self._witness.looks):
+            return None
+        observation = self._robot.observe(self._keys, tick)
+        if looks:
+            self._agent.observe(observation.values)
+        return observation
+
+    def _ask(self, tick: float, observed: float) -> _Arrival | None:
         """Ask for a chunk. Where the loop thinks by itself, control steps may pass until it is there."""
         request, history = self._scheduler.request(), self._agent.history()
+        self._asked = request, tick, observed
         self._thinker.ask(request.step, functools.partial(self._think, request, history))
         passed = math.ceil((self._clock.now() - tick) * self._robot.control_rate - 1e-9) - 1
         self._scheduler.begin_step(self._control_step + max(0, passed))
         return self._receive()
+
+    def _tell(self, status: Status, chunk: np.ndarray | None = None, seconds: float | None = None) -> None:
+        """What became of the last request."""
+        assert self._asked is not None
+        self._witness.answered(Answer(*self._asked, self._scheduler.step, status, chunk, seconds))
 
     def _receive(self) -> _Arrival | None:
         """Hand a chunk that has arrived to the scheduler."""
@@ -220,9 +220,11 @@ class _Episode:
             thought = self._thinker.answer(self._scheduler.step)
         except Unavailable as error:
             self._scheduler.drop()
+            self._tell(Status.UNAVAILABLE)
             return _Arrival(None, None, str(error))
         if thought is None:
             return None
+        self._tell(Status.ARRIVED, thought.answer, thought.seconds)
         try:
             swap = self._scheduler.receive(thought.answer)
         except InputError as error:
@@ -235,25 +237,14 @@ class _Episode:
 
         Returns when that was (s), whether the robot held, why the gate refused, and what the robot answers.
         """
-        actions = self._scheduler.plan(1 + self._robot.lookahead)
+        if self._operator.commands:
+            shown = self._operator.command(self._clock.now())
+            actions = [] if shown is None else [shown]
+        else:
+            actions = self._scheduler.plan(1 + self._robot.lookahead)
         refusal = self._gate.refuse(actions[0]) if actions else None
         sent = self._clock.now()
         if not actions or refusal is not None:
             return sent, True, refusal, self._robot.hold()
         due = self._start + self._scheduler.step / self._robot.control_rate
         return sent, False, None, self._robot.command([actions[0], *self._gate.ahead(actions[1:])], due)
-
-
-def _predict(
-    request: Request,
-    history: Mapping[str, np.ndarray],
-    *,
-    policy: Policy,
-    noise_generator: torch.Generator,
-    generator: torch.Generator,
-    guidance: Guidance,
-) -> np.ndarray:
-    """A chunk [H, A] for one history, by a call with a batch of one."""
-    obs = {key: value[None] for key, value in history.items()}
-    noise: dict[str, Any] = {"noise_generator": [noise_generator], "generator": [generator]}
-    return predict(policy, obs, [request], guidance=guidance, **noise)[0]

@@ -62,3 +62,18 @@ def predict(
         options["hooks"] = [continuing(policy, obs, running, delay, **asdict(guidance))]
     predicted = policy.predict(obs, noise_generator=noise_generator, generator=generator, **options)
     return np.asarray(predicted["action_pred"])
+
+
+def predict_one(
+    request: Request,
+    history: Mapping[str, np.ndarray],
+    *,
+    policy: Policy,
+    noise_generator: torch.Generator,
+    generator: torch.Generator,
+    guidance: Guidance,
+) -> np.ndarray:
+    """A chunk [H, A] for one history, key → [To, …], by a call with a batch of one."""
+    obs = {key: value[None] for key, value in history.items()}
+    noise: dict[str, Any] = {"noise_generator": [noise_generator], "generator": [generator]}
+    return predict(policy, obs, [request], guidance=guidance, **noise)[0]

@@ -62,6 +62,10 @@ class ProcessRobot:
         scene: a simulated surrounding, which has its processes; None for a real one, where nobody gives rewards.
         derived: further observations, computed from a state: key → (state, function).
 
+    Attributes:
+        plane: for the page, where commands are points of a picture: {"camera": its key, or None for an empty one,
+            "size": [width, height] of it in the commands' unit}.
+
     Raises:
         InputError: with the reason of whoever does not start.
     """
@@ -83,6 +87,7 @@ class ProcessRobot:
         self._frames: dict[str, RingReader] = {}
         self._explained = False
         self._arm: ArmLink | None = None
+        self.plane: dict[str, Any] | None = None
         try:
             names = {key: f"camera {key}" for key in cameras}
             for key, setup in cameras.items():
@@ -98,6 +103,11 @@ class ProcessRobot:
             raise
         self.limits: Limits | None = self._arm.limits if _plain_numbers(self._arm) else None
         self.lookahead = 0 if all(group.kind == "hold" for group in self._arm.command) else 8
+
+    @property
+    def folder(self) -> Path:
+        """Of the run's shared memory."""
+        return self._segments.path
 
     @property
     def arm(self) -> ArmLink:
@@ -236,7 +246,7 @@ def sim_pusht(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
     scene = None
     try:
         scene = PushTScene(segments.path, latency=simulated["latency"])
-        return ProcessRobot(
+        made = ProcessRobot(
             segments=segments,
             arm=ArmSetup(driver="sim_pusht", settings=world, limits=options["limits"], obstacles=options["obstacles"]),
             cameras=cameras,
@@ -245,6 +255,8 @@ def sim_pusht(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
             scene=scene,
             derived={"keypoint": ("state", lambda state: keypoints(state[None])[0])},
         )
+        made.plane = {"camera": "image" if cameras else None, "size": [512.0, 512.0]}
+        return made
     except BaseException:
         if scene is None:
             segments.remove()

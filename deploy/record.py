@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from action_diffusion.datasets.files import atomic_path, writing
-from action_diffusion.deploy.loop import StepRecord
+from action_diffusion.deploy.steps import StepRecord
 from action_diffusion.errors import InputError
 
 

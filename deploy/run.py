@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from action_diffusion.deploy import robots
 from action_diffusion.deploy.client import RemotePolicy
 from action_diffusion.deploy.clock import Clock, MonotonicClock
 from action_diffusion.deploy.gate import Gate, demonstrated
-from action_diffusion.deploy.loop import StepRecord, run_episode
+from action_diffusion.deploy.loop import run_episode
+from action_diffusion.deploy.onlookers import Onlookers
 from action_diffusion.deploy.policies import DeployedPolicy, open_policy
 from action_diffusion.deploy.prediction import Guidance, predict
 from action_diffusion.deploy.record import RunLog
 from action_diffusion.deploy.robots import Robot
 from action_diffusion.deploy.scheduling import ChunkScheduler, Request, check_room
+from action_diffusion.deploy.steps import StepRecord
 from action_diffusion.deploy.thinking import Unavailable
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
@@ -57,12 +60,15 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
         beside = Path(config["bundle"]).parent if config["bundle"] else Path()
         output_dir = Path(config["output_dir"]) if config["output_dir"] else beside / stamp
-        with RunLog(output_dir, control_rate=policy.spec.control_rate) as log:
+        with (
+            RunLog(output_dir, control_rate=policy.spec.control_rate) as log,
+            closing(Onlookers(config, robot, policy.spec, limits=limits, output_dir=output_dir)) as onlookers,
+        ):
             try:
                 parts = {"scheduler": scheduler, "guidance": guidance, "gate": Gate(limits=limits)}
                 waits = config["scheduling"] == "sync" and not isinstance(policy, RemotePolicy)
                 parts |= {"beside": clock is None and not waits}
-                _episodes(config, policy, robot, log, clock=clock or MonotonicClock(), **parts)
+                _episodes(config, policy, robot, log, onlookers, clock=clock or MonotonicClock(), **parts)
                 code = 0
             except KeyboardInterrupt:
                 print("interrupted: the robot is stopped, the log is kept", file=sys.stderr)
@@ -85,7 +91,14 @@ def _scheduler(config: Mapping[str, Any], spec: PolicySpec) -> ChunkScheduler:
     return scheduler
 
 
-def _episodes(config: Mapping[str, Any], policy: DeployedPolicy, robot: Robot, log: RunLog, **parts: Any) -> None:
+def _episodes(
+    config: Mapping[str, Any],
+    policy: DeployedPolicy,
+    robot: Robot,
+    log: RunLog,
+    onlookers: Onlookers,
+    **parts: Any,
+) -> None:
     """One episode after the other, each with a line of its outcome; `parts` go to `run_episode`."""
     spec = policy.spec
     with progress("deploying", config["n_episodes"] * robot.max_steps) as advance:
@@ -98,6 +111,7 @@ def _episodes(config: Mapping[str, Any], policy: DeployedPolicy, robot: Robot, l
                     print(f"seed {step.seed}, step {step.step}: {reason}", file=sys.stderr)
 
         for seed in range(config["seed"], config["seed"] + config["n_episodes"]):
+            onlookers.between()
             outcome = run_episode(
                 policy=policy,
                 robot=robot,
@@ -106,11 +120,14 @@ def _episodes(config: Mapping[str, Any], policy: DeployedPolicy, robot: Robot, l
                 seed=seed,
                 keys=list(spec.observations),
                 delay=config["delay"] or 0,
+                operator=onlookers.operator,
+                witness=onlookers.witness,
                 **parts,
             )
             advance(robot.max_steps - outcome.steps)
             score = "" if outcome.score is None else f", score {outcome.score:.4f}"
-            print(f"seed {seed}: {outcome.steps} steps{score}")
+            mark = "" if outcome.mark is None else f", {outcome.mark}"
+            print(f"seed {seed}: {outcome.steps} steps{score}{mark}")
 
 
 def _warm_up(policy: DeployedPolicy, scheduler: ChunkScheduler, guidance: Guidance) -> None:

@@ -65,6 +65,12 @@ class Thinker(Generic[Answer]):
         future, self._future = self._future, None
         return future.result()
 
+    def forget(self) -> bool:
+        """The last question is not to be answered any more. Returns whether there was one; its work goes on to its
+        end before that of the next one begins."""
+        asked, self._future = self._future is not None, None
+        return asked
+
     def _timed(self, work: Callable[[], Answer]) -> Thought[Answer]:
         before = self._clock.now()
         answer = work()

@@ -1,0 +1,177 @@
+// The operator's page: shows what the socket brings, and sends orders. The emergency stop has a way of its own.
+import { drawPicture, drawPlot } from "./draw.js";
+
+const $ = (id) => document.getElementById(id);
+const NAMES = {
+  OVER: "no episode", POLICY: "policy", PAUSED: "paused", PERSON: "you command",
+  STILL: "arm still", MOVING: "arm ready", STOPPING: "arm stopping", BROKEN: "arm broken", SILENT: "arm silent",
+};
+const ROWS = [
+  ["observation_age_ms", "observation age, ms"], ["inference_ms", "inference, ms"], ["delay", "delay, control steps"],
+  ["lateness_ms", "lateness of commands, ms"], ["period_ms", "period, ms"], ["jump", "jump where chunks meet"],
+];
+const AGAIN = 500; // ms until a lost connection is tried again
+const POINTS = 33; // ms between two points while a person commands
+
+let about = null;
+let socket = null;
+let state = null;
+let pictures = [];
+let canvases = [];
+let pointed = 0;
+
+async function begin() {
+  const answer = await fetch("about").catch(() => null);
+  if (answer?.status === 401) return ask();
+  if (!answer?.ok) return setTimeout(begin, AGAIN);
+  about = await answer.json();
+  $("enter").hidden = true;
+  $("operating").hidden = false;
+  build();
+  connect();
+}
+
+function ask() {
+  $("enter").hidden = false;
+  $("enter").onsubmit = async (event) => {
+    event.preventDefault();
+    const headers = { Authorization: `Api-Key ${$("token").value}` };
+    const answer = await fetch("session", { method: "POST", headers });
+    $("refused").textContent = answer.ok ? "" : "not this one";
+    if (answer.ok) begin();
+  };
+}
+
+function build() {
+  $("task").textContent = about.task || "action-diffusion";
+  document.title = `${about.task || "deploy"} – action-diffusion`;
+  const shown = about.cameras.map((name) => ({ name, plane: about.plane?.camera === name ? about.plane : null }));
+  if (about.plane && !about.plane.camera) shown.push({ name: "commands", plane: about.plane });
+  $("cameras").hidden = !shown.length;
+  $("cameras").replaceChildren();
+  canvases = shown.map(({ name, plane }) => {
+    const figure = document.createElement("figure");
+    const canvas = document.createElement("canvas");
+    canvas.id = `camera-${name}`;
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", name);
+    const caption = document.createElement("figcaption");
+    caption.textContent = name;
+    figure.append(canvas, caption);
+    $("cameras").append(figure);
+    if (plane) ["pointerdown", "pointermove"].forEach((kind) => canvas.addEventListener(kind, (e) => point(e, plane)));
+    return { canvas, plane };
+  });
+  $("plots").replaceChildren(...about.dimensions.map((name, index) => {
+    const figure = document.createElement("figure");
+    const caption = document.createElement("figcaption");
+    caption.textContent = about.units[index] ? `${name}, ${about.units[index]}` : name;
+    const canvas = document.createElement("canvas");
+    canvas.dataset.dimension = index;
+    figure.append(caption, canvas);
+    return figure;
+  }));
+}
+
+function connect() {
+  socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/live`);
+  socket.binaryType = "arraybuffer";
+  socket.onopen = () => { $("lost").hidden = true; };
+  socket.onmessage = ({ data }) => (typeof data === "string" ? show(JSON.parse(data)) : take(data));
+  socket.onclose = () => {
+    $("lost").hidden = false;
+    setTimeout(connect, AGAIN);
+  };
+}
+
+async function take(data) {
+  const index = new Uint8Array(data, 0, 1)[0];
+  const picture = await createImageBitmap(new Blob([new Uint8Array(data, 1)], { type: "image/jpeg" }));
+  pictures[index]?.close();
+  pictures[index] = picture;
+}
+
+function show(next) {
+  state = next;
+  $("mode").textContent = NAMES[state.mode];
+  $("phase").textContent = NAMES[state.phase];
+  $("loop").hidden = state.loop;
+  $("stopped").hidden = !state.emergency;
+  if (!state.emergency) $("confirm").hidden = true;
+  $("start").disabled = state.mode === "POLICY";
+  $("pause").disabled = state.mode === "PAUSED";
+  $("take_over").disabled = !about.plane || state.mode === "PERSON" || state.mode === "OVER";
+  $("success").disabled = $("failure").disabled = state.mode === "OVER";
+  $("hint").hidden = state.mode !== "PERSON";
+  $("hint").textContent = "You command: the arm goes where you point on the picture. Start gives it back to the policy.";
+  $("timing").replaceChildren(...ROWS.map(([key, name]) => row(name, state.timing[key])));
+  const { steps, missed, held, interventions } = state.totals;
+  $("totals").textContent =
+    `${missed} deadlines missed, ${held} of ${steps} steps held, ${interventions} interventions` +
+    (state.step ? `; seed ${state.step.seed}, step ${state.step.step}` : "") +
+    (state.step?.reward != null ? `, reward ${state.step.reward.toFixed(2)}` : "");
+  $("events").replaceChildren(...state.events.map(event));
+}
+
+function row(name, values) {
+  const line = document.createElement("tr");
+  const head = document.createElement("th");
+  head.textContent = name;
+  const cells = ["last", "median", "max"].map((key) => {
+    const cell = document.createElement("td");
+    cell.textContent = values ? values[key].toFixed(1) : "–";
+    return cell;
+  });
+  line.append(head, ...cells);
+  return line;
+}
+
+function event({ age, text }) {
+  const line = document.createElement("li");
+  const time = document.createElement("time");
+  time.textContent = age < 90 ? `${age.toFixed(0)} s ago` : `${(age / 60).toFixed(0)} min ago`;
+  line.append(time, text);
+  return line;
+}
+
+function draw() {
+  if (state) {
+    canvases.forEach(({ canvas, plane }, index) => {
+      drawPicture(canvas, pictures[index], plane, state);
+      canvas.classList.toggle("taken", Boolean(plane) && state.mode === "PERSON");
+    });
+    document.querySelectorAll("#plots canvas").forEach((canvas, index) => {
+      drawPlot(canvas, index, { low: about.low[index], high: about.high[index], rate: about.control_rate }, state);
+    });
+  }
+  setTimeout(() => requestAnimationFrame(draw), 50);
+}
+
+const send = (order, values) => {
+  if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ order, values }));
+};
+
+function point(event, plane) {
+  if (state?.mode !== "PERSON" || Date.now() - pointed < POINTS) return;
+  pointed = Date.now();
+  const box = event.currentTarget.getBoundingClientRect();
+  const share = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  const inside = share.map((value) => Math.min(1, Math.max(0, value)));
+  send("point", inside.map((value, axis) => value * plane.size[axis]));
+}
+
+async function stop() {
+  const answer = await fetch("emergency", { method: "POST" }).catch(() => null);
+  if (!answer?.ok) $("mode").textContent = "the stop did not arrive: use the robot’s own";
+}
+
+["start", "pause", "take_over", "success", "failure"].forEach((order) => { $(order).onclick = () => send(order); });
+$("emergency").onclick = stop;
+document.addEventListener("keydown", (event) => { if (event.key === "Escape" && about) stop(); });
+$("clear").onclick = () => { $("confirm").hidden = false; };
+$("confirm").onclick = async () => {
+  await fetch("clear", { method: "POST", body: "the area is safe" });
+  $("confirm").hidden = true;
+};
+requestAnimationFrame(draw);
+begin();
