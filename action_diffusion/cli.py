@@ -126,8 +126,9 @@ Options
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     # OpenMP's threads wait by spinning. With another program on the machine each then waits for a thread that the
-    # other keeps from running, and training takes five times as long; a short spin costs nothing measurable.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # other keeps from running, and training takes five times as long. Without any spin, a core falls asleep between
+    # two operations, and an evaluation takes twice as long: docs/performance.md.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(MAIN_HELP)

@@ -32,7 +32,7 @@ from benchmarks.rows import ROWS, Row
 from benchmarks.workers import Worker, WorkerError
 
 ROOT = Path(__file__).resolve().parents[1]
-SPIN = {"GOMP_SPINCOUNT": "1000"}
+SPIN = {"GOMP_SPINCOUNT": "5000"}
 """For both sides: OpenMP's threads wait by spinning, and a short spin keeps a busy machine from slowing either."""
 
 

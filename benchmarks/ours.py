@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,14 +97,16 @@ def load_inputs(policy: DiffusionPolicy, folder: Path) -> tuple[dict[str, Tensor
 class Chunk(Work):
     """One chunk for each row of the inputs by `predict`; part: denoise (without the encoder) or encode (it alone).
 
-    precisions: of the denoiser's weights; the first of them that this machine has kernels for.
+    precisions: of the denoiser's weights; the first of them that this machine has kernels for. compile: the denoiser,
+    where there is a C++ compiler.
     """
 
     def __init__(self, settings: dict[str, Any], folder: Path, say: Say) -> None:
         self._policy = build(settings, folder, weights=settings.get("activation", "mish") == "mish")
         precision = offered(settings["precisions"], self._policy.device)
-        accelerate(self._policy, precision=precision)
-        self.note = f"precision={precision}, threads: {choose_threads(self._policy)}"
+        compiled = bool(settings.get("compile")) and shutil.which("g++") is not None
+        accelerate(self._policy, precision=precision, compile=compiled)
+        self.note = f"precision={precision}, compile={compiled}, threads: {choose_threads(self._policy)}"
         self._obs, given = load_inputs(self._policy, folder)
         self._noise = given["noise"]
         self._arrays = {key: value.numpy() for key, value in self._obs.items()}
@@ -207,9 +210,7 @@ class _Same:
 
 
 class Evaluate(Work):
-    """Our evaluation of `episodes` PushT episodes from images, `max_steps` steps at most."""
-
-    N_ENVS = POLICY_BATCH = 25  # as at the end of a training
+    """Our evaluation of `episodes` PushT episodes from images, `max_steps` steps at most, all at once as the peer's."""
 
     def __init__(self, settings: dict[str, Any], folder: Path, say: Say) -> None:
         self._policy, self._settings = build(settings, folder), settings
@@ -227,8 +228,8 @@ class Evaluate(Work):
             make_env=functools.partial(envs.make, "pusht", max_steps=self._settings["max_steps"]),
             seeds=range(first, first + self._settings["episodes"]),
             keys=list(self._policy.spec.observations),
-            n_envs=self.N_ENVS,
-            policy_batch=self.POLICY_BATCH,
+            n_envs=self._settings["episodes"],
+            policy_batch=self._settings["episodes"],
         )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -88,11 +89,17 @@ def render_states(states: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
 
 class _Simulator(PushTEnv):
     """gym-pusht with one thing settled: a body's shapes are a set in memory order, and areas summed in another order
-    differ in the last bit, so the same episode would be rewarded differently from run to run."""
+    differ in the last bit, so the same episode would be rewarded differently from run to run. And with one saved: the
+    goal, which stays where it is, is made once."""
+
+    _goal: tuple[tuple[float, ...], Any] = ((), None)
 
     def _get_coverage(self) -> float:
         shapes = sorted(self.block.shapes, key=lambda shape: shape.get_vertices())
-        goal = pymunk_to_shapely(self.get_goal_pose_body(self.goal_pose), shapes)
+        pose = tuple(self.goal_pose)
+        if self._goal[0] != pose:
+            self._goal = pose, pymunk_to_shapely(self.get_goal_pose_body(self.goal_pose), shapes)
+        goal = self._goal[1]
         return goal.intersection(pymunk_to_shapely(self.block, shapes)).area / goal.area
 
 

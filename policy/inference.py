@@ -97,7 +97,7 @@ def _try(run: Denoise, policy: DiffusionPolicy, options: str) -> None:
     x = torch.zeros(1, policy.spec.horizon, denoiser.action_dim, device=policy.device)
     film = torch.zeros(1, sum(denoiser.film_sizes), device=policy.device)
     try:
-        with torch.no_grad():
+        with torch.inference_mode():  # as `predict` calls it
             run(x, film)
     except (TorchDynamoException, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
