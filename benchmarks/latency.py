@@ -43,7 +43,7 @@ from benchmarks.latency_report import Cell, Result, show, write
 DELAYS = (0, 1, 2, 4, 8)
 OPTIONS = (
     *("bundle", "output", "scheduling", "delay", "n_episodes", "seed", "execution_horizon"),
-    *("rtc.mask", "rtc.overlap", "rtc.beta", "rtc.rounds", "processes"),
+    *("rtc.mask", "rtc.overlap", "rtc.beta", "rtc.rounds", "rtc.pin", "processes"),
 )
 COST = {"rtc": 3}
 """How much longer than of the others a control step takes, for the order and the time left."""
@@ -98,6 +98,7 @@ def parse(words: Sequence[str]) -> Plan:
             beta=_number(given, "rtc.beta", Guidance.beta),
             rounds=_whole(given, "rtc.rounds", Guidance.rounds, least=0),
             overlap=_whole(given, "rtc.overlap", 0, least=0) if "rtc.overlap" in given else Guidance.overlap,
+            pin=_switch(given, "rtc.pin", Guidance.pin),
         ),
         sampler={name[8:]: yaml.safe_load(value) for name, value in given.items() if name.startswith("sampler.")},
     )
@@ -143,6 +144,13 @@ def _whole(given: Mapping[str, str], name: str, default: int, *, least: int) -> 
     if not value.is_integer() or value < least:
         raise InputError(f"{name}={given[name]} must be a whole number of at least {least}")
     return int(value)
+
+
+def _switch(given: Mapping[str, str], name: str, default: bool) -> bool:
+    word = given.get(name, str(default)).lower()
+    if word not in ("true", "false"):
+        raise InputError(f"{name}={given[name]} must be true or false")
+    return word == "true"
 
 
 def _cores() -> int:

@@ -25,6 +25,7 @@ class Guidance:
     beta: float = BETA
     rounds: int = 0
     overlap: int | None = None
+    pin: bool = True
 
     def __post_init__(self) -> None:
         if self.mask not in MASKS:

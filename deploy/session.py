@@ -202,11 +202,12 @@ def _guidance(value: Any) -> Guidance:
         "beta": (int, float),
         "rounds": (int,),
         "overlap": (int, type(None)),
+        "pin": (bool,),
     }
     for key, entry in value.items():
         if key not in names:
             raise unknown("entry of guidance", shortened(key), names)
-        if isinstance(entry, bool) or not isinstance(entry, kinds[key]):
+        if not isinstance(entry, kinds[key]) or isinstance(entry, bool) != (key == "pin"):
             raise InputError(f"guidance {key} is {shortened(entry)}")
     guidance = Guidance(**value)
     if guidance.rounds > MAX_ROUNDS or (guidance.overlap or 0) > 2**31:

@@ -26,6 +26,10 @@ correction instead: the one along g that comes nearest to the residual,
 
 and goes on so with what is left of the residual. These are the first steps towards the exact conditional mean of a
 Gaussian, C W (W C W)⁻¹ r with C ∝ the Jacobian, of which the published form is an approximation for C = r² I.
+
+Guidance alone leaves what is settled nearly, but not quite, as it is. `pin` sets it: x̂0 is Y over the delay, in every
+denoising step, so that the network completes a chunk whose beginning it is given, and a prediction that it has no
+freedom to bend still begins where the arm will be.
 """
 
 from __future__ import annotations
@@ -91,6 +95,7 @@ class RealTimeChunking(Hook):
         beta: the bound of the guidance weight (> 0). The more denoising steps, the larger it may be.
         rounds: 0 for the published guidance weight; otherwise the length of the correction is measured, and so many
             products are taken in a denoising step at most. beta then has no effect.
+        pinned: bool [B, H], where the estimate is set to `running`, which has to be finite there; None for nowhere.
         clip_range: before it is compared with `running`, the estimate is clipped to ± clip_range, or to the largest
             value of the row's `running` where that is larger.
     """
@@ -98,7 +103,14 @@ class RealTimeChunking(Hook):
     needs_gradient = True
 
     def __init__(
-        self, *, running: Tensor, weight: Tensor, beta: float = BETA, rounds: int = 0, clip_range: float = math.inf
+        self,
+        *,
+        running: Tensor,
+        weight: Tensor,
+        beta: float = BETA,
+        rounds: int = 0,
+        pinned: Tensor | None = None,
+        clip_range: float = math.inf,
     ):
         if running.ndim != 3 or weight.shape != running.shape[:2]:
             raise InputError(f"weights of shape {list(weight.shape)} for running chunks of shape {list(running.shape)}")
@@ -112,6 +124,7 @@ class RealTimeChunking(Hook):
             raise InputError("the running chunk holds NaN or infinity where the new one should agree with it")
         self.beta = beta
         self.rounds = rounds
+        self.pinned = None if pinned is None else pinned.unsqueeze(-1)
         self.limit = self.running.abs().amax(dim=(1, 2), keepdim=True).clamp_min(clip_range)
 
     def begin(self, x: Tensor, steps: Sequence[Step]) -> None:
@@ -127,8 +140,10 @@ class RealTimeChunking(Hook):
         estimate = state.x0_hat if torch.is_grad_enabled() else state.x0_hat.detach()
         residual = self.weight * (self.running - torch.clamp(estimate, -self.limit, self.limit))
         if self.rounds == 0:
-            return estimate + _at_most(residual, self._gain(state.step) * _pull(state, residual))
-        return estimate + self._fitted(state, residual)
+            guided = estimate + _at_most(residual, self._gain(state.step) * _pull(state, residual))
+        else:
+            guided = estimate + self._fitted(state, residual)
+        return guided if self.pinned is None else torch.where(self.pinned, self.running, guided)
 
     def _fitted(self, state: StepState, residual: Tensor) -> Tensor:
         """The correction of at most `rounds` rounds; a row ends where a round brings it little nearer."""
@@ -163,6 +178,7 @@ def continuing(
     beta: float = BETA,
     rounds: int = 0,
     overlap: int | None = None,
+    pin: bool = True,
 ) -> RealTimeChunking:
     """The hook for `policy.predict(obs, hooks=[…])` that continues each row's running chunk.
 
@@ -172,6 +188,7 @@ def continuing(
         running: of each row what its running chunk has from now on, [end, A] in the data's units; None for a row
             without one, which then is not guided.
         delay: of each row the steps that the new chunk is expected to take.
+        pin: set what is settled, beside guiding towards it.
     """
     spec, device = policy.spec, policy.device
     now = spec.n_obs_steps - 1
@@ -185,7 +202,9 @@ def continuing(
         end[row] = len(rest)
         padded[row, now : now + len(rest)] = rest
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in obs.items()}
-    weight = weights(torch.tensor(delay, device=device), torch.from_numpy(end).to(device), length, mask, overlap)
+    settled, ends = torch.tensor(delay, device=device), torch.from_numpy(end).to(device)
+    weight = weights(settled, ends, length, mask, overlap)
+    pinned = weights(settled, ends, length, "hard") > 0 if pin else None
     with torch.no_grad():
         seen = tensors if policy.estimator is None else policy.see(tensors).obs
         normalized = policy.normalize_action(torch.from_numpy(padded).to(device), seen)
@@ -194,6 +213,7 @@ def continuing(
         weight=torch.nn.functional.pad(weight, (now, 0)),
         beta=beta,
         rounds=rounds,
+        pinned=None if pinned is None else torch.nn.functional.pad(pinned, (now, 0)),
         clip_range=policy.sampler.clip_range if policy.process.family == "diffusion" else math.inf,
     )
 

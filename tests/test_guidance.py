@@ -99,6 +99,12 @@ def weight() -> torch.Tensor:
     return weights(torch.tensor([2, 1, 3]), torch.tensor([6, 8, 5]), HORIZON).double()
 
 
+@pytest.fixture
+def settled() -> torch.Tensor:
+    """What will have been executed, of the same rows."""
+    return weights(torch.tensor([2, 1, 3]), torch.tensor([6, 8, 5]), HORIZON, "hard") > 0
+
+
 # The published form, written for a flow, on its own.
 
 
@@ -203,6 +209,22 @@ def test_the_frozen_steps_are_reproduced_and_the_rest_follows(case):
 
 
 # The measured length.
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_what_is_pinned_comes_out_as_it_was_and_the_network_sees_it(case, running, weight, settled):
+    process, sampler = make(case, clip=None)
+    watch = Watch()
+    hook = RealTimeChunking(running=running, weight=weight, pinned=settled)
+    noise, steps = randn(1), [torch.Generator().manual_seed(0) for _ in range(2)]
+    found, _ = sampler.run(network(process, bent), noise, generator=steps[0], hooks=[hook, watch])
+    for state in watch.states:
+        assert torch.equal(state.x0_hat[settled], running[settled])
+    torch.testing.assert_close(found[settled], running[settled], atol=1e-6, rtol=0)
+    free, _ = sampler.run(
+        network(process, bent), noise, generator=steps[1], hooks=[RealTimeChunking(running=running, weight=weight)]
+    )
+    assert (found - free)[~settled].abs().max() > 1e-6  # `bent` mixes the steps of a chunk
 
 
 def test_a_round_is_the_nearest_point_along_the_pull(running, weight):
