@@ -39,6 +39,7 @@ from action_diffusion.training.trainer import Trainer
 from benchmarks.peers.serving import Say, Work, serve
 from benchmarks.weights import from_lerobot
 
+THREADS = torch.get_num_threads()
 FRAME, N_KEYPOINTS = (96, 96, 3), 16
 PIXELS = {"agent_pos": 2, "keypoint": N_KEYPOINTS, "action": 2}
 """Vectors in pixels, 0 to 512, and their sizes."""
@@ -50,6 +51,7 @@ def build(settings: dict[str, Any], folder: Path, *, weights: bool = True) -> Di
     settings: image, channels, steps as there; activation of the denoiser (lerobot has Mish).
     """
     torch.manual_seed(0)
+    torch.set_num_threads(THREADS)  # a work before this one may have chosen fewer
     other = (
         {"image": ObservationSpec(shape=FRAME, dtype="uint8", unit="0-255", kind="image")}
         if settings["image"]
@@ -237,6 +239,7 @@ class Gather(Work):
     """Batches from a `BatchSource`: two frames, cropped at random, as floats in [0, 1], and a chunk of actions."""
 
     def __init__(self, settings: dict[str, Any], folder: Path, say: Say) -> None:
+        torch.set_num_threads(THREADS)
         data = Path(settings["data"])
         arrays = {name: np.load(data / f"{name}.npy") for name in ("image", "action")}
         buffer = ReplayBuffer.from_arrays(arrays, np.load(data / "episode_ends.npy"))
