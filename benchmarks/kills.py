@@ -3,8 +3,10 @@
     python -m benchmarks.kills [n=100] [bundle=DIR] [seed=0]
 
 Each time a loop runs PushT in real time: a scripted one with a camera, or, with `bundle`, `action-diffusion deploy`.
-At a random moment the loop, or its camera, gets SIGKILL (it dies) or SIGSTOP (it hangs), in turn. Exit code: 0, 1
-where a stop began later than 100 ms after that, or where the arm stopped before it, 2 for bad input.
+At a random moment the loop, or its camera, gets SIGKILL (it dies) or SIGSTOP (it hangs), in turn; with `bundle` also
+the recorder and the operator's page, which must not stop the arm within a second, and the record must open after all
+of them. Exit code: 0, 1 where a stop began later than 100 ms after that, where the arm stopped before it or for
+nothing, or where a record does not open, 2 for bad input.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +26,17 @@ from typing import Any
 
 import numpy as np
 
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.deploy.arm_link import OVER
 from action_diffusion.deploy.messages import text
-from action_diffusion.deploy.rings import RingReader, shared_folder
+from action_diffusion.deploy.recording import RECORD
+from action_diffusion.deploy.rings import Record, RingReader, shared_folder
 from action_diffusion.errors import InputError, unknown
 
 WITHIN = 0.1
+MODULES = {"camera": "camera_process", "recorder": "recorder_process", "page": "page_process"}
+HARMLESS = ("recorder", "page")
+"""Whoever else has these dies or hangs, and nothing happens: seconds are then 0."""
 SIGNALS = {"kill": signal.SIGKILL, "halt": signal.SIGSTOP}
 
 
@@ -67,8 +75,8 @@ def drive() -> None:
 
 
 def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Trial:
-    """Start a loop, let it run for `wait` seconds, do `what` ("kill", "halt") to `who` ("loop", "camera")."""
-    with _loop(bundle) as loop:
+    """Start a loop, let it run for `wait` seconds, do `what` ("kill", "halt") to `who` ("loop", or of `MODULES`)."""
+    with _loop(bundle) as (loop, output):
         folder = _folder(loop)
         events, setpoints = RingReader(folder / "events"), RingReader(folder / "setpoints")
         _until(lambda: (record := setpoints.latest()) is not None and record.values["phase"] == 1, 60)
@@ -76,19 +84,49 @@ def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Tri
         before = events.last(10)
         if before:
             return Trial(who, what, None, f"before anything was done: {text(before[0].values['why'])}")
-        pid = loop.pid if who == "loop" else child_of(loop.pid, "camera_process")
+        pid = loop.pid if who == "loop" else child_of(loop.pid, MODULES[who])
         moment = time.monotonic()
         os.kill(pid, SIGNALS[what])
-        _until(lambda: any(text(event.values["kind"]) == "stop" for event in events.last(10)), 2)
-        stops = [event for event in events.last(10) if text(event.values["kind"]) == "stop"]
-        if not stops:
-            return Trial(who, what, None, "the arm went on")
-        return Trial(who, what, stops[0].t - moment, text(stops[0].values["why"]))
+        try:
+            _until(lambda: bool(_stops(events)), 1 if who in HARMLESS else 2)
+            seconds, why = _result(who, moment, _stops(events))
+            unopened = _unopened(output) if bundle else None
+            return Trial(who, what, seconds if unopened is None else None, unopened or why)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)  # one that is halted would outlive its parent
+
+
+def _result(who: str, moment: float, stops: Sequence[Record]) -> tuple[float | None, str]:
+    """`Trial.seconds` and `Trial.why`."""
+    if not stops:
+        return (0.0 if who in HARMLESS else None), "the arm went on"
+    why = text(stops[0].values["why"])
+    return (None, f"the arm stopped: {why}") if who in HARMLESS else (stops[0].t - moment, why)
+
+
+def _stops(events: RingReader) -> list[Record]:
+    """What stopped the arm, but for ends of episodes."""
+    said = [event for event in events.last(10) if text(event.values["kind"]) == "stop"]
+    return [event for event in said if text(event.values["why"]) != OVER]
+
+
+def _unopened(output: Path) -> str | None:
+    """Why the record does not open, three seconds after the deed at the latest."""
+    deadline = time.monotonic() + 3
+    while True:
+        try:
+            ReplayBuffer.open(output / RECORD)
+            return None
+        except InputError as error:
+            if time.monotonic() > deadline:
+                return f"the record does not open: {error}"
+        time.sleep(0.1)
 
 
 @contextmanager
-def _loop(bundle: str | None) -> Iterator[subprocess.Popen[bytes]]:
-    """A loop under way; afterwards nothing of it is left."""
+def _loop(bundle: str | None) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A loop under way, and its output folder; afterwards nothing of it is left."""
     words = [sys.executable, "-c", "from benchmarks.kills import drive; drive()"]
     with tempfile.TemporaryDirectory() as folder:
         if bundle is not None:
@@ -98,7 +136,7 @@ def _loop(bundle: str | None) -> Iterator[subprocess.Popen[bytes]]:
         quiet = subprocess.DEVNULL
         loop = subprocess.Popen(words, cwd=root, stdout=quiet, stderr=quiet)
         try:
-            yield loop
+            yield loop, Path(folder) / "out"
         finally:
             loop.kill()  # whatever it started ends when it is gone
             loop.wait()
@@ -142,7 +180,7 @@ def main(words: Sequence[str]) -> int:
             raise InputError("n and seed are whole numbers")
         bundle = str(Path(given["bundle"]).resolve()) if given["bundle"] else None
         random, trials = np.random.default_rng(int(given["seed"])), []
-        kinds = [("loop", "kill"), ("loop", "halt"), *([] if bundle else [("camera", "kill"), ("camera", "halt")])]
+        kinds = [(who, what) for who in ("loop", *(HARMLESS if bundle else ("camera",))) for what in SIGNALS]
         for number in range(int(given["n"])):
             trials.append(trial(*kinds[number % len(kinds)], wait=random.uniform(0.2, 2.0), bundle=bundle))
             last = trials[-1]
@@ -151,7 +189,7 @@ def main(words: Sequence[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    seconds = [1e3 * entry.seconds for entry in trials if entry.seconds is not None]
+    seconds = [1e3 * entry.seconds for entry in trials if entry.seconds is not None and entry.who not in HARMLESS]
     if seconds:
         print(f"ms until the stop began: median {np.median(seconds):.0f}, largest {max(seconds):.0f}")
     bad = sum(not entry.good for entry in trials)

@@ -149,16 +149,16 @@ class Episode:
         if self._steps == 0:
             self._start = tick
         self._control_step += 1 + missed
-        fresh = self._operator.begin_step()
+        fresh, person = self._operator.begin_step(), self._operator.commands
         if fresh:
             self._forget()
         self._scheduler.begin_step(self._control_step)
         arrival = self._receive()
         observation = self._observe(tick)
-        may_ask = not self._operator.commands and (arrival is None or arrival.refusal is None)
+        may_ask = not person and (arrival is None or arrival.refusal is None)
         if may_ask and observation is not None and self._scheduler.wants_chunk:
             arrival = self._ask(tick, observation.t) or arrival
-        sent, held, refusal, (reward, done) = self._command()
+        sent, held, refusal, (reward, done) = self._command(person)
         swap = None if arrival is None else arrival.swap
         reasons = [None if arrival is None else arrival.refusal, refusal]
         refusals = [reason for reason in reasons if reason is not None]
@@ -176,7 +176,7 @@ class Episode:
             lateness_ms=1e3 * (sent - tick),
             missed_ticks=0 if fresh else missed,
             interventions=refusals + self._robot.events(),
-            operator=self._operator.commands,
+            operator=person,
         )
         command_step = self._scheduler.step
         self._witness.stepped(record, Seen(tick, self._control_step, command_step, observation, fresh, refusals))
@@ -232,12 +232,13 @@ class Episode:
         late = None if swap is not None else "the chunk arrived after all of its actions were due"
         return _Arrival(thought.seconds, swap, late)
 
-    def _command(self) -> tuple[float, bool, str | None, Feedback]:
+    def _command(self, person: bool) -> tuple[float, bool, str | None, Feedback]:
         """Send this step's command, or hold where there is none or the gate refuses it.
 
-        Returns when that was (s), whether the robot held, why the gate refused, and what the robot answers.
+        person: whether a person says what it is. Returns when that was (s), whether the robot held, why the gate
+        refused, and what the robot answers.
         """
-        if self._operator.commands:
+        if person:
             shown = self._operator.command(self._clock.now())
             actions = [] if shown is None else [shown]
         else:

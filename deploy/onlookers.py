@@ -17,8 +17,8 @@ from action_diffusion.deploy.operation import NoOperator, Operator, PageOperator
 from action_diffusion.deploy.page_process import MISSING
 from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.processes import Child
+from action_diffusion.deploy.recorded import plain_limits
 from action_diffusion.deploy.recording import RECORD, Recording
-from action_diffusion.deploy.replay import plain_limits
 from action_diffusion.deploy.rings import Moment
 from action_diffusion.deploy.robots import Robot
 from action_diffusion.deploy.steps import NoWitness, Witness

@@ -13,6 +13,7 @@ from typing import Any
 
 from action_diffusion.deploy.access import is_loopback, read_token
 from action_diffusion.deploy.operation import Orders
+from action_diffusion.deploy.page_view import View
 from action_diffusion.deploy.processes import Ending, report, serve
 from action_diffusion.deploy.rings import Moment
 from action_diffusion.errors import InputError
@@ -30,7 +31,6 @@ def run(*, folder: Path, name: str, host: str, port: int, token_file: str | None
         import uvicorn
 
         from action_diffusion.deploy.page_app import Page
-        from action_diffusion.deploy.page_view import View
     except ModuleNotFoundError:
         raise InputError(MISSING) from None
     token = read_token(token_file) if token_file or not is_loopback(host) else None
@@ -40,8 +40,9 @@ def run(*, folder: Path, name: str, host: str, port: int, token_file: str | None
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 5)
     listening = _listen(host, port)
+    view = View(folder, about)
     page = Page(
-        view=View(folder, about),
+        view=view,
         about=about,
         orders=Orders(folder),
         emergency=Moment(folder / "emergency"),
@@ -49,10 +50,10 @@ def run(*, folder: Path, name: str, host: str, port: int, token_file: str | None
         token=token,
     )
     quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "lifespan": "off"}
-    config = uvicorn.Config(page.app, ws="websockets-sansio", timeout_graceful_shutdown=1, **quiet)
+    config = uvicorn.Config(page.app, ws="websockets-sansio", ws_max_size=1 << 16, timeout_graceful_shutdown=1, **quiet)
     server = uvicorn.Server(config)
     report(folder, name, {"port": listening.getsockname()[1]})
-    asyncio.run(_serve(server, listening, ending))
+    asyncio.run(_serve(server, listening, view, ending))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -63,13 +64,14 @@ def _listen(host: str, port: int) -> socket.socket:
         raise InputError(f"page: cannot listen at {host}:{port}: {error.strerror or error}") from None
 
 
-async def _serve(server: Any, listening: socket.socket, ending: Ending) -> None:
-    async def end() -> None:
+async def _serve(server: Any, listening: socket.socket, view: View, ending: Ending) -> None:
+    async def watch() -> None:
         while not ending:
+            view.look()  # also while nobody is at the page
             await asyncio.sleep(0.2)
         server.should_exit = True
 
-    watching = asyncio.create_task(end())
+    watching = asyncio.create_task(watch())
     await server.serve(sockets=[listening])
     watching.cancel()
 

@@ -61,7 +61,7 @@ class View:
     def state(self) -> dict[str, Any]:
         """Everything that changes, as JSON has it; numbers that there are none of are None."""
         now = time.monotonic()
-        self._look()
+        self.look()
         setpoint, mode = self._latest("setpoints"), self._latest("modes")
         phase = Phase.STILL if setpoint is None else Phase(int(setpoint.values["phase"]))
         silent = setpoint is None or now - setpoint.t > 2 * SILENCE
@@ -79,7 +79,8 @@ class View:
             "events": [{"age": round(now - t, 1), "text": line} for t, line in reversed(self._events)],
         }
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Take what is new: at least every second, so that nothing is missed."""
         for record in self._new("steps"):
             values = record.values
             if int(values["step"]) == 0:

@@ -79,7 +79,7 @@ class Recording:
         n_slots = int(np.clip(_SEEN_BYTES // n_bytes, _LEAST_SLOTS, _MOST_SLOTS))
         block = ("f8", (horizon, size))
         self._seen = RingWriter(folder / "seen", fields=seen, n_slots=n_slots)
-        self._steps = RingWriter(folder / "steps", fields={**STEPS, "action": ("f8", (size,))}, n_slots=n_slots)
+        self._steps = RingWriter(folder / "steps", fields={**STEPS, "action": ("f8", (size,))}, n_slots=256)
         self._chunks = RingWriter(folder / "chunks", fields={**CHUNKS, "chunk": block, "running": block}, n_slots=32)
         self._episodes = RingWriter(folder / "episodes", fields=EPISODES, n_slots=32)
         self._block, self._size, self._seed, self._say = block[1], size, 0, say

@@ -13,7 +13,8 @@ from rich.table import Table
 from action_diffusion.datasets.files import atomic_path
 from action_diffusion.deploy.policies import DeployedPolicy, open_policy
 from action_diffusion.deploy.prediction import Guidance
-from action_diffusion.deploy.replay import Replayed, open_record, replay
+from action_diffusion.deploy.recorded import open_record
+from action_diffusion.deploy.replay import Replayed, replay
 from action_diffusion.deploy.scheduling import ChunkScheduler
 from action_diffusion.errors import InputError, unknown
 

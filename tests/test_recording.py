@@ -21,11 +21,12 @@ from action_diffusion import cli
 from action_diffusion.datasets.growing import read_table
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.limits import Limits
-from action_diffusion.deploy.replay import open_record, plain_limits, read_limits
+from action_diffusion.deploy.recorded import open_record, plain_limits, read_limits
 from action_diffusion.deploy.rings import RingReader, shared_folder
 from action_diffusion.deploy.run import run
 from action_diffusion.deploy.scheduling import SCHEDULINGS
 from action_diffusion.errors import InputError
+from benchmarks.kills import child_of
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +147,9 @@ def running(bundle, tmp_path):
         process.stderr.close()
 
 
-def child(pid: int, name: str) -> int:
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for number in path.read_text().split():
-            if name in Path(f"/proc/{number}/cmdline").read_text():
-                return int(number)
-    raise AssertionError(name)
-
-
 def test_kill_of_the_loop_leaves_all_of_it(running, tmp_path):
     process, steps = running
-    recorder = child(process.pid, "recorder_process")
+    recorder = child_of(process.pid, "recorder_process")
     process.kill()
     process.wait()
     count = steps.count
@@ -173,7 +166,7 @@ def test_kill_of_the_loop_leaves_all_of_it(running, tmp_path):
 
 def test_kill_of_everything_loses_less_than_a_second(running, tmp_path):
     process, steps = running
-    recorder = child(process.pid, "recorder_process")
+    recorder = child_of(process.pid, "recorder_process")
     os.kill(recorder, signal.SIGKILL)
     count, killed = steps.count, time.monotonic()
     process.kill()
@@ -187,7 +180,8 @@ def test_kill_of_everything_loses_less_than_a_second(running, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_loop_does_not_mind_what_becomes_of_the_recorder(running, tmp_path, number):
     process, steps = running
-    os.kill(child(process.pid, "recorder_process"), number)
+    recorder = child_of(process.pid, "recorder_process")
+    os.kill(recorder, number)
     before = steps.count
     until(lambda: steps.count > before + 15)
     rows = read_log(tmp_path / "run")[before : before + 15]
@@ -196,6 +190,8 @@ def test_the_loop_does_not_mind_what_becomes_of_the_recorder(running, tmp_path, 
     if number == signal.SIGKILL:
         assert process.stderr is not None
         assert b"the recorder's process has died" in process.stderr.readline()
+    else:
+        os.kill(recorder, signal.SIGCONT)
 
 
 def test_without_a_record(bundle, tmp_path):

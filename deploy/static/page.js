@@ -12,6 +12,7 @@ const ROWS = [
 ];
 const AGAIN = 500; // ms until a lost connection is tried again
 const POINTS = 33; // ms between two points while a person commands
+const SILENCE = 1500; // ms without a word after which the connection counts as lost
 
 let about = null;
 let socket = null;
@@ -19,6 +20,7 @@ let state = null;
 let pictures = [];
 let canvases = [];
 let pointed = 0;
+let heard = 0;
 
 async function begin() {
   const answer = await fetch("about").catch(() => null);
@@ -76,12 +78,12 @@ function build() {
 function connect() {
   socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/live`);
   socket.binaryType = "arraybuffer";
-  socket.onopen = () => { $("lost").hidden = true; };
-  socket.onmessage = ({ data }) => (typeof data === "string" ? show(JSON.parse(data)) : take(data));
-  socket.onclose = () => {
-    $("lost").hidden = false;
-    setTimeout(connect, AGAIN);
+  socket.onmessage = ({ data }) => {
+    heard = Date.now();
+    if (typeof data === "string") show(JSON.parse(data));
+    else take(data);
   };
+  socket.onclose = () => setTimeout(connect, AGAIN);
 }
 
 async function take(data) {
@@ -93,8 +95,8 @@ async function take(data) {
 
 function show(next) {
   state = next;
-  $("mode").textContent = NAMES[state.mode];
-  $("phase").textContent = NAMES[state.phase];
+  say("mode", NAMES[state.mode]);
+  say("phase", NAMES[state.phase]);
   $("loop").hidden = state.loop;
   $("stopped").hidden = !state.emergency;
   if (!state.emergency) $("confirm").hidden = true;
@@ -111,6 +113,10 @@ function show(next) {
     (state.step ? `; seed ${state.step.seed}, step ${state.step.step}` : "") +
     (state.step?.reward != null ? `, reward ${state.step.reward.toFixed(2)}` : "");
   $("events").replaceChildren(...state.events.map(event));
+}
+
+function say(id, text) {
+  if ($(id).textContent !== text) $(id).textContent = text; // who listens to the page hears changes only
 }
 
 function row(name, values) {
@@ -135,6 +141,7 @@ function event({ age, text }) {
 }
 
 function draw() {
+  $("lost").hidden = !about || Date.now() - heard < SILENCE;
   if (state) {
     canvases.forEach(({ canvas, plane }, index) => {
       drawPicture(canvas, pictures[index], plane, state);

@@ -1,0 +1,386 @@
+"""The operator's page, in a real browser: what it shows, what its buttons do, and that nothing depends on it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from test_deploy import save_bundle
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from action_diffusion import cli
+from action_diffusion.datasets.growing import read_table
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.deploy.arm_link import ArmLink, ArmSetup
+from action_diffusion.deploy.arm_loop import Phase
+from action_diffusion.deploy.messages import text
+from action_diffusion.deploy.processes import Child
+from action_diffusion.deploy.rings import RingReader, Segments, shared_folder
+from action_diffusion.errors import InputError
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.build import build_policy
+from action_diffusion.policy.normalizer import fit
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from benchmarks.kills import child_of
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser) -> Iterator[Callable[..., Any]]:
+    """Opens an address; whatever the page says on its console counts as an error."""
+    pages, errors = [], []
+
+    def open_(url: str, *, width: int = 400, scheme: str = "light") -> Any:
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.set_default_timeout(10_000)
+        page.goto(url)
+        pages.append(page)
+        return page
+
+    yield open_
+    for page in pages:
+        page.close()
+    assert errors == []
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny policy that sees pictures, for episodes of 60 s."""
+    path = tmp_path_factory.mktemp("page") / "bundle"
+    corners = np.array([[200.0, 200.0], [300.0, 300.0]])
+    torch.manual_seed(0)
+    config = TINY | {"features": {}}
+    config["encoder"] = {"name": "observation", "backbone": "resnet18", "width": 0.25, "stages": 1}
+    spec = PolicySpec(
+        observations={
+            "image": ObservationSpec(shape=(96, 96, 3), dtype="uint8", kind="image", source="image"),
+            "agent_pos": ObservationSpec(shape=(2,), source="agent_pos"),
+        },
+        action=ActionSpec(shape=(2,), unit="px"),
+        n_obs_steps=2,
+        horizon=16,
+        n_action_steps=8,
+        control_rate=10.0,
+        task="pusht_image",
+        env={"name": "pusht", "max_steps": 600},
+        normalizer={"agent_pos": fit(corners), "action": fit(corners)},
+    )
+    bundles.save(path, build_policy(config, spec), {"policy": config})
+    return path
+
+
+class Deployment:
+    """`action-diffusion deploy` in a process of its own, with its page."""
+
+    def __init__(self, bundle: Path, output_dir: Path, *options: str) -> None:
+        words = [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", "page=true", *options]
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "action_diffusion", "deploy", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout or []), daemon=True)
+        self._reader.start()
+        said = until(lambda: [line for line in self.lines if "page: http" in line] or self.process.poll(), 60)
+        assert isinstance(said, list), self.lines
+        self.url = said[0].split()[-1]
+        self.folder = next(shared_folder().glob(f"action-diffusion-{self.process.pid}-*"))
+        self.steps, self.setpoints = RingReader(self.folder / "steps"), RingReader(self.folder / "setpoints")
+
+    @property
+    def phase(self) -> Phase:
+        record = self.setpoints.latest()
+        return Phase(int(record.values["phase"])) if record is not None else Phase.STILL
+
+    def goes_on(self, n: int = 8) -> None:
+        """That many further steps come, all on time."""
+        before = self.steps.count
+        until(lambda: self.steps.count >= before + n, 10)
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(30)
+        self._reader.join(5)
+        return code
+
+
+@pytest.fixture
+def deployment(bundle, tmp_path) -> Iterator[Callable[..., Deployment]]:
+    started: list[Deployment] = []
+
+    def start(*options: str) -> Deployment:
+        started.append(Deployment(bundle, tmp_path / "run", *options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_an_operator_at_work(deployment, open_page, tmp_path, capsys):
+    """Start, pause, take over by pointing, give back, mark; the record knows it all and replays."""
+    run = deployment("wait=true", "scheduling=naive", "n_episodes=2")
+    page = open_page(run.url, width=400)
+    until(lambda: page.evaluate("document.getElementById('mode').textContent === 'paused'"), 10)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert run.steps.count == 0
+    page.click("#start")
+    until(lambda: run.steps.count > 12)
+    until(lambda: page.evaluate("Number(document.getElementById('camera-image').dataset.planned) >= 2"), 10)
+    until(lambda: page.evaluate("document.getElementById('timing').textContent.includes('inference')"), 10)
+    colours = page.evaluate(
+        "(() => { const c = document.getElementById('camera-image'); const d = c.getContext('2d')"
+        ".getImageData(0, 0, c.width, c.height).data; return new Set(Array.from(d)).size; })()"
+    )
+    assert colours > 20  # a picture, not an empty canvas
+    page.screenshot(path=os.environ.get("PAGE_SCREENSHOT", str(tmp_path / "page.png")), full_page=True)
+    page.click("#pause")
+    until(lambda: page.evaluate("document.getElementById('mode').textContent === 'paused'"), 10)
+    count = run.steps.count
+    time.sleep(0.5)
+    assert run.steps.count == count
+    assert run.phase is Phase.MOVING  # it rests, ready to go on
+    page.click("#take_over")
+    until(lambda: page.evaluate("document.getElementById('mode').textContent === 'you command'"), 10)
+    box = page.locator("#camera-image").bounding_box()
+    for index in range(25):
+        page.mouse.move(box["x"] + box["width"] * (0.45 + 0.004 * index), box["y"] + box["height"] * 0.5)
+        time.sleep(0.05)
+    record = run.steps.latest()
+    assert record.values["operator"]
+    assert record.values["action"] == pytest.approx([0.546 * 512, 256], abs=12)
+    page.click("#start")
+    run.goes_on()
+    page.click("#success")
+    until(lambda: any("success" in line for line in run.lines))
+    until(lambda: page.evaluate("document.getElementById('mode').textContent === 'paused'"), 10)  # the next one waits
+    assert run.end() == 130
+    path = tmp_path / "run" / "record.zarr"
+    assert ReplayBuffer.open(path).n_episodes == 1
+    steps = read_table(path, "steps")
+    assert 10 <= steps["operator"].sum() <= 40
+    assert read_table(path, "episodes")["mark"][0] == 1
+    capsys.readouterr()
+    assert cli.main(["deploy", f"replay={path}"]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+
+
+def test_the_emergency_stop(deployment, open_page):
+    run = deployment("scheduling=naive", "n_episodes=3")
+    page = open_page(run.url, width=1000, scheme="dark")
+    until(lambda: run.steps.count > 5)
+    events = RingReader(run.folder / "events")
+    page.evaluate(
+        "document.getElementById('emergency').addEventListener('click', () => { window.at = Date.now(); }, true)"
+    )
+    page.click("#emergency")
+    until(lambda: events.count > 0)
+    (event,) = events.last(3)
+    assert text(event.values["why"]) == "emergency stop"
+    clicked = page.evaluate("window.at") / 1e3 - time.time() + time.monotonic()
+    assert 0 <= event.t - clicked + 0.002 < 0.1
+    page.wait_for_selector("#stopped", state="visible")
+    until(lambda: any("clear it on the page" in line for line in run.lines))
+    count = run.steps.count
+    time.sleep(0.3)
+    assert (run.steps.count, run.phase) == (count, Phase.STILL)
+    page.click("#clear")
+    page.click("#confirm")
+    page.wait_for_selector("#stopped", state="hidden")
+    until(lambda: page.evaluate("document.getElementById('mode').textContent === 'paused'"), 10)
+    time.sleep(0.3)
+    assert run.steps.count == count  # nothing moves before somebody says so
+    page.click("#start")
+    run.goes_on()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_page_that_dies_or_hangs_changes_nothing_else(deployment, open_page, number, tmp_path):
+    run = deployment("scheduling=naive")
+    until(lambda: run.steps.count > 5)
+    before = run.steps.count
+    page = open_page(run.url) if number == signal.SIGSTOP else None
+    os.kill(child_of(run.process.pid, "page_process"), number)
+    run.goes_on(15)
+    if page is not None:
+        page.wait_for_selector("#lost", state="visible")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()][before:]
+    assert not any(row["interventions"] for row in rows)
+    assert sum(row["missed_ticks"] for row in rows) <= 1
+    assert run.end() == 130
+
+
+# Without a browser: the page's process beside an arm, and a loop that does nothing.
+
+LIMITS = {"low": [-2.0] * 3, "high": [2.0] * 3, "max_step": [1.0] * 3}
+LIMITS |= {"velocity": [2.0] * 3, "acceleration": [10.0] * 3, "jerk": [200.0] * 3}
+ABOUT = {"n_obs_steps": 2, "control_rate": 10.0, "cameras": [], "dimensions": ["a", "b", "c"], "plane": None}
+
+
+class Served:
+    """An arm, and the page's process beside it."""
+
+    def __init__(self, **options: Any) -> None:
+        self.segments = Segments()
+        setup = ArmSetup(driver="ideal", settings={"n_joints": 2}, limits=LIMITS)
+        self.arm = ArmLink(folder=self.segments.path, setup=setup)
+        arguments: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "token_file": None, "about": ABOUT}
+        self.page = Child("action_diffusion.deploy.page_process", self.segments.path, "page", arguments | options)
+        try:
+            self.port = self.page.wait_ready()["port"]
+        except InputError:
+            self.close()
+            raise
+
+    def request(self, method: str, path: str, body: str = "", **headers: str) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request(method, path, body, headers)
+        return connection.getresponse()
+
+    def close(self) -> None:
+        self.page.end()
+        self.arm.close()
+        self.segments.remove()
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    one = Served()
+    yield one
+    one.close()
+
+
+def test_the_emergency_stop_needs_no_loop(served):
+    """The loop's main thread is busy: this test does nothing from `begin` on, but for asking the page."""
+    served.request("GET", "/about").read()
+    served.arm.begin()
+    moment = time.monotonic()
+    assert served.request("POST", "/emergency").status == 204
+    until(lambda: served.arm.phase is Phase.STILL)
+    event = RingReader(served.segments.path / "events").last(1)[0]
+    assert text(event.values["why"]) == "emergency stop"
+    assert 0 <= event.t - moment < 0.1
+    with pytest.raises(InputError, match="the emergency stop is set"):
+        served.arm.begin()
+    assert served.request("POST", "/clear").status == 400
+    with pytest.raises(InputError, match="the emergency stop is set"):
+        served.arm.begin()
+    assert served.request("POST", "/clear", "the area is safe").status == 204
+    served.arm.begin()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 204),
+        ({"Origin": "http://127.0.0.1:{port}"}, 204),
+        ({"Origin": "http://elsewhere.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "elsewhere.example:{port}"}, 403),
+    ],
+)
+def test_other_pages_of_the_browser_do_not_come_in(served, headers, status):
+    filled = {name: value.format(port=served.port) for name, value in headers.items()}
+    assert served.request("POST", "/emergency", **filled).status == status
+    assert served.request("GET", "/about", **filled).status == (200 if status == 204 else 403)
+    origin = filled.get("Origin")
+    address = f"ws://127.0.0.1:{served.port}/live"
+    if "Host" in filled:
+        return
+    if status == 204:
+        with connect(address, origin=origin, proxy=None) as socket:
+            assert json.loads(socket.recv())["phase"] in ("STILL", "STOPPING")
+            socket.send("nonsense")
+            socket.send('{"order": "point", "values": [1, 2]}')
+            socket.send('{"order": "pause"}')
+            assert until(lambda: RingReader(served.segments.path / "orders").count) == 1
+    else:
+        with pytest.raises(InvalidStatus):
+            connect(address, origin=origin, proxy=None)
+
+
+def test_other_machines_need_the_token(tmp_path, monkeypatch):
+    monkeypatch.delenv("ACTION_DIFFUSION_TOKEN", raising=False)
+    with pytest.raises(InputError, match=r"page_host=0\.0\.0\.0 lets other machines in"):
+        Served(host="0.0.0.0")
+    secret = "a-token-of-more-than-16-letters"
+    (tmp_path / "token").write_text(secret)
+    served = Served(host="0.0.0.0", token_file=str(tmp_path / "token"))
+    try:
+        assert served.request("GET", "/").status == 200
+        for method, path in (("GET", "/about"), ("POST", "/emergency"), ("POST", "/clear")):
+            assert served.request(method, path).status == 401
+        with pytest.raises(InvalidStatus):
+            connect(f"ws://127.0.0.1:{served.port}/live", proxy=None)
+        assert served.request("POST", "/session", Authorization="Api-Key wrong").status == 401
+        cookie = served.request("POST", "/session", Authorization=f"Api-Key {secret}").getheader("Set-Cookie")
+        assert cookie is not None
+        assert {"HttpOnly", "SameSite=strict"} <= set(re.split("; ", cookie))
+        assert secret not in cookie
+        assert served.request("GET", "/about", Cookie=cookie.split(";")[0]).status == 200
+        assert served.request("POST", "/emergency", Cookie=cookie.split(";")[0]).status == 204
+    finally:
+        served.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["page=-1"], "page=-1: give true, false or a port"),
+        (["page=maybe"], "page=maybe: give true, false or a port"),
+        (["page=false", "wait=true"], "wait=true waits for somebody at the page"),
+    ],
+)
+def test_bad_options(tmp_path, capsys, words, message):
+    bundle = save_bundle(tmp_path / "bundle")
+    assert cli.main(["deploy", f"bundle={bundle}", f"output_dir={tmp_path}", "device=cpu", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_taken_port(served, tmp_path, capsys):
+    bundle = save_bundle(tmp_path / "bundle")
+    words = [f"bundle={bundle}", f"output_dir={tmp_path}", "device=cpu", f"page={served.port}"]
+    assert cli.main(["deploy", *words]) == 2
+    assert "cannot listen at 127.0.0.1" in capsys.readouterr().err
