@@ -154,11 +154,13 @@ class Episode:
             self._forget()
         self._scheduler.begin_step(self._control_step)
         arrival = self._receive()
-        observation = self._observe(tick)
+        observation = self._observe(tick) if self._scheduler.will_be_seen else None
         may_ask = not person and (arrival is None or arrival.refusal is None)
         if may_ask and observation is not None and self._scheduler.wants_chunk:
             arrival = self._ask(tick, observation.t) or arrival
         sent, held, refusal, (reward, done) = self._command(person)
+        if observation is None and self._witness.looks:  # after the command, so that nobody waits for it
+            observation = self._robot.observe(self._keys, tick)
         swap = None if arrival is None else arrival.swap
         reasons = [None if arrival is None else arrival.refusal, refusal]
         refusals = [reason for reason in reasons if reason is not None]
@@ -190,14 +192,10 @@ class Episode:
         self._agent.reset()
         self._scheduler.reset()
 
-    def _observe(self, tick: float) -> Observation | None:
-        """What the policy looks at; or, only for the witness, what it would see."""
-        looks = self._scheduler.will_be_seen
-        if not (looks or self._witness.looks):
-            return None
+    def _observe(self, tick: float) -> Observation:
+        """What the policy looks at."""
         observation = self._robot.observe(self._keys, tick)
-        if looks:
-            self._agent.observe(observation.values)
+        self._agent.observe(observation.values)
         return observation
 
     def _ask(self, tick: float, observed: float) -> _Arrival | None:
