@@ -80,6 +80,8 @@ def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Tri
         folder = _folder(loop)
         events, setpoints = RingReader(folder / "events"), RingReader(folder / "setpoints")
         _until(lambda: (record := setpoints.latest()) is not None and record.values["phase"] == 1, 60)
+        if bundle:  # before the first commit there is nothing to open
+            _until((output / RECORD / "meta" / "episode_ends" / "c").exists, 10)
         time.sleep(wait)
         before = events.last(10)
         if before:
@@ -138,8 +140,10 @@ def _loop(bundle: str | None) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
         try:
             yield loop, Path(folder) / "out"
         finally:
+            children = _children(loop.pid)
             loop.kill()  # whatever it started ends when it is gone
             loop.wait()
+            _until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
 
 
 def _folder(loop: subprocess.Popen[bytes]) -> Path:
@@ -154,11 +158,15 @@ def _folder(loop: subprocess.Popen[bytes]) -> Path:
 
 def child_of(pid: int, module: str) -> int:
     """The child of `pid` that runs `module`."""
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in path.read_text().split():
-            if module in Path(f"/proc/{child}/cmdline").read_text():
-                return int(child)
+    for child in _children(pid):
+        if module in Path(f"/proc/{child}/cmdline").read_text():
+            return child
     raise InputError(f"the loop has no {module}: a policy that sees no images has no camera to kill")
+
+
+def _children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in found for child in path.read_text().split()]
 
 
 def _until(condition: Any, seconds: float) -> None:
