@@ -6,6 +6,13 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
+import signal
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,8 +26,16 @@ from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
 torch.set_num_threads(1)
 
+if "benchmarks" not in sys.modules:  # not a package that installs, and the root is not on the path
+    package = ModuleSpec("benchmarks", None, is_package=True)
+    package.submodule_search_locations = [str(Path(__file__).resolve().parents[1] / "benchmarks")]
+    sys.modules["benchmarks"] = module_from_spec(package)
+
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell, which children would inherit
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +19,6 @@ from torch import nn
 from action_diffusion.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-if "benchmarks" not in sys.modules:  # not a package that installs, and the root is not on the path
-    package = ModuleSpec("benchmarks", None, is_package=True)
-    package.submodule_search_locations = [str(ROOT / "benchmarks")]
-    sys.modules["benchmarks"] = module_from_spec(package)
-
 command = import_module("benchmarks.__main__")
 compare = import_module("benchmarks.compare")
 episodes = import_module("benchmarks.episodes")

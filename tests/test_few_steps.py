@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
 from pathlib import Path
 
 import pytest
@@ -15,11 +12,6 @@ import pytest
 from action_diffusion.policy import bundle as bundles
 
 ROOT = Path(__file__).resolve().parents[1]
-if "benchmarks" not in sys.modules:  # not a package that installs, and the root is not on the path
-    package = ModuleSpec("benchmarks", None, is_package=True)
-    package.submodule_search_locations = [str(ROOT / "benchmarks")]
-    sys.modules["benchmarks"] = module_from_spec(package)
-
 few_steps = import_module("benchmarks.few_steps")
 
 

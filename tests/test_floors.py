@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-if "benchmarks" not in sys.modules:  # not a package that installs, and the root is not on the path
-    package = ModuleSpec("benchmarks", None, is_package=True)
-    package.submodule_search_locations = [str(ROOT / "benchmarks")]
-    sys.modules["benchmarks"] = module_from_spec(package)
-
 floors = import_module("benchmarks.floors")
 
 conv = import_module("action_diffusion.policy.conv")

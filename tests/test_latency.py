@@ -7,8 +7,6 @@ import re
 import subprocess
 import sys
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,11 +24,6 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 
 ROOT = Path(__file__).resolve().parents[1]
-if "benchmarks" not in sys.modules:  # not a package that installs, and the root is not on the path
-    package = ModuleSpec("benchmarks", None, is_package=True)
-    package.submodule_search_locations = [str(ROOT / "benchmarks")]
-    sys.modules["benchmarks"] = module_from_spec(package)
-
 latency = import_module("benchmarks.latency")
 latency_report = import_module("benchmarks.latency_report")
 
