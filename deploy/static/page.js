@@ -20,7 +20,7 @@ let state = null;
 let pictures = [];
 let canvases = [];
 let pointed = 0;
-let heard = 0;
+let heard = Date.now();
 
 async function begin() {
   const answer = await fetch("about").catch(() => null);
@@ -141,7 +141,7 @@ function event({ age, text }) {
 }
 
 function draw() {
-  $("lost").hidden = !about || Date.now() - heard < SILENCE;
+  $("lost").hidden = !$("enter").hidden || Date.now() - heard < SILENCE;
   if (state) {
     canvases.forEach(({ canvas, plane }, index) => {
       drawPicture(canvas, pictures[index], plane, state);
