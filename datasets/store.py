@@ -27,6 +27,10 @@ from action_diffusion.errors import InputError
 
 CHUNK_BYTES = 1 << 20
 READ_BYTES = 4 << 20  # what is decoded at a time when an array is read from end to end
+_DECODERS = 2
+"""Threads that decode chunks. Zarr's default is many more, and the memory that each has freed stays with it."""
+if zarr.config.get("threading.max_workers") is None:
+    zarr.config.set({"threading.max_workers": _DECODERS})
 _MARKERS = ("meta/episode_ends/zarr.json", "meta/episode_ends/.zarray")
 
 
@@ -187,10 +191,10 @@ def write_zarr(path: Path, columns: Mapping[str, Column], episode_ends: np.ndarr
 
 
 def create_array(
-    group: zarr.Group, key: str, shape: tuple[int, ...], dtype: np.dtype, chunk_bytes: int = CHUNK_BYTES
+    group: zarr.Group, key: str, shape: tuple[int, ...], dtype: np.dtype, chunk_bytes: int | None = None
 ) -> zarr.Array:
-    """An array of ours at `key`, one row a step, in chunks of about `chunk_bytes`."""
-    rows = max(1, chunk_bytes // max(1, math.prod(shape[1:]) * dtype.itemsize))
+    """An array of ours at `key`, one row a step, in chunks of about `chunk_bytes` (default: `CHUNK_BYTES`)."""
+    rows = max(1, (chunk_bytes or CHUNK_BYTES) // max(1, math.prod(shape[1:]) * dtype.itemsize))
     return group.create_array(
         key,
         shape=shape,

@@ -173,9 +173,14 @@ def test_a_next_obs_that_is_another_is_reported(tmp_path: Path) -> None:
 # Cut off.
 
 _CONVERTER = """
-import sys
+import sys, time
 from action_diffusion.datasets import robomimic, store
 store.CHUNK_BYTES, robomimic.BLOCK_BYTES = 2000, 4000
+def unhurried(*arguments):
+    for done in in_processes(*arguments):
+        yield done
+        time.sleep(0.01)  # so that the test comes in time to kill it
+in_processes, robomimic.in_processes = robomimic.in_processes, unhurried
 robomimic.convert(sys.argv[1], sys.argv[2], workers=2)
 """
 
