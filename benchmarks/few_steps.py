@@ -33,18 +33,19 @@ from action_diffusion import envs
 from action_diffusion.datasets.files import atomic_path
 from action_diffusion.datasets.progress import progress
 from action_diffusion.envs.rollout import generators, rollout
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.evaluation import BATCH
 from action_diffusion.training.statistics import bootstrap_interval
+from benchmarks.command import command, options, whole
 from benchmarks.report import machine
 
 DEFAULTS = {"bundle": "", "output": "", "n_episodes": "50", "seed": "100000", "steps": "1,2,4,8"}
 REFERENCES: dict[str, list[dict[str, Any]]] = {
     "diffusion": [
         {"scheduler": "ddpm", "num_inference_steps": 100},
-        {"scheduler": "ddim", "num_inference_steps": 16, "timestep_spacing": "leading"},  # 16 does not divide 100
+        {"scheduler": "ddim", "num_inference_steps": 16},
     ],
     "flow": [],
 }
@@ -87,32 +88,21 @@ class Way:
 
 def parse(words: Sequence[str]) -> Plan:
     """From `name=value` words. Raises `InputError`."""
-    given = dict(DEFAULTS)
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in given:
-            raise unknown("option", name, DEFAULTS)
-        given[name] = value
+    given = options(words, DEFAULTS)
     if not given["bundle"] or not given["output"].endswith(".json"):
         raise InputError("bundle and output are required: python -m benchmarks.few_steps bundle=DIR output=FILE.json")
     return Plan(
         bundles=[Path(word) for word in given["bundle"].strip("[]").split(",")],
         output=Path(given["output"]),
-        n_episodes=_whole("n_episodes", given["n_episodes"]),
-        seed=_whole("seed", given["seed"]),
-        steps=[_whole("steps", word) for word in given["steps"].strip("[]").split(",")],
+        n_episodes=whole("n_episodes", given["n_episodes"]),
+        seed=whole("seed", given["seed"], least=0),
+        steps=[whole("steps", word) for word in given["steps"].strip("[]").split(",")],
     )
-
-
-def _whole(name: str, word: str) -> int:
-    if not word.strip().isdecimal() or int(word) < 1:
-        raise InputError(f"{name}={word} must be a whole number of at least 1")
-    return int(word)
 
 
 def ways(plan: Plan) -> list[Way]:
     """All that is to be measured. Raises `InputError` for a bundle that cannot be loaded or has no simulator."""
-    found = []
+    found, names = [], _names(plan.bundles)
     for path in plan.bundles:
         policy = bundles.load(path)
         if policy.spec.env is None:
@@ -120,11 +110,17 @@ def ways(plan: Plan) -> list[Way]:
         family = policy.process.family
         few = [{"scheduler": name, "num_inference_steps": n} for name in FEW[family] for n in plan.steps]
         for sampler in REFERENCES[family] + few:
-            if sampler["scheduler"] == "ddim" and 100 % sampler["num_inference_steps"]:
-                sampler = sampler | {"timestep_spacing": "leading"}
-            name = path.parent.name if path.name == "bundle" else path.name
-            found.append(Way(name=name, sampler=sampler, policy=bundles.load(path, sampler=sampler)))
+            if sampler["scheduler"] == "ddim" and policy.process.num_train_timesteps % sampler["num_inference_steps"]:
+                sampler = sampler | {"timestep_spacing": "leading"}  # the default, trailing, asks for equal steps
+            found.append(Way(name=names[path], sampler=sampler, policy=bundles.load(path, sampler=sampler)))
     return found
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """What rows and picture call the bundles: the folder that each is in, and all of the path where two share it."""
+    short = {path: path.parent.name if path.name == "bundle" else path.name for path in paths}
+    shared = {name for name in short.values() if list(short.values()).count(name) > 1}
+    return {path: str(path) if name in shared else name for path, name in short.items()}
 
 
 def measure_latency(found: Sequence[Way], rounds: int = ROUNDS) -> None:
@@ -223,29 +219,23 @@ def show(found: Sequence[Way]) -> None:
     Console(highlight=False).print(table)
 
 
+@command
 def main(words: Sequence[str]) -> int:
     """Measure, show, write; returns the exit code."""
+    plan = parse(words)
+    found = ways(plan)
+    measure_latency(found)
     done: list[Way] = []
     try:
-        plan = parse(words)
-        found = ways(plan)
-        measure_latency(found)
-        try:
-            with progress("few steps", sum(map(_cost, found))) as advance:
-                for way in found:
-                    evaluate(way, plan, advance)
-                    done.append(way)
-        finally:
-            if done:
-                write(plan, done)
-                show(done)
-                print(f"rows: {plan.output}, picture: {plan.output.with_suffix('.png')}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        with progress("few steps", sum(map(_cost, found))) as advance:
+            for way in found:
+                evaluate(way, plan, advance)
+                done.append(way)
+    finally:
+        if done:
+            write(plan, done)
+            show(done)
+            print(f"rows: {plan.output}, picture: {plan.output.with_suffix('.png')}")
     return 0
 
 

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from action_diffusion.datasets.files import atomic_path
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.errors import unknown
 from action_diffusion.policy.packing import Packable
 from action_diffusion.policy.policy import DiffusionPolicy
+from benchmarks.command import command, options, positive
 from benchmarks.ours import Chunk, Train, load_inputs
 from benchmarks.report import machine
 from benchmarks.rows import MEDIUM, PAPER, SMALL, Row, write_inputs
@@ -203,27 +204,15 @@ def measure(sizes: Sequence[str], seconds: float) -> tuple[Machine, list[Found]]
     return on, found
 
 
+@command
 def main(words: Sequence[str]) -> int:
     """Measure, show, write; returns the exit code."""
-    given = dict(DEFAULTS)
-    try:
-        for word in words:
-            name, _, value = word.partition("=")
-            if name not in given:
-                raise unknown("option", name, DEFAULTS)
-            given[name] = value
-        try:
-            seconds = float(given["seconds"])
-        except ValueError:
-            raise InputError(f"seconds={given['seconds']} must be a number") from None
-        sizes = given["sizes"].split(",")
-        for size in sizes:
-            if size not in SIZES:
-                raise unknown("sizes", size, SIZES)
-        on, found = measure(sizes, seconds)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    given = options(words, DEFAULTS)
+    sizes, seconds = given["sizes"].split(","), positive("seconds", given["seconds"])
+    for size in sizes:
+        if size not in SIZES:
+            raise unknown("sizes", size, SIZES)
+    on, found = measure(sizes, seconds)
     show(on, found)
     if given["output"]:
         rows = [asdict(work) | {"share": work.share} for work in found]

@@ -25,7 +25,7 @@ from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.messages import COMMANDS, CommandWriter, text
 from action_diffusion.deploy.rings import RingReader
 from action_diffusion.deploy.sim import IdealArm
-from action_diffusion.errors import InputError, unknown
+from benchmarks.command import command, options, whole
 
 N_JOINTS = 6
 RATES = ("velocity", "acceleration", "jerk")
@@ -158,22 +158,13 @@ def _garbage(writer: CommandWriter, random: np.random.Generator, now: float) -> 
     writer.send_record(now - random.choice([0.0, 1.0, -1.0, np.nan]), record)
 
 
+@command
 def main(words: Sequence[str]) -> int:
     """See the module."""
-    numbers = {"n": 1_000_000, "seed": 0}
-    try:
-        for word in words:
-            name, _, value = word.partition("=")
-            if name not in numbers:
-                raise unknown("option", name, numbers)
-            if not value.isdigit():
-                raise InputError(f"{word}: give a whole number")
-            numbers[name] = int(value)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    given = options(words, {"n": "1000000", "seed": "0"})
+    n, seed = whole("n", given["n"]), whole("seed", given["seed"], least=0)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        outcome = fuzz(numbers["n"], numbers["seed"], Path(folder), lambda done: print(f"\r{done}", end="", flush=True))
+        outcome = fuzz(n, seed, Path(folder), lambda done: print(f"\r{done}", end="", flush=True))
     print(f"\r{outcome.messages} messages, {outcome.followed} followed, {outcome.setpoints} setpoints")
     for reason, count in outcome.reasons.most_common(20):
         print(f"{count:9d}  {reason} …")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ from action_diffusion.datasets.batches import (
 )
 from action_diffusion.datasets.sources import open_data
 from action_diffusion.datasets.windows import batch_indices, make_windows
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.errors import InputError
+from benchmarks.command import command, options, positive, whole
 
 _OPTIONS = {
     "data": "pusht_human",
@@ -36,17 +37,14 @@ _OPTIONS = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    options = dict(_OPTIONS)
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name not in options:
-            raise unknown("option", name, options)
-        options[name] = value
-    batch_size, crop, seconds = int(options["batch_size"]), int(options["crop"]), float(options["seconds"])
+@command
+def main(words: Sequence[str]) -> int:
+    given = options(words, _OPTIONS)
+    batch_size, crop = whole("batch_size", given["batch_size"]), whole("crop", given["crop"])
+    seconds = positive("seconds", given["seconds"])
 
     started = time.perf_counter()
-    source = _open(options)
+    source = _open(given)
     print(f"{source.mode}: {source.n_bytes / 1e9:.2f} GB loaded in {time.perf_counter() - started:.1f} s")
     image = next(iter(source.frame_sizes))
     rng = np.random.default_rng(0)
@@ -59,10 +57,11 @@ def main(arguments: list[str]) -> None:
     print(f"uint8    {_rate(gather, seconds) * batch_size:10,.0f} samples/s")
     print(f"float32  {_rate(lambda step: images_to_float(gather(step)), seconds) * batch_size:10,.0f} samples/s")
     print(f"resident {_most_resident() / 1e9:10.2f} GB at most")
+    return 0
 
 
-def _open(options: dict[str, str]) -> BatchSource:
-    buffer = open_data(options["data"])
+def _open(given: dict[str, str]) -> BatchSource:
+    buffer = open_data(given["data"])
     images = [key for key in buffer.keys if len(buffer[key].shape) == 4]
     if not images:
         raise InputError(f"{buffer.name} holds no images [N, H, W, 3]")
@@ -72,8 +71,8 @@ def _open(options: dict[str, str]) -> BatchSource:
         observations={images[0]: ObsKey(images[0], None, "image")},
         action_key="action",
         n_obs_steps=2,
-        device=options["device"],
-        memory_gb=float(options["memory_gb"]) if options["memory_gb"] else None,
+        device=given["device"],
+        memory_gb=float(given["memory_gb"]) if given["memory_gb"] else None,
     )
 
 
@@ -96,8 +95,4 @@ def _rate(work: Callable[[int], torch.Tensor], seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    raise SystemExit(main(sys.argv[1:]))

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion.datasets.files import atomic_path
+from action_diffusion.errors import InputError
+from benchmarks.command import command
 
 MOST_MINUTES, LEAST_SCORE = 10.0, 0.91
 SETTINGS = {
@@ -38,35 +40,38 @@ SETTINGS = {
 }
 
 
-def command(words: Sequence[str]) -> tuple[list[str], Path]:
-    """The training command with `words` in place of settings, and its output folder. Raises `ValueError`."""
+def training_command(words: Sequence[str]) -> tuple[list[str], Path]:
+    """The training command with `words` in place of settings, and its output folder. Raises `InputError`."""
     given = dict(SETTINGS)
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
-            raise ValueError(f"{word!r} is not of the form name=value")
+            raise InputError(f"{word!r} is not of the form name=value")
         given[name] = value
     if not given.get("output_dir"):
-        raise ValueError("output_dir is required: python -m benchmarks.gpu_pusht_image output_dir=DIR")
+        raise InputError("output_dir is required: python -m benchmarks.gpu_pusht_image output_dir=DIR")
     training = [sys.executable, "-m", "action_diffusion", "train"]
     return training + [f"{name}={value}" for name, value in given.items()], Path(given["output_dir"])
 
 
 def outcome(folder: Path, seconds: float) -> dict[str, Any]:
-    """What DIR/benchmark.json says, from the results that the training left in `folder`."""
-    found = json.loads((folder / "evaluation" / "results.json").read_text())
+    """What DIR/benchmark.json says, from the results that the training left in `folder`.
+
+    Raises `InputError` where nothing was evaluated.
+    """
+    results = folder / "evaluation" / "results.json"
+    if not results.exists():
+        raise InputError(f"{results} does not exist: nothing was evaluated, see evaluation.n_episodes")
+    found = json.loads(results.read_text())
     keys = ("n_episodes", "mean_score", "mean_interval", "success_rate", "success_interval", "versions")
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     return {"seconds": round(seconds, 1), "steps": last["step"], **{key: found[key] for key in keys}}
 
 
+@command
 def main(words: Sequence[str]) -> int:
     """Run, time, write; returns the exit code."""
-    try:
-        training, folder = command(words)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    training, folder = training_command(words)
     print(" ".join(training[1:]))
     began = time.monotonic()
     code = subprocess.run(training, check=False).returncode

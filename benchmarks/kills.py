@@ -31,7 +31,8 @@ from action_diffusion.deploy.arm_link import OVER
 from action_diffusion.deploy.messages import text
 from action_diffusion.deploy.recording import RECORD
 from action_diffusion.deploy.rings import Record, RingReader, shared_folder
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.errors import InputError
+from benchmarks.command import command, options, whole
 
 WITHIN = 0.1
 MODULES = {"camera": "camera_process", "recorder": "recorder_process", "page": "page_process"}
@@ -175,28 +176,18 @@ def _until(condition: Any, seconds: float) -> None:
         time.sleep(0.002)
 
 
+@command
 def main(words: Sequence[str]) -> int:
     """See the module."""
-    given = {"n": "100", "bundle": "", "seed": "0"}
-    try:
-        for word in words:
-            name, _, value = word.partition("=")
-            if name not in given:
-                raise unknown("option", name, given)
-            given[name] = value
-        if not given["n"].isdigit() or not given["seed"].isdigit():
-            raise InputError("n and seed are whole numbers")
-        bundle = str(Path(given["bundle"]).resolve()) if given["bundle"] else None
-        random, trials = np.random.default_rng(int(given["seed"])), []
-        kinds = [(who, what) for who in ("loop", *(HARMLESS if bundle else ("camera",))) for what in SIGNALS]
-        for number in range(int(given["n"])):
-            trials.append(trial(*kinds[number % len(kinds)], wait=random.uniform(0.2, 2.0), bundle=bundle))
-            last = trials[-1]
-            took = "no stop" if last.seconds is None else f"{1e3 * last.seconds:.0f} ms"
-            print(f"{number + 1}: {last.what} the {last.who}: {took} ({last.why})", flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    given = options(words, {"n": "100", "bundle": "", "seed": "0"})
+    n, random = whole("n", given["n"]), np.random.default_rng(whole("seed", given["seed"], least=0))
+    bundle, trials = str(Path(given["bundle"]).resolve()) if given["bundle"] else None, []
+    kinds = [(who, what) for who in ("loop", *(HARMLESS if bundle else ("camera",))) for what in SIGNALS]
+    for number in range(n):
+        trials.append(trial(*kinds[number % len(kinds)], wait=random.uniform(0.2, 2.0), bundle=bundle))
+        last = trials[-1]
+        took = "no stop" if last.seconds is None else f"{1e3 * last.seconds:.0f} ms"
+        print(f"{number + 1}: {last.what} the {last.who}: {took} ({last.why})", flush=True)
     seconds = [1e3 * entry.seconds for entry in trials if entry.seconds is not None and entry.who not in HARMLESS]
     if seconds:
         print(f"ms until the stop began: median {np.median(seconds):.0f}, largest {max(seconds):.0f}")

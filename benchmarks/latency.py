@@ -38,6 +38,7 @@ from action_diffusion.deploy.scheduling import SCHEDULINGS, check_room
 from action_diffusion.deploy.virtual import run_episodes
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy import bundle as bundles
+from benchmarks.command import command, whole
 from benchmarks.latency_report import Cell, Result, show, write
 
 DELAYS = (0, 1, 2, 4, 8)
@@ -140,10 +141,7 @@ def _number(given: Mapping[str, str], name: str, default: float) -> float:
 
 
 def _whole(given: Mapping[str, str], name: str, default: int, *, least: int) -> int:
-    value = _number(given, name, default)
-    if not value.is_integer() or value < least:
-        raise InputError(f"{name}={given[name]} must be a whole number of at least {least}")
-    return int(value)
+    return whole(name, given.get(name, str(default)), least)
 
 
 def _switch(given: Mapping[str, str], name: str, default: bool) -> bool:
@@ -246,27 +244,20 @@ def _run(cell: Cell) -> Result:
     return _process["bench"].run(cell, advance)  # type: ignore[no-any-return]
 
 
+@command
 def main(words: Sequence[str]) -> int:
     """Measure, show, write; returns the exit code."""
-    found: list[Result] = []
+    plan, found = parse(words), list[Result]()
     try:
-        plan = parse(words)
-        try:
-            for result in results(plan):
-                found.append(result)
-                print(result.line(), file=sys.stderr)
-        finally:
-            found.sort(key=lambda result: plan.cells.index(result.cell))
-            if found:
-                write(plan.output, found, plan.settings)
-                show(found)
-                print(f"rows: {plan.output}, picture: {plan.output.with_suffix('.png')}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        for result in results(plan):
+            found.append(result)
+            print(result.line(), file=sys.stderr)
+    finally:
+        found.sort(key=lambda result: plan.cells.index(result.cell))
+        if found:
+            write(plan.output, found, plan.settings)
+            show(found)
+            print(f"rows: {plan.output}, picture: {plan.output.with_suffix('.png')}")
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from action_diffusion import envs
+from benchmarks.command import command, options, whole
 
 if TYPE_CHECKING:  # the simulators' processes import this module, and need none of it
     from action_diffusion.policy.policy import DiffusionPolicy
@@ -83,28 +84,31 @@ def untrained_policy() -> DiffusionPolicy:
     return build_policy(config, spec).eval()
 
 
-def main(words: Sequence[str]) -> None:
+@command
+def main(words: Sequence[str]) -> int:
     from action_diffusion.envs.rollout import rollout
 
-    options = {"n_episodes": 20, "max_steps": 400} | {key: int(value) for key, value in (w.split("=") for w in words)}
-    policy, seeds = untrained_policy(), range(100_000, 100_000 + options["n_episodes"])
+    given = options(words, {"n_episodes": "20", "max_steps": "400"})
+    n_episodes, max_steps = whole("n_episodes", given["n_episodes"]), whole("max_steps", given["max_steps"])
+    policy, seeds = untrained_policy(), range(100_000, 100_000 + n_episodes)
     settings = {"policy": policy, "seeds": seeds, "keys": CAMERAS}
     began = time.perf_counter()
     ours = rollout(
-        make_env=functools.partial(envs.make, "lift", max_steps=options["max_steps"]),
+        make_env=functools.partial(envs.make, "lift", max_steps=max_steps),
         n_envs=2 * (os.cpu_count() or 1),
         in_processes=True,
         policy_batch=BATCH,
         **settings,
     )
     middle = time.perf_counter()
-    plain = rollout(make_env=lambda: EveryFrame(options["max_steps"]), n_envs=1, policy_batch=1, **settings)
+    plain = rollout(make_env=lambda: EveryFrame(max_steps), n_envs=1, policy_batch=1, **settings)
     end = time.perf_counter()
     steps = [sum(episode.n_steps for episode in episodes) for episodes in (ours, plain)]
     print(f"{len(seeds)} episodes, {steps[0]} and {steps[1]} steps, two cameras of 84 x 84")
     print(f"frames that the policy looks at, simulators in processes of their own: {middle - began:.1f} s")
     print(f"every frame, one process: {end - middle:.1f} s; ratio {(end - middle) / (middle - began):.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ import numpy as np
 
 from action_diffusion.deploy.arm_link import ArmLink, ArmSetup
 from action_diffusion.deploy.rings import Segments
-from action_diffusion.errors import InputError, unknown
+from benchmarks.command import command, options, positive, whole
 
 SPIN = "import numpy as np\na = np.ones((200, 200))\nwhile True: a = np.tanh(a @ a / 200)"
 LIMITS = {"low": [-2.0] * 7, "high": [2.0] * 7, "max_step": [1.0] * 7}
@@ -77,22 +77,12 @@ def _follow(arm: ArmLink, seconds: float) -> tuple[np.ndarray, list[str]]:
     return np.array(times), events
 
 
+@command
 def main(words: Sequence[str]) -> int:
     """See the module."""
-    given = {"seconds": 30.0, "load": 2.0, "rate": 200.0}
-    try:
-        for word in words:
-            name, _, value = word.partition("=")
-            if name not in given:
-                raise unknown("option", name, given)
-            try:
-                given[name] = float(value)
-            except ValueError:
-                raise InputError(f"{word}: give a number") from None
-        measured = measure(seconds=given["seconds"], load=int(given["load"]), rate=given["rate"])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    given = options(words, {"seconds": "30", "load": "2", "rate": "200"})
+    seconds, rate = positive("seconds", given["seconds"]), positive("rate", given["rate"])
+    measured = measure(seconds=seconds, load=whole("load", given["load"], least=0), rate=rate)
     shares = (0, 0.1, 1, 50, 99, 99.9, 100)
     percentiles = ", ".join(f"{q} %: {1e3 * np.percentile(measured.periods, q):.2f}" for q in shares)
     print(f"{len(measured.periods)} periods of {1e3 * measured.period:g} ms, priority {measured.priority}")

@@ -30,13 +30,14 @@ from action_diffusion.datasets.files import atomic_path
 from action_diffusion.deploy import wire
 from action_diffusion.deploy.client import RemotePolicy
 from action_diffusion.envs.rollout import generators
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.normalizer import fit
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from benchmarks.command import command, options, whole
 
-OPTIONS = ("output", "n", "bundle")
+DEFAULTS = {"bundle": "", "n": "200", "output": ""}
 STATE = {"state": ObservationSpec(shape=(5,), source="state")}
 CAMERA = ObservationSpec(shape=(96, 96, 3), dtype="uint8", kind="image", source="image")
 IMAGES = {"front": CAMERA, "wrist": CAMERA, "agent_pos": ObservationSpec(shape=(2,), source="agent_pos")}
@@ -146,35 +147,27 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": round(float(median), 3), "p95": round(float(p95), 3)}
 
 
+@command
 def main(words: Sequence[str]) -> int:
-    given = dict(word.partition("=")[::2] for word in words)
-    try:
-        for name in given:
-            if name not in OPTIONS:
-                raise unknown("option", name, OPTIONS)
-        n = given.get("n", "200")
-        if not n.isdecimal() or int(n) < 1:
-            raise InputError(f"n={n} must be a whole number of at least 1")
-        torch.set_num_threads(1)
-        with tempfile.TemporaryDirectory() as folder:
-            if "bundle" in given:
-                paths = [Path(given["bundle"])]
-            else:
-                paths = [
-                    untrained(Path(folder) / "state", "pusht_state", STATE),
-                    untrained(Path(folder) / "image", "pusht_image", IMAGES),
-                ]
-            rows = [row for path in paths for row in measure(path, int(n))]
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    given = options(words, DEFAULTS)
+    n = whole("n", given["n"])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if given["bundle"]:
+            paths = [Path(given["bundle"])]
+        else:
+            paths = [
+                untrained(Path(folder) / "state", "pusht_state", STATE),
+                untrained(Path(folder) / "image", "pusht_image", IMAGES),
+            ]
+        rows = [row for path in paths for row in measure(path, n)]
     print("policy, client: bytes, ms median / 95 %: the call, of which added on the way; a local call")
     for row in rows:
         times = "   ".join(
             f"{row[name]['median']:.2f} / {row[name]['p95']:.2f}" for name in ("total_ms", "added_ms", "local_ms")
         )
         print(f"{row['policy']}, {row['client']}: {row['message_bytes']}   {times}")
-    if "output" in given:
+    if given["output"]:
         with atomic_path(Path(given["output"])) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n")
     return 0

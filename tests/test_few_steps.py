@@ -58,6 +58,11 @@ def test_every_way_that_a_training_allows_is_a_row(bundle, tmp_path, capsys):
     assert "ms a chunk" in capsys.readouterr().out
 
 
+def test_bundles_in_folders_of_one_name_are_told_apart():
+    paths = [Path("a/run/bundle"), Path("b/run/bundle"), Path("b/other/bundle")]
+    assert few_steps._names(paths) == dict(zip(paths, ["a/run/bundle", "b/run/bundle", "other"], strict=True))
+
+
 def test_what_is_done_is_kept_when_it_is_stopped(bundle, tmp_path, monkeypatch, capsys):
     whole = few_steps.evaluate
 

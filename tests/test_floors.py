@@ -39,7 +39,9 @@ def test_nothing_is_faster_than_its_floor(tmp_path):
     assert all(0 < work.share < 1 for work in found)
 
 
-@pytest.mark.parametrize(("word", "message"), [("sizes=tiny", "tiny"), ("seconds=x", "seconds=x"), ("a=b", "'a'")])
+@pytest.mark.parametrize(
+    ("word", "message"), [("sizes=tiny", "tiny"), ("seconds=x", "seconds=x"), ("seconds=0", "above 0"), ("a=b", "'a'")]
+)
 def test_bad_input_is_one_line_and_code_2(word, message, capsys):
     assert floors.main([word]) == 2
     said = capsys.readouterr().err

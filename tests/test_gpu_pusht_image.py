@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+gpu_pusht_image = import_module("benchmarks.gpu_pusht_image")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -51,3 +53,11 @@ def test_without_a_folder_it_says_so(tmp_path):
     found = run("benchmarks.gpu_pusht_image", "device=cpu", cache=tmp_path)
     assert found.returncode == 2
     assert found.stderr.startswith("error: output_dir is required")
+
+
+def test_a_run_without_an_evaluation_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_pusht_image.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    assert gpu_pusht_image.main([f"output_dir={tmp_path}", "evaluation.n_episodes=0"]) == 2
+    said = capsys.readouterr().err
+    assert "nothing was evaluated, see evaluation.n_episodes" in said
+    assert said.count("\n") == 1

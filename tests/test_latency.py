@@ -213,7 +213,7 @@ def test_bounds_are_judged_on_the_cells_that_are_there():
     ("words", "message"),
     [
         (["scheduling=rct"], "unknown scheduling 'rct': did you mean rtc"),
-        (["delay=two"], "delay=two must be a number"),
+        (["delay=two"], "delay=two must be a whole number of at least 0"),
         (["delay=1.5"], "delay=1.5 must be a whole number of at least 0"),
         (["n_episodes=0"], "n_episodes=0"),
         (["delay=8"], "delay=8 uses"),
