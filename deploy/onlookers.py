@@ -27,9 +27,9 @@ from action_diffusion.policy.spec import PolicySpec
 
 _KEPT = (
     *("robot", "seed", "n_episodes", "scheduling", "delay", "execution_horizon", "rtc", "sampler"),
-    *("device", "precision", "compile", "cuda_graph", "simulated", "safety", "dry_run"),
+    *("device", "precision", "compile", "cuda_graph", "threads", "simulated", "safety", "dry_run"),
 )
-"""Of the configuration, what the record keeps."""
+"""Of the configuration, what the record keeps; threads: torch's, on which the last bits of a chunk depend."""
 
 
 class Onlookers:

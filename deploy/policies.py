@@ -10,7 +10,7 @@ from action_diffusion.deploy.access import read_token
 from action_diffusion.deploy.client import RemotePolicy
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.inference import OPTIONS, choose_threads
+from action_diffusion.policy.inference import OPTIONS
 from action_diffusion.policy.policy import DiffusionPolicy
 
 DeployedPolicy = DiffusionPolicy | RemotePolicy
@@ -29,9 +29,7 @@ def open_policy(config: Mapping[str, Any]) -> DeployedPolicy:
         if bundle is None:
             raise InputError("bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT")
         faster = {name: config[name] for name in OPTIONS}
-        policy = bundles.load(Path(bundle), config["device"], sampler=config["sampler"], **faster)
-        choose_threads(policy)
-        return policy.requires_grad_(False)
+        return bundles.load(Path(bundle), config["device"], sampler=config["sampler"], **faster).requires_grad_(False)
     chosen = [f"sampler.{name}" for name, value in config["sampler"].items() if value is not None]
     chosen += [name for name in ("compile", "cuda_graph") if config[name]]
     if chosen:

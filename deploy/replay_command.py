@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,8 @@ from action_diffusion.deploy.replay import Replayed, replay
 from action_diffusion.deploy.scheduling import ChunkScheduler
 from action_diffusion.errors import InputError, unknown
 
-OTHER = ("scheduling", "execution_horizon", "rtc", "sampler", "precision")
+FASTER = ("precision", "compile", "cuda_graph")
+OTHER = ("scheduling", "execution_horizon", "rtc", "sampler", *FASTER)
 """What may be other than it was. Further options, of which the same holds: none."""
 OPTIONS = ("replay", "bundle", "device", "output_dir", *OTHER)
 
@@ -58,7 +60,9 @@ def run(config: Mapping[str, Any], given: Collection[str]) -> int:
 def _policy(config: Mapping[str, Any], settings: Mapping[str, Any], attrs: Mapping[str, Any]) -> DeployedPolicy | None:
     if config["bundle"] is None:
         return None
-    policy = open_policy({**config, **{name: settings[name] for name in ("sampler", "precision")}})
+    if attrs["config"].get("threads"):
+        torch.set_num_threads(attrs["config"]["threads"])
+    policy = open_policy({**config, **{name: settings[name] for name in ("sampler", *FASTER)}})
     policy_keys, keys = list(policy.spec.observations), list(attrs["observations"])
     if policy_keys != keys or policy.spec.n_obs_steps != attrs["n_obs_steps"]:
         raise InputError(

@@ -30,6 +30,7 @@ from action_diffusion.deploy.thinking import Unavailable
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.inference import choose_threads
 from action_diffusion.policy.spec import PolicySpec
 
 ENDINGS = ("stop: ", "broken: ", "the arm's process")
@@ -50,6 +51,7 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
         if value is not None and value < least:
             raise InputError(f"{name}={value} must be at least {least}")
     policy = open_policy(config)
+    config = {**config, "threads": None if isinstance(policy, RemotePolicy) else choose_threads(policy)}
     guidance = Guidance(**config["rtc"])
     scheduler = _scheduler(config, policy.spec)
     robot = robots.make(config["robot"], policy.spec, config if clock is None else None)

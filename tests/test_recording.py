@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_deploy import deploy, read_log, save_bundle
 
 from action_diffusion import cli
@@ -67,6 +68,20 @@ def test_a_run_is_recorded_and_replays_to_the_same_commands(bundle, tmp_path, ca
     for source in ([], [f"bundle={bundle}", "device=cpu"]):
         code, out = replayed(capsys, f"replay={tmp_path}", *source)
         assert (code, SAME in out) == (0, True), out
+
+
+def test_a_replay_computes_with_as_many_threads_as_the_run(bundle, tmp_path, capsys, monkeypatch):
+    """With others, sums are added up in another order and the last bits of a chunk are others."""
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setattr("action_diffusion.deploy.run.choose_threads", lambda _: torch.set_num_threads(3) or 3)
+        assert run(deploy(bundle, tmp_path, "page=false")) == 0
+        torch.set_num_threads(1)
+        code, out = replayed(capsys, f"replay={tmp_path}", f"bundle={bundle}", "device=cpu")
+        assert torch.get_num_threads() == 3
+        assert (code, SAME in out) == (0, True), out
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_other_settings_show_what_would_have_been_commanded(bundle, tmp_path, capsys):
