@@ -5,118 +5,187 @@
     episode_ends               5     8                    the last one moves on with every commit
 
 `ReplayBuffer.append` adds whole episodes; what is recorded from a running robot must be on disk before its episode is
-over. Chunks are written whole and under another name first, `episode_ends` comes last, and while it grows the buffer
-is marked as one that is being appended to: whatever kills the writer, `ReplayBuffer.open` sees whole rows.
+over. Chunks are written whole and under another name first, what they need to be found is synced before
+`episode_ends`, and while it grows the buffer is marked as one that is being appended to: whatever kills the writer,
+and if the power goes, `ReplayBuffer.open` sees whole rows.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore
 
-from action_diffusion.datasets.files import sync, writing
+from action_diffusion.datasets.disk import Disk
+from action_diffusion.datasets.files import remove, writing
+from action_diffusion.datasets.growing_column import Fields, GrowingColumn, layout
 from action_diffusion.datasets.replay_buffer import APPENDING
-from action_diffusion.datasets.store import CHUNK_BYTES, array_at, create_array, open_zarr, reading
+from action_diffusion.datasets.store import array_at, open_zarr, reading
 from action_diffusion.errors import InputError
 
 TIME = "time"
 """The column that every table has: above 0, written last, so that it tells how many rows are whole."""
-_SMALL_BYTES = 1 << 16
-_ENDS_BYTES = 1 << 13
-Fields = Mapping[str, tuple[str, tuple[int, ...]]]
-"""Column → (dtype, shape of a row)."""
+_ASIDE = "aside"
+"""Attribute of meta/: [first row, number of rows] that are whole behind the last episode, and not committed."""
 
 
 class GrowingTable:
-    """Columns in one group, each with the same number of rows. The chunk under way is kept in memory.
+    """Columns in one folder, each with the same number of rows. Where there is a column `TIME`, it is written last."""
 
-    Where there is a column `TIME`, it is written last.
-    """
+    def __init__(self, disk: Disk, folder: Path, n_rows: int = 0) -> None:
+        keys = sorted((path.parent.name for path in folder.glob("*/zarr.json")), key=lambda key: (key == TIME, key))
+        self.columns = {key: GrowingColumn(disk, folder / key, n_rows) for key in keys}
 
-    def __init__(self, group: zarr.Group, fields: Fields) -> None:
-        self.n_rows = 0
-        self._arrays: dict[str, zarr.Array] = {}
-        self._tails: dict[str, np.ndarray] = {}
-        for key, (name, shape) in sorted(fields.items(), key=lambda field: field[0] == TIME):
-            dtype = np.dtype(name)
-            size = int(np.prod(shape)) * dtype.itemsize
-            n_bytes = _SMALL_BYTES if size <= _SMALL_BYTES // 16 else CHUNK_BYTES
-            rows = max(1, n_bytes // size)
-            self._arrays[key] = create_array(group, key, (rows, *shape), dtype, n_bytes)
-            self._tails[key] = np.zeros((rows, *shape), dtype)
+    @property
+    def n_rows(self) -> int:
+        return next(iter(self.columns.values())).n_rows
 
     def add(self, rows: Mapping[str, Any]) -> None:
-        """Add rows: every column [n, …], n at least 1."""
-        n = len(next(iter(rows.values())))
-        for key, array in self._arrays.items():
-            self._write(array, self._tails[key], np.asarray(rows[key]))
-        self.n_rows += n
+        """Add rows: every column [n, …], n at least 1. Whole chunks are written, the rest is kept until `flush`."""
+        for key, column in self.columns.items():
+            column.add(np.asarray(rows[key]))
 
-    def _write(self, array: zarr.Array, tail: np.ndarray, values: np.ndarray) -> None:
-        """Put `values` behind the rows that are there; whole chunks, so that nothing has to be read back."""
-        done, size = 0, len(tail)
-        while done < len(values):
-            row = self.n_rows + done
-            at, first = row % size, row - row % size
-            if at == 0:
-                tail[:] = 0
-            part = values[done : done + size - at]
-            tail[at : at + len(part)] = part
-            if first + size > array.shape[0]:
-                array.resize((2 * array.shape[0], *array.shape[1:]))
-            array[first : first + size] = tail
-            done += len(part)
+    def flush(self) -> None:
+        """Write all rows. A `Disk.flush` makes them last."""
+        for column in self.columns.values():
+            column.flush()
+
+    def cut(self, n_rows: int) -> None:
+        """Forget the rows behind the first `n_rows`."""
+        for column in self.columns.values():
+            column.cut(n_rows)
 
     def finish(self) -> None:
         """Cut off the room behind the last row."""
-        for array in self._arrays.values():
-            array.resize((self.n_rows, *array.shape[1:]))
+        for column in self.columns.values():
+            column.finish()
 
 
 class GrowingBuffer:
-    """A new buffer at `path`, with the columns `data`, and tables beside them.
+    """A buffer with the columns `data`, and tables beside them. Made by `create` or `open`.
 
-    Raises `InputError` where `path` exists, and from every method where the disk refuses.
+    Every method raises `InputError` where the disk refuses; what was committed is then as it was.
     """
 
-    def __init__(self, path: Path, *, data: Fields, tables: Mapping[str, Fields], attrs: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, disk: Disk, *, tables: Sequence[str]) -> None:
+        self.path, self.disk = path, disk
+        self._meta = json.loads((path / "meta" / "zarr.json").read_bytes())
+        ends = path / "meta" / "episode_ends"
+        self.ends: list[int] = np.trim_zeros(np.asarray(zarr.open_array(ends, mode="r")[:]), "b").tolist()
+        self._ends = GrowingColumn(disk, ends, len(self.ends))
+        self.data = GrowingTable(disk, path / "data", self.n_rows)
+        self.tables = {name: GrowingTable(disk, path / name) for name in tables}
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        data: Fields,
+        tables: Mapping[str, Fields] | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> GrowingBuffer:
+        """A new one, without a row. Raises `InputError` where `path` exists."""
         if path.exists():
             raise InputError(f"{path} exists: choose another output folder")
-        self.path = path
-        with writing(str(path)), zarr.config.set({"array.write_empty_chunks": True}):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            root = zarr.create_group(LocalStore(path), attributes=dict(attrs))
-            self.data = GrowingTable(root.create_group("data"), data)
-            self.tables = {name: GrowingTable(root.create_group(name), fields) for name, fields in tables.items()}
-            self._meta = root.create_group("meta", attributes={APPENDING: True})
-            rows = _ENDS_BYTES // 8
-            self._ends = create_array(self._meta, "episode_ends", (rows,), np.dtype(np.int64), _ENDS_BYTES)
+        disk, new = Disk(), path.with_name(f".{path.name}.partial")
+        groups = {"data": data, **(tables or {})}
+        with writing(str(path)):
+            remove(new)
+            for place, content in layout(groups, attrs=attrs or {}, meta={APPENDING: True}).items():
+                disk.make((new / place).parent)
+                disk.write(new / place, content)
+            disk.flush()
+            disk.rename(new, path)
+            disk.flush()
+            return cls(path, disk, tables=list(tables or ()))
+
+    @classmethod
+    def open(cls, path: Path) -> GrowingBuffer:
+        """One that was recorded before, to go on with.
+
+        Raises `InputError` where it is no Zarr v3 folder with arrays as `create` makes them.
+        """
+        if not (path / "meta" / "episode_ends" / "zarr.json").is_file():
+            raise InputError(f"{path}: only a Zarr v3 folder can grow: save() a copy of it and record to that")
+        with writing(str(path)):
+            buffer = cls(path, Disk(), tables=())
+            if APPENDING not in buffer._attrs:
+                buffer._describe({APPENDING: True})
+            return buffer
+
+    @property
+    def _attrs(self) -> dict[str, Any]:
+        attrs: dict[str, Any] = self._meta.setdefault("attributes", {})
+        return attrs
+
+    def _describe(self, attrs: Mapping[str, Any]) -> None:
+        others = {name: value for name, value in self._attrs.items() if name not in (APPENDING, _ASIDE)}
+        self._meta["attributes"] = {**others, **attrs}
+        self.disk.write(self.path / "meta" / "zarr.json", json.dumps(self._meta, indent=2).encode())
+        self.disk.flush()
+
+    @property
+    def n_rows(self) -> int:
+        """In episodes."""
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def fields(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Of the columns in data/."""
+        return {key: (column.dtype.str, column.shape) for key, column in self.data.columns.items()}
+
+    @property
+    def n_aside(self) -> int:
+        """Rows behind the last episode that `set_aside` put there."""
+        first, n_rows = self._attrs.get(_ASIDE, (0, 0))
+        return n_rows if first == self.n_rows else 0
+
+    def set_aside(self, n_rows: int) -> None:
+        """Remember that so many rows (of those that `flush` wrote) follow the last episode. 0 forgets them."""
+        if n_rows != self.n_aside:
+            with writing(str(self.path)):
+                self._describe({APPENDING: True, _ASIDE: [self.n_rows, n_rows]})
+
+    def flush(self) -> None:
+        """All rows are on disk, and survive a power cut."""
+        with writing(str(self.path)):
+            for table in (*self.tables.values(), self.data):
+                table.flush()
+            self.disk.flush()
 
     def commit(self, episode_ends: Sequence[int]) -> None:
         """All rows up to the last of `episode_ends` are there, for everybody who opens the buffer from now on."""
+        self.flush()
+        ends = list(episode_ends)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ends, self.ends, strict=False)))
         with writing(str(self.path)):
-            size = self._ends.shape[0]
-            if len(episode_ends) > size:
-                size *= 2
-                self._ends.resize((size,))
-            ends = np.zeros(size, np.int64)
-            ends[: len(episode_ends)] = episode_ends
-            self._ends[:] = ends
+            self._ends.cut(same)
+            for end in ends[same:]:  # one after the other: no chunk is there before an earlier one
+                self._ends.add(np.asarray([end]))
+                self._settle()
+            self._settle()
+        self.ends = ends
+
+    def _settle(self) -> None:
+        self._ends.flush()
+        self.disk.flush()
 
     def finish(self, episode_ends: Sequence[int]) -> None:
-        """The last commit: afterwards nothing shows that the buffer grew, and a power cut does it no harm."""
+        """The last commit: afterwards nothing shows that the buffer grew."""
         self.commit(episode_ends)
         with writing(str(self.path)):
+            self.data.cut(self.n_rows)
             for table in (*self.tables.values(), self.data):
                 table.finish()
-            self._ends.resize((len(episode_ends),))
-            sync(self.path)
-            del self._meta.attrs[APPENDING]
+            self._ends.finish()
+            self.disk.flush()
+            self._describe({})
 
 
 def read_table(path: Path, name: str) -> dict[str, np.ndarray]:

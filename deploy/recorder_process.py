@@ -133,7 +133,7 @@ class Recorder:
             "episodes": {"seed": number, "mark": ("i4", ()), TIME: time_},
         }
         data = {**self._rings["seen"].fields, "action": action}
-        return GrowingBuffer(self._output, data=data, tables=tables, attrs=self._attrs)
+        return GrowingBuffer.create(self._output, data=data, tables=tables, attrs=self._attrs)
 
     def finish(self) -> None:
         """The last commit."""

@@ -34,7 +34,7 @@ def rows(first: int, n: int) -> dict[str, Any]:
 def test_it_opens_after_every_commit(tmp_path_factory, blocks):
     """A block goes on with the last episode, or begins one; what is there afterwards is what was added so far."""
     path = tmp_path_factory.mktemp("growing") / "record.zarr"
-    growing = GrowingBuffer(path, data=DATA, tables=TABLES, attrs={"kind": "deployment"})
+    growing = GrowingBuffer.create(path, data=DATA, tables=TABLES, attrs={"kind": "deployment"})
     ends: list[int] = []
     for n, begins in blocks:
         first = growing.data.n_rows
@@ -65,7 +65,7 @@ WRITER = """
 import itertools, sys, time
 from pathlib import Path
 from test_growing import DATA, GrowingBuffer, TABLES, rows
-growing = GrowingBuffer(Path(sys.argv[1]), data=DATA, tables=TABLES, attrs={})
+growing = GrowingBuffer.create(Path(sys.argv[1]), data=DATA, tables=TABLES, attrs={})
 for n in itertools.count():
     growing.data.add(rows(7 * n, 7))
     growing.tables["steps"].add({"time": [1.0] * 7, "held": [True] * 7})
@@ -93,9 +93,9 @@ def test_a_kill_at_any_moment_leaves_what_was_committed(tmp_path):
 
 
 def test_what_is_there_is_not_overwritten(tmp_path):
-    GrowingBuffer(tmp_path / "a.zarr", data=DATA, tables={}, attrs={})
+    GrowingBuffer.create(tmp_path / "a.zarr", data=DATA, tables={}, attrs={})
     with pytest.raises(InputError, match="exists"):
-        GrowingBuffer(tmp_path / "a.zarr", data=DATA, tables={}, attrs={})
+        GrowingBuffer.create(tmp_path / "a.zarr", data=DATA, tables={}, attrs={})
 
 
 def test_a_table_that_is_not_there(tmp_path):
