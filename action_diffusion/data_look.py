@@ -43,7 +43,7 @@ action-diffusion data doctor PATH [--json FILE] [--fix [OUT]] [name=value …]  
   action-diffusion data doctor demos.zarr --fix mended.zarr
 
 A row for each finding: kind, key, episode, first and last row (of the buffer, from 0, both included), how bad, what to
-do. Exit code: 0 where nothing is found, 1 with findings, 2 where the buffer cannot be read. docs/doctor.md explains each.
+do. Exit code: 0 where nothing is found, 1 with findings, 2 where the buffer cannot be read. More: docs/doctor.md.
 
   nan        values that are NaN or infinite          skew       a camera that is early or late beside the states
   dropped    a step or a frame is missing             constant   a dimension that does not move
@@ -67,7 +67,7 @@ action-diffusion data edit PATH out=OTHER.zarr [name=value …]     drop, trim, 
   action-diffusion data edit demos.zarr out=all.zarr merge=monday.zarr,tuesday.zarr
   action-diffusion data edit demos.zarr out=labelled.zarr relabel=3-5:valid
 
-Episodes and rows are those of PATH, counted from 0, ranges with both ends; rows are the buffer's, as `doctor` says them.
+Episodes and rows are those of PATH, counted from 0, ranges with both ends; rows are the buffer's, as `doctor` has them.
 Several options in one command are applied to the same numbers. What was done, to which file (SHA-256) and when is kept
 in the attribute `provenance` of the copy, after what PATH had there.
 

@@ -1,0 +1,64 @@
+"""All checks on one buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from action_diffusion.datasets.doctor import values
+from action_diffusion.datasets.doctor.copies import duplicates
+from action_diffusion.datasets.doctor.finding import KINDS, Finding, ordered
+from action_diffusion.datasets.doctor.missing import missing_rows
+from action_diffusion.datasets.doctor.motion import jumps_and_outliers
+from action_diffusion.datasets.doctor.skew import skews
+from action_diffusion.datasets.doctor.still import constant, idle, repeated, saturated
+from action_diffusion.datasets.doctor.survey import Survey, survey, temporary_folder
+from action_diffusion.datasets.growing import TIME, read_table
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.errors import InputError
+
+
+def examine(buffer: ReplayBuffer, kinds: Sequence[str] = tuple(KINDS)) -> list[Finding]:
+    """What is wrong with `buffer`, by row. Raises `InputError` where it cannot be read."""
+    with temporary_folder() as folder:
+        surveyed = survey(buffer, Path(folder))
+        return ordered([finding for finding in _all(buffer, surveyed) if finding.kind in kinds])
+
+
+def _all(buffer: ReplayBuffer, surveyed: Survey) -> Iterator[Finding]:
+    time = values.time_column(surveyed) or _recorded_time(buffer)
+    yield from values.not_finite(surveyed)
+    yield from jumps_and_outliers(surveyed)
+    yield from repeated(surveyed)
+    yield from missing_rows(surveyed)
+    yield from skews(surveyed)
+    yield from constant(surveyed)
+    yield from saturated(surveyed)
+    yield from duplicates(surveyed)
+    yield from idle(surveyed, control_rate(buffer, None if time is None else time[1]))
+    if time is not None:
+        yield from values.times(surveyed, time[1], time[0])
+
+
+def control_rate(buffer: ReplayBuffer, time: np.ndarray | None) -> float | None:
+    """Rows a second, as the attributes say, or else the `time` [N] (s) of the rows."""
+    said = buffer.attrs.get("control_rate") or buffer.attrs.get("fps")
+    if isinstance(said, int | float) and said > 0:
+        return float(said)
+    if time is None or len(time) < 2:
+        return None
+    period = float(np.median(np.diff(time)))
+    return 1 / period if period > 0 else None
+
+
+def _recorded_time(buffer: ReplayBuffer) -> tuple[str, np.ndarray] | None:
+    """When each row of a deployment's record was (s)."""
+    if buffer.attrs.get("kind") != "deployment" or buffer.path is None:
+        return None
+    try:
+        time = read_table(buffer.path, "steps")[TIME]
+    except (InputError, KeyError):
+        return None
+    return (f"steps/{TIME}", time) if len(time) == buffer.n_steps else None
