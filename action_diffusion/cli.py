@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -68,11 +69,28 @@ COLLECT_HELP = """\
 action-diffusion collect output=PATH [name=value …]     demonstrations into a replay buffer
 
   action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
+  action-diffusion collect task=pusht_state agent=teleop output=mine.zarr              you drive, in a browser
+  action-diffusion collect task=lift_state agent=teleop device=gamepad output=lift.zarr
+  action-diffusion collect agent=teleop robot=lerobot hardware=cell.yaml device=leader task=custom output=arm.zarr
+  action-diffusion collect agent=corrections from=DIR/record.zarr output=more.zarr     what a person mended in deploy
 
 Options
-  episodes=20  seed=0           starts from seed upward; failures are discarded and counted
-  min_score=0.98                what counts as a failure
+  episodes=20  seed=0           starts from seed upward; the expert's failures are discarded and counted
+  min_score=0.98                what counts as a failure of the expert
   visited_by=DIR/bundle         episodes begin where this policy gets to, to show it the way back
+
+Options of agent=teleop: docs/teleoperation.md
+  device=browser|keyboard|gamepad|spacemouse|leader|script      what you drive with
+  speed=1  clutch=false  countdown=3  max_seconds=120
+  script=FILE|-                 device=script: a line of numbers a step, or start, keep, discard, undo
+  robot=ur|franka|lerobot|sim_pusht  hardware=cell.yaml  dry_run=true      a robot instead of the task's simulator
+  page=true|PORT|false          the page beside other devices; page_host=…  page_token_file=PATH
+  video=true                    images as video
+  output=DIR.zarr               goes on where it exists: episodes are kept one by one, and a kill loses none
+
+Options of agent=corrections
+  from=DIR                      a deployment's record, or the folder that it is in
+  min_steps=5                   shorter corrections are left out
 """
 
 DEPLOY_HELP = """\
@@ -234,9 +252,9 @@ def _collect(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("collect", overrides, config_dir)
-    from action_diffusion.envs.collect import run
-
-    for name, value in run(config).items():
+    modules = {"teleop": "deploy.teleop.collecting", "corrections": "deploy.corrections"}
+    module = importlib.import_module(f"action_diffusion.{modules.get(config['agent'], 'envs.collect')}")
+    for name, value in module.run(config).items():
         print(f"{name}: {value}")
     return 0
 

@@ -28,13 +28,14 @@ GROUPS = {"train": ("task", "encoder", "denoiser", "scheduler"), "collect": ("ta
 OPEN = re.compile(r"(policy|task)\.\w+\.|sampler\.")
 """Options of components, which need not stand in a file: the component itself refuses what it does not know."""
 PATHS = (
-    *("bundle", "compare", "data", "output", "output_dir", "init"),
+    *("bundle", "compare", "data", "output", "output_dir", "init", "script", "from"),
     *("dataset.cache_dir", "token_file", "server", "hardware", "replay", "page_token_file"),
 )
 """Taken as typed, so that `=`, commas, spaces and names of digits mean nothing special in them."""
 NUMBERS = {
     "dataset.max_episodes": 100,
     "dataset.memory_gb": 4.0,
+    "gripper_closed": 1.0,
     "sampler.num_inference_steps": 10,
     "task.control_rate": 10.0,
     "train.max_epochs": 10.0,

@@ -6,6 +6,7 @@
     cameras:                                          one for each image that the policy sees, by its key
       front: {driver: usb, device: /dev/video0, image_size: [96, 96]}
     observations: {state: [joints, gripper]}          optional: keys of the policy → states, one after the other
+    leader: {type: so101_leader, config: {…}}         optional: the arm that a person leads it with (`collect`)
     seconds: 60.0                                     optional: of an episode
 
 docs/bringup.md shows a whole one.
@@ -28,7 +29,7 @@ from action_diffusion.deploy.robots import Observation
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec
 
-SECTIONS = ("arm", "limits", "obstacles", "cameras", "observations", "seconds")
+SECTIONS = ("arm", "limits", "obstacles", "cameras", "observations", "leader", "seconds")
 
 
 def read_cell(path: str | None) -> dict[str, Any]:

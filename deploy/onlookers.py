@@ -63,7 +63,7 @@ class Onlookers:
         if not isinstance(robot, ProcessRobot):
             return
         self._emergency = Moment(robot.folder / "emergency")
-        port = _port(config["page"], say)
+        port = page_port(config["page"], say)
         if config["wait"] and port is None:
             raise InputError("wait=true waits for somebody at the page: page=true")
         if not config["record"] and port is None:
@@ -110,7 +110,7 @@ class Onlookers:
             self._recording.close()
 
 
-def _port(page: Any, say: Callable[[str], None]) -> int | None:
+def page_port(page: Any, say: Callable[[str], None]) -> int | None:
     """The page's port, 0 for one that is free; None for no page."""
     if page is False:
         return None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,18 +26,15 @@ def run(*, folder: Path, name: str, host: str, port: int, token_file: str | None
     Raises `InputError` for an address that cannot be had, a missing token, and a missing extra.
     """
     try:
-        import uvicorn
-
         from action_diffusion.deploy.page_app import Page
+        from action_diffusion.deploy.site import listen, serve_site
     except ModuleNotFoundError:
         raise InputError(MISSING) from None
-    token = read_token(token_file) if token_file or not is_loopback(host) else None
-    if token is None and not is_loopback(host):
-        raise InputError(f"page_host={host} lets other machines in: give page_token_file=, or set a token")
+    token = page_token(host, token_file)
     ending = Ending()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 5)
-    listening = _listen(host, port)
+    listening = listen(host, port)
     view = View(folder, about)
     page = Page(
         view=view,
@@ -49,31 +44,21 @@ def run(*, folder: Path, name: str, host: str, port: int, token_file: str | None
         loopback=is_loopback(host),
         token=token,
     )
-    quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "lifespan": "off"}
-    config = uvicorn.Config(page.app, ws="websockets-sansio", ws_max_size=1 << 16, timeout_graceful_shutdown=1, **quiet)
-    server = uvicorn.Server(config)
+
+    def is_over() -> bool:
+        view.look()  # also while nobody is at the page
+        return bool(ending)
+
     report(folder, name, {"port": listening.getsockname()[1]})
-    asyncio.run(_serve(server, listening, view, ending))
+    serve_site(page.app, listening, is_over)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise InputError(f"page: cannot listen at {host}:{port}: {error.strerror or error}") from None
-
-
-async def _serve(server: Any, listening: socket.socket, view: View, ending: Ending) -> None:
-    async def watch() -> None:
-        while not ending:
-            view.look()  # also while nobody is at the page
-            await asyncio.sleep(0.2)
-        server.should_exit = True
-
-    watching = asyncio.create_task(watch())
-    await server.serve(sockets=[listening])
-    watching.cancel()
+def page_token(host: str, token_file: str | None) -> str | None:
+    """What others have to know; None where nobody else gets in. Raises `InputError` where they would without one."""
+    token = read_token(token_file) if token_file or not is_loopback(host) else None
+    if token is None and not is_loopback(host):
+        raise InputError(f"page_host={host} lets other machines in: give page_token_file=, or set a token")
+    return token
 
 
 def main() -> int:

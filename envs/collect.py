@@ -130,7 +130,7 @@ def _check(env_name: str, agent_name: str, episodes: int, first: int, end: int, 
     if env_name not in EXPERTS:
         raise unknown("environment", env_name, EXPERTS, where="the scripted experts")
     if agent_name != "expert":
-        raise unknown("agent", agent_name, ["expert"])
+        raise unknown("agent", agent_name, ["expert", "teleop", "corrections"])
     if episodes < 1:
         raise InputError(f"episodes={episodes}: collect at least one")
     if first < 0 or end > FIRST_TEST_SEED:

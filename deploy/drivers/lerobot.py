@@ -87,7 +87,8 @@ class LeRobotArm:
     def connect(self) -> None:
         robots = library("lerobot.robots", "lerobot", INSTALL)
         try:
-            robot = robots.make_robot_from_config(self._configuration(robots))
+            settings = configuration(robots, robots.RobotConfig, self._type, self._config)
+            robot = robots.make_robot_from_config(settings)
             self._check_motors(robot)
             self._open(robot)
             self.read()
@@ -95,27 +96,6 @@ class LeRobotArm:
             self.close()
             hint = f"; install {INSTALL}" if isinstance(error, ImportError) else ""
             raise InputError(f"lerobot's {self._type}: {one_line(error)}{hint}") from error
-
-    def _configuration(self, robots: Any) -> Any:
-        """lerobot registers a robot when its package is imported; the package is called much like the robot."""
-        names = [found.name for found in pkgutil.iter_modules(robots.__path__) if found.ispkg]
-        known = robots.RobotConfig.get_known_choices
-        for name in difflib.get_close_matches(self._type, names, n=len(names), cutoff=0.0):
-            if self._type in known():
-                break
-            with contextlib.suppress(Exception):  # those whose libraries are missing raise what they like
-                importlib.import_module(f"{robots.__name__}.{name}")
-        if self._type not in known():
-            raise unknown("robot", self._type, known(), "lerobot")
-        chosen = robots.RobotConfig.get_choice_class(self._type)
-        fields = {field.name for field in dataclasses.fields(chosen)}
-        for name in self._config:
-            if name not in fields:
-                raise unknown("option", name, fields, "config")
-        kept = {"disable_torque_on_disconnect": False} if "disable_torque_on_disconnect" in fields else {}
-        paths = {field.name for field in dataclasses.fields(chosen) if "Path" in str(field.type)}
-        given = {name: Path(value) if name in paths else value for name, value in self._config.items()}
-        return chosen(**{**kept, **given})  # else a raised arm falls whenever a run ends
 
     def _check_motors(self, robot: Any) -> None:
         actions = list(robot.action_features)
@@ -186,3 +166,29 @@ class LeRobotArm:
     def _write_watchdog(bus: Any, ticks: int) -> None:
         for name in bus.motors:
             bus.write("Bus_Watchdog", name, ticks, normalize=False, num_retry=2)
+
+
+def configuration(package: Any, base: Any, kind: str, config: Mapping[str, Any]) -> Any:
+    """The configuration `kind` ("so101_follower", "koch_leader") of `package`, with the values of `config`.
+
+    package: lerobot.robots or lerobot.teleoperators; base: the class whose registry has its configurations. A device is
+    registered when its package is imported, which is called much like the device. Raises `InputError` for others, and
+    for options that it does not take.
+    """
+    names = [found.name for found in pkgutil.iter_modules(package.__path__) if found.ispkg]
+    for name in difflib.get_close_matches(kind, names, n=len(names), cutoff=0.0):
+        if kind in base.get_known_choices():
+            break
+        with contextlib.suppress(Exception):  # those whose libraries are missing raise what they like
+            importlib.import_module(f"{package.__name__}.{name}")
+    if kind not in base.get_known_choices():
+        raise unknown(package.__name__.rpartition(".")[2].removesuffix("s"), kind, base.get_known_choices(), "lerobot")
+    chosen = base.get_choice_class(kind)
+    fields = {field.name for field in dataclasses.fields(chosen)}
+    for name in config:
+        if name not in fields:
+            raise unknown("option", name, fields, "config")
+    kept = {"disable_torque_on_disconnect": False} if "disable_torque_on_disconnect" in fields else {}
+    paths = {field.name for field in dataclasses.fields(chosen) if "Path" in str(field.type)}
+    given = {name: Path(value) if name in paths else value for name, value in config.items()}
+    return chosen(**{**kept, **given})  # else a raised arm falls whenever a run ends

@@ -1,0 +1,239 @@
+"""What is driven, behind one protocol: a simulator that waits for the person, or a robot, which does not.
+
+The columns are those of `collect agent=expert`: what is worth recording of a simulator, its cameras, `action` and
+`reward`. An observation is of the moment before the action that it is recorded with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from action_diffusion.datasets.growing import Fields
+from action_diffusion.deploy.gate import Gate
+from action_diffusion.deploy.limits import Limits
+from action_diffusion.deploy.motion import Layout
+from action_diffusion.deploy.process_robot import ProcessRobot
+from action_diffusion.deploy.protocols import Group
+from action_diffusion.deploy.robots import Feedback
+from action_diffusion.envs.demonstration import Simulator
+
+PUSHT_STEP = 300.0
+"""How far one of PushT's targets may be from the one before (px), as for `deploy.sim.PushTArm`."""
+
+
+class World(Protocol):
+    """Something that takes actions [A], one a control step.
+
+    Attributes:
+        control_rate: actions per second (Hz).
+        fields: of a recorded step.
+        groups: of an action; None where it is a relative one of a simulated arm.
+        limits: of actions, for the gate.
+        waits: time stands still while nobody drives.
+        attrs: what a recording says of it.
+    """
+
+    control_rate: float
+    fields: Fields
+    groups: tuple[Group, ...] | None
+    limits: Limits
+    waits: bool
+    attrs: dict[str, Any]
+
+    def prepare(self, seed: int) -> None:
+        """The next episode begins at the start that `seed` stands for; show it."""
+
+    def begin(self) -> None:
+        """Be ready for actions. Raises `InputError` where a robot is not."""
+
+    def present(self) -> np.ndarray:
+        """Where it is in terms of an action, [A]; empty for relative actions."""
+        ...
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """A recorded step, but for action and reward."""
+        ...
+
+    def step(self, action: np.ndarray, tick: float) -> Feedback:
+        """Execute `action` [A] in the control step that began at `tick` (monotonic s)."""
+        ...
+
+    def hold(self) -> bool:
+        """For this control step nobody drives. Returns whether the episode is over because of it."""
+        ...
+
+    def scene(self) -> dict[str, Any]:
+        """What the page draws, beside pictures."""
+        ...
+
+    def picture(self) -> np.ndarray | None:
+        """For people, uint8 [H, W, 3]; None where `scene` says it all."""
+        ...
+
+    def events(self) -> list[str]:
+        """What its own guards did since the last call, and why."""
+        ...
+
+    def stop(self) -> None:
+        """The episode is over."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class SimulatedWorld:
+    """A simulator in this process. Its clock is the person's: no step, no time.
+
+    Args:
+        env: a simulator.
+        cameras: keys of images to record, beside what it says is worth recording.
+        plane: actions are targets in PushT's plane; otherwise relative ones of an arm.
+    """
+
+    waits = True
+
+    def __init__(self, env: Simulator, cameras: Sequence[str] = (), *, plane: bool) -> None:
+        self._env, self._keys, self._flat = env, [*env.recorded, *cameras], plane
+        self.control_rate = env.control_rate
+        (size,) = env.action_shape
+        if self._flat:
+            self.groups: tuple[Group, ...] | None = (Group(name="target", size=2, kind="hold", unit="px"),)
+            self.limits = Limits(low=np.zeros(2), high=np.full(2, 512.0), max_step=np.full(2, PUSHT_STEP))
+        else:
+            self.groups = None
+            self.limits = Limits(low=np.full(size, -1.0), high=np.ones(size))
+        env.reset(0)
+        seen = env.observe(self._keys)
+        self.fields: Fields = {key: (value.dtype.str, value.shape) for key, value in seen.items()}
+        self.fields = {**self.fields, "action": ("<f4", (size,)), "reward": ("<f4", ())}
+        self.attrs = {"control_rate": env.control_rate, **env.metadata()}
+
+    def prepare(self, seed: int) -> None:
+        self._env.reset(seed)
+
+    def begin(self) -> None:
+        pass
+
+    def present(self) -> np.ndarray:
+        return self._env.observe(["agent_pos"])["agent_pos"].astype(np.float64) if self._flat else np.zeros(0)
+
+    def observe(self) -> dict[str, np.ndarray]:
+        return self._env.observe(self._keys)
+
+    def step(self, action: np.ndarray, tick: float) -> Feedback:
+        return self._env.step(action)
+
+    def hold(self) -> bool:
+        return False
+
+    def episode_attrs(self) -> Mapping[str, str]:
+        """What the simulator says of the episode under way."""
+        return self._env.episode_metadata()
+
+    def scene(self) -> dict[str, Any]:
+        return {"state": self._env.observe(["state"])["state"].round(3).tolist()} if self._flat else {}
+
+    def picture(self) -> np.ndarray | None:
+        return None if self._flat else self._env.render(256)
+
+    def events(self) -> list[str]:
+        return []
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._env.close()
+
+
+class RobotWorld:
+    """A robot in processes of its own, simulated or real: its time goes on, and where nobody drives it holds.
+
+    Args:
+        robot: in whose processes the arm's gate and its watchdog are.
+        keys: what to record: states, and cameras.
+        attrs: what a recording says of it.
+    """
+
+    waits = False
+
+    def __init__(self, robot: ProcessRobot, keys: Sequence[str], attrs: Mapping[str, Any]) -> None:
+        self._robot, self._keys, self._seed = robot, list(keys), 0
+        self.control_rate = robot.control_rate
+        self.groups: tuple[Group, ...] | None = robot.arm.command
+        self._layout = Layout(robot.arm.command)
+        self.limits = command_limits(self._layout, robot.arm.limits)
+        self._attrs = {"control_rate": robot.control_rate, **attrs}
+        self.attrs = dict(self._attrs)
+        seen = robot.observe(self._keys, time.monotonic()).values
+        self.fields: Fields = {key: (value.dtype.str, value.shape) for key, value in seen.items()}
+        self.fields = {**self.fields, "action": ("<f4", (self._layout.size,))}
+        if robot.plane is not None:
+            self.fields = {**self.fields, "reward": ("<f4", ())}
+        self._camera = next(iter(robot.cameras), None)
+
+    @property
+    def robot(self) -> ProcessRobot:
+        return self._robot
+
+    def prepare(self, seed: int) -> None:
+        self._seed = seed
+
+    def begin(self) -> None:
+        self._robot.begin(self._seed)
+
+    def present(self) -> np.ndarray:
+        names = [group.name for group in self._layout.groups]
+        seen = self._robot.observe(names, time.monotonic()).values
+        return np.concatenate([seen[name].astype(np.float64) for name in names])
+
+    def observe(self) -> dict[str, np.ndarray]:
+        return self._robot.observe(self._keys, time.monotonic()).values
+
+    def step(self, action: np.ndarray, tick: float) -> Feedback:
+        """Numbers that are interpolated are reached a control period later, so that the arm moves steadily."""
+        ahead = 1 / self.control_rate if self._robot.lookahead else 0.0
+        return self._robot.command([action.astype(np.float64)], tick + ahead)
+
+    def hold(self) -> bool:
+        return self._robot.hold()[1]
+
+    def scene(self) -> dict[str, Any]:
+        if self._robot.plane is None:
+            return {}
+        return {"state": self._robot.observe(["state"], time.monotonic()).values["state"].round(3).tolist()}
+
+    def picture(self) -> np.ndarray | None:
+        if self._camera is None or self._robot.plane is not None:
+            return None
+        return self._robot.observe([self._camera], time.monotonic()).values[self._camera]
+
+    def events(self) -> list[str]:
+        return self._robot.events()
+
+    def stop(self) -> None:
+        self._robot.stop()
+
+    def close(self) -> None:
+        self._robot.close()
+
+
+def command_limits(layout: Layout, limits: Limits) -> Limits:
+    """Limits of commands, from those of coordinates: a rotation's, which count from its reference, are the arm's alone.
+
+    The steps of interpolated numbers are those of the arm's process too, which smooths them.
+    """
+    low, high = limits.low.copy(), limits.high.copy()
+    for group, part in layout.slices():
+        if group.kind == "rotation":
+            low[part], high[part] = -np.inf, np.inf
+    return Limits(low=low, high=high, max_step=limits.max_step)
+
+
+def gate_of(world: World) -> Gate:
+    """The gate that every action passes before the world sees it, as in `deploy`."""
+    return Gate(limits=world.limits)
