@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,35 @@ def locked(path: Path) -> Iterator[None]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def writer_lock(path: Path) -> Iterator[None]:
+    """Nobody else writes to `path` meanwhile. Raises `InputError` that names the process which does already.
+
+    The lock is on a hidden file beside `path`, which is deleted in the end. A killed process holds nothing up.
+    """
+    place = path.with_name(f".{path.name}.lock")
+    with writing(str(path)):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = place.open("a+", encoding="utf-8")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read().strip() or "another process"
+            raise InputError(f"{path} is being written by {who}: end that first, or write elsewhere") from None
+        if not place.exists() or not os.path.samestat(place.stat(), os.fstat(lock.fileno())):
+            raise InputError(f"{path} was being written by another process until just now: try again")
+        with writing(str(place)):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} ({' '.join(sys.argv)})")
+            lock.flush()
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -56,9 +56,10 @@ class GrowingTable:
             column.flush()
 
     def cut(self, n_rows: int) -> None:
-        """Forget the rows behind the first `n_rows`."""
+        """Forget the rows behind the first `n_rows`, which nothing on disk may count any more."""
         for column in self.columns.values():
             column.cut(n_rows)
+            column.trim()
 
     def finish(self) -> None:
         """Cut off the room behind the last row."""
@@ -78,7 +79,8 @@ class GrowingBuffer:
         ends = path / "meta" / "episode_ends"
         self.ends: list[int] = np.trim_zeros(np.asarray(zarr.open_array(ends, mode="r")[:]), "b").tolist()
         self._ends = GrowingColumn(disk, ends, len(self.ends))
-        self.data = GrowingTable(disk, path / "data", self.n_rows)
+        self.attrs: dict[str, Any] = json.loads((path / "zarr.json").read_bytes()).get("attributes", {})
+        self.data = GrowingTable(disk, path / "data", self.n_rows + self.n_aside)
         self.tables = {name: GrowingTable(disk, path / name) for name in tables}
 
     @classmethod
@@ -148,9 +150,10 @@ class GrowingBuffer:
 
     def set_aside(self, n_rows: int) -> None:
         """Remember that so many rows (of those that `flush` wrote) follow the last episode. 0 forgets them."""
-        if n_rows != self.n_aside:
+        aside = {_ASIDE: [self.n_rows, n_rows]} if n_rows else {}
+        if self._attrs.get(_ASIDE) != aside.get(_ASIDE):
             with writing(str(self.path)):
-                self._describe({APPENDING: True, _ASIDE: [self.n_rows, n_rows]})
+                self._describe({APPENDING: True, **aside})
 
     def flush(self) -> None:
         """All rows are on disk, and survive a power cut."""

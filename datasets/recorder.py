@@ -1,42 +1,60 @@
 """Demonstrations as they happen: one step at a time, an episode is kept as a whole or not at all.
 
-open ─▶ add, add, … ─┬▶ keep ────▶ committed          undo ─▶ the last committed one is gone
-                     └▶ discard ─▶ gone
+    open ─▶ add, add, … ─┬▶ keep ────▶ committed          undo ─▶ the last committed one is gone
+                         └▶ discard ─▶ gone
+
+    caller's thread      add: check, copy ─▶ queue
+    a thread that writes                     queue ─▶ EpisodeWriter ─▶ disk, synced four times a second
+
+Whatever happens to the process, the disk or the power: committed episodes are as they were, and of the open one all
+but the last second is there, aside, for the next `open` to be kept or discarded.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from action_diffusion.datasets.files import remove, writing
-from action_diffusion.datasets.growing import Fields
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.checks import check_dtype, check_finite
+from action_diffusion.datasets.files import writer_lock
+from action_diffusion.datasets.growing_column import Fields
+from action_diffusion.datasets.recorder_writer import EpisodeWriter
 from action_diffusion.errors import InputError
+
+FLUSH = 0.25
+"""Between two flushes (s). What came after the last one is lost with the process, and so is one under way."""
+MOST_WAITING = 256 << 20
+"""Bytes of steps that may wait for a slow disk."""
+Work = Callable[[], Any]
 
 
 class Recorder:
     """The only writer of a replay buffer. Made by `open`; a context manager, which ends with `close`.
 
     A step that is refused (wrong keys, shapes, NaN) is an `InputError` of `add`, and the open episode is as before.
-    Where the disk refuses, the next call of any method raises an `InputError`, and so does every one after that but
-    `close`; committed episodes are intact, and `open` goes on once there is room.
+    Where the disk refuses, the next call raises an `InputError`, and so does every later one but `close`; committed
+    episodes are intact, and `open` goes on once there is room. Not for several threads at a time.
     """
 
-    def __init__(self, path: Path, fields: Fields, attrs: Mapping[str, Any], lock: Any) -> None:
-        self.path = path
+    def __init__(self, path: Path, fields: Fields, writer: EpisodeWriter, held: ExitStack) -> None:
+        self.path, self._writer, self._held = path, writer, held
         self._fields = {key: (np.dtype(dtype), tuple(shape)) for key, (dtype, shape) in fields.items()}
-        self._buffer = ReplayBuffer.open(path) if path.exists() else ReplayBuffer.create(path, attrs=attrs)
-        self._rows: list[dict[str, np.ndarray]] = []
-        self._lock = lock
+        self._step_bytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._fields.values())
+        self._n_steps, self._n_added, self._n_written = writer.n_steps, 0, 0
+        self._error: Exception | None = None
+        self._closed = False
+        self._works: SimpleQueue[tuple[Work, Future[Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
+        self._thread.start()
 
     @classmethod
     def open(
@@ -50,71 +68,78 @@ class Recorder:
             video: which of `fields` are images, uint8 [H, W, 3], to be kept as video.
 
         Raises:
-            InputError: where another process records to `path` (the message says which), and where what is there
+            InputError: where another process writes to `path` (the message says which), and where what is there
                 has other fields or attributes.
         """
         path = Path(path).expanduser()
-        lock = writer_lock(path)
-        lock.__enter__()
-        try:
-            return cls(path, fields, attrs, lock)
-        except BaseException:
-            lock.__exit__(None, None, None)
-            raise
+        _check_fields(fields, video)
+        with ExitStack() as held:
+            held.enter_context(writer_lock(path))
+            writer = EpisodeWriter(path, fields, attrs, video)
+            return cls(path, fields, writer, held.pop_all())
+        raise AssertionError
 
     @property
     def n_episodes(self) -> int:
         """Committed ones."""
-        return self._buffer.n_episodes
+        return self._writer.n_episodes
 
     @property
     def n_steps(self) -> int:
         """Of the open episode; after `open` those that an interrupted recording left, to be kept or discarded."""
-        return len(self._rows)
+        return self._n_steps
 
     def add(self, step: Mapping[str, Any]) -> None:
         """One row of the open episode; the first one opens it. The values are copied, and written later."""
-        self._rows.append({key: self._checked(key, step) for key in self._fields})
-
-    def _checked(self, key: str, step: Mapping[str, Any]) -> np.ndarray:
-        dtype, shape = self._fields[key]
-        if set(step) != set(self._fields):
-            raise InputError(f"a step for {self.path} has {', '.join(step)}; it must have {', '.join(self._fields)}")
-        value = np.array(step[key], dtype)
-        if value.shape != shape:
-            raise InputError(f"a step for {self.path}: {key} is {list(value.shape)}; it must be {list(shape)}")
-        return value
+        self._check_running()
+        if self._writer.interrupted:
+            raise InputError(f"{self.path}: {self._n_steps} steps were left by an interruption: keep or discard them")
+        if (self._n_added - self._n_written) * self._step_bytes > MOST_WAITING:
+            raise InputError(f"{self.path}: the disk is {self._n_added - self._n_written} steps behind: it is too slow")
+        row = self._checked(step)
+        self._works.put((lambda: self._write(row), Future()))
+        self._n_added += 1
+        self._n_steps += 1
 
     def keep(self) -> int:
         """Commit the open episode; it is on disk when this returns its index. At least one step is needed."""
-        if not self._rows:
+        self._check_running()
+        if not self._n_steps:
             raise InputError(f"{self.path}: no step was recorded: there is nothing to keep")
-        self._buffer.append({key: np.stack([row[key] for row in self._rows]) for key in self._fields})
-        self._rows = []
-        return self._buffer.n_episodes - 1
+        index: int = self._wait(self._writer.keep)
+        self._n_steps = 0
+        return index
 
     def discard(self) -> None:
         """Drop the open episode, if there is one."""
-        self._rows = []
+        self._wait(self._writer.discard)
+        self._n_steps = 0
 
     def undo(self) -> int:
         """Take the last committed episode back, for good; returns how many are left. None may be open."""
-        if self._rows:
-            raise InputError(f"{self.path}: an episode is open: discard or keep it first")
-        if not self._buffer.n_episodes:
+        self._check_running()
+        if self._n_steps:
+            raise InputError(f"{self.path}: an episode is open: keep or discard it first")
+        if not self.n_episodes:
             raise InputError(f"{self.path}: there is no episode to take back")
-        if self._buffer.n_episodes == 1:
-            remove(self.path)
-            self._buffer = ReplayBuffer.create(self.path, attrs=self._buffer.attrs)
-        else:
-            self._buffer.drop([self._buffer.n_episodes - 1])
-        return self._buffer.n_episodes
+        left: int = self._wait(self._writer.undo)
+        return left
 
     def close(self) -> None:
-        """Let go. An episode that is still open stays aside: the next `open` has it, to be kept or discarded."""
-        if self._lock is not None:
-            self._lock.__exit__(None, None, None)
-            self._lock = None
+        """Let go. An episode that is still open stays aside: the next `open` has it, to be kept or discarded.
+
+        Raises `InputError` where the disk refuses. May be called twice.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._error is None:
+                self._wait(self._writer.close)
+        finally:
+            self._works.put(None)
+            self._thread.join()
+            self._held.close()
 
     def __enter__(self) -> Recorder:
         return self
@@ -122,22 +147,73 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _checked(self, step: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        where = f"a step for {self.path}"
+        if step.keys() != self._fields.keys():
+            raise InputError(f"{where} has {', '.join(step) or 'nothing'}; it must have {', '.join(self._fields)}")
+        row = {}
+        for key, (dtype, shape) in self._fields.items():
+            given = np.asarray(step[key])
+            check_dtype(given.dtype, key, where)
+            if given.shape != shape:
+                raise InputError(f"{where}: {key} is {list(given.shape)}; it must be {list(shape)}")
+            with np.errstate(invalid="ignore", over="ignore"):
+                row[key] = given.astype(dtype)
+            check_finite(row[key][np.newaxis], key, where)
+            if dtype.kind != "f" and dtype != given.dtype and not np.array_equal(row[key], given):
+                raise InputError(f"{where}: {key} does not fit {dtype}")
+        return row
 
-@contextmanager
-def writer_lock(path: Path) -> Iterator[None]:
-    """Nobody else writes to `path` meanwhile. Raises `InputError` that names the process which does already."""
-    place = path.with_name(f".{path.name}.lock")
-    with writing(str(path)):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file = place.open("a+")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip() or "another process"
-            raise InputError(f"{path} is being recorded by {who}: end that first, or record elsewhere") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} ({' '.join(sys.argv)})")
-        file.flush()
-        yield
+    def _check_running(self) -> None:
+        if self._closed:
+            raise InputError(f"{self.path}: this recorder is closed")
+        if self._error is not None:
+            raise InputError(f"{self._error} (committed episodes: {self.n_episodes}, all intact)") from self._error
+
+    def _wait(self, work: Work) -> Any:
+        """What `work` returns, once all that waits is written."""
+        if not self._closed:
+            self._check_running()
+        done: Future[Any] = Future()
+        self._works.put((work, done))
+        done.exception()  # waits
+        if self._error is not None:
+            raise InputError(f"{self._error} (committed episodes: {self.n_episodes}, all intact)") from self._error
+        return done.result()
+
+    def _write(self, row: Mapping[str, np.ndarray]) -> None:
+        self._writer.add(row)
+        self._n_written += 1
+
+    def _work(self) -> None:
+        """In the thread that writes: one after the other, and a flush from time to time."""
+        flushed = time.monotonic()
+        while True:
+            with suppress(Empty):
+                item = self._works.get(timeout=max(0.0, flushed + FLUSH - time.monotonic()))
+                if item is None:
+                    return
+                self._do(*item)
+            if time.monotonic() >= flushed + FLUSH:
+                self._do(self._writer.flush, Future())
+                flushed = time.monotonic()
+
+    def _do(self, work: Work, done: Future[Any]) -> None:
+        if self._error is None:
+            try:
+                done.set_result(work())
+                return
+            except Exception as error:  # told by the next call
+                self._error = error
+        done.set_exception(self._error)
+
+
+def _check_fields(fields: Fields, video: Collection[str]) -> None:
+    for key in video:
+        if key not in fields:
+            raise InputError(f"no field {key!r} to keep as video; there are {', '.join(fields)}")
+        dtype, shape = fields[key]
+        if np.dtype(dtype) != np.uint8 or len(shape) != 3 or shape[2] != 3:
+            raise InputError(f"{key} is {np.dtype(dtype)} {list(shape)}; a video has frames uint8 [H, W, 3]")
+    if not set(fields) - set(video):
+        raise InputError("a recording needs a column that is no video")

@@ -20,11 +20,12 @@ import zarr
 from zarr.storage import LocalStore
 
 from action_diffusion.datasets.checks import check_dtype, check_episode_ends, check_finite, check_lengths
-from action_diffusion.datasets.files import atomic_path, sync, writing
+from action_diffusion.datasets.files import atomic_path, sync, writer_lock, writing
 from action_diffusion.datasets.store import Column, ZarrColumn, array_at, open_zarr, reading, write_zarr
 from action_diffusion.errors import InputError
 
 APPENDING = "appending"  # attribute of meta/ while there may be rows that episode_ends does not count yet
+VIDEOS = "videos"  # attribute of a buffer with columns that are videos: key → {"shape": [H, W, 3], "rate": Hz}
 
 
 class ReplayBuffer:
@@ -67,16 +68,20 @@ class ReplayBuffer:
             data = group.get("data")
             keys = sorted(data.keys()) if isinstance(data, zarr.Group) else []
             arrays = {key: array_at(group, f"data/{key}", where) for key in keys}
-            attrs = dict(group.attrs)
+            attrs: dict[str, Any] = dict(group.attrs)
         for key, array in arrays.items():
             check_dtype(array.dtype, key, where)
         n_rows = int(ends[-1])
         lengths = {key: array.shape[0] for key, array in arrays.items()}
         check_lengths(lengths, n_rows, where, allow_longer=interrupted)
-        columns = {
+        columns: dict[str, Column] = {
             key: ZarrColumn(array, n_rows=n_rows, exists=exists, where=f"{where}: data/{key}")
             for key, array in arrays.items()
         }
+        if VIDEOS in attrs:
+            from action_diffusion.datasets.video_column import video_columns  # which needs PyAV
+
+            columns |= video_columns(path, attrs.pop(VIDEOS), ends)
         return cls(columns=columns, episode_ends=ends, attrs=attrs, path=path)
 
     @classmethod
@@ -167,7 +172,8 @@ class ReplayBuffer:
             with atomic_path(self.path) as temporary:
                 write_zarr(temporary, rows, ends, self.attrs)
         else:
-            with writing(f"episode {self.n_episodes} to {self.path} (those before it are unharmed)"):
+            what = f"episode {self.n_episodes} to {self.path} (those before it are unharmed)"
+            with writer_lock(self.path), writing(what):
                 self._append_on_disk(self.path, rows, ends)
         if self.path is not None:
             self._columns = ReplayBuffer.open(self.path)._columns
@@ -199,6 +205,8 @@ class ReplayBuffer:
     def _append_on_disk(self, path: Path, rows: Mapping[str, np.ndarray], ends: np.ndarray) -> None:
         if not (path / "zarr.json").is_file():
             raise InputError(f"{path}: only a Zarr v3 folder can grow: save() a copy and append to that")
+        if any(not isinstance(column, ZarrColumn) for column in self._columns.values()):
+            raise InputError(f"{path} has videos: record to it, or save() a copy and append to that")
         started = time.time() - 1
         store = LocalStore(path)
         with zarr.config.set({"array.write_empty_chunks": True}):
@@ -236,7 +244,7 @@ class ReplayBuffer:
             self._columns = {key: column[rows] for key, column in self._columns.items()}
         else:
             columns = {key: _Rows(column, rows) for key, column in self._columns.items()}
-            with atomic_path(self.path) as temporary:
+            with writer_lock(self.path), atomic_path(self.path) as temporary:
                 write_zarr(temporary, columns, ends, self.attrs)
             self._columns = ReplayBuffer.open(self.path)._columns
         self.episode_ends = ends
