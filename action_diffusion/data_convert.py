@@ -2,56 +2,123 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.errors import InputError
+from action_diffusion.errors import InputError, unknown
 
-OPTIONS = ("in", "out", "observations", "workers")
+OPTIONS = ("in", "out", "format", "rate", "video", "observations", "workers")
 
 HELP = """\
-action-diffusion data convert in=PATH out=PATH [name=value …]     HDF5 to a replay buffer, and back
+action-diffusion data convert in=PATH out=PATH [name=value …]     from one format to another
 
-  action-diffusion data convert in=low_dim_v141.hdf5 out=lift.zarr       a robomimic file
-  action-diffusion data convert in=demo.hdf5 out=lift.zarr               robosuite's own: states are rendered
+  action-diffusion data convert in=pusht.zarr.zip out=pusht format=lerobot     for LeRobot
+  action-diffusion data convert in=pusht out=pusht.zarr                        from it, back
+  action-diffusion data convert in=dataset.zarr.zip out=umi.zarr               UMI's file: images in JPEG XL
+  action-diffusion data convert in=low_dim_v141.hdf5 out=lift.zarr             a robomimic file
+  action-diffusion data convert in=demo.hdf5 out=lift.zarr                     robosuite's own: states are rendered
   action-diffusion data convert in=demo.hdf5 out=lift.zarr observations=object,robot0_eef_pos,agentview_image
-  action-diffusion data convert in=lift.zarr out=lift.hdf5               back, for robomimic
+  action-diffusion data convert in=lift.zarr out=lift.hdf5                     back, for robomimic
 
-Whichever ends in .hdf5 or .h5 is the HDF5 file. Every value is compared with the source before the result takes its
-name. A conversion that was cut off goes on when it is started again.
+What `in` holds is told from its content. Every value is compared with the source before the result takes its name, and
+each key's SHA-256 is printed; images in video are measured (PSNR, 40 dB at least). A conversion that was cut off goes
+on when it is started again.
 
 Options
-  observations=KEY,…    what the simulator renders of each recorded state. Default: nothing where the file has
-                        observations; else object, robot0_eef_pos, robot0_eef_quat, robot0_gripper_qpos and the
-                        same of further arms
-  workers=N             processes; default: one a core, fewer for small files
+  format=NAME           what to write: zarr (v3), zarr2 (v2), umi, robomimic, lerobot (v3.0), lerobot21 (v2.1), folder
+                        (CSV and MP4). Default: by the ending of `out`: .zarr, .zarr.zip, .hdf5, .h5
+  rate=HZ               steps a second, where the source does not say (control_rate). Default: 10
+  video=high|lossless   of lerobot, lerobot21 and folder: H.264 4:4:4 (default), or of the colours as they are
+  observations=KEY,…    what the simulator renders of each recorded state of an HDF5 file. Default: nothing where the
+                        file has observations; else object, robot0_eef_pos, robot0_eef_quat, robot0_gripper_qpos and
+                        the same of further arms
+  workers=N             processes that read an HDF5 file; default: one a core, fewer for small files
 """
+
+_RATE = 10.0
+_QUALITIES = ("high", "lossless")
 
 
 def run(options: Mapping[str, str]) -> Mapping[str, Any]:
+    """Convert, and return the numbers to report."""
     source, output = Path(options["in"]).expanduser(), Path(options["out"]).expanduser()
-    workers = _workers(options.get("workers"))
-    from_hdf5, to_hdf5 = (path.suffix in (".hdf5", ".h5") for path in (source, output))
-    if from_hdf5 == to_hdf5:
-        raise InputError(f"in={source} out={output}: one of them, not both, must end in .hdf5 or .h5")
-    if to_hdf5:
-        if "observations" in options:
-            raise InputError("observations= is for converting to a replay buffer")
-        from action_diffusion.datasets.robomimic_export import export
+    rate, workers = _rate(options.get("rate")), _workers(options.get("workers"))
+    if options.get("video", "high") not in _QUALITIES:
+        raise unknown("video", options["video"], _QUALITIES)
+    from action_diffusion.datasets.formats.registry import asked_for, detected
 
+    to = asked_for(output, options.get("format"))
+    if "observations" in options and to != "zarr":
+        raise InputError("observations= is for converting HDF5 to a replay buffer")
+    held = detected(source)
+    if held == to == "robomimic":
+        raise InputError(f"in={source} out={output}: both are HDF5, one of them must be another format")
+    if held == "robomimic":
+        from action_diffusion.datasets.formats.robomimic import is_ours
+
+        if not is_ours(source):
+            return _from_hdf5(source, output, to, options.get("observations"), workers)
+    if "observations" in options:
+        raise InputError("observations= is for converting HDF5 to a replay buffer")
+    return _convert(source, held, output, to, rate, lossless=options.get("video") == "lossless")
+
+
+def _convert(
+    source: Path, held: str, output: Path, to: str, rate: float | None, *, lossless: bool
+) -> Mapping[str, Any]:
+    """By the formats in datasets/formats."""
+    from action_diffusion.datasets.formats.contract import Settings
+    from action_diffusion.datasets.formats.conversion import convert
+    from action_diffusion.datasets.formats.registry import named
+    from action_diffusion.datasets.robomimic_export import export
+
+    opened = named(held).open(source)
+    attrs = opened.buffer.attrs
+    if to == "robomimic" and "env_args" in attrs and held == "zarr":
         return export(source, output)
+    if rate is not None:
+        attrs["control_rate"] = rate
+    known = attrs.get("control_rate")
+    if known is not None and not (isinstance(known, int | float) and math.isfinite(known) and known > 0):
+        raise InputError(f"{source}: control_rate is {known!r}: give rate=HZ")
+    settings = Settings(float(known or _RATE), "lossless" if lossless else "high")
+    summary = convert(opened, output, named(to), settings)
+    if known is None and to in ("lerobot", "lerobot21", "folder"):
+        summary["rate"] = f"{_RATE:g} Hz, assumed, because the source does not say: rate=HZ sets it"
+    if to == "robomimic":
+        summary["env_args"] = "none, so that robomimic can train on the file, and not roll out"
+    return summary
+
+
+def _from_hdf5(source: Path, output: Path, to: str, observations: str | None, workers: int | None) -> Mapping[str, Any]:
+    """robomimic's and robosuite's own files, to a replay buffer."""
+    if to != "zarr":
+        raise InputError(f"out={output}: HDF5 becomes a replay buffer first: out=NAME.zarr, and that becomes {to}")
     from action_diffusion.datasets.robomimic import convert, default_workers
     from action_diffusion.datasets.robomimic_file import describe
     from action_diffusion.datasets.robosuite_states import SimulatorObserver, state_keys, with_render_settings
 
     layout, observer = describe(source), None
-    if "observations" in options or not layout.has_observations:
+    if observations is not None or not layout.has_observations:
         layout = with_render_settings(layout)
-        keys = options["observations"].split(",") if "observations" in options else state_keys(layout.env_args)
+        keys = observations.split(",") if observations is not None else state_keys(layout.env_args)
         observer = SimulatorObserver(layout.env_args, tuple(keys))
     workers = workers or default_workers(layout, observing=observer is not None)
     return convert(layout, output, observer=observer, workers=workers)
+
+
+def _rate(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not (math.isfinite(rate) and rate > 0):
+        raise InputError(f"rate={text}: expected steps a second, above 0")
+    return rate
 
 
 def _workers(text: str | None) -> int | None:

@@ -82,12 +82,14 @@ def test_states_are_rendered_where_there_is_nothing_else(
         ("convert a.hdf5", "'a.hdf5' is not of the form name=value; see: action-diffusion data convert --help"),
         ("convert --in=a.hdf5", "'--in=a.hdf5' is not of the form name=value"),
         ("convert in=a.hdf5 output=a.zarr", "unknown option 'output': did you mean out?"),
-        ("convert in=a.hdf5 out=b.h5", "in=a.hdf5 out=b.h5: one of them, not both, must end in .hdf5 or .h5"),
-        ("convert in=a.zarr out=b.zarr", "one of them, not both, must end in .hdf5 or .h5"),
+        ("convert in=a.zarr out=b", "out=b: which format? Add format=, one of zarr, zarr2, umi, robomimic, lerobot"),
+        ("convert in=a.zarr out=b format=lerobt", "unknown format 'lerobt': did you mean lerobot or lerobot21?"),
+        ("convert in=a.zarr out=b.zarr rate=0", "rate=0: expected steps a second, above 0"),
+        ("convert in=a.zarr out=b.zarr video=low", "unknown video 'low'"),
         ("convert in=a.hdf5 out=a.zarr workers=0", "workers=0: expected a whole number above 0"),
-        ("convert in=a.hdf5 out=a.zarr", "a.hdf5: no such file"),
+        ("convert in=a.hdf5 out=a.zarr", "a.hdf5: no such file or folder"),
         ("convert in=a.zarr out=a.hdf5", "a.zarr: no such file or folder"),
-        ("convert in=a.zarr out=a.hdf5 observations=object", "observations= is for converting to a replay buffer"),
+        ("convert in=a.zarr out=a.hdf5 observations=object", "observations= is for converting HDF5 to a"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words: str, message: str, folder: Path) -> None:

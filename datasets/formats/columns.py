@@ -1,0 +1,142 @@
+"""Columns that are read in slices from whatever holds them: a demo of an HDF5 file, an episode's CSV, a video."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from action_diffusion.datasets.checks import images_to_uint8
+from action_diffusion.datasets.store import Column, row_bytes
+from action_diffusion.errors import InputError
+
+BLOCK_BYTES = 8 << 20
+
+
+class SlicedColumn(ABC):
+    """A `Column` of which only `read` is left to write."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    @abstractmethod
+    def read(self, first: int, end: int) -> np.ndarray:
+        """Rows `first` to `end`, at least one, in the column's type."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """Rows as in numpy: an integer, a slice, an array of integers; further axes are cut after reading."""
+        if isinstance(index, tuple):
+            if index and isinstance(index[0], slice):
+                return self[index[0]][(slice(None), *index[1:])]
+            return self[:][index]
+        if index is Ellipsis:
+            return self[:]
+        rows = np.arange(len(self))[index]
+        if np.ndim(rows) == 0:
+            return self.read(int(rows), int(rows) + 1)[0]
+        if len(rows) == 0:
+            return np.empty((0, *self.shape[1:]), self.dtype)
+        if len(rows) == rows[-1] - rows[0] + 1 and (np.diff(rows) == 1).all():
+            return self.read(int(rows[0]), int(rows[-1]) + 1)
+        return np.stack([self.read(row, row + 1)[0] for row in rows.tolist()])
+
+
+class Piece(NamedTuple):
+    """Rows `first` to `end` of the piece with this number."""
+
+    number: int
+    first: int
+    end: int
+
+
+def pieces(ends: np.ndarray, first: int, end: int) -> Iterator[Piece]:
+    """What rows `first` to `end` are made of, where pieces end at the rows `ends`."""
+    index, row = int(np.searchsorted(ends, first, side="right")), first
+    while row < end:
+        start, stop = int(ends[index - 1]) if index else 0, min(end, int(ends[index]))
+        yield Piece(index, row - start, stop - start)
+        index, row = index + 1, stop
+
+
+class PiecewiseColumn(SlicedColumn):
+    """Rows that lie in pieces one after the other. ends: the row after each; read_piece: some of its rows."""
+
+    def __init__(
+        self, row: tuple[int, ...], dtype: np.dtype, ends: np.ndarray, read_piece: Callable[[Piece], np.ndarray]
+    ) -> None:
+        super().__init__((int(ends[-1]), *row), dtype)
+        self._ends, self._read_piece = ends, read_piece
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        parts = [self._read_piece(piece) for piece in pieces(self._ends, first, end)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class ChangedColumn(SlicedColumn):
+    """Another column's rows, changed. change: gets rows and the index of the first."""
+
+    def __init__(
+        self,
+        column: Column,
+        change: Callable[[np.ndarray, int], np.ndarray],
+        *,
+        row: tuple[int, ...] | None = None,
+        dtype: np.dtype | None = None,
+    ) -> None:
+        rows = column.shape[1:] if row is None else row
+        super().__init__((column.shape[0], *rows), dtype or column.dtype)
+        self._column, self._change = column, change
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        return self._change(np.asarray(self._column[first:end]), first)
+
+
+def as_stored(column: Column, row: tuple[int, ...], dtype: np.dtype) -> Column:
+    """The column in another shape and type."""
+    if column.shape[1:] == row and column.dtype == dtype:
+        return column
+    return ChangedColumn(
+        column, lambda rows, _: rows.reshape(len(rows), *row).astype(dtype, copy=False), row=row, dtype=dtype
+    )
+
+
+def is_image(column: Column) -> bool:
+    """[N, H, W, 3], with more than a few pixels."""
+    return len(column.shape) == 4 and column.shape[3] == 3
+
+
+def as_images(column: Column, key: str, where: str) -> Column:
+    """uint8 images; reading raises `InputError` where that would lose something."""
+    if column.dtype == np.uint8:
+        return column
+    return ChangedColumn(column, lambda rows, first: images_to_uint8(rows, key, where, first), dtype=np.dtype(np.uint8))
+
+
+def native(dtype: np.dtype) -> np.dtype:
+    """The type in this machine's byte order."""
+    return dtype.newbyteorder("=")
+
+
+def rows_a_block(column: Column, n_bytes: int = BLOCK_BYTES) -> int:
+    return max(1, n_bytes // row_bytes(column))
+
+
+def spans(first: int, end: int, rows: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of parts of at most `rows` rows."""
+    for start in range(first, end, rows):
+        yield start, min(start + rows, end)
+
+
+def check_rows(values: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """`values`, which must be of `shape`."""
+    if values.shape != shape:
+        raise InputError(f"{where}: rows {list(values.shape)}, expected {list(shape)}")
+    return values

@@ -1,0 +1,87 @@
+"""The formats by name, which of them a path holds, and which one a name asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from action_diffusion.datasets.formats.contract import Format
+from action_diffusion.errors import InputError, unknown
+
+_PLACES = {
+    "zarr": ("zarr_buffer", "ZARR"),
+    "zarr2": ("zarr_buffer", "ZARR2"),
+    "umi": ("zarr_buffer", "UMI"),
+    "robomimic": ("robomimic", "ROBOMIMIC"),
+    "lerobot": ("lerobot", "LEROBOT"),
+    "lerobot21": ("lerobot", "LEROBOT21"),
+    "folder": ("folder", "FOLDER"),
+}
+NAMES = tuple(_PLACES)
+_SUFFIXES = {".zarr": "zarr", ".zip": "zarr", ".hdf5": "robomimic", ".h5": "robomimic"}
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
+
+def named(name: str) -> Format:
+    """The format with this name, whose library is imported now."""
+    if name not in _PLACES:
+        raise unknown("format", name, NAMES)
+    module, attribute = _PLACES[name]
+    found: Format = getattr(import_module(f"action_diffusion.datasets.formats.{module}"), attribute)
+    return found
+
+
+def detected(path: Path) -> str:
+    """The name of the format that `path` holds, told from its content.
+
+    Raises `InputError` where there is nothing, or nothing known.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    for name, holds in _CONTENT.items():
+        if holds(path):
+            return name
+    raise InputError(
+        f"{path}: no known format: neither a Zarr replay buffer, nor HDF5, nor a LeRobotDataset (meta/info.json), "
+        "nor a folder with CSV files"
+    )
+
+
+def asked_for(output: Path, name: str | None) -> str:
+    """The format of the output: as named, or by the ending of its path."""
+    if name is not None:
+        if name not in _PLACES:
+            raise unknown("format", name, NAMES)
+        return name
+    if output.suffix not in _SUFFIXES:
+        raise InputError(f"out={output}: which format? Add format=, one of {', '.join(NAMES)}")
+    return _SUFFIXES[output.suffix]
+
+
+def _is_zarr(path: Path) -> bool:
+    if path.is_file():
+        return _begins(path, b"PK")
+    markers = [f"{depth}meta/episode_ends/{name}" for depth in ("", "*/", "*/*/") for name in (".zarray", "zarr.json")]
+    return path.suffix == ".zarr" or any(next(path.glob(marker), None) for marker in markers)
+
+
+def _is_lerobot(path: Path) -> bool:
+    return (path / "meta" / "info.json").is_file()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and any(next(path.glob(pattern), None) for pattern in ("*.csv", "*/*.csv"))
+
+
+def _begins(path: Path, signature: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(signature)) == signature
+
+
+_CONTENT: dict[str, Callable[[Path], bool]] = {
+    "robomimic": lambda path: path.is_file() and _begins(path, _HDF5),
+    "lerobot": _is_lerobot,
+    "folder": _is_folder,
+    "zarr": _is_zarr,
+}

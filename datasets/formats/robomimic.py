@@ -1,0 +1,114 @@
+"""Any replay buffer as robomimic's HDF5, also one that comes from no simulator of robomimic's.
+
+    data/demo_0/actions, rewards, dones, obs/<key>, next_obs/<key>     images as uint8, compressed
+    data.attrs["env_args"]                                             a stand-in: trains, but cannot be rolled out
+    action_diffusion                                                   what the file says of us, beside robomimic's data
+
+A buffer that came from such a file, or from robosuite, goes back by `robomimic_export`; files of robomimic's and
+robosuite's own are read by `robomimic.convert`. Here is the rest. HDF5 that a process was killed over is not reliable,
+so that a conversion that was cut off begins anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from action_diffusion.datasets.formats.columns import (
+    Piece,
+    PiecewiseColumn,
+    as_images,
+    check_rows,
+    is_image,
+    native,
+    rows_a_block,
+    spans,
+)
+from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Settings, kept, restored
+from action_diffusion.datasets.formats.journal import Journal
+from action_diffusion.datasets.progress import progress
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.robomimic_file import NAMES, Layout, describe, open_hdf5
+from action_diffusion.datasets.store import Column, reading, row_bytes
+from action_diffusion.errors import InputError
+
+_PLACES = {column: path for path, column in NAMES.items()}
+_GYM = 2
+"""robomimic's number for what is not robosuite's."""
+ENV_ARGS = {"env_name": "unknown", "type": _GYM, "env_kwargs": {}}
+
+
+def is_ours(path: Path) -> bool:
+    """Whether the file was written here, from a buffer that robomimic's own layout cannot describe."""
+    with open_hdf5(path) as file:
+        return MARK in file
+
+
+def opened(path: Path) -> Opened:
+    with open_hdf5(path) as file, reading(f"{path}: {MARK}"):
+        notes = json.loads(file[MARK][()]) if MARK in file else None
+    layout = describe(path)
+    columns: dict[str, Column] = {
+        stored.path: PiecewiseColumn(
+            stored.shape, stored.dtype, layout.ends, functools.partial(_read, layout, stored.path)
+        )
+        for stored in layout.columns.values()
+    }
+    restored_columns, attrs = restored(columns, notes, str(path))
+    return Opened(ReplayBuffer(columns=restored_columns, episode_ends=layout.ends, attrs=attrs, path=path))
+
+
+def _read(layout: Layout, place: str, piece: Piece) -> np.ndarray:
+    name = f"data/{layout.demos[piece.number]}/{place}"
+    with open_hdf5(layout.path) as file, reading(f"{layout.path}: {name}"):
+        rows = np.asarray(file[name][piece.first : piece.end])
+    return check_rows(rows, (piece.end - piece.first, *rows.shape[1:]), f"{layout.path}: {name}")
+
+
+def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Settings) -> None:
+    if "action" not in buffer:
+        raise InputError(f"{buffer.name} has no column action; it has {', '.join(buffer.keys)}")
+    odd = [key for key in buffer.keys if "/" in key or 0 in buffer[key].shape]
+    if odd:
+        raise InputError(f"{buffer.name}: robomimic's files cannot hold {odd[0]!r}")
+    import h5py
+
+    columns = {_PLACES.get(key, f"obs/{key}"): _stored(buffer, key) for key in buffer.keys}
+    total = sum(row_bytes(column) * buffer.n_steps for column in columns.values())
+    firsts = np.concatenate([[0], buffer.episode_ends[:-1]]).tolist()
+    with h5py.File(path, "w") as file, progress("writing the demos", total) as advance:
+        data = file.create_group("data")
+        for index, (first, end) in enumerate(zip(firsts, buffer.episode_ends.tolist(), strict=True)):
+            demo = data.create_group(f"demo_{index}")
+            demo.attrs["num_samples"] = end - first
+            for place, column in columns.items():
+                _write_rows(demo, place, column, first, end)
+                if place.startswith("obs/"):
+                    _write_rows(demo, f"next_{place}", column, first, end, ahead=1)
+                advance((end - first) * row_bytes(column))
+        data.attrs["total"] = buffer.n_steps
+        data.attrs["env_args"] = json.dumps(ENV_ARGS)
+        names = {key: _PLACES.get(key, f"obs/{key}") for key in buffer.keys}
+        file[MARK] = json.dumps(kept(buffer, names))
+
+
+def _stored(buffer: ReplayBuffer, key: str) -> Column:
+    return as_images(buffer[key], key, buffer.name) if is_image(buffer[key]) else buffer[key]
+
+
+def _write_rows(demo: Any, place: str, column: Column, first: int, end: int, *, ahead: int = 0) -> None:
+    """Rows of an episode, or those one step ahead, of which the last is repeated."""
+    shape = (end - first, *column.shape[1:])
+    options = {"chunks": (1, *shape[1:]), "compression": "gzip", "compression_opts": 1} if is_image(column) else {}
+    dataset = demo.create_dataset(place, shape=shape, dtype=native(column.dtype), **options)
+    for start, stop in spans(first, end, rows_a_block(column)):
+        rows = np.asarray(column[min(start + ahead, end - 1) : min(stop + ahead, end)])
+        short = stop - start - len(rows)
+        dataset[start - first : stop - first] = np.concatenate([rows, rows[-1:]]) if short else rows
+
+
+ROBOMIMIC = Format("robomimic", opened, _write)
