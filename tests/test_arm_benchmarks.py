@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from benchmarks import fuzz, kills, period
+from action_diffusion.policy import bundle as bundles
+from benchmarks import fuzz, kills, parity, period
 
 
 def test_the_period_is_measured_under_load():
@@ -32,3 +35,17 @@ def test_the_fuzz_command_says_what_happened(capsys):
     out = capsys.readouterr().out
     assert "300 messages" in out
     assert "no setpoint left the limits" in out
+
+
+def test_the_loop_scores_what_the_evaluation_does(make_policy, tiny_config, tmp_path, capsys):
+    policy = make_policy()
+    policy.spec.env["max_steps"] = 24
+    bundles.save(tmp_path / "bundle", policy, {"policy": tiny_config})
+    words = [f"bundle={tmp_path / 'bundle'}", "n_episodes=2", f"output={tmp_path / 'parity.json'}"]
+    assert parity.main(words) == 0
+    rows = json.loads((tmp_path / "parity.json").read_text())["rows"]
+    assert [row["evaluated"] for row in rows if not row["refused"]] == [
+        row["deployed"] for row in rows if not row["refused"]
+    ]
+    assert "starts to the last bit" in capsys.readouterr().out
+    assert parity.main(["n_episodes=2"]) == 2
