@@ -21,8 +21,11 @@ PATIENCE = 1.0
 """Without a frame for so long (s), a camera counts as dead; at least ten of its periods."""
 
 
-def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, Any]) -> None:
+def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, Any], stamp_latency: float = 0.0) -> None:
     """Connect, put a first frame into the ring `NAME`, say so in NAME.json, and serve until there is no parent.
+
+    stamp_latency: by how much the driver's stamps are late (s): a frame is taken to be that much older. Beside it the
+    ring has `arrived`, when the frame came (monotonic s).
 
     Raises `InputError` for a camera that does not deliver what its driver says, and where it falls silent.
     """
@@ -30,7 +33,7 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, Any]) ->
     camera = make_camera(driver, **settings)
     camera.connect()
     try:
-        ring = RingWriter(folder / name, fields={"image": ("u1", camera.shape)}, n_slots=16)
+        ring = RingWriter(folder / name, fields={"image": ("u1", camera.shape), "arrived": ("f8", ())}, n_slots=16)
         patience = max(PATIENCE, 10 / camera.rate)
         heart = Heartbeat(folder / f"{name}.beat", lease=patience)
         began = time.monotonic()
@@ -42,7 +45,7 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, Any]) ->
                     raise InputError(f"no frame for {patience:g} s") from None
                 continue
             began = time.monotonic()
-            ring.append(frame.t, {"image": frame.image})
+            ring.append(frame.t - stamp_latency, {"image": frame.image, "arrived": began})
             heart.renew()
             if ring.count == 1:
                 report(folder, name, {"shape": list(camera.shape), "rate": camera.rate})
