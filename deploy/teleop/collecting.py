@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from action_diffusion.deploy.processes import Child
 from action_diffusion.deploy.rings import Segments
 from action_diffusion.deploy.teleop.device import Device
 from action_diffusion.deploy.teleop.devices import SHOWS_PLACES, everything, make_device
-from action_diffusion.deploy.teleop.page import Shown
+from action_diffusion.deploy.teleop.page import Pictures, Shown
+from action_diffusion.deploy.teleop.scenes import describe
 from action_diffusion.deploy.teleop.session import Session
 from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
 from action_diffusion.deploy.teleop.world import RobotWorld, SimulatedWorld, World, gate_of
@@ -46,12 +47,13 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     with ExitStack() as stack:
         world, folder = _world(config, stack)
         _check_device(config, world)
-        sink = stack.enter_context(_recorder(config, world))
         clock, countdown = _clock(config, world)
         shown, page = _page(config, world, driver, folder, stack)
         device = everything(driver, folder, page, points=world.groups is not None and _is_plane(world))
         stack.callback(device.close)
         device.connect()
+        sink = stack.enter_context(_recorder(config, world))
+        already = sink.n_episodes
         session = Session(
             world=world,
             device=device,
@@ -68,6 +70,9 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         _say_how(config, device, page)
         with suppress(KeyboardInterrupt):
             session.run()
+        if isinstance(world, SimulatedWorld) and not _is_plane(world):
+            seed, known = config["seed"], max(0, already - session.undone)
+            describe(sink.path, lambda i: world.scene_of(seed + i), n_episodes=sink.n_episodes, known=known)
         return {"output": str(config["output"]), **session.summary(), **_unfinished(sink)}
 
 
@@ -144,12 +149,12 @@ def _recorder(config: Mapping[str, Any], world: World) -> Recorder:
     attrs = {
         "task": config["task"]["name"] if config["robot"] else config["task"]["env"]["name"],
         "source": "teleoperation",
-        "device": config["device"],
         "robot": config["robot"] or "simulator",
-        "version": __version__,
         "seed": config["seed"],
         **world.attrs,
     }
+    if not Path(config["output"]).expanduser().exists():  # of the first session; later ones may differ in these
+        attrs |= {"device": config["device"], "version": __version__}
     images = [key for key, (_, shape) in world.fields.items() if len(shape) == 3]
     return Recorder.open(config["output"], world.fields, attrs, video=images if config["video"] else ())
 
@@ -209,21 +214,19 @@ def board() -> dict[str, Any]:
     return {"size": 512, "polygons": T, "goal": list(GOAL_POSE), "radius": 15}
 
 
-def _teller(config: Mapping[str, Any], world: World, shown: Shown | None) -> Any:
-    """Shows a session's status on the page; pictures while somebody looks, ten a second at most."""
-    every = max(1, round(world.control_rate / 10))
+def _teller(config: Mapping[str, Any], world: World, shown: Shown | None) -> Callable[[dict[str, Any]], None]:
+    """Shows a session's status on the page, or says it to the program that writes the script."""
+    if shown is not None:
+        pictures = Pictures(world.picture, shown)
 
-    def tell(status: dict[str, Any]) -> None:
-        if shown is not None:
+        def show(status: dict[str, Any]) -> None:
             shown.tell({**status, **world.scene()})
-            if status["ticks"] % every == 0 and shown.is_watched:
-                picture = world.picture()
-                if picture is not None:
-                    shown.picture(picture)
-        elif config["script"] == "-":
-            print(json.dumps({**status, **world.scene()}), flush=True)
+            pictures(status["mode"], status["step"])
 
-    return tell
+        return show
+    if config["script"] == "-":
+        return lambda status: print(json.dumps({**status, **world.scene()}), flush=True)
+    return lambda status: None
 
 
 def _say_how(config: Mapping[str, Any], device: Device, page: Child | None) -> None:

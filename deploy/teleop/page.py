@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,31 @@ class Shown:
         if picture.shape != (PICTURE, PICTURE, 3):
             picture = cv2.resize(picture, (PICTURE, PICTURE), interpolation=cv2.INTER_AREA)
         self._pictures.append(time.monotonic(), {"picture": picture})
+
+
+class Pictures:
+    """Pictures for the page, while somebody looks and something changes, as many as drawing them leaves time for.
+
+    Args:
+        draw: makes one, uint8 [H, W, 3], or None where the page draws by itself.
+    """
+
+    def __init__(self, draw: Callable[[], np.ndarray | None], shown: Shown) -> None:
+        self._draw, self._shown = draw, shown
+        self._next = 0.0
+        self._of: tuple[str | None, int] = (None, -1)
+
+    def __call__(self, mode: str, step: int) -> None:
+        """The session is at `step` of an episode. Nothing is drawn twice, and drawing takes a third of the time."""
+        began = time.monotonic()
+        if not self._shown.is_watched:
+            self._of = (None, -1)  # whoever comes next wants to see something
+        elif began >= self._next and (mode, step) != self._of:
+            picture = self._draw()
+            if picture is not None:
+                self._shown.picture(picture)
+            now = time.monotonic()
+            self._next, self._of = now + max(0.05, 2 * (now - began)), (mode, step)
 
 
 class Browser:

@@ -192,6 +192,8 @@ class Session:
         """Drive and record; otherwise why not."""
         if not signals.engaged:
             return signals.why
+        if not self._steps and signals.target is None and not (signals.toggle or np.any(signals.twist)):
+            return "move, and the recording begins"
         present = self._world.present()
         if not self._driven:
             self._steering.begin(present)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from action_diffusion.datasets.growing import Fields
+from action_diffusion.datasets.growing_column import Fields
 from action_diffusion.deploy.gate import Gate
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.motion import Layout
@@ -130,8 +130,9 @@ class SimulatedWorld:
     def hold(self) -> bool:
         return False
 
-    def episode_attrs(self) -> Mapping[str, str]:
-        """What the simulator says of the episode under way."""
+    def scene_of(self, seed: int) -> Mapping[str, str]:
+        """What the simulator says of the episode that `seed` stands for."""
+        self._env.reset(seed)
         return self._env.episode_metadata()
 
     def scene(self) -> dict[str, Any]:

@@ -1,0 +1,265 @@
+"""PushT in a real browser: episodes that somebody leads with the mouse and that train, and a loop that keeps time."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from action_diffusion import cli
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.deploy.rings import RingReader, shared_folder
+from action_diffusion.envs.pusht import PushT
+from action_diffusion.envs.pusht_expert import PushTExpert
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+class Collecting:
+    """`action-diffusion collect agent=teleop` in a process of its own, with its page."""
+
+    def __init__(self, *words: str) -> None:
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "action_diffusion",
+            "collect",
+            "task=pusht_state",
+            "agent=teleop",
+            *words,
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert self.process.stdout is not None
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout or []), daemon=True)
+        self._reader.start()
+        until(lambda: [line for line in self.lines if "ssh" in line] or self.process.poll() is not None, 60)
+        self.url = next((line.split()[-1] for line in self.lines if "page: http" in line), "")
+        assert self.url, self.lines
+        self.port = int(self.url.rpartition(":")[2])
+        folder = next(shared_folder().glob(f"action-diffusion-{self.process.pid}-*"))
+        until((folder / "sessions").exists)
+        self.sessions = RingReader(folder / "sessions")
+
+    def end(self) -> dict[str, str]:
+        """Ctrl-C; what the command says in the end."""
+        self.process.send_signal(signal.SIGINT)
+        return self.ended()
+
+    def ended(self) -> dict[str, str]:
+        assert self.process.wait(30) == 0, self.lines
+        self._reader.join(5)
+        return dict(re.findall(r"^(\w+): (.*)$", "".join(self.lines), re.MULTILINE))
+
+    def ticks(self, seconds: float) -> np.ndarray:
+        """When the loop ticks, for so long (monotonic s)."""
+        first = self.sessions.count
+        time.sleep(seconds)
+        return np.array([record.t for record in self.sessions.after(first)])
+
+
+@pytest.fixture
+def collecting() -> Iterator[Callable[..., Collecting]]:
+    started: list[Collecting] = []
+
+    def start(*words: str) -> Collecting:
+        started.append(Collecting(*words))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+class Person:
+    """At a browser, with a mouse."""
+
+    def __init__(self, browser: Any, url: str) -> None:
+        self.page = browser.new_page(viewport={"width": 500, "height": 800})
+        self.errors: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(url)
+        self.sees("mode", "ready")
+        until(lambda: self.page.evaluate("document.getElementById('board').dataset.finger"))
+        assert self.page.evaluate("document.documentElement.scrollWidth") <= 500
+
+    def sees(self, name: str, text: str) -> None:
+        shown = f"document.getElementById('{name}').textContent"
+        try:
+            until(lambda: text in self.page.evaluate(shown), 15)
+        except AssertionError:
+            raise AssertionError(self.page.inner_text("body")) from None
+
+    def state(self) -> np.ndarray:
+        """What the page shows of the world, as a demonstration has it."""
+        finger, block = self.page.evaluate(
+            "(({finger, block}) => [finger, block])(document.getElementById('board').dataset)"
+        )
+        return np.array([float(value) for value in f"{finger},{block}".split(",")])
+
+    def point(self, place: np.ndarray) -> None:
+        share = np.clip(place / 512, 0, 1)
+        self.page.mouse.move(
+            self.box["x"] + share[0] * self.box["width"], self.box["y"] + share[1] * self.box["height"]
+        )
+
+    def begins(self) -> None:
+        """Start, and the pointer on the finger when the countdown is over."""
+        self.page.click("#start")
+        self.box = self.page.locator("#board").bounding_box()
+        self.point(self.state()[:2])
+        self.sees("mode", "recording")
+
+    def pushes(self, seconds: float) -> None:
+        """What somebody does who sees the page: lead the finger behind the block and push."""
+        expert = PushTExpert(seed=0)
+        expert.reset()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            state = self.state()
+            wanted = expert.act({"state": state.astype(np.float32)})
+            self.point(state[:2] + np.clip(wanted - state[:2], -60, 60))
+            time.sleep(0.08)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, tmp_path):
+    path = tmp_path / "mine.zarr"
+    run = collecting(f"output={path}", "countdown=0.5", "seed=7")
+    person = Person(browser, run.url)
+    for index in range(3):
+        person.begins()
+        person.pushes(2.0)
+        if index == 1:
+            person.page.keyboard.press("Backspace")
+            person.sees("message", "discarded: the same start again")
+        else:
+            person.page.click("#keep")
+            person.sees("message", "kept episode")
+        person.sees("mode", "ready")
+    person.sees("episodes", "2 of 20 episodes")
+    person.page.keyboard.press("u")
+    person.sees("message", "took back episode 2")
+    person.begins()
+    person.pushes(2.0)
+    person.page.keyboard.press("k")
+    person.sees("episodes", "2 of 20 episodes")
+    person.page.click("#finish")
+    said = run.ended()
+    assert (said["episodes"], said["discarded"], said["undone"]) == ("2", "1", "1")
+    assert person.errors == []
+    check(path, 2)
+    words = [f"data={path}", f"output_dir={tmp_path}/run", "device=cpu", "train.max_steps=2", "train.batch_size=4"]
+    assert cli.main(["train", "task=pusht_state", *words, "train.validate_every=0", "evaluation.n_episodes=0"]) == 0
+    assert (tmp_path / "run" / "bundle" / "model.safetensors").exists()
+
+
+def check(path: Path, n_episodes: int) -> None:
+    """The simulator gives the recorded states from the recorded actions: nothing is missing, nothing is out of step."""
+    buffer = ReplayBuffer.open(path)
+    assert buffer.n_episodes == n_episodes
+    for index, episode in enumerate(buffer.episodes()):
+        assert len(episode["action"]) > 10
+        env = PushT()
+        env.reset(buffer.attrs["seed"] + index)
+        for state, action, reward in zip(episode["state"], episode["action"], episode["reward"], strict=True):
+            np.testing.assert_array_equal(env.observe(["state"])["state"], state)
+            assert np.float32(env.step(action)[0]) == reward
+        assert np.linalg.norm(episode["state"][-1, :2] - episode["state"][0, :2]) > 5
+
+
+def test_a_browser_that_stalls_or_is_closed_pauses_the_episode_and_not_the_loop(collecting, browser, tmp_path):
+    path = tmp_path / "mine.zarr"
+    run = collecting(f"output={path}", "countdown=0", "page=true")
+    person = Person(browser, run.url)
+    person.begins()
+    person.pushes(1.0)
+    person.page.evaluate("() => { const end = Date.now() + 1500; while (Date.now() < end); }")
+    person.sees("mode", "paused")
+    person.page.close()
+    ticks = run.ticks(2.0)
+    assert 19 <= len(ticks) <= 21
+    assert np.abs(np.diff(ticks) - 0.1).max() < 0.06
+    before = last(run)
+    again = Person.__new__(Person)
+    assert (before["mode"], before["driven"]) == ("RECORDING", False)
+    assert "silent or hidden" in before["message"]
+    again.page = browser.new_page(viewport={"width": 500, "height": 800})
+    again.page.goto(run.url)
+    again.sees("mode", "paused")
+    again.box = again.page.locator("#board").bounding_box()
+    again.point(again.state()[:2])
+    again.sees("mode", "recording")
+    again.pushes(1.0)
+    again.page.click("#keep")
+    again.sees("episodes", "1 of 20")
+    said = run.end()
+    assert said["episodes"] == "1"
+    check(path, 1)
+
+
+def last(run: Collecting) -> dict[str, Any]:
+    import json
+
+    from action_diffusion.deploy.messages import text
+
+    record = run.sessions.latest()
+    assert record is not None
+    return dict(json.loads(text(record.values["json"])))
+
+
+def test_who_may_come_in_and_who_drives(collecting, tmp_path):
+    run = collecting(f"output={tmp_path}/mine.zarr", "countdown=0")
+    address = f"ws://127.0.0.1:{run.port}/live"
+    for headers in ({"Host": f"elsewhere.example:{run.port}"}, {"Origin": "http://elsewhere.example"}):
+        connection = http.client.HTTPConnection("127.0.0.1", run.port, timeout=10)
+        connection.request("GET", "/about", headers=headers)
+        assert connection.getresponse().status == 403
+    with pytest.raises(InvalidStatus):
+        connect(address, origin="http://elsewhere.example", proxy=None)  # type: ignore[arg-type]
+    with connect(address, proxy=None) as first, connect(address, proxy=None) as second:
+        first.send('{"order": "start"}')
+        until(lambda: last(run)["mode"] == "RECORDING")
+        first.send('{"pointer": [1, 1], "down": [], "pressed": []}')
+        second.send('{"pointer": [2, 2], "down": [], "pressed": ["Backspace"]}')
+        second.send("nonsense")
+        time.sleep(0.3)
+        assert last(run)["mode"] == "RECORDING"
+        assert '"drives": false' in [second.recv() for _ in range(3)][-1]
+        second.send('{"order": "discard"}')
+        until(lambda: last(run)["mode"] == "READY")
+    assert run.end()["episodes"] == "0"
