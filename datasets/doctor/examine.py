@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ from action_diffusion.datasets.growing import TIME, read_table
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 
+_LEAST_SOUND = 0.3
+"""Share of rows."""
+
 
 def examine(buffer: ReplayBuffer, kinds: Sequence[str] = tuple(KINDS)) -> list[Finding]:
     """What is wrong with `buffer`, by row. Raises `InputError` where it cannot be read."""
@@ -27,19 +30,28 @@ def examine(buffer: ReplayBuffer, kinds: Sequence[str] = tuple(KINDS)) -> list[F
         return ordered([finding for finding in _all(buffer, surveyed) if finding.kind in kinds])
 
 
-def _all(buffer: ReplayBuffer, surveyed: Survey) -> Iterator[Finding]:
+def _all(buffer: ReplayBuffer, surveyed: Survey) -> list[Finding]:
     time = values.time_column(surveyed) or _recorded_time(buffer)
-    yield from values.not_finite(surveyed)
-    yield from jumps_and_outliers(surveyed)
-    yield from repeated(surveyed)
-    yield from missing_rows(surveyed)
-    yield from skews(surveyed)
-    yield from constant(surveyed)
-    yield from saturated(surveyed)
-    yield from duplicates(surveyed)
-    yield from idle(surveyed, control_rate(buffer, None if time is None else time[1]))
-    if time is not None:
-        yield from values.times(surveyed, time[1], time[0])
+    rate = control_rate(buffer, None if time is None else time[1])
+    found = [
+        *values.not_finite(surveyed),
+        *jumps_and_outliers(surveyed),
+        *repeated(surveyed),
+        *constant(surveyed),
+        *saturated(surveyed),
+        *duplicates(surveyed),
+        *idle(surveyed, rate),
+        *(values.times(surveyed, time[1], time[0]) if time is not None else ()),
+    ]
+    sound = _sound(surveyed, found)
+    return [*found, *missing_rows(surveyed, sound), *skews(surveyed, sound)]
+
+
+def _sound(surveyed: Survey, found: Sequence[Finding]) -> np.ndarray:
+    """[N]: rows that models may learn from: of episodes in which nothing was found, unless hardly any are left."""
+    with_findings = [finding.episode for finding in found if finding.episode is not None]
+    sound = ~np.isin(surveyed.episode, with_findings)
+    return sound if sound.mean() >= _LEAST_SOUND else np.ones(surveyed.n_rows, bool)
 
 
 def control_rate(buffer: ReplayBuffer, time: np.ndarray | None) -> float | None:

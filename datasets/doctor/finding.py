@@ -53,6 +53,7 @@ class Finding:
     lag: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "severity", round(float(self.severity), 3))
         if not self.advice:
             object.__setattr__(self, "advice", KINDS[self.kind])
 

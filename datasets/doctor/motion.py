@@ -2,7 +2,8 @@
 
 A step is too large beyond `LIMIT` times what all but one in a thousand steps of that dimension are (`usual_steps`). On
 the human PushT file the largest step of any dimension is 2.3 times that, and a jump of 3 times that must be found.
-Two such steps against each other within three rows are an outlier: the rows between them are off.
+Two such steps against each other within three rows are an outlier: the rows between them are off. So is a row as far
+from the mean of its neighbours.
 
 Of cameras the same is asked of their 8 × 8 points: a frame far from both neighbours, which are close to each other.
 """
@@ -31,10 +32,32 @@ def jumps_and_outliers(survey: Survey) -> Iterator[Finding]:
         yield from _frames(survey, key, camera.points, camera.steps)
 
 
-def _of_key(survey: Survey, key: str, low: Values) -> Iterator[Finding]:
-    usual = usual_steps(low.steps[~survey.first], USUAL)  # [D]
-    ratio = np.where(low.motion & (usual > 0), low.steps / np.where(usual > 0, usual, 1), 0)  # [N, D]
+def too_large(survey: Survey, low: Values) -> np.ndarray:
+    """[N, D] whether the step to a row is."""
+    return _large(survey, low, _ratio(survey, low))
+
+
+def _ratio(survey: Survey, low: Values) -> np.ndarray:
+    """[N, D]: steps, beside what all but one in a thousand are; 0 for dimensions without motion."""
+    inner = ~survey.first
+    usual = usual_steps(low.steps[inner], USUAL) if inner.any() else np.zeros(low.steps.shape[1])
+    return np.where(low.motion & (usual > 0), low.steps / np.where(usual > 0, usual, 1), 0)
+
+
+def _large(survey: Survey, low: Values, ratio: np.ndarray) -> np.ndarray:
     large = ratio > LIMIT
+    # to and fro by nearly as much: the row is that far from the mean of its neighbours, though they are apart
+    to, fro = ratio[1:-1], ratio[2:]
+    back = np.sign(np.diff(low.values[:-1], axis=0)) != np.sign(np.diff(low.values[1:], axis=0))
+    spikes = back & ((to + fro) / 2 > LIMIT) & (np.minimum(to, fro) > LIMIT / 2) & ~survey.first[2:, None]
+    large[1:-1] |= spikes
+    large[2:] |= spikes
+    return large
+
+
+def _of_key(survey: Survey, key: str, low: Values) -> Iterator[Finding]:
+    ratio = _ratio(survey, low)
+    large = _large(survey, low, ratio)
     found: dict[tuple[str, int, int], list[int]] = {}
     for d in np.flatnonzero(large.any(axis=0)):
         for kind, first, last in _sorted_out(survey, low.values[:, d], np.flatnonzero(large[:, d])):

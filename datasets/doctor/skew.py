@@ -6,9 +6,9 @@ at the lag that the camera has:
 
     e[t, L] = Σ_d (model_d(points[t]) − s_d[t + L])² / σ_d²       σ_d: the model's median error where L is the usual lag
 
-over the dimensions that the points tell well. First for the whole buffer, with a model for each lag: a camera that
-comes late in every episode. Then for each episode, for the rows in which another lag than the usual one is better by
-far: a clock that was off, or frames that went missing on the way.
+over the dimensions that tell lags best: of which the error grows most from the usual lag to 2 rows off. First for the
+whole buffer, with a model for each lag: a camera that comes late in every episode. Then for each episode, for the rows
+in which another lag than the usual one is better by far: a clock that was off, or frames that went missing on the way.
 """
 
 from __future__ import annotations
@@ -22,21 +22,31 @@ from action_diffusion.datasets.doctor.survey import Camera, Survey
 
 LAGS = 5
 """Rows before and after that are compared."""
-GAIN = 60.0
+GAIN = 120.0
 """How much the sum of e over the rows must be smaller at the other lag."""
 RATIO = 2.0
 """And how many times, on average over the rows."""
-LEAST_ROWS = 20
+USUAL = 1.1
+"""Times e's usual mean that it may have at the other lag: the states fit there, and do not only fit less badly."""
+LEAST_ROWS = 30
+"""With another lag by 2 or more; by 1 it must be all of an episode."""
+LONG = 50
+"""Rows from which on the error may be twice that: of one part of what the camera shows the models tell less."""
 WHOLE = 0.7
 """Share of an episode's rows from which on all of it is said to be off."""
 TOLD = 0.5
 """Share of a dimension's standard deviation that the model's median error must stay below."""
 _CAP = 50.0
-_RIDGES = (1e-7, 1e-5, 1e-3)
+_RIDGES = (1e-8, 1e-6, 1e-4)
+_KEPT = (0.9,)
+"""Share of the rows, those told best, to which the models are fitted again."""
 _BLOCK = 4096
+_SOME = 10_000
+"""Rows that the usual lag is found on."""
 
 
-def skews(survey: Survey) -> Iterator[Finding]:
+def skews(survey: Survey, sound: np.ndarray) -> Iterator[Finding]:
+    """sound: [N], the rows to fit the models to."""
     targets = [low.values[:, low.motion] for low in survey.observations.values()]
     if not targets or not survey.cameras:
         return
@@ -45,8 +55,8 @@ def skews(survey: Survey) -> Iterator[Finding]:
     states = (states - states.mean(axis=0)) / np.where(spread > 0, spread, 1)
     inner = _inner_rows(survey)
     for key, camera in survey.cameras.items():
-        if len(inner) > 4 * camera.points.shape[1]:
-            yield from _of_camera(survey, key, camera, states, inner)
+        if sound[inner].sum() > 4 * camera.points.shape[1]:
+            yield from _of_camera(survey, key, camera, states, inner, sound)
 
 
 def _inner_rows(survey: Survey) -> np.ndarray:
@@ -56,19 +66,21 @@ def _inner_rows(survey: Survey) -> np.ndarray:
     return rows[after & (survey.ends[survey.episode] - rows > LAGS)]
 
 
-def _of_camera(survey: Survey, key: str, camera: Camera, states: np.ndarray, rows: np.ndarray) -> Iterator[Finding]:
+def _of_camera(
+    survey: Survey, key: str, camera: Camera, states: np.ndarray, rows: np.ndarray, sound: np.ndarray
+) -> Iterator[Finding]:
     # Episodes in turns; parts of 50 rows where there are few of them.
     folds = survey.episode % 2 if len(survey.ends) >= 4 else np.arange(survey.n_rows) // 50 % 2
-    told = _Told(camera.points, states, rows, folds)
+    told = _Told(camera.points, states, rows, folds, sound)
     usual = told.best_lag()
     if usual:
-        words = f"in all episodes the camera fits the states {abs(usual)} rows {'later' if usual > 0 else 'earlier'}"
-        words += f" best: it is {'early' if usual > 0 else 'late'} by {abs(usual)}"
+        words = f"in all episodes the camera is {abs(usual)} rows {'early' if usual > 0 else 'late'} beside the states"
         yield Finding("skew", key, None, 0, survey.n_rows - 1, float(abs(usual)), words, lag=usual)
     errors = told.errors(usual)  # [rows, lags]
+    level = USUAL * float(np.mean(errors[:, usual + LAGS]))
     for episode in range(len(survey.ends)):
         of_episode = np.flatnonzero(survey.episode[rows] == episode)
-        found = _other_lag(errors[of_episode], usual) if len(of_episode) >= LEAST_ROWS else None
+        found = _other_lag(errors[of_episode], usual, level) if len(of_episode) >= LEAST_ROWS else None
         if found is None:
             continue
         lag, first, last, gain = found
@@ -82,24 +94,39 @@ def _of_camera(survey: Survey, key: str, camera: Camera, states: np.ndarray, row
 class _Told:
     """States as the points tell them, for each lag; from models of the other fold."""
 
-    def __init__(self, points: np.ndarray, states: np.ndarray, rows: np.ndarray, folds: np.ndarray) -> None:
+    def __init__(
+        self, points: np.ndarray, states: np.ndarray, rows: np.ndarray, folds: np.ndarray, sound: np.ndarray
+    ) -> None:
         self._points, self._states, self._rows, self._folds = points, states, rows, folds
-        size = points.shape[1] + 1
+        self._ridge = _RIDGES[0]
+        kept = rows[sound[rows]]
+        self._fit(kept)
+        scores = [float(np.median(np.abs(self._told(kept, 0, ridge) - states[kept]))) for ridge in _RIDGES]
+        self._ridge = _RIDGES[int(np.argmin(scores))]
+        for share in _KEPT:
+            lag = self.best_lag()
+            error = np.abs(self._told(kept, lag) - states[kept + lag])
+            off = np.log1p((error / np.maximum(np.median(error, axis=0), 1e-9)) ** 2).sum(axis=1)
+            self._fit(kept[off <= np.quantile(off, share)])
+
+    def _fit(self, rows: np.ndarray) -> None:
+        """Sums for the models of both folds and every lag, over `rows`."""
+        size = self._points.shape[1] + 1
         self._grams = np.zeros((2, size, size))
-        self._products = np.zeros((2, 2 * LAGS + 1, size, states.shape[1]))
-        for part in self._parts():
+        self._products = np.zeros((2, 2 * LAGS + 1, size, self._states.shape[1]))
+        for part in (rows[i : i + _BLOCK] for i in range(0, len(rows), _BLOCK)):
             for fold in (0, 1):
-                chosen = part[folds[part] == fold]
+                chosen = part[self._folds[part] == fold]
                 inputs = self._inputs(chosen)
                 self._grams[fold] += inputs.T @ inputs
                 for lag in range(-LAGS, LAGS + 1):
-                    self._products[fold, lag + LAGS] += inputs.T @ states[chosen + lag]
-        scores = [float(np.median(np.abs(self._residuals(0, 0, ridge)))) for ridge in _RIDGES]
-        self._ridge = _RIDGES[int(np.argmin(scores))]
+                    self._products[fold, lag + LAGS] += inputs.T @ self._states[chosen + lag]
 
     def best_lag(self) -> int:
         """The lag at which the models err least; 0 unless another is clearly better."""
-        median = {lag: np.median(np.abs(self._residuals(lag, lag)), axis=0) for lag in range(-LAGS, LAGS + 1)}
+        some = self._rows[:: 1 + len(self._rows) // _SOME]
+        lags = range(-LAGS, LAGS + 1)
+        median = {lag: np.median(np.abs(self._told(some, lag) - self._states[some + lag]), axis=0) for lag in lags}
         told = np.min(list(median.values()), axis=0) < TOLD
         if not told.any():
             return 0
@@ -109,25 +136,30 @@ class _Told:
 
     def errors(self, usual: int) -> np.ndarray:
         """e [rows, lags], capped; zeros where the points tell nothing."""
-        size = np.median(np.abs(self._residuals(usual, usual)), axis=0)
-        told = size < TOLD
-        errors = np.zeros((len(self._rows), 2 * LAGS + 1))
-        for lag in range(-LAGS, LAGS + 1) if told.any() else ():
-            error = (self._residuals(usual, lag)[:, told] / np.maximum(size[told], 1e-9)) ** 2
-            errors[:, lag + LAGS] = np.minimum(error, _CAP).sum(axis=1) / max(1, told.sum()) ** 0.5
-        return errors
+        rows, model = self._rows, self._told(self._rows, usual)
+        size = np.median(np.abs(model - self._states[rows + usual]), axis=0)
+        told = np.flatnonzero(size < TOLD)
+        errors = np.zeros((len(rows), 2 * LAGS + 1, len(told)))
+        for lag in range(-LAGS, LAGS + 1) if len(told) else ():
+            error = (model[:, told] - self._states[rows + lag][:, told]) / np.maximum(size[told], 1e-9)
+            errors[:, lag + LAGS] = np.minimum(error**2, _CAP)
+        mean = errors.mean(axis=0)  # [lags, dimensions]
+        place = usual + LAGS
+        beside = mean[max(0, place - 2)], mean[min(2 * LAGS, place + 2)]
+        growth = np.log(np.maximum(sum(beside) / 2, 1e-9) / np.maximum(mean[place], 1e-9))
+        best = growth >= max(0.05, growth.max(initial=0) / 2)
+        return np.asarray(errors[:, :, best].sum(axis=2) / max(1, best.sum()) ** 0.5)
 
-    def _residuals(self, fitted: int, compared: int, ridge: float | None = None) -> np.ndarray:
-        """[rows, S]: the models fitted at one lag, compared with the states at another."""
-        models = self._models(fitted, ridge or self._ridge)
-        residuals = np.empty((len(self._rows), self._states.shape[1]))
-        done = 0
-        for part in self._parts():
-            inputs = self._inputs(part)
-            told = np.where((self._folds[part] == 0)[:, None], inputs @ models[1], inputs @ models[0])
-            residuals[done : done + len(part)] = told - self._states[part + compared]
-            done += len(part)
-        return residuals
+    def _told(self, rows: np.ndarray, lag: int, ridge: float | None = None) -> np.ndarray:
+        """States at `rows` + `lag` [rows, S] as the other fold's model tells them."""
+        models = self._models(lag, ridge or self._ridge)
+        told = np.empty((len(rows), self._states.shape[1]))
+        for first in range(0, len(rows), _BLOCK):
+            part = rows[first : first + _BLOCK]
+            for fold in (0, 1):
+                chosen = np.flatnonzero(self._folds[part] == fold)
+                told[first + chosen] = self._inputs(part[chosen]) @ models[1 - fold]
+        return told
 
     def _models(self, lag: int, ridge: float) -> np.ndarray:
         """[2, points + 1, S]: of each fold."""
@@ -138,17 +170,14 @@ class _Told:
             models.append(np.linalg.solve(gram, self._products[fold, lag + LAGS]))
         return np.stack(models)
 
-    def _parts(self) -> Iterator[np.ndarray]:
-        for i in range(0, len(self._rows), _BLOCK):
-            yield self._rows[i : i + _BLOCK]
-
     def _inputs(self, rows: np.ndarray) -> np.ndarray:
         points = np.asarray(self._points[rows], np.float64)
         return np.concatenate([points, np.ones((len(rows), 1))], axis=1)
 
 
-def _other_lag(errors: np.ndarray, usual: int) -> tuple[int, int, int, float] | None:
-    """(lag, first, last, gain) of the stretch of `errors` [T, lags] where another lag than `usual` is best by far."""
+def _other_lag(errors: np.ndarray, usual: int, level: float) -> tuple[int, int, int, float] | None:
+    """(lag, first, last, gain) of the stretch of `errors` [T, lags] where another lag than `usual` is best by far, with
+    errors of `level` at most."""
     best = None
     for lag in range(-LAGS, LAGS + 1):
         if lag == usual:
@@ -156,7 +185,11 @@ def _other_lag(errors: np.ndarray, usual: int) -> tuple[int, int, int, float] | 
         gains = errors[:, usual + LAGS] - errors[:, lag + LAGS]
         first, last, gain = _best_stretch(gains)
         here, there = errors[first : last + 1, usual + LAGS], errors[first : last + 1, lag + LAGS]
-        enough = last - first + 1 >= LEAST_ROWS and gain > GAIN and here.sum() > RATIO * there.sum()
+        n, most = last - first + 1, level * (1 if last - first + 1 < LONG else 2)
+        least = LEAST_ROWS if abs(lag - usual) > 1 else WHOLE * len(errors)
+        enough = (
+            n >= max(LEAST_ROWS, least) and gain > GAIN and here.sum() > RATIO * there.sum() and there.mean() < most
+        )
         if enough and (best is None or gain > best[3]):
             best = lag, first, last, gain
     return best

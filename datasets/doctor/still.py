@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from action_diffusion.datasets.doctor.finding import Finding
+from action_diffusion.datasets.doctor.motion import too_large
 from action_diffusion.datasets.doctor.runs import named, runs, runs_in_episodes, usual_steps
 from action_diffusion.datasets.doctor.survey import Survey, Values, is_action
 
@@ -92,8 +93,10 @@ def constant(survey: Survey) -> Iterator[Finding]:
 def saturated(survey: Survey) -> Iterator[Finding]:
     for key, low in survey.low.items():
         found: dict[tuple[int, int, int], list[int]] = {}
-        for d in np.flatnonzero(low.motion & np.isfinite(low.raw).all(axis=0)):
-            for place in _at_limit(survey, low, int(d)):
+        jumped = too_large(survey, low)
+        for d in np.flatnonzero(low.motion):
+            sound = np.isfinite(low.raw[:, d]) & ~np.isin(survey.episode, survey.episode[jumped[:, d]])
+            for place in _at_limit(survey, low, int(d), sound) if sound.any() else ():
                 found.setdefault(place, []).append(int(d))
         for (episode, first, last), dimensions in found.items():
             n, where = last - first + 1, named(dimensions, low.raw.shape[1])
@@ -102,14 +105,15 @@ def saturated(survey: Survey) -> Iterator[Finding]:
             yield Finding("saturated", key, episode, first, last, severity, words, dimensions=tuple(dimensions))
 
 
-def _at_limit(survey: Survey, low: Values, d: int) -> Iterator[tuple[int, int, int]]:
+def _at_limit(survey: Survey, low: Values, d: int, sound: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """Long stays at the smallest or largest value. A thing that often rests is believed only if it does so there in
-    more than one episode: it rests somewhere, and one such place is the outermost."""
+    three episodes: it rests somewhere, and one such place is the outermost. sound: [N], where no jump has moved
+    the values."""
     raw = low.raw[:, d]
     rests = np.mean(low.steps[~survey.first, d] == 0) > 0.2 if (~survey.first).any() else True
-    for limit in (raw.min(), raw.max()):
+    for limit in (raw[sound].min(), raw[sound].max()):
         stays = [stay for stay in runs_in_episodes(raw == limit, survey) if stay[2] - stay[1] + 1 >= SATURATED]
-        if not rests or len({episode for episode, _, _ in stays}) > 1:
+        if not rests or len({episode for episode, _, _ in stays}) > 2:
             yield from stays
 
 

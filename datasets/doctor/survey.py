@@ -131,15 +131,16 @@ def _values(key: str, rows: np.ndarray, first: np.ndarray, starts: np.ndarray, e
         elif bad.any():
             column[bad] = np.interp(np.flatnonzero(bad), np.flatnonzero(~bad), column[~bad])
         period = _period(column, first) if motion[d] else None
-        for start, end in zip(starts, ends, strict=True) if period else ():
-            column[start:end] = np.unwrap(column[start:end], period=period)
+        if period is not None:
+            for start, end in zip(starts, ends, strict=True):
+                column[start:end] = np.unwrap(column[start:end], period=period)
     if "quat" in key and values.shape[1] % 4 == 0:
         _align_quaternions(values, starts, ends)
     steps = np.abs(np.diff(values, axis=0, prepend=values[:1]))
     steps[first] = 0
     repeats = np.zeros(len(raw), bool)
     repeats[1:] = (raw[1:] == raw[:-1]).all(axis=1)
-    return Values(raw, values, finite.all(axis=1), motion, steps, repeats & ~first)
+    return Values(raw, values, np.asarray(finite.all(axis=1)), motion, steps, repeats & ~first)
 
 
 def _n_different(column: np.ndarray, few: int) -> int:

@@ -40,7 +40,7 @@ def times(survey: Survey, time: np.ndarray, key: str) -> Iterator[Finding]:
         yield Finding("timing", key, None, 0, len(time) - 1, 1.0, "the time does not advance from row to row")
         return
     wrong = inner & ((steps > GAP * period) | (steps <= 0))
-    for row in np.flatnonzero(wrong):
+    for row in map(int, np.flatnonzero(wrong)):
         missing = round(steps[row] / period) - 1
         words = f"{steps[row] / period:.1f} periods after the row before: about {missing} rows are missing"
         if steps[row] <= 0:
