@@ -55,4 +55,6 @@ def _imagecodecs() -> Any:
     return imagecodecs
 
 
-register_codec(JpegXl)
+def register_jpegxl() -> None:
+    """From now on Zarr finds it. Costs nothing where it is not met."""
+    register_codec(JpegXl)

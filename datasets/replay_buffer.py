@@ -21,6 +21,7 @@ from zarr.storage import LocalStore
 
 from action_diffusion.datasets.checks import check_dtype, check_episode_ends, check_finite, check_lengths
 from action_diffusion.datasets.files import atomic_path, sync, writer_lock, writing
+from action_diffusion.datasets.jpegxl import register_jpegxl
 from action_diffusion.datasets.store import Column, ZarrColumn, array_at, open_zarr, reading, write_zarr
 from action_diffusion.errors import InputError
 
@@ -50,12 +51,13 @@ class ReplayBuffer:
 
     @classmethod
     def open(cls, path: str | Path) -> ReplayBuffer:
-        """The buffer at `path`: Zarr v2 or v3, a folder or a zip. Nothing is read but its description.
+        """The buffer at `path`: Zarr v2 or v3 (UMI's too), a folder or a zip. Nothing is read but its description.
 
         Raises `InputError` for a path that is missing or damaged, arrays of unequal length, types other
         than numbers, and `episode_ends` that do not increase up to the last row.
         """
         path = Path(path).expanduser()
+        register_jpegxl()
         group, exists = open_zarr(path)
         where = str(path)
         with reading(f"{where}: meta/episode_ends"):

@@ -32,6 +32,9 @@ def convert(source: Opened, output: Path, to: Format, settings: Settings) -> dic
     """
     buffer = source.buffer
     _check_absent(output)
+    empty = [key for key in buffer.keys if 0 in buffer[key].shape]
+    if empty:
+        raise InputError(f"{buffer.name}: {empty[0]} has no values, its shape is {list(buffer[empty[0]].shape)}")
     work = output.with_name(f".{output.name}.converting")
     with (
         writing(f"{output} (what is converted so far is kept: the same command goes on with it)"),

@@ -50,11 +50,12 @@ def opened(path: Path) -> Opened:
     notes = description(path)
     episodes = episodes_of(path, notes)
     ends = np.cumsum([episode.length for episode in episodes])
+    rate = float(notes["rate"]) if notes else None  # somebody else's: frame i belongs to row i, whenever it was taken
     columns: dict[str, Column] = {}
     for key, kind in episodes[0].keys.items():
         if kind.video is not None:
             parts = [Part(episode.keys[key].path, 0, episode.length) for episode in episodes]
-            columns[key] = video_column(parts, kind.video, ends, rate=None)
+            columns[key] = video_column(parts, kind.video, ends, rate=rate)
         else:
             read = functools.partial(_read, episodes, key)
             columns[key] = PiecewiseColumn(kind.row, kind.dtype, ends, read)
@@ -92,8 +93,7 @@ def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Setting
     notes = {
         "rate": settings.rate,
         "episodes": [{"folder": f"episode_{index:06d}", "length": length} for index, length in enumerate(lengths)],
-        "files": {key: _file(buffer[key], key) for key in buffer.keys},
-        "types": {key: _stored(buffer[key]).name for key in buffer.keys if not is_image(buffer[key])},
+        "types": {key: native(buffer[key].dtype).name for key in buffer.keys if not is_image(buffer[key])},
         MARK: kept(buffer, {key: key for key in buffer.keys}),
     }
     with atomic_path(path / "dataset.json") as temporary:
@@ -104,10 +104,6 @@ def _file(column: Column, key: str) -> str:
     if is_image(column):
         return f"{key}.mp4"
     return "rows.csv" if np.prod(column.shape[1:]) <= CSV_NUMBERS else f"{key}.npy"
-
-
-def _stored(column: Column) -> np.dtype:
-    return native(column.dtype)
 
 
 def _write_episode(buffer: ReplayBuffer, folder: Path, first: int, end: int, settings: Settings) -> None:

@@ -63,8 +63,8 @@ def description(path: Path) -> dict[str, Any] | None:
         return None
     with reading(str(file)):
         notes = json.loads(file.read_text())
-    if not isinstance(notes, dict) or not {"episodes", "files", "types"} <= set(notes):
-        raise InputError(f"{file}: expected episodes, files and types: without it the CSVs are read as they are")
+    if not isinstance(notes, dict) or not {"rate", "episodes", "types"} <= set(notes):
+        raise InputError(f"{file}: expected rate, episodes and types: without it the CSVs are read as they are")
     return notes
 
 

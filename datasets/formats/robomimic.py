@@ -91,7 +91,7 @@ def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Setting
                     _write_rows(demo, f"next_{place}", column, first, end, ahead=1)
                 advance((end - first) * row_bytes(column))
         data.attrs["total"] = buffer.n_steps
-        data.attrs["env_args"] = json.dumps(ENV_ARGS)
+        data.attrs["env_args"] = json.dumps(buffer.attrs.get("env_args", ENV_ARGS))
         names = {key: _PLACES.get(key, f"obs/{key}") for key in buffer.keys}
         file[MARK] = json.dumps(kept(buffer, names))
 

@@ -30,7 +30,7 @@ class Likeness(NamedTuple):
 
     def __str__(self) -> str:
         if self.psnr is None:
-            return f"identical, sha256 {self.sha256[:16]}…"
+            return f"identical, sha256 {self.sha256}"
         return f"video, PSNR {self.psnr:.1f} dB, of the worst frame {self.worst:.1f} dB"
 
 

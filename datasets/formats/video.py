@@ -97,7 +97,7 @@ class Videos:
     """Frames of parts of video files, one part after the other. One file is open at a time."""
 
     def __init__(self, parts: list[Part], *, rate: float | None) -> None:
-        """rate: Hz that the frames' times must have; None: any, as long as they are even."""
+        """rate: Hz that the frames' times must have; None: any."""
         self._parts, self._rate = parts, rate
         self._decoder: _Decoder | None = None
 
@@ -125,7 +125,7 @@ class _Decoder:
         with reading(str(path)):
             self._container = av.open(str(path))
             stream: Any = self._container.streams.video[0]
-            self._rate = rate or float(stream.average_rate)
+            self._rate = rate
             self._decoded = self._container.decode(stream)
         self._start: float | None = None
 
@@ -143,7 +143,7 @@ class _Decoder:
         return np.stack(images)
 
     def _check_time(self, time: float | None) -> None:
-        if time is None:
+        if time is None or self._rate is None:
             return
         self._start = time if self._start is None else self._start
         shift = (time - self._start) * self._rate - self.next

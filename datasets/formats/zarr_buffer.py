@@ -160,7 +160,6 @@ def _zip(folder: Path, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for file in sorted(file for file in folder.rglob("*") if file.is_file()):
             archive.write(file, file.relative_to(folder).as_posix())
-    remove(folder)
 
 
 ZARR = Format("zarr", opened, _write_v3)
