@@ -50,7 +50,7 @@ class VideoWriter:
         stream.pix_fmt = "rgb24"
         between = str(max(1, int(rate)))  # frames from one key frame to the next: a second at most
         # One thread, as other processes need their cores; no frame waits for a later one.
-        fixed = {"preset": "veryfast", "tune": "zerolatency", "bf": "0", "g": between, "threads": "1"}
+        fixed = {"preset": "ultrafast", "tune": "zerolatency", "bf": "0", "g": between, "threads": "1"}
         stream.options = {**fixed, "crf": QUALITY}
         self._stream = stream
         self.n_frames = 0
