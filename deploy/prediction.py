@@ -11,7 +11,7 @@ import torch
 
 from action_diffusion.deploy.client import RemotePolicy
 from action_diffusion.deploy.scheduling import Request
-from action_diffusion.envs.rollout import Policy
+from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.guidance import BETA, MASKS, continuing
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -78,3 +78,19 @@ def predict_one(
     obs = {key: value[None] for key, value in history.items()}
     noise: dict[str, Any] = {"noise_generator": [noise_generator], "generator": [generator]}
     return predict(policy, obs, [request], guidance=guidance, **noise)[0]
+
+
+def rehearse(policy: DiffusionPolicy | RemotePolicy, guidance: Guidance, running: int | None) -> None:
+    """A prediction from observations of zeros, which takes as long as any other, once the first is over.
+
+    running: of how many steps the chunk is that it has to continue; None: of none. Raises `thinking.Unavailable`.
+    """
+    spec = policy.spec
+    rest = None if running is None else np.zeros((running, *spec.action.shape))
+    request = Request(step=0, running=rest, delay=1)
+    obs = {
+        key: np.zeros((1, spec.n_obs_steps, *value.shape), dtype=value.dtype)
+        for key, value in spec.observations.items()
+    }
+    noise_generator, generator = generators(0)
+    predict(policy, obs, [request], noise_generator=[noise_generator], generator=[generator], guidance=guidance)

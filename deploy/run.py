@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -21,13 +20,12 @@ from action_diffusion.deploy.gate import Gate, demonstrated
 from action_diffusion.deploy.loop import run_episode
 from action_diffusion.deploy.onlookers import Onlookers
 from action_diffusion.deploy.policies import DeployedPolicy, open_policy
-from action_diffusion.deploy.prediction import Guidance, predict
+from action_diffusion.deploy.prediction import Guidance, rehearse
 from action_diffusion.deploy.record import RunLog
 from action_diffusion.deploy.robots import Robot
-from action_diffusion.deploy.scheduling import ChunkScheduler, Request, check_room
+from action_diffusion.deploy.scheduling import ChunkScheduler, check_room
 from action_diffusion.deploy.steps import StepRecord
 from action_diffusion.deploy.thinking import Unavailable
-from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.inference import choose_threads
@@ -134,15 +132,8 @@ def _episodes(
 
 def _warm_up(policy: DeployedPolicy, scheduler: ChunkScheduler, guidance: Guidance) -> None:
     """The first prediction also allocates memory and picks kernels: have that behind us before the robot moves."""
-    running = np.zeros((scheduler.execution_horizon, *policy.spec.action.shape))
-    request = Request(step=0, running=running if scheduler.scheduling == "rtc" else None, delay=1)
-    obs = {
-        key: np.zeros((1, policy.spec.n_obs_steps, *value.shape), dtype=value.dtype)
-        for key, value in policy.spec.observations.items()
-    }
-    noise_generator, generator = generators(0)
     try:
-        predict(policy, obs, [request], noise_generator=[noise_generator], generator=[generator], guidance=guidance)
+        rehearse(policy, guidance, scheduler.execution_horizon if scheduler.scheduling == "rtc" else None)
     except Unavailable as error:
         raise InputError(str(error)) from None
 
