@@ -165,7 +165,6 @@ class Heartbeat:
     def __init__(self, path: Path, lease: float) -> None:
         path.with_suffix(".pid").write_text(str(os.getpid()), encoding="utf-8")
         self._moment = Moment.create(path)
-        self._moment.mark()
         self._lease = lease
         self._ends = threading.Event()
         self.renew()
@@ -175,6 +174,7 @@ class Heartbeat:
     def renew(self) -> None:
         """The main thread is well, and will be heard of within the lease."""
         self._until = time.monotonic() + self._lease
+        self._moment.mark()  # not when the thread wakes up: whoever watches may look at once
 
     def _beat(self) -> None:
         while not self._ends.wait(BEAT):
