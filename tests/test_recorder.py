@@ -25,7 +25,7 @@ DEEDS = ("keep", "discard", "undo", "reopen", "leave")
 def step(number: int) -> dict[str, Any]:
     """As many different ones as there are colours, and a picture that video keeps to within a few levels."""
     image = np.full((24, 24, 3), number % 83 * 3, np.uint8)
-    return {"image": image, "state": np.full(5, number, np.float32), "done": number % 7 == 0}
+    return {"image": image, "state": np.full(5, number, np.float32), "done": np.bool_(number % 7 == 0)}
 
 
 def check(buffer: ReplayBuffer, episodes: list[list[int]]) -> None:
@@ -107,6 +107,21 @@ def test_keep_discard_undo(tmp_path, video):
     with Recorder.open(path, FIELDS, ATTRS, video=video) as recorder:
         recorder.add(step(9))
         assert recorder.keep() == len(buffer.episode_ends)
+
+
+def test_what_others_wrote_is_recorded_on(tmp_path):
+    """A buffer that was saved, and one that grew by whole episodes; then it grows in both ways, in turn."""
+    first = {key: np.stack([step(number)[key] for number in range(3)]) for key in FIELDS}
+    ReplayBuffer.from_arrays(first, [3], ATTRS).save(tmp_path / "a.zarr")
+    for number in (3, 5):
+        with Recorder.open(tmp_path / "a.zarr", FIELDS, ATTRS) as recorder:
+            recorder.add(step(number))
+            recorder.keep()
+        ReplayBuffer.open(tmp_path / "a.zarr").append({key: step(number + 1)[key][None] for key in FIELDS})
+    check(ReplayBuffer.open(tmp_path / "a.zarr"), [[0, 1, 2], [3], [4], [5], [6]])
+    ReplayBuffer.open(tmp_path / "a.zarr").save(tmp_path / "a.zarr.zip")
+    with pytest.raises(InputError, match="only a Zarr v3 folder can grow"):
+        Recorder.open(tmp_path / "a.zarr.zip", FIELDS, ATTRS)
 
 
 def test_an_episode_that_is_open_stays_aside(tmp_path):
