@@ -112,6 +112,7 @@ Options
   page=true|PORT|false          the operator's page, on this machine; by default where the extra [page] is installed
   page_host=…  page_token_file=PATH     let other machines in, with a token
   wait=true                     episodes begin when somebody presses Start on the page
+  teleop=keyboard|gamepad|spacemouse|leader     what commands after Take over: docs/teleoperation.md
   record=false                  no record.zarr
   safety.margin=0.1             how far a command may leave what was demonstrated, as a share of its range
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family

@@ -22,6 +22,7 @@ from action_diffusion.deploy.recording import RECORD, Recording
 from action_diffusion.deploy.rings import Moment
 from action_diffusion.deploy.robots import Robot
 from action_diffusion.deploy.steps import NoWitness, Witness
+from action_diffusion.deploy.teleop.takeover import DeviceTeleoperator, teleoperator
 from action_diffusion.errors import InputError
 from action_diffusion.policy.spec import PolicySpec
 
@@ -36,7 +37,7 @@ class Onlookers:
     """Starts them; `witness` and `operator` are for the loop.
 
     Args:
-        config: `configs/deploy.yaml`: page, page_host, page_token_file, wait, record, and what the record keeps.
+        config: `configs/deploy.yaml`: page, page_host, page_token_file, wait, teleop, record and what that keeps.
         limits: of the loop's gate.
         output_dir: where the record goes.
         say: takes a line for whoever started the run.
@@ -58,14 +59,16 @@ class Onlookers:
         self.witness: Witness = NoWitness()
         self.operator: Operator = NoOperator()
         self._page: Child | None = None
+        self._teleoperator: DeviceTeleoperator | None = None
         self._recording: Recording | None = None
         self._say = say
         if not isinstance(robot, ProcessRobot):
             return
         self._emergency = Moment(robot.folder / "emergency")
         port = page_port(config["page"], say)
-        if config["wait"] and port is None:
-            raise InputError("wait=true waits for somebody at the page: page=true")
+        for name in ("wait", "teleop"):
+            if config[name] and port is None:
+                raise InputError(f"{name}={str(config[name]).lower()} waits for somebody at the page: page=true")
         if not config["record"] and port is None:
             return
         output = output_dir / RECORD if config["record"] else None
@@ -73,6 +76,7 @@ class Onlookers:
         self.witness = self._recording = Recording(robot.folder, spec, output=output, attrs=attrs)
         try:
             if port is not None:
+                self._teleoperator = teleoperator(config, robot, limits)
                 self._open(config, robot, _about(robot, spec, limits), port)
         except BaseException:
             self.close()
@@ -81,10 +85,10 @@ class Onlookers:
     def _open(self, config: Mapping[str, Any], robot: ProcessRobot, about: Mapping[str, Any], port: int) -> None:
         host = str(config["page_host"])
         address = {"host": host, "port": port, "token_file": config["page_token_file"]}
-        arguments = {**address, "about": dict(about)}
+        arguments = {**address, "about": {**about, "teleop": config["teleop"]}}
         self._page = Child("action_diffusion.deploy.page_process", robot.folder, "page", arguments)
         said = self._page.wait_ready()
-        self.operator = PageOperator(robot.folder, waits=config["wait"], say=self._say)
+        self.operator = PageOperator(robot.folder, waits=config["wait"], teleoperator=self._teleoperator, say=self._say)
         self._say(f"the operator's page: http://{f'[{host}]' if ':' in host else host}:{said['port']}")
 
     def between(self) -> None:
@@ -106,6 +110,8 @@ class Onlookers:
         """The run is over: wait until the record is complete."""
         if self._page is not None:
             self._page.end()
+        if self._teleoperator is not None:
+            self._teleoperator.close()
         if self._recording is not None:
             self._recording.close()
 

@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,22 @@ from scipy.spatial.transform import Rotation
 
 from action_diffusion import cli, envs
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.deploy.clock import VirtualClock
+from action_diffusion.deploy.arm_link import ArmSetup
+from action_diffusion.deploy.clock import MonotonicClock, VirtualClock
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.motion import Layout
+from action_diffusion.deploy.onlookers import Onlookers
+from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.protocols import Group
+from action_diffusion.deploy.rings import Segments
 from action_diffusion.deploy.teleop.device import Order, Signals, without_drift
 from action_diffusion.deploy.teleop.keys import Keys
 from action_diffusion.deploy.teleop.page_app import understood
 from action_diffusion.deploy.teleop.session import Mode, Session
 from action_diffusion.deploy.teleop.steering import HAND, Speeds, steering_of
+from action_diffusion.deploy.teleop.takeover import DeviceTeleoperator, teleoperator
 from action_diffusion.deploy.teleop.terminal import names
-from action_diffusion.deploy.teleop.world import SimulatedWorld, command_limits, gate_of
+from action_diffusion.deploy.teleop.world import RobotWorld, SimulatedWorld, command_limits, gate_of
 from action_diffusion.envs.demonstration import episode
 from action_diffusion.envs.pusht import PushT
 from action_diffusion.errors import InputError
@@ -481,3 +487,72 @@ def test_lift_by_twists(tmp_path):
     assert session.refused == 0
     assert rows[-1]["action"].shape == (7,)
     assert {"states", "object", "robot0_eef_pos"} <= set(rows[0])
+
+
+# Robots, which do not wait
+
+LIMITS = {"low": [-2.0, -2.0, 0.0], "high": [2.0, 2.0, 1.0], "max_step": [0.25] * 3}
+LIMITS |= {"velocity": [2.0] * 3, "acceleration": [10.0] * 3, "jerk": [200.0] * 3}
+
+
+@pytest.fixture
+def robot() -> Iterator[ProcessRobot]:
+    """An arm without motors, of two joints and a gripper, in a process of its own."""
+    setup = ArmSetup(driver="ideal", settings={"n_joints": 2}, limits=LIMITS)
+    one = ProcessRobot(segments=Segments(), arm=setup, cameras={}, control_rate=20.0, max_steps=100)
+    yield one
+    one.close()
+
+
+def test_an_arm_in_real_time_through_all_gates(robot):
+    """Two joints and a gripper; where nobody drives the arm holds, and nothing is recorded."""
+    world = RobotWorld(robot, ["joints", "gripper"], {})
+    assert world.groups is not None
+    nobody = Signals(engaged=False, why="hold the right bumper to drive")
+    turning = [twist(forward=1.0, left=-1.0)] * 10
+    signals = [order(Order.START), *turning, *[nobody] * 4, STILL._replace(toggle=True), *turning, order(Order.KEEP)]
+    sink = Sink()
+    session = Session(
+        world=world,
+        device=Played(signals),
+        steering=steering_of(world.groups, world.limits, 20.0, SPEEDS, arm_limits=robot.arm.limits),
+        gate=gate_of(world),
+        sink=sink,
+        clock=MonotonicClock(),
+        countdown=0.0,
+    )
+    session.run()
+    (rows,) = sink.episodes
+    actions = np.array([row["action"] for row in rows])
+    assert len(actions) == 21
+    np.testing.assert_allclose(actions[9], [0.25, -0.25, 0.0], atol=0.03)
+    assert actions[-1][2] == 1.0
+    assert abs(rows[-1]["joints"][0] - actions[-2][0]) < 0.06
+    assert {"joints", "gripper", "action"} == set(rows[0])
+    assert robot.events() == []
+
+
+def test_taking_over_from_a_policy_with_a_device(robot):
+    robot.begin(0)
+    limits = robot.arm.limits
+    steering = steering_of(robot.arm.command, limits, 20.0, SPEEDS, arm_limits=limits)
+    nobody = Signals(engaged=False)
+    taken = DeviceTeleoperator(Played([twist(forward=1.0)] * 2 + [nobody, twist(forward=1.0)]), steering, lambda: at)
+    at = np.array([1.0, 0.0, 0.0])
+    for expected in (1.025, 1.05, None, 0.525):
+        command = taken.command(time.monotonic())
+        if expected is None:
+            assert command is None
+            at = np.array([0.5, 0.0, 0.0])  # what happens while nobody drives does not come back
+        else:
+            np.testing.assert_allclose(command, [expected, 0, 0])
+    taken.close()
+
+
+def test_bad_take_overs(robot):
+    config: dict[str, Any] = {"hardware": None, "wait": False, "record": True}
+    with pytest.raises(InputError, match="unknown device 'mouse' in teleop"):
+        teleoperator({**config, "teleop": "mouse"}, robot, robot.arm.limits)
+    without = {**config, "teleop": "gamepad", "page": False}
+    with pytest.raises(InputError, match="teleop=gamepad waits for somebody at the page"):
+        Onlookers(without, robot, None, limits=robot.arm.limits, output_dir=Path())  # type: ignore[arg-type]

@@ -102,10 +102,11 @@ function show(next) {
   if (!state.emergency) $("confirm").hidden = true;
   $("start").disabled = state.mode === "POLICY";
   $("pause").disabled = state.mode === "PAUSED";
-  $("take_over").disabled = !about.plane || state.mode === "PERSON" || state.mode === "OVER";
+  $("take_over").disabled = !(about.plane || about.teleop) || state.mode === "PERSON" || state.mode === "OVER";
   $("success").disabled = $("failure").disabled = state.mode === "OVER";
   $("hint").hidden = state.mode !== "PERSON";
-  $("hint").textContent = "You command: the arm goes where you point on the picture. Start gives it back to the policy.";
+  const where = about.teleop ? `as the ${about.teleop} says` : "where you point on the picture";
+  $("hint").textContent = `You command: the arm goes ${where}. Start gives it back to the policy.`;
   $("timing").replaceChildren(...ROWS.map(([key, name]) => row(name, state.timing[key])));
   const { steps, missed, held, interventions } = state.totals;
   $("totals").textContent =

@@ -144,12 +144,13 @@ class PlaceSteering:
         self._at = np.zeros(self._layout.size)
         self._step = _most_at_once(self._layout, arm_limits, rate)
         self._ends = _gripper_ends(self._layout, limits, gripper_closed)
+        self._gripper: float | None = None
 
     def reset(self) -> None:
         pass
 
     def begin(self, present: np.ndarray) -> None:
-        self._at = present
+        self._at, self._gripper = present, None
 
     def action(self, signals: Signals, present: np.ndarray) -> np.ndarray | str:
         if signals.target is not None:
@@ -168,7 +169,8 @@ class PlaceSteering:
         for group, part in self._layout.slices():
             if group.name == "gripper":
                 opened, closed = self._ends
-                moved[part] = _gripper(float(moved[part][0]), signals, opened=opened, closed=closed)
+                at = float(moved[part][0]) if self._gripper is None else self._gripper
+                moved[part] = self._gripper = _gripper(at, signals, opened=opened, closed=closed)
             elif group.kind == "rotation":
                 turn = Rotation.from_rotvec(twist[3:] * self._speeds.angular * period)
                 moved[part] = (turn * Rotation.from_rotvec(moved[part])).as_rotvec()

@@ -188,9 +188,7 @@ class RobotWorld:
         self._robot.begin(self._seed)
 
     def present(self) -> np.ndarray:
-        names = [group.name for group in self._layout.groups]
-        seen = self._robot.observe(names, time.monotonic()).values
-        return np.concatenate([seen[name].astype(np.float64) for name in names])
+        return place_of(self._robot)
 
     def observe(self) -> dict[str, np.ndarray]:
         return self._robot.observe(self._keys, time.monotonic()).values
@@ -221,6 +219,13 @@ class RobotWorld:
 
     def close(self) -> None:
         self._robot.close()
+
+
+def place_of(robot: ProcessRobot) -> np.ndarray:
+    """Where the arm is now in terms of a command, float64 [A]."""
+    names = [group.name for group in robot.arm.command]
+    seen = robot.observe(names, time.monotonic()).values
+    return np.concatenate([seen[name].astype(np.float64) for name in names])
 
 
 def command_limits(layout: Layout, limits: Limits) -> Limits:

@@ -1,0 +1,69 @@
+"""A person who takes over from a policy with a device: `deploy teleop=gamepad`. When, the page's button says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from action_diffusion.deploy.drivers.vendor import attempt
+from action_diffusion.deploy.hardware import read_cell
+from action_diffusion.deploy.limits import Limits
+from action_diffusion.deploy.operation import STALE
+from action_diffusion.deploy.process_robot import ProcessRobot
+from action_diffusion.deploy.teleop.device import Device
+from action_diffusion.deploy.teleop.devices import make_device
+from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
+from action_diffusion.deploy.teleop.world import place_of
+from action_diffusion.errors import unknown
+
+DEVICES = ("keyboard", "gamepad", "spacemouse", "leader")
+
+
+class DeviceTeleoperator:
+    """See `operation.Teleoperator`: the arm goes on from where it is when the person takes over.
+
+    Args:
+        device: connected.
+        present: where the arm is in terms of a command, [A].
+    """
+
+    def __init__(self, device: Device, steering: Steering, present: Callable[[], np.ndarray]) -> None:
+        self._device, self._steering, self._present = device, steering, present
+        self._last = -np.inf
+
+    def command(self, t: float) -> np.ndarray | None:
+        signals = self._device.poll()
+        present = self._present()
+        if not signals.engaged:
+            self._last = -np.inf
+            return None
+        if t - self._last > STALE:
+            self._steering.begin(present)
+        self._last = t
+        action = self._steering.action(signals, present)
+        return None if isinstance(action, str) else action
+
+    def close(self) -> None:
+        attempt(self._device.close)
+
+
+def teleoperator(config: Mapping[str, Any], robot: ProcessRobot, limits: Limits) -> DeviceTeleoperator | None:
+    """What `teleop=` names, ready; None where it names nothing.
+
+    config: `configs/deploy.yaml`: teleop, hardware. limits: of the loop's gate, which nothing is to be refused by.
+    Raises `InputError` for a device that cannot be had.
+    """
+    name = config["teleop"]
+    if name is None:
+        return None
+    if name not in DEVICES:
+        raise unknown("device", str(name), DEVICES, "teleop")
+    plain = {"device": name, "device_index": 0, "clutch": False, "script": None}
+    device = make_device(plain, read_cell(config["hardware"]) if config["hardware"] else {})
+    assert device is not None
+    groups = robot.arm.command
+    steering = steering_of(groups, limits, robot.control_rate, Speeds(), arm_limits=robot.arm.limits)
+    device.connect()
+    return DeviceTeleoperator(device, steering, lambda: place_of(robot))

@@ -1,0 +1,107 @@
+"""What a person did after taking over becomes demonstrations: the right rows, and nothing of the policy's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from action_diffusion import cli
+from action_diffusion.datasets.growing import TIME, GrowingBuffer
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.deploy.corrections import taken_over
+from action_diffusion.deploy.recording import STEPS
+
+
+def steps(operator: str, **changes: Any) -> dict[str, np.ndarray]:
+    """A table of steps. operator: p is the policy, h a person, _ a person who says nothing."""
+    n = len(operator)
+    table = {key: np.zeros(n, np.dtype(dtype)) for key, (dtype, _) in STEPS.items() if not dtype.startswith("S")}
+    table["operator"] = np.array([letter != "p" for letter in operator])
+    table["held"] = np.array([letter == "_" for letter in operator])
+    table["commanded"][:] = True
+    table["control_step"] = table["step"] = np.arange(n)
+    table["fresh"][1:] = np.diff(table["operator"].astype(int)) != 0
+    return table | {key: np.asarray(value) for key, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("operator", "ends", "parts"),
+    [
+        ("pppp", [4], []),
+        ("pphhhpp", [7], [(2, 5)]),
+        ("pp__hh_h__p", [11], [(4, 8)]),
+        ("____", [4], []),
+        ("hhhh", [2, 4], [(0, 2), (2, 4)]),
+        ("phhpphp", [7], [(1, 3), (5, 6)]),
+    ],
+)
+def test_which_rows_are_a_persons(operator, ends, parts):
+    found = taken_over(steps(operator), np.array(ends))
+    assert [(part.start, part.stop) for part in found] == parts
+
+
+def test_a_missed_step_and_a_pause_end_a_part():
+    table = steps("phhhhhh", control_step=np.array([0, 1, 2, 4, 5, 6, 7]))
+    table["fresh"][5] = True
+    assert [(part.start, part.stop) for part in taken_over(table, np.array([7]))] == [(1, 3), (3, 5), (5, 7)]
+
+
+def test_before_the_first_command_nothing_counts():
+    table = steps("hhh", commanded=np.array([False, True, True]))
+    assert [(part.start, part.stop) for part in taken_over(table, np.array([3]))] == [(1, 3)]
+
+
+def write(path: Path, operator: str) -> np.ndarray:
+    """A record of one episode; returns its states."""
+    n = len(operator)
+    table = {**steps(operator), TIME: np.arange(1.0, n + 1), "observed": np.arange(1.0, n + 1)}
+    fields = {key: (value.dtype.str, ()) for key, value in table.items()}
+    data = {"state": ("f4", (5,)), "action": ("f8", (2,))}
+    attrs = {"kind": "deployment", "task": "pusht_state", "control_rate": 10.0}
+    record = GrowingBuffer.create(path, data=data, tables={"steps": fields}, attrs=attrs)
+    states = np.random.default_rng(0).uniform(0, 512, (n, 5)).astype(np.float32)
+    record.data.add({"state": states, "action": states[:, :2]})
+    record.tables["steps"].add(table)
+    record.finish([n])
+    return states
+
+
+def test_the_command(tmp_path, capsys):
+    states = write(tmp_path / "run" / "record.zarr", "pppp_hhhhhhppphhpp")
+    words = ["collect", "agent=corrections", f"from={tmp_path}/run", f"output={tmp_path}/more.zarr"]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert "episodes: 1\nsteps: 6\nleft_out: 1 of fewer than 5 steps" in out
+    buffer = ReplayBuffer.open(tmp_path / "more.zarr")
+    np.testing.assert_array_equal(buffer["state"][:], states[5:11])
+    np.testing.assert_array_equal(buffer["action"][:], states[5:11, :2])
+    assert buffer["action"].dtype == np.float32
+    assert set(buffer.keys) == {"state", "action", "reward"}
+    assert (buffer.attrs["source"], buffer.attrs["first_steps"]) == ("corrections of a person", [5])
+    assert cli.main(words) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("operator", "words", "message"),
+    [
+        ("pppp", [], "nobody took over"),
+        ("phhp", [], "none of 1 take-overs has min_steps=5"),
+        ("phhp", ["from=null"], "agent=corrections needs from=DIR"),
+    ],
+)
+def test_nothing_to_collect(tmp_path, capsys, operator, words, message):
+    write(tmp_path / "record.zarr", operator)
+    given = [f"from={tmp_path}", f"output={tmp_path}/more.zarr", *words]
+    assert cli.main(["collect", "agent=corrections", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_buffer_is_no_record(tmp_path, capsys):
+    demonstrations = ReplayBuffer.from_arrays({"action": np.zeros((3, 2), np.float32)}, np.array([3]), {})
+    demonstrations.save(tmp_path / "demos.zarr")
+    assert cli.main(["collect", "agent=corrections", f"from={tmp_path}/demos.zarr", f"output={tmp_path}/a.zarr"]) == 2
+    assert "no record of a deployment" in capsys.readouterr().err
