@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from action_diffusion.datasets.rotations import six_d_to_axis_angle
 from action_diffusion.deploy.limits import RATES, Limits
 from action_diffusion.deploy.protocols import Group
 from action_diffusion.errors import InputError
@@ -32,7 +33,7 @@ class Layout:
     Attributes:
         size: A.
         smooth, held: indices of the numbers that are interpolated, and of those that are held.
-        recalled: indices of the held numbers that a stop sets to where the arm is.
+        recalled: indices of the numbers whose command is where the arm is, after a stop and at a new beginning.
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
@@ -40,7 +41,7 @@ class Layout:
         self.size = sum(group.size for group in groups)
         self.smooth = self._indices(lambda group: group.kind != "hold")
         self.held = self._indices(lambda group: group.kind == "hold")
-        self.recalled = self._indices(lambda group: group.kind == "hold" and group.at_stop == "present")
+        self.recalled = self._indices(lambda group: group.at_stop == "present")
 
     def slices(self) -> Iterator[tuple[Group, slice]]:
         """Each group, and where its numbers are."""
@@ -75,6 +76,31 @@ class Layout:
             turned = reference * Rotation.from_rotvec(turns.reshape(-1, 3))
             commands[..., part] = turned.as_rotvec().reshape(turns.shape)
         return commands
+
+    def groups_of(self, size: int) -> list[tuple[str, int, str]]:
+        """(name, size, unit) of the parts of an action of `size` numbers: those of a command, or with 6D rotations.
+
+        Raises `InputError` for another number.
+        """
+        n_rotations = sum(group.kind == "rotation" for group in self.groups)
+        if size not in (self.size, self.size + 3 * n_rotations):
+            wide = f", or {self.size + 3 * n_rotations} with 6D rotations" if n_rotations else ""
+            raise InputError(f"an action of {size} values is no command: the arm takes {self.size}{wide}")
+        more = size > self.size
+        parts = [(group, 3 if more and group.kind == "rotation" else 0) for group in self.groups]
+        return [(group.name, group.size + extra, "6D" if extra else group.unit) for group, extra in parts]
+
+    def from_actions(self, actions: np.ndarray) -> np.ndarray:
+        """actions [n, A] as commands have them, or [n, A + 3 each] with 6D rotations → commands [n, A].
+
+        Raises `InputError` for another shape, and for six numbers that are no rotation.
+        """
+        actions, columns, start = np.asarray(actions, np.float64), [], 0
+        for group, (_, size, _) in zip(self.groups, self.groups_of(actions.shape[-1]), strict=True):
+            part = actions[..., start : start + size]
+            columns.append(part if size == group.size else six_d_to_axis_angle(part))
+            start += size
+        return np.concatenate(columns, axis=-1)
 
     def between(self, a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
         """What lies between coordinates `a` and `b`, both [A], at `share` in [0, 1) of the way."""

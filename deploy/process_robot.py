@@ -20,19 +20,24 @@ from action_diffusion.deploy.alignment import interpolated, latest_common, neare
 from action_diffusion.deploy.arm_link import ArmLink, ArmSetup
 from action_diffusion.deploy.arm_loop import Phase
 from action_diffusion.deploy.limits import Limits
+from action_diffusion.deploy.motion import Layout
 from action_diffusion.deploy.processes import Child
-from action_diffusion.deploy.rings import RingReader, RingWriter, Segments
+from action_diffusion.deploy.rings import RingReader, Segments
 from action_diffusion.deploy.robots import Feedback, Observation
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.spec import PolicySpec
+
+UNSEEN = 10.0
+"""How long a camera may take (s) until it shows a new start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CameraSetup:
-    """A camera as a configuration has it: see `protocols.make_camera`."""
+    """A camera as a configuration has it: see `protocols.make_camera`. stamp_latency: by how much its stamps are late
+    (s), as `deploy calibrate=true` finds it."""
 
     driver: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    stamp_latency: float = 0.0
 
 
 class Scene(Protocol):
@@ -63,8 +68,10 @@ class ProcessRobot:
         derived: further observations, computed from a state: key → (state, function).
 
     Attributes:
+        stamp_latency: of each camera, what is taken off its stamps (s).
         plane: for the page, where commands are points of a picture: {"camera": its key, or None for an empty one,
             "size": [width, height] of it in the commands' unit}.
+        layout: of the arm's commands.
 
     Raises:
         InputError: with the reason of whoever does not start.
@@ -84,14 +91,17 @@ class ProcessRobot:
         self.control_rate, self.max_steps = control_rate, max_steps
         self._segments, self._scene, self._derived = segments, scene, derived or {}
         self.cameras: dict[str, Child] = {}
+        self.stamp_latency = {key: setup.stamp_latency for key, setup in cameras.items()}
         self._frames: dict[str, RingReader] = {}
         self._explained = False
+        self._refused: list[str] = []
         self._arm: ArmLink | None = None
         self.plane: dict[str, Any] | None = None
         try:
             names = {key: f"camera {key}" for key in cameras}
             for key, setup in cameras.items():
-                arguments = {"driver": setup.driver, "settings": dict(setup.settings)}
+                arguments: dict[str, Any] = {"driver": setup.driver, "settings": dict(setup.settings)}
+                arguments["stamp_latency"] = setup.stamp_latency
                 module = "action_diffusion.deploy.camera_process"
                 self.cameras[key] = Child(module, segments.path, names[key], arguments)
             for key, child in self.cameras.items():
@@ -101,6 +111,7 @@ class ProcessRobot:
         except BaseException:
             self.close()
             raise
+        self.layout = Layout(self._arm.command)
         self.limits: Limits | None = self._arm.limits if _plain_numbers(self._arm) else None
         self.lookahead = 0 if all(group.kind == "hold" for group in self._arm.command) else 8
 
@@ -108,6 +119,11 @@ class ProcessRobot:
     def folder(self) -> Path:
         """Of the run's shared memory."""
         return self._segments.path
+
+    @property
+    def scene(self) -> Scene | None:
+        """The simulated surrounding, if there is one."""
+        return self._scene
 
     @property
     def arm(self) -> ArmLink:
@@ -123,10 +139,27 @@ class ProcessRobot:
         if self._scene is not None:
             self.arm.rest()
             self._scene.begin(seed)
+        begun = time.monotonic()
         self.arm.begin()
         if self._scene is not None:
+            self._see(begun)
             self._scene.run()
         self._explained = False
+
+    def _see(self, since: float) -> None:
+        """Wait until nothing is shown that is of before `since`, or the arm has stopped, since a camera is not well.
+
+        Raises `InputError` where that does not end.
+        """
+        deadline = time.monotonic() + UNSEEN
+        waiting: dict[str, RingReader] = {"the arm": self.arm.states}
+        waiting |= {f"camera {key}": ring for key, ring in self._frames.items()}
+        while waiting and self.arm.phase is Phase.MOVING:
+            waiting = {name: ring for name, ring in waiting.items() if ring.times(1)[-1][1] < since}
+            if time.monotonic() > deadline:
+                raise InputError(f"{', '.join(waiting)}: nothing was seen of the new start for {UNSEEN:g} s")
+            self.arm.renew()
+            time.sleep(0.002)
 
     def observe(self, keys: Sequence[str], t: float) -> Observation:
         """States are interpolated, and float32; images are the frames nearest to the instant."""
@@ -151,8 +184,16 @@ class ProcessRobot:
         return Observation(instant, values)
 
     def command(self, actions: Sequence[np.ndarray], t: float) -> Feedback:
-        """See `Robot`. Returns at once, with the reward of now; over where the arm has stopped by itself."""
-        self.arm.follow(t + np.arange(len(actions)) / self.control_rate, np.stack(actions))
+        """See `Robot`. Returns at once, with the reward of now; over where the arm has stopped by itself.
+
+        Rotations may be 6D: see `Layout.from_actions`.
+        """
+        try:
+            waypoints = self.layout.from_actions(np.stack(actions))
+        except InputError as error:
+            self._refused.append(f"refused: {error}")
+            return self.hold()
+        self.arm.follow(t + np.arange(len(actions)) / self.control_rate, waypoints)
         return self._feedback()
 
     def hold(self) -> Feedback:
@@ -166,7 +207,8 @@ class ProcessRobot:
 
     def events(self) -> list[str]:
         """What the arm's process did, and why."""
-        alive, said = self.arm.child.alive, self.arm.events()
+        alive, said = self.arm.child.alive, [*self._refused, *self.arm.events()]
+        self._refused.clear()
         self._explained = self._explained or any(reason.startswith("broken: ") for reason in said)
         if not alive and not self._explained:
             said.append("the arm's process has died")
@@ -191,73 +233,3 @@ class ProcessRobot:
 def _plain_numbers(arm: ArmLink) -> bool:
     """Whether limits, which are on coordinates, are limits on commands too: where nothing turns."""
     return all(group.kind != "rotation" for group in arm.command)
-
-
-class PushTScene:
-    """PushT's simulator in a process of its own: see `sim`."""
-
-    def __init__(self, folder: Path, *, latency: float) -> None:
-        from action_diffusion.deploy.sim import STARTS
-
-        self._starts = RingWriter(folder / "starts", fields=STARTS, n_slots=8)
-        self.child = Child("action_diffusion.deploy.sim", folder, "simulator", {"latency": latency})
-        try:
-            self.child.wait_ready()
-        except BaseException:
-            self.child.end()
-            raise
-        self._world = RingReader(folder / "world")
-
-    def begin(self, seed: int) -> None:
-        self._tell(seed, runs=False)
-
-    def run(self) -> None:
-        self._tell(0, runs=True)
-
-    def _tell(self, seed: int, *, runs: bool) -> None:
-        number = self._starts.append(time.monotonic(), {"seed": seed, "runs": runs})
-        deadline = time.monotonic() + 3
-        while (record := self._world.latest()) is None or record.values["starts"] <= number:
-            if time.monotonic() > deadline or not self.child.alive:
-                raise InputError("the simulator does not answer")
-            time.sleep(0.002)
-
-    def feedback(self) -> Feedback:
-        record = self._world.latest()
-        assert record is not None
-        return float(record.values["reward"]), bool(record.values["done"])
-
-    def close(self) -> None:
-        self.child.end()
-
-
-def sim_pusht(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
-    """PushT in real time, with the bundle's settings of the simulator, and the configuration's `simulated`."""
-    from action_diffusion.envs.pusht import IMAGE_SIZE, keypoints
-
-    env = spec.env if spec.env is not None and spec.env.get("name") == "pusht" else {}
-    simulated = options["simulated"]
-    segments = Segments()
-    world = {"world": str(segments.path)}
-    cameras = {}
-    if "image" in spec.observations:
-        size = {"image_size": env.get("image_size", IMAGE_SIZE)}
-        cameras["image"] = CameraSetup(driver="sim_pusht", settings=world | size | simulated["camera"])
-    scene = None
-    try:
-        scene = PushTScene(segments.path, latency=simulated["latency"])
-        made = ProcessRobot(
-            segments=segments,
-            arm=ArmSetup(driver="sim_pusht", settings=world, limits=options["limits"], obstacles=options["obstacles"]),
-            cameras=cameras,
-            control_rate=10.0,
-            max_steps=int(env.get("max_steps", 300)),
-            scene=scene,
-            derived={"keypoint": ("state", lambda state: keypoints(state[None])[0])},
-        )
-        made.plane = {"camera": "image" if cameras else None, "size": [512.0, 512.0]}
-        return made
-    except BaseException:
-        if scene is None:
-            segments.remove()
-        raise

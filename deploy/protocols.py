@@ -38,7 +38,9 @@ class Group:
             rotation  a rotation vector (size 3, rad): the shortest turn at a steady rate (slerp)
             hold      the earlier one, until the time of the later (a gripper's open and close, PushT's target)
         unit: for people and records: "rad", "m", "px", "".
-        at_stop: of a held command: "keep" it (a gripper must not let go), or command the "present" place (a target).
+        at_stop: where a stop leaves the command of a held number, and the next beginning that of any: "keep" it (a
+            gripper must not let go, an arm that sags must not sink), or "present", command the place where it is (a
+            target; an arm that is set up anew between episodes).
         reference: of a rotation: the rotation vector from which its limits count; choose the tool's usual one.
             Limits low and high must keep to turns of less than pi from there.
     """
@@ -139,6 +141,7 @@ class Camera(Protocol):
 ARMS: dict[str, str] = {
     "ideal": "action_diffusion.deploy.sim:IdealArm",
     "sim_pusht": "action_diffusion.deploy.sim:PushTArm",
+    "sim_arm": "action_diffusion.deploy.sim_arm:PandaArm",
     "ur": "action_diffusion.deploy.drivers.ur:UrArm",
     "franka": "action_diffusion.deploy.drivers.franka:FrankaArm",
     "lerobot": "action_diffusion.deploy.drivers.lerobot:LeRobotArm",
@@ -147,6 +150,7 @@ ARMS: dict[str, str] = {
 
 CAMERAS: dict[str, str] = {
     "sim_pusht": "action_diffusion.deploy.sim:PushTCamera",
+    "sim_arm": "action_diffusion.deploy.sim_arm:PandaCamera",
     "usb": "action_diffusion.deploy.drivers.usb:UsbCamera",
     "realsense": "action_diffusion.deploy.drivers.realsense:RealSenseCamera",
 }

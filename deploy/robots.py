@@ -126,6 +126,8 @@ def make(name: str, spec: PolicySpec, options: Mapping[str, Any] | None = None) 
     """
     robots = ROBOTS if options is None else REAL_TIME
     if name not in robots:
+        if name in REAL_TIME:
+            raise InputError(f"robot={name} is there in real time only")
         raise unknown("robot", name, robots)
     if options is None:
         return ROBOTS[name](spec)
@@ -154,7 +156,8 @@ def _sim_pusht(spec: PolicySpec) -> Robot:
 ROBOTS: dict[str, Callable[[PolicySpec], Robot]] = {"sim_pusht": _sim_pusht}
 
 REAL_TIME: dict[str, str] = {
-    "sim_pusht": "action_diffusion.deploy.process_robot:sim_pusht",
+    "sim_pusht": "action_diffusion.deploy.simulated:sim_pusht",
+    "sim_arm": "action_diffusion.deploy.simulated:sim_arm",
     **dict.fromkeys(("ur", "franka", "lerobot"), "action_diffusion.deploy.hardware:robot"),
 }
 """Robots in processes of their own: names → "module:function" of a specification and options."""

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from action_diffusion.datasets.rotations import axis_angle_to_6d, matrix_to_6d, six_d_to_axis_angle, six_d_to_matrix
 from action_diffusion.envs import recorded
@@ -119,7 +120,16 @@ class Manipulation:
             raise InputError(
                 f"an action of {self._task.env_name} is {self.action_shape[0]} finite numbers, got {action!r}"
             )
-        self._sim.step(_goals(action) if self._absolute else action)
+        return self._advance(_goals(action) if self._absolute else action)
+
+    def follow(self, goals: np.ndarray) -> tuple[float, bool]:
+        """`step` where actions are absolute, of positions, axes times angles and grippers, float64 [7 per arm]."""
+        if not self._absolute:
+            raise InputError(f"{self._task.env_name} was made for relative actions: it follows no poses")
+        return self._advance(goals)
+
+    def _advance(self, action: np.ndarray) -> tuple[float, bool]:
+        self._sim.step(action)
         self._steps += 1
         success = bool(self._sim._check_success())
         if self._lags:
@@ -216,6 +226,25 @@ class Manipulation:
                 start, end = end, end + controller.control_dim + robot.gripper[arm].dof
                 parts += [*self._goal(controller, action[start : start + 6]), action[end - 1 : end]]
         return np.concatenate(parts)
+
+    def hands(self) -> np.ndarray:
+        """Where the controllers' hands are in terms of `follow`: positions and axes times angles, float64 [arms, 6]."""
+        self._refresh()
+        data, poses = self._sim.sim.data, []
+        for robot in self._sim.robots:
+            for site in (robot.part_controllers[arm].ref_name for arm in robot.arms):
+                turn = Rotation.from_matrix(data.get_site_xmat(site)).as_rotvec()
+                poses.append(np.concatenate([data.get_site_xpos(site), turn]))
+        return np.stack(poses)
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return tuple(self._sim.sim.model.camera_names)
+
+    @property
+    def compiled(self) -> Any:
+        """The scene of this episode, MuJoCo's `MjModel`."""
+        return self._sim.sim.model._model
 
     def _goal(self, controller: Any, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Position [3] and 6D rotation [6] that OSC_POSE goes to when told `action` [6]."""
