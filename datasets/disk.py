@@ -8,6 +8,7 @@ What must not be there before something else is, is written after a `flush`. Err
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -66,12 +67,20 @@ class Disk:
     def flush(self) -> None:
         """Everything so far survives a power cut."""
         for folder in self._changed:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_folder(folder)
         self._changed.clear()
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in `folder` survive a power cut, where the file system can promise that at all."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 class GrowingFile:

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
+from action_diffusion.datasets.disk import sync_folder
 from action_diffusion.errors import InputError
 
 
@@ -20,11 +22,14 @@ def cache_folder() -> Path:
 
 
 def sync(path: Path, newer_than: float = 0.0) -> None:
-    """Flush a file, or what changed under a folder since `newer_than` (s), to survive a power cut."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    for file in files:
-        if file.stat().st_mtime >= newer_than:
-            with file.open("rb") as opened:
+    """Flush a file, or what changed in and under a folder since `newer_than` (s), to survive a power cut."""
+    for found in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        if not found.exists() or found.stat().st_mtime < newer_than:
+            continue
+        if found.is_dir():
+            sync_folder(found)
+        elif found.is_file():
+            with found.open("rb") as opened:
                 os.fsync(opened.fileno())
 
 
@@ -52,6 +57,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield temporary
             sync(temporary)
             _replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         remove(temporary)
 
@@ -85,16 +91,7 @@ def writer_lock(path: Path) -> Iterator[None]:
     place = path.with_name(f".{path.name}.lock")
     with writing(str(path)):
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = place.open("a+", encoding="utf-8")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            who = lock.read().strip() or "another process"
-            raise InputError(f"{path} is being written by {who}: end that first, or write elsewhere") from None
-        if not place.exists() or not os.path.samestat(place.stat(), os.fstat(lock.fileno())):
-            raise InputError(f"{path} was being written by another process until just now: try again")
+    with _held(path, place) as lock:
         with writing(str(place)):
             lock.truncate(0)
             lock.write(f"process {os.getpid()} ({' '.join(sys.argv)})")
@@ -103,6 +100,22 @@ def writer_lock(path: Path) -> Iterator[None]:
             yield
         finally:
             place.unlink(missing_ok=True)
+
+
+def _held(path: Path, place: Path) -> TextIO:
+    while True:
+        with writing(str(path)):
+            lock = place.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with lock:
+                lock.seek(0)
+                who = lock.read().strip() or "another process"
+            raise InputError(f"{path} is being written by {who}: end that first, or write elsewhere") from None
+        if place.exists() and os.path.samestat(place.stat(), os.fstat(lock.fileno())):
+            return lock
+        lock.close()  # whoever had it has just deleted it
 
 
 def _replace(temporary: Path, path: Path) -> None:
