@@ -24,6 +24,8 @@ def runs_in_episodes(mask: np.ndarray, survey: Survey) -> Iterator[tuple[int, in
 
 def usual_steps(steps: np.ndarray, share: float) -> np.ndarray:
     """[D]: what `share` of the `steps` [N, D] stay below, without the five largest, which may be what is looked for."""
+    if not len(steps):
+        return np.zeros(steps.shape[1:])
     kept = max(1, len(steps) - 5)
     return np.asarray(np.quantile(np.partition(steps, kept - 1, axis=0)[:kept], share, axis=0))
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from action_diffusion.datasets.doctor.finding import Finding
-from action_diffusion.datasets.doctor.survey import Camera, Survey
+from action_diffusion.datasets.doctor.survey import Camera, Survey, is_action
 
 LAGS = 5
 """Rows before and after that are compared."""
@@ -47,7 +47,8 @@ _SOME = 10_000
 
 def skews(survey: Survey, sound: np.ndarray) -> Iterator[Finding]:
     """sound: [N], the rows to fit the models to."""
-    targets = [low.values[:, low.motion] for low in survey.observations.values()]
+    # Actions run ahead of what is seen, and do not tell what a clock does.
+    targets = [low.values[:, low.motion] for key, low in survey.observations.items() if not is_action(key)]
     if not targets or not survey.cameras:
         return
     states = np.concatenate(targets, axis=1)
