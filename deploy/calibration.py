@@ -30,6 +30,8 @@ EARLIEST, LATEST = -0.1, 0.6
 """Between which lags are looked for."""
 FINE = 0.001
 """Between two values of a simulated follower."""
+SMOOTH = 0.02
+"""As long as a setpoint holds, or longer: over which they are averaged where steps must be slopes."""
 CELLS = 64
 """Pictures are made smaller, to at most so many pixels a side."""
 N_COMPONENTS, DEGREE = 6, 8
@@ -65,7 +67,7 @@ class Actuation:
         total: until it is there, for the slow motion that was measured; `lag` is the rest.
         follower: (b, a) of the model: 1 / (1 + b s + a s²).
         unexplained: what the model leaves over, as a share of the motion (both root mean square).
-        predicted: the model's states, at the times of the measured ones.
+        predicted: the model's states, at the times of the measured ones; NaN where they were not looked at.
     """
 
     delay: Estimate
@@ -117,7 +119,7 @@ def actuation(sent: Signal, state: Signal, periods: Sequence[float]) -> Actuatio
     last one's end, without those in which it fades in or out.
     """
     grid = np.arange(sent.t[0] - LATEST, state.t[-1] + FINE, FINE)
-    held = _held(sent, grid)
+    held, smooth = _held(sent, grid, FINE), _held(sent, grid, SMOOTH)
     inside = (state.t >= sent.t[0]) & (state.t <= periods[-1])
     t, measured = state.t[inside], state.values[inside]
 
@@ -128,7 +130,7 @@ def actuation(sent: Signal, state: Signal, periods: Sequence[float]) -> Actuatio
         return np.asarray(design @ np.linalg.lstsq(design, measured, rcond=None)[0])
 
     def left(lag: float) -> float:
-        return float(np.log(np.mean((measured - scaled(lag, held)) ** 2) + _FLOOR * np.var(measured)))
+        return float(np.log(np.mean((measured - scaled(lag, smooth)) ** 2) + _FLOOR * np.var(measured)))
 
     def residual(x: np.ndarray) -> np.ndarray:
         return scaled(x[0], _followed(held, x[1], x[2] * x[1] ** 2)) - measured
@@ -139,13 +141,13 @@ def actuation(sent: Signal, state: Signal, periods: Sequence[float]) -> Actuatio
     starts = [[share * some, (1 - share) * some, LEAST_DAMPED / 4] for share in (0.1, 0.5, 0.9)]
     best = min((least_squares(residual, x, x_scale=[0.01, 0.01, 0.1], bounds=bounds) for x in starts), key=_cost)
     delay, b, a = float(best.x[0]), float(best.x[1]), float(best.x[2] * best.x[1] ** 2)
-    path = _followed(held, b, a)
+    path = _followed(smooth, b, a)
     return Actuation(
         delay=_by_period(t, measured, lambda lag: scaled(lag, path), delay, periods),
-        total=_by_period(t, measured, lambda lag: scaled(lag, held), total, periods),
+        total=_by_period(t, measured, lambda lag: scaled(lag, smooth), total, periods),
         follower=(b, a),
         unexplained=float(np.sqrt(np.mean(best.fun**2)) / np.std(measured)),
-        predicted=np.interp(state.t, t, scaled(delay, path)),
+        predicted=np.interp(state.t, t, scaled(delay, path), left=np.nan, right=np.nan),
     )
 
 
@@ -153,13 +155,12 @@ def _cost(fit: OptimizeResult) -> float:
     return float(fit.cost)
 
 
-def _held(sent: Signal, grid: np.ndarray) -> np.ndarray:
-    """What was sent last, on a `grid` of steps of FINE: the mean around each point, so that no time is rounded."""
-    t = np.concatenate([[grid[0] - FINE], sent.t, [grid[-1] + FINE]])
+def _held(sent: Signal, grid: np.ndarray, width: float) -> np.ndarray:
+    """What was sent last, at the times of `grid`: the mean of `width` seconds around each, so that no time shifts."""
+    t = np.concatenate([[grid[0] - width], sent.t, [grid[-1] + width]])
     values = np.concatenate([sent.values[:1], sent.values])
     area = np.concatenate([[0.0], np.cumsum(values * np.diff(t))])
-    edges = np.append(grid, grid[-1] + FINE) - FINE / 2
-    return np.diff(np.interp(edges, t, area)) / FINE
+    return np.asarray((np.interp(grid + width / 2, t, area) - np.interp(grid - width / 2, t, area)) / width)
 
 
 def _followed(path: np.ndarray, b: float, a: float) -> np.ndarray:
@@ -172,7 +173,7 @@ def _followed(path: np.ndarray, b: float, a: float) -> np.ndarray:
 def camera(frames: Signal, state: Signal, periods: Sequence[float]) -> Sight:
     """How late the stamps of `frames` [n, pixels] are, against `state` [m]. periods: as for `actuation`.
 
-    Raises `ValueError` for fewer than 3 frames for each number that is fitted.
+    Raises `ValueError` for fewer than 3 frames for each number that is fitted, and where they are all alike.
     """
     inside = (frames.t >= periods[0]) & (frames.t <= periods[-1])
     t = frames.t[inside]
@@ -211,7 +212,9 @@ def camera(frames: Signal, state: Signal, periods: Sequence[float]) -> Sight:
 def _components(pictures: np.ndarray) -> np.ndarray:
     """The leading principal components of `pictures` [n, pixels], with variance 1: [n, K]."""
     left, strength, _ = np.linalg.svd(pictures - pictures.mean(axis=0), full_matrices=False)
-    kept = left[:, :N_COMPONENTS][:, strength[:N_COMPONENTS] > 1e-6 * max(strength[0], 1e-12)]
+    if not strength[0] > 0:
+        raise ValueError("all frames are alike")
+    kept = left[:, :N_COMPONENTS][:, strength[:N_COMPONENTS] > 1e-6 * strength[0]]
     return np.asarray(kept * np.sqrt(len(pictures)), dtype=np.float64)
 
 

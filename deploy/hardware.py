@@ -4,7 +4,7 @@
     limits: {low: […], high: […], velocity: […], acceleration: […], jerk: […]}
     obstacles: {table: 0.0}                           optional
     cameras:                                          one for each image that the policy sees, by its key
-      front: {driver: usb, device: /dev/video0, image_size: [96, 96]}
+      front: {driver: usb, device: /dev/video0, image_size: [96, 96], stamp_latency: 0.03}
     observations: {state: [joints, gripper]}          optional: keys of the policy → states, one after the other
     leader: {type: so101_leader, config: {…}}         optional: the arm that a person leads it with (`collect`)
     seconds: 60.0                                     optional: of an episode
@@ -60,13 +60,17 @@ def arm_setup(driver: str, cell: Mapping[str, Any], options: Mapping[str, Any]) 
 
 
 def camera_setups(cell: Mapping[str, Any]) -> dict[str, CameraSetup]:
-    """The cameras of a cell, by key. Raises `InputError` for one without a driver."""
+    """The cameras of a cell, by key. Raises `InputError` for one without a driver, or with an impossible latency."""
     setups = {}
     for key, settings in (cell.get("cameras") or {}).items():
         if not isinstance(settings, dict) or "driver" not in settings:
             raise InputError(f"camera {key} names no driver: {{driver: usb, …}} or {{driver: realsense, …}}")
-        rest = {name: value for name, value in settings.items() if name != "driver"}
-        setups[key] = CameraSetup(driver=settings["driver"], settings=rest)
+        rest, late = dict(settings), settings.get("stamp_latency", 0.0)
+        if isinstance(late, bool) or not isinstance(late, int | float) or not abs(late) < 1:
+            raise InputError(f"camera {key}: stamp_latency={late} must be a number of seconds, less than 1")
+        driver = rest.pop("driver")
+        rest.pop("stamp_latency", None)
+        setups[key] = CameraSetup(driver=driver, settings=rest, stamp_latency=float(late))
     return setups
 
 
