@@ -99,6 +99,7 @@ action-diffusion deploy bundle=DIR|server=URL [name=value …]     run a bundle 
   action-diffusion deploy bundle=outputs/a/bundle robot=sim_pusht
   action-diffusion deploy server=ws://HOST:8000 scheduling=rtc        another machine thinks: action-diffusion serve
   action-diffusion deploy replay=DIR [bundle=…] [scheduling=…]        a recorded run once more, offline: docs/deploy.md
+  action-diffusion deploy calibrate=true robot=ur hardware=cell.yaml [bundle=DIR]   how late cameras, arm, policy are
 
 Options
   server_timeout=5              seconds; where no answer comes the robot holds, and the loop connects again
@@ -109,6 +110,7 @@ Options
   simulated.latency=0  simulated.camera.rate=20  …      how slow and unreliable a simulated robot is
   n_episodes=1  seed=100000     the starts: seed, seed + 1, …
   output_dir=DIR                where log.jsonl (a line a step), record.zarr and latency.json go
+  calibration.number=0  calibration.distance=D     what moves slowly, and how far: docs/bringup.md
   page=true|PORT|false          the operator's page, on this machine; by default where the extra [page] is installed
   page_host=…  page_token_file=PATH     let other machines in, with a token
   wait=true                     episodes begin when somebody presses Start on the page
@@ -264,6 +266,10 @@ def _deploy(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("deploy", overrides, config_dir)
+    if config["calibrate"]:
+        from action_diffusion.deploy import calibrate_command
+
+        return calibrate_command.run(config)
     if config["replay"] is not None:
         from action_diffusion.deploy import replay_command
 
