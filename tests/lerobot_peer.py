@@ -23,18 +23,21 @@ from lerobot.motors.dynamixel import DynamixelMotorsBus
 from lerobot.motors.feetech import FeetechMotorsBus
 from lerobot.motors.motors_bus import SerialMotorsBus
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
+from lerobot.teleoperators import Teleoperator, TeleoperatorConfig, make_teleoperator_from_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 import vendors
 
 from action_diffusion.deploy.drivers.lerobot import SIX, LeRobotArm
+from action_diffusion.deploy.teleop.leader import Leader
 from action_diffusion.errors import InputError
 
 
 def differences() -> list[str]:
     """Where the stand-ins' methods take other parameters than lerobot's."""
     found = []
-    for mine, real in ((vendors.Robot, Robot), (vendors.MotorsBus, SerialMotorsBus)):
+    pairs = ((vendors.Robot, Robot), (vendors.MotorsBus, SerialMotorsBus), (vendors.Teleoperator, Teleoperator))
+    for mine, real in pairs:
         for name, member in vars(mine).items():
             if name.startswith("_") or not inspect.isfunction(member):
                 continue
@@ -44,12 +47,43 @@ def differences() -> list[str]:
             )
             if ours != theirs:
                 found.append(f"{name}: {ours} is not {theirs}")
-    for name in ("get_known_choices", "get_choice_class"):
-        if not callable(getattr(RobotConfig, name)):
-            found.append(f"RobotConfig.{name}")
-    if list(inspect.signature(make_robot_from_config).parameters) != ["config"]:
-        found.append("make_robot_from_config")
+    for registry in (RobotConfig, TeleoperatorConfig):
+        for name in ("get_known_choices", "get_choice_class"):
+            if not callable(getattr(registry, name)):
+                found.append(f"{registry.__name__}.{name}")
+    for make in (make_robot_from_config, make_teleoperator_from_config):
+        if list(inspect.signature(make).parameters) != ["config"]:
+            found.append(make.__name__)
     return found
+
+
+def lead(kind: str, bus: type, folder: str) -> list[str]:
+    """What the driver of a leader arm did on `bus`, and what it said; or why it refused."""
+    done: list[str] = []
+    place = {name: 10.0 * index for index, name in enumerate(SIX)}
+    with ExitStack() as stack:
+        for name in ("connect", "disconnect", "write", "disable_torque", "enable_torque", "configure_motors"):
+            call = mock.patch.object(
+                bus, name, autospec=True, side_effect=lambda *_, name=name, **__: done.append(name)
+            )
+            stack.enter_context(call)
+        stack.enter_context(
+            mock.patch.object(bus, "sync_read", autospec=True, side_effect=lambda *_, **__: dict(place))
+        )
+        stack.enter_context(mock.patch.object(bus, "is_calibrated", new_callable=mock.PropertyMock, return_value=True))
+        connected = stack.enter_context(mock.patch.object(bus, "is_connected", new_callable=mock.PropertyMock))
+        connected.return_value = False
+        leader = Leader(type=kind, config={"port": "/dev/null", "id": "leader", "calibration_dir": folder})
+        for name, after in (("connect", True), ("disconnect", False)):
+            becomes = partial(setattr, connected, "return_value", after)
+            getattr(bus, name).side_effect = lambda *_, name=name, becomes=becomes, **__: (done.append(name), becomes())
+        try:
+            leader.connect()
+        except InputError as error:
+            return [str(error)]
+        done.append(str(leader.poll().target.tolist()))
+        leader.close()
+    return done
 
 
 def drive(kind: str, bus: type, folder: str, **settings: Any) -> list[str]:
@@ -99,6 +133,8 @@ def main() -> None:
             "koch": drive("koch_follower", DynamixelMotorsBus, folder, bus_watchdog=0.1),
             "koch_dry": drive("koch_follower", DynamixelMotorsBus, folder, bus_watchdog=0.1, dry_run=True),
             "unknown": drive("so102_follower", FeetechMotorsBus, folder, watchdog="a person"),
+            "leader": lead("so101_leader", FeetechMotorsBus, folder),
+            "unknown_leader": lead("so102_leader", FeetechMotorsBus, folder),
             "numpy": np.__version__,
         }
     print(json.dumps(report))

@@ -72,5 +72,14 @@ def test_a_robot_that_lerobot_does_not_know_gets_suggestions(found):
     assert "did you mean so101_follower" in found["unknown"][0]
 
 
+def test_a_leader_is_read_with_its_torque_off(found):
+    done = found["leader"]
+    assert done[0] == "connect"
+    assert "disable_torque" in done
+    assert "enable_torque" not in done
+    assert done[-2:] == ["[0.0, 10.0, 20.0, 30.0, 40.0, 50.0]", "disconnect"]
+    assert "did you mean so101_leader" in found["unknown_leader"][0]
+
+
 def test_the_version_is_written_twice_alike():
     assert f"lerobot=={VERSION}" in LIST.read_text().splitlines()

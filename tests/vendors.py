@@ -401,6 +401,35 @@ class Robot:
         return WORLD.call("disconnect")
 
 
+@dataclass(kw_only=True)
+class KochLeaderConfig(RobotConfig):
+    port: str
+    id: str | None = None
+    calibration_dir: Path | None = None
+
+
+class Teleoperator:
+    """lerobot's base of leader arms."""
+
+    action_features: ClassVar = {"shoulder_pan.pos": float, "gripper.pos": float}
+
+    def __init__(self, config: RobotConfig) -> None:
+        WORLD.call("Teleoperator", config)
+
+    @property
+    def is_calibrated(self) -> bool:
+        return WORLD.call("leader.is_calibrated", answer=True)
+
+    def connect(self, calibrate: bool = True) -> None:
+        return WORLD.call("leader.connect", calibrate)
+
+    def get_action(self) -> dict[str, float]:
+        return WORLD.call("get_action", answer={"shoulder_pan.pos": 10.0, "gripper.pos": 50.0})
+
+    def disconnect(self) -> None:
+        return WORLD.call("leader.disconnect")
+
+
 UR = {
     "rtde_control": [RTDEControlInterface],
     "rtde_receive": [RTDEReceiveInterface],
@@ -446,4 +475,21 @@ def install_lerobot(monkeypatch: Any, folder: Path) -> World:
     robots.__path__ = [str(folder)]
     robots.KochFollowerConfig = KochFollowerConfig  # type: ignore[attr-defined]
     robots.make_robot_from_config = Robot  # type: ignore[attr-defined]
+    return world
+
+
+def install_lerobot_leader(monkeypatch: Any, folder: Path) -> World:
+    """lerobot with one leader arm, koch_leader, which registers as robots do."""
+    world = install(monkeypatch, {"lerobot": [], "lerobot.teleoperators": []})
+    (folder / "koch_leader").mkdir()
+    text = "import sys; module = sys.modules['lerobot.teleoperators']\n"
+    text += "module.TeleoperatorConfig.known['koch_leader'] = module.KochLeaderConfig\n"
+    (folder / "koch_leader" / "__init__.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "lerobot.teleoperators.koch_leader", raising=False)
+    teleoperators = sys.modules["lerobot.teleoperators"]
+    monkeypatch.setattr(RobotConfig, "known", {})
+    teleoperators.__path__ = [str(folder)]
+    teleoperators.TeleoperatorConfig = RobotConfig  # type: ignore[attr-defined]
+    teleoperators.KochLeaderConfig = KochLeaderConfig  # type: ignore[attr-defined]
+    teleoperators.make_teleoperator_from_config = Teleoperator  # type: ignore[attr-defined]
     return world

@@ -1,12 +1,13 @@
 """3Dconnexion's SpaceMouse, through pyspacemouse: push and turn the cap as the arm is to move. No screen is needed.
 
-What it says at rest is seldom nothing, and an arm that follows it drifts; so within 8 % of the middle is nothing. It
-sends a report each time that something changes, some hundred a second, and each is read: else what the arm does falls
-ever further behind.
+What it says at rest is seldom nothing, and an arm that follows it drifts; so within 8 % of the middle is nothing. While
+it is pushed it sends some hundred reports a second, and each is read: else what the arm does falls ever further behind.
+One that is silent while it is pushed has been unplugged, and nobody drives.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from action_diffusion.errors import InputError
 
 DEAD = 0.08
 MOST_REPORTS = 200
+SILENT = 0.3
+"""How old (s) the last report of a push may be."""
 AXES = ("x", "y", "z", "roll", "pitch", "yaw")
 
 
@@ -33,7 +36,7 @@ class SpaceMouse:
     def __init__(self, *, index: int = 0, clutch: bool = False) -> None:
         self._index, self._clutch = index, clutch
         self._mouse: Any = None
-        self._before, self._t = False, -np.inf
+        self._before, self._t, self._heard = False, -np.inf, -np.inf
 
     def connect(self) -> None:
         library_ = library("pyspacemouse", "spacemouse")
@@ -52,13 +55,15 @@ class SpaceMouse:
             raise InputError(f"device=spacemouse: {one_line(error)}") from error
         buttons = [bool(button) for button in state.buttons] + [False, False]
         new, self._before = buttons[0] and not self._before, buttons[0]
-        engaged = not self._clutch or buttons[1]
-        return Signals(
-            engaged=engaged,
-            why="" if engaged else "hold the second button to drive",
-            twist=without_drift(np.array([getattr(state, axis) for axis in AXES], dtype=np.float64), DEAD),
-            toggle=new,
-        )
+        twist = without_drift(np.array([getattr(state, axis) for axis in AXES], dtype=np.float64), DEAD)
+        why = self._why(bool(twist.any()), buttons[1])
+        return Signals(engaged=not why, why=why, twist=twist, toggle=new)
+
+    def _why(self, pushed: bool, held: bool) -> str:
+        """Why nobody drives; nothing where somebody does."""
+        if pushed and time.monotonic() - self._heard > SILENT:
+            return "the SpaceMouse is silent: is it plugged in?"
+        return "hold the second button to drive" if self._clutch and not held else ""
 
     def _newest(self) -> Any:
         """The state after all reports that have come: one more read, and its time stays."""
@@ -66,7 +71,7 @@ class SpaceMouse:
             state = self._mouse.read()
             if state.t == self._t:
                 break
-            self._t = state.t
+            self._t, self._heard = state.t, time.monotonic()
         return state
 
     def close(self) -> None:
