@@ -115,11 +115,12 @@ class GrowingBuffer:
         """
         if not (path / "meta" / "episode_ends" / "zarr.json").is_file():
             raise InputError(f"{path}: only a Zarr v3 folder can grow: save() a copy of it and record to that")
-        with writing(str(path)):
+        with reading(str(path)):
             buffer = cls(path, Disk(), tables=())
-            if APPENDING not in buffer._attrs:
+        if APPENDING not in buffer._attrs:
+            with writing(str(path)):
                 buffer._describe({APPENDING: True})
-            return buffer
+        return buffer
 
     @property
     def _attrs(self) -> dict[str, Any]:

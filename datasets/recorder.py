@@ -76,8 +76,8 @@ class Recorder:
         with ExitStack() as held:
             held.enter_context(writer_lock(path))
             writer = EpisodeWriter(path, fields, attrs, video)
-            return cls(path, fields, writer, held.pop_all())
-        raise AssertionError
+            recorder = cls(path, fields, writer, held.pop_all())
+        return recorder
 
     @property
     def n_episodes(self) -> int:

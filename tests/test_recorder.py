@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from action_diffusion.datasets.loading import ObsKey, load, load_cached
 from action_diffusion.datasets.recorder import Recorder
 from action_diffusion.datasets.recorder_writer import EpisodeWriter
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
@@ -124,6 +125,16 @@ def test_what_others_wrote_is_recorded_on(tmp_path):
         Recorder.open(tmp_path / "a.zarr.zip", FIELDS, ATTRS)
 
 
+def test_a_buffer_that_is_damaged_is_not_recorded_on(tmp_path):
+    with Recorder.open(tmp_path / "a.zarr", FIELDS, ATTRS) as recorder:
+        recorder.add(step(0))
+        recorder.keep()
+    (tmp_path / "a.zarr" / "data" / "state" / "zarr.json").write_text("{")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"a.zarr cannot be read, the file is damaged or unsupported"):
+            Recorder.open(tmp_path / "a.zarr", FIELDS, ATTRS)
+
+
 def test_an_episode_that_is_open_stays_aside(tmp_path):
     path = tmp_path / "demos.zarr"
     with Recorder.open(path, FIELDS, ATTRS) as recorder:
@@ -145,6 +156,7 @@ def test_an_episode_that_is_open_stays_aside(tmp_path):
 def test_the_second_writer_is_told_who_the_first_is(tmp_path):
     path = tmp_path / "a.zarr"
     again = f"""
+from action_diffusion.datasets.loading import ObsKey, load, load_cached
 from action_diffusion.datasets.recorder import Recorder
 Recorder.open({str(path)!r}, {FIELDS}, {ATTRS})"""
     with Recorder.open(path, FIELDS, ATTRS) as recorder:
@@ -204,6 +216,7 @@ def test_another_file_is_not_spoiled(tmp_path, fields, attrs, video, message):
 FULL = """
 import resource, sys
 import numpy as np
+from action_diffusion.datasets.loading import ObsKey, load, load_cached
 from action_diffusion.datasets.recorder import Recorder
 from action_diffusion.errors import InputError
 noise = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
@@ -262,6 +275,9 @@ def test_video_is_exact_in_number_and_close_in_colour(tmp_path):
     for index in (5, -1, slice(20, 30), slice(None, None, 7), random.integers(0, 57, (3, 4)), (slice(3, 9), 5, 7)):
         np.testing.assert_array_equal(column[index], column[:][index])
     assert column.shape == (57, 96, 96, 3)
+    images = ObsKey("image", None, "image")
+    for loaded in (load(ReplayBuffer.open(path), images), load_cached(ReplayBuffer.open(path), images, tmp_path)):
+        np.testing.assert_array_equal(loaded, column[:])
     ReplayBuffer.open(path).save(tmp_path / "b.zarr")
     assert ReplayBuffer.open(tmp_path / "b.zarr").episode_ends.tolist() == [25, 26, 57]
 
