@@ -93,7 +93,7 @@ def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Setting
     notes = {
         "rate": settings.rate,
         "episodes": [{"folder": f"episode_{index:06d}", "length": length} for index, length in enumerate(lengths)],
-        "types": {key: native(buffer[key].dtype).name for key in buffer.keys if not is_image(buffer[key])},
+        "csv": {key: _in_csv(buffer[key], key) for key in buffer.keys if _file(buffer[key], key) == "rows.csv"},
         MARK: kept(buffer, {key: key for key in buffer.keys}),
     }
     with atomic_path(path / "dataset.json") as temporary:
@@ -104,6 +104,10 @@ def _file(column: Column, key: str) -> str:
     if is_image(column):
         return f"{key}.mp4"
     return "rows.csv" if np.prod(column.shape[1:]) <= CSV_NUMBERS else f"{key}.npy"
+
+
+def _in_csv(column: Column, key: str) -> dict[str, Any]:
+    return {"columns": header({key: column.shape[1:]}), "dtype": native(column.dtype).name}
 
 
 def _write_episode(buffer: ReplayBuffer, folder: Path, first: int, end: int, settings: Settings) -> None:

@@ -63,19 +63,19 @@ def description(path: Path) -> dict[str, Any] | None:
         return None
     with reading(str(file)):
         notes = json.loads(file.read_text())
-    if not isinstance(notes, dict) or not {"rate", "episodes", "types"} <= set(notes):
-        raise InputError(f"{file}: expected rate, episodes and types: without it the CSVs are read as they are")
+    if not isinstance(notes, dict) or not {"rate", "episodes", "csv"} <= set(notes):
+        raise InputError(f"{file}: expected rate, episodes and csv: without it the CSVs are read as they are")
     return notes
 
 
 def episodes_of(path: Path, notes: Mapping[str, Any] | None) -> list[Episode]:
     """Every episode. Raises `InputError` for lengths that differ within one, and keys that differ between them."""
     files = _csv_files(path, notes)
-    types = {key: np.dtype(name) for key, name in notes["types"].items()} if notes else {}
+    known = dict(notes["csv"]) if notes else None
     episodes: list[Episode] = []
     with progress(f"reading what is in {path.name}", len(files)) as advance:
         for file in files:
-            episodes.append(_episode(file, types, ours=notes is not None))
+            episodes.append(_episode(file, known))
             advance(1)
     _unify(episodes, known=notes is not None)
     if notes is not None:
@@ -97,19 +97,18 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _episode(csv: Path, types: Mapping[str, np.dtype], *, ours: bool) -> Episode:
+def _episode(csv: Path, known: Mapping[str, Any] | None) -> Episode:
+    """known: key → its columns in the CSV and its type; None in somebody else's folder."""
     names = read_header(csv)
-    columns = grouped(names)
+    columns = grouped(names) if known is None else _known(csv, names, known)
     texts = _texts(csv)
     if len(texts) == 0:
         raise InputError(f"{csv}: holds no rows")
     keys: dict[str, Kind] = {}
-    for key, positions in list(columns.items()):
-        if ours and key not in types:  # the row's number, where there is nothing else
-            del columns[key]
-            continue
+    for key, positions in columns.items():
         row = () if [names[position] for position in positions] == [key] else (len(positions),)
-        keys[key] = Kind(csv, row, types.get(key) or _guess(texts[:, positions], f"{csv}: {key}"))
+        dtype = np.dtype(known[key]["dtype"]) if known else _guess(texts[:, positions], f"{csv}: {key}")
+        keys[key] = Kind(csv, row, dtype)
     for key, file in _beside(csv).items():
         if key in keys:
             raise InputError(f"{file}: {key} is in {csv.name} as well: rename one")
@@ -118,6 +117,14 @@ def _episode(csv: Path, types: Mapping[str, np.dtype], *, ours: bool) -> Episode
             what = "rows" if file.suffix == ".npy" else "frames"
             raise InputError(f"{file}: {length} {what}, but {csv.name} has {len(texts)} rows: not one recording")
     return Episode(csv, len(texts), keys, columns)
+
+
+def _known(csv: Path, names: list[str], known: Mapping[str, Any]) -> dict[str, list[int]]:
+    wanted = {key: [str(name) for name in note["columns"]] for key, note in known.items()}
+    lacking = [name for parts in wanted.values() for name in parts if name not in names]
+    if lacking:
+        raise InputError(f"{csv} lacks column {lacking[0]}, which dataset.json describes")
+    return {key: [names.index(name) for name in parts] for key, parts in wanted.items()}
 
 
 def _beside(csv: Path) -> dict[str, Path]:

@@ -31,7 +31,8 @@ class Statistics:
 
 def _of_rows(rows: np.ndarray) -> Stats:
     values = rows.reshape(len(rows), -1).astype(np.float64)
-    found = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+    with np.errstate(over="ignore", invalid="ignore"):  # whatever is not finite shows
+        found = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
     return {**{name: value.tolist() for name, value in found.items()}, "count": [len(rows)]}
 
 
@@ -56,8 +57,9 @@ def merged(parts: Iterable[Stats]) -> Stats:
     kinds = [name for name in parts[0] if name != "count"]
     arrays = {name: np.stack([np.asarray(part[name], np.float64) for part in parts]) for name in kinds}
     shares = (counts / counts.sum()).reshape(-1, *[1] * (arrays["mean"].ndim - 1))
-    mean = (shares * arrays["mean"]).sum(0)
-    variance = (shares * (arrays["std"] ** 2 + (arrays["mean"] - mean) ** 2)).sum(0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = (shares * arrays["mean"]).sum(0)
+        variance = (shares * (arrays["std"] ** 2 + (arrays["mean"] - mean) ** 2)).sum(0)
     return {
         "min": arrays["min"].min(0).tolist(),
         "max": arrays["max"].max(0).tolist(),

@@ -1,0 +1,94 @@
+"""What we write for LeRobot, read by lerobot 0.4.4: v3.0 as it is, v2.1 through its own converter.
+
+lerobot's bounds do not fit ours: it has an environment of its own, which `python -m benchmarks` makes once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from action_diffusion import data_convert
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+
+peer_environment = import_module("benchmarks.peer_environment")
+PEER = peer_environment.PeerEnvironment(peer_environment.default_folder())
+
+pytestmark = pytest.mark.skipif(
+    not (PEER.folder / "complete.json").exists(),
+    reason=f"lerobot's environment is not in {PEER.folder}: python -m benchmarks makes it",
+)
+
+
+@pytest.fixture(scope="module")
+def buffer() -> ReplayBuffer:
+    random, lengths = np.random.default_rng(0), [4, 1, 7]
+    n = sum(lengths)
+    columns = {
+        "state": random.normal(size=(n, 5)).astype(np.float32),
+        "action": random.normal(size=(n, 2)).astype(np.float32),
+        "reward": random.normal(size=n).astype(np.float32),
+        "done": random.random(n) > 0.5,
+        "keypoint": random.normal(size=(n, 3, 2)).astype(np.float32),
+        "img": random.integers(0, 256, size=(n, 18, 25, 3)).astype(np.float32),
+    }
+    return ReplayBuffer.from_arrays(columns, np.cumsum(lengths), {"control_rate": 12.0, "task": "push the block"})
+
+
+@pytest.fixture(scope="module", params=["high", "lossless"])
+def read(request: pytest.FixtureRequest, buffer: ReplayBuffer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What lerobot said, the folder with what it read, and the quality of the videos."""
+    folder = tmp_path_factory.mktemp("peer")
+    buffer.save(folder / "a.zarr")
+    for name in ("lerobot", "lerobot21"):
+        words = {"in": str(folder / "a.zarr"), "out": str(folder / name), "format": name, "video": request.param}
+        data_convert.run(words)
+    script = Path(__file__).with_name("lerobot_formats_peer.py")
+    done = subprocess.run(
+        [str(PEER.python), str(script), str(folder)],
+        env={**os.environ, **PEER.variables, "HF_HOME": str(folder / "huggingface"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), folder, request.param
+
+
+@pytest.mark.parametrize("name", ["lerobot", "lerobot21"])
+def test_lerobot_reads_the_same_rows_and_frames(name: str, read: Any, buffer: ReplayBuffer) -> None:
+    found, folder, quality = read
+    assert found[name]["episodes"] == 3
+    assert found[name]["fps"] == 12
+    assert found[name]["tasks"] == ["push the block"]
+    assert np.allclose(found[name]["mean"], buffer["action"][:].mean(0), atol=1e-6)
+    columns = np.load(folder / f"{name}.npz")
+    rows = {"observation.state": "state", "action": "action", "next.reward": "reward", "next.done": "done"}
+    for there, here in rows.items():
+        assert np.array_equal(columns[there], buffer[here][:]), there
+    assert np.array_equal(columns["observation.keypoint"], buffer["keypoint"][:].reshape(-1, 6))
+    assert columns["episode_index"].tolist() == [0] * 4 + [1] + [2] * 7
+    frames = (columns["observation.images.img"] * 255).round().transpose(0, 2, 3, 1)
+    errors = ((frames - buffer["img"][:]) ** 2).reshape(len(frames), -1).mean(1)
+    if quality == "lossless":
+        assert not errors.any()
+    else:
+        assert 10 * np.log10(255**2 / errors.mean()) >= 40
+        assert 10 * np.log10(255**2 / errors.max()) >= 39  # another row's noise would be at 8 dB
+
+
+def test_what_lerobot_converted_comes_back(read: Any, buffer: ReplayBuffer) -> None:
+    _, folder, quality = read
+    data_convert.run({"in": str(folder / "converted/some/one"), "out": str(folder / "b.zarr")})
+    back = ReplayBuffer.open(folder / "b.zarr")
+    assert back.attrs == buffer.attrs
+    for key in buffer.keys:
+        if key != "img" or quality == "lossless":
+            assert np.array_equal(back[key][:], buffer[key][:]), key
