@@ -112,18 +112,25 @@ def _moved(robot: ProcessRobot, wanted: Wanted, seed: int) -> Measured:
 
 
 def _inference(policy: DeployedPolicy, config: Mapping[str, Any]) -> list[float]:
-    """Seconds of each prediction, as the loop would ask for them, while cameras and arm go on."""
+    """Seconds of each prediction, as the loop would ask for them, while cameras and arm go on.
+
+    Raises `InputError` where a server does not answer.
+    """
     from action_diffusion.deploy.prediction import Guidance, rehearse
+    from action_diffusion.deploy.thinking import Unavailable
 
     guidance = Guidance(**config["rtc"])
     horizon = config["execution_horizon"] or policy.spec.n_action_steps
     running = horizon if config["scheduling"] == "rtc" else None
-    rehearse(policy, guidance, running)
     seconds: list[float] = []
-    while len(seconds) < N_PREDICTIONS and (len(seconds) < 3 or sum(seconds) < LONG):
-        start = time.perf_counter()
+    try:
         rehearse(policy, guidance, running)
-        seconds.append(time.perf_counter() - start)
+        while len(seconds) < N_PREDICTIONS and (len(seconds) < 3 or sum(seconds) < LONG):
+            start = time.perf_counter()
+            rehearse(policy, guidance, running)
+            seconds.append(time.perf_counter() - start)
+    except Unavailable as error:
+        raise InputError(str(error)) from None
     return seconds
 
 

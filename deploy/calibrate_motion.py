@@ -20,7 +20,7 @@ import numpy as np
 from action_diffusion.deploy.arm_link import ArmLink
 from action_diffusion.deploy.arm_loop import Phase
 from action_diffusion.deploy.calibration import EARLIEST, LATEST, Signal, small
-from action_diffusion.deploy.limits import RATES
+from action_diffusion.deploy.limits import RATES, Limits
 from action_diffusion.deploy.motion import Layout
 from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.rings import RingReader
@@ -110,25 +110,35 @@ def plan(arm: ArmLink, wanted: Wanted) -> Motion:
     distance = wanted.distance or 0.1 * float(limits.high[number] - limits.low[number])
     phase = np.linspace(0, wanted.n_periods, 400 * wanted.n_periods + 1)
     unit = shape(phase, wanted.n_periods)
-    for side in (distance, -distance):
-        path = start[number] + side * unit
-        if path.min() >= limits.low[number] and path.max() <= limits.high[number]:
-            break
-    else:
-        raise InputError(f"calibration.distance={distance:g} has no room on either side of {start[number]:.4f}")
+    side = _with_room(start[number], distance, unit, limits.low[number], limits.high[number])
     period = wanted.period
     if number in layout.smooth:
-        derivative = side * unit
-        for order, name in enumerate(RATES, 1):
-            derivative = np.gradient(derivative, phase)
-            most = getattr(limits, name)[number] * (VELOCITY if order == 1 else OTHERS)
-            period = max(period, float(np.abs(derivative).max() / most) ** (1 / order))
+        period = max(period, _least_period(phase, side * unit, limits, number))
     if period > LONGEST:
         raise InputError(f"calibration.distance={distance:g} would take {period:.0f} s a period: give a smaller one")
     times = np.arange(0, wanted.n_periods * period + STEP, STEP)
     commands = np.tile(start, (len(times), 1))
     commands[:, number] += side * shape(times / period, wanted.n_periods)
     return Motion(times, commands, period * np.arange(1, wanted.n_periods))
+
+
+def _with_room(start: float, distance: float, unit: np.ndarray, low: float, high: float) -> float:
+    """distance, or -distance, with which the motion stays inside."""
+    for side in (distance, -distance):
+        path = start + side * unit
+        if path.min() >= low and path.max() <= high:
+            return side
+    raise InputError(f"calibration.distance={distance:g} has no room on either side of {start:.4f}")
+
+
+def _least_period(phase: np.ndarray, path: np.ndarray, limits: Limits, number: int) -> float:
+    """How long (s) a period has to be, for the motion to use no more than its share of the limits."""
+    least, derivative = 0.0, path
+    for order, name in enumerate(RATES, 1):
+        derivative = np.gradient(derivative, phase)
+        most = getattr(limits, name)[number] * (VELOCITY if order == 1 else OTHERS)
+        least = max(least, float(np.abs(derivative).max() / most) ** (1 / order))
+    return least
 
 
 def _turning(layout: Layout) -> set[int]:
