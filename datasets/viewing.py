@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,18 +27,19 @@ def view(buffer: ReplayBuffer, episodes: Sequence[int], output: Path | None) -> 
     """Show `episodes`, in a viewer where `output` is None, else as a .rrd file there.
 
     Timelines: `row` of the buffer, and `time` (s) where the buffer says its rate, in which episodes follow each other.
-    Raises `InputError` where rerun is not installed, or its viewer does not start.
+    Raises `InputError` where rerun is not installed, or there is no screen for its viewer.
     """
     rr = _rerun()
     if output is not None and output.suffix != ".rrd":
         raise InputError(f"output={output}: expected a file that ends in .rrd")
     recording = rr.RecordingStream(f"action-diffusion {buffer.name}")
     if output is None:
+        if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+            raise InputError("there is no screen for rerun's viewer: write a file with output=FILE.rrd")
         try:
             recording.spawn(default_blueprint=_blueprint(buffer))
         except Exception as error:
-            hint = "without a screen, write a file with output=FILE.rrd"
-            raise InputError(f"rerun's viewer does not start ({error}): {hint}") from error
+            raise InputError(f"rerun's viewer does not start ({error}): write a file with output=FILE.rrd") from error
         _log(rr, recording, buffer, episodes)
         return
     remove(output)

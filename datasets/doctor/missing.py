@@ -25,7 +25,7 @@ import numpy as np
 from action_diffusion.datasets.doctor.finding import Finding
 from action_diffusion.datasets.doctor.survey import Survey, Values, is_action
 
-EVIDENCE = 8.0
+EVIDENCE = 10.0
 """The sum from which on a row is missing; natural logarithm."""
 TELLS = np.log(2.0)
 """A dimension counts where its error over two steps is at least twice that over one."""
@@ -38,6 +38,8 @@ _ROUNDS = 15
 _FIT_ROWS = 8_000
 _MOST_STATES = 32
 _RESTLESS = 0.2
+_RARE = 6.0
+"""σ0 is at least the error that one row in a hundred exceeds, divided by this: some things do move unexpectedly."""
 _NOISE = 0.02
 """Of the error over two steps: model0 need not be better."""
 
@@ -71,7 +73,8 @@ def missing_rows(survey: Survey, sound: np.ndarray) -> Iterator[Finding]:
     inputs, moves = table.inputs(after, after + 1), table.moves(after, after + 1)
     r0, r1 = np.abs(moves - inputs @ model0), np.abs(moves - inputs @ model1)
     s1 = np.median(error1, axis=0)
-    s0 = np.maximum(np.median(r0, axis=0), _NOISE * s1)
+    usual, rare = np.quantile(r0[sound[after]], (0.5, 0.99), axis=0)
+    s0 = np.maximum(np.maximum(usual, rare / _RARE), _NOISE * s1)
     tells = np.where(s0 > 0, np.log(s1 / np.where(s0 > 0, s0, 1)), 0)
     used = tells >= max(TELLS, tells.max() / 2)
     if not used.any():
@@ -94,7 +97,8 @@ def _table(survey: Survey) -> _Table:
 
 def _rests(survey: Survey, low: Values) -> np.ndarray:
     """[D]: share of the rows in which a dimension stays where it was. What mostly rests tells no time."""
-    return np.asarray(np.mean(low.steps[~survey.first] == 0, axis=0))
+    steps = low.steps[~survey.first]
+    return np.asarray(np.mean(steps == 0, axis=0)) if len(steps) else np.ones(low.steps.shape[1])
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
