@@ -35,7 +35,6 @@ PATHS = (
 NUMBERS = {
     "dataset.max_episodes": 100,
     "dataset.memory_gb": 4.0,
-    "gripper_closed": 1.0,
     "sampler.num_inference_steps": 10,
     "task.control_rate": 10.0,
     "train.max_epochs": 10.0,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from test_deploy import save_bundle
+from test_page import Deployment, until
+from websockets.sync.client import connect
 
 from action_diffusion import cli
 from action_diffusion.datasets.growing import TIME, GrowingBuffer
@@ -105,3 +110,31 @@ def test_a_buffer_is_no_record(tmp_path, capsys):
     demonstrations.save(tmp_path / "demos.zarr")
     assert cli.main(["collect", "agent=corrections", f"from={tmp_path}/demos.zarr", f"output={tmp_path}/a.zarr"]) == 2
     assert "no record of a deployment" in capsys.readouterr().err
+
+
+def test_a_person_takes_over_and_what_they_did_trains(tmp_path, capsys):
+    """Through the page's socket, as its buttons and its pointer send it."""
+    bundle = save_bundle(tmp_path / "bundle", horizon=16, env={"name": "pusht", "max_steps": 600})
+    run = Deployment(bundle, tmp_path / "run", "scheduling=naive", "n_episodes=1")
+    try:
+        until(lambda: run.steps.count > 5)
+        with connect(run.url.replace("http", "ws") + "/live", proxy=None) as socket:
+            socket.send('{"order": "take_over"}')
+            for index in range(40):
+                socket.send(json.dumps({"order": "point", "values": [220 + index, 250]}))
+                time.sleep(0.05)
+            socket.send('{"order": "start"}')
+            run.goes_on(5)
+        assert run.end() == 130
+    finally:
+        run.process.kill()
+        run.process.wait()
+    path = tmp_path / "more.zarr"
+    assert cli.main(["collect", "agent=corrections", f"from={tmp_path}/run", f"output={path}"]) == 0
+    assert "episodes: 1" in capsys.readouterr().out
+    buffer = ReplayBuffer.open(path)
+    assert 12 <= buffer.n_steps <= 25
+    assert (buffer["action"][:, 1] == 250).all()
+    assert (np.diff(buffer["action"][:, 0]) >= 0).all()
+    words = [f"data={path}", f"output_dir={tmp_path}/train", "device=cpu", "train.max_steps=2", "train.batch_size=4"]
+    assert cli.main(["train", "task=pusht_state", *words, "train.validate_every=0", "evaluation.n_episodes=0"]) == 0

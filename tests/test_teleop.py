@@ -36,7 +36,7 @@ from action_diffusion.deploy.teleop.session import Mode, Session
 from action_diffusion.deploy.teleop.steering import HAND, Speeds, steering_of
 from action_diffusion.deploy.teleop.takeover import DeviceTeleoperator, teleoperator
 from action_diffusion.deploy.teleop.terminal import names
-from action_diffusion.deploy.teleop.world import RobotWorld, SimulatedWorld, command_limits, gate_of
+from action_diffusion.deploy.teleop.world import RobotWorld, SimulatedWorld, action_of, command_limits, gate_of
 from action_diffusion.envs.demonstration import episode
 from action_diffusion.envs.pusht import PushT
 from action_diffusion.errors import InputError
@@ -442,12 +442,17 @@ def test_a_leader_is_followed_no_faster_than_the_arm_may():
 
 
 def test_which_end_closes_a_gripper():
-    for closed, expected in ((None, 1.0), (1.0, 1.0), (0.0, 0.0)):
-        steering = steering_of(POSE, ARM, 10.0, SPEEDS, arm_limits=ARM, gripper_closed=closed)
+    for gripper, expected in ((None, 1.0), ((0.0, 1.0), 1.0), ((1.0, 0.0), 0.0)):
+        steering = steering_of(POSE, ARM, 10.0, SPEEDS, arm_limits=ARM, gripper=gripper)
         steering.begin(np.array([0.4, 0, 0.2, 3.1, 0, 0, 1.0 - expected]))
         assert steering.action(STILL._replace(gripper=1), np.zeros(7))[6] == expected
-    with pytest.raises(InputError, match=r"gripper_closed=0\.5 must be an end"):
-        steering_of(POSE, ARM, 10.0, SPEEDS, arm_limits=ARM, gripper_closed=0.5)
+
+
+def test_actions_of_a_robot_have_6d_rotations():
+    command = np.array([0.4, 0.0, 0.2, 3.1, 0.2, 0.0, 1.0])
+    action = action_of(Layout(POSE), command)
+    assert (action.dtype, action.shape) == (np.float32, (10,))
+    np.testing.assert_allclose(Layout(POSE).from_actions(action[None])[0], command, atol=1e-5)
 
 
 # Arms
@@ -525,9 +530,11 @@ def test_an_arm_in_real_time_through_all_gates(robot):
     (rows,) = sink.episodes
     actions = np.array([row["action"] for row in rows])
     assert len(actions) == 21
-    np.testing.assert_allclose(actions[9], [0.25, -0.25, 0.0], atol=0.03)
+    np.testing.assert_allclose(actions[0], 0.0, atol=1e-6)  # where it is; each further one for its own tick
+    np.testing.assert_allclose(actions[9], [0.225, -0.225, 0.0], atol=0.03)
     assert actions[-1][2] == 1.0
-    assert abs(rows[-1]["joints"][0] - actions[-2][0]) < 0.06
+    for row in rows[5:10]:
+        assert abs(row["joints"][0] - row["action"][0]) < 0.06
     assert {"joints", "gripper", "action"} == set(rows[0])
     assert robot.events() == []
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import json
+import os
 import re
 import shutil
 import signal
@@ -21,9 +23,11 @@ from websockets.sync.client import connect
 
 from action_diffusion import cli
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.deploy.messages import text
 from action_diffusion.deploy.rings import RingReader, shared_folder
 from action_diffusion.envs.pusht import PushT
 from action_diffusion.envs.pusht_expert import PushTExpert
+from benchmarks.kills import child_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -163,7 +167,7 @@ def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, 
     person = Person(browser, run.url)
     for index in range(3):
         person.begins()
-        person.pushes(2.0)
+        person.pushes(1.5)
         if index == 1:
             person.page.keyboard.press("Backspace")
             person.sees("message", "discarded: the same start again")
@@ -175,7 +179,7 @@ def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, 
     person.page.keyboard.press("u")
     person.sees("message", "took back episode 2")
     person.begins()
-    person.pushes(2.0)
+    person.pushes(1.5)
     person.page.keyboard.press("k")
     person.sees("episodes", "2 of 20 episodes")
     person.page.click("#finish")
@@ -233,10 +237,6 @@ def test_a_browser_that_stalls_or_is_closed_pauses_the_episode_and_not_the_loop(
 
 
 def last(run: Collecting) -> dict[str, Any]:
-    import json
-
-    from action_diffusion.deploy.messages import text
-
     record = run.sessions.latest()
     assert record is not None
     return dict(json.loads(text(record.values["json"])))
@@ -262,4 +262,7 @@ def test_who_may_come_in_and_who_drives(collecting, tmp_path):
         assert '"drives": false' in [second.recv() for _ in range(3)][-1]
         second.send('{"order": "discard"}')
         until(lambda: last(run)["mode"] == "READY")
+        second.send('{"order": "start"}')
+        os.kill(child_of(run.process.pid, "page_process"), signal.SIGKILL)
+    until(lambda: "page's process has died" in last(run)["message"])
     assert run.end()["episodes"] == "0"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,19 @@ from action_diffusion.datasets.recorder import Recorder
 from action_diffusion.deploy import robots
 from action_diffusion.deploy.clock import Clock, MonotonicClock, VirtualClock
 from action_diffusion.deploy.hardware import read_cell
-from action_diffusion.deploy.onlookers import page_port
 from action_diffusion.deploy.process_robot import ProcessRobot
-from action_diffusion.deploy.processes import Child
 from action_diffusion.deploy.rings import Segments
-from action_diffusion.deploy.teleop.device import Device
 from action_diffusion.deploy.teleop.devices import SHOWS_PLACES, everything, make_device
-from action_diffusion.deploy.teleop.page import Pictures, Shown
 from action_diffusion.deploy.teleop.scenes import describe
 from action_diffusion.deploy.teleop.session import Session
+from action_diffusion.deploy.teleop.showing import open_page, teller
 from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
-from action_diffusion.deploy.teleop.world import RobotWorld, SimulatedWorld, World, gate_of
+from action_diffusion.deploy.teleop.world import RobotWorld, SimulatedWorld, World, gate_of, is_plane
 from action_diffusion.envs.demonstration import EXPERTS
 from action_diffusion.errors import InputError
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
 FIRST_TEST_SEED = 100_000
-T = ([[-60, 0], [60, 0], [60, 30], [-60, 30]], [[-15, 30], [15, 30], [15, 120], [-15, 120]])
-"""PushT's block in its own frame (px)."""
-MODULE = "action_diffusion.deploy.teleop.page_process"
 
 
 def run(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,8 +41,10 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         world, folder = _world(config, stack)
         _check_device(config, world)
         clock, countdown = _clock(config, world)
-        shown, page = _page(config, world, driver, folder, stack)
-        device = everything(driver, folder, page, points=world.groups is not None and _is_plane(world))
+        shown, page = open_page(config, world, driver, folder)
+        if page is not None:
+            stack.callback(page.end)
+        device = everything(driver, folder, page, points=is_plane(world))
         stack.callback(device.close)
         device.connect()
         sink = stack.enter_context(_recorder(config, world))
@@ -65,12 +60,13 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
             countdown=countdown,
             max_steps=math.ceil(config["max_seconds"] * world.control_rate),
             wanted=config["episodes"],
-            tell=_teller(config, world, shown),
+            tell=teller(config, world, shown),
         )
-        _say_how(config, device, page)
+        if config["device"] != "script":
+            print(f"{config['device']}: {device.help}", flush=True)
         with suppress(KeyboardInterrupt):
             session.run()
-        if isinstance(world, SimulatedWorld) and not _is_plane(world):
+        if isinstance(world, SimulatedWorld) and not is_plane(world):
             seed, known = config["seed"], max(0, already - session.undone)
             describe(sink.path, lambda i: world.scene_of(seed + i), n_episodes=sink.n_episodes, known=known)
         return {"output": str(config["output"]), **session.summary(), **_unfinished(sink)}
@@ -88,10 +84,6 @@ def _check(config: Mapping[str, Any]) -> None:
             raise InputError(f"{name}={config[name]} must be seconds")
     if str(config["output"]).endswith(".zip"):
         raise InputError("agent=teleop records to a folder, step by step: output=DIR.zarr")
-
-
-def _is_plane(world: World) -> bool:
-    return world.groups is not None and [group.name for group in world.groups] == ["target"]
 
 
 def _check_device(config: Mapping[str, Any], world: World) -> None:
@@ -131,17 +123,27 @@ def _spec(config: Mapping[str, Any]) -> PolicySpec:
     """What a robot wants to know of a task; there is no policy."""
     task = config["task"]
     env, rate = task["env"], float(task["control_rate"])
-    seen = {"state": ObservationSpec(shape=(5,))} if config["robot"] == "sim_pusht" else {}
+    observations: Mapping[str, Mapping[str, Any]] = (task["observations"] or {}) if config["robot"] == "sim_arm" else {}
+    images = [key for key, value in observations.items() if value["kind"] == "image"]
+    seen = {key: ObservationSpec(shape=(1, 1, 3), dtype="uint8", kind="image") for key in images}
+    if config["robot"] == "sim_arm":
+        env = {**(env or {}), "absolute": True}
     action = ActionSpec(shape=(1,))
     return PolicySpec(seen, action, n_obs_steps=1, horizon=1, n_action_steps=1, control_rate=rate, env=env)
 
 
 def _keys(config: Mapping[str, Any], robot: ProcessRobot) -> list[str]:
-    """What is recorded of a robot: the keys that its hardware's file names, else all states; and all cameras."""
+    """What is recorded of a robot: the keys that its hardware's file names, else all states; and all cameras.
+
+    Of simulated ones what is recorded of their simulators.
+    """
+    states = [group.name for group in robot.arm.state]
     if config["robot"] == "sim_pusht":
-        return ["state", *robot.cameras]
-    cell = read_cell(config["hardware"])
-    states = list(cell.get("observations") or {}) or [group.name for group in robot.arm.state]
+        states = ["state"]
+    elif config["robot"] == "sim_arm":
+        states = [name for name in states if name == "object" or name.startswith("robot0_")]
+    elif config["hardware"]:
+        states = list(read_cell(config["hardware"]).get("observations") or {}) or states
     return [*states, *robot.cameras]
 
 
@@ -170,70 +172,18 @@ def _steering(config: Mapping[str, Any], world: World) -> Steering:
     speeds = Speeds().scaled(float(config["speed"]))
     options: dict[str, Any] = {"grab": config["device"] != "script"}
     if isinstance(world, RobotWorld):
-        options |= {"arm_limits": world.robot.arm.limits, "gripper_closed": config["gripper_closed"]}
+        options |= {"arm_limits": world.robot.arm.limits, "gripper": _gripper(config)}
     return steering_of(world.groups, world.limits, world.control_rate, speeds, **options)
 
 
-def _page(
-    config: Mapping[str, Any], world: World, driver: Device | None, folder: Path, stack: ExitStack
-) -> tuple[Shown | None, Child | None]:
-    """The page's process, where there is to be one."""
-    wanted = config["page"]
-    if config["device"] == "script" and wanted is None:
-        wanted = False
-    if driver is None and wanted is None:
-        wanted = True
-    port = page_port(wanted, print)
-    if port is None:
-        return None, None
-    shown = Shown(folder)
-    about = {
-        "task": config["task"]["name"],
-        "help": "" if driver is None else driver.help,
-        "points": driver is None and _is_plane(world),
-        "emergency": not world.waits,
-        "board": board() if _is_plane(world) else None,
-    }
-    if driver is None:
-        from action_diffusion.deploy.teleop.keys import HELP
-
-        about["help"] = "lead the finger with the mouse, or a finger on the screen" if about["points"] else HELP
-    address = {"host": str(config["page_host"]), "port": port, "token_file": config["page_token_file"]}
-    page = Child(MODULE, folder, "page", {**address, "about": about})
-    stack.callback(page.end)
-    said = page.wait_ready()
-    host = address["host"]
-    print(f"page: http://{f'[{host}]' if ':' in str(host) else host}:{said['port']}", flush=True)
-    return shown, page
-
-
-def board() -> dict[str, Any]:
-    """What the page draws of PushT: size, the block's polygons, the finger's radius (px), and the goal's pose."""
-    from action_diffusion.envs.pusht import GOAL_POSE
-
-    return {"size": 512, "polygons": T, "goal": list(GOAL_POSE), "radius": 15}
-
-
-def _teller(config: Mapping[str, Any], world: World, shown: Shown | None) -> Callable[[dict[str, Any]], None]:
-    """Shows a session's status on the page, or says it to the program that writes the script."""
-    if shown is not None:
-        pictures = Pictures(world.picture, shown)
-
-        def show(status: dict[str, Any]) -> None:
-            shown.tell({**status, **world.scene()})
-            pictures(status["mode"], status["step"])
-
-        return show
-    if config["script"] == "-":
-        return lambda status: print(json.dumps({**status, **world.scene()}), flush=True)
-    return lambda status: None
-
-
-def _say_how(config: Mapping[str, Any], device: Device, page: Child | None) -> None:
-    if config["device"] != "script":
-        print(f"{config['device']}: {device.help}", flush=True)
-    if page is not None:
-        print("from another machine: ssh -L PORT:localhost:PORT, then the same address", flush=True)
+def _gripper(config: Mapping[str, Any]) -> tuple[float, float] | None:
+    """(open, closed). Raises `InputError` for anything but two numbers."""
+    given = config["gripper"] or ([-1.0, 1.0] if config["robot"] == "sim_arm" else None)
+    if given is None:
+        return None
+    if len(given) != 2 or not all(isinstance(value, int | float) for value in given):
+        raise InputError(f"gripper={given} must be [open, closed]")
+    return float(given[0]), float(given[1])
 
 
 def _unfinished(sink: Recorder) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from action_diffusion.deploy.gate import Gate
 from action_diffusion.deploy.teleop.device import Device, Order, Signals
 from action_diffusion.deploy.teleop.steering import Steering
 from action_diffusion.deploy.teleop.world import World
+from action_diffusion.errors import InputError
 
 MOST_LATENESSES = 1_000_000
 
@@ -138,16 +139,24 @@ class Session:
         if order is Order.FINISH:
             self._finished = True
         elif order is Order.START and self.mode is Mode.READY:
-            self._begins = self._clock.now() + self._countdown
-            self._world.begin()
-            self._become(Mode.COUNTDOWN)
-            self._say("")
+            self._start()
         elif order is Order.KEEP and self.mode in (Mode.RECORDING, Mode.OVER):
             self._keep()
         elif order is Order.DISCARD and self.mode is not Mode.READY:
             self._discard()
         elif order is Order.UNDO and self.mode is Mode.READY:
             self._undo()
+
+    def _start(self) -> None:
+        """A robot may not be ready: after an emergency stop, for one."""
+        try:
+            self._world.begin()
+        except InputError as error:
+            self._say(str(error))
+            return
+        self._begins = self._clock.now() + self._countdown
+        self._become(Mode.COUNTDOWN)
+        self._say("")
 
     def _keep(self) -> None:
         if not self._sink.n_steps:
@@ -197,6 +206,7 @@ class Session:
         present = self._world.present()
         if not self._driven:
             self._steering.begin(present)
+            self._world.resume(present)
         observation = self._world.observe()
         steered = self._steering.action(signals, present)
         if isinstance(steered, str):
@@ -208,9 +218,9 @@ class Session:
             return refusal
         self._target = action
         self._say("")
-        reward, done = self._world.step(action, tick)
+        executed, (reward, done) = self._world.step(action, tick)
         if self.mode is Mode.RECORDING:
-            self._record(observation, action, reward)
+            self._record(observation, executed, reward)
             if done:
                 self._over("the task is done: keep it?" if reward == 1.0 else "it is over: keep or discard it")
             elif self._steps >= self._max_steps:

@@ -127,7 +127,7 @@ class PlaceSteering:
     Args:
         groups, limits: of the command; `low` and `high` of a gripper are its ends.
         arm_limits: the arm's, whose velocities bound how fast a leader is followed.
-        gripper_closed: the number that closes the gripper; None: the upper end.
+        gripper: (open, closed); None: the ends of its limits.
     """
 
     def __init__(
@@ -138,12 +138,12 @@ class PlaceSteering:
         speeds: Speeds,
         *,
         arm_limits: Limits,
-        gripper_closed: float | None = None,
+        gripper: tuple[float, float] | None = None,
     ) -> None:
         self._layout, self._limits, self._rate, self._speeds = Layout(groups), limits, rate, speeds
         self._at = np.zeros(self._layout.size)
         self._step = _most_at_once(self._layout, arm_limits, rate)
-        self._ends = _gripper_ends(self._layout, limits, gripper_closed)
+        self._ends = gripper or _gripper_ends(self._layout, limits)
         self._gripper: float | None = None
 
     def reset(self) -> None:
@@ -189,14 +189,11 @@ def _gripper(at: float, signals: Signals, *, opened: float, closed: float) -> fl
     return {0: at, 1: closed, -1: opened}[signals.gripper]
 
 
-def _gripper_ends(layout: Layout, limits: Limits, closed: float | None) -> tuple[float, float]:
+def _gripper_ends(layout: Layout, limits: Limits) -> tuple[float, float]:
     """(open, closed): the ends of the gripper's range."""
     for group, part in layout.slices():
         if group.name == "gripper":
-            low, high = float(limits.low[part][0]), float(limits.high[part][0])
-            if closed is not None and closed not in (low, high):
-                raise InputError(f"gripper_closed={closed} must be an end of the gripper's limits, {low:g} or {high:g}")
-            return (high, low) if closed == low else (low, high)
+            return float(limits.low[part][0]), float(limits.high[part][0])
     return 0.0, 0.0
 
 
@@ -224,11 +221,11 @@ def steering_of(
     *,
     grab: bool = True,
     arm_limits: Limits | None = None,
-    gripper_closed: float | None = None,
+    gripper: tuple[float, float] | None = None,
 ) -> Steering:
     """What fits actions of `groups` (see `world.World`)."""
     if groups is None:
         return RelativeSteering(limits, rate, speeds)
     if [group.name for group in groups] == ["target"]:
         return PlaneSteering(limits, rate, speeds, grab=grab)
-    return PlaceSteering(groups, limits, rate, speeds, arm_limits=arm_limits or limits, gripper_closed=gripper_closed)
+    return PlaceSteering(groups, limits, rate, speeds, arm_limits=arm_limits or limits, gripper=gripper)

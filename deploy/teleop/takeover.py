@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.teleop.device import Device
 from action_diffusion.deploy.teleop.devices import make_device
 from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
-from action_diffusion.deploy.teleop.world import place_of
+from action_diffusion.deploy.teleop.world import action_of, command_limits, place_of
 from action_diffusion.errors import unknown
 
 DEVICES = ("keyboard", "gamepad", "spacemouse", "leader")
@@ -27,10 +28,17 @@ class DeviceTeleoperator:
     Args:
         device: connected.
         present: where the arm is in terms of a command, [A].
+        action: a command as the policy has it, which may mean rotations in 6D.
     """
 
-    def __init__(self, device: Device, steering: Steering, present: Callable[[], np.ndarray]) -> None:
-        self._device, self._steering, self._present = device, steering, present
+    def __init__(
+        self,
+        device: Device,
+        steering: Steering,
+        present: Callable[[], np.ndarray],
+        action: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    ) -> None:
+        self._device, self._steering, self._present, self._action = device, steering, present, action
         self._last = -np.inf
 
     def command(self, t: float) -> np.ndarray | None:
@@ -42,8 +50,8 @@ class DeviceTeleoperator:
         if t - self._last > STALE:
             self._steering.begin(present)
         self._last = t
-        action = self._steering.action(signals, present)
-        return None if isinstance(action, str) else action
+        command = self._steering.action(signals, present)
+        return None if isinstance(command, str) else self._action(command)
 
     def close(self) -> None:
         attempt(self._device.close)
@@ -63,7 +71,11 @@ def teleoperator(config: Mapping[str, Any], robot: ProcessRobot, limits: Limits)
     plain = {"device": name, "device_index": 0, "clutch": False, "script": None}
     device = make_device(plain, read_cell(config["hardware"]) if config["hardware"] else {})
     assert device is not None
-    groups = robot.arm.command
-    steering = steering_of(groups, limits, robot.control_rate, Speeds(), arm_limits=robot.arm.limits)
+    layout, arm = robot.layout, robot.arm.limits
+    as_commanded = len(limits.low) == layout.size
+    within = limits if as_commanded else command_limits(layout, arm)
+    gripper = (-1.0, 1.0) if config["robot"] == "sim_arm" else None
+    steering = steering_of(layout.groups, within, robot.control_rate, Speeds(), arm_limits=arm, gripper=gripper)
     device.connect()
-    return DeviceTeleoperator(device, steering, lambda: place_of(robot))
+    action = np.asarray if as_commanded else functools.partial(action_of, layout)
+    return DeviceTeleoperator(device, steering, lambda: place_of(robot), action)

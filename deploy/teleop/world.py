@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from action_diffusion.datasets.growing_column import Fields
+from action_diffusion.datasets.rotations import axis_angle_to_6d
 from action_diffusion.deploy.gate import Gate
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.motion import Layout
@@ -58,8 +59,14 @@ class World(Protocol):
         """A recorded step, but for action and reward."""
         ...
 
-    def step(self, action: np.ndarray, tick: float) -> Feedback:
-        """Execute `action` [A] in the control step that began at `tick` (monotonic s)."""
+    def resume(self, present: np.ndarray) -> None:
+        """The person drives from now on, also after a pause, from `present`."""
+
+    def step(self, action: np.ndarray, tick: float) -> tuple[np.ndarray, Feedback]:
+        """Execute `action` [A] in the control step that began at `tick` (monotonic s).
+
+        Also returns what is recorded as this step's action, float32.
+        """
         ...
 
     def hold(self) -> bool:
@@ -124,8 +131,11 @@ class SimulatedWorld:
     def observe(self) -> dict[str, np.ndarray]:
         return self._env.observe(self._keys)
 
-    def step(self, action: np.ndarray, tick: float) -> Feedback:
-        return self._env.step(action)
+    def resume(self, present: np.ndarray) -> None:
+        pass
+
+    def step(self, action: np.ndarray, tick: float) -> tuple[np.ndarray, Feedback]:
+        return action, self._env.step(action)
 
     def hold(self) -> bool:
         return False
@@ -154,6 +164,13 @@ class SimulatedWorld:
 class RobotWorld:
     """A robot in processes of its own, simulated or real: its time goes on, and where nobody drives it holds.
 
+        tick              k            k + 1
+        the person says   c[k]         c[k+1]
+        the arm is at     c[k-1] ────▶ c[k] ────▶         so that it moves steadily
+        row               o[k], c[k-1]                    as `deploy` executes it: step To-1 of a chunk is for now
+
+    Where commands are held and not interpolated, c[k] is for tick k, and recorded there. Rotations are recorded as 6D.
+
     Args:
         robot: in whose processes the arm's gate and its watchdog are.
         keys: what to record: states, and cameras.
@@ -172,8 +189,9 @@ class RobotWorld:
         self.attrs = dict(self._attrs)
         seen = robot.observe(self._keys, time.monotonic()).values
         self.fields: Fields = {key: (value.dtype.str, value.shape) for key, value in seen.items()}
-        self.fields = {**self.fields, "action": ("<f4", (self._layout.size,))}
-        if robot.plane is not None:
+        self._before = np.zeros(self._layout.size)
+        self.fields = {**self.fields, "action": ("<f4", action_of(self._layout, self._before).shape)}
+        if robot.scene is not None:
             self.fields = {**self.fields, "reward": ("<f4", ())}
         self._camera = next(iter(robot.cameras), None)
 
@@ -193,10 +211,16 @@ class RobotWorld:
     def observe(self) -> dict[str, np.ndarray]:
         return self._robot.observe(self._keys, time.monotonic()).values
 
-    def step(self, action: np.ndarray, tick: float) -> Feedback:
-        """Numbers that are interpolated are reached a control period later, so that the arm moves steadily."""
-        ahead = 1 / self.control_rate if self._robot.lookahead else 0.0
-        return self._robot.command([action.astype(np.float64)], tick + ahead)
+    def resume(self, present: np.ndarray) -> None:
+        self._before = present
+
+    def step(self, action: np.ndarray, tick: float) -> tuple[np.ndarray, Feedback]:
+        """Commands that are interpolated are places to be at by the next tick; see the class."""
+        command = action.astype(np.float64)
+        if not self._robot.lookahead:
+            return action_of(self._layout, command), self._robot.command([command], tick)
+        before, self._before = self._before, command
+        return action_of(self._layout, before), self._robot.command([before, command], tick)
 
     def hold(self) -> bool:
         return self._robot.hold()[1]
@@ -228,6 +252,15 @@ def place_of(robot: ProcessRobot) -> np.ndarray:
     return np.concatenate([seen[name].astype(np.float64) for name in names])
 
 
+def action_of(layout: Layout, command: np.ndarray) -> np.ndarray:
+    """`command` [A] as an action float32 [A + 3 each], with 6D rotations: see `Layout.from_actions`."""
+    parts = [
+        axis_angle_to_6d(command[part]) if group.kind == "rotation" else command[part]
+        for group, part in layout.slices()
+    ]
+    return np.concatenate(parts).astype(np.float32)
+
+
 def command_limits(layout: Layout, limits: Limits) -> Limits:
     """Limits of commands, from those of coordinates: a rotation's, which count from its reference, are the arm's alone.
 
@@ -238,6 +271,11 @@ def command_limits(layout: Layout, limits: Limits) -> Limits:
         if group.kind == "rotation":
             low[part], high[part] = -np.inf, np.inf
     return Limits(low=low, high=high, max_step=limits.max_step)
+
+
+def is_plane(world: World) -> bool:
+    """Whether actions are points of PushT's plane."""
+    return world.groups is not None and [group.name for group in world.groups] == ["target"]
 
 
 def gate_of(world: World) -> Gate:

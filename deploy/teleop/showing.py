@@ -1,0 +1,108 @@
+"""Who is told how a session stands: the page, the terminal, or the program that writes the script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from action_diffusion.deploy.onlookers import page_port
+from action_diffusion.deploy.processes import Child
+from action_diffusion.deploy.teleop.device import Device
+from action_diffusion.deploy.teleop.keys import HELP
+from action_diffusion.deploy.teleop.page import Pictures, Shown
+from action_diffusion.deploy.teleop.world import World, is_plane
+
+MODULE = "action_diffusion.deploy.teleop.page_process"
+T = ([[-60, 0], [60, 0], [60, 30], [-60, 30]], [[-15, 30], [15, 30], [15, 120], [-15, 120]])
+"""PushT's block in its own frame (px)."""
+POINTING = (
+    "lead the finger with the mouse, or with your own on a touch screen; Enter start, K keep, Backspace discard, U undo"
+)
+Status = dict[str, Any]
+
+
+def open_page(
+    config: Mapping[str, Any], world: World, driver: Device | None, folder: Path
+) -> tuple[Shown | None, Child | None]:
+    """The page's process, ready, and what it shows; None where there is to be none.
+
+    driver: None for the page itself. Raises `InputError` for an address that cannot be had, and a missing extra.
+    """
+    wanted = config["page"]
+    if wanted is None and (driver is None or config["device"] == "script"):
+        wanted = driver is None
+    port = page_port(wanted, print)
+    if port is None:
+        return None, None
+    shown, host = Shown(folder), str(config["page_host"])
+    address = {"host": host, "port": port, "token_file": config["page_token_file"]}
+    page = Child(MODULE, folder, "page", {**address, "about": _about(config, world, driver)})
+    try:
+        said = page.wait_ready()
+    except BaseException:
+        page.end()
+        raise
+    print(f"page: http://{f'[{host}]' if ':' in host else host}:{said['port']}", flush=True)
+    print("from another machine: ssh -L PORT:localhost:PORT HOST, then http://localhost:PORT", flush=True)
+    return shown, page
+
+
+def _about(config: Mapping[str, Any], world: World, driver: Device | None) -> dict[str, Any]:
+    """What the page is told at its start."""
+    points = driver is None and is_plane(world)
+    return {
+        "task": config["task"]["name"],
+        "help": driver.help if driver is not None else POINTING if points else HELP,
+        "points": points,
+        "emergency": not world.waits,
+        "board": board() if is_plane(world) else None,
+    }
+
+
+def board() -> dict[str, Any]:
+    """What the page draws of PushT: size, the block's polygons, the finger's radius (px), and the goal's pose."""
+    from action_diffusion.envs.pusht import GOAL_POSE
+
+    return {"size": 512, "polygons": T, "goal": list(GOAL_POSE), "radius": 15}
+
+
+def teller(config: Mapping[str, Any], world: World, shown: Shown | None) -> Callable[[Status], None]:
+    """Takes a session's status after every tick."""
+    if config["device"] == "script" and shown is None:
+        if config["script"] != "-":
+            return lambda status: None
+        return lambda status: print(json.dumps({**status, **world.scene()}), flush=True)
+    say = Lines(print)
+    if shown is None:
+        return say
+    pictures = Pictures(world.picture, shown)
+
+    def show(status: Status) -> None:
+        say(status)
+        shown.tell({**status, **world.scene()})
+        pictures(status["mode"], status["step"])
+
+    return show
+
+
+class Lines:
+    """A line for whoever looks at the terminal, each time that something happens.
+
+    Args:
+        say: takes it.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._last = say, ("", "")
+
+    def __call__(self, status: Status) -> None:
+        now = (status["mode"], status["message"])
+        if now == self._last:
+            return
+        mode, message = now
+        score = "" if status["score"] is None else f", score {status['score']:.2f}"
+        if message or mode != self._last[0]:
+            self._say(f"{mode.lower()}, {status['episodes']} kept, step {status['step']}{score}. {message}".rstrip())
+        self._last = now
