@@ -1,6 +1,6 @@
 """Runs in lerobot's own environment: opens what was converted with lerobot 0.4.4, and says what it read.
 
-    lerobot_formats_peer.py FOLDER     with FOLDER/lerobot (v3.0) and FOLDER/lerobot21 (v2.1), which is converted first
+    lerobot_formats_peer.py FOLDER …     each with FOLDER/lerobot (v3.0) and FOLDER/lerobot21 (v2.1), converted first
 
 Each dataset's frames and rows, as lerobot gives them, go to FOLDER/NAME.npz.
 """
@@ -33,13 +33,12 @@ def read(folder: Path, root: Path, name: str) -> dict[str, object]:
     }
 
 
-def main(folder: Path) -> None:
+def look(folder: Path) -> dict[str, object]:
     converted = folder / "converted" / NAME
     shutil.copytree(folder / "lerobot21", converted)
     convert_dataset(NAME, root=folder / "converted", push_to_hub=False)
-    found = {"lerobot": read(folder, folder / "lerobot", "lerobot"), "lerobot21": read(folder, converted, "lerobot21")}
-    print(json.dumps(found))
+    return {"lerobot": read(folder, folder / "lerobot", "lerobot"), "lerobot21": read(folder, converted, "lerobot21")}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    print(json.dumps([look(Path(word)) for word in sys.argv[1:]]))

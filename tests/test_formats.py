@@ -378,9 +378,9 @@ def test_a_difference_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
-    n = 600
+    n = 300
     images = np.random.default_rng(0).integers(0, 256, size=(n, 64, 64, 3)).astype(np.uint8)
-    ReplayBuffer.from_arrays({"img": images, "action": np.zeros((n, 2))}, np.arange(30, n + 1, 30)).save(
+    ReplayBuffer.from_arrays({"img": images, "action": np.zeros((n, 2))}, np.arange(15, n + 1, 15)).save(
         tmp_path / "a.zarr"
     )
     words = ["convert", f"in={tmp_path / 'a.zarr'}", f"out={tmp_path / 'out'}", "format=lerobot21"]
@@ -389,7 +389,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     lines = tmp_path / ".out.converting/journal"
     while not lines.exists() or lines.read_text().count("\n") < 1:
         assert process.poll() is None
-        time.sleep(0.005)
+        time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
@@ -402,22 +402,22 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_buffer(tmp_path: Path) -> None:
-    """Four times as many rows, in about the same memory."""
+    """Many more rows, in about the same memory."""
     code = (
-        "import resource, sys; from action_diffusion import data_convert;"
+        "import sys; from action_diffusion import data_convert;"
         "data_convert.run({'in': sys.argv[1], 'out': sys.argv[2], 'format': 'lerobot'});"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     peaks = []
-    for n in (300, 2000):
+    for n in (1500, 4000):
         images = np.zeros((n, 96, 96, 3), np.uint8)
         path = tmp_path / f"{n}.zarr"
         ReplayBuffer.from_arrays({"img": images, "action": np.zeros((n, 2))}, np.arange(100, n + 1, 100)).save(path)
         done = subprocess.run(
             [sys.executable, "-c", code, str(path), str(tmp_path / str(n))], capture_output=True, text=True, check=True
         )
-        peaks.append(int(done.stdout.splitlines()[-1]) * 1024)
-    assert peaks[1] - peaks[0] < 1700 * 96 * 96 * 3 / 2
+        peaks.append(int(done.stdout.split()[-2]) * 1024)
+    assert peaks[1] - peaks[0] < 2500 * 96 * 96 * 3 / 2
 
 
 def test_pieces_cover_their_rows() -> None:

@@ -42,24 +42,32 @@ def buffer() -> ReplayBuffer:
     return ReplayBuffer.from_arrays(columns, np.cumsum(lengths), {"control_rate": 12.0, "task": "push the block"})
 
 
-@pytest.fixture(scope="module", params=["high", "lossless"])
-def read(request: pytest.FixtureRequest, buffer: ReplayBuffer, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What lerobot said, the folder with what it read, and the quality of the videos."""
-    folder = tmp_path_factory.mktemp("peer")
-    buffer.save(folder / "a.zarr")
-    for name in ("lerobot", "lerobot21"):
-        words = {"in": str(folder / "a.zarr"), "out": str(folder / name), "format": name, "video": request.param}
-        data_convert.run(words)
+@pytest.fixture(scope="module")
+def folders(buffer: ReplayBuffer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Any], Path]]:
+    """By the quality of the videos: what lerobot said, and the folder with what it read."""
+    made = {quality: tmp_path_factory.mktemp(quality) for quality in ("high", "lossless")}
+    for quality, folder in made.items():
+        buffer.save(folder / "a.zarr")
+        for name in ("lerobot", "lerobot21"):
+            words = {"in": str(folder / "a.zarr"), "out": str(folder / name), "format": name, "video": quality}
+            data_convert.run(words)
+    home = tmp_path_factory.mktemp("huggingface")
     script = Path(__file__).with_name("lerobot_formats_peer.py")
     done = subprocess.run(
-        [str(PEER.python), str(script), str(folder)],
-        env={**os.environ, **PEER.variables, "HF_HOME": str(folder / "huggingface"), "OMP_NUM_THREADS": "1"},
+        [str(PEER.python), str(script), *map(str, made.values())],
+        env={**os.environ, **PEER.variables, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), folder, request.param
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {quality: (said, folder) for (quality, folder), said in zip(made.items(), found, strict=True)}
+
+
+@pytest.fixture(params=["high", "lossless"])
+def read(request: pytest.FixtureRequest, folders: dict[str, tuple[dict[str, Any], Path]]) -> Any:
+    return *folders[request.param], request.param
 
 
 @pytest.mark.parametrize("name", ["lerobot", "lerobot21"])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from action_diffusion.datasets.checks import images_to_uint8
-from action_diffusion.datasets.store import Column, row_bytes
+from action_diffusion.datasets.store import Column, ZarrColumn, row_bytes
 from action_diffusion.errors import InputError
 
 BLOCK_BYTES = 8 << 20
@@ -78,6 +78,26 @@ class PiecewiseColumn(SlicedColumn):
     def read(self, first: int, end: int) -> np.ndarray:
         parts = [self._read_piece(piece) for piece in pieces(self._ends, first, end)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class ForwardColumn(SlicedColumn):
+    """A Zarr column whose chunks are decoded once where its rows are asked for in order, in whatever portions."""
+
+    def __init__(self, column: ZarrColumn) -> None:
+        super().__init__(column.shape, column.dtype)
+        self._column, self._first, self._rows = column, 0, np.empty((0, *column.shape[1:]), column.dtype)
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        unit, known = self._column.chunk_rows, self._first + len(self._rows)
+        if not self._first <= first <= known:
+            self._first = known = first - first % unit
+            self._rows = self._rows[:0]
+        if end > known:
+            more = np.asarray(self._column[known : -(-end // unit) * unit])
+            left = self._rows[first - self._first :]
+            self._first = min(first, known)
+            self._rows = np.concatenate([left, more]) if len(left) else more
+        return self._rows[first - self._first : end - self._first]
 
 
 class ChangedColumn(SlicedColumn):

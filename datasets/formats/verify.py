@@ -6,6 +6,7 @@ The hash is of the rows' bytes in this machine's order, from the first row to th
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 from action_diffusion.datasets.formats.columns import is_image, native, rows_a_block, spans
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.store import Column, ZarrColumn, row_bytes
+from action_diffusion.datasets.store import row_bytes
 from action_diffusion.errors import InputError
 
 ENOUGH_DB = 40.0
@@ -40,6 +41,8 @@ def verified(source: ReplayBuffer, result: ReplayBuffer, *, lossy: bool) -> dict
         raise InputError(f"{result.name}: other episodes than {source.name}: convert again")
     if set(source.keys) - set(result.keys):
         raise InputError(f"{result.name} lacks {', '.join(sorted(set(source.keys) - set(result.keys)))}: convert again")
+    if _text(source) != _text(result):
+        raise InputError(f"{result.name}: other attributes than {source.name}: convert again")
     found = {}
     total = sum(row_bytes(source[key]) * source.n_steps for key in source.keys)
     with progress("comparing with the source", total) as advance:
@@ -52,6 +55,10 @@ def verified(source: ReplayBuffer, result: ReplayBuffer, *, lossy: bool) -> dict
     return found
 
 
+def _text(buffer: ReplayBuffer) -> str:
+    return json.dumps(buffer.attrs, sort_keys=True)
+
+
 def _compare(source: ReplayBuffer, result: ReplayBuffer, key: str, lossy: bool) -> Iterator[int | Likeness]:
     """Rows done, block by block, and at last how alike the columns are."""
     one, other = source[key], result[key]
@@ -60,7 +67,7 @@ def _compare(source: ReplayBuffer, result: ReplayBuffer, key: str, lossy: bool) 
         raise InputError(f"{where} is {other.dtype} {list(other.shape)}, not {one.dtype} {list(one.shape)}")
     hashes = hashlib.sha256(), hashlib.sha256()
     squares, worst = 0.0, 0.0
-    for first, end in _spans(one):
+    for first, end in spans(0, one.shape[0], rows_a_block(one)):
         rows, written = np.asarray(one[first:end]), np.asarray(other[first:end])
         hashes[0].update(_plain(rows))
         if lossy:
@@ -78,11 +85,6 @@ def _compare(source: ReplayBuffer, result: ReplayBuffer, key: str, lossy: bool) 
     if psnr < ENOUGH_DB:
         raise InputError(f"{where}: PSNR {psnr:.1f} dB, under {ENOUGH_DB:.0f}: convert with video=lossless")
     yield Likeness(hashes[0].hexdigest(), psnr, _decibel(worst))
-
-
-def _spans(column: Column) -> Iterator[tuple[int, int]]:
-    unit = column.chunk_rows if isinstance(column, ZarrColumn) else 1
-    return spans(0, column.shape[0], unit * max(1, rows_a_block(column) // unit))
 
 
 def _plain(rows: np.ndarray) -> memoryview:

@@ -9,6 +9,7 @@ can be repeated; `episode_ends` comes last. A zip is packed from the folder when
 from __future__ import annotations
 
 import functools
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from zarr.storage import LocalStore
 from action_diffusion.datasets.files import remove
 from action_diffusion.datasets.formats.columns import (
     BLOCK_BYTES,
+    ForwardColumn,
     as_images,
     as_stored,
     is_image,
@@ -34,7 +36,15 @@ from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal, Step
 from action_diffusion.datasets.jpegxl import lossless
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.store import CHUNK_BYTES, Column, array_at, create_array, open_zarr, row_bytes
+from action_diffusion.datasets.store import (
+    CHUNK_BYTES,
+    Column,
+    ZarrColumn,
+    array_at,
+    create_array,
+    open_zarr,
+    row_bytes,
+)
 from action_diffusion.errors import InputError
 
 DTYPES = "original_dtypes"
@@ -45,19 +55,29 @@ _THREADS = 2
 def opened(path: Path) -> Opened:
     """Any Zarr replay buffer, UMI's too."""
     buffer = ReplayBuffer.open(path)
-    group, _ = open_zarr(path)
-    others = [f"{name}/" for name, _ in group.members() if name not in ("data", "meta")]
-    meta = group["meta"]
-    inside = meta.members() if isinstance(meta, zarr.Group) else ()
-    others += [f"meta/{name}" for name, _ in inside if name != "episode_ends"]
     attrs = dict(buffer.attrs)
     dtypes = attrs.pop(DTYPES, {})
+    if not isinstance(dtypes, dict):
+        raise InputError(f"{buffer.name}: attribute {DTYPES} must say a type for each key, not {dtypes!r}")
     columns = {key: _restored(buffer[key], dtypes.get(key), key, buffer.name) for key in buffer.keys}
     whole = ReplayBuffer(columns=columns, episode_ends=buffer.episode_ends, attrs=attrs, path=path)
-    return Opened(whole, tuple(sorted(others)))
+    return Opened(whole, tuple(_others(path)))
+
+
+def _others(path: Path) -> list[str]:
+    """What lies beside the columns, such as the tables of a deployment."""
+    group, _ = open_zarr(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # videos/ is no part of Zarr's
+        found = [f"{name}/" for name, _ in group.members() if name not in ("data", "meta")]
+        meta = group["meta"]
+        inside = meta.members() if isinstance(meta, zarr.Group) else ()
+        return sorted(found + [f"meta/{name}" for name, _ in inside if name != "episode_ends"])
 
 
 def _restored(column: Column, dtype: Any, key: str, where: str) -> Column:
+    if isinstance(column, ZarrColumn):
+        column = ForwardColumn(column)
     if dtype is None:
         return column
     try:
