@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,22 @@ def accelerate(
                 layer.pack()  # in fp32, whatever the precision
     run: Denoise = denoiser.run
     if compile:
-        run = torch.compile(run, fullgraph=True)
+        run = torch.compile(_with_code_of_its_own(run), fullgraph=True)
     if cuda_graph:
         run = CudaGraph(run)
     if run != denoiser.run:
         _try(run, policy, f"compile={str(compile).lower()} cuda_graph={str(cuda_graph).lower()}")
         denoiser.prepared = run
+
+
+def _with_code_of_its_own(run: Denoise) -> Denoise:
+    """The same. torch gives up after a few compilations of a code object, and all denoisers would share one."""
+
+    def call(x: Tensor, film: Tensor) -> Tensor:
+        return run(x, film)
+
+    code = call.__code__.replace()  # a copy; a function that is defined anew has the same one
+    return FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
 
 
 def choose_threads(policy: DiffusionPolicy, *, rounds: int = 5) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from types import SimpleNamespace
 
@@ -258,6 +259,14 @@ def test_a_compiled_denoiser_equals_itself(policy, precision):
     torch.testing.assert_close(chunk(policy), expected, atol=1e-5, rtol=0)
     policy.train()
     assert policy.denoiser.prepared is None
+
+
+def test_many_compiled_policies_fit_in_one_process(make_policy, monkeypatch):
+    """torch gives a function up that it has compiled too often."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for _ in range(5):
+            accelerate(make_policy().eval(), compile=True)
 
 
 def test_a_compiler_that_fails_is_reported(policy, monkeypatch):
