@@ -21,19 +21,20 @@ from action_diffusion.deploy.arm_link import ArmLink
 from action_diffusion.deploy.arm_loop import Phase
 from action_diffusion.deploy.calibration import EARLIEST, LATEST, Signal, small
 from action_diffusion.deploy.limits import RATES, Limits
+from action_diffusion.deploy.messages import MOST_WAYPOINTS
 from action_diffusion.deploy.motion import Layout
 from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.rings import RingReader
 from action_diffusion.errors import InputError
 
 STEP = 0.02
-"""Between two waypoints (s)."""
+"""Between two waypoints (s); a held number gets one for each of the arm's periods, since its steps blur the time."""
 QUICK, SHARE = 5, 0.1
 """How many times as quick the small part is, and how large, as a share of the slow one."""
 VELOCITY, OTHERS = 0.3, 0.5
 """Shares of the limits that the motion may use: of velocity, and of acceleration and jerk."""
 LONGEST = 20.0
-_AHEAD = 16
+_AHEAD = 0.3
 _LEAD, _TAIL = 0.3, LATEST + 0.1
 
 
@@ -116,7 +117,8 @@ def plan(arm: ArmLink, wanted: Wanted) -> Motion:
         period = max(period, _least_period(phase, side * unit, limits, number))
     if period > LONGEST:
         raise InputError(f"calibration.distance={distance:g} would take {period:.0f} s a period: give a smaller one")
-    times = np.arange(0, wanted.n_periods * period + STEP, STEP)
+    step = STEP if number in layout.smooth else 1 / arm.rate
+    times = np.arange(0, wanted.n_periods * period + step, step)
     commands = np.tile(start, (len(times), 1))
     commands[:, number] += side * shape(times / period, wanted.n_periods)
     return Motion(times, commands, period * np.arange(1, wanted.n_periods))
@@ -149,11 +151,12 @@ def move(robot: ProcessRobot, motion: Motion, number: int) -> Measured:
     """Go through it, and record. The arm has begun, and rests in the end. Raises `InputError` where a camera dies."""
     recorder = _Recorder(robot, number)
     arm, events = robot.arm, list[str]()
-    start = time.monotonic() + _LEAD
+    start, step = time.monotonic() + _LEAD, motion.times[1]
+    n = min(MOST_WAYPOINTS, round(_AHEAD / step))
     while (now := time.monotonic()) < start + motion.times[-1] + _TAIL and not events:
-        first = max(0, math.ceil((now - start) / STEP))
+        first = max(0, math.ceil((now - start) / step))
         if first < len(motion.times):
-            rows = slice(first, first + _AHEAD)
+            rows = slice(first, first + n)
             arm.follow(start + motion.times[rows], motion.commands[rows])
         arm.renew()
         recorder.look()

@@ -19,7 +19,7 @@ from action_diffusion.deploy.calibrate_command import estimate, run
 from action_diffusion.deploy.calibrate_motion import Measured, Wanted, plan, shape
 from action_diffusion.deploy.calibration import CELLS, Signal, actuation, camera, small
 from action_diffusion.deploy.limits import Limits
-from action_diffusion.deploy.protocols import Group
+from action_diffusion.deploy.protocols import Group, make_camera
 from action_diffusion.errors import InputError
 
 PERIOD, N = 1.719, 6
@@ -192,7 +192,7 @@ def arm(*start: float) -> Any:
         Group(name="gripper", size=1, kind="hold"),
     )
     latest = SimpleNamespace(values={"command": np.array([*start, *[0.0] * (6 - len(start))])})
-    return SimpleNamespace(command=command, limits=LIMITS, setpoints=SimpleNamespace(latest=lambda: latest))
+    return SimpleNamespace(rate=200.0, command=command, limits=LIMITS, setpoints=SimpleNamespace(latest=lambda: latest))
 
 
 @pytest.mark.parametrize(("number", "start"), [(0, [0.0]), (0, [0.85]), (1, [0.0, -0.89])])
@@ -235,8 +235,6 @@ def test_a_motion_that_cannot_be_is_refused(wanted, message):
 
 # In processes.
 
-SHORT = ["calibration.n_periods=5"]
-
 
 def config(folder: Path, *options: str) -> dict[str, Any]:
     return configuration.load("deploy", ["calibrate=true", f"output_dir={folder}", *options])
@@ -244,7 +242,7 @@ def config(folder: Path, *options: str) -> dict[str, Any]:
 
 def test_injected_latencies_are_found_without_a_policy(tmp_path, capsys):
     injected = ["simulated.latency=0.03", "simulated.camera.latency=0.04", "simulated.camera.jitter=0.005"]
-    options = [*injected, "simulated.camera.drop=0.1", "simulated.camera.stamped=arrival", *SHORT]
+    options = [*injected, "simulated.camera.drop=0.1", "simulated.camera.stamped=arrival", "calibration.n_periods=4"]
     assert run(config(tmp_path, *options)) == 0
     found = json.loads((tmp_path / "latency.json").read_text())
     eye = found["cameras"]["image"]
@@ -264,7 +262,13 @@ def test_what_was_found_makes_the_stamps_right_and_a_policy_is_timed(tmp_path):
 
     bundle = save_bundle(tmp_path / "bundle")
     injected = ["simulated.latency=0.07", "simulated.camera.latency=0.085", "simulated.camera.stamped=arrival"]
-    options = [f"bundle={bundle}", *injected, "simulated.camera.stamp_latency=0.085", "calibration.number=1", *SHORT]
+    options = [
+        f"bundle={bundle}",
+        *injected,
+        "simulated.camera.stamp_latency=0.085",
+        "calibration.number=1",
+        "calibration.n_periods=5",
+    ]
     assert run(config(tmp_path / "out", *options, "scheduling=rtc", "device=cpu")) == 0
     found = json.loads((tmp_path / "out" / "latency.json").read_text())
     eye = found["cameras"]["image"]
@@ -281,7 +285,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     with pytest.raises(InputError, match="unknown robot"):
         run(config(tmp_path, "robot=nobody"))
     with pytest.raises(InputError, match=r"unknown simulated.camera.stamped 'never'"):
-        run(config(tmp_path, "simulated.camera.stamped=never"))
+        make_camera("sim_pusht", world=".", stamped="never")
     with pytest.raises(InputError, match="front: stamp_latency=now must be a number of seconds"):
         hardware.camera_setups({"cameras": {"front": {"driver": "usb", "stamp_latency": "now"}}})
     (setup,) = hardware.camera_setups({"cameras": {"front": {"driver": "usb", "stamp_latency": 0.03}}}).values()
