@@ -117,9 +117,12 @@ class GrowingBuffer:
             raise InputError(f"{path}: only a Zarr v3 folder can grow: save() a copy of it and record to that")
         with reading(str(path)):
             buffer = cls(path, Disk(), tables=())
-        if APPENDING not in buffer._attrs:
-            with writing(str(path)):
+        with writing(str(path)):
+            if APPENDING not in buffer._attrs:
                 buffer._describe({APPENDING: True})
+            else:  # a writer that was killed may have left files under their temporary names
+                for file in path.rglob(".*.partial"):
+                    buffer.disk.remove(file)
         return buffer
 
     @property

@@ -12,6 +12,7 @@ but the last second is there, aside, for the next `open` to be kept or discarded
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -51,6 +52,7 @@ class Recorder:
         self._step_bytes = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in self._fields.values())
         self._n_steps, self._n_added, self._n_written = writer.n_steps, 0, 0
         self._error: Exception | None = None
+        self._is_told = False
         self._closed = False
         self._works: SimpleQueue[tuple[Work, Future[Any]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
@@ -112,6 +114,7 @@ class Recorder:
 
     def discard(self) -> None:
         """Drop the open episode, if there is one."""
+        self._check_running()
         self._wait(self._writer.discard)
         self._n_steps = 0
 
@@ -128,17 +131,18 @@ class Recorder:
     def close(self) -> None:
         """Let go. An episode that is still open stays aside: the next `open` has it, to be kept or discarded.
 
-        Raises `InputError` where the disk refuses. May be called twice.
+        Raises `InputError` where the disk refuses, if no call before has said so. May be called twice.
         """
         if self._closed:
             return
         self._closed = True
         try:
-            if self._error is None:
+            if not self._is_told:
                 self._wait(self._writer.close)
         finally:
             self._works.put(None)
             self._thread.join()
+            self._writer.abandon()
             self._held.close()
 
     def __enter__(self) -> Recorder:
@@ -167,18 +171,19 @@ class Recorder:
     def _check_running(self) -> None:
         if self._closed:
             raise InputError(f"{self.path}: this recorder is closed")
+        self._check_disk()
+
+    def _check_disk(self) -> None:
         if self._error is not None:
+            self._is_told = True
             raise InputError(f"{self._error} (committed episodes: {self.n_episodes}, all intact)") from self._error
 
     def _wait(self, work: Work) -> Any:
         """What `work` returns, once all that waits is written."""
-        if not self._closed:
-            self._check_running()
         done: Future[Any] = Future()
         self._works.put((work, done))
         done.exception()  # waits
-        if self._error is not None:
-            raise InputError(f"{self._error} (committed episodes: {self.n_episodes}, all intact)") from self._error
+        self._check_disk()
         return done.result()
 
     def _write(self, row: Mapping[str, np.ndarray]) -> None:
@@ -209,6 +214,10 @@ class Recorder:
 
 
 def _check_fields(fields: Fields, video: Collection[str]) -> None:
+    for key, (dtype, _) in fields.items():
+        check_dtype(np.dtype(dtype), key, "a recording")
+        if not re.fullmatch(r"\w[\w.-]*", key):
+            raise InputError(f"a column cannot be called {key!r}: letters, digits, _, - and . make names of files")
     for key in video:
         if key not in fields:
             raise InputError(f"no field {key!r} to keep as video; there are {', '.join(fields)}")

@@ -8,6 +8,7 @@ ends     the episode is committed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from action_diffusion.datasets.files import remove, writing
 from action_diffusion.datasets.growing import GrowingBuffer
 from action_diffusion.datasets.growing_column import Fields
 from action_diffusion.datasets.replay_buffer import VIDEOS
+from action_diffusion.datasets.store import reading
 from action_diffusion.datasets.video import VideoWriter, video_path
 from action_diffusion.datasets.video_column import shortened
 from action_diffusion.errors import InputError
@@ -33,8 +35,10 @@ class EpisodeWriter:
 
     def __init__(self, path: Path, fields: Fields, attrs: Mapping[str, Any], video: Collection[str]) -> None:
         plain = {key: (np.dtype(dtype).str, shape) for key, (dtype, shape) in fields.items() if key not in video}
-        rate = float(attrs.get("control_rate", _RATE))
-        videos: dict[str, Any] = {key: {"shape": list(fields[key][1]), "rate": rate} for key in sorted(video)}
+        rate = attrs.get("control_rate", _RATE)
+        if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise InputError(f"control_rate is {rate!r}; it must be a number of steps per second")
+        videos: dict[str, Any] = {key: {"shape": list(fields[key][1]), "rate": float(rate)} for key in sorted(video)}
         wanted = {**attrs, **({VIDEOS: videos} if videos else {})}
         if path.exists():
             self._buffer = GrowingBuffer.open(path)
@@ -79,10 +83,11 @@ class EpisodeWriter:
     def keep(self) -> int:
         """Commit the open episode; returns its index."""
         self._close_videos()
-        if self.interrupted:
-            with writing(str(self.path)):
-                for key in self._videos:
-                    self._buffer.disk.write(self._path(key), shortened(self._path(key), self.n_steps))
+        for path in [self._path(key) for key in self._videos] if self.interrupted else []:
+            with reading(str(path)):
+                video = shortened(path, self.n_steps)
+            with writing(str(path)):
+                self._buffer.disk.write(path, video)
         self._buffer.commit([*self._buffer.ends, self._buffer.n_rows + self.n_steps])
         self._begin()
         return self.n_episodes - 1
@@ -101,9 +106,8 @@ class EpisodeWriter:
 
     def _forget(self) -> None:
         """Delete what lies behind the last committed episode, which nothing points at any more."""
+        self.abandon()
         with writing(str(self.path)):
-            for writer in self._writers.values():
-                writer.abandon()
             self._buffer.data.cut(self._buffer.n_rows)
             for key in self._videos:
                 self._buffer.disk.remove(self._path(key))
@@ -113,10 +117,16 @@ class EpisodeWriter:
         with writing(str(self.path)):
             for writer in self._writers.values():
                 writer.close()
+        self._writers = {}
+
+    def abandon(self) -> None:
+        """Let go of all files."""
+        for writer in self._writers.values():
+            writer.abandon()
+        self._writers = {}
 
     def _begin(self) -> None:
         self.n_steps, self.interrupted = 0, False
-        self._writers = {}
 
     def close(self) -> None:
         """The end: an open episode stays aside; where there is none, the buffer is like any other."""

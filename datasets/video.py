@@ -76,7 +76,7 @@ class VideoWriter:
 
     def abandon(self) -> None:
         """Let go of the file, which nobody needs."""
-        with suppress(OSError, ValueError):
+        with suppress(Exception):  # it writes what is left, to a disk that may have refused before
             self._container.close()
         with suppress(OSError):
             self._file.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from action_diffusion.datasets.disk import Disk
 from action_diffusion.datasets.loading import ObsKey, load, load_cached
 from action_diffusion.datasets.recorder import Recorder
 from action_diffusion.datasets.recorder_writer import EpisodeWriter
@@ -156,6 +159,7 @@ def test_an_episode_that_is_open_stays_aside(tmp_path):
 def test_the_second_writer_is_told_who_the_first_is(tmp_path):
     path = tmp_path / "a.zarr"
     again = f"""
+from action_diffusion.datasets.disk import Disk
 from action_diffusion.datasets.loading import ObsKey, load, load_cached
 from action_diffusion.datasets.recorder import Recorder
 Recorder.open({str(path)!r}, {FIELDS}, {ATTRS})"""
@@ -201,6 +205,9 @@ def test_a_step_that_does_not_fit_is_refused_and_nothing_else(tmp_path, changed,
         (FIELDS, ATTRS, ("image",), "other columns: image"),
         (FIELDS, ATTRS, ("state",), "a video has frames uint8"),
         (FIELDS, ATTRS, ("front",), "no field 'front'"),
+        (FIELDS | {"a/b": ("f4", ())}, ATTRS, (), "cannot be called 'a/b'"),
+        (FIELDS | {"a": ("S4", ())}, ATTRS, (), "only numbers"),
+        (FIELDS, {"control_rate": 0}, (), "control_rate is 0; it must be a number of steps per second"),
     ],
 )
 def test_another_file_is_not_spoiled(tmp_path, fields, attrs, video, message):
@@ -216,6 +223,7 @@ def test_another_file_is_not_spoiled(tmp_path, fields, attrs, video, message):
 FULL = """
 import resource, sys
 import numpy as np
+from action_diffusion.datasets.disk import Disk
 from action_diffusion.datasets.loading import ObsKey, load, load_cached
 from action_diffusion.datasets.recorder import Recorder
 from action_diffusion.errors import InputError
@@ -259,6 +267,70 @@ def test_a_disk_that_refuses(tmp_path, video):
         recorder.add({"image": noise[0], "state": np.zeros(5)})
         recorder.keep()
     assert ReplayBuffer.open(path).n_episodes >= 2
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(recorder: Recorder, noise: np.ndarray) -> None:
+    for number in range(10000):
+        recorder.add({"image": noise[number % 10], "state": np.full(5, number % 10)})
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("video", [(), ("image",)])
+def test_a_full_disk(small_disk, video):
+    """The error comes with one of the next calls. Once there is room again, it goes on where it stopped."""
+    path, random = small_disk / "a.zarr", np.random.default_rng(0)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(2 << 20))
+    fields = {"image": ("u1", (64, 64, 3)), "state": ("f4", (5,))}
+    noise = random.integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+    with Recorder.open(path, fields, ATTRS, video=video) as recorder:
+        for _ in range(2):
+            for number in range(10):
+                recorder.add({"image": noise[number], "state": np.full(5, number)})
+            recorder.keep()
+        with pytest.raises(InputError, match=r"No space left on device \(committed episodes: 2, all intact\)"):
+            fill(recorder, noise)
+        before = ReplayBuffer.open(path)["image"][:]
+    assert ReplayBuffer.open(path).episode_ends.tolist() == [10, 20]
+    ballast.unlink()
+    with Recorder.open(path, fields, ATTRS, video=video) as recorder:
+        n_steps = recorder.n_steps
+        assert n_steps > 0
+        recorder.keep()
+        recorder.add({"image": noise[0], "state": np.zeros(5)})
+        recorder.keep()
+    buffer = ReplayBuffer.open(path)
+    assert buffer.episode_ends.tolist() == [10, 20, 20 + n_steps, 21 + n_steps]
+    np.testing.assert_array_equal(buffer["image"][:20], before)
+    assert buffer["state"][20 : 20 + n_steps, 0].tolist() == [number % 10 for number in range(n_steps)]
+    errors = np.abs(buffer["image"][20 : 20 + n_steps].astype(int) - noise[np.arange(n_steps) % 10])
+    assert errors.mean() < (8 if video else 1e-9)
+
+
+def test_an_error_that_nobody_was_told_is_told_in_the_end(tmp_path, monkeypatch):
+    recorder = Recorder.open(tmp_path / "a.zarr", FIELDS, ATTRS)
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Disk, "write", refuse)
+    recorder.add(step(0))
+    with pytest.raises(InputError, match="No space left on device"):
+        recorder.close()
+    recorder.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.zarr"]
 
 
 def test_video_is_exact_in_number_and_close_in_colour(tmp_path):

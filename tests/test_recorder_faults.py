@@ -17,6 +17,7 @@ def test_a_kill_loses_a_second_of_the_open_episode_at_most(tmp_path, video):
     for seed, wait in enumerate((0.3, 1.5)):
         found = recorded.run(wait=wait, seed=seed)
         assert found.wrong is None, found
+    assert not list(tmp_path.rglob(".*.partial"))
 
 
 @pytest.mark.parametrize(("video", "n"), [(False, 24), (True, 12)])
