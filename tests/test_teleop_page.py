@@ -212,8 +212,10 @@ def test_a_browser_that_stalls_or_is_closed_pauses_the_episode_and_not_the_loop(
     person = Person(browser, run.url)
     person.begins()
     person.pushes(1.0)
+    before = run.sessions.count
     person.page.evaluate("() => { const end = Date.now() + 1500; while (Date.now() < end); }")
-    person.sees("mode", "paused")
+    stalled = [json.loads(text(record.values["json"])) for record in run.sessions.after(before)]
+    assert any("silent or hidden" in said["message"] and not said["driven"] for said in stalled)
     person.page.close()
     ticks = run.ticks(2.0)
     assert 19 <= len(ticks) <= 21
