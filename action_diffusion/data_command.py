@@ -19,7 +19,7 @@ action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at th
   action-diffusion data view PATH         cameras, state and actions on one timeline
   action-diffusion data doctor PATH       what is wrong, where, and what to do; --fix repairs a copy
   action-diffusion data edit PATH out=OTHER.zarr drop=3,7     drop, trim, split, merge, relabel
-  action-diffusion data convert in=FILE.hdf5 out=DIR.zarr     robomimic's and robosuite's files, and back
+  action-diffusion data convert in=PATH out=PATH     LeRobot, UMI, robomimic, Zarr v2 and v3, folders: there and back
   action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     a column of absolute actions, from relative ones
 
 `--help` after a subcommand explains it.
