@@ -25,7 +25,7 @@ import numpy as np
 from action_diffusion.datasets.doctor.finding import Finding
 from action_diffusion.datasets.doctor.survey import Survey, Values, is_action
 
-EVIDENCE = 10.0
+EVIDENCE = 7.0
 """The sum from which on a row is missing; natural logarithm."""
 TELLS = np.log(2.0)
 """A dimension counts where its error over two steps is at least twice that over one."""

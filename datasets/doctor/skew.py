@@ -24,10 +24,12 @@ LAGS = 5
 """Rows before and after that are compared."""
 GAIN = 120.0
 """How much the sum of e over the rows must be smaller at the other lag."""
-RATIO = 2.0
+RATIO = 1.5
 """And how many times, on average over the rows."""
-USUAL = 1.1
+USUAL = 1.6
 """Times e's usual mean that it may have at the other lag: the states fit there, and do not only fit less badly."""
+GROWTH = 1.0
+"""The least growth of the error over 2 rows (natural logarithm), below which the models know too little to tell."""
 LEAST_ROWS = 30
 """With another lag by 2 or more; by 1 it must be all of an episode."""
 LONG = 50
@@ -77,7 +79,9 @@ def _of_camera(
     if usual:
         words = f"in all episodes the camera is {abs(usual)} rows {'early' if usual > 0 else 'late'} beside the states"
         yield Finding("skew", key, None, 0, survey.n_rows - 1, float(abs(usual)), words, lag=usual)
-    errors = told.errors(usual)  # [rows, lags]
+    errors, growth = told.errors(rows, usual)
+    if growth < GROWTH:
+        return
     level = USUAL * float(np.mean(errors[:, usual + LAGS]))
     for episode in range(len(survey.ends)):
         of_episode = np.flatnonzero(survey.episode[rows] == episode)
@@ -102,8 +106,10 @@ class _Told:
         self._ridge = _RIDGES[0]
         kept = rows[sound[rows]]
         self._fit(kept)
-        scores = [float(np.median(np.abs(self._told(kept, 0, ridge) - states[kept]))) for ridge in _RIDGES]
-        self._ridge = _RIDGES[int(np.argmin(scores))]
+        growths = []
+        for self._ridge in _RIDGES:
+            growths.append(self.errors(kept[:: 1 + len(kept) // _SOME], 0)[1])
+        self._ridge = _RIDGES[int(np.argmax(growths))]
         for share in _KEPT:
             lag = self.best_lag()
             error = np.abs(self._told(kept, lag) - states[kept + lag])
@@ -135,21 +141,19 @@ class _Told:
         best = min(score, key=lambda lag: score[lag])
         return best if score[0] - score[best] > np.log(1.1) else 0
 
-    def errors(self, usual: int) -> np.ndarray:
-        """e [rows, lags], capped; zeros where the points tell nothing."""
-        rows, model = self._rows, self._told(self._rows, usual)
+    def errors(self, rows: np.ndarray, usual: int) -> tuple[np.ndarray, float]:
+        """e [rows, lags], capped, and by how much the logarithm of its mean grows over 2 rows off the usual lag."""
+        model = self._told(rows, usual)
         size = np.median(np.abs(model - self._states[rows + usual]), axis=0)
         told = np.flatnonzero(size < TOLD)
         errors = np.zeros((len(rows), 2 * LAGS + 1, len(told)))
         for lag in range(-LAGS, LAGS + 1) if len(told) else ():
             error = (model[:, told] - self._states[rows + lag][:, told]) / np.maximum(size[told], 1e-9)
             errors[:, lag + LAGS] = np.minimum(error**2, _CAP)
-        mean = errors.mean(axis=0)  # [lags, dimensions]
-        place = usual + LAGS
-        beside = mean[max(0, place - 2)], mean[min(2 * LAGS, place + 2)]
-        growth = np.log(np.maximum(sum(beside) / 2, 1e-9) / np.maximum(mean[place], 1e-9))
+        growth = _growth(errors.mean(axis=0), usual)
         best = growth >= max(0.05, growth.max(initial=0) / 2)
-        return np.asarray(errors[:, :, best].sum(axis=2) / max(1, best.sum()) ** 0.5)
+        joined = np.asarray(errors[:, :, best].sum(axis=2) / max(1, best.sum()) ** 0.5)
+        return joined, float(_growth(joined.mean(axis=0)[:, None], usual)[0])
 
     def _told(self, rows: np.ndarray, lag: int, ridge: float | None = None) -> np.ndarray:
         """States at `rows` + `lag` [rows, S] as the other fold's model tells them."""
@@ -174,6 +178,13 @@ class _Told:
     def _inputs(self, rows: np.ndarray) -> np.ndarray:
         points = np.asarray(self._points[rows], np.float64)
         return np.concatenate([points, np.ones((len(rows), 1))], axis=1)
+
+
+def _growth(mean: np.ndarray, usual: int) -> np.ndarray:
+    """mean: [lags, D], errors. → [D]: log of those 2 rows off the usual lag, over those at it."""
+    place = usual + LAGS
+    beside = (mean[max(0, place - 2)] + mean[min(2 * LAGS, place + 2)]) / 2
+    return np.asarray(np.log(np.maximum(beside, 1e-9) / np.maximum(mean[place], 1e-9)))
 
 
 def _other_lag(errors: np.ndarray, usual: int, level: float) -> tuple[int, int, int, float] | None:

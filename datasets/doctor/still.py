@@ -32,7 +32,8 @@ MOVES_ELSEWHERE = 0.8
 
 
 def motion(survey: Survey, without: str = "") -> np.ndarray:
-    """[N]: the largest step of any observation but `without`, as a share of that key's median step."""
+    """[N]: the largest step of any observation but `without`, as a share of that key's median step
+    when it moves."""
     most = np.zeros(survey.n_rows)
     keys = [key for key in survey.observations if key != without] or [key for key in survey.low if key != without]
     parts = [np.where(survey.low[key].motion, survey.low[key].steps, 0) for key in keys]
@@ -40,9 +41,8 @@ def motion(survey: Survey, without: str = "") -> np.ndarray:
     steps = [(part / np.where(size > 0, size, 1)).max(axis=1) for part, size in zip(parts, spread, strict=True)]
     steps += [camera.steps for key, camera in survey.cameras.items() if key != without]
     for step in steps:
-        median = np.median(step[~survey.first]) if (~survey.first).any() else 0.0
-        if median > 0:
-            most = np.maximum(most, step / median)
+        if (step > 0).any():
+            most = np.maximum(most, step / np.median(step[step > 0]))
     return most
 
 
