@@ -176,7 +176,7 @@ def test_without_its_camera_the_arm_stops(seeing, sent):
 
 
 def test_a_camera_that_dies_by_itself_and_one_that_loses_frames():
-    robot = pusht("image", die_after=1.5, drop=0.5, latency=0.05, jitter=0.05)
+    robot = pusht("image", die_after=3.0, drop=0.5, latency=0.05, jitter=0.05)
     try:
         robot.begin(100000)
         times = {robot.observe(["image"], time.monotonic()).t for _ in range(30) if not time.sleep(0.02)}
