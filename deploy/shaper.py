@@ -15,7 +15,7 @@ every setpoint is inside, whatever the path does; `SetpointCheck` then looks onc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ruckig import ControlInterface, InputParameter, Result, Ruckig, RuckigError, Synchronization, Trajectory
@@ -28,6 +28,28 @@ _LOOKS = 8
 """Places on a stop at which obstacles are looked for."""
 _REST = 1e-9
 _PACE = 0.98
+
+
+class _Stop:
+    """A stop that was planned from 0, and begins at `start`.
+
+    The extrema that ruckig finds of a stop include 0, wherever it begins (0.19): so it has to begin there.
+    """
+
+    def __init__(self, start: np.ndarray, planned: Trajectory) -> None:
+        self._start, self._planned = start, planned
+        self.duration = float(planned.duration)
+
+    def at(self, t: float) -> tuple[np.ndarray, list[float], list[float]]:
+        """Position, velocity and acceleration, `t` (s) after it began."""
+        q, v, a = self._planned.at_time(t)
+        return self._start + q, v, a
+
+    def extrema(self) -> tuple[np.ndarray, np.ndarray]:
+        """The smallest and the largest positions on the way."""
+        found, end = self._planned.position_extrema, self.at(self.duration)[0]
+        low, high = ([getattr(extremum, name) for extremum in found] for name in ("min", "max"))
+        return np.minimum(self._start + low, end), np.maximum(self._start + high, end)
 
 
 class Shaper:
@@ -64,7 +86,7 @@ class Shaper:
         """At rest at coordinates `q` [A]."""
         self.q = np.array(q, dtype=np.float64)
         self.v, self.a = np.zeros_like(self.q), np.zeros_like(self.q)
-        self._brake: Trajectory | None = None
+        self._brake: _Stop | None = None
         self._braked = 0.0
 
     @property
@@ -143,8 +165,9 @@ class Shaper:
             self._set(q, v, a)
         return reason
 
-    def _planned_stop(self, q: list[float], v: list[float], a: list[float]) -> Trajectory | None:
-        return self._calculate(self._stop, q, v, a)
+    def _planned_stop(self, q: list[float], v: list[float], a: list[float]) -> _Stop | None:
+        planned = self._calculate(self._stop, [0.0] * len(q), v, a)
+        return None if planned is None else _Stop(np.array(q), planned)
 
     def _calculate(self, given: InputParameter, q: list[float], v: list[float], a: list[float]) -> Trajectory | None:
         given.current_position, given.current_velocity, given.current_acceleration = q, v, a
@@ -155,10 +178,10 @@ class Shaper:
         except RuckigError:
             return None
 
-    def _outside(self, brake: Trajectory) -> str | None:
+    def _outside(self, brake: _Stop) -> str | None:
         """Why a stop must not become necessary, or None."""
-        for i, extrema in zip(self._smooth, brake.position_extrema, strict=True):
-            if extrema.min < self._limits.low[i] or extrema.max > self._limits.high[i]:
+        for i, least, most in zip(self._smooth, *brake.extrema(), strict=True):
+            if least < self._limits.low[i] or most > self._limits.high[i]:
                 return (
                     f"braking in time for the limits of number {i}, [{self._limits.low[i]:g}, {self._limits.high[i]:g}]"
                 )
@@ -166,7 +189,7 @@ class Shaper:
             return None
         for share in np.linspace(0.0, 1.0, _LOOKS):
             q = self.q.copy()
-            q[self._smooth] = brake.at_time(share * brake.duration)[0]
+            q[self._smooth] = brake.at(share * brake.duration)[0]
             reason = self._blocked(q)
             if reason is not None:
                 return f"braking in time for {reason}"
@@ -177,11 +200,11 @@ class Shaper:
         if self._brake is None:
             return
         self._braked += self._period
-        self._set(*self._brake.at_time(self._braked))
+        self._set(*self._brake.at(self._braked))
         if self._braked >= self._brake.duration:
             self.v[:], self.a[:] = 0.0, 0.0
 
-    def _set(self, q: list[float], v: list[float], a: list[float]) -> None:
+    def _set(self, q: Sequence[float] | np.ndarray, v: list[float], a: list[float]) -> None:
         self.q[self._smooth], self.v[self._smooth], self.a[self._smooth] = q, v, a
 
 

@@ -159,6 +159,23 @@ def test_a_stop_brakes_as_fast_as_the_limits_allow_and_keeps_the_gripper():
     assert shaper.q[3] == 0
 
 
+def test_an_arm_whose_limits_leave_out_zero_moves_up_to_them_and_no_further():
+    """A hand above a table: 0 is no place on any of its ways."""
+    above = limits(low=2.0, high=3.0)
+    shaper, check = make(limits=above)
+    shaper.reset(np.array([2.5, 2.5, 2.5, 2.5]))
+    check.reset(shaper.q)
+    for end in (1.5, 3.5):
+        path = Path(LAYOUT, [0.0, 1.0], [shaper.q.copy(), np.array([end, end, 2.5, 2.5])])
+        for k in range(400):
+            shaper.follow(path, k * PERIOD)
+            assert check.refuse(shaper.q) is None
+        assert abs(shaper.q[0] - np.clip(end, 2.0, 3.0)) < 0.02
+    while not shaper.at_rest:
+        shaper.brake(shaper.q)
+        assert check.refuse(shaper.q) is None
+
+
 def test_a_held_target_is_recalled_to_where_the_arm_is_within_max_step():
     layout = Layout([Group(name="target", size=2, kind="hold", at_stop="present")])
     shaper, check = make(layout, limits(2))
