@@ -167,7 +167,7 @@ def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, 
     person = Person(browser, run.url)
     for index in range(3):
         person.begins()
-        person.pushes(1.5)
+        person.pushes(1.2)
         if index == 1:
             person.page.keyboard.press("Backspace")
             person.sees("message", "discarded: the same start again")
@@ -179,7 +179,7 @@ def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, 
     person.page.keyboard.press("u")
     person.sees("message", "took back episode 2")
     person.begins()
-    person.pushes(1.5)
+    person.pushes(1.2)
     person.page.keyboard.press("k")
     person.sees("episodes", "2 of 20 episodes")
     person.page.click("#finish")
