@@ -156,7 +156,7 @@ def _sized(n_bytes: int) -> str:
 
 
 def plot(found: Inspection, path: Path) -> None:
-    """Lengths of the episodes, and how the values of each key are spread (images: how bright frames are), as a PNG."""
+    """Lengths of the episodes, and how each dimension is spread over its range (images: brightness), as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,7 +172,9 @@ def plot(found: Inspection, path: Path) -> None:
         for d in range(min(key.sample.shape[1], _DIMENSIONS)):
             values = key.sample[np.isfinite(key.sample[:, d]), d]
             if len(values):
-                axis.hist(values, bins=40, histtype="step", label=str(d))
+                spread = np.ptp(values) or 1.0
+                axis.hist((values - values.min()) / spread, bins=40, histtype="step", label=str(d))
+        axis.set_xticks([0, 1], ["least", "most"])
         axis.set_title(f"{key.name}, brightness of frames" if key.image else key.name, fontsize=10)
         if key.sample.shape[1] > 1:
             axis.legend(fontsize=7, ncols=2, title="dimension", title_fontsize=7)
