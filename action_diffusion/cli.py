@@ -58,7 +58,7 @@ action-diffusion evaluate bundle=DIR [name=value …]     how good is a policy, 
 
 Options
   n_episodes=50  seed=100000    the starts: seed, seed + 1, …
-  n_envs=10                     environments that run at once (scores do not depend on it)
+  n_envs=null                   environments that run at once (scores do not depend on it)
   output_dir=DIR                where results.json, report.html and videos/ go
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
   precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster
@@ -69,6 +69,7 @@ COLLECT_HELP = """\
 action-diffusion collect output=PATH [name=value …]     demonstrations into a replay buffer
 
   action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
+  action-diffusion collect task=lift_image agent=expert robot=sim_arm episodes=40 output=arm.zarr    in real time
   action-diffusion collect task=pusht_state agent=teleop output=mine.zarr              you drive, in a browser
   action-diffusion collect task=lift_state agent=teleop device=gamepad output=lift.zarr
   action-diffusion collect agent=teleop robot=lerobot hardware=cell.yaml device=leader task=custom output=arm.zarr
@@ -104,7 +105,7 @@ action-diffusion deploy bundle=DIR|server=URL [name=value …]     run a bundle 
 Options
   server_timeout=5              seconds; where no answer comes the robot holds, and the loop connects again
   token_file=PATH               the server's token; otherwise the environment's ACTION_DIFFUSION_TOKEN
-  robot=sim_pusht               PushT in real time, in processes of its own: docs/deploy.md
+  robot=sim_pusht|sim_arm       PushT, or a Panda, in real time, in processes of their own: docs/deploy.md
   robot=ur|franka|lerobot  hardware=cell.yaml  dry_run=true      a real arm, and its cameras: docs/bringup.md
   limits=…  obstacles=…         of the arm, beside its vendor's
   simulated.latency=0  simulated.camera.rate=20  …      how slow and unreliable a simulated robot is
@@ -256,7 +257,8 @@ def _collect(overrides: list[str], config_dir: str | None) -> int:
 
     config = load("collect", overrides, config_dir)
     modules = {"teleop": "deploy.teleop.collecting", "corrections": "deploy.corrections"}
-    module = importlib.import_module(f"action_diffusion.{modules.get(config['agent'], 'envs.collect')}")
+    expert = "envs.collect" if config["robot"] is None else "deploy.demonstrating"
+    module = importlib.import_module(f"action_diffusion.{modules.get(config['agent'], expert)}")
     for name, value in module.run(config).items():
         print(f"{name}: {value}")
     return 0

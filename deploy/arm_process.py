@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 import shutil
 import sys
 import time
@@ -30,14 +29,14 @@ from action_diffusion.deploy.arm_loop import ArmLoop, Phase
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.motion import Layout
 from action_diffusion.deploy.obstacles import Obstacles
-from action_diffusion.deploy.processes import Ending, Watched, report, serve
+from action_diffusion.deploy.processes import USUAL, Ending, Watched, prefer, report, serve
 from action_diffusion.deploy.protocols import Arm, check_arm, make_arm
 from action_diffusion.deploy.rings import Moment
 from action_diffusion.errors import InputError
 
-USUAL = "usual"
 _LATE = 0.2
 """A period that is late by a larger share of it is left out: setpoints sent at once are a jump to the arm."""
+PRIORITY = 50
 LONGEST_STOP = 5.0
 """After so many seconds (s) of braking the vendor's stop takes over, and the process ends."""
 
@@ -79,7 +78,7 @@ def run(
             emergency=Moment(folder / "emergency"),
             ending=lambda: _why(ending),
         )
-        priority = _prefer()
+        priority = prefer(PRIORITY)
         if priority == USUAL:
             print("arm: no right to a higher priority, so setpoints may be late: docs/deploy.md", file=sys.stderr)
         told = {"rate": arm.rate, "watchdog": arm.watchdog, "limits": combined.plain(), "priority": priority}
@@ -128,20 +127,6 @@ def _cycle(loop: ArmLoop, ending: Ending) -> None:
                 return
         index = max(index + 1, math.ceil((now - start) / loop.period - _LATE))
         time.sleep(max(0.0, start + index * loop.period - now))
-
-
-def _prefer() -> str:
-    """Run before others where the system lets us; says how."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
-        return "SCHED_FIFO 50"
-    except (OSError, AttributeError):
-        pass
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, -15)
-        return "nice -15"
-    except (OSError, AttributeError):
-        return USUAL
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ Where an episode begins is decided as in `envs.demonstration`: most of them wher
 from __future__ import annotations
 
 import importlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -101,6 +102,8 @@ class Demonstrator:
                 command = following
         finally:
             self._robot.stop()
+            for reason in dict.fromkeys(self._robot.events()):
+                print(f"seed {seed}: {reason}", file=sys.stderr)
 
 
 def wrong_beliefs(expert: Expert, random: np.random.Generator) -> list[np.ndarray | None]:
@@ -152,8 +155,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         demonstrator = Demonstrator(robot=robot, env_name=env["name"], keys=keys)
         with Recorder.open(output, demonstrator.fields, _attrs(config, robot)) as recorder:
             counts = _record(demonstrator, recorder, config["seed"], wanted, config["min_score"])
-        scene = robot.scene
-        lost = scene.lost if isinstance(scene, SimulatedScene) else 0.0
+        lost = 0.0 if robot.scene is None else robot.scene.lost
     finally:
         robot.close()
     return {

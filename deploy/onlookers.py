@@ -132,18 +132,15 @@ def page_port(page: Any, say: Callable[[str], None]) -> int | None:
 
 def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits) -> dict[str, Any]:
     """What the page is told at its start."""
-    names = [
-        group.name if group.size == 1 else f"{group.name}[{index}]"
-        for group in robot.arm.command
-        for index in range(group.size)
-    ]
+    parts = robot.layout.groups_of(len(limits.low))
+    names = [name if size == 1 else f"{name}[{index}]" for name, size, _ in parts for index in range(size)]
     return {
         "task": spec.task,
         "control_rate": spec.control_rate,
         "n_obs_steps": spec.n_obs_steps,
         "cameras": list(robot.cameras),
         "dimensions": names,
-        "units": [group.unit for group in robot.arm.command for _ in range(group.size)],
+        "units": [unit for _, size, unit in parts for _ in range(size)],
         "low": limits.low.tolist(),
         "high": limits.high.tolist(),
         "plane": robot.plane,

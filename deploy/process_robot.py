@@ -41,7 +41,14 @@ class CameraSetup:
 
 
 class Scene(Protocol):
-    """What is around the arm: where it is simulated, it can be set up, and it says how well the task goes."""
+    """What is around the arm: where it is simulated, it can be set up, and it says how well the task goes.
+
+    Attributes:
+        lost: real time (s) in which it should have gone on and stood still, so far.
+    """
+
+    @property
+    def lost(self) -> float: ...
 
     def begin(self, seed: int) -> None:
         """Set up start number `seed`, and keep it still."""

@@ -30,6 +30,8 @@ thread of Python's keeps the others waiting for as long as its call takes, 0.1 s
 UNSEEN = 0.075
 """The same where the system does not say whether a process runs at all; a stop is to begin within 0.1 s."""
 
+USUAL = "usual"
+
 
 class Child:
     """A process of this run, called `name`.
@@ -99,6 +101,20 @@ def serve(work: Callable[..., None]) -> int:
         report(folder, name, {"error": str(error)})
         return 2
     return 0
+
+
+def prefer(priority: int) -> str:
+    """Run before others where the system lets us, in real time with a `priority` of 1 to 99; says how."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+        return f"SCHED_FIFO {priority}"
+    except (OSError, AttributeError):
+        pass
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -15)
+        return "nice -15"
+    except (OSError, AttributeError):
+        return USUAL
 
 
 class Ending:

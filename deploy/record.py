@@ -19,6 +19,8 @@ from action_diffusion.errors import InputError
 class RunLog:
     """Appends a JSON object a step to DIR/log.jsonl, whole lines at once, so that a stopped run leaves them all.
 
+    `notes`: plain values for the summary, of whoever knows more.
+
     Leaving the `with` block, however that happens, writes DIR/latency.json; a run without a step leaves nothing.
     Raises `InputError` for a folder that holds a log already, and where the disk refuses.
     """
@@ -33,6 +35,7 @@ class RunLog:
         self._holds = 0
         self._missed = 0
         self._interventions = 0
+        self.notes: dict[str, Any] = {}
         self._file: TextIO | None = None
         self.path = output_dir / "log.jsonl"
         if self.path.exists():
@@ -72,6 +75,7 @@ class RunLog:
             "jump": _spread(self._jumps),
             "inference_ms": _spread(self._inference),
             "lateness_ms": _spread(self._lateness),
+            **self.notes,
         }
 
     def __enter__(self) -> RunLog:

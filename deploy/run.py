@@ -21,6 +21,7 @@ from action_diffusion.deploy.loop import run_episode
 from action_diffusion.deploy.onlookers import Onlookers
 from action_diffusion.deploy.policies import DeployedPolicy, open_policy
 from action_diffusion.deploy.prediction import Guidance, rehearse
+from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.record import RunLog
 from action_diffusion.deploy.robots import Robot
 from action_diffusion.deploy.scheduling import ChunkScheduler, check_room
@@ -73,6 +74,9 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
             except KeyboardInterrupt:
                 print("interrupted: the robot is stopped, the log is kept", file=sys.stderr)
                 code = 130
+            finally:
+                if isinstance(robot, ProcessRobot) and robot.scene is not None:
+                    log.notes["simulator_lost_s"] = robot.scene.lost
     finally:
         robot.close()
         if isinstance(policy, RemotePolicy):
@@ -153,4 +157,6 @@ def _print(log: RunLog) -> None:
     print(f"deadline misses: {summary['deadline_misses']} beside {summary['steps']} commands")
     print(f"steps without a command of their own, in which the robot held: {summary['holds']}")
     print(f"interventions of the safety gate: {summary['interventions']}")
+    if log.notes.get("simulator_lost_s"):
+        print(f"the simulator stood still for {log.notes['simulator_lost_s']:.2f} s: this machine is too busy for it")
     print(f"log: {log.path}")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.deploy.processes import Ending, report
+from action_diffusion.deploy.processes import Ending, prefer, report
 from action_diffusion.deploy.protocols import ArmState, Frame
 from action_diffusion.deploy.rings import Fields, Record, RingReader, RingWriter
 from action_diffusion.errors import InputError, unknown
@@ -36,6 +36,8 @@ STAMPED = ("capture", "arrival")
 WATCHDOG = 0.1
 SILENCE, PATIENCE = 0.5, 30.0
 """Without news for so long (s) a world that runs is gone, and one that is being set up."""
+PRIORITY = 40
+"""The world waits for nobody but the arm's process, which has more."""
 _CATCH_UP = 0.05
 _NEVER = float("inf")
 
@@ -117,7 +119,7 @@ def keep_time(world: SimulatedWorld, folder: Path, name: str, said: dict[str, An
     own clock. Up to 50 ms of lost time are made up for; more are lost, and counted.
     """
     ending = Ending()
-    report(folder, name, {"rate": world.rate, **said})
+    report(folder, name, {"rate": world.rate, "priority": prefer(PRIORITY), **said})
     start, index = time.monotonic(), 0
     while not ending:
         index += 1

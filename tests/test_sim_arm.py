@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -14,16 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from action_diffusion.cli import main
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.rotations import axis_angle_to_6d
 from action_diffusion.deploy.arm_loop import Phase
 from action_diffusion.deploy.clock import MonotonicClock, Pacer
+from action_diffusion.deploy.demonstrating import PACE, action_of, goal, within, wrong_beliefs
 from action_diffusion.deploy.motion import Layout
 from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.rings import RingReader, shared_folder
 from action_diffusion.deploy.robots import make
 from action_diffusion.deploy.sim_arm import LIMITS, PandaArm, check_task
 from action_diffusion.envs.manipulation import Manipulation
+from action_diffusion.envs.manipulation_expert import lift as lift_expert
 from action_diffusion.errors import InputError
+from benchmarks import sim_arm
 
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
 STATES = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "robot0_joint_pos", "object")
@@ -180,3 +186,73 @@ def test_the_limits_are_complete_and_hold_every_start(lift):
         lift.reset(seed)
         at = LAYOUT.to_coordinates(np.append(lift.hands()[0], 0.0))
         assert ((LIMITS.low < at) & (at < LIMITS.high)).all()
+
+
+# The expert, in real time.
+
+
+def test_what_the_expert_asks_for_is_what_the_controller_would_do(lift):
+    """The pose that a relative action means, but within the arm's limits on the way."""
+    lift.reset(100002)
+    action = np.array([0.4, -0.2, 0.3, 0.1, -0.3, 0.2, 1.0])
+    present = lift.hands()[0]
+    wanted = goal(present, action)
+    np.testing.assert_allclose(action_of(wanted), lift.absolute_action(action), atol=1e-6)
+    before = np.append(present, -1.0)
+    for _ in range(20):
+        following = within(before, wanted, LAYOUT, LIMITS, 20.0)
+        step = np.abs(LAYOUT.to_coordinates(following) - LAYOUT.to_coordinates(before))[:6]
+        assert (step <= PACE * LIMITS.velocity[:6] / 20 + 1e-9).all()
+        assert following[6] == 1.0
+        before = following
+    np.testing.assert_allclose(before[:3], wanted[:3], atol=1e-9)
+    assert (Rotation.from_rotvec(before[3:6]).inv() * Rotation.from_rotvec(wanted[3:6])).magnitude() < 1e-6
+
+
+def test_many_episodes_begin_where_the_expert_went_wrong():
+    begun = [wrong_beliefs(lift_expert(seed=0), np.random.default_rng(seed)) for seed in range(300)]
+    share = np.mean([len(errors) > 0 for errors in begun])
+    assert 0.6 < share < 0.8
+    assert all(len(errors) < 60 for errors in begun)
+    assert all(errors[-1] is not None for errors in begun if errors)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("robot=ur", "unknown robot of agent=expert 'ur'"),
+        ("task=pusht_state", "robot=sim_arm does lift, can, square; this is pusht"),
+        ("visited_by=a", "visited_by=… is for simulators in step"),
+        ("episodes=0", "episodes=0, seed=0: at least 1"),
+        ("output=a.zarr.zip", "output=a.zarr.zip exists, or is no folder"),
+    ],
+)
+def test_a_recording_that_cannot_be_is_refused_at_once(word, message, capsys):
+    assert main(["collect", "task=lift_image", "robot=sim_arm", "output=new.zarr", word]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys):
+    """The benchmark's small form: a demonstration, two optimiser steps, one short episode each way."""
+    words = ["episodes=1", "steps=2", "n_episodes=1", "max_steps=10", "sampling=2", f"output_dir={tmp_path}"]
+    assert sim_arm.main(words) == 0
+    said = capsys.readouterr().out
+    assert "deadline misses: " in said
+    assert "stood still for" in said
+    buffer = ReplayBuffer.open(tmp_path / "demos.zarr")
+    assert buffer.n_episodes == 1
+    episode = buffer.episode(0)
+    assert episode["reward"][-1] == 1.0
+    assert (episode["reward"][:-1] == 0).all()
+    assert episode["action"].shape[1:] == (10,)
+    assert episode["agentview_image"].shape[1:] == (84, 84, 3)
+    # The hand follows what it was told to, a little later.
+    lag = episode["action"][:-4, :3] - episode["robot0_eef_pos"][4:]
+    assert np.abs(lag).max() < 0.06
+    steps = np.diff(episode["action"][:, :3], axis=0)
+    assert np.abs(steps).max() <= PACE * LIMITS.velocity[0] / 20 + 1e-6
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["deploy"]["latency"]["steps"] == 10
+    assert set(results["deploy"]["cores"]) >= {"policy", "simulator", "arm", "camera agentview_image"}
+    assert sim_arm.main(words) == 2
+    assert "is there already" in capsys.readouterr().err
