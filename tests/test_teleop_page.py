@@ -238,6 +238,30 @@ def test_a_browser_that_stalls_or_is_closed_pauses_the_episode_and_not_the_loop(
     check(path, 1)
 
 
+def test_a_finger_on_a_touch_screen_leads_and_lets_go(collecting, browser, tmp_path):
+    run = collecting(f"output={tmp_path}/mine.zarr", "countdown=0")
+    person = Person(browser, run.url)
+    hand = person.page.context.new_cdp_session(person.page)
+
+    def touch(kind: str, *places: np.ndarray) -> None:
+        box = person.page.locator("#board").bounding_box()
+        points = [{"x": box["x"] + x / 512 * box["width"], "y": box["y"] + y / 512 * box["height"]} for x, y in places]
+        hand.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    person.page.click("#start")
+    touch("touchStart", person.state()[:2])
+    person.sees("mode", "recording")
+    for _ in range(8):
+        touch("touchMove", person.state()[:2] + np.array([8, 0]))
+        time.sleep(0.1)
+    touch("touchEnd")
+    person.sees("mode", "paused")
+    assert "onto the table" in last(run)["message"]
+    assert last(run)["step"] > 5
+    assert run.end()["kept_now"] == "0"
+    assert person.errors == []
+
+
 def last(run: Collecting) -> dict[str, Any]:
     record = run.sessions.latest()
     assert record is not None
