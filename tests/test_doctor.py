@@ -52,14 +52,14 @@ def test_in_the_human_pusht_file_too() -> None:
     if not folder:
         pytest.skip("needs ACTION_DIFFUSION_DATA, the folder of pusht_cchi_v7_replay.zarr.zip")
     whole = ReplayBuffer.open(Path(folder) / benchmark.HUMAN)
-    end = int(whole.episode_ends[99])
+    end = int(whole.episode_ends[79])
     rows = {key: whole[key][:end] for key in whole.keys}
     rows["img"] = rows["img"].astype(np.uint8)
-    some = ReplayBuffer.from_arrays(rows, whole.episode_ends[:100])
-    result = benchmark.measure(some, 50, seed=0)
+    some = ReplayBuffer.from_arrays(rows, whole.episode_ends[:80])
+    result = benchmark.measure(some, 20, seed=0)
     assert result.original == []
     assert result.false_alarms == []
-    assert result.share >= 0.9  # of half the file; `python -m benchmarks.doctor` has all of it
+    assert result.share >= 0.9  # of a part of the file; `python -m benchmarks.doctor` has all of it
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
