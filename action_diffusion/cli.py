@@ -19,7 +19,7 @@ action-diffusion: demonstrations in, a diffusion policy that works on a real arm
   action-diffusion deploy bundle=outputs/…/bundle          run a bundle in real time
   action-diffusion serve bundle=outputs/…/bundle           think for robots on other machines
   action-diffusion data doctor demos.zarr                  what is wrong with demonstrations; inspect, view, edit
-  action-diffusion data convert in=FILE.hdf5 out=DIR.zarr  robomimic's and robosuite's files, and back
+  action-diffusion data convert in=PATH out=PATH           LeRobot, UMI, robomimic, Zarr, folders: there and back
 
 Each takes name=value options; `action-diffusion train --help` explains them.
 """
