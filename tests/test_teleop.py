@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -20,6 +21,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from action_diffusion import cli, envs
+from action_diffusion.datasets.demos import unpack
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm_link import ArmSetup
 from action_diffusion.deploy.clock import MonotonicClock, VirtualClock
@@ -32,6 +34,7 @@ from action_diffusion.deploy.rings import Segments
 from action_diffusion.deploy.teleop.device import Order, Signals, without_drift
 from action_diffusion.deploy.teleop.keys import Keys
 from action_diffusion.deploy.teleop.page_app import understood
+from action_diffusion.deploy.teleop.scenes import describe
 from action_diffusion.deploy.teleop.session import Mode, Session
 from action_diffusion.deploy.teleop.steering import HAND, Speeds, steering_of
 from action_diffusion.deploy.teleop.takeover import DeviceTeleoperator, teleoperator
@@ -247,6 +250,37 @@ def test_recording_begins_with_the_first_motion():
     assert "begins" in told[1]["message"]
 
 
+def test_a_robot_that_is_not_ready_says_why(monkeypatch):
+    def begin(world: SimulatedWorld) -> None:
+        raise InputError("the emergency stop is set")
+
+    monkeypatch.setattr(SimulatedWorld, "begin", begin)
+    session, sink, told = play([*lead(0, 3)])
+    assert (session.mode, sink.n_steps) == (Mode.READY, 0)
+    assert told[0]["message"] == "the emergency stop is set"
+
+
+def test_scenes_are_kept_and_made_again_where_they_are_missing(tmp_path):
+    """Two episodes, then one that is taken back and two that follow; the third session was killed."""
+    (tmp_path / "zarr.json").write_text('{"attributes": {"task": "lift"}, "zarr_format": 3}')
+    made: list[tuple[int, str]] = []
+
+    def scene(session: str) -> Any:
+        def scene_of(index: int) -> dict[str, str]:
+            made.append((index, session))
+            return {"model_file": f"{session}{index}"}
+
+        return scene_of
+
+    for session, n_episodes, known in (("a", 2, 0), ("b", 3, 1), ("d", 5, 4)):
+        describe(tmp_path, scene(session), n_episodes=n_episodes, known=known)
+    attrs = json.loads((tmp_path / "zarr.json").read_text())["attributes"]
+    kept = dict(unpack(attrs["hdf5_attributes"], "there"))
+    assert [kept[f"data/demo_{index}"]["model_file"] for index in range(5)] == ["a0", "b1", "b2", "d3", "d4"]
+    assert made == [(0, "a"), (1, "a"), (1, "b"), (2, "b"), (3, "d"), (4, "d")]
+    assert attrs["task"] == "lift"
+
+
 # The command
 
 
@@ -271,7 +305,7 @@ def test_a_script_records_and_a_second_run_goes_on(tmp_path, capsys):
         (["device=mouse"], "unknown device 'mouse'"),
         (["device=script"], "device=script needs script=FILE"),
         (["device=script", "script=/nowhere"], "script=/nowhere: No such file"),
-        (["device=keyboard"], "there is none: device=browser has keys"),
+        (["device=keyboard", "page=false"], "there is none: device=browser has keys"),
         (["device=leader"], "device=leader needs hardware=FILE.yaml"),
         (["device=browser", "page=false"], "device=browser needs its page"),
         (["task=transport_state"], "one person drives one arm"),
