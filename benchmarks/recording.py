@@ -40,8 +40,9 @@ def lateness(add: Callable[[dict[str, np.ndarray]], object], keep: Callable[[], 
     for first in np.arange(0.0, seconds, _EPISODE):
         due = time.monotonic() + 0.1
         for number in range(int(min(_EPISODE, seconds - first) * HZ)):
+            row = step(number)  # cameras have their own processes
             time.sleep(max(0.0, due - time.monotonic()))
-            add(step(number))
+            add(row)
             late.append(time.monotonic() - due)
             due += 1 / HZ
         keep()

@@ -13,6 +13,7 @@ but the last second is there, aside, for the next `open` to be kept or discarded
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -35,6 +36,7 @@ FLUSH = 0.25
 """Between two flushes (s). What came after the last one is lost with the process, and so is one under way."""
 MOST_WAITING = 256 << 20
 """Bytes of steps that may wait for a slow disk."""
+_SWITCH = 0.001
 Work = Callable[[], Any]
 
 
@@ -54,6 +56,8 @@ class Recorder:
         self._error: Exception | None = None
         self._is_told = False
         self._closed = False
+        # While Python runs in the thread that writes, the caller waits for so long at most: 1 ms, where 5 is usual.
+        sys.setswitchinterval(min(_SWITCH, sys.getswitchinterval()))
         self._works: SimpleQueue[tuple[Work, Future[Any]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
