@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +77,7 @@ class Motion(NamedTuple):
 class Measured:
     """What was recorded. `sent` and `state`: of the number that moved. `frames`: by camera, made small; `arrived`: when
     each came, relative to its stamp (s). `edges`: of whole periods (monotonic s). `events`: what the arm's process did
-    against the motion; where there are any, it was given up."""
+    against the motion; where there are any, it was given up. `lost`: seconds that a simulator did not keep up with."""
 
     sent: Signal
     state: Signal
@@ -85,6 +85,7 @@ class Measured:
     arrived: Mapping[str, np.ndarray]
     edges: np.ndarray
     events: list[str]
+    lost: float = 0.0
 
 
 def shape(phase: np.ndarray, n_periods: int) -> np.ndarray:
@@ -149,7 +150,7 @@ def _turning(layout: Layout) -> set[int]:
 
 def move(robot: ProcessRobot, motion: Motion, number: int) -> Measured:
     """Go through it, and record. The arm has begun, and rests in the end. Raises `InputError` where a camera dies."""
-    recorder = _Recorder(robot, number)
+    recorder, lost = _Recorder(robot, number), _lost(robot)
     arm, events = robot.arm, list[str]()
     start, step = time.monotonic() + _LEAD, motion.times[1]
     n = min(MOST_WAYPOINTS, round(_AHEAD / step))
@@ -164,7 +165,11 @@ def move(robot: ProcessRobot, motion: Motion, number: int) -> Measured:
         if not events and arm.phase is not Phase.MOVING:
             events = ["the arm stopped"]
         time.sleep(STEP)
-    return recorder.measured(start + motion.edges, events)
+    return replace(recorder.measured(start + motion.edges, events), lost=_lost(robot) - lost)
+
+
+def _lost(robot: ProcessRobot) -> float:
+    return 0.0 if robot.scene is None else robot.scene.lost
 
 
 class _Recorder:

@@ -22,6 +22,8 @@ SEEN = 0.5
 """Below this share of the pictures' best component the motion counts as not seen."""
 UNSURE = 0.02
 """Periods that differ by more than this (s) are worth a warning."""
+UNEXPLAINED = 0.01
+"""Above this share of the motion the model of the arm does not tell dead time from lag."""
 NEGLIGIBLE = 0.002
 """Stamps that are late by less (s) are right."""
 
@@ -66,8 +68,10 @@ class Found:
             elif camera.sight.late.high - camera.sight.late.low > UNSURE:
                 yield f"camera {key}: the periods differ by more than {1e3 * UNSURE:g} ms; did something else move?"
         delay = self.actuation.delay
-        if delay.high - delay.low > UNSURE or self.actuation.unexplained > 0.1:
-            yield "the arm does not follow as the model has it: trust the total, not its delay and lag"
+        if delay.high - delay.low > UNSURE or self.actuation.unexplained > UNEXPLAINED:
+            yield "the arm does not follow as the model has it: trust the total, not how it is shared out"
+        if self.measured.lost > 0:
+            yield f"the simulator stood still for {self.measured.lost:.2f} s: this machine is too busy for it"
 
     def settings(self) -> Iterator[str]:
         """A line for each setting, and where it goes."""

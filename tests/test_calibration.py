@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,6 +156,8 @@ def test_what_a_camera_does_not_see_is_not_made_up():
     assert found.cameras["front"].setting == pytest.approx(0.05, abs=TOLERANCE)
     assert found.cameras["front"].age.median == pytest.approx(0.042, abs=TOLERANCE)
     assert sum("does not see the motion" in warning for warning in found.warnings()) == 3
+    busy = estimate("sim_pusht", replace(taken, frames={}, lost=0.25), {}, None)
+    assert list(busy.warnings()) == ["the simulator stood still for 0.25 s: this machine is too busy for it"]
     assert any("cameras.front.stamp_latency: 0.05" in line for line in found.settings())
     resting = Measured(
         sent=taken.sent, state=Signal(state.t, 0 * state.t), frames={}, arrived={}, edges=EDGES, events=[]
