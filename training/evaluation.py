@@ -51,9 +51,11 @@ def evaluate_policy(
     if env is None:
         raise InputError(f"{policy.spec.task} has no simulator to evaluate in")
     apart = env["name"] in envs.APART
-    options["n_envs"] = envs.at_once(env["name"], options["n_envs"])
     if options["policy_batch"] is None:
         options["policy_batch"] = BATCH_APART if apart else BATCH
+    if options["n_envs"] is None:  # fewer would leave rows of every policy call empty
+        options["n_envs"] = options["policy_batch"]
+    options["n_envs"] = envs.at_once(env["name"], options["n_envs"])
     return evaluate(
         policy=policy,
         env_name=policy.spec.task,
