@@ -106,14 +106,14 @@ class Trial:
             time.sleep(wait)
             process.kill()
             said = process.stdout.read().split("\n")[:-1]
-        possible, added = self._possible(said)
+        possible, added, is_dropped = self._possible(said)
         try:
-            return self._look(possible, added)
+            return self._look(possible, added, is_dropped)
         except Exception as error:  # whatever it is, the file is spoiled
             return Found(f"{type(error).__name__}: {error}", 0.0, 0.0, 0)
 
-    def _possible(self, said: list[str]) -> tuple[list[Episodes], tuple[int, ...]]:
-        """What the file may hold: with the deed under way, and without it; and the steps of the open episode."""
+    def _possible(self, said: list[str]) -> tuple[list[Episodes], tuple[int, ...], bool]:
+        """What the file may hold, without the deed under way and with it; the open episode, and if it is dropped."""
         episodes, added, under_way = list(self.episodes), [], ""
         for line in said:
             if line.startswith("+"):
@@ -122,9 +122,9 @@ class Trial:
                 episodes, added, under_way = _after(under_way, episodes, added), [], ""
             else:
                 under_way = line
-        return [episodes, _after(under_way, episodes, added)], tuple(added)
+        return [episodes, _after(under_way, episodes, added)], tuple(added), under_way == "discard"
 
-    def _look(self, possible: list[Episodes], added: tuple[int, ...]) -> Found:
+    def _look(self, possible: list[Episodes], added: tuple[int, ...], is_dropped: bool) -> Found:
         started = time.monotonic()
         buffer = opened(self.path)
         seconds = time.monotonic() - started
@@ -141,7 +141,7 @@ class Trial:
         buffer = opened(self.path)
         if there and (buffer is None or numbers(buffer, -1) != there[-1] or buffer.n_episodes != len(there)):
             return Found(f"the open episode is not {there[-1]}", 0.0, seconds, len(there))
-        lost = max(0, len(added) - left) / HZ
+        lost = 0.0 if is_dropped else max(0, len(added) - left) / HZ
         return Found(f"{lost:.2f} s were lost" if lost > MOST_LOST else None, lost, seconds, len(there))
 
 
