@@ -3,7 +3,7 @@
     python -m benchmarks.doctor [faults=500] [json=FILE] [data=PATH] [seed=0]
 
 Faults of ten kinds are planted at random in copies of the human PushT file (or `data`), at most one in every second
-episode at a time; benchmarks/faults.py has their sizes. One is found where a finding of its kind and key covers one of
+episode at a time; benchmarks/plants.py has their sizes. One is found where a finding of its kind and key covers one of
 its rows, or the row beside. Findings of another kind on a fault's rows are its echo (a frozen state catches up with a
 jump); a finding anywhere else, which the doctor does not report on the original, is a false alarm.
 
@@ -33,7 +33,8 @@ from action_diffusion.datasets.files import atomic_path
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.store import blocks
 from action_diffusion.errors import InputError, unknown
-from benchmarks.faults import PLANT, Planted, Planter
+from benchmarks.faults import Planted, Planter
+from benchmarks.plants import PLANT
 
 REQUIRED = 0.95
 BESIDE = 1
@@ -101,7 +102,7 @@ def measure(buffer: ReplayBuffer, n_faults: int, seed: int) -> Result:
         a_time = max(1, buffer.n_episodes // 2)
         while kinds:
             now, kinds = kinds[:a_time], kinds[a_time:]
-            faulty, planted = planter.plant(now)
+            faulty, planted = planter.plant(now, PLANT)
             kinds += _not_planted(now, planted)
             wrong += _count(scores, planted, examine(faulty), known)
             print(f"{n_faults - len(kinds)} of {n_faults}, {time.perf_counter() - began:.0f} s", file=sys.stderr)

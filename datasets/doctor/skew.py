@@ -24,7 +24,7 @@ LAGS = 5
 """Rows before and after that are compared."""
 GAIN = 120.0
 """How much the sum of e over the rows must be smaller at the other lag."""
-RATIO = 1.5
+RATIO, RATIO_SHORT = 1.5, 2.0
 """And how many times, on average over the rows."""
 USUAL = 1.6
 """Times e's usual mean that it may have at the other lag: the states fit there, and do not only fit less badly."""
@@ -33,7 +33,8 @@ GROWTH = 1.0
 LEAST_ROWS = 30
 """With another lag by 2 or more; by 1 it must be all of an episode."""
 LONG = 50
-"""Rows from which on the error may be twice that: of one part of what the camera shows the models tell less."""
+"""Rows from which on the error may be twice that, and must be less smaller: of one part of what the camera shows the
+models tell less."""
 WHOLE = 0.7
 """Share of an episode's rows from which on all of it is said to be off."""
 TOLD = 0.5
@@ -197,10 +198,11 @@ def _other_lag(errors: np.ndarray, usual: int, level: float) -> tuple[int, int, 
         gains = errors[:, usual + LAGS] - errors[:, lag + LAGS]
         first, last, gain = _best_stretch(gains)
         here, there = errors[first : last + 1, usual + LAGS], errors[first : last + 1, lag + LAGS]
-        n, most = last - first + 1, level * (1 if last - first + 1 < LONG else 2)
+        n = last - first + 1
+        most, ratio = (level, RATIO_SHORT) if n < LONG else (2 * level, RATIO)
         least = LEAST_ROWS if abs(lag - usual) > 1 else WHOLE * len(errors)
         enough = (
-            n >= max(LEAST_ROWS, least) and gain > GAIN and here.sum() > RATIO * there.sum() and there.mean() < most
+            n >= max(LEAST_ROWS, least) and gain > GAIN and here.sum() > ratio * there.sum() and there.mean() < most
         )
         if enough and (best is None or gain > best[3]):
             best = lag, first, last, gain
