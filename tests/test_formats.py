@@ -191,7 +191,8 @@ def somebody_s_folder(root: Path, lengths: list[int]) -> Path:
 
 def test_somebody_else_s_folder_is_read(tmp_path: Path) -> None:
     somebody_s_folder(tmp_path / "runs", [3] * 11)
-    convert(tmp_path / "runs", tmp_path / "a.zarr")
+    shutil.copy(tmp_path / "runs/run1_top.mp4", tmp_path / "runs/other.mp4")
+    assert convert(tmp_path / "runs", tmp_path / "a.zarr")["left_out"] == "other.mp4"
     buffer = ReplayBuffer.open(tmp_path / "a.zarr")
     assert buffer.n_episodes == 11
     assert {key: buffer[key].shape[1:] for key in buffer.keys} == {
@@ -262,6 +263,7 @@ def damage_folder(change: Callable[[Path], None]) -> Make:
         (damage_lerobot(edit("meta/info.json", '"fps": 12', '"fps": 6')), "row 2 has timestamp"),
         (damage_lerobot(edit("meta/info.json", '"name": "action"', '"name": "actoin"')), "no 'actoin'"),
         (damage_lerobot(edit("meta/info.json", '"codebase', "[")), "cannot be read"),
+        (damage_lerobot(edit("meta/episodes.jsonl", '"length"', '"len"')), "cannot be read"),
         (damage_folder(edit("run1.csv", "0.3,1.5,-3,1\n", "")), "run1_top.mp4: 4 frames, but run1.csv has 3 rows"),
         (damage_folder(edit("run1.csv", "0.3,1.5,-3,1", "0.3,1.5,-3")), "run1.csv: line 5 has 3 columns, the header 4"),
         (damage_folder(edit("run1.csv", "0.3,1.5,-3,1", "0.3,x,-3,1")), "joint: 'x' in row 3 is no float64"),

@@ -32,7 +32,7 @@ from action_diffusion.datasets.formats.columns import (
 )
 from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Settings, kept, restored
 from action_diffusion.datasets.formats.csv_rows import header, write_csv
-from action_diffusion.datasets.formats.folder_episodes import Episode, description, episodes_of
+from action_diffusion.datasets.formats.folder_episodes import Episode, description, episodes_of, unused
 from action_diffusion.datasets.formats.journal import Journal, Step
 from action_diffusion.datasets.formats.video import Part, VideoWriter, video_column
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
@@ -48,7 +48,8 @@ _NAME = re.compile(r"\w[\w .+-]*")
 def opened(path: Path) -> Opened:
     """Raises `InputError` where videos, arrays and rows of an episode are not of one length, or episodes differ."""
     notes = description(path)
-    episodes = episodes_of(path, notes)
+    with reading(str(path)):
+        episodes = episodes_of(path, notes)
     ends = np.cumsum([episode.length for episode in episodes])
     rate = float(notes["rate"]) if notes else None  # somebody else's: frame i belongs to row i, whenever it was taken
     columns: dict[str, Column] = {}
@@ -62,7 +63,8 @@ def opened(path: Path) -> Opened:
     attrs: dict[str, Any] = {"source": path.name}
     if notes is not None:
         columns, attrs = restored(columns, notes.get(MARK), str(path))
-    return Opened(ReplayBuffer(columns=columns, episode_ends=ends, attrs=attrs, path=path))
+    buffer = ReplayBuffer(columns=columns, episode_ends=ends, attrs=attrs, path=path)
+    return Opened(buffer, tuple(unused(path, episodes)))
 
 
 def _read(episodes: list[Episode], key: str, piece: Piece) -> np.ndarray:

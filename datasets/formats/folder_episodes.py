@@ -44,6 +44,7 @@ class Episode:
         return values.reshape(len(values), *kind.row)
 
 
+_BESIDE = (".mp4", ".npy")
 _last: dict[Path, tuple[int, np.ndarray]] = {}
 
 
@@ -109,7 +110,7 @@ def _episode(csv: Path, known: Mapping[str, Any] | None) -> Episode:
         row = () if [names[position] for position in positions] == [key] else (len(positions),)
         dtype = np.dtype(known[key]["dtype"]) if known else _guess(texts[:, positions], f"{csv}: {key}")
         keys[key] = Kind(csv, row, dtype)
-    for key, file in _beside(csv).items():
+    for key, file in _beside(csv, ours=known is not None).items():
         if key in keys:
             raise InputError(f"{file}: {key} is in {csv.name} as well: rename one")
         keys[key], length = _array(file) if file.suffix == ".npy" else _video(file)
@@ -127,9 +128,11 @@ def _known(csv: Path, names: list[str], known: Mapping[str, Any]) -> dict[str, l
     return {key: [names.index(name) for name in parts] for key, parts in wanted.items()}
 
 
-def _beside(csv: Path) -> dict[str, Path]:
+def _beside(csv: Path, *, ours: bool) -> dict[str, Path]:
     """Key → its file. In a folder with one CSV all of them; else those that begin with its name."""
-    files = sorted(file for file in csv.parent.iterdir() if file.suffix in (".mp4", ".npy"))
+    files = sorted(file for file in csv.parent.iterdir() if file.suffix in _BESIDE)
+    if ours:
+        return {file.stem: file for file in files}
     if len(list(csv.parent.glob("*.csv"))) == 1:
         return {file.stem.removeprefix(f"{csv.stem}_").removeprefix(f"{csv.stem}."): file for file in files}
     found = {}
@@ -180,3 +183,10 @@ def _unify(episodes: list[Episode], *, known: bool) -> None:
 
 def _words(kind: Kind | None) -> str:
     return "missing" if kind is None else f"{list(kind.row)} in {kind.path.name}"
+
+
+def unused(path: Path, episodes: list[Episode]) -> list[str]:
+    """Videos and arrays that belong to no episode."""
+    used = {kind.path for episode in episodes for kind in episode.keys.values()}
+    found = (file for depth in ("*", "*/*") for suffix in _BESIDE for file in path.glob(depth + suffix))
+    return sorted(file.relative_to(path).as_posix() for file in found if file not in used)

@@ -35,6 +35,11 @@ class Files(NamedTuple):
 
 def opened(path: Path) -> Opened:
     """Raises `InputError` for a version that is not read, and for whatever does not fit together."""
+    with reading(str(path)):
+        return _opened(path)
+
+
+def _opened(path: Path) -> Opened:
     info = read_info(path)
     files = (_files30 if str(info["codebase_version"]) == V30 else _files21)(path, info)
     tasks = _tasks(path)
