@@ -66,6 +66,7 @@ class Collecting:
         folder = next(shared_folder().glob(f"action-diffusion-{self.process.pid}-*"))
         until((folder / "sessions").exists)
         self.sessions = RingReader(folder / "sessions")
+        until(lambda: self.sessions.count > 0)
 
     def end(self) -> dict[str, str]:
         """Ctrl-C; what the command says in the end."""
