@@ -80,10 +80,11 @@ def _of_camera(
     if usual:
         words = f"in all episodes the camera is {abs(usual)} rows {'early' if usual > 0 else 'late'} beside the states"
         yield Finding("skew", key, None, 0, survey.n_rows - 1, float(abs(usual)), words, lag=usual)
-    errors, growth = told.errors(rows, usual)
-    if growth < GROWTH:
+    errors, _ = told.errors(rows, usual)
+    usually = errors[sound[rows]].mean(axis=0)
+    if _growth(usually[:, None], usual)[0] < GROWTH:
         return
-    level = USUAL * float(np.mean(errors[:, usual + LAGS]))
+    level = USUAL * float(usually[usual + LAGS])
     for episode in range(len(survey.ends)):
         of_episode = np.flatnonzero(survey.episode[rows] == episode)
         found = _other_lag(errors[of_episode], usual, level) if len(of_episode) >= LEAST_ROWS else None
