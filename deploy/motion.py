@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from action_diffusion.datasets.rotations import six_d_to_axis_angle
+from action_diffusion.datasets.rotations import axis_angle_to_6d, six_d_to_axis_angle
 from action_diffusion.deploy.limits import RATES, Limits
 from action_diffusion.deploy.protocols import Group
 from action_diffusion.errors import InputError
@@ -100,6 +100,14 @@ class Layout:
             part = actions[..., start : start + size]
             columns.append(part if size == group.size else six_d_to_axis_angle(part))
             start += size
+        return np.concatenate(columns, axis=-1)
+
+    def to_actions(self, commands: np.ndarray, size: int) -> np.ndarray:
+        """commands [..., A] → actions [..., size]: what `from_actions` takes."""
+        columns = []
+        for (group, part), (_, wide, _) in zip(self.slices(), self.groups_of(size), strict=True):
+            numbers = np.asarray(commands)[..., part]
+            columns.append(numbers if wide == group.size else axis_angle_to_6d(numbers))
         return np.concatenate(columns, axis=-1)
 
     def between(self, a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:

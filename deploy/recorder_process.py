@@ -14,6 +14,7 @@ stop, is still recorded; if this process dies too, the record holds what was com
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -24,7 +25,9 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.growing import TIME, GrowingBuffer
+from action_diffusion.deploy.motion import Layout
 from action_diffusion.deploy.processes import Ending, report, serve
+from action_diffusion.deploy.protocols import Group
 from action_diffusion.deploy.rings import Record, RingReader
 from action_diffusion.errors import InputError
 
@@ -47,7 +50,7 @@ class Recorder:
         names = ("seen", "steps", "chunks", "episodes", "setpoints", "events")
         self._rings = {name: RingReader(folder / name) for name in names}
         self._heard = {name: ring.count - 1 for name, ring in self._rings.items()}
-        self._output, self._attrs = output, dict(attrs)
+        self._output, self._attrs, self._layout = output, dict(attrs), _layout(folder)
         self._rows: dict[str, Rows] = {}
         self._ends: list[int] = []
         self._lost, self._n_rows, self._last_step = 0, 0, -1
@@ -74,6 +77,13 @@ class Recorder:
             self._heard[name] = records[-1].number
         return records
 
+    def _as_action(self, setpoint: np.ndarray) -> np.ndarray:
+        """In the terms of the policy, whose rotations may be 6D."""
+        (size,) = self._rings["steps"].fields["action"][1]
+        if size == len(setpoint):
+            return setpoint
+        return self._layout.to_actions(setpoint, size)
+
     def _episode(self, record: Record) -> None:
         if not record.values["begins"]:
             mark = {"seed": record.values["seed"], "mark": record.values["mark"]}
@@ -88,7 +98,7 @@ class Recorder:
         values = record.values
         if int(values["step"]) == 0 or not self._ends:
             self._ends.append(self._n_rows)
-        still = values["action"] if self._setpoint is None else self._setpoint
+        still = values["action"] if self._setpoint is None else self._as_action(self._setpoint)
         self._put("data", {**seen.values, "action": values["action"] if values["commanded"] else still})
         plain = {key: value for key, value in values.items() if key not in _LATER}
         self._put("steps", {TIME: record.t, "observed": seen.t, **plain})
@@ -142,6 +152,13 @@ class Recorder:
             self._buffer.finish(self._ends)
         if self._lost:
             print(f"{self._output} lacks {self._lost} steps: the recorder came too late", file=sys.stderr)
+
+
+def _layout(folder: Path) -> Layout:
+    """Of the arm's commands, as its process has reported them."""
+    said = folder / "arm.json"
+    groups = json.loads(said.read_text(encoding="utf-8"))["command"] if said.exists() else []
+    return Layout([Group(**{**group, "reference": tuple(group["reference"])}) for group in groups])
 
 
 def run(*, folder: Path, name: str, output: str, attrs: Mapping[str, Any]) -> None:

@@ -173,7 +173,9 @@ def test_6d_actions_become_the_commands_that_they_mean(turn, n):
     commands = np.tile([0.1, 0.2, 1.0, *turn, -1.0], (n, 1))
     wide = np.concatenate([commands[:, :3], axis_angle_to_6d(commands[:, 3:6]), commands[:, 6:]], axis=1)
     np.testing.assert_allclose(LAYOUT.from_actions(wide), commands, atol=1e-7)
+    np.testing.assert_allclose(LAYOUT.to_actions(commands, 10), wide, atol=1e-12)
     np.testing.assert_array_equal(LAYOUT.from_actions(commands), commands)
+    np.testing.assert_array_equal(LAYOUT.to_actions(commands, 7), commands)
     assert LAYOUT.groups_of(10) == [("position", 3, "m"), ("rotation", 6, "6D"), ("gripper", 1, "")]
     with pytest.raises(InputError, match="an action of 8 values is no command: the arm takes 7, or 10 with 6D"):
         LAYOUT.from_actions(wide[:, :8])
@@ -252,6 +254,7 @@ def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys):
     assert np.abs(steps).max() <= PACE * LIMITS.velocity[0] / 20 + 1e-6
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["deploy"]["latency"]["steps"] == 10
+    assert ReplayBuffer.open(tmp_path / "deploy" / "record.zarr")["action"].shape == (10, 10)
     assert set(results["deploy"]["cores"]) >= {"policy", "simulator", "arm", "camera agentview_image"}
     assert sim_arm.main(words) == 2
     assert "is there already" in capsys.readouterr().err
