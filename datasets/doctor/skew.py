@@ -28,13 +28,13 @@ RATIO, RATIO_SHORT = 1.5, 2.0
 """And how many times, on average over the rows."""
 USUAL = 1.6
 """Times e's usual mean that it may have at the other lag: the states fit there, and do not only fit less badly."""
-GROWTH = 1.0
+GROWTH = 0.85
 """The least growth of the error over 2 rows (natural logarithm), below which the models know too little to tell."""
 LEAST_ROWS = 30
 """With another lag by 2 or more; by 1 it must be all of an episode."""
 LONG = 50
-"""Rows from which on the error may be twice that, and must be less smaller: of one part of what the camera shows the
-models tell less."""
+"""Rows from which on the error may be twice that, and must be less smaller, where all of an episode is off: of what the
+camera shows in one episode the models may tell less."""
 WHOLE = 0.7
 """Share of an episode's rows from which on all of it is said to be off."""
 TOLD = 0.5
@@ -200,7 +200,7 @@ def _other_lag(errors: np.ndarray, usual: int, level: float) -> tuple[int, int, 
         first, last, gain = _best_stretch(gains)
         here, there = errors[first : last + 1, usual + LAGS], errors[first : last + 1, lag + LAGS]
         n = last - first + 1
-        most, ratio = (level, RATIO_SHORT) if n < LONG else (2 * level, RATIO)
+        most, ratio = (level, RATIO_SHORT) if n < max(LONG, WHOLE * len(errors)) else (2 * level, RATIO)
         least = LEAST_ROWS if abs(lag - usual) > 1 else WHOLE * len(errors)
         enough = (
             n >= max(LEAST_ROWS, least) and gain > GAIN and here.sum() > ratio * there.sum() and there.mean() < most
