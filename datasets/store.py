@@ -23,6 +23,7 @@ from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore, ZipStore
 
 from action_diffusion.datasets.progress import progress
+from action_diffusion.datasets.rows import Rows
 from action_diffusion.errors import InputError
 
 CHUNK_BYTES = 1 << 20
@@ -56,12 +57,12 @@ def reading(what: str) -> Iterator[None]:
         raise InputError(f"{what} cannot be read, the file is damaged or unsupported: {reason}") from error
 
 
-class ZarrColumn:
+class ZarrColumn(Rows):
     """The first `n_rows` rows of a Zarr array; reading errors are `InputError`s that name file and key."""
 
     def __init__(self, array: zarr.Array, *, n_rows: int, exists: Callable[[str], bool], where: str) -> None:
         self.array, self.where = array, where
-        self.shape: tuple[int, ...] = (n_rows, *array.shape[1:])
+        self.shape = (n_rows, *array.shape[1:])
         self.dtype = np.dtype(array.dtype)
         self._exists = exists
         self._complete = False
@@ -70,21 +71,7 @@ class ZarrColumn:
     def chunk_rows(self) -> int:
         return (self.array.shards or self.array.chunks)[0]
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype=dtype)
-
-    def __getitem__(self, index: Any, /) -> Any:
-        """Rows as in numpy: an integer, a slice, an array of integers; further axes are cut after reading."""
-        if isinstance(index, tuple):
-            if index and isinstance(index[0], slice):
-                return self[index[0]][(slice(None), *index[1:])]
-            return self[:][index]
-        if index is Ellipsis:
-            return self[:]
-        rows = np.arange(len(self))[index]
+    def _take(self, index: Any, rows: np.ndarray) -> Any:
         with reading(self.where):
             self._check_complete()
             if isinstance(index, slice) and index.step in (None, 1):

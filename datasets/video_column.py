@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
+from action_diffusion.datasets.rows import Rows
 from action_diffusion.datasets.store import reading
 from action_diffusion.datasets.video import FRAGMENTS, video_path
 from action_diffusion.errors import InputError
@@ -44,7 +45,7 @@ class Packets(NamedTuple):
         return [frame.to_ndarray(format="rgb24") for frame in decoded]
 
 
-class VideoColumn:
+class VideoColumn(Rows):
     """Frames uint8 [N, H, W, 3] of a camera, rows as in numpy. The second around the last one is kept decoded.
 
     Args:
@@ -58,25 +59,13 @@ class VideoColumn:
 
     def __init__(self, buffer: Path, key: str, shape: tuple[int, ...], episode_ends: np.ndarray) -> None:
         self._buffer, self._key, self._ends = buffer, key, episode_ends.tolist()
-        self.shape: tuple[int, ...] = (self._ends[-1], *shape)
+        self.shape = (self._ends[-1], *shape)
         self.dtype = np.dtype(np.uint8)
         self._lock = threading.Lock()
         self._episode: tuple[int, Packets] | None = None
         self._decoded: tuple[int, list[np.ndarray]] = (0, [])  # row of the first
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype=dtype)
-
-    def __getitem__(self, index: Any, /) -> Any:
-        """Rows as in numpy: an integer, a slice, an array of integers; further axes are cut after reading."""
-        if isinstance(index, tuple):
-            if index and isinstance(index[0], slice):
-                return self[index[0]][(slice(None), *index[1:])]
-            return self[:][index]
-        rows = np.arange(len(self))[index]
+    def _take(self, index: Any, rows: np.ndarray) -> Any:
         flat = rows.ravel()
         frames = np.empty((len(flat), *self.shape[1:]), np.uint8)
         with self._lock:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from action_diffusion.datasets.checks import images_to_uint8
+from action_diffusion.datasets.rows import Rows
 from action_diffusion.datasets.store import Column, ZarrColumn, row_bytes
 from action_diffusion.errors import InputError
 
 BLOCK_BYTES = 8 << 20
 
 
-class SlicedColumn(ABC):
+class SlicedColumn(Rows):
     """A `Column` of which only `read` is left to write."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -25,21 +26,7 @@ class SlicedColumn(ABC):
     def read(self, first: int, end: int) -> np.ndarray:
         """Rows `first` to `end`, at least one, in the column's type."""
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype=dtype)
-
-    def __getitem__(self, index: Any, /) -> Any:
-        """Rows as in numpy: an integer, a slice, an array of integers; further axes are cut after reading."""
-        if isinstance(index, tuple):
-            if index and isinstance(index[0], slice):
-                return self[index[0]][(slice(None), *index[1:])]
-            return self[:][index]
-        if index is Ellipsis:
-            return self[:]
-        rows = np.arange(len(self))[index]
+    def _take(self, index: Any, rows: np.ndarray) -> Any:
         if np.ndim(rows) == 0:
             return self.read(int(rows), int(rows) + 1)[0]
         if len(rows) == 0:
