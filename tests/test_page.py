@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -40,8 +39,6 @@ from action_diffusion.policy.normalizer import fit
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from benchmarks.kills import child_of
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
 
 def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     deadline = time.monotonic() + seconds
@@ -49,18 +46,6 @@ def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +27,6 @@ from action_diffusion.deploy.rings import RingReader, shared_folder
 from action_diffusion.envs.pusht import PushT
 from action_diffusion.envs.pusht_expert import PushTExpert
 from benchmarks.kills import child_of
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
@@ -148,18 +145,6 @@ class Person:
             wanted = expert.act({"state": state.astype(np.float32)})
             self.point(state[:2] + np.clip(wanted - state[:2], -60, 60))
             time.sleep(0.08)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, tmp_path):
