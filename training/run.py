@@ -54,7 +54,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = _fit_batch(settings, len(data.train), accelerator.num_processes, say)
     say(
         f"[bold]{spec.task}[/]: {buffer.n_episodes} episodes, {buffer.n_steps:,} steps, {len(data.train):,} windows "
-        f"in {data.train.mode} memory; {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters on "
+        f"from {data.train.mode}; {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters on "
         f"{accelerator.device}\nwriting to {output_dir}"
     )
     trainer = _trainer(config, settings, policy, data, accelerator, output_dir)
