@@ -93,7 +93,7 @@ def _install(folder: Path, say: Say) -> None:
     _run([sys.executable, "-m", "venv", str(folder)], log, say)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off"]
     _run([*pip, *REQUIREMENTS], log, say)
-    _link_ffmpeg(folder)
+    link_ffmpeg(folder, folder / "ffmpeg")
     with atomic_path(folder / "complete.json") as temporary:
         temporary.write_text(json.dumps({"requirements": list(REQUIREMENTS)}) + "\n")
     say(f"installed in {time.monotonic() - began:.0f} s")
@@ -124,12 +124,13 @@ def _run(command: list[str], log: Path, say: Say) -> None:
         raise InputError(f"lerobot's environment cannot be made: {last or 'no reason given'} (all of it: {log})")
 
 
-def _link_ffmpeg(folder: Path) -> None:
-    """torchcodec wants FFmpeg's libraries by their plain names; PyAV's wheel has them as libavutil-1a2b3c.so.59.39.100.
+def link_ffmpeg(folder: Path, links: Path) -> None:
+    """Into `links`, those of the environment in `folder`, under the names that torchcodec looks for.
+
+    PyAV's wheel has them as libavutil-1a2b3c.so.59.39.100.
 
     Where this finds none (macOS, say), torchcodec looks for a system's FFmpeg, and without one lerobot decodes by PyAV.
     """
-    links = folder / "ffmpeg"
     links.mkdir(exist_ok=True)
     for library in folder.glob("lib/python*/site-packages/av.libs/lib*.so.*"):
         match = re.fullmatch(r"(lib(?:av|sw)[a-z]+)-[0-9a-f]+\.so\.(\d+)[.\d]*", library.name)

@@ -1,6 +1,7 @@
 """What we write for LeRobot, read by lerobot 0.4.4: v3.0 as it is, v2.1 through its own converter.
 
-lerobot's bounds do not fit ours: it has an environment of its own, which `python -m benchmarks` makes once.
+lerobot's bounds do not fit ours. `tests/lerobot.txt` says what it needs in a folder of its own, without its
+older torch; where `python -m benchmarks` has made it a whole environment, that one is taken.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,28 @@ import numpy as np
 import pytest
 
 from action_diffusion import data_convert
+from action_diffusion.datasets.files import cache_folder
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 
 peer_environment = import_module("benchmarks.peer_environment")
 PEER = peer_environment.PeerEnvironment(peer_environment.default_folder())
+HAS_PEER = (PEER.folder / "complete.json").exists()
+FOLDER = cache_folder() / "peers" / "lerobot-drivers"
 
 pytestmark = pytest.mark.skipif(
-    not (PEER.folder / "complete.json").exists(),
-    reason=f"lerobot's environment is not in {PEER.folder}: python -m benchmarks makes it",
+    not HAS_PEER and not (FOLDER / "jsonlines").exists(),
+    reason=f"no lerobot: pip install --no-deps --target {FOLDER} -r tests/lerobot.txt, or python -m benchmarks",
 )
+
+
+def interpreter(scratch: Path) -> tuple[Path, dict[str, str]]:
+    """A Python that has lerobot, and what it needs in its environment."""
+    variables = {"HF_HOME": str(scratch / "huggingface"), "OMP_NUM_THREADS": "1"}
+    if HAS_PEER:
+        return PEER.python, {**PEER.variables, **variables}
+    peer_environment.link_ffmpeg(Path(sys.prefix), scratch / "ffmpeg")
+    own = {"PYTHONPATH": str(FOLDER), "LD_LIBRARY_PATH": str(scratch / "ffmpeg"), "HF_HUB_OFFLINE": "1"}
+    return Path(sys.executable), {**own, **variables}
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +66,11 @@ def folders(buffer: ReplayBuffer, tmp_path_factory: pytest.TempPathFactory) -> d
         for name in ("lerobot", "lerobot21"):
             words = {"in": str(folder / "a.zarr"), "out": str(folder / name), "format": name, "video": quality}
             data_convert.run(words)
-    home = tmp_path_factory.mktemp("huggingface")
+    python, variables = interpreter(tmp_path_factory.mktemp("lerobot"))
     script = Path(__file__).with_name("lerobot_formats_peer.py")
     done = subprocess.run(
-        [str(PEER.python), str(script), *map(str, made.values())],
-        env={**os.environ, **PEER.variables, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        [str(python), str(script), *map(str, made.values())],
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         timeout=600,
