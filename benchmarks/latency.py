@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 import yaml
 
+from action_diffusion.datasets.parallel import cores
 from action_diffusion.datasets.progress import progress
 from action_diffusion.deploy import robots
 from action_diffusion.deploy.prediction import Guidance
@@ -111,7 +111,7 @@ def parse(words: Sequence[str]) -> Plan:
         settings=settings,
         cells=cells,
         output=output,
-        processes=_whole(given, "processes", min(_cores(), len(cells)), least=1),
+        processes=_whole(given, "processes", min(cores(), len(cells)), least=1),
     )
 
 
@@ -149,10 +149,6 @@ def _switch(given: Mapping[str, str], name: str, default: bool) -> bool:
     if word not in ("true", "false"):
         raise InputError(f"{name}={given[name]} must be true or false")
     return word == "true"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Running.

@@ -16,6 +16,7 @@ import numpy as np
 from action_diffusion.datasets.download import download
 from action_diffusion.datasets.files import cache_folder, locked
 from action_diffusion.datasets.loading import cached_array, digest
+from action_diffusion.datasets.parallel import cores, in_order
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError, unknown
 
@@ -24,7 +25,7 @@ HUMAN_URL = "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip"
 # SHA-256 of the bytes of state (float32), action (float32) and episode_ends (int64), all little-endian
 HUMAN_CONTENT = "e5f0b2b088fb60d8a8d412c2694e7241283a552e2cf21192ecbc44249189869b"
 HUMAN_EPISODES, HUMAN_STEPS = 206, 25650
-_RENDER_ROWS = 256
+_RENDER_ROWS, _RENDER_ALONE = 256, 5000
 
 
 def open_data(data: str | Path, *, cache_dir: Path | None = None) -> ReplayBuffer:
@@ -100,7 +101,8 @@ def with_images(
 ) -> ReplayBuffer:
     """`buffer`, with a column `key` of pictures of its recorded states where it has none.
 
-    render: states [n, S] -> uint8 [n, H, W, 3], such as `envs.pusht.render_states`. What it draws is kept in
+    render: states [n, S] -> uint8 [n, H, W, 3], such as `envs.pusht.render_states`; for many states it runs in as many
+    processes as there are cores, so it must pickle. What it draws is kept in
     `cache_dir` (default: the user's cache folder) and read from there, also the next time.
     """
     if key in buffer:
@@ -109,7 +111,10 @@ def with_images(
     first = render(states[:1])
 
     def parts() -> Iterator[np.ndarray]:
-        return (render(states[row : row + _RENDER_ROWS]) for row in range(0, len(states), _RENDER_ROWS))
+        pieces = [states[row : row + _RENDER_ROWS] for row in range(0, len(states), _RENDER_ROWS)]
+        # Processes take some seconds to start, in which one draws a thousand pictures and more.
+        workers = cores() if len(states) >= _RENDER_ALONE else 1
+        return in_order(render, pieces, workers, "rendering")
 
     images = cached_array(
         f"rendered-{digest(states.tobytes())}",

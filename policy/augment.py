@@ -34,7 +34,7 @@ def to_float(frames: Tensor) -> Tensor:
 
 def centred(images: Tensor) -> Tensor:
     """Images in [0, 1] to [-1, 1], in place and in one pass over the memory."""
-    return torch.add(images.new_tensor(-1.0), images, alpha=2.0, out=images)
+    return torch.add(images.new_full((), -1.0), images, alpha=2.0, out=images)
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:

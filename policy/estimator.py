@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError
+from action_diffusion.policy.features import take
 
 SHARP = 0.05
 """Normalised error below which the loss is quadratic: a few wild errors are not to outweigh many small ones."""
@@ -46,10 +47,10 @@ class PlanarPose(nn.Module):
         weight: float = 1.0,
     ):
         super().__init__()
-        columns = [*pose, *(column for taken in known.values() for column in taken)]
-        if len(pose) != 3 or sorted(columns) != list(range(n)):
+        used = [*pose, *(column for taken in known.values() for column in taken)]
+        if len(pose) != 3 or sorted(used) != list(range(n)):
             raise InputError(
-                f"estimator planar_pose: pose takes three columns, known the others of the {n}; got {sorted(columns)}"
+                f"estimator planar_pose: pose takes three columns, known the others of the {n}; got {sorted(used)}"
             )
         if not high > low:
             raise InputError(f"estimator planar_pose: high={high} must be above low={low}")
@@ -63,15 +64,14 @@ class PlanarPose(nn.Module):
 
     def loss(self, output: Tensor, state: Tensor) -> Tensor:
         """How far `output` [B, 4] is from the recorded `state` [B, n], a scalar."""
-        x_y, angle = (state[:, self.pose[:2]] - self.middle) / self.reach, state[:, self.pose[2]]
+        x_y, angle = (take(state, self.pose[:2]) - self.middle) / self.reach, state[:, self.pose[2]]
         target = torch.cat([x_y, angle.sin()[:, None], angle.cos()[:, None]], dim=1)
         return self.weight * F.smooth_l1_loss(output, target, beta=SHARP)
 
     def estimate(self, output: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
         """The state [B, n], data's units. obs: key → [B, To, …], of which the last step is now."""
-        state = output.new_empty(len(output), self.n)
-        state[:, self.pose[:2]] = output[:, :2] * self.reach + self.middle
-        state[:, self.pose[2]] = torch.atan2(output[:, 2], output[:, 3])
-        for key, columns in self.known.items():
-            state[:, columns] = obs[key][:, -1].float().flatten(1)
-        return state
+        place, angle = output[:, :2] * self.reach + self.middle, torch.atan2(output[:, 2], output[:, 3])
+        values = dict(zip(self.pose, (*place.unbind(1), angle), strict=True))
+        for key, taken in self.known.items():
+            values |= zip(taken, obs[key][:, -1].to(output.dtype).flatten(1).unbind(1), strict=True)
+        return torch.stack([values[column] for column in range(self.n)], dim=1)

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError
 
 
+def take(x: Tensor, indices: Sequence[int]) -> Tensor:
+    """x[..., indices], where a list as an index would be copied to the device in every call, and wait for a GPU."""
+    return torch.stack([x[..., index] for index in indices], dim=-1) if indices else x[..., :0]
+
+
 class SinCos(nn.Module):
     """Replaces angles (radians) by their sine and cosine: [..., n] → [..., n + len(columns)]."""
 
@@ -25,8 +30,8 @@ class SinCos(nn.Module):
         self.output_dim = n + len(self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        angles = x[..., self.columns]
-        return torch.cat([x[..., self.others], angles.sin(), angles.cos()], dim=-1)
+        angles = take(x, self.columns)
+        return torch.cat([take(x, self.others), angles.sin(), angles.cos()], dim=-1)
 
 
 class Magnified(nn.Module):
@@ -45,7 +50,7 @@ class Magnified(nn.Module):
         self.output_dim = n + len(self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, torch.asinh(x[..., self.columns] / self.scale)], dim=-1)
+        return torch.cat([x, torch.asinh(take(x, self.columns) / self.scale)], dim=-1)
 
 
 class PlanarObject(nn.Module):
@@ -81,15 +86,15 @@ class PlanarObject(nn.Module):
         self.output_dim = n + 1 + 2 * len(self.points) + len(self.relative) + 2 * len(self.landmarks)
 
     def forward(self, x: Tensor) -> Tensor:
-        origin, angle = x[..., self.pose[:2]], x[..., self.pose[2]]
+        origin, angle = take(x, self.pose[:2]), x[..., self.pose[2]]
         sin, cos = angle.sin(), angle.cos()
         rotation = torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
         points = self.points @ rotation.mT + origin.unsqueeze(-2)
-        offsets = x[..., self.relative].unflatten(-1, (-1, 2)) - origin.unsqueeze(-2)
+        offsets = take(x, self.relative).unflatten(-1, (-1, 2)) - origin.unsqueeze(-2)
         relative = offsets @ rotation
         landmarks = (self.landmarks - origin.unsqueeze(-2)) @ rotation
         parts = [
-            x[..., self.others],
+            take(x, self.others),
             sin.unsqueeze(-1),
             cos.unsqueeze(-1),
             points.flatten(-2),
@@ -99,7 +104,7 @@ class PlanarObject(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
-def _check_columns(name: str, columns: Sequence[int], n: int) -> None:
-    for column in columns:
+def _check_columns(name: str, given: Sequence[int], n: int) -> None:
+    for column in given:
         if not 0 <= column < n:
             raise InputError(f"features.{name}: column {column} does not exist in an observation of {n} values")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError
+from action_diffusion.policy.features import take
 
 
 class ActionFrame(nn.Module):
@@ -50,9 +51,9 @@ class Position(ActionFrame):
         self.columns, self.action_columns, self.n_action = list(columns), list(action_columns), n_action
 
     def _origin(self, now: Tensor) -> Tensor:
-        origin = now.new_zeros(len(now), 1, self.n_action)
-        origin[:, 0, self.action_columns] = now[:, self.columns]
-        return origin
+        zero, sources = now.new_zeros(len(now)), dict(zip(self.action_columns, self.columns, strict=True))
+        values = [now[:, sources[i]] if i in sources else zero for i in range(self.n_action)]
+        return torch.stack(values, dim=-1).unsqueeze(1)
 
     def enter(self, action: Tensor, now: Tensor) -> Tensor:
         return action - self._origin(now)
@@ -75,7 +76,7 @@ class PlanarObject(ActionFrame):
         self.pose = list(pose)
 
     def _origin_and_rotation(self, now: Tensor) -> tuple[Tensor, Tensor]:
-        pose = now[:, self.pose]
+        pose = take(now, self.pose)
         sin, cos = pose[:, 2].sin(), pose[:, 2].cos()
         return pose[:, None, :2], torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))
 

@@ -38,6 +38,7 @@ class TrainSettings:
     checkpoint_every: int = 1000
     keep_best: int = 2
     compile: bool = False
+    cuda_graph: bool = False
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "action-diffusion"

@@ -26,6 +26,7 @@ from diffusers.training_utils import EMAModel
 
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training import checkpoints
+from action_diffusion.training.capture import CapturedGradient, check_capturable
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.progress import TrainingBar
 from action_diffusion.training.settings import TrainSettings
@@ -102,6 +103,7 @@ class Trainer:
         self.model, self.prepared_optimizer = accelerator.prepare(policy, self.optimizer)
         if settings.compile:
             self.model = torch.compile(self.model)
+        self.captured = self._capture() if settings.cuda_graph else None
         # `steps_per_epoch` needs the global batch
         self.steps_per_epoch = max(
             1,
@@ -137,29 +139,62 @@ class Trainer:
         settings, step = self.settings, self.progress.step
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * lr_factor(step, self.share, settings)
-        self.model.train()
-        loss = torch.zeros((), device=self.accelerator.device)
-        for part in range(settings.gradient_accumulation_steps):
-            index = step * settings.gradient_accumulation_steps + part
-            generator = self._generator(index)
-            batch = self.source.batch(index, settings.batch_size, generator)
-            with self.accelerator.accumulate(self.model), self.accelerator.autocast():
-                part_loss = self.model(batch.obs, batch.action, batch.mask, generator=generator)
-                self.accelerator.backward(part_loss)
-                if self.accelerator.sync_gradients and settings.max_grad_norm > 0:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
-                self.prepared_optimizer.step()
-                self.prepared_optimizer.zero_grad()
-            loss += part_loss.detach() / settings.gradient_accumulation_steps
+        if not self.policy.training:
+            self.model.train()
+        loss = self._gradient(step) if self.captured is None else self._replayed_gradient(step, self.captured)
         self.ema.step(self.policy.parameters())
         self.progress.step += 1
         self.progress.seconds = time.monotonic() - self._started
         return loss
 
-    def _generator(self, index: int) -> torch.Generator:
+    def _gradient(self, step: int) -> torch.Tensor:
+        """Loss, gradient and the optimiser's step, over as many batches as are accumulated."""
+        settings, loss = self.settings, torch.zeros((), device=self.accelerator.device)
+        for part in range(settings.gradient_accumulation_steps):
+            index = step * settings.gradient_accumulation_steps + part
+            generator = torch.Generator(self.accelerator.device).manual_seed(self._seed(index))
+            batch = self.source.batch(index, settings.batch_size, generator)
+            with self.accelerator.accumulate(self.model):
+                part_loss = self._backward(batch, generator)
+                self._clip()
+                self.prepared_optimizer.step()
+                self.prepared_optimizer.zero_grad()
+            loss += part_loss / settings.gradient_accumulation_steps
+        return loss
+
+    def _replayed_gradient(self, step: int, captured: CapturedGradient) -> torch.Tensor:
+        """`_gradient` of one batch, by a CUDA graph."""
+        seed = self._seed(step)
+        generator = torch.Generator(self.accelerator.device).manual_seed(seed)
+        loss = captured(self.source.batch(step, self.settings.batch_size, generator), seed)
+        self._clip()
+        self.prepared_optimizer.step()
+        return loss
+
+    def _backward(self, batch: Any, generator: torch.Generator) -> torch.Tensor:
+        with self.accelerator.autocast():
+            loss = self.model(batch.obs, batch.action, batch.mask, generator=generator)
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _clip(self) -> None:
+        if self.accelerator.sync_gradients and self.settings.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+
+    def _capture(self) -> CapturedGradient:
+        settings, accelerator = self.settings, self.accelerator
+        check_capturable(
+            device=accelerator.device,
+            processes=accelerator.num_processes,
+            accumulation=settings.gradient_accumulation_steps,
+            mixed_precision=accelerator.mixed_precision,
+        )
+        return CapturedGradient(self._backward, list(self.policy.parameters()), accelerator.device)
+
+    def _seed(self, index: int) -> int:
+        """Of the random numbers of batch `index`."""
         words = np.random.SeedSequence([self.seed, index, self.accelerator.process_index]).generate_state(2)
-        seed = (int(words[0]) << 31) ^ int(words[1])
-        return torch.Generator(self.accelerator.device).manual_seed(seed)
+        return (int(words[0]) << 31) ^ int(words[1])
 
     @property
     def _samples_per_step(self) -> int:
