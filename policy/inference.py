@@ -39,8 +39,9 @@ def accelerate(
     """Prepare `policy`, on its device and in evaluation mode, to denoise faster where no gradient is asked for.
 
     precision: one of `packing.PRECISIONS`, or None for the weights as they are. compile: by torch.compile, which takes
-    up to minutes for every new batch size and needs a C++ compiler. cuda_graph: replay the kernels of a step instead of
-    starting each from Python. Raises `InputError` for what this device or machine cannot do.
+    up to minutes for every new batch size and needs a C++ compiler. cuda_graph: replay the kernels of a whole chunk,
+    or of a step where hooks look at each, instead of starting one by one from Python. Raises `InputError` for what this
+    device or machine cannot do.
     """
     device, denoiser = policy.device, policy.denoiser
     if precision is not None:
@@ -48,6 +49,7 @@ def accelerate(
     if cuda_graph and device.type != "cuda":
         raise InputError(f"cuda_graph=true needs a CUDA device, the policy is on {device}")
     denoiser.forget()
+    policy.prepared = None
     if precision is not None:
         denoiser.pack(precision)
         for layer in policy.encoder.modules():
@@ -61,6 +63,8 @@ def accelerate(
     if run != denoiser.run:
         _try(run, policy, f"compile={str(compile).lower()} cuda_graph={str(cuda_graph).lower()}")
         denoiser.prepared = run
+    if cuda_graph:
+        policy.prepared = CudaGraph(policy.plain)
 
 
 def _with_code_of_its_own(run: Denoise) -> Denoise:
@@ -119,45 +123,52 @@ def _try(run: Denoise, policy: DiffusionPolicy, options: str) -> None:
 class _Captured:
     graph: Any
     inputs: list[Tensor]
-    output: Tensor
+    output: Any
 
 
 class CudaGraph:
     """Replays the kernels that a function of tensors started, captured once for each shape of its inputs.
 
-    A step at batch 1 is hundreds of kernels of a few microseconds, which Python starts more slowly than they run. The
-    function must do the same for all inputs of a shape. Past `most_shapes` it is called as it is.
+    A chunk at batch 1 is thousands of kernels of a few microseconds, which Python starts more slowly than they run. The
+    function gives a tensor or a tuple of them, and must do the same for all inputs of a shape. Past `most_shapes`, and
+    as a part of another function that is being captured, it is called as it is.
     """
 
     most_shapes = 8
+    capturing = False
 
-    def __init__(self, function: Callable[..., Tensor]):
+    def __init__(self, function: Callable[..., Any]):
         self.function = function
         self._captured: dict[tuple[Any, ...], _Captured] = {}
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Any:
         key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+        if CudaGraph.capturing or (key not in self._captured and len(self._captured) == self.most_shapes):
+            return self.function(*inputs)
         if key not in self._captured:
-            if len(self._captured) == self.most_shapes:
-                return self.function(*inputs)
             self._captured[key] = self._capture(inputs)
         captured = self._captured[key]
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given)
         captured.graph.replay()
-        return captured.output.clone()
+        output = captured.output
+        return output.clone() if isinstance(output, Tensor) else tuple(part.clone() for part in output)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Captured:
         own = [tensor.clone() for tensor in inputs]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate and choose kernels in their first calls
-            for _ in range(3):
-                self.function(*own)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self.function(*own)
+        CudaGraph.capturing = True
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries allocate and choose kernels in their first calls
+                for _ in range(3):
+                    self.function(*own)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = self.function(*own)
+        finally:
+            CudaGraph.capturing = False
         return _Captured(graph, own, output)

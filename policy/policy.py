@@ -6,7 +6,7 @@ obs ─▶ features ─▶ normalise ─▶ encoder ─▶ condition ┐
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,8 @@ class DiffusionPolicy(nn.Module):
         self.loss = LOSSES[loss]
         self.noise_draws = noise_draws
         self.loss_on_padding = loss_on_padding
+        self.prepared: Callable[..., tuple[Tensor, Tensor]] | None = None
+        """What runs in place of `plain`, see `policy.inference`."""
 
     @property
     def device(self) -> torch.device:
@@ -203,29 +205,54 @@ class DiffusionPolicy(nn.Module):
         `sampler.Hook`. grad=True lets gradients flow from the chunk to weights, noise and observations; otherwise
         only what a hook needs is differentiated.
         """
-        with torch.set_grad_enabled(grad):
+        rows, device = n_samples * len(next(iter(obs.values()))), self.device
+        shape = (rows, self.spec.horizon, *self.spec.action.shape)
+        if noise is None:
+            noise = draw_noise(shape, noise_generator, device, torch.float32)
+        elif noise.shape != shape:
+            raise InputError(f"noise has shape {list(noise.shape)}, expected {list(shape)}")
+        drawn = self.sampler.draw_step_noise(noise, generator)
+        chain: list[ChainStep] = []
+        if self._replays and n_samples == 1 and not (hooks or grad or return_chain or torch.is_grad_enabled()):
+            assert self.prepared is not None
+            values = [obs[key] for key in self.spec.observations]
+            action, normalized = self.prepared(noise, *([] if drawn is None else [drawn]), *values)
+        else:
+            options: dict[str, Any] = {"hooks": hooks, "grad": grad, "return_chain": return_chain}
+            action, normalized, chain = self._sample(obs, noise, drawn, n_samples, **options)
+        if n_samples > 1:
+            normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
+        return Sample(action, normalized, chain)
+
+    def _sample(
+        self, obs: Mapping[str, Tensor], noise: Tensor, drawn: Tensor | None, n_samples: int = 1, **options: Any
+    ) -> tuple[Tensor, Tensor, list[ChainStep]]:
+        """Chunks [B · n, H, A] in the data's units and normalised, and the chain; all noise is given."""
+        with torch.set_grad_enabled(options["grad"]):
             seen = self.see(obs)
-            condition = seen.condition
-            if n_samples > 1:
-                condition = condition.repeat_interleave(n_samples, dim=0)
-            shape = (len(condition), self.spec.horizon, *self.spec.action.shape)
-            if noise is None:
-                noise = draw_noise(shape, noise_generator, condition.device, condition.dtype)
-            elif noise.shape != shape:
-                raise InputError(f"noise has shape {list(noise.shape)}, expected {list(shape)}")
-            times = torch.tensor([step.time for step in self.sampler.steps], device=condition.device)
-            film = self.denoiser.prepare(condition, times)
+            condition = seen.condition.repeat_interleave(n_samples, dim=0) if n_samples > 1 else seen.condition
+            film = self.denoiser.prepare(condition, self.sampler.times(condition.device))
 
         def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
             return self.denoiser(x, film.at(step.index, rows))
 
-        normalized, chain = self.sampler.run(
-            denoise, noise, generator=generator, hooks=hooks, grad=grad, return_chain=return_chain
-        )
-        action = self.unnormalize_action(normalized, seen.obs)
-        if n_samples > 1:
-            normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
-        return Sample(action, normalized, chain)
+        normalized, chain = self.sampler.run(denoise, noise, step_noise=drawn, **options)
+        return self.unnormalize_action(normalized, seen.obs), normalized, chain
+
+    def plain(self, noise: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunks [B, H, A] in the data's units and normalised, as a function of nothing but tensors, without gradients.
+
+        given: the noise of steps that draw some (`Sampler.draw_step_noise`), if any do; then observations, in order.
+        """
+        drawn = given[0] if len(given) > len(self.spec.observations) else None
+        obs = dict(zip(self.spec.observations, given[0 if drawn is None else 1 :], strict=True))
+        action, normalized, _ = self._sample(obs, noise, drawn, grad=False)
+        return action, normalized
+
+    @property
+    def _replays(self) -> bool:
+        """Whether `prepared` still stands for these weights: the denoiser forgets what was prepared for others."""
+        return self.prepared is not None and self.denoiser.prepared is not None
 
     def predict(
         self,

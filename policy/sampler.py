@@ -135,6 +135,7 @@ class Sampler:
         self.clip = clip
         self.clip_range = clip_range
         self.options = options
+        self._times: dict[torch.device, Tensor] = {}
         try:
             self.solver = process.solver(scheduler, num_inference_steps, **options)
         except TypeError as error:
@@ -145,24 +146,34 @@ class Sampler:
         """The denoising steps, noisiest first."""
         return self.solver.steps
 
+    def times(self, device: torch.device) -> Tensor:
+        """What the network is told in each of them, float32 [K]; copied to a device once."""
+        if device not in self._times:
+            with torch.inference_mode(False):
+                self._times[device] = torch.tensor([step.time for step in self.steps], device=device)
+        return self._times[device]
+
     def run(
         self,
         denoise: DenoiserCall,
         noise: Tensor,
         *,
         generator: Generators = None,
+        step_noise: Tensor | None = None,
         hooks: Sequence[Hook] = (),
         grad: bool = False,
         return_chain: bool = False,
     ) -> tuple[Tensor, list[ChainStep]]:
         """Denoise `noise` [B, H, A] into chunks [B, H, A] in normalised units, and the chain of transitions if asked.
 
-        grad=True keeps the graph through every step; otherwise only what a hook asks for is differentiated.
+        step_noise: what `draw_step_noise` gave; without it, `generator` draws it here. grad=True keeps the graph
+        through every step; otherwise only what a hook asks for is differentiated.
         """
         for hook in hooks:
             denoise = hook.wrap_denoiser(denoise)
             hook.begin(noise, self.steps)
-        step_noise = self._step_noise(noise, generator)
+        drawn = self.draw_step_noise(noise, generator) if step_noise is None else step_noise
+        noise_of = {} if drawn is None else dict(zip(self._drawing, drawn, strict=True))
         x, estimates, chain = noise, deque[Tensor](maxlen=self.solver.memory), list[ChainStep]()
         try:
             for step, move in zip(self.steps, self.solver.moves, strict=True):
@@ -175,7 +186,7 @@ class Sampler:
                     estimates.appendleft(state.x0_hat)
                     x_next = mean = self.solver.mean(estimates, state.x, step)
                     if move.spread:
-                        x_next = torch.add(mean, step_noise[step.index], alpha=move.spread)
+                        x_next = torch.add(mean, noise_of[step.index], alpha=move.spread)
                     x_next = self._clip(x_next, "x")
                     if return_chain:
                         chain.append(ChainStep(step, state.x, x_next, mean if move.spread else x_next, move.spread))
@@ -186,18 +197,21 @@ class Sampler:
             return stop.x0, chain
         return x, chain
 
-    def _step_noise(self, x: Tensor, generator: Generators) -> dict[int, Tensor]:
-        """The noise [B, H, A] of every step that draws some, by step index.
+    @property
+    def _drawing(self) -> list[int]:
+        """Indices of the steps that draw noise."""
+        return [index for index, move in enumerate(self.solver.moves) if move.draws]
+
+    def draw_step_noise(self, x: Tensor, generator: Generators) -> Tensor | None:
+        """The noise [K, B, H, A] of the K steps that draw some, for a sample x [B, H, A]; None where none does.
 
         All is drawn before the loop, so that generators of the CPU do not make a GPU wait in every step.
         """
-        drawing = [index for index, move in enumerate(self.solver.moves) if move.draws]
-        if not drawing:
-            return {}
+        if not self._drawing:
+            return None
         first = generator[0] if isinstance(generator, Sequence) else generator
         where = x.device if first is None else first.device
-        drawn = torch.stack([draw_noise(x.shape, generator, where, x.dtype) for _ in drawing]).to(x.device)
-        return dict(zip(drawing, drawn, strict=True))
+        return torch.stack([draw_noise(x.shape, generator, where, x.dtype) for _ in self._drawing]).to(x.device)
 
     def _estimate(self, denoise: DenoiserCall, x: Tensor, step: Step, hooks: Sequence[Hook], grad: bool) -> StepState:
         differentiate = any(hook.needs_gradient for hook in hooks)

@@ -341,3 +341,52 @@ def test_a_second_thread_is_used_where_it_helps(policy, monkeypatch, alone, toge
         assert torch.get_num_threads() == chosen
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", SCHEDULERS, ids=IDS)
+def test_a_chunk_as_a_function_of_tensors_is_the_same(make_policy, case):
+    """What a CUDA graph captures, and what is drawn outside of it."""
+    policy = calm(make_policy(**(SAMPLE | case))).eval()
+    expected = chunk(policy, 3)
+    calls = []
+    policy.prepared = lambda *tensors: calls.append([*tensors]) or policy.plain(*tensors)
+    with torch.no_grad():
+        torch.testing.assert_close(chunk(policy, 3), expected, atol=0, rtol=0)
+    assert calls == []  # nothing was prepared for these weights
+    policy.denoiser.prepared = policy.denoiser.run
+    with torch.no_grad():
+        torch.testing.assert_close(chunk(policy, 3), expected, atol=0, rtol=0)
+        assert len(calls) == 1
+        policy.sample(observations(1), hooks=[Hook()])
+        policy.sample(observations(1), n_samples=2)
+        policy.sample(observations(1), return_chain=True)
+    policy.sample(observations(1), grad=True)
+    assert len(calls) == 1
+    policy.train()
+    policy.eval()
+    with torch.no_grad():
+        chunk(policy, 3)
+    assert len(calls) == 1  # trained since then
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_on_a_gpu_a_replayed_image_chunk_is_the_plain_one(precision):
+    from importlib import import_module
+
+    gpu = import_module("benchmarks.gpu")
+    policy = gpu.policy_of("small", torch.device("cuda")).eval()
+    arrays, _ = gpu.demonstrations()
+    noise = np.random.default_rng(0).standard_normal((1, 16, 2), np.float32)
+    for options in ({"precision": precision}, {"precision": precision, "cuda_graph": True}):
+        accelerate(policy, **options)
+        found = [
+            policy.predict({key: arrays[key][row : row + 2] for key in policy.spec.observations}, noise=noise)
+            for row in (0, 50, 0)
+        ]
+        chunks = np.stack([each["action_pred"] for each in found]) / 256
+        if options.get("cuda_graph"):
+            np.testing.assert_allclose(chunks, expected, atol=1e-4)
+        expected = chunks
+    assert np.abs(chunks[0] - chunks[1]).max() > 1e-3
+    np.testing.assert_array_equal(chunks[0], chunks[2])
