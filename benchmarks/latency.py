@@ -9,9 +9,9 @@ many control steps, however long it really takes. FILE.json gets a row a cell, F
     jump   99th percentile, over all swaps, of the distance between the new command and the command that the running
            chunk had for the same instant, in the data's units
 
-More options: seed=100000, execution_horizon=8 (the bundle's n_action_steps), rtc.mask=…, rtc.beta=…, rtc.rounds=…, any
-of the sampler's as sampler.num_inference_steps=…, processes=2 (a core each). Exit code: 0, 2 for bad input, 130 after
-Ctrl-C, which keeps the cells that are done.
+More options: seed=100000, execution_horizon=8 (the bundle's n_action_steps), rtc.method=…, rtc.mask=…, rtc.beta=…,
+rtc.rounds=…, any of the sampler's as sampler.num_inference_steps=…, processes=2 (a core each). Exit code: 0, 2 for bad
+input, 130 after Ctrl-C, which keeps the cells that are done.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from benchmarks.latency_report import Cell, Result, show, write
 DELAYS = (0, 1, 2, 4, 8)
 OPTIONS = (
     *("bundle", "output", "scheduling", "delay", "n_episodes", "seed", "execution_horizon"),
-    *("rtc.mask", "rtc.overlap", "rtc.beta", "rtc.rounds", "rtc.pin", "processes"),
+    *("rtc.method", "rtc.mask", "rtc.overlap", "rtc.beta", "rtc.rounds", "rtc.pin", "processes"),
 )
 COST = {"rtc": 3}
 """How much longer than of the others a control step takes, for the order and the time left."""
@@ -95,6 +95,7 @@ def parse(words: Sequence[str]) -> Plan:
         seed=_whole(given, "seed", 100_000, least=0),
         execution_horizon=_whole(given, "execution_horizon", spec.n_action_steps, least=1),
         guidance=Guidance(
+            method=given.get("rtc.method", Guidance.method),
             mask=given.get("rtc.mask", Guidance.mask),
             beta=_number(given, "rtc.beta", Guidance.beta),
             rounds=_whole(given, "rtc.rounds", Guidance.rounds, least=0),

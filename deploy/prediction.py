@@ -13,14 +13,21 @@ from action_diffusion.deploy.client import RemotePolicy
 from action_diffusion.deploy.scheduling import Request
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.guidance import BETA, MASKS, continuing
+from action_diffusion.policy.guidance import BETA, MASKS, Running, continuing, running_chunks
 from action_diffusion.policy.policy import DiffusionPolicy
+
+METHODS = ("auto", "guidance", "trained", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How strongly a chunk is guided to continue the running one, for real-time chunking: see `policy.guidance`."""
+    """How a chunk is made to continue the running one, for real-time chunking: see `policy.guidance`.
 
+    method: "guidance"; "trained", by a policy that was trained to go on from settled steps; "both"; or "auto": trained,
+    where the policy is and the delay is one that it was trained for, else guidance. The rest says how guidance is done.
+    """
+
+    method: str = "auto"
     mask: str = "exponential"
     beta: float = BETA
     rounds: int = 0
@@ -28,6 +35,8 @@ class Guidance:
     pin: bool = True
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("rtc.method", self.method, METHODS)
         if self.mask not in MASKS:
             raise unknown("rtc.mask", self.mask, MASKS)
         if not self.beta > 0:
@@ -60,9 +69,21 @@ def predict(
     elif any(rest is not None for rest in running):
         if not isinstance(policy, DiffusionPolicy):
             raise InputError("scheduling=rtc differentiates through the policy's network, which this policy hides")
-        options["hooks"] = [continuing(policy, obs, running, delay, **asdict(guidance))]
+        options = continued(policy, running_chunks(policy, obs, running, delay), max(delay), guidance)
     predicted = policy.predict(obs, noise_generator=noise_generator, generator=generator, **options)
     return np.asarray(predicted["action_pred"])
+
+
+def continued(policy: DiffusionPolicy, running: Running, delay: int, guidance: Guidance) -> dict[str, Any]:
+    """Options of `predict` with which chunks continue running ones; `delay`: the longest."""
+    how = asdict(guidance)
+    method = how.pop("method")
+    if method == "auto":
+        method = "trained" if 1 <= delay <= policy.max_delay else "guidance"
+    if method != "guidance" and not policy.max_delay:
+        raise InputError(f"rtc.method={method} needs a policy that was trained with policy.objective.max_delay above 0")
+    options: dict[str, Any] = {} if method == "guidance" else {"settled": running.settled()}
+    return options if method == "trained" else options | {"hooks": [continuing(policy, running, **how)]}
 
 
 def predict_one(

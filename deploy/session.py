@@ -15,18 +15,18 @@ sends whole histories, and beside them under `wire.EXTRA`:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 
-from action_diffusion.deploy.prediction import Guidance
+from action_diffusion.deploy.prediction import Guidance, continued
 from action_diffusion.deploy.wire import EXTRA, decode_array, shortened
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.agent import Agent
-from action_diffusion.policy.guidance import continuing
+from action_diffusion.policy.guidance import running_chunks
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 
@@ -131,16 +131,17 @@ class Session:
     def answer(self, policy: DiffusionPolicy, question: Question) -> dict[str, np.ndarray]:
         """Float32 `actions` [Ta, A] in the data's units; where `whole` is asked for, `action_pred` [H, A] too."""
         generator = question.generator or self.generator
-        hooks = []
+        options: dict[str, Any] = {}
         if question.running is not None:
-            running, delay = [question.running], [min(question.delay, policy.spec.horizon)]
-            hooks = [continuing(policy, question.obs, running, delay, **asdict(question.guidance))]
+            delay = min(question.delay, policy.spec.horizon)
+            running = running_chunks(policy, question.obs, [question.running], [delay])
+            options = continued(policy, running, delay, question.guidance)
         predicted = policy.predict(
             question.obs,
             noise=question.noise,
             noise_generator=[self.noise_generator],
             generator=[generator],
-            hooks=hooks,
+            **options,
         )
         if not np.isfinite(predicted["action_pred"]).all():
             raise FloatingPointError("the predicted chunk holds NaN or infinity")
@@ -198,6 +199,7 @@ def _guidance(value: Any) -> Guidance:
     if not isinstance(value, dict):
         raise InputError(f"guidance is {shortened(value)}, not a map of {', '.join(names)}")
     kinds: dict[str, tuple[type, ...]] = {
+        "method": (str,),
         "mask": (str,),
         "beta": (int, float),
         "rounds": (int,),

@@ -124,7 +124,9 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     condition_dim = encoder.output_dim
     if estimator is not None:
         condition_dim += features[estimator.key].output_dim if estimator.key in features else estimator.n
-    denoiser = build("denoiser", config["denoiser"], action_dim=spec.action.shape[0], condition_dim=condition_dim)
+    sizes = {"action_dim": spec.action.shape[0], "condition_dim": condition_dim}
+    marked = config["objective"].get("max_delay", 0) > 0
+    denoiser = build("denoiser", config["denoiser"], **sizes, **({"marked": True} if marked else {}))
     denoiser.check_horizon(spec.horizon)
     process = build("process", config["process"])
     action_frame = build_action_frame(config.get("action_frame"), spec)

@@ -89,7 +89,8 @@ class ResidualBlock(nn.Module):
 class ConditionalUnet1d(Prepared):
     """The U-Net of Diffusion Policy (Chi et al. 2023), after Janner et al. 2022.
 
-    action_dim: A. condition_dim: size of the encoded observation history. channels: of each level; the time axis is
+    action_dim: A. condition_dim: size of the encoded observation history. marked: the input has one channel more, which
+    marks the steps of a chunk that are given clean (`policy.Settled`). channels: of each level; the time axis is
     halved between levels, so the horizon must be divisible by 2^(levels − 1) (`check_horizon`). activation: SiLU where
     the paper has Mish, which costs about ten times as much on a CPU.
     """
@@ -99,6 +100,7 @@ class ConditionalUnet1d(Prepared):
         *,
         action_dim: int,
         condition_dim: int,
+        marked: bool = False,
         channels: Sequence[int] = (48, 96, 192),
         kernel_size: int = 5,
         n_groups: int = 8,
@@ -114,7 +116,7 @@ class ConditionalUnet1d(Prepared):
             if width % n_groups:
                 raise InputError(f"denoiser.channels: {width} is not divisible by n_groups={n_groups}")
         self.channels = tuple(channels)
-        self.action_dim = action_dim
+        self.input_dim = action_dim + marked
         self.time_embedding = nn.Sequential(
             SinusoidalEmbedding(time_dim),
             nn.Linear(time_dim, 4 * time_dim),
@@ -127,7 +129,7 @@ class ConditionalUnet1d(Prepared):
         def block(n_in: int, n_out: int) -> ResidualBlock:
             return ResidualBlock(n_in, n_out, kernel_size, n_groups, act)
 
-        widths = [action_dim, *channels]
+        widths = [self.input_dim, *channels]
         self.down = nn.ModuleList()
         for level, (n_in, n_out) in enumerate(pairwise(widths)):
             last = level == len(channels) - 1
@@ -188,7 +190,7 @@ class ConditionalUnet1d(Prepared):
         )
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
-        """x [B, H, A], film [B, F] (of `Film.at`, or the sum of its two parts in training) → [B, H, A]."""
+        """x [B, H, A] (A + 1: `marked`), film [B, F] (of `Film.at`, in training the sum of its parts) → [B, H, A]."""
         run = self.run if self.prepared is None or torch.is_grad_enabled() else self.prepared
         return run(x, film)
 

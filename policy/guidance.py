@@ -30,19 +30,24 @@ Gaussian, C W (W C W)⁻¹ r with C ∝ the Jacobian, of which the published for
 Guidance alone leaves what is settled nearly, but not quite, as it is. `pin` sets it: x̂0 is Y over the delay, in every
 denoising step, so that the network completes a chunk whose beginning it is given, and a prediction that it has no
 freedom to bend still begins where the arm will be.
+
+All this bends a network that never saw a chunk with a beginning. One that was trained to go on from steps that are
+settled (`policy.objective.max_delay`; Black et al., "Training-Time Action Conditioning for Efficient Real-Time
+Chunking", 2025) is told which these are, and needs no guidance and no gradients: `Running.settled`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.policy import DiffusionPolicy, Settled
 from action_diffusion.policy.process import Step
 from action_diffusion.policy.sampler import Hook, StepState
 
@@ -168,27 +173,45 @@ class RealTimeChunking(Hook):
         return (1.0 - tau) * weight * (step.a + step.b)
 
 
-def continuing(
+@dataclass(frozen=True)
+class Running:
+    """What arms execute while new chunks are computed, as these see it. See `running_chunks`.
+
+    action: [B, H, A], normalised, in the action frame of the new observations. delay, end: int [B], steps from now on
+    that are settled, and that there are. now: the step of a chunk that is now, To-1.
+    """
+
+    action: Tensor
+    delay: Tensor
+    end: Tensor
+    now: int
+
+    def weights(self, mask: str, overlap: int | None = None) -> Tensor:
+        """W, [B, H]."""
+        length = self.action.shape[1] - self.now
+        return torch.nn.functional.pad(weights(self.delay, self.end, length, mask, overlap), (self.now, 0))
+
+    def settled(self) -> Settled:
+        """For a policy that was trained to go on from such steps (`DiffusionPolicy.max_delay`)."""
+        steps = self.weights("hard") > 0
+        return Settled(torch.where(steps.unsqueeze(-1), self.action, 0.0), steps)
+
+
+def running_chunks(
     policy: DiffusionPolicy,
     obs: Mapping[str, np.ndarray],
     running: Sequence[np.ndarray | None],
     delay: Sequence[int],
-    *,
-    mask: str = "exponential",
-    beta: float = BETA,
-    rounds: int = 0,
-    overlap: int | None = None,
-    pin: bool = True,
-) -> RealTimeChunking:
-    """The hook for `policy.predict(obs, hooks=[…])` that continues each row's running chunk.
+) -> Running:
+    """Running chunks as `policy` would have predicted them from the *new* observations.
+
+    A chunk that was learnt in an object's frame is expressed there again, because the frame has moved meanwhile.
 
     Args:
-        obs: the *new* observations, key → [B, To, …]. A chunk that was learnt in an object's frame is expressed there
-            again, because the frame has moved since the running chunk was predicted.
+        obs: the new observations, key → [B, To, …].
         running: of each row what its running chunk has from now on, [end, A] in the data's units; None for a row
-            without one, which then is not guided.
+            without one.
         delay: of each row the steps that the new chunk is expected to take.
-        pin: set what is settled, beside guiding towards it.
     """
     spec, device = policy.spec, policy.device
     now = spec.n_obs_steps - 1
@@ -202,18 +225,32 @@ def continuing(
         end[row] = len(rest)
         padded[row, now : now + len(rest)] = rest
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in obs.items()}
-    settled, ends = torch.tensor(delay, device=device), torch.from_numpy(end).to(device)
-    weight = weights(settled, ends, length, mask, overlap)
-    pinned = weights(settled, ends, length, "hard") > 0 if pin else None
     with torch.no_grad():
         seen = tensors if policy.estimator is None else policy.see(tensors).obs
         normalized = policy.normalize_action(torch.from_numpy(padded).to(device), seen)
+    return Running(normalized, torch.tensor(delay, device=device), torch.from_numpy(end).to(device), now)
+
+
+def continuing(
+    policy: DiffusionPolicy,
+    running: Running,
+    *,
+    mask: str = "exponential",
+    beta: float = BETA,
+    rounds: int = 0,
+    overlap: int | None = None,
+    pin: bool = True,
+) -> RealTimeChunking:
+    """The hook for `policy.predict(obs, hooks=[…])` that guides each row to continue its running chunk, if it has one.
+
+    pin: set what is settled, beside guiding towards it.
+    """
     return RealTimeChunking(
-        running=normalized,
-        weight=torch.nn.functional.pad(weight, (now, 0)),
+        running=running.action,
+        weight=running.weights(mask, overlap),
         beta=beta,
         rounds=rounds,
-        pinned=None if pinned is None else torch.nn.functional.pad(pinned, (now, 0)),
+        pinned=running.weights("hard") > 0 if pin else None,
         clip_range=policy.sampler.clip_range if policy.process.family == "diffusion" else math.inf,
     )
 

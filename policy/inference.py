@@ -109,7 +109,7 @@ def _try(run: Denoise, policy: DiffusionPolicy, options: str) -> None:
     from torch._dynamo.exc import TorchDynamoException  # slow to import
 
     denoiser = policy.denoiser
-    x = torch.zeros(1, policy.spec.horizon, denoiser.action_dim, device=policy.device)
+    x = torch.zeros(1, policy.spec.horizon, denoiser.input_dim, device=policy.device)
     film = torch.zeros(1, sum(denoiser.film_sizes), device=policy.device)
     try:
         with torch.inference_mode():  # as `predict` calls it

@@ -41,6 +41,21 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What of a chunk is known before it is predicted: action [B, H, A], normalised, at steps, bool [B, H]."""
+
+    action: Tensor
+    steps: Tensor
+
+    def mark(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x [R, H, A] for a denoiser that is `marked`: settled steps clean, and a channel that says which these are."""
+        action, steps = self.action, self.steps.unsqueeze(-1)
+        if rows is not None:
+            action, steps = action[rows], steps[rows]
+        return torch.cat([torch.where(steps, action, x), steps.to(x.dtype)], dim=-1)
+
+
+@dataclass(frozen=True)
 class Sample:
     """Sampled chunks. action: data's units; normalized: in [−1, 1]; both [B, H, A], or [B, n, H, A] for n_samples > 1.
 
@@ -58,7 +73,9 @@ class DiffusionPolicy(nn.Module):
     features: key → module applied to a state before normalisation. action_frame: that chunks are learnt in; None for
     the data's own. estimator: of a state that is not observed (`policy.estimator`). noise_draws: denoising examples per
     encoded observation in training, which is cheap where the encoder is the expensive part. loss_on_padding: whether
-    padded steps at the ends of an episode count in the loss (they repeat the first or last action).
+    padded steps at the ends of an episode count in the loss (they repeat the first or last action). max_delay: learn to
+    go on from up to so many steps, from now on, that are settled already, because a running chunk has them
+    ("Training-Time Action Conditioning for Efficient Real-Time Chunking", Black et al. 2025); 0: from none.
     """
 
     def __init__(
@@ -76,12 +93,18 @@ class DiffusionPolicy(nn.Module):
         loss: str = "mse",
         noise_draws: int = 1,
         loss_on_padding: bool = True,
+        max_delay: int = 0,
     ):
         super().__init__()
         if loss not in LOSSES:
             raise unknown("policy.loss", loss, LOSSES)
         if noise_draws < 1:
             raise InputError(f"policy.noise_draws={noise_draws} must be at least 1")
+        if not 0 <= max_delay <= spec.horizon - spec.n_obs_steps:
+            raise InputError(
+                f"policy.objective.max_delay={max_delay} must be between 0 and {spec.horizon - spec.n_obs_steps}: of "
+                f"{spec.horizon} steps {spec.n_obs_steps - 1} are past, and one at least is to be learnt"
+            )
         self.spec = spec
         self.features = nn.ModuleDict(features)
         self.action_frame = action_frame
@@ -94,6 +117,7 @@ class DiffusionPolicy(nn.Module):
         self.loss = LOSSES[loss]
         self.noise_draws = noise_draws
         self.loss_on_padding = loss_on_padding
+        self.max_delay = max_delay
         self.prepared: Callable[..., tuple[Tensor, Tensor]] | None = None
         """What runs in place of `plain`, see `policy.inference`."""
 
@@ -178,12 +202,23 @@ class DiffusionPolicy(nn.Module):
         times = self.process.draw_times(len(x0), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         film = self.denoiser.prepare(condition, times)
-        output = self.denoiser(self.process.add_noise(x0, eps, times), film.steps + film.condition)
-        target = self.process.target(x0, eps, times)
-        if self.loss_on_padding or mask is None:
+        x, target = self.process.add_noise(x0, eps, times), self.process.target(x0, eps, times)
+        counts = None if self.loss_on_padding or mask is None else mask.repeat(self.noise_draws, 1)
+        if self.max_delay:
+            settled = Settled(x0, self._draw_settled(len(x0), generator, x0.device))
+            x = settled.mark(x)
+            counts = ~settled.steps if counts is None else counts & ~settled.steps
+        output = self.denoiser(x, film.steps + film.condition)
+        if counts is None:
             return self.loss(output, target)
-        weight = mask.repeat(self.noise_draws, 1).unsqueeze(-1).expand_as(target)
-        return (self.loss(output, target, reduction="none") * weight).sum() / weight.sum()
+        weight = counts.unsqueeze(-1).expand_as(target)
+        return (self.loss(output, target, reduction="none") * weight).sum() / weight.sum().clamp_min(1)
+
+    def _draw_settled(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Of n training examples, the steps that are given: bool [n, H]; each delay up to `max_delay` as often."""
+        delay = torch.randint(self.max_delay + 1, (n, 1), generator=generator, device=device)
+        step = torch.arange(self.spec.horizon, device=device) - (self.spec.n_obs_steps - 1)
+        return (step >= 0) & (step < delay)
 
     def sample(
         self,
@@ -193,6 +228,7 @@ class DiffusionPolicy(nn.Module):
         n_samples: int = 1,
         noise_generator: Generators = None,
         generator: Generators = None,
+        settled: Settled | None = None,
         hooks: Sequence[Hook] = (),
         grad: bool = False,
         return_chain: bool = False,
@@ -201,9 +237,10 @@ class DiffusionPolicy(nn.Module):
 
         The encoder runs once per observation; its embedding is repeated for `n_samples`. noise [B · n, H, A] is the
         initial noise; without it `noise_generator` draws it, and `generator` draws the noise of stochastic steps
-        (each one, or a list with one per row, so that a row does not depend on its neighbours). `hooks`: see
-        `sampler.Hook`. grad=True lets gradients flow from the chunk to weights, noise and observations; otherwise
-        only what a hook needs is differentiated.
+        (each one, or a list with one per row, so that a row does not depend on its neighbours). settled: steps of B
+        chunks that the others are to go on from; needs `max_delay` > 0. `hooks`: see `sampler.Hook`. grad=True lets
+        gradients flow from the chunk to weights, noise and observations; otherwise only what a hook needs is
+        differentiated.
         """
         rows, device = n_samples * len(next(iter(obs.values()))), self.device
         shape = (rows, self.spec.horizon, *self.spec.action.shape)
@@ -212,20 +249,41 @@ class DiffusionPolicy(nn.Module):
         elif noise.shape != shape:
             raise InputError(f"noise has shape {list(noise.shape)}, expected {list(shape)}")
         drawn = self.sampler.draw_step_noise(noise, generator)
+        settled = self._settled(settled, noise, n_samples)
         chain: list[ChainStep] = []
         if self._replays and n_samples == 1 and not (hooks or grad or return_chain or torch.is_grad_enabled()):
             assert self.prepared is not None
-            values = [obs[key] for key in self.spec.observations]
-            action, normalized = self.prepared(noise, *([] if drawn is None else [drawn]), *values)
+            given = [] if drawn is None else [drawn]
+            given += [] if settled is None else [settled.action, settled.steps]
+            action, normalized = self.prepared(noise, *given, *(obs[key] for key in self.spec.observations))
         else:
             options: dict[str, Any] = {"hooks": hooks, "grad": grad, "return_chain": return_chain}
-            action, normalized, chain = self._sample(obs, noise, drawn, n_samples, **options)
+            action, normalized, chain = self._sample(obs, noise, drawn, settled, n_samples, **options)
         if n_samples > 1:
             normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
         return Sample(action, normalized, chain)
 
+    def _settled(self, given: Settled | None, noise: Tensor, n_samples: int) -> Settled | None:
+        """For the rows of `noise` [B · n, H, A], no step where none is given; None for a denoiser that has no mark."""
+        if not self.max_delay:
+            if given is not None:
+                raise InputError("steps are settled, but the policy was trained with policy.objective.max_delay=0")
+            return None
+        if given is None:
+            return Settled(torch.zeros_like(noise), noise.new_zeros(noise.shape[:2], dtype=torch.bool))
+        action, steps = (part.repeat_interleave(n_samples, dim=0) for part in (given.action, given.steps))
+        if action.shape != noise.shape or steps.shape != noise.shape[:2]:
+            raise InputError(f"settled steps of shape {list(given.action.shape)} for chunks of {list(noise.shape)}")
+        return Settled(action, steps)
+
     def _sample(
-        self, obs: Mapping[str, Tensor], noise: Tensor, drawn: Tensor | None, n_samples: int = 1, **options: Any
+        self,
+        obs: Mapping[str, Tensor],
+        noise: Tensor,
+        drawn: Tensor | None,
+        settled: Settled | None,
+        n_samples: int = 1,
+        **options: Any,
     ) -> tuple[Tensor, Tensor, list[ChainStep]]:
         """Chunks [B · n, H, A] in the data's units and normalised, and the chain; all noise is given."""
         with torch.set_grad_enabled(options["grad"]):
@@ -234,19 +292,24 @@ class DiffusionPolicy(nn.Module):
             film = self.denoiser.prepare(condition, self.sampler.times(condition.device))
 
         def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
-            return self.denoiser(x, film.at(step.index, rows))
+            return self.denoiser(x if settled is None else settled.mark(x, rows), film.at(step.index, rows))
 
         normalized, chain = self.sampler.run(denoise, noise, step_noise=drawn, **options)
+        if settled is not None:
+            normalized = torch.where(settled.steps.unsqueeze(-1), settled.action, normalized)
         return self.unnormalize_action(normalized, seen.obs), normalized, chain
 
     def plain(self, noise: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         """Chunks [B, H, A] in the data's units and normalised, as a function of nothing but tensors, without gradients.
 
-        given: the noise of steps that draw some (`Sampler.draw_step_noise`), if any do; then observations, in order.
+        given: the noise of steps that draw some (`Sampler.draw_step_noise`), if any do; action and steps of `Settled`,
+        with `max_delay`; the observations, in order.
         """
-        drawn = given[0] if len(given) > len(self.spec.observations) else None
-        obs = dict(zip(self.spec.observations, given[0 if drawn is None else 1 :], strict=True))
-        action, normalized, _ = self._sample(obs, noise, drawn, grad=False)
+        count = len(given) - len(self.spec.observations)
+        obs, others = dict(zip(self.spec.observations, given[count:], strict=True)), list(given[:count])
+        settled = Settled(others[-2], others[-1]) if self.max_delay else None
+        drawn = others[0] if count % 2 else None
+        action, normalized, _ = self._sample(obs, noise, drawn, settled, grad=False)
         return action, normalized
 
     @property
@@ -261,6 +324,7 @@ class DiffusionPolicy(nn.Module):
         noise: np.ndarray | None = None,
         noise_generator: Generators = None,
         generator: Generators = None,
+        settled: Settled | None = None,
         hooks: Sequence[Hook] = (),
     ) -> dict[str, np.ndarray]:
         """Actions for a dictionary of numpy arrays, [To, …] or [B, To, …] each, in the data's own units.
@@ -277,9 +341,8 @@ class DiffusionPolicy(nn.Module):
         # Nothing here is differentiated later, which inference mode makes use of: a tenth of a small network's step.
         quick = not any(hook.needs_gradient for hook in hooks)
         with torch.inference_mode() if quick else torch.no_grad():
-            sample = self.sample(
-                tensors, noise=start, noise_generator=noise_generator, generator=generator, hooks=hooks
-            )
+            noises: dict[str, Any] = {"noise": start, "noise_generator": noise_generator, "generator": generator}
+            sample = self.sample(tensors, **noises, settled=settled, hooks=hooks)
         chunk = sample.action.float().cpu().numpy()
         now = self.spec.n_obs_steps - 1
         action = chunk[:, now : now + self.spec.n_action_steps]

@@ -13,7 +13,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy import normalizer
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.estimator import PlanarPose
-from action_diffusion.policy.guidance import continuing
+from action_diffusion.policy.guidance import continuing, running_chunks
 from action_diffusion.policy.policy import IN_FRAME
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
@@ -123,7 +123,7 @@ def test_a_running_chunk_continues_in_the_estimated_frame():
     policy, (obs, _) = make_policy().eval(), batch(2)
     observed = {key: obs[key].numpy() for key in policy.spec.observations}
     running = [np.full((7, 2), 200.0, np.float32), None]
-    hook = continuing(policy, observed, running, [2, 0])
+    hook = continuing(policy, running_chunks(policy, observed, running, [2, 0]))
     pose = policy.see({key: obs[key] for key in observed}).obs["state"]
     chunk = policy.unnormalize_action(hook.running, {"state": pose})
     torch.testing.assert_close(chunk[0, 1:], torch.full((7, 2), 200.0), atol=1e-2, rtol=0)

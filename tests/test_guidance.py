@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.func import vjp
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.guidance import MASKS, RealTimeChunking, continuing, weights
+from action_diffusion.policy.guidance import MASKS, RealTimeChunking, continuing, running_chunks, weights
 from action_diffusion.policy.process import Diffusion, Flow, Process
 from action_diffusion.policy.sampler import Hook, Sampler, StepState
 
@@ -407,16 +407,18 @@ def test_rows_are_independent_and_a_row_without_a_running_chunk_is_not_guided(ma
     plain = chunk(policy, obs)
     before = [plain[2, 3:], None, plain[0, 2:]]
     delays = [2, 1, 3]
-    together = chunk(policy, obs, continuing(policy, obs, before, delays))
+    together = chunk(policy, obs, continuing(policy, running_chunks(policy, obs, before, delays)))
     assert np.isfinite(together).all()
     assert np.abs(together[[0, 2]] - plain[[0, 2]]).max() > 1e-3
     np.testing.assert_allclose(together[1], plain[1], atol=1e-3)
-    changed = chunk(policy, obs, continuing(policy, obs, [plain[1, 1:], None, before[2]], [5, 4, 3]))
+    changed = chunk(
+        policy, obs, continuing(policy, running_chunks(policy, obs, [plain[1, 1:], None, before[2]], [5, 4, 3]))
+    )
     assert np.array_equal(changed[1:], together[1:])
     assert np.abs(changed[0] - together[0]).max() > 1e-3
     for row, delay in enumerate(delays):
         own = {key: value[row : row + 1] for key, value in obs.items()}
-        alone = chunk(policy, own, continuing(policy, own, [before[row]], [delay]), [row])
+        alone = chunk(policy, own, continuing(policy, running_chunks(policy, own, [before[row]], [delay])), [row])
         np.testing.assert_allclose(alone[0], together[row], atol=0.05)  # other batch sizes round otherwise
 
 
@@ -425,7 +427,7 @@ def test_the_running_chunk_is_expressed_in_the_frame_of_the_new_observation(make
     policy = make_policy(action_frame=frame)
     old, new = observations(0.0), observations(6.0)
     before = chunk(policy, old)[0, 3:]
-    hook = continuing(policy, new, [before], [2])
+    hook = continuing(policy, running_chunks(policy, new, [before], [2]))
     assert hook.weight[0, :, 0].tolist()[:4] == pytest.approx([0, 1, 1, hook.weight[0, 3, 0].item()])
     tensors = {key: torch.from_numpy(value) for key, value in new.items()}
     meant = policy.unnormalize_action(hook.running, tensors)[0, 1:6].numpy()
@@ -438,7 +440,7 @@ def test_the_running_chunk_is_expressed_in_the_frame_of_the_new_observation(make
 
 def test_a_running_chunk_that_is_too_long_is_cut_and_what_it_lacks_may_be_anything(policy):
     obs = observations(0.0)
-    hook = continuing(policy, obs, [np.zeros((30, 2))], [2])
+    hook = continuing(policy, running_chunks(policy, obs, [np.zeros((30, 2))], [2]))
     assert (hook.weight[0, :, 0] > 0).tolist() == [False] + 7 * [True]
     running = torch.full((1, 8, 2), torch.nan)
     running[:, 1:4] = 0.0
@@ -449,7 +451,7 @@ def test_a_running_chunk_that_is_too_long_is_cut_and_what_it_lacks_may_be_anythi
 def test_no_gradient_is_left_behind(policy):
     obs = observations(0.0)
     tensors = {key: torch.from_numpy(value) for key, value in obs.items()}
-    hook = continuing(policy, obs, [np.full((5, 2), 100.0)], [2])
+    hook = continuing(policy, running_chunks(policy, obs, [np.full((5, 2), 100.0)], [2]))
     with torch.no_grad():
         sample = policy.sample(tensors, hooks=[hook], noise=torch.zeros(1, 8, 2))
     assert not sample.action.requires_grad
@@ -492,7 +494,7 @@ def test_the_whole_run_may_be_differentiated(running, weight):
 
 def test_inference_mode_is_refused(policy):
     obs = observations(0.0)
-    hook = continuing(policy, obs, [np.full((5, 2), 100.0)], [2])
+    hook = continuing(policy, running_chunks(policy, obs, [np.full((5, 2), 100.0)], [2]))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="no_grad, not inference_mode"):
         chunk(policy, obs, hook)
 
