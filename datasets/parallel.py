@@ -65,7 +65,10 @@ def in_order(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise ChildProcessError(f"a process {what} was killed (too little memory, or a crash)") from None
+        raise ChildProcessError(
+            f"a process {what} ended (too little memory, a crash, or a script that does not do its work under "
+            '`if __name__ == "__main__":`)'
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -73,6 +76,15 @@ def in_order(
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def refuse_while_importing() -> None:
+    """Raises `RuntimeError` in a process that was just started, and does again what the script that started it does.
+
+    So a script without a main guard ends with a word about it, instead of waiting for what it has locked itself.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError('do this under `if __name__ == "__main__":`, since it starts processes')
 
 
 def _begin() -> None:

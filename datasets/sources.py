@@ -16,7 +16,7 @@ import numpy as np
 from action_diffusion.datasets.download import download
 from action_diffusion.datasets.files import cache_folder, locked
 from action_diffusion.datasets.loading import cached_array, digest
-from action_diffusion.datasets.parallel import cores, in_order
+from action_diffusion.datasets.parallel import cores, in_order, refuse_while_importing
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError, unknown
 
@@ -107,6 +107,7 @@ def with_images(
     """
     if key in buffer:
         return buffer
+    refuse_while_importing()
     states = np.asarray(buffer[state_key][:])
     first = render(states[:1])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -49,3 +51,19 @@ def test_pictures_are_the_same_from_any_number_of_processes(tmp_path, monkeypatc
     monkeypatch.setattr("action_diffusion.datasets.sources.cores", lambda: 2)
     np.testing.assert_array_equal(with_images(buffer, picture, cache_dir=tmp_path / "b")["img"][:], alone)
     assert cores() >= 1
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from action_diffusion.datasets import sources\n"
+        "from action_diffusion.envs.pusht import render_states\n"
+        "sources._RENDER_ALONE, sources.cores = 0, lambda: 2\n"
+        "sources.with_images(sources.open_data('pusht_expert'), render_states)\n"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120
+    )
+    assert found.returncode == 1
+    assert "ChildProcessError: a process rendering ended" in found.stderr
+    assert 'if __name__ == "__main__":' in found.stderr
