@@ -133,9 +133,8 @@ class Conv1d(Packable):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] * x.shape[1] <= SMALL or self.runs_packed(x):
             return self.product(_windows(x, len(self.weight)))
-        if x.is_cuda:  # one launch instead of one a tap
-            out = F.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=len(self.weight) // 2)
-            return out.permute(2, 0, 1).contiguous()
+        if x.is_cuda:  # one large product; torch's own convolution would lay out all weights anew in every call
+            return self.product(_windows(*_autocast(x), len(self.weight)))
         x, weight, bias = _autocast(x, self.weight, self.bias)
         return _ShiftedConv.apply(x, weight, bias)
 
