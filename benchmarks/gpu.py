@@ -1,6 +1,7 @@
 """What a GPU makes of this package: the time of a chunk, and samples a second in training, option by option.
 
-    python -m benchmarks.gpu [device=cuda] [size=paper] [batch=64] [seconds=4] [compile=true] [output=FILE.json]
+    python -m benchmarks.gpu [only=chunk] [device=cuda] [size=paper] [batch=64] [seconds=4] [compile=true]
+                             [output=FILE.json]
 
     chunk      one chunk of the image policy at batch 1, DDIM 10, from uint8 frames on the host to actions in pixels,
                with every option of `policy.load`; error: the largest difference to plain fp32, in normalised actions
@@ -51,12 +52,21 @@ from benchmarks.floors import SIZES
 from benchmarks.ours import build
 from benchmarks.report import machine
 
-DEFAULTS = {"device": "cuda", "size": "paper", "batch": "64", "seconds": "4", "compile": "true", "output": ""}
+DEFAULTS = {
+    "only": ",".join(WORKS),
+    "device": "cuda",
+    "size": "paper",
+    "batch": "64",
+    "seconds": "4",
+    "compile": "true",
+    "output": "",
+}
 MOST_MS, LEAST_RATIO = 10.0, 3.0
 FRAME, CROP, HORIZON = (96, 96), (84, 84), 16
 EPISODES, LENGTH = 100, 100
 _CHUNKS = ({}, {"cuda_graph": True}, {"precision": "bf16"}, {"precision": "bf16", "cuda_graph": True})
-_CHUNKS_COMPILED = tuple(options | {"compile": True} for options in ({"cuda_graph": True}, _CHUNKS[-1]))
+_CHUNKS_COMPILED = (_CHUNKS[-1] | {"compile": True},)
+WORKS = ("chunk", "training")
 _TRAINING = (
     {},
     {"mixed_precision": "bf16"},
@@ -265,13 +275,15 @@ def show(found: Sequence[Found]) -> None:
 
 def bounds(found: Sequence[Found]) -> dict[str, bool]:
     """What is asked of a GPU, in words, and whether it is kept."""
-    fastest = min(row.ms for row in found if row.error is not None)
+    kept: dict[str, bool] = {}
+    times = [row.ms for row in found if row.samples_per_second is None]
+    if times:
+        kept[f"a chunk takes {min(times):.1f} ms; asked: {MOST_MS:g}"] = min(times) <= MOST_MS
     rates = [row.samples_per_second for row in found if row.samples_per_second is not None]
-    ratio = max(rates[1:]) / rates[0]
-    return {
-        f"a chunk takes {fastest:.1f} ms; asked: {MOST_MS:g}": fastest <= MOST_MS,
-        f"training is {ratio:.1f} times plain; asked: {LEAST_RATIO:g}": ratio >= LEAST_RATIO,
-    }
+    if len(rates) > 1:
+        ratio = max(rates[1:]) / rates[0]
+        kept[f"training is {ratio:.1f} times plain; asked: {LEAST_RATIO:g}"] = ratio >= LEAST_RATIO
+    return kept
 
 
 @command
@@ -282,13 +294,18 @@ def main(words: Sequence[str]) -> int:
     size, batch = given["size"], whole("batch", given["batch"])
     if size not in SIZES:
         raise unknown("size", size, SIZES)
+    only = given["only"].split(",")
+    for name in only:
+        if name not in WORKS:
+            raise unknown("only", name, WORKS)
     if given["compile"] not in ("true", "false"):
         raise unknown("compile", given["compile"], ("true", "false"))
     on, found, compiled = ceilings(device, seconds / 4), list[Found](), given["compile"] == "true"
-    works = itertools.chain(
-        chunks(size, device, seconds, compiled=compiled), training(size, batch, device, seconds, compiled=compiled)
-    )
-    for row in works:
+    works = {
+        "chunk": chunks(size, device, seconds, compiled=compiled),
+        "training": training(size, batch, device, seconds, compiled=compiled),
+    }
+    for row in itertools.chain.from_iterable(works[name] for name in only):
         found.append(row)
         print(f"{row.work}, {row.options}: {row.ms:.2f} ms", file=sys.stderr, flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()["processor"]
