@@ -52,6 +52,7 @@ from benchmarks.floors import SIZES
 from benchmarks.ours import build
 from benchmarks.report import machine
 
+WORKS = ("chunk", "training")
 DEFAULTS = {
     "only": ",".join(WORKS),
     "device": "cuda",
@@ -66,7 +67,6 @@ FRAME, CROP, HORIZON = (96, 96), (84, 84), 16
 EPISODES, LENGTH = 100, 100
 _CHUNKS = ({}, {"cuda_graph": True}, {"precision": "bf16"}, {"precision": "bf16", "cuda_graph": True})
 _CHUNKS_COMPILED = (_CHUNKS[-1] | {"compile": True},)
-WORKS = ("chunk", "training")
 _TRAINING = (
     {},
     {"mixed_precision": "bf16"},
