@@ -27,6 +27,7 @@ from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.windows import batch_indices, make_windows
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
+from action_diffusion.memory import keep_freed_memory
 from action_diffusion.policy import normalizer
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
@@ -283,4 +284,5 @@ def about() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as `action-diffusion` does
     serve({"chunk": Chunk, "train": Train, "evaluate": Evaluate, "gather": Gather}, about)
