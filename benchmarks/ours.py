@@ -258,6 +258,7 @@ class Gather(Work):
         self._whole = settings["whole_frames"]
         self._inputs = load_file(folder / "inputs.safetensors")
         self._step = 0
+        self._floats: Tensor | None = None
 
     def outputs(self) -> dict[str, Tensor]:
         """Frames (whole, or cropped at the corners in the inputs) and actions of the windows `checked`."""
@@ -275,7 +276,7 @@ class Gather(Work):
         self._step += 1
         offsets = self._inputs["corners"].numpy()[indices]
         batch = self._source.gather(indices, crop=self._crop, offsets=offsets)
-        images_to_float(batch.obs["image"])
+        self._floats = images_to_float(batch.obs["image"], out=self._floats)
 
 
 def about() -> dict[str, Any]:
