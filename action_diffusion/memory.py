@@ -1,7 +1,7 @@
 """Freed memory is kept for the next step, instead of going back to the system and coming again page by page.
 
 A training step frees and takes the same large arrays each time. Above 32 MB glibc maps each anew and unmaps it, and it
-gives back the free end of its heap: 150,000 page faults a step of the image policy, a tenth of its time
+gives back the free end of its heap: up to 150,000 page faults a step of the image policy, up to a tenth of its time
 (docs/performance.md).
 """
 
