@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from action_diffusion import __version__
+from action_diffusion import __version__, memory
 from action_diffusion.errors import InputError, unknown
 
 MAIN_HELP = """\
@@ -152,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # other keeps from running, and training takes five times as long. Without any spin, a core falls asleep between
     # two operations, and an evaluation takes twice as long: docs/performance.md.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    memory.keep_freed_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(MAIN_HELP)

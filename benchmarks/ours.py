@@ -27,6 +27,7 @@ from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.windows import batch_indices, make_windows
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
+from action_diffusion.memory import keep_freed_memory
 from action_diffusion.policy import normalizer
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
@@ -257,6 +258,7 @@ class Gather(Work):
         self._whole = settings["whole_frames"]
         self._inputs = load_file(folder / "inputs.safetensors")
         self._step = 0
+        self._floats: Tensor | None = None
 
     def outputs(self) -> dict[str, Tensor]:
         """Frames (whole, or cropped at the corners in the inputs) and actions of the windows `checked`."""
@@ -274,7 +276,7 @@ class Gather(Work):
         self._step += 1
         offsets = self._inputs["corners"].numpy()[indices]
         batch = self._source.gather(indices, crop=self._crop, offsets=offsets)
-        images_to_float(batch.obs["image"])
+        self._floats = images_to_float(batch.obs["image"], out=self._floats)
 
 
 def about() -> dict[str, Any]:
@@ -283,4 +285,5 @@ def about() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as `action-diffusion` does
     serve({"chunk": Chunk, "train": Train, "evaluate": Evaluate, "gather": Gather}, about)

@@ -202,10 +202,17 @@ class BatchSource:
         )
 
 
-def images_to_float(images: Tensor) -> Tensor:
-    """uint8 [..., H, W, 3], 0 to 255, as float32 [..., 3, H, W], 0 to 1; memory stays channels-last."""
-    scaled = images.to(torch.float32).mul_(1 / 255)
-    return scaled.movedim(-1, -3)
+def images_to_float(images: Tensor, out: Tensor | None = None) -> Tensor:
+    """uint8 [..., H, W, 3], 0 to 255, as float32 [..., 3, H, W], 0 to 1; memory stays channels-last.
+
+    out: what this returned for another batch of the same shape, to be written over: its memory is in the cache still,
+    which takes a quarter off a batch. Where gradients are computed, only after the backward pass of that batch.
+    Raises `ValueError` for another shape.
+    """
+    floats = torch.empty_like(images, dtype=torch.float32) if out is None else out.movedim(-3, -1)
+    if floats.shape != images.shape:
+        raise ValueError(f"out holds images {list(floats.shape)}, these are {list(images.shape)}")
+    return floats.copy_(images).mul_(1 / 255).movedim(-1, -3)
 
 
 def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

@@ -205,6 +205,27 @@ def test_images_become_floats_without_a_copy_of_the_layout() -> None:
     assert (floats.min(), floats.max()) == (0, 1)
 
 
+@given(
+    shape=st.tuples(*(st.integers(1, 6) for _ in range(3)), st.just(3)),
+    seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)),
+)
+def test_images_written_over_those_before_are_the_same_bit_for_bit(shape: tuple[int, ...], seeds: tuple[int, int]):
+    before, images = (
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+    )
+    plain = (images.to(torch.float32) * (1 / 255)).movedim(-1, -3)
+    kept = images_to_float(before)
+    floats = images_to_float(images, out=kept)
+    assert torch.equal(floats, plain)
+    assert (floats.data_ptr(), floats.stride()) == (kept.data_ptr(), plain.stride())
+
+
+def test_images_of_another_shape_are_not_written_over_those_before() -> None:
+    kept = images_to_float(torch.zeros(2, 4, 5, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"out holds images \[2, 4, 5, 3\], these are \[1, 4, 5, 3\]"):
+        images_to_float(torch.zeros(1, 4, 5, 3, dtype=torch.uint8), out=kept)
+
+
 def with_image(change: Callable[[np.ndarray], np.ndarray]) -> ReplayBuffer:
     data = arrays()
     return ReplayBuffer.from_arrays({**data, "img": change(data["img"])}, np.cumsum(LENGTHS))
