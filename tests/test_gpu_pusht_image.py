@@ -34,7 +34,7 @@ def test_the_run_goes_from_demonstrations_to_a_score(tmp_path):
     assert collected.returncode == 0, collected.stderr
     small = (
         *("device=cpu", "train.max_minutes=null", "train.max_steps=2", "train.batch_size=2"),
-        *("train.mixed_precision=no", "train.compile=false", "train.warmup=0"),
+        *("train.mixed_precision=no", "train.cuda_graph=false", "train.warmup=0"),
         *("evaluation.n_episodes=1", "evaluation.n_envs=1", "evaluation.policy_batch=1", "evaluation.n_videos=0"),
         *("policy.sampler.num_inference_steps=1",),
     )
