@@ -4,8 +4,8 @@
 
 One `action-diffusion train task=pusht_image` with settings for a GPU: the demonstrations' images are drawn, the policy
 is trained in bfloat16, a CUDA graph a step, on batches that stay on the device, evaluated from the paper's starts, and
-reported. Other words are settings of that command, so `device=cpu train.cuda_graph=false train.max_steps=2
-evaluation.n_episodes=1` tries it out without a GPU. DIR/benchmark.json gets the score and the seconds, of which nothing is left out.
+reported. Other words are settings of that command, so `device=cpu train.cuda_graph=false train.max_steps=2` tries it
+out without a GPU. DIR/benchmark.json gets the score and the seconds, of which nothing is left out.
 
 Exit code: of the training, and 1 where score or time are not what they should be on a GPU.
 """
