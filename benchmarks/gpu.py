@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -237,13 +238,11 @@ def _training(
         trainer.time(5)
         steps = max(2, min(50, int(seconds / 4 / (trainer.time(2) / 2))))
         ms = 1e3 * statistics.median(trainer.time(steps) / steps for _ in range(5))
+    AcceleratorState._reset_state()  # it keeps the precision of a process
     return Found(f"training, {size}, batch {batch}", what, ms, samples_per_second=1e3 * batch / ms)
 
 
 def _accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # it keeps the first precision of a process
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed_precision)
 
 

@@ -17,6 +17,15 @@ from action_diffusion.training.data import StepBatches
 from action_diffusion.training.settings import TrainSettings
 from action_diffusion.training.trainer import Trainer
 
+
+@pytest.fixture(autouse=True)
+def another_precision():
+    """accelerate keeps the first precision of a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
 FITS = {"device": torch.device("cuda"), "processes": 1, "accumulation": 1, "mixed_precision": "bf16"}
 
 
@@ -51,7 +60,6 @@ def trainer(folder: Path, policy, buffer, device: str, **changes) -> Trainer:
     )
     settings = {"max_steps": 12, "batch_size": 16, "warmup": 2, "validate_every": 0, "rollout_every": 0}
     mixed_precision = changes.get("mixed_precision", "no")
-    AcceleratorState._reset_state()  # it keeps the first precision of a process
     return Trainer(
         policy=policy,
         source=StepBatches(source, seed=0),
@@ -66,6 +74,7 @@ def trainer(folder: Path, policy, buffer, device: str, **changes) -> Trainer:
 
 
 def trained(folder: Path, policy, buffer, **changes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    AcceleratorState._reset_state()
     run = trainer(folder, policy, buffer, "cuda", **changes)
     losses, step = [], run._step
     run._step = lambda: losses.append(step()) or losses[-1]

@@ -9,24 +9,10 @@ import sys
 import numpy as np
 import pytest
 from conftest import demonstrations
+from elsewhere import fail_at_three, picture, square
 
 from action_diffusion.datasets.parallel import cores, in_order
 from action_diffusion.datasets.sources import with_images
-
-
-def square(x: int) -> tuple[int, int]:
-    return x * x, os.getpid()
-
-
-def fail_at_three(x: int) -> int:
-    if x == 3:
-        raise ValueError("three")
-    return x
-
-
-def picture(states: np.ndarray) -> np.ndarray:
-    """[n, S] → uint8 [n, 2, 2, 3]"""
-    return np.broadcast_to(states[:, 0].astype(np.uint8)[:, None, None, None], (len(states), 2, 2, 3)).copy()
 
 
 def test_results_come_in_the_order_of_the_items_from_other_processes():

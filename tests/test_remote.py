@@ -202,7 +202,7 @@ def test_another_policy_at_the_same_place_is_not_taken(bundle, tmp_path):
 
 
 def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
-    bundle = save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 200})
+    bundle = save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 300})
     servers: list[Server] = []
 
     def interfere() -> None:
@@ -221,7 +221,7 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
             other.join()
             servers[1].end()
     rows = read_log(tmp_path / "run")
-    assert len(rows) == 200
+    assert len(rows) == 300
     lost = [row["step"] for row in rows if re.search("lost ws|no connection", " ".join(row["interventions"]))]
     during, after = rows[lost[0] : lost[-1]], rows[lost[-1] + 5 :]
     assert sum(row["held"] for row in during) >= 5
