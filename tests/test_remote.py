@@ -206,7 +206,9 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
     servers: list[Server] = []
 
     def interfere() -> None:
-        time.sleep(2.0)
+        log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
+        while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 10):
+            time.sleep(0.1)  # a busy machine takes its time to begin
         servers[0].process.kill()
         servers.append(Server(bundle, f"port={servers[0].port}"))
 
