@@ -134,7 +134,8 @@ class Conv1d(Packable):
         if x.shape[0] * x.shape[1] <= SMALL or self.runs_packed(x):
             return self.product(_windows(x, len(self.weight)))
         if x.is_cuda:  # one large product; torch's own convolution would lay out all weights anew in every call
-            return self.product(_windows(*_autocast(x), len(self.weight)))
+            (x,) = _autocast(x)
+            return self.product(_windows(x, len(self.weight)))
         x, weight, bias = _autocast(x, self.weight, self.bias)
         return _ShiftedConv.apply(x, weight, bias)
 
