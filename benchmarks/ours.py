@@ -217,6 +217,7 @@ class Evaluate(Work):
 
     def __init__(self, settings: dict[str, Any], folder: Path, say: Say) -> None:
         self._policy, self._settings = build(settings, folder), settings
+        accelerate(self._policy, precision="fp32")  # as `action-diffusion evaluate` does
         self._obs, given = load_inputs(self._policy, folder)
         self._noise = given["noise"]
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from action_diffusion.policy import winograd
 from action_diffusion.policy.packing import SMALL, Packable
 
 
@@ -130,12 +131,22 @@ class Conv1d(Packable):
     def matrix(self, index: int) -> tuple[Tensor, Tensor | None]:
         return self.weight.flatten(0, 1).T, self.bias
 
+    def forget(self) -> None:
+        super().forget()
+        self._values: list[Tensor] | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] * x.shape[1] <= SMALL or self.runs_packed(x):
             return self.product(_windows(x, len(self.weight)))
         if x.is_cuda:  # one large product; torch's own convolution would lay out all weights anew in every call
             (x,) = _autocast(x)
             return self.product(_windows(x, len(self.weight)))
+        if not torch.is_grad_enabled() and self._packed and winograd.pays_1d(x, self.weight, kept=True):
+            if self._values is None:
+                self._values = winograd.pack_1d(self.weight)
+            return winograd.conv1d_packed(x, self._values, len(self.weight), self.bias)
+        if winograd.pays_1d(x, self.weight, kept=False):
+            return winograd.conv1d(x, self.weight, self.bias)
         x, weight, bias = _autocast(x, self.weight, self.bias)
         return _ShiftedConv.apply(x, weight, bias)
 
@@ -150,7 +161,8 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or x.shape[0] * x.shape[1] <= SMALL:
+        few = SMALL if torch.is_grad_enabled() else 16 * SMALL
+        if x.is_cuda or x.shape[0] * x.shape[1] <= few:
             out = torch.group_norm(x.permute(1, 2, 0), self.n_groups, self.weight, self.bias, self.eps)
             return out.permute(2, 0, 1).contiguous()
         with torch.autocast(x.device.type, enabled=False):

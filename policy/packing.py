@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy import winograd
 
 Product = Callable[[Tensor], Tensor]
 """Rows [M, K] → [M, N], float32."""
@@ -140,6 +141,12 @@ class Conv2d(nn.Conv2d, Prepared):
     _wanted = False
     _packed: Tensor | None = None
 
+    @property
+    def _tiled(self) -> bool:
+        """Whether this is the convolution that `winograd` does by tiles."""
+        ones = self.stride == self.padding == self.dilation == (1, 1)
+        return ones and self.groups == 1 and self.bias is None and self.padding_mode == "zeros"
+
     def pack(self) -> None:
         """Lay the weights out at the next call, which says for frames of which size."""
         self.forget()
@@ -150,6 +157,8 @@ class Conv2d(nn.Conv2d, Prepared):
 
     def forward(self, x: Tensor) -> Tensor:
         gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if gradient and self._tiled and winograd.pays_2d(x, self.weight):
+            return winograd.conv2d(x, self.weight)
         if not self._wanted or gradient or len(x) > self.MOST_FRAMES or torch.compiler.is_compiling():
             return super().forward(x)
         shape = list(self.padding), list(self.stride), list(self.dilation), self.groups
