@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from gym_pusht.envs.pusht import PushTEnv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,6 +103,26 @@ def test_restore_puts_a_recorded_state_back(seed: int, action: list[float]) -> N
         assert np.abs(value.astype(np.float64) - again[key]).mean() < (0.1 if key == "image" else 1e-3)
     np.testing.assert_array_equal(render_states(now["state"][None])[0], again["image"])
     assert 0.0 <= reward <= 1.0
+
+
+def test_steps_and_pictures_are_gym_pushts_to_the_last_bit() -> None:
+    """A finger that pushes the block about, in the environment and in gym-pusht's own loop."""
+    env, theirs, random = PushT(), PushTEnv(obs_type="state"), np.random.default_rng(0)
+    env.reset(100003)
+    theirs.reset(options={"reset_to_state": initial_state(100003)})
+    moved = 0
+    for _ in range(60):
+        target = np.array(theirs.block.position) + random.uniform(-80, 80, 2)
+        before = env._sim.block.angle
+        reward, _ = env.step(target)
+        _, their_reward, *_ = theirs.step(target)
+        assert reward == pytest.approx(float(their_reward), abs=1e-12)  # which sums areas in any order
+        assert np.array_equal(env._sim.get_obs(), theirs.get_obs())
+        assert env._sim.agent.velocity == theirs.agent.velocity
+        moved += env._sim.block.angle != before
+    assert moved > 20
+    expected = theirs._get_img(theirs._draw(), 96, 96)
+    assert np.array_equal(env.observe(["image"])["image"], expected)
 
 
 def test_image_is_gym_pushts_own() -> None:
