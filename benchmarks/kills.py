@@ -4,25 +4,26 @@
 
 Each time a loop runs PushT in real time: a scripted one with a camera, or, with `bundle`, `action-diffusion deploy`.
 At a random moment the loop, or its camera, gets SIGKILL (it dies) or SIGSTOP (it hangs), in turn; with `bundle` also
-the recorder and the operator's page, which must not stop the arm within a second, and the record must open after all
-of them. Exit code: 0, 1 where a stop began later than 100 ms after that, where the arm stopped before it or for
-nothing, or where a record does not open, 2 for bad input.
+the recorder, the operator's page and the policy server, which must not stop the arm within a second (it holds where
+chunks are missing), and the record must open after all of them. Exit code: 0, 1 where a stop began later than 100 ms
+after that, where the arm stopped before it or for nothing, or where a record does not open, 2 for bad input.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +37,7 @@ from benchmarks.command import command, options, whole
 
 WITHIN = 0.1
 MODULES = {"camera": "camera_process", "recorder": "recorder_process", "page": "page_process"}
-HARMLESS = ("recorder", "page")
+HARMLESS = ("recorder", "page", "server")
 """Whoever else has these dies or hangs, and nothing happens: seconds are then 0."""
 SIGNALS = {"kill": signal.SIGKILL, "halt": signal.SIGSTOP}
 
@@ -76,8 +77,13 @@ def drive() -> None:
 
 
 def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Trial:
-    """Start a loop, let it run for `wait` seconds, do `what` ("kill", "halt") to `who` ("loop", or of `MODULES`)."""
-    with _loop(bundle) as (loop, output):
+    """Start a loop, let it run for `wait` seconds, do `what` ("kill", "halt") to `who`.
+
+    who: "loop", one of `MODULES`, or "server", which then computes the chunks.
+    """
+    with ExitStack() as stack:
+        server = stack.enter_context(_server(bundle)) if who == "server" and bundle else None
+        loop, output = stack.enter_context(_loop(bundle, server.url if server else None))
         folder = _folder(loop)
         events, setpoints = RingReader(folder / "events"), RingReader(folder / "setpoints")
         _until(lambda: (record := setpoints.latest()) is not None and record.values["phase"] == 1, 60)
@@ -87,7 +93,7 @@ def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Tri
         before = events.last(10)
         if before:
             return Trial(who, what, None, f"before anything was done: {text(before[0].values['why'])}")
-        pid = loop.pid if who == "loop" else child_of(loop.pid, MODULES[who])
+        pid = server.pid if server else loop.pid if who == "loop" else child_of(loop.pid, MODULES[who])
         moment = time.monotonic()
         os.kill(pid, SIGNALS[what])
         try:
@@ -127,14 +133,37 @@ def _unopened(output: Path) -> str | None:
         time.sleep(0.1)
 
 
+class _Server(NamedTuple):
+    pid: int
+    url: str
+
+
 @contextmanager
-def _loop(bundle: str | None) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def _server(bundle: str) -> Iterator[_Server]:
+    """`action-diffusion serve` once it answers; afterwards it is gone."""
+    words = [sys.executable, "-m", "action_diffusion", "serve", f"bundle={bundle}", "port=0"]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert server.stdout is not None
+        found = (re.search(r"at (ws://\S+:\d+)", line) for line in server.stdout)
+        url = next((match[1] for match in found if match), None)
+        if url is None:
+            raise InputError("the server did not start: run action-diffusion serve with the bundle to see why")
+        yield _Server(server.pid, url)
+    finally:
+        server.kill()
+        server.wait()
+
+
+@contextmanager
+def _loop(bundle: str | None, url: str | None = None) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """A loop under way, and its output folder; afterwards nothing of it is left."""
     words = [sys.executable, "-c", "from benchmarks.kills import drive; drive()"]
     with tempfile.TemporaryDirectory() as folder:
         if bundle is not None:
             options = ["robot=sim_pusht", "n_episodes=1000", f"output_dir={folder}/out"]
-            words = [sys.executable, "-m", "action_diffusion", "deploy", f"bundle={bundle}", *options]
+            policy = f"server={url}" if url else f"bundle={bundle}"
+            words = [sys.executable, "-m", "action_diffusion", "deploy", policy, *options]
         root = str(Path(__file__).resolve().parents[1])
         quiet = subprocess.DEVNULL
         loop = subprocess.Popen(words, cwd=root, stdout=quiet, stderr=quiet)

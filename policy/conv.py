@@ -133,7 +133,7 @@ class Conv1d(Packable):
 
     def forget(self) -> None:
         super().forget()
-        self._values: list[Tensor] | None = None
+        self._values: dict[int, list[Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] * x.shape[1] <= SMALL or self.runs_packed(x):
@@ -142,9 +142,9 @@ class Conv1d(Packable):
             (x,) = _autocast(x)
             return self.product(_windows(x, len(self.weight)))
         if not torch.is_grad_enabled() and self._packed and winograd.pays_1d(x, self.weight, kept=True):
-            if self._values is None:
-                self._values = winograd.pack_1d(self.weight)
-            return winograd.conv1d_packed(x, self._values, len(self.weight), self.bias)
+            if len(x) not in self._values:
+                self._values[len(x)] = winograd.pack_1d(self.weight, len(x))
+            return winograd.conv1d_packed(x, self._values[len(x)], len(self.weight), self.bias)
         if winograd.pays_1d(x, self.weight, kept=False):
             return winograd.conv1d(x, self.weight, self.bias)
         x, weight, bias = _autocast(x, self.weight, self.bias)

@@ -81,9 +81,29 @@ def _is_plain(x: Tensor) -> bool:
 # -------------------------------------------------------------------------------------------------- along time
 
 
+class AlongTime(NamedTuple):
+    """How T steps of a kernel with K taps, zeros around them, are computed by n products of R = tiles · B rows each."""
+
+    read: Tensor
+    """[n · tiles, T], from the steps to the values of all tiles."""
+    kernel: Tensor
+    """[n, K]"""
+    write: Tensor
+    """[T, n · tiles]"""
+
+    @property
+    def products(self) -> int:
+        """For each row of the batch."""
+        return len(self.read)
+
+
 @cache
-def _along_time(steps: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(read [n · tiles, T], kernel [n, taps], write [T, n · tiles]) for a whole sequence and its zero padding."""
+def along_time(steps: int, taps: int) -> AlongTime:
+    """In tiles of four outputs, or a short sequence as a whole: whichever takes fewer products."""
+    return min(_whole(steps, taps), _in_tiles(steps, taps), key=lambda way: way.products)
+
+
+def _in_tiles(steps: int, taps: int) -> AlongTime:
     read, kernel, write = transforms(OUTPUTS_1D, taps)
     n, tiles = len(read), -(-steps // OUTPUTS_1D)
     reads, writes = np.zeros((n, tiles, steps)), np.zeros((steps, n, tiles))
@@ -95,7 +115,22 @@ def _along_time(steps: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
                 reads[:, tile, step] = read[:, column]
         for row in range(min(OUTPUTS_1D, steps - first)):
             writes[first + row, :, tile] = write[row]
-    return _float(reads.reshape(n * tiles, steps)), _float(kernel), _float(writes.reshape(steps, n * tiles))
+    return AlongTime(_float(reads.reshape(n * tiles, steps)), _float(kernel), _float(writes.reshape(steps, n * tiles)))
+
+
+def _whole(steps: int, taps: int) -> AlongTime:
+    """The steps and the kernel change places: a kernel of T taps passes over 2 T − 1 inputs, K of them not zero.
+
+    out[t] = Σ_s x[s] · weight[s − t + K // 2], turned around in t: d[t' + s] · x[s] with t' = T − 1 − t.
+    """
+    if steps > OUTPUTS_1D:
+        return _in_tiles(steps, taps)
+    read, kernel, write = transforms(steps, steps)
+    first = steps - 1 - taps // 2
+    there = [tap for tap in range(taps) if 0 <= first + tap < len(read)]  # others meet nothing but zeros
+    values = np.zeros((len(read), taps))
+    values[:, there] = read[:, [first + tap for tap in there]]
+    return AlongTime(_float(kernel), _float(values), _float(write[::-1].copy()))
 
 
 def _float(matrix: np.ndarray) -> Tensor:
@@ -105,16 +140,18 @@ def _float(matrix: np.ndarray) -> Tensor:
 def pays_1d(x: Tensor, weight: Tensor, *, kept: bool) -> bool:
     """Whether this is faster for x [T, B, C_in] and weight [K, C_in, C_out] than all products.
 
-    kept: the values of the kernel are at hand, laid out (`pack_1d`); computing them takes as long as 100 rows.
+    kept: the values of the kernel are at hand, laid out (`pack_1d`); computing them takes as long as 100 rows do.
     """
     (steps, batch, _), (taps, *channels) = x.shape, weight.shape
     if taps not in (3, 5) or min(channels) < 128 or not _is_plain(x):
         return False
-    tiles = -(-steps // OUTPUTS_1D)
-    saved = _products_of(steps, taps) / (tiles * (OUTPUTS_1D + taps - 1))
+    way = along_time(steps, taps)
+    if _products_of(steps, taps) < 1.5 * way.products:
+        return False
+    rows = batch * way.products // len(way.kernel)
     if kept:
-        return saved >= 1.5 and tiles * batch >= 32 and steps <= 8
-    return saved >= 1.5 and tiles * batch >= 128 and channels[0] * channels[1] >= 2**16
+        return rows >= 32 and steps <= 8
+    return rows >= 192 and rows * channels[0] * channels[1] >= 2**23
 
 
 def _products_of(size: int, taps: int) -> int:
@@ -122,9 +159,9 @@ def _products_of(size: int, taps: int) -> int:
     return sum(max(0, size - abs(tap - taps // 2)) for tap in range(taps))
 
 
-def pack_1d(weight: Tensor) -> list[Tensor]:
+def pack_1d(weight: Tensor, steps: int) -> list[Tensor]:
     """The values [C_out, C_in] of a kernel [K, C_in, C_out] at each point, laid out for `products`."""
-    kernel = _float(transforms(OUTPUTS_1D, len(weight)).kernel)
+    kernel = along_time(steps, len(weight)).kernel
     values = (kernel @ weight.detach().flatten(1)).view(-1, *weight.shape[1:])
     if not torch.backends.mkldnn.is_available():
         return [value.T.contiguous() for value in values]
@@ -132,8 +169,8 @@ def pack_1d(weight: Tensor) -> list[Tensor]:
 
 
 def conv1d_packed(x: Tensor, packed: list[Tensor], taps: int, bias: Tensor) -> Tensor:
-    """`conv1d` with the kernel's values from `pack_1d`, without a gradient."""
-    read, _, write = _along_time(len(x), taps)
+    """`conv1d` with the kernel's values from `pack_1d` for as many steps, without a gradient."""
+    read, _, write = along_time(len(x), taps)
     seen = (read @ x.flatten(1)).view(len(packed), -1, x.shape[2])
     return _written(products(seen, packed), write, bias, x.shape[1])
 
@@ -146,7 +183,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class _Conv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        read, kernel, write = _along_time(len(x), len(weight))
+        read, kernel, write = along_time(len(x), len(weight))
         values = (kernel @ weight.flatten(1)).view(len(kernel), *weight.shape[1:])
         seen = (read @ x.flatten(1)).view(len(kernel), -1, x.shape[2])
         ctx.save_for_backward(seen, values)
@@ -157,7 +194,7 @@ class _Conv1d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         seen, values = ctx.saved_tensors
-        read, kernel, write = _along_time(ctx.shape[0], ctx.taps)
+        read, kernel, write = along_time(ctx.shape[0], ctx.taps)
         parts = (write.T @ grad.flatten(1)).view(len(kernel), -1, grad.shape[2])
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:

@@ -42,7 +42,7 @@ def test_along_time_outputs_and_gradients_are_those_of_all_products(steps, batch
     exact = exact.permute(2, 0, 1)
     out = winograd.conv1d(x, weight, bias)
     close(out, exact)
-    close(winograd.conv1d_packed(x.detach(), winograd.pack_1d(weight), taps, bias.detach()), exact)
+    close(winograd.conv1d_packed(x.detach(), winograd.pack_1d(weight, steps), taps, bias.detach()), exact)
     direction = torch.randn(out.shape, generator=random)
     for ours, theirs in zip(
         torch.autograd.grad(out, (x, weight, bias), direction),

@@ -1,0 +1,74 @@
+"""What convolving by fewer products (`policy.winograd`) gives a training step on this machine's CPU.
+
+    python -m benchmarks.products [rows=train_image,train_state,train_state_medium] [seconds=30]
+
+rows: of `python -m benchmarks`, with weights of our own. Steps with and without it take turns in one process; printed
+are medians, and the median of the ratios of neighbouring steps with its quartiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from action_diffusion.errors import unknown
+from action_diffusion.memory import keep_freed_memory
+from action_diffusion.policy import winograd
+from benchmarks.command import command, options, positive
+from benchmarks.ours import Train
+from benchmarks.rows import ROWS, Row, write_inputs
+
+STEPS = {row.name: row for row in ROWS if row.work == "train"}
+
+
+@contextmanager
+def all_products() -> Iterator[None]:
+    """Within it, every product is computed."""
+    with (
+        mock.patch.object(winograd, "pays_1d", return_value=False),
+        mock.patch.object(winograd, "pays_2d", return_value=False),
+    ):
+        yield
+
+
+def measure(row: Row, seconds: float) -> list[tuple[float, float]]:
+    """Seconds of a step, with all products and with fewer, in turns for about `seconds`; three pairs at least."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(row, Path(folder))
+        work = Train({**row.settings, "activation": "silu"}, Path(folder), print)
+        pairs: list[tuple[float, float]] = []
+        began = time.monotonic()
+        while len(pairs) < 4 or time.monotonic() - began < seconds:
+            with all_products():
+                plain = work.time(1)
+            pairs.append((plain, work.time(1)))
+    return pairs[1:]  # the first warms up
+
+
+@command
+def main(words: Sequence[str]) -> int:
+    """See the module."""
+    given = options(words, {"rows": "train_image,train_state,train_state_medium", "seconds": "30"})
+    seconds, names = positive("seconds", given["seconds"]), given["rows"].split(",")
+    for name in names:
+        if name not in STEPS:
+            raise unknown("row", name, STEPS)
+    keep_freed_memory()
+    for name in names:
+        pairs = measure(STEPS[name], seconds)
+        plain, fewer = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
+        low, middle, high = np.quantile([a / b for a, b in pairs], [0.25, 0.5, 0.75])
+        print(f"{name}: {plain:,.0f} ms, with fewer products {fewer:,.0f} ms: {middle:.2f} ({low:.2f} to {high:.2f})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
