@@ -4,7 +4,7 @@ The blocks are torchvision's (He et al. 2016), with BatchNorm replaced by GroupN
 are an average over training steps (EMA), and batch statistics do not survive averaging (Chi et al. 2023). The trunk is
 a `Sequential` in torchvision's order, so that its weights, and those of policies built on it, find their places:
 
-    0 convolution   1 norm   2 ReLU   3 max pool   4 5 6 7 stages, each but the first halves height and width
+    0 convolution   1 norm   2 max pool   3 ReLU   4 5 6 7 stages, each but the first halves height and width
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class ResNet(nn.Sequential):
         layers: list[nn.Module] = [
             nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False),
             norm(channels),
-            nn.ReLU(inplace=True),
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+            nn.ReLU(inplace=True),  # after the pool: the same, of a quarter of the values
         ]
         entering = channels
         for stage, depth in enumerate(kind.depths[:stages]):
