@@ -94,6 +94,7 @@ class _Simulator(PushTEnv):
 
     _goal: tuple[tuple[float, ...], Any] = ((), None)
     _covered: tuple[tuple[float, ...], float] = ((), 0.0)
+    _last_action: np.ndarray | None = None
 
     def advance(self, target: np.ndarray) -> float:
         """One control period towards `target` [2]; returns the reward. The arithmetic is that of gym-pusht's `step`."""

@@ -40,10 +40,22 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 
 class Prepared(nn.Module):
-    """Keeps something that follows from its weights, and forgets it when these are trained, moved or replaced."""
+    """Keeps something that follows from its weights, and forgets it when these are trained, moved or replaced.
+
+    A copy begins without it: oneDNN's layouts cannot be copied.
+    """
+
+    KEPT: ClassVar[tuple[str, ...]] = ("_packed", "_values", "prepared")
 
     def forget(self) -> None:
         raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in self.KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.forget()
 
     def train(self, mode: bool = True) -> Prepared:
         if mode:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,21 @@ def test_what_is_kept_is_forgotten_with_the_weights():
         layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
         layer.pack("fp32")
         torch.testing.assert_close(layer(x), 2 * before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_copy_of_what_is_packed_is_plain_and_computes_the_same():
+    torch.manual_seed(0)
+    time, image = Conv1d(128, 128, 5), Conv2d(192, 192, 3, padding=1, bias=False)
+    steps, frames = torch.randn(4, 64, 128), torch.randn(2, 192, 3, 3)
+    time.pack("fp32")
+    image.pack()
+    with torch.no_grad():
+        before = time(steps), image(frames)
+        copies = copy.deepcopy(time), copy.deepcopy(image)
+        after = copies[0](steps), copies[1](frames)
+    assert not copies[0]._packed
+    for mine, theirs in zip(after, before, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("stride", "padding", "bias"), [(2, 1, False), (1, 0, False), (1, 1, True)])
