@@ -30,6 +30,10 @@ thread of Python's keeps the others waiting for as long as its call takes, 0.1 s
 UNSEEN = 0.075
 """The same where the system does not say whether a process runs at all; a stop is to begin within 0.1 s."""
 
+_EXITING = 0x4
+"""Linux's PF_EXITING. A killed process has it from the first; its memory is freed next, 0.1 s for a large one, and only
+then is it a zombie and do those who wait for it hear."""
+
 USUAL = "usual"
 
 
@@ -160,15 +164,21 @@ class Watched:
         """What is wrong with it at `now` (monotonic s), or None. Dead and halted ones are seen at once."""
         if self._state is not None:
             try:
-                state = os.pread(self._state, 1024, 0).rpartition(b")")[2][1:2]
+                state, flags = _state(os.pread(self._state, 1024, 0))
             except ProcessLookupError:
-                state = b"X"
-            if state in b"XxZ":
+                return "has died"
+            if state in b"XxZ" or flags & _EXITING:
                 return "has died"
             if state in b"Tt":
                 return "is halted"
         most = UNSEEN if self._state is None else SILENCE
         return f"is silent: no heartbeat for {1e3 * most:.0f} ms" if now - self._moment.t > most else None
+
+
+def _state(stat: bytes) -> tuple[bytes, int]:
+    """State and flags of a process from its /proc/PID/stat (proc_pid_stat(5)); a name may hold any characters."""
+    fields = stat.rpartition(b")")[2].split()
+    return fields[0], int(fields[6])
 
 
 class Heartbeat:

@@ -252,3 +252,27 @@ def test_a_process_that_runs_but_has_no_heartbeat_is_seen(tmp_path):
     heart.renew()
     wait_for(lambda: watched.trouble(time.monotonic() + SILENCE - 0.1) is None)
     heart.end()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system says nothing of its processes in /proc")
+def test_a_large_process_is_dead_before_its_memory_is_free(tmp_path):
+    """The system frees a killed process's memory first: 0.1 s for a loop with torch beside other programs."""
+    code = (
+        "import sys,time,mmap;from action_diffusion.deploy.processes import Heartbeat;from pathlib import Path;"
+        "memory=mmap.mmap(-1,3<<29,flags=mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS);memory.madvise(mmap.MADV_NOHUGEPAGE);"
+        "[memory.__setitem__(i,1) for i in range(0,len(memory),4096)];"
+        "h=Heartbeat(Path(sys.argv[1]),60);print('ready',flush=True);time.sleep(60)"
+    )
+    path = tmp_path / "loop.beat"
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        watched = Watched(path)
+        assert watched.trouble(time.monotonic()) is None
+        process.kill()
+        began = time.monotonic()
+        wait_for(lambda: watched.trouble(time.monotonic()) == "has died")
+        seen = time.monotonic() - began
+        process.wait()
+        freed = time.monotonic() - began
+    assert seen < max(0.05, freed / 2)
