@@ -16,8 +16,8 @@ Activation = Callable[[Tensor], Tensor]
 def mish(x: Tensor) -> Tensor:
     """`torch.nn.functional.mish` (Misra 2019), x · tanh(softplus(x)); on a CPU in two thirds of the time.
 
-    torch takes a logarithm and a hyperbolic tangent. One exponential is enough: tanh(log(1 + e)) = n / (n + 1), where
-    e = exp(x) and n = e + e² / 2.
+    torch takes a logarithm and a hyperbolic tangent. One exponential is enough: tanh(log(1 + e)) = 1 / (1 + 1 / n) with
+    e = exp(x) and n = e + e² / 2, also where these are 0 or infinite.
     """
     if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.mish(x)
@@ -28,10 +28,9 @@ ACTIVATIONS: dict[str, Activation] = {"silu": F.silu, "mish": mish, "relu": F.re
 
 
 def _slope(x: Tensor) -> Tensor:
-    """tanh(softplus(x)), which is 1 in float32 from x = 9 on."""
-    e = x.clamp(max=20.0).exp_()
-    n = torch.addcmul(e, e, e, value=0.5)
-    return n.div_(e.copy_(n).add_(1.0))
+    """tanh(softplus(x))."""
+    e = x.exp()
+    return torch.addcmul(e, e, e, value=0.5).reciprocal_().add_(1.0).reciprocal_()
 
 
 class _Mish(torch.autograd.Function):

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 
 from action_diffusion.datasets.batches import Batch
 from action_diffusion.training.settings import TrainSettings
-from action_diffusion.training.trainer import Trainer
+from action_diffusion.training.trainer import Average, Trainer
 
 
 class Regression(torch.nn.Module):
@@ -70,3 +71,17 @@ def test_accumulated_gradients_equal_a_larger_batch(tmp_path, max_grad_norm):
     torch.testing.assert_close(parts.policy.state_dict(), whole.policy.state_dict(), atol=1e-6, rtol=1e-5)
     assert parts.steps_per_epoch == whole.steps_per_epoch == 10
     assert not torch.equal(whole.policy.linear.weight, Regression().linear.weight)
+
+
+def test_the_average_is_that_of_diffusers():
+    network, random = torch.nn.Linear(30, 20), torch.Generator().manual_seed(0)
+    network.bias.requires_grad_(False)
+    options = {"decay": 0.9999, "use_ema_warmup": True, "power": 0.75}
+    ours, theirs = Average(network.parameters(), **options), EMAModel(network.parameters(), **options)
+    for _ in range(5):
+        network.weight.data += torch.randn(network.weight.shape, generator=random)
+        for average in (ours, theirs):
+            average.step(network.parameters())
+    assert ours.optimization_step == theirs.optimization_step
+    for mine, other in zip(ours.shadow_params, theirs.shadow_params, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
