@@ -162,7 +162,8 @@ class Conv2d(nn.Conv2d, Prepared):
     def pack(self) -> None:
         """Lay the weights out at the next call, which says for frames of which size."""
         self.forget()
-        self._wanted = self.weight.is_cpu and self.groups == 1 and self.weight.numel() >= LEAST["fp32"]
+        here = self.weight.is_cpu and torch.backends.mkldnn.is_available()
+        self._wanted = here and self.groups == 1 and self.weight.numel() >= LEAST["fp32"]
 
     def forget(self) -> None:
         self._wanted, self._packed = False, None
@@ -203,7 +204,7 @@ def _pack(weight: Tensor, bias: Tensor | None, precision: str) -> Product:
 
 
 def _onednn(weight: Tensor, bias: Tensor | None) -> Product:
-    if weight.numel() < LEAST["fp32"]:
+    if weight.numel() < LEAST["fp32"] or not torch.backends.mkldnn.is_available():
         return lambda rows: F.linear(rows, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), SMALL)
     return _Opaque(lambda rows: torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], ""), len(weight))

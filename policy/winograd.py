@@ -100,7 +100,8 @@ class AlongTime(NamedTuple):
 @cache
 def along_time(steps: int, taps: int) -> AlongTime:
     """In tiles of four outputs, or a short sequence as a whole: whichever takes fewer products."""
-    return min(_whole(steps, taps), _in_tiles(steps, taps), key=lambda way: way.products)
+    ways = [_in_tiles(steps, taps)] if steps > OUTPUTS_1D else [_whole(steps, taps), _in_tiles(steps, taps)]
+    return min(ways, key=lambda way: way.products)
 
 
 def _in_tiles(steps: int, taps: int) -> AlongTime:
@@ -123,8 +124,6 @@ def _whole(steps: int, taps: int) -> AlongTime:
 
     out[t] = Σ_s x[s] · weight[s − t + K // 2], turned around in t: d[t' + s] · x[s] with t' = T − 1 − t.
     """
-    if steps > OUTPUTS_1D:
-        return _in_tiles(steps, taps)
     read, kernel, write = transforms(steps, steps)
     first = steps - 1 - taps // 2
     there = [tap for tap in range(taps) if 0 <= first + tap < len(read)]  # others meet nothing but zeros

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from action_diffusion.policy import winograd
 from action_diffusion.policy.activations import mish
 from action_diffusion.policy.conv import Conv1d
-from action_diffusion.policy.packing import Conv2d
+from action_diffusion.policy.packing import Conv2d, Linear
 
 
 def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
@@ -109,6 +109,22 @@ def test_what_is_kept_is_forgotten_with_the_weights():
         layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
         layer.pack("fp32")
         torch.testing.assert_close(layer(x), 2 * before, atol=1e-4, rtol=1e-4)
+
+
+def test_without_onednn_everything_is_as_usual(monkeypatch):
+    """As on a Mac: nothing is laid out, and the products are torch's own."""
+    torch.manual_seed(0)
+    layers = Conv1d(256, 256, 5), Conv2d(256, 256, 3, padding=1, bias=False), Linear(512, 512)
+    inputs = torch.randn(4, 64, 256), torch.randn(2, 256, 3, 3), torch.randn(2, 4, 512)
+    with torch.no_grad():
+        expected = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        monkeypatch.setattr(torch.ops, "mkldnn", None)
+        layers[0].pack("fp32")
+        layers[1].pack()
+        layers[2].pack("fp32")
+        for layer, x, before in zip(layers, inputs, expected, strict=True):
+            torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-5)
 
 
 def test_a_copy_of_what_is_packed_is_plain_and_computes_the_same():
