@@ -230,7 +230,7 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
     assert any(row["inference_ms"] is not None for row in after)
     assert sum(row["held"] for row in after) <= len(after) // 4
     assert all(row["action"] == before["action"] for before, row in itertools.pairwise(rows) if row["held"])
-    assert max(row["missed_ticks"] for row in rows) <= 3
+    assert max(row["missed_ticks"] for row in rows) < 8  # one that waits for its server misses the 10 of its timeout
 
 
 # What is wrong at the start.
