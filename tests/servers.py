@@ -21,12 +21,19 @@ from action_diffusion.deploy import wire
 class Server:
     """`action-diffusion serve` on loopback; `lines` is what it has said so far, on both of its outputs."""
 
-    def __init__(self, bundle: Path, *options: str, env: dict[str, str] | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        *options: str,
+        env: dict[str, str] | None = None,
+        host: str = "127.0.0.1",
+        niceness: int = 0,
+    ) -> None:
         words = [f"bundle={bundle}", "device=cpu", "seed=7", f"host={host}", *options]
         if not any(word.startswith("port=") for word in options):
             words.append("port=0")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "action_diffusion", "serve", *words],
+            ["nice", "-n", str(niceness), sys.executable, "-m", "action_diffusion", "serve", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

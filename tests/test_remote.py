@@ -210,7 +210,7 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
         while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 10):
             time.sleep(0.1)  # a busy machine takes its time to begin
         servers[0].process.kill()
-        servers.append(Server(bundle, f"port={servers[0].port}"))
+        servers.append(Server(bundle, f"port={servers[0].port}", niceness=10))  # it starts on the loop's own cores
 
     with serving(bundle) as first:
         servers.append(first)
@@ -230,7 +230,7 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
     assert any(row["inference_ms"] is not None for row in after)
     assert sum(row["held"] for row in after) <= len(after) // 4
     assert all(row["action"] == before["action"] for before, row in itertools.pairwise(rows) if row["held"])
-    assert max(row["missed_ticks"] for row in rows) < 8  # one that waits for its server misses the 10 of its timeout
+    assert max(row["missed_ticks"] for row in rows) <= 3
 
 
 # What is wrong at the start.
