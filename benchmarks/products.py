@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 
+from action_diffusion.datasets.progress import progress
 from action_diffusion.errors import unknown
 from action_diffusion.memory import keep_freed_memory
 from action_diffusion.policy import winograd
@@ -45,11 +46,15 @@ def measure(row: Row, seconds: float) -> list[tuple[float, float]]:
         write_inputs(row, Path(folder))
         work = Train({**row.settings, "activation": "silu"}, Path(folder), print)
         pairs: list[tuple[float, float]] = []
-        began = time.monotonic()
-        while len(pairs) < 4 or time.monotonic() - began < seconds:
-            with all_products():
-                plain = work.time(1)
-            pairs.append((plain, work.time(1)))
+        began = last = time.monotonic()
+        with progress(row.name, round(1000 * seconds)) as advance:
+            while len(pairs) < 4 or time.monotonic() - began < seconds:
+                with all_products():
+                    plain = work.time(1)
+                pairs.append((plain, work.time(1)))
+                now = time.monotonic()
+                advance(round(1000 * (now - last)))
+                last = now
     return pairs[1:]  # the first warms up
 
 

@@ -31,8 +31,8 @@ UNSEEN = 0.075
 """The same where the system does not say whether a process runs at all; a stop is to begin within 0.1 s."""
 
 _EXITING = 0x4
-"""Linux's PF_EXITING. A killed process has it from the first; its memory is freed next, 0.1 s for a large one, and only
-then is it a zombie and do those who wait for it hear."""
+"""Linux's PF_EXITING. A killed process has it as soon as it is on a core again; its memory is freed next, 0.1 s for a
+large one, and only then is it a zombie and do those who wait for it hear."""
 
 USUAL = "usual"
 

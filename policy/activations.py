@@ -14,7 +14,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 def mish(x: Tensor) -> Tensor:
-    """`torch.nn.functional.mish` (Misra 2019), x · tanh(softplus(x)); on a CPU in two thirds of the time.
+    """`torch.nn.functional.mish` (Misra 2019), x · tanh(softplus(x)), faster on a CPU.
 
     torch takes a logarithm and a hyperbolic tangent. One exponential is enough: tanh(log(1 + e)) = 1 / (1 + 1 / n) with
     e = exp(x) and n = e + e² / 2, also where these are 0 or infinite.

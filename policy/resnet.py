@@ -2,7 +2,7 @@
 
 The blocks are torchvision's (He et al. 2016), with BatchNorm replaced by GroupNorm (Wu & He 2018): the weights that run
 are an average over training steps (EMA), and batch statistics do not survive averaging (Chi et al. 2023). The trunk is
-a `Sequential` in torchvision's order, so that its weights, and those of policies built on it, find their places:
+a `Sequential` with its weights in torchvision's places, so that these, and those of policies built on it, are found:
 
     0 convolution   1 norm   2 max pool   3 ReLU   4 5 6 7 stages, each but the first halves height and width
 """

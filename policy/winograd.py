@@ -61,8 +61,7 @@ def _powers(n: int, degree: int) -> np.ndarray:
 def products(rows: Tensor, matrices: Sequence[Tensor] | Tensor, dim: int = 0) -> Tensor:
     """rows [n, R, K] times n matrices [N, K], transposed → [n, R, N], or with dim=1 [R, n, N].
 
-    By oneDNN, which uses what a CPU has; MKL is slower on those of another maker (137 to 160 GFLOP/s, where oneDNN
-    makes 162 to 199 on two cores of an AMD EPYC).
+    By oneDNN where there is one: torch's other library, MKL, is slower on CPUs of another maker than its own.
     """
     product = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else _linear
     return torch.stack([product(r, m, None, "none", [], "") for r, m in zip(rows, matrices, strict=True)], dim)
@@ -139,7 +138,8 @@ def _float(matrix: np.ndarray) -> Tensor:
 def pays_1d(x: Tensor, weight: Tensor, *, kept: bool) -> bool:
     """Whether this is faster for x [T, B, C_in] and weight [K, C_in, C_out] than all products.
 
-    kept: the values of the kernel are at hand, laid out (`pack_1d`); computing them takes as long as 100 rows do.
+    kept: the values of the kernel are at hand, laid out (`pack_1d`); otherwise it takes more rows to make up for
+    computing them. Measured on an AMD EPYC with AVX-512.
     """
     (steps, batch, _), (taps, *channels) = x.shape, weight.shape
     if taps not in (3, 5) or min(channels) < 128 or not _is_plain(x):
@@ -220,7 +220,10 @@ def _in_images() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pays_2d(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is faster for x [N, C_in, H, W] and weight [C_out, C_in, 3, 3] than all products."""
+    """Whether this is faster for x [N, C_in, H, W] and weight [C_out, C_in, 3, 3] than all products, with gradients.
+
+    Measured on an AMD EPYC with AVX-512; forward alone it hardly is.
+    """
     if weight.shape[2:] != (3, 3) or min(weight.shape[:2]) < 192 or not _is_plain(x):
         return False
     tiles = [-(-size // OUTPUTS_2D) for size in x.shape[2:]]

@@ -106,7 +106,10 @@ def test_what_is_kept_is_forgotten_with_the_weights():
     layer.pack("fp32")
     with torch.no_grad():
         before = layer(x)
+        assert layer._values
         layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
+        assert not layer._values
+        torch.testing.assert_close(layer(x), 2 * before, atol=1e-4, rtol=1e-4)
         layer.pack("fp32")
         torch.testing.assert_close(layer(x), 2 * before, atol=1e-4, rtol=1e-4)
 
