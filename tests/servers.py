@@ -27,13 +27,12 @@ class Server:
         *options: str,
         env: dict[str, str] | None = None,
         host: str = "127.0.0.1",
-        niceness: int = 0,
     ) -> None:
         words = [f"bundle={bundle}", "device=cpu", "seed=7", f"host={host}", *options]
         if not any(word.startswith("port=") for word in options):
             words.append("port=0")
         self.process = subprocess.Popen(
-            ["nice", "-n", str(niceness), sys.executable, "-m", "action_diffusion", "serve", *words],
+            [sys.executable, "-m", "action_diffusion", "serve", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
