@@ -404,14 +404,14 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_buffer(tmp_path: Path) -> None:
-    """Many more rows, in about the same memory."""
+    """Many more rows, in about the same memory, of which 20 MB depend on how the threads meet."""
     code = (
         "import sys; from action_diffusion import data_convert;"
         "data_convert.run({'in': sys.argv[1], 'out': sys.argv[2], 'format': 'zarr'});"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     peaks = []
-    for n in (1500, 4000):
+    for n in (1500, 8000):
         images = np.zeros((n, 96, 96, 3), np.uint8)
         path = tmp_path / f"{n}.zarr"
         ReplayBuffer.from_arrays({"img": images, "action": np.zeros((n, 2))}, np.arange(100, n + 1, 100)).save(path)
@@ -422,7 +422,7 @@ def test_memory_does_not_grow_with_the_buffer(tmp_path: Path) -> None:
             check=True,
         )
         peaks.append(int(done.stdout.split()[-2]) * 1024)
-    assert peaks[1] - peaks[0] < 2500 * 96 * 96 * 3 / 2
+    assert peaks[1] - peaks[0] < 6500 * 96 * 96 * 3 / 2
 
 
 def test_pieces_cover_their_rows() -> None:
