@@ -7,10 +7,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
+import fcntl
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -40,6 +42,27 @@ def pytest_configure(config: pytest.Config) -> None:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+    config.addinivalue_line("markers", "alone: measures real time; no other worker runs a test meanwhile")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Shared by all tests, held by one that is marked `alone`, whose turn comes before that of later ones."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:  # one process, one test at a time
+        return (yield)
+    folder = Path(tempfile.gettempdir())
+    with open(folder / f"{run}.turn", "w") as turn, open(folder / f"{run}.cores", "w") as cores:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(cores, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if run := getattr(config, "workerinput", {}).get("testrunuid"):
+        for name in ("turn", "cores"):
+            (Path(tempfile.gettempdir()) / f"{run}.{name}").unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

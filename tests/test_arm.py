@@ -69,6 +69,7 @@ def move(arm: ArmLink, seconds: float = 1.0) -> None:
     arm.follow(now + np.array([0.05, 0.05 + seconds]), np.array([[0.0, 0, 0], [0.8 * seconds, 0, 0]]))
 
 
+@pytest.mark.alone
 def test_it_moves_stops_when_asked_to_and_begins_again(segments):
     arm = start(segments)
     try:
@@ -120,6 +121,7 @@ def test_what_must_not_be_followed_is_refused_with_its_reason(segments):
         arm.close()
 
 
+@pytest.mark.alone
 def test_anybody_may_stop_it_and_it_begins_no_more_before_that_is_cleared(segments):
     arm = start(segments)
     try:
@@ -154,6 +156,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.alone
 def test_when_the_loop_dies_or_hangs_the_stop_begins_within_100_ms(segments, sent):
     code = LOOP.replace("tests_arm", "test_arm")
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
@@ -242,6 +245,7 @@ def test_nonsense_moves_no_arm_beyond_its_limits(tmp_path):
     assert {"refused", "stop"} <= kinds
 
 
+@pytest.mark.alone
 def test_a_process_that_runs_but_has_no_heartbeat_is_seen(tmp_path):
     heart = Heartbeat(tmp_path / "loop.beat", lease=0.1)
     watched = Watched(tmp_path / "loop.beat")
@@ -255,6 +259,7 @@ def test_a_process_that_runs_but_has_no_heartbeat_is_seen(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system says nothing of its processes in /proc")
+@pytest.mark.alone
 def test_a_large_process_is_dead_before_its_memory_is_free(tmp_path):
     """The system frees a killed process's memory first: 0.1 s for a loop with torch beside other programs."""
     code = (

@@ -10,6 +10,7 @@ from action_diffusion.policy import bundle as bundles
 from benchmarks import fuzz, kills, parity, period
 
 
+@pytest.mark.alone
 def test_the_period_is_measured_under_load():
     measured = period.measure(seconds=2.0, load=1, rate=200.0)
     assert len(measured.periods) > 200
@@ -18,6 +19,7 @@ def test_the_period_is_measured_under_load():
 
 
 @pytest.mark.parametrize(("who", "what"), [("loop", "kill"), ("camera", "halt")])
+@pytest.mark.alone
 def test_a_kill_is_measured(who, what):
     trial = kills.trial(who, what, wait=0.3)
     assert trial.good, trial

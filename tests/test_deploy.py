@@ -272,6 +272,7 @@ def test_a_chunk_that_comes_after_its_end_is_said_and_not_executed():
 
 
 @pytest.mark.parametrize("scheduling", ["naive", "ensemble"])
+@pytest.mark.alone
 def test_beside_the_loop_a_slow_policy_delays_no_command(scheduling):
     """At 50 Hz a chunk takes 70 ms: four control steps, during which the running chunk goes on."""
     robot = FakeRobot(max_steps=40)
@@ -508,6 +509,7 @@ def test_real_time_chunking_beside_the_loop(bundle, tmp_path):
     assert sum(row["held"] for row in rows) <= 4
 
 
+@pytest.mark.alone
 def test_real_time_and_what_it_leaves_behind(bundle, tmp_path, capsys):
     began = time.monotonic()
     assert run(deploy(bundle, tmp_path)) == 0

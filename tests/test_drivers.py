@@ -338,6 +338,7 @@ def test_usb_frames_are_rgb_cut_to_size_and_stamped_by_the_kernel(usb, monkeypat
     assert usb.names()[-1] == "release"
 
 
+@pytest.mark.alone
 def test_usb_waits_two_periods_and_says_when_the_camera_is_gone(usb, monkeypatch):
     camera = UsbCamera(device=0)
     go_on = threading.Event()
@@ -363,6 +364,7 @@ def test_usb_refuses_a_camera_that_is_not_there_or_does_otherwise(usb):
         UsbCamera(device="/dev/video7").connect()
 
 
+@pytest.mark.alone
 def test_realsense_brings_each_clock_to_ours(realsense):
     camera = RealSenseCamera(serial="123", image_size=[240, 320], exposure=80)
     camera.connect()

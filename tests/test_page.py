@@ -193,6 +193,7 @@ def test_an_operator_at_work(deployment, open_page, tmp_path, capsys):
     assert "bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.alone
 def test_the_emergency_stop(deployment, open_page):
     run = deployment("scheduling=naive", "n_episodes=5")
     page = open_page(run.url, width=1000, scheme="dark")
@@ -230,6 +231,7 @@ def stopped_for(run: Deployment, page: Any) -> float:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.alone
 def test_a_page_that_dies_or_hangs_changes_nothing_else(deployment, open_page, number, tmp_path):
     run = deployment("scheduling=naive")
     until(lambda: run.steps.count > 5)
@@ -286,6 +288,7 @@ def served() -> Iterator[Served]:
     one.close()
 
 
+@pytest.mark.alone
 def test_the_emergency_stop_needs_no_loop(served):
     """The loop's main thread is busy: this test does nothing from `begin` on, but for asking the page."""
     served.request("GET", "/about").read()

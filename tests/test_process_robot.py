@@ -113,6 +113,7 @@ def test_pusht_moves_in_real_time_as_it_does_in_step():
     assert not list(shared_folder().glob(f"action-diffusion-{os.getpid()}-*"))
 
 
+@pytest.mark.alone
 def test_pictures_and_states_are_of_one_instant(seeing):
     """The finger in the picture is where the state says, while it moves at hundreds of px/s."""
     seeing.begin(100000)
@@ -132,6 +133,7 @@ def test_pictures_and_states_are_of_one_instant(seeing):
 
 
 @pytest.mark.parametrize("latency", [0.0, 0.2])
+@pytest.mark.alone
 def test_commands_take_effect_after_the_injected_latency(latency):
     robot = pusht("agent_pos", latency=latency)
     try:
@@ -155,6 +157,7 @@ def test_commands_take_effect_after_the_injected_latency(latency):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.alone
 def test_without_its_camera_the_arm_stops(seeing, sent):
     seeing.begin(100000)
     walk(seeing, 3, np.array([400.0, 100.0]))

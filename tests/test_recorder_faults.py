@@ -38,6 +38,7 @@ def test_the_disk_on_paper_sees_what_is_not_synced(monkeypatch, kind):
     assert any(wrong for _, _, wrong in power_cuts.run(8, 0, False))
 
 
+@pytest.mark.alone
 def test_steps_are_handed_over_at_once(tmp_path):
     with Recorder.open(tmp_path / "a.zarr", recording.FIELDS, recording.ATTRS) as recorder:
         late = recording.lateness(recorder.add, recorder.keep, 2.0)

@@ -162,6 +162,7 @@ def running(bundle, tmp_path):
         process.stderr.close()
 
 
+@pytest.mark.alone
 def test_kill_of_the_loop_leaves_all_of_it(running, tmp_path):
     process, steps = running
     recorder = child_of(process.pid, "recorder_process")
@@ -179,6 +180,7 @@ def test_kill_of_the_loop_leaves_all_of_it(running, tmp_path):
     assert sum(len(episode.steps["step"]) for episode in episodes) == count
 
 
+@pytest.mark.alone
 def test_kill_of_everything_loses_less_than_a_second(running, tmp_path):
     process, steps = running
     recorder = child_of(process.pid, "recorder_process")
@@ -193,6 +195,7 @@ def test_kill_of_everything_loses_less_than_a_second(running, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.alone
 def test_the_loop_does_not_mind_what_becomes_of_the_recorder(running, tmp_path, number):
     process, steps = running
     recorder = child_of(process.pid, "recorder_process")

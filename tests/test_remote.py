@@ -133,6 +133,7 @@ def reachable(remote: RemotePolicy) -> bool:
     return True
 
 
+@pytest.mark.alone
 def test_a_killed_server_is_found_again(bundle):
     lines: list[str] = []
     with serving(bundle) as first:
@@ -153,6 +154,7 @@ def test_a_killed_server_is_found_again(bundle):
     assert [line.split()[0] for line in lines] == ["lost", "connected"]
 
 
+@pytest.mark.alone
 def test_a_hanging_server_is_given_up_and_found_again(server):
     remote = RemotePolicy(server.url, timeout=0.5, say=lambda line: None)
     assert reachable(remote)
@@ -202,6 +204,7 @@ def test_another_policy_at_the_same_place_is_not_taken(bundle, tmp_path):
     remote.close()
 
 
+@pytest.mark.alone
 def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
     bundle = save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 3000})
     servers: list[Server] = []

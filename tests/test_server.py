@@ -470,6 +470,7 @@ def connection_to(port: int) -> ClientConnection:
     return connection
 
 
+@pytest.mark.alone
 def test_clients_take_turns_and_one_that_floods_waits_for_its_own(policy):
     """A client that sends fifty questions at once does not hold up one that asks properly."""
     with serving_here(Slow()) as port:

@@ -188,6 +188,7 @@ def check(path: Path, n_episodes: int) -> None:
         assert np.linalg.norm(episode["state"][-1, :2] - episode["state"][0, :2]) > 5
 
 
+@pytest.mark.alone
 def test_a_browser_that_stalls_or_is_closed_pauses_the_episode_and_not_the_loop(collecting, browser, tmp_path):
     path = tmp_path / "mine.zarr"
     run = collecting(f"output={path}", "countdown=0", "page=true")
