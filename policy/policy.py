@@ -71,11 +71,14 @@ class DiffusionPolicy(nn.Module):
     """A diffusion policy made of parts (Chi et al. 2023).
 
     features: key → module applied to a state before normalisation. action_frame: that chunks are learnt in; None for
-    the data's own. estimator: of a state that is not observed (`policy.estimator`). noise_draws: denoising examples per
-    encoded observation in training, which is cheap where the encoder is the expensive part. loss_on_padding: whether
-    padded steps at the ends of an episode count in the loss (they repeat the first or last action). max_delay: learn to
-    go on from up to so many steps, from now on, that are settled already, because a running chunk has them
-    ("Training-Time Action Conditioning for Efficient Real-Time Chunking", Black et al. 2025); 0: from none.
+    the data's own. estimator: of a state that is not observed (`policy.estimator`). loss: "mse", "l1" or "huber"
+    between what is predicted and what should be; None: "l1" where the process predicts the sample, "mse" elsewhere.
+    "mse" teaches the mean of all that a noisy chunk may come from, "l1" the median ("L1 Sample Flow for Efficient
+    Visuomotor Learning", Song et al. 2025). noise_draws: denoising examples per encoded observation in training, which
+    is cheap where the encoder is the expensive part. loss_on_padding: whether padded steps at the ends of an episode
+    count in the loss (they repeat the first or last action). max_delay: learn to go on from up to so many steps, from
+    now on, that are settled already, because a running chunk has them ("Training-Time Action Conditioning for Efficient
+    Real-Time Chunking", Black et al. 2025); 0: from none.
     """
 
     def __init__(
@@ -90,16 +93,18 @@ class DiffusionPolicy(nn.Module):
         denoiser: Any,
         process: Process,
         sampler: Sampler,
-        loss: str = "mse",
+        loss: str | None = "mse",
         noise_draws: int = 1,
         loss_on_padding: bool = True,
         max_delay: int = 0,
     ):
         super().__init__()
+        if loss is None:
+            loss = "l1" if process.prediction == "sample" else "mse"
         if loss not in LOSSES:
-            raise unknown("policy.loss", loss, LOSSES)
+            raise unknown("policy.objective.loss", loss, LOSSES)
         if noise_draws < 1:
-            raise InputError(f"policy.noise_draws={noise_draws} must be at least 1")
+            raise InputError(f"policy.objective.noise_draws={noise_draws} must be at least 1")
         if not 0 <= max_delay <= spec.horizon - spec.n_obs_steps:
             raise InputError(
                 f"policy.objective.max_delay={max_delay} must be between 0 and {spec.horizon - spec.n_obs_steps}: of "

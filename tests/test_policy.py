@@ -108,6 +108,28 @@ def test_the_loss_is_a_function_of_the_generator(policy, buffer):
     assert first != other
 
 
+@pytest.mark.parametrize(
+    ("process", "named"),
+    [
+        ({"name": "diffusion", "prediction": "sample"}, "l1"),
+        ({"name": "flow", "prediction": "sample"}, "l1"),
+        ({"name": "diffusion", "prediction": "epsilon"}, "mse"),
+        ({"name": "diffusion", "prediction": "v_prediction"}, "mse"),
+        ({"name": "flow", "prediction": "velocity"}, "mse"),
+    ],
+)
+def test_without_a_name_the_loss_is_the_one_for_what_is_predicted(make_policy, buffer, process, named):
+    sampler = {"scheduler": "flow" if process["name"] == "flow" else "ddim", "num_inference_steps": 5}
+    state, action = torch.from_numpy(buffer["state"][:8]).view(4, 2, 5), torch.from_numpy(buffer["action"][:32])
+    losses = [
+        make_policy(process=process, sampler=sampler, objective={"loss": loss})(
+            {"state": state}, action.view(4, 8, 2), generator=torch.Generator().manual_seed(0)
+        )
+        for loss in (None, named)
+    ]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(("on_padding", "counted"), [(False, 6), (True, 8)])
 def test_padding_can_be_left_out_of_the_loss(make_policy, buffer, on_padding, counted):
     """Of a denoiser that always answers 0, the loss of predicting the sample is the mean square of what counts."""
