@@ -235,9 +235,8 @@ def stopped_for(run: Deployment, page: Any) -> float:
 def test_a_page_that_dies_or_hangs_changes_nothing_else(deployment, open_page, number, tmp_path):
     run = deployment("scheduling=naive")
     until(lambda: run.steps.count > 5)
-    page = open_page(run.url) if number == signal.SIGSTOP else None
-    run.goes_on(5)  # a browser that starts takes the loop's cores
     before = run.steps.count
+    page = open_page(run.url) if number == signal.SIGSTOP else None
     os.kill(child_of(run.process.pid, "page_process"), number)
     run.goes_on(15)
     if page is not None:

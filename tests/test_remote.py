@@ -208,7 +208,6 @@ def test_another_policy_at_the_same_place_is_not_taken(bundle, tmp_path):
 def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
     bundle = save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 3000})
     servers: list[Server] = []
-    gone: list[int] = []  # the steps from which, and up to which, nothing else starts on the loop's cores
     log = tmp_path / "run" / "log.jsonl"
 
     def steps() -> int:
@@ -218,9 +217,6 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
         try:
             until(lambda: steps() > 10, 60)
             servers[0].process.kill()
-            gone.append(steps())
-            until(lambda: steps() > gone[0] + 40, 60)
-            gone.append(steps())
             servers.append(Server(bundle, f"port={servers[0].port}"))
             there = steps()
             until(lambda: steps() > there + 100, 60)
@@ -244,7 +240,7 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
     assert any(row["inference_ms"] is not None for row in after)
     assert sum(row["held"] for row in after) <= len(after) // 4
     assert all(row["action"] == before["action"] for before, row in itertools.pairwise(rows) if row["held"])
-    assert max(row["missed_ticks"] for row in rows[gone[0] : gone[1]]) <= 3
+    assert max(row["missed_ticks"] for row in rows) <= 3
 
 
 # What is wrong at the start.
