@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy import winograd
+from action_diffusion.policy import tiles
 
 Product = Callable[[Tensor], Tensor]
 """Rows [M, K] → [M, N], float32."""
@@ -144,41 +144,54 @@ class Linear(nn.Linear, Packable):
 
 
 class Conv2d(nn.Conv2d, Prepared):
-    """`torch.nn.Conv2d` that keeps its weights as oneDNN lays them out, for a few frames on a CPU.
+    """`torch.nn.Conv2d` that on a CPU takes fewer products (`tiles`), or keeps its weights as oneDNN lays them out.
 
-    Without, every call lays them out again, which for the last stages of a ResNet takes longer than the products.
+    The latter for a few frames: otherwise every call lays them out again, which for the last stages of a ResNet takes
+    longer than the products.
     """
 
     MOST_FRAMES = 8
     _wanted = False
     _packed: Tensor | None = None
+    _values: Tensor | None = None
 
     @property
     def _tiled(self) -> bool:
-        """Whether this is the convolution that `winograd` does by tiles."""
+        """Whether this is the convolution that `tiles` does."""
         ones = self.stride == self.padding == self.dilation == (1, 1)
         return ones and self.groups == 1 and self.bias is None and self.padding_mode == "zeros"
 
     def pack(self) -> None:
         """Lay the weights out at the next call, which says for frames of which size."""
         self.forget()
-        here = self.weight.is_cpu and torch.backends.mkldnn.is_available()
-        self._wanted = here and self.groups == 1 and self.weight.numel() >= LEAST["fp32"]
+        self._wanted = self.weight.is_cpu and self.groups == 1
 
     def forget(self) -> None:
-        self._wanted, self._packed = False, None
+        self._wanted, self._packed, self._values = False, None, None
 
     def forward(self, x: Tensor) -> Tensor:
         gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if gradient and self._tiled and winograd.pays_2d(x, self.weight):
-            return winograd.conv2d(x, self.weight)
-        if not self._wanted or gradient or len(x) > self.MOST_FRAMES or torch.compiler.is_compiling():
+        if self._tiled and tiles.pays(x, self.weight, once=gradient or not self._wanted):
+            return tiles.conv2d(x, self.weight) if gradient else tiles.conv2d_packed(x, self._kernel_values())
+        if gradient or not self._runs_packed(x):
             return super().forward(x)
         shape = list(self.padding), list(self.stride), list(self.dilation), self.groups
         if self._packed is None:
             pack = torch.ops.mkldnn._reorder_convolution_weight
             self._packed = pack(self.weight.detach(), *shape, list(x.shape))
         return torch.ops.mkldnn._convolution_pointwise(x, self._packed, self.bias, *shape, "none", [], "")
+
+    def _runs_packed(self, x: Tensor) -> bool:
+        large = self._wanted and self.weight.numel() >= LEAST["fp32"]
+        here = torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+        return large and here and len(x) <= self.MOST_FRAMES
+
+    def _kernel_values(self) -> Tensor:
+        if not self._wanted:
+            return tiles.values(self.weight)
+        if self._values is None:
+            self._values = tiles.values(self.weight)
+        return self._values
 
 
 def check_precision(precision: str, device: torch.device) -> None:

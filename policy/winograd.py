@@ -10,8 +10,9 @@ points. So n products are enough:
     outputs                 write @ products
 
 Four outputs of a kernel of 5 take 8 products where 20 were, 3 × 3 outputs of a kernel of 3 × 3 take 25 where 81 were.
-The sums are memory traffic, so this pays for many rows of many channels on a CPU, where products take the time:
-`pays_1d`, `pays_2d`. The difference to the sum of all products is rounding, some 4e-6 of the largest output.
+The sums are memory traffic, so along time this pays for many rows of many channels on a CPU, where products take the
+time (`pays_1d`). Over images, `tiles` does them in a cache. The difference to the sum of all products is rounding, some
+4e-6 of the largest output.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from torch.autograd.function import once_differentiable
 
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 """Where polynomials are taken, and at infinity: small numbers, since differences of large powers lose digits."""
-OUTPUTS_1D, OUTPUTS_2D = 4, 3
-"""Outputs of a tile, along each axis."""
+OUTPUTS = 4
+"""Of a tile, along time."""
 
 
 class Transforms(NamedTuple):
@@ -71,7 +72,7 @@ def _linear(rows: Tensor, matrix: Tensor, *_: Any) -> Tensor:
     return F.linear(rows, matrix)
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether x is what these functions are for: float32 on a CPU, computed as it stands."""
     compiled = torch.compiler.is_compiling()
     return x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and not compiled
@@ -99,21 +100,21 @@ class AlongTime(NamedTuple):
 @cache
 def along_time(steps: int, taps: int) -> AlongTime:
     """In tiles of four outputs, or a short sequence as a whole: whichever takes fewer products."""
-    ways = [_in_tiles(steps, taps)] if steps > OUTPUTS_1D else [_whole(steps, taps), _in_tiles(steps, taps)]
+    ways = [_in_tiles(steps, taps)] if steps > OUTPUTS else [_whole(steps, taps), _in_tiles(steps, taps)]
     return min(ways, key=lambda way: way.products)
 
 
 def _in_tiles(steps: int, taps: int) -> AlongTime:
-    read, kernel, write = transforms(OUTPUTS_1D, taps)
-    n, tiles = len(read), -(-steps // OUTPUTS_1D)
+    read, kernel, write = transforms(OUTPUTS, taps)
+    n, tiles = len(read), -(-steps // OUTPUTS)
     reads, writes = np.zeros((n, tiles, steps)), np.zeros((steps, n, tiles))
     for tile in range(tiles):
-        first = tile * OUTPUTS_1D
+        first = tile * OUTPUTS
         for column in range(n):
             step = first + column - taps // 2
             if 0 <= step < steps:
                 reads[:, tile, step] = read[:, column]
-        for row in range(min(OUTPUTS_1D, steps - first)):
+        for row in range(min(OUTPUTS, steps - first)):
             writes[first + row, :, tile] = write[row]
     return AlongTime(_float(reads.reshape(n * tiles, steps)), _float(kernel), _float(writes.reshape(steps, n * tiles)))
 
@@ -142,7 +143,7 @@ def pays_1d(x: Tensor, weight: Tensor, *, kept: bool) -> bool:
     computing them. Measured on an AMD EPYC with AVX-512.
     """
     (steps, batch, _), (taps, *channels) = x.shape, weight.shape
-    if taps not in (3, 5) or min(channels) < 128 or not _is_plain(x):
+    if taps not in (3, 5) or min(channels) < 128 or not is_plain(x):
         return False
     way = along_time(steps, taps)
     if _products_of(steps, taps) < 1.5 * way.products:
@@ -207,110 +208,3 @@ class _Conv1d(torch.autograd.Function):
 def _written(parts: Tensor, write: Tensor, bias: Tensor, batch: int) -> Tensor:
     """Products [n, tiles · B, C] → outputs [T, B, C]."""
     return (write @ parts.view(write.shape[1], -1)).view(len(write), batch, -1).add_(bias)
-
-
-# --------------------------------------------------------------------------------------------------- in images
-
-
-@cache
-def _in_images() -> tuple[Tensor, Tensor, Tensor]:
-    """(read [n², n²], kernel [n², 9], write [m², n²]) of a tile of m × m outputs, which reads n × n inputs."""
-    read, kernel, write = (_float(np.kron(matrix, matrix)) for matrix in transforms(OUTPUTS_2D, 3))
-    return read, kernel, write
-
-
-def pays_2d(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is faster for x [N, C_in, H, W] and weight [C_out, C_in, 3, 3] than all products, with gradients.
-
-    Measured on an AMD EPYC with AVX-512; forward alone it hardly is.
-    """
-    if weight.shape[2:] != (3, 3) or min(weight.shape[:2]) < 192 or not _is_plain(x):
-        return False
-    tiles = [-(-size // OUTPUTS_2D) for size in x.shape[2:]]
-    saved = _products_of(x.shape[2], 3) * _products_of(x.shape[3], 3) / (tiles[0] * tiles[1] * len(_in_images()[0]))
-    return saved >= 1.8 and len(x) * tiles[0] * tiles[1] >= 128
-
-
-def conv2d(x: Tensor, weight: Tensor) -> Tensor:
-    """A convolution of 3 × 3 with stride 1 and padding 1, channels last: x [N, C_in, H, W] → [N, C_out, H, W]."""
-    return _Conv2d.apply(x, weight)
-
-
-class _Conv2d(torch.autograd.Function):
-    """Everything is tile by tile, [R, n², C] for R tiles of all images; a transform is one small matrix for each."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        read, kernel, write = _in_images()
-        ctx.shape, n_out, n_in = x.shape, *weight.shape[:2]
-        seen = _transform(read, _overlapping(x))
-        values = _transform(kernel, weight.permute(0, 2, 3, 1).reshape(n_out, 9, n_in)).transpose(0, 1).contiguous()
-        ctx.save_for_backward(seen, values)
-        return _assembled(_transform(write, products(seen.transpose(0, 1), values, dim=1)), x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read, kernel, write = _in_images()
-        seen, values = ctx.saved_tensors
-        parts = _transform(write.T, _disjoint(grad))
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_seen = products(parts.transpose(0, 1), values.transpose(1, 2), dim=1)
-            grad_x = _summed(_transform(read.T, grad_seen), ctx.shape)
-        if ctx.needs_input_grad[1]:
-            grad_values = torch.bmm(parts.permute(1, 2, 0), seen.transpose(0, 1))
-            grad_weight = _transform(kernel.T, grad_values.transpose(0, 1))
-            grad_weight = grad_weight.view(len(grad_weight), 3, 3, -1).permute(0, 3, 1, 2)
-        return grad_x, grad_weight
-
-
-def _transform(matrix: Tensor, parts: Tensor) -> Tensor:
-    """matrix [p, q] for every one of parts [R, q, C] → [R, p, C]."""
-    return torch.bmm(matrix.expand(len(parts), *matrix.shape), parts)
-
-
-def _padded(x: Tensor, before: int) -> tuple[Tensor, int, int]:
-    """x [N, C, H, W] → [N, H', W', C] with `before` zeros around and whole tiles; tiles along each axis."""
-    rows, columns = (-(-size // OUTPUTS_2D) for size in x.shape[2:])
-    right, below = (tiles * OUTPUTS_2D - size + before for tiles, size in ((columns, x.shape[3]), (rows, x.shape[2])))
-    return F.pad(x.permute(0, 2, 3, 1), (0, 0, before, right, before, below)), rows, columns
-
-
-def _overlapping(x: Tensor) -> Tensor:
-    """The inputs [R, n², C] that each tile of x [N, C, H, W] reads."""
-    padded, rows, columns = _padded(x, 1)
-    n = OUTPUTS_2D + 2
-    tiles = padded.unfold(1, n, OUTPUTS_2D).unfold(2, n, OUTPUTS_2D)  # [N, rows, columns, C, n, n]
-    return tiles.permute(0, 1, 2, 4, 5, 3).reshape(len(x) * rows * columns, n * n, -1)
-
-
-def _summed(tiles: Tensor, shape: torch.Size) -> Tensor:
-    """What `_overlapping` took, added up where it came from: [R, n², C] → [N, C, H, W]."""
-    m, (count, channels, height, width) = OUTPUTS_2D, shape
-    rows, columns = -(-height // m), -(-width // m)
-    parts = tiles.view(count, rows, columns, m + 2, m + 2, channels)
-    whole = tiles.new_zeros(count, rows + 1, m, columns + 1, m, channels)
-    at = whole.transpose(2, 3)  # a tile reaches two rows and two columns into its neighbours
-    at[:, :rows, :columns] = parts[..., :m, :m, :]
-    at[:, 1:, :columns, :2] += parts[..., m:, :m, :]
-    at[:, :rows, 1:, :, :2] += parts[..., :m, m:, :]
-    at[:, 1:, 1:, :2, :2] += parts[..., m:, m:, :]
-    image = whole.view(count, (rows + 1) * m, (columns + 1) * m, channels)
-    return image[:, 1 : height + 1, 1 : width + 1].contiguous().permute(0, 3, 1, 2)
-
-
-def _disjoint(x: Tensor) -> Tensor:
-    """The outputs [R, m², C] of each tile of x [N, C, H, W]."""
-    padded, rows, columns = _padded(x, 0)
-    m = OUTPUTS_2D
-    tiles = padded.unflatten(1, (rows, m)).unflatten(3, (columns, m)).transpose(2, 3)
-    return tiles.reshape(len(x) * rows * columns, m * m, -1)
-
-
-def _assembled(tiles: Tensor, shape: torch.Size) -> Tensor:
-    """Tiles [R, m², C] → [N, C, H, W], channels last."""
-    m, (count, _, height, width) = OUTPUTS_2D, shape
-    rows, columns = -(-height // m), -(-width // m)
-    image = tiles.view(count, rows, columns, m, m, -1).transpose(2, 3).reshape(count, rows * m, columns * m, -1)
-    return image[:, :height, :width].contiguous().permute(0, 3, 1, 2)

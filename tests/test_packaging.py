@@ -44,7 +44,10 @@ def test_every_other_file_is_package_data(project, folders):
     patterns = project["tool"]["setuptools"]["package-data"]
     assert set(patterns) <= set(folders)
     covered = {file for name, globs in patterns.items() for glob in globs for file in folders[name].glob(glob)}
-    assert {path for path in shipped_files() if path.suffix != ".py"} - covered == set()
+    covered |= {
+        ROOT / source for module in project["tool"]["setuptools"]["ext-modules"] for source in module["sources"]
+    }
+    assert {path for path in shipped_files() if path.suffix not in (".py", ".so")} - covered == set()
     assert folders["action_diffusion.configs"] / "task" / "pusht_state.yaml" in covered
 
 

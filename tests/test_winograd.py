@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -54,48 +53,23 @@ def test_along_time_outputs_and_gradients_are_those_of_all_products(steps, batch
         close(ours, theirs.double())
 
 
-@settings(deadline=None, max_examples=25)
-@given(
-    count=st.integers(1, 3),
-    size=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-    channels=st.sampled_from([(1, 1), (5, 3)]),
-    seed=st.integers(0, 9),
-)
-def test_in_images_outputs_and_gradients_are_those_of_all_products(count, size, channels, seed):
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, channels[0], *size, generator=random).to(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.randn(channels[1], channels[0], 3, 3, generator=random, requires_grad=True)
-    exact = F.conv2d(x.double(), weight.double(), padding=1)
-    out = winograd.conv2d(x, weight)
-    close(out, exact)
-    direction = torch.randn(out.shape, generator=random)
-    ours = torch.autograd.grad(out, (x, weight), direction)
-    for mine, theirs in zip(ours, torch.autograd.grad(exact, (x, weight), direction.double()), strict=True):
-        close(mine, theirs.double())
-
-
-def test_layers_of_both_kinds_give_the_same_with_and_without(monkeypatch):
+def test_a_layer_gives_the_same_with_and_without(monkeypatch):
     """At sizes where the fast way is taken, in training and, with what is packed, in evaluation."""
     torch.manual_seed(0)
     layer, x = Conv1d(256, 256, 5), torch.randn(8, 100, 256)
-    conv = Conv2d(192, 192, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
-    frames = torch.randn(128, 192, 3, 3).to(memory_format=torch.channels_last)
     assert winograd.pays_1d(x, layer.weight, kept=False)
     assert winograd.pays_1d(x[:, :32], layer.weight, kept=True)
-    assert winograd.pays_2d(frames, conv.weight)
     called = []
-    for name in ("conv1d", "conv1d_packed", "conv2d"):
+    for name in ("conv1d", "conv1d_packed"):
         function = getattr(winograd, name)
         monkeypatch.setattr(winograd, name, lambda *a, n=name, f=function: called.append(n) or f(*a))
     layer.pack("fp32")
     with torch.no_grad():
         fast = [layer(x[:, :32]), layer(x[:, :32])]
-        conv(frames)
-    fast += [layer(x), conv(frames)]
-    assert called == ["conv1d_packed", "conv1d_packed", "conv1d", "conv2d"]
+    fast.append(layer(x))
+    assert called == ["conv1d_packed", "conv1d_packed", "conv1d"]
     monkeypatch.setattr(winograd, "pays_1d", lambda *_, **__: False)
-    monkeypatch.setattr(winograd, "pays_2d", lambda *_: False)
-    plain = [layer(x[:, :32]), layer(x[:, :32]), layer(x), conv(frames)]
+    plain = [layer(x[:, :32]), layer(x[:, :32]), layer(x)]
     for mine, theirs in zip(fast, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=3e-5)
 
@@ -143,13 +117,6 @@ def test_a_copy_of_what_is_packed_is_plain_and_computes_the_same():
     assert not copies[0]._packed
     for mine, theirs in zip(after, before, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("stride", "padding", "bias"), [(2, 1, False), (1, 0, False), (1, 1, True)])
-def test_other_convolutions_are_left_to_torch(stride, padding, bias, monkeypatch):
-    monkeypatch.setattr(winograd, "conv2d", None)
-    conv = Conv2d(192, 192, 3, stride=stride, padding=padding, bias=bias)
-    assert conv(torch.randn(128, 192, 6, 6)).requires_grad
 
 
 def test_mish_is_torchs():
