@@ -1,4 +1,4 @@
-"""What convolving by fewer products (`policy.winograd`, `policy.tiles`) gives a training step on this machine's CPU.
+"""What convolving by fewer products (`policy.tiles`) gives a training step on this machine's CPU.
 
     python -m benchmarks.products [rows=train_image,train_state,train_state_medium] [seconds=30]
 
@@ -22,7 +22,7 @@ import numpy as np
 from action_diffusion.datasets.progress import progress
 from action_diffusion.errors import unknown
 from action_diffusion.memory import keep_freed_memory
-from action_diffusion.policy import tiles, winograd
+from action_diffusion.policy import tiles
 from benchmarks.command import command, options, positive
 from benchmarks.ours import Train
 from benchmarks.rows import ROWS, Row, write_inputs
@@ -34,8 +34,8 @@ STEPS = {row.name: row for row in ROWS if row.work == "train"}
 def all_products() -> Iterator[None]:
     """Within it, every product is computed."""
     with (
-        mock.patch.object(winograd, "pays_1d", return_value=False),
-        mock.patch.object(tiles, "pays", return_value=False),
+        mock.patch.object(tiles, "pays_1d", return_value=False),
+        mock.patch.object(tiles, "pays_2d", return_value=False),
     ):
         yield
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from action_diffusion.policy import winograd
+from action_diffusion.policy import tiles
 from action_diffusion.policy.packing import SMALL, Packable
 
 
@@ -133,7 +133,7 @@ class Conv1d(Packable):
 
     def forget(self) -> None:
         super().forget()
-        self._values: dict[int, list[Tensor]] = {}
+        self._values: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] * x.shape[1] <= SMALL or self.runs_packed(x):
@@ -141,12 +141,11 @@ class Conv1d(Packable):
         if x.is_cuda:  # one large product; torch's own convolution would lay out all weights anew in every call
             (x,) = _autocast(x)
             return self.product(_windows(x, len(self.weight)))
-        if not torch.is_grad_enabled() and self._packed and winograd.pays_1d(x, self.weight, kept=True):
-            if len(x) not in self._values:
-                self._values[len(x)] = winograd.pack_1d(self.weight, len(x))
-            return winograd.conv1d_packed(x, self._values[len(x)], len(self.weight), self.bias)
-        if winograd.pays_1d(x, self.weight, kept=False):
-            return winograd.conv1d(x, self.weight, self.bias)
+        if not torch.is_grad_enabled() and self._packed and tiles.pays_1d(x, self.weight, once=False):
+            self._values = tiles.pack_1d(self.weight) if self._values is None else self._values
+            return tiles.conv1d_packed(x, self._values, self.bias)
+        if tiles.pays_1d(x, self.weight, once=True):
+            return tiles.conv1d(x, self.weight, self.bias)
         x, weight, bias = _autocast(x, self.weight, self.bias)
         return _ShiftedConv.apply(x, weight, bias)
 

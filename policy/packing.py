@@ -171,7 +171,7 @@ class Conv2d(nn.Conv2d, Prepared):
 
     def forward(self, x: Tensor) -> Tensor:
         gradient = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if self._tiled and tiles.pays(x, self.weight, once=gradient or not self._wanted):
+        if self._tiled and tiles.pays_2d(x, self.weight, once=gradient or not self._wanted):
             return tiles.conv2d(x, self.weight) if gradient else tiles.conv2d_packed(x, self._kernel_values())
         if gradient or not self._runs_packed(x):
             return super().forward(x)
@@ -188,9 +188,8 @@ class Conv2d(nn.Conv2d, Prepared):
 
     def _kernel_values(self) -> Tensor:
         if not self._wanted:
-            return tiles.values(self.weight)
-        if self._values is None:
-            self._values = tiles.values(self.weight)
+            return tiles.pack_2d(self.weight)
+        self._values = tiles.pack_2d(self.weight) if self._values is None else self._values
         return self._values
 
 

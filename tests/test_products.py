@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from action_diffusion.policy import winograd
+from action_diffusion.policy import tiles
 from benchmarks import products
 
 
 def test_a_step_is_measured_both_ways(monkeypatch, capsys):
-    small = replace(products.STEPS["train_state"], settings={"image": False, "channels": (8, 16, 256), "batch": 256})
+    small = replace(products.STEPS["train_state"], settings={"image": False, "channels": (32, 64, 256), "batch": 256})
     monkeypatch.setitem(products.STEPS, "train_state", small)
     called = []
-    real = winograd.conv1d
-    monkeypatch.setattr(winograd, "conv1d", lambda *a: called.append(1) or real(*a))
+    real = tiles.conv1d
+    monkeypatch.setattr(tiles, "conv1d", lambda *a: called.append(1) or real(*a))
     with products.all_products():
         assert products.main(["rows=train_state", "seconds=0.01"]) == 0
     assert called == []

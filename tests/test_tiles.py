@@ -1,10 +1,14 @@
-"""Convolutions of images by tiles, in C: what torch's own give, in outputs and all gradients."""
+"""Convolutions by tiles, in C: what torch's own give, in outputs and all gradients."""
 
 from __future__ import annotations
 
+import copy
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from action_diffusion.policy import tiles
-from action_diffusion.policy.packing import Conv2d
+from action_diffusion.policy.activations import mish
+from action_diffusion.policy.conv import Conv1d
+from action_diffusion.policy.packing import Conv2d, Linear
 
 needs_code = pytest.mark.skipif(
     tiles.library() is None, reason="policy/tiles.c is not compiled: install again where there is gcc"
@@ -25,6 +31,52 @@ def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
     torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2e-5 * max(1.0, exact.abs().max().item()))
 
 
+@contextmanager
+def using(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(outputs=st.integers(1, 4), taps=st.sampled_from([3, 5]), seed=st.integers(0, 99))
+def test_the_transforms_are_a_convolution(outputs, taps, seed):
+    random = np.random.default_rng(seed)
+    read, kernel, write = tiles.transforms(outputs, taps)
+    d, g = random.standard_normal(outputs + taps - 1), random.standard_normal(taps)
+    expected = [d[i : i + taps] @ g for i in range(outputs)]
+    np.testing.assert_allclose(write @ ((kernel @ g) * (read @ d)), expected, atol=1e-12)
+    assert len(read) == outputs + taps - 1  # as few products as there can be
+
+
+@needs_code
+@settings(deadline=None, max_examples=40)
+@given(
+    steps=st.integers(1, 17),
+    batch=st.sampled_from([1, 3, 70, 140]),
+    channels=st.tuples(st.sampled_from([32, 64, 96]), st.sampled_from([32, 64, 96])),
+    threads=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 9),
+)
+def test_along_time_outputs_and_gradients_are_those_of_all_products(steps, batch, channels, threads, seed):
+    random, (n_in, n_out) = torch.Generator().manual_seed(seed), channels
+    x = torch.randn(steps, batch, n_in, generator=random, requires_grad=True)
+    weight = torch.randn(5, n_in, n_out, generator=random).div_((5 * n_in) ** 0.5).requires_grad_()
+    bias = torch.randn(n_out, generator=random, requires_grad=True)
+    with using(threads):
+        out = tiles.conv1d(x, weight, bias)
+        direction = torch.randn(out.shape, generator=random)
+        ours = torch.autograd.grad(out, (x, weight, bias), direction)
+    exact = F.conv1d(x.double().permute(1, 2, 0), weight.double().permute(2, 1, 0), bias.double(), padding=2)
+    exact = exact.permute(2, 0, 1)
+    close(out, exact)
+    theirs = torch.autograd.grad(exact, (x, weight, bias), direction.double())
+    for mine, other in zip(ours, theirs, strict=True):
+        close(mine, other.double())
+
+
 @needs_code
 @settings(deadline=None, max_examples=40)
 @given(
@@ -35,21 +87,17 @@ def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
     threads=st.sampled_from([1, 2, 3]),
     seed=st.integers(0, 9),
 )
-def test_outputs_and_gradients_are_those_of_all_products(count, size, channels, last, threads, seed):
+def test_in_images_outputs_and_gradients_are_those_of_all_products(count, size, channels, last, threads, seed):
     """Of every size of image, which tiles seldom fit, and of every remainder of tiles that are taken at once."""
     random, (n_in, n_out) = torch.Generator().manual_seed(seed), channels
     layout = torch.channels_last if last else torch.contiguous_format
     x = torch.randn(count, n_in, *size, generator=random).to(memory_format=layout).requires_grad_()
     weight = torch.randn(n_out, n_in, 3, 3, generator=random).div_((9 * n_in) ** 0.5)
     weight = weight.to(memory_format=layout).requires_grad_()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with using(threads):
         out = tiles.conv2d(x, weight)
         direction = torch.randn(out.shape, generator=random)
         ours = torch.autograd.grad(out, (x, weight), direction)
-    finally:
-        torch.set_num_threads(before)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     close(out, exact)
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -58,48 +106,87 @@ def test_outputs_and_gradients_are_those_of_all_products(count, size, channels, 
 
 
 @needs_code
-def test_an_image_does_not_depend_on_its_neighbours_nor_on_threads():
+def test_a_row_does_not_depend_on_its_neighbours_nor_on_threads():
     """To the last bit: a policy does the same in a batch of one as in one of fifty."""
     random = torch.Generator().manual_seed(0)
     x, weight = torch.randn(50, 64, 7, 7, generator=random), torch.randn(64, 64, 3, 3, generator=random)
     whole = tiles.conv2d(x, weight)
     for one in (0, 17, 49):
         assert torch.equal(tiles.conv2d(x[one : one + 1], weight), whole[one : one + 1])
-    torch.set_num_threads(1)
-    try:
+    with using(1):
         assert torch.equal(tiles.conv2d(x, weight), whole)
-    finally:
-        torch.set_num_threads(2)
+    x, weight = torch.randn(8, 50, 64, generator=random), torch.randn(5, 64, 64, generator=random)
+    whole = tiles.conv1d(x, weight, weight[0, 0])
+    assert torch.equal(tiles.conv1d(x[:, 17:18], weight, weight[0, 0]), whole[:, 17:18])
 
 
 @needs_code
-def test_a_layer_gives_the_same_with_and_without(monkeypatch):
-    """In training, and with what is kept and without in evaluation."""
+def test_layers_give_the_same_with_and_without(monkeypatch):
+    """In training, and in evaluation with what is kept and without."""
     torch.manual_seed(0)
-    conv = Conv2d(192, 192, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
-    frames = torch.randn(128, 192, 6, 6).to(memory_format=torch.channels_last)
-    fast = [conv(frames)]
+    layers = Conv2d(192, 192, 3, padding=1, bias=False), Conv1d(256, 256, 5)
+    inputs = torch.randn(128, 192, 6, 6), torch.randn(8, 100, 256)
+    fast = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
     with torch.no_grad():
-        fast.append(conv(frames))
-        conv.pack()
-        fast += [conv(frames), conv(frames)]
-        assert conv._values is not None
-    monkeypatch.setattr(tiles, "pays", lambda *_, **__: False)
-    for out in fast:
-        torch.testing.assert_close(out, conv(frames), rtol=0, atol=3e-5)
+        fast += [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        layers[0].pack()
+        layers[1].pack("fp32")
+        for _ in range(2):
+            fast += [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        assert all(layer._values is not None for layer in layers)
+    monkeypatch.setattr(tiles, "library", lambda: None)
+    plain = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    for mine, theirs in zip(fast, 4 * plain, strict=True):
+        assert not torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=3e-5)
 
 
 @needs_code
-def test_values_that_are_kept_are_forgotten_with_the_weights():
+def test_what_is_kept_is_forgotten_with_the_weights():
     torch.manual_seed(0)
-    conv, frames = Conv2d(256, 256, 3, padding=1, bias=False), torch.randn(64, 256, 6, 6)
-    conv.pack()
+    layers = Conv2d(256, 256, 3, padding=1, bias=False), Conv1d(256, 256, 5)
+    inputs = torch.randn(64, 256, 6, 6), torch.randn(8, 64, 256)
+    layers[1].bias.data.zero_()
+    layers[0].pack()
+    layers[1].pack("fp32")
     with torch.no_grad():
-        before = conv(frames)
-        assert conv._values is not None
-        conv.load_state_dict({name: 2 * value for name, value in conv.state_dict().items()})
-        assert conv._values is None
-        torch.testing.assert_close(conv(frames), 2 * before, atol=1e-4, rtol=1e-4)
+        for layer, x in zip(layers, inputs, strict=True):
+            before = layer(x)
+            assert layer._values is not None
+            layer.load_state_dict({name: 2 * value for name, value in layer.state_dict().items()})
+            assert layer._values is None
+            torch.testing.assert_close(layer(x), 2 * before, atol=1e-4, rtol=1e-4)
+
+
+def test_without_onednn_everything_is_as_usual(monkeypatch):
+    """As on a Mac: nothing is laid out, and the products are torch's own."""
+    torch.manual_seed(0)
+    layers = Conv1d(256, 256, 5), Conv2d(256, 256, 3, padding=1, bias=False), Linear(512, 512)
+    inputs = torch.randn(4, 64, 256), torch.randn(2, 256, 3, 3), torch.randn(2, 4, 512)
+    with torch.no_grad():
+        expected = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        monkeypatch.setattr(torch.ops, "mkldnn", None)
+        layers[0].pack("fp32")
+        layers[1].pack()
+        layers[2].pack("fp32")
+        for layer, x, before in zip(layers, inputs, expected, strict=True):
+            torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-5)
+
+
+def test_a_copy_of_what_is_packed_is_plain_and_computes_the_same():
+    torch.manual_seed(0)
+    time, image = Conv1d(128, 128, 5), Conv2d(192, 192, 3, padding=1, bias=False)
+    steps, frames = torch.randn(4, 64, 128), torch.randn(2, 192, 3, 3)
+    time.pack("fp32")
+    image.pack()
+    with torch.no_grad():
+        before = time(steps), image(frames)
+        copies = copy.deepcopy(time), copy.deepcopy(image)
+        after = copies[0](steps), copies[1](frames)
+    assert not copies[0]._packed
+    for mine, theirs in zip(after, before, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -116,17 +203,29 @@ def test_other_convolutions_are_left_to_torch(options, channels, monkeypatch):
 def test_other_types_are_left_to_torch(change, monkeypatch):
     monkeypatch.setattr(tiles, "conv2d", None)
     weight = change(torch.randn(64, 64, 3, 3))
-    assert not tiles.pays(change(torch.randn(128, 64, 6, 6)), weight, once=False)
+    assert not tiles.pays_2d(change(torch.randn(128, 64, 6, 6)), weight, once=False)
 
 
 def test_without_the_compiled_code_torch_does_the_work(monkeypatch):
     monkeypatch.setattr(tiles, "library", lambda: None)
-    monkeypatch.setattr(tiles, "conv2d", None)
-    conv = Conv2d(192, 192, 3, padding=1, bias=False)
-    assert conv(torch.randn(128, 192, 6, 6)).requires_grad
+    monkeypatch.setattr(tiles, "_call", None)
+    assert Conv2d(192, 192, 3, padding=1, bias=False)(torch.randn(128, 192, 6, 6)).requires_grad
+    assert Conv1d(256, 256, 5)(torch.randn(8, 100, 256)).requires_grad
 
 
 def test_the_code_compiles_without_a_warning(tmp_path):
     source = Path(tiles.__file__).parent / "tiles.c"
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC"]
     subprocess.run(["gcc", *flags, str(source), "-o", str(tmp_path / "tiles.so")], check=True)
+
+
+def test_mish_is_torchs():
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -1e4, 1e4])]).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    close(mish(x), F.mish(exact).detach())
+    close(mish(x.detach()), F.mish(exact).detach())
+    direction = torch.linspace(-1, 2, len(x))
+    (ours,) = torch.autograd.grad(mish(x), x, direction)
+    (theirs,) = torch.autograd.grad(F.mish(exact), exact, direction.double())
+    close(ours, theirs)
+    assert mish(torch.tensor([float("nan")])).isnan().all()
