@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from action_diffusion.datasets import pixels
 from action_diffusion.datasets.loading import ObsKey, array_bytes, array_shape, load, load_cached, load_into
 from action_diffusion.datasets.memory import Mode, choose_mode, memory_limit
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
@@ -173,16 +174,13 @@ class BatchSource:
         corner = np.broadcast_to(room // 2, (len(rows), 2)) if offsets is None else np.asarray(offsets)
         if ((corner < 0) | (corner > room)).any():  # a view knows no bounds of its own
             raise ValueError(f"crop offsets must be from 0 to {room.tolist()}")
+        if self.mode != "device":
+            return torch.from_numpy(pixels.crop(self._arrays[key], rows, corner, crop)).to(self.device)
         view = (n, room[0] + 1, room[1] + 1, crop[0], crop[1] * channels)
         strides = (height * width * channels, width * channels, channels, width * channels, 1)
-        index = (rows, corner[:, :1], corner[:, 1:])
-        if self.mode == "device":
-            pixels = self._tensors[key].as_strided([int(size) for size in view], strides)
-            cut = pixels[tuple(torch.from_numpy(part.copy()).to(self.device) for part in index)]
-        else:
-            frames = np.lib.stride_tricks.as_strided(self._arrays[key], view, strides, writeable=False)
-            cut = torch.from_numpy(frames[index]).to(self.device)
-        return cut.view(*rows.shape, *crop, channels)
+        cuts = self._tensors[key].as_strided([int(size) for size in view], strides)
+        index = (torch.from_numpy(part.copy()).to(self.device) for part in (rows, corner[:, :1], corner[:, 1:]))
+        return cuts[tuple(index)].view(*rows.shape, *crop, channels)
 
     def _criticise(self, indices: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> Critic:
         if self._reward is None:
@@ -209,10 +207,10 @@ def images_to_float(images: Tensor, out: Tensor | None = None) -> Tensor:
     which takes a quarter off a batch. Where gradients are computed, only after the backward pass of that batch.
     Raises `ValueError` for another shape.
     """
-    floats = torch.empty_like(images, dtype=torch.float32) if out is None else out.movedim(-3, -1)
-    if floats.shape != images.shape:
+    floats = None if out is None else out.movedim(-3, -1)
+    if floats is not None and floats.shape != images.shape:
         raise ValueError(f"out holds images {list(floats.shape)}, these are {list(images.shape)}")
-    return floats.copy_(images).mul_(1 / 255).movedim(-1, -3)
+    return pixels.to_float(images, floats).movedim(-1, -3)
 
 
 def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from action_diffusion.datasets import pixels
 from action_diffusion.errors import InputError, unknown
 
 _GRAY = (0.2989, 0.587, 0.114)
@@ -29,7 +30,7 @@ _GRAY = (0.2989, 0.587, 0.114)
 
 def to_float(frames: Tensor) -> Tensor:
     """uint8 [N, h, w, 3], 0 to 255, as float32 [N, 3, h, w], 0 to 1; the memory stays channels-last."""
-    return frames.permute(0, 3, 1, 2).to(torch.float32).mul_(1 / 255)
+    return pixels.to_float(frames).permute(0, 3, 1, 2)
 
 
 def centred(images: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ rounding, some 5e-6 of the largest output.
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from action_diffusion import native
 
 PLACES = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 """Where polynomials are taken, and at infinity: small numbers, since differences of large powers lose digits."""
@@ -88,12 +89,10 @@ IMAGE, TIME = Tile(2, 3, 3), Tile(1, 4, 5)
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled code; None where there is none for this machine. It shares OpenMP's threads with torch."""
-    for path in Path(__file__).parent.glob("_tiles*.so"):
-        code = ctypes.CDLL(str(path))
-        return code if code.has_kernels() else None
-    return None
+def library() -> native.Library | None:
+    """The compiled code; None where there is none for this machine."""
+    found = native.load(Path(__file__).parent, "_tiles")
+    return found if found is not None and found.code.has_kernels() else None
 
 
 def _runs(x: Tensor, channels: torch.Size | tuple[int, ...]) -> bool:
@@ -258,11 +257,6 @@ def _weight_gradient(
 
 
 def _call(name: str, *values: Tensor | int | None) -> None:
-    """A function of `tiles.c`: pointers and int64, and as the last the number of threads."""
-    getattr(library(), name)(*map(_argument, values), ctypes.c_int(torch.get_num_threads()))
-
-
-def _argument(value: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    return ctypes.c_void_p(None if value is None else value.data_ptr())
+    code = library()
+    assert code is not None, "ask `pays_1d` and `pays_2d` first"
+    code(name, *values)
