@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy import fused
 from action_diffusion.policy.activations import ACTIVATIONS, Activation
 from action_diffusion.policy.conv import Conv1d, Double, GroupNorm, Halve
 from action_diffusion.policy.packing import Linear, Packable, Prepared
@@ -113,8 +114,8 @@ class ConditionalUnet1d(Prepared):
         for width in channels:
             if width % n_groups:
                 raise InputError(f"denoiser.channels: {width} is not divisible by n_groups={n_groups}")
-        self.channels = tuple(channels)
-        self.input_dim = action_dim + marked
+        self.channels, self.kernel_size, self.n_groups = tuple(channels), kernel_size, n_groups
+        self.action_dim, self.input_dim, self.activation = action_dim, action_dim + marked, activation
         self.time_embedding = nn.Sequential(
             SinusoidalEmbedding(time_dim),
             nn.Linear(time_dim, 4 * time_dim),
@@ -156,20 +157,23 @@ class ConditionalUnet1d(Prepared):
 
     def forget(self) -> None:
         self.prepared: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._fused: fused.Fused | None = None
         for layer in self._layers():
             layer.forget()
 
     def _layers(self) -> list[Packable]:
         return [module for module in self.modules() if isinstance(module, Packable)]
 
-    def pack(self, precision: str) -> None:
+    def pack(self, precision: str, *, whole: bool = True) -> None:
         """Pack all layers (`packing.Packable`); in int8, those where actions enter and leave are packed in fp16.
 
-        These few weights cause most of the error: a third to a half of it is left without them.
+        These few weights cause most of the error: a third to a half of it is left without them. whole: in fp32, a
+        step of few rows becomes one operation (`fused`), where it can.
         """
         edges = {*cast(nn.ModuleList, self.down[0])[0].modules(), *self.out.modules()}
         for layer in self._layers():
             layer.pack("fp16" if precision == "int8" and layer in edges else precision)
+        self._fused = fused.Fused(self) if whole and precision == "fp32" and fused.fits(self) else None
 
     def check_horizon(self, horizon: int) -> None:
         """`InputError` when a chunk of this length cannot be halved between all levels."""
@@ -194,6 +198,8 @@ class ConditionalUnet1d(Prepared):
 
     def run(self, x: Tensor, film: Tensor) -> Tensor:
         """`forward` by these layers, where `inference.accelerate` may have prepared another way."""
+        if self._fused is not None and self._fused.takes(x):
+            return self._fused(x, film)
         films = iter(film.split(self.film_sizes, dim=-1))
         h = x.transpose(0, 1).contiguous()
         skips = []

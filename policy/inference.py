@@ -51,7 +51,7 @@ def accelerate(
     denoiser.forget()
     policy.prepared = None
     if precision is not None:
-        denoiser.pack(precision)
+        denoiser.pack(precision, whole=not compile)
         for layer in policy.encoder.modules():
             if isinstance(layer, Conv2d):
                 layer.pack()  # in fp32, whatever the precision

@@ -45,7 +45,7 @@ class Prepared(nn.Module):
     A copy begins without it: oneDNN's layouts cannot be copied.
     """
 
-    KEPT: ClassVar[tuple[str, ...]] = ("_packed", "_values", "prepared")
+    KEPT: ClassVar[tuple[str, ...]] = ("_packed", "_values", "_fused", "prepared")
 
     def forget(self) -> None:
         raise NotImplementedError

@@ -11,19 +11,10 @@
  * set of the cache.
  */
 
-#include <stdint.h>
+#include "lanes.h"
 
-enum { LANES = 16, PANEL = 32, MOST = 25 };
+enum { MOST = 25 };
 
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-typedef float LanesInMemory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-#define INLINE static inline __attribute__((always_inline))
-#define EACH_FROM(first, i, n) _Pragma("GCC unroll 32") for (int i = first; i < (n); i++) /* unrolled */
-#define EACH(i, n) EACH_FROM(0, i, n)
-
-INLINE Lanes load(const float *from) { return *(const LanesInMemory *)from; }
-INLINE void store(float *to, Lanes value) { *(LanesInMemory *)to = value; }
 INLINE int64_t padded(int64_t channels) { return channels + LANES; }
 
 typedef struct {
@@ -213,16 +204,10 @@ typedef struct {
     static const Kernels name = {read_##name, write_##name, multiply_##name};
 
 #ifdef __x86_64__
-KERNELS(avx512, __attribute__((target("arch=x86-64-v4"))), 12, 2) /* 24 of 32 registers of 16 */
-KERNELS(avx2, __attribute__((target("arch=x86-64-v3"))), 6, 1)    /* 12 of 16 registers of 8 */
+KERNELS(avx512, AVX512, 12, 2)
+KERNELS(avx2, AVX2, 6, 1)
 
-static const Kernels *kernels(void)
-{
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd"))
-        return &avx512;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2 : 0;
-}
+static const Kernels *kernels(void) { return has_avx512() ? &avx512 : has_avx2() ? &avx2 : 0; }
 #else
 KERNELS(other, , 4, 1)
 

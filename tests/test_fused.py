@@ -1,0 +1,171 @@
+"""A denoising step as one call of C is what the layers of the U-Net give, whatever its shape."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from action_diffusion.policy import fused
+from action_diffusion.policy.activations import ACTIVATIONS
+from action_diffusion.policy.denoiser import ConditionalUnet1d
+
+needs_code = pytest.mark.skipif(
+    fused.library() is None, reason="policy/unet.c is not compiled: install again where there is gcc"
+)
+
+
+def unet(*, channels=(48, 96), seed=0, **options) -> ConditionalUnet1d:
+    torch.manual_seed(seed)
+    net = ConditionalUnet1d(**{"action_dim": 2, "condition_dim": 5, "channels": channels, "time_dim": 8} | options)
+    for module in net.modules():  # norms that do something
+        if type(module).__name__ == "GroupNorm":
+            torch.nn.init.normal_(module.weight, 1.0, 0.3)
+            torch.nn.init.normal_(module.bias, 0.0, 0.3)
+    return net.eval()
+
+
+def inputs(net: ConditionalUnet1d, steps: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    film = net.prepare(torch.randn(batch, 5), torch.tensor([3.0])).at(0)
+    return torch.randn(batch, steps, net.input_dim), film
+
+
+@needs_code
+@settings(deadline=None, max_examples=60)
+@given(
+    channels=st.lists(st.sampled_from([8, 16, 40, 48, 64, 96, 104]), min_size=1, max_size=4),
+    steps=st.integers(1, 4),
+    batch=st.integers(1, 5),
+    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    n_groups=st.sampled_from([1, 4, 8]),
+    action_dim=st.integers(1, 40),
+    marked=st.booleans(),
+    activation=st.sampled_from(["silu", "mish", "relu"]),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_a_step_is_what_the_layers_give(channels, steps, batch, threads, **options):
+    net = unet(channels=channels, **options)
+    steps *= 2 ** (len(channels) - 1)
+    batch = min(batch, fused.MOST_ROWS // steps)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            x, film = inputs(net, steps, batch)
+            exact = copy.deepcopy(net).double().run(x.double(), film.double())
+            plain = net(x, film)
+            net.pack("fp32")
+            ours = [net(x, film), net(x, film)]
+            assert net._fused._programs
+    finally:
+        torch.set_num_threads(before)
+    size = exact.abs().max().clamp_min(1.0)
+    assert torch.equal(*ours)
+    assert (ours[0] - exact).abs().max() < max(2e-5 * size, 4 * (plain - exact).abs().max())
+
+
+@needs_code
+@pytest.mark.parametrize("activation", ["silu", "mish", "relu"])
+def test_activations_are_torchs_over_their_whole_range(activation):
+    """A network whose last block passes the values of its norm, from -100 to 100 and beyond, on to the output."""
+    net = unet(channels=(32,), activation=activation, action_dim=32, n_groups=1)
+    with torch.no_grad():
+        block, linear = net.out
+        block.norm.weight.copy_(torch.logspace(-3, 2, 32))
+        linear.weight.copy_(torch.eye(32))
+        x, film = inputs(net, 16, 1)
+        seen = []
+        block.norm.register_forward_hook(lambda *given: seen.append(given[2]))
+        plain = net(x, film)
+        values = seen[0].transpose(0, 1)
+        assert values.abs().max() > 80
+        net.pack("fp32")
+        ours = net(x, film)
+    assert (ours - plain).abs().max() < 2e-5 * plain.abs().max()
+    exact = ACTIVATIONS[activation](values.double()) + linear.bias.double()
+    assert (ours - exact).abs().max() < 4e-5 * exact.abs().max()
+
+
+@needs_code
+def test_what_is_not_finite_stays_so():
+    net = unet()
+    with torch.no_grad():
+        x, film = inputs(net, 8, 1)
+        net.pack("fp32")
+        assert net(x * torch.nan, film).isnan().all()
+        assert net(x, film).isfinite().all()  # and leaves nothing behind
+
+
+@needs_code
+def test_rows_do_not_depend_on_each_other():
+    net = unet()
+    with torch.no_grad():
+        x, film = inputs(net, 8, 5)
+        net.pack("fp32")
+        whole = net(x, film)
+        for one in range(5):
+            assert torch.equal(net(x[one : one + 1], film[one : one + 1]), whole[one : one + 1])
+
+
+@needs_code
+def test_it_is_forgotten_with_the_weights_and_by_copies():
+    net = unet()
+    with torch.no_grad():
+        x, film = inputs(net, 8, 1)
+        net.pack("fp32")
+        before = net(x, film)
+        assert copy.deepcopy(net)._fused is None
+        net.load_state_dict({name: 2 * value for name, value in net.state_dict().items()})
+        assert net._fused is None
+        plain = net(x, film)
+        assert (plain - before).abs().max() > 0.1
+        net.pack("fp32")
+        torch.testing.assert_close(net(x, film), plain, rtol=0, atol=2e-5)
+    net.train()
+    assert net._fused is None
+
+
+@needs_code
+def test_several_threads_may_call_it():
+    net = unet()
+    with torch.no_grad():
+        given = [inputs(net, 8, 1) for _ in range(50)]
+        net.pack("fp32")
+        expected = [net(*one) for one in given]
+
+    def call(one):
+        with torch.no_grad():
+            return net(*one)
+
+    with ThreadPoolExecutor(4) as pool:
+        for ours, theirs in zip(pool.map(call, given), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_what_it_is_not_for_goes_through_the_layers(monkeypatch):
+    """A gradient, many rows, another type or activation, another precision, and a machine without the code."""
+    net = unet()
+    monkeypatch.setattr(fused.Fused, "__call__", None)
+    net.pack("fp32")
+    with torch.no_grad():
+        many = inputs(net, 16, 5)
+        few = inputs(net, 8, 1)
+        assert net(*many).shape == (5, 16, 2)
+    few[0].requires_grad_()
+    assert net(*few).requires_grad
+    with torch.no_grad():
+        assert net.double()(*(value.double() for value in few)).dtype == torch.float64
+        other = unet(activation="gelu")
+        other.pack("fp32")
+        assert other(*few).shape == (1, 8, 2)
+        half = unet()
+        half.pack("fp16")
+        assert half(*few).shape == (1, 8, 2)
+        monkeypatch.setattr(fused, "library", lambda: None)
+        without = unet()
+        without.pack("fp32")
+        assert without(*few).shape == (1, 8, 2)
