@@ -137,7 +137,14 @@ class _Program:
         self._linear(linear, self._convolve(block, x), leaving)
 
     def _residual(self, block: ResidualBlock, x: _Sequence, out: _Sequence | None = None, parts: int = 1) -> _Sequence:
-        added = x if isinstance(block.shortcut, nn.Identity) else self._linear(block.shortcut, x, parts=parts)
+        added = x
+        if isinstance(block.shortcut, nn.Linear):
+            added = self._linear(block.shortcut, x, parts=parts)
+        elif parts > 1:  # what is side by side has zeros between
+            width = block.second.conv.weight.shape[1]
+            packed = self._packed((block, "shortcut"), torch.eye(width)[None], torch.zeros(width), parts)
+            added = self._sequence(x.steps, width)[0]
+            self._add(x, added, packed, in_first=self._margin)
         hidden = self._convolve(block.first, x, film=next(self._films), parts=parts)
         return self._convolve(block.second, hidden, out, add=added)
 

@@ -44,9 +44,8 @@ def test_every_other_file_is_package_data(project, folders):
     patterns = project["tool"]["setuptools"]["package-data"]
     assert set(patterns) <= set(folders)
     covered = {file for name, globs in patterns.items() for glob in globs for file in folders[name].glob(glob)}
-    covered |= {
-        ROOT / source for module in project["tool"]["setuptools"]["ext-modules"] for source in module["sources"]
-    }
+    compiled = project["tool"]["setuptools"]["ext-modules"]
+    covered |= {ROOT / file for module in compiled for file in module["sources"] + module.get("depends", [])}
     assert {path for path in shipped_files() if path.suffix not in (".py", ".so")} - covered == set()
     assert folders["action_diffusion.configs"] / "task" / "pusht_state.yaml" in covered
 
