@@ -1,4 +1,4 @@
-"""A denoising step of few rows as one call of C (`unet.c`), for a chunk at batch 1 on a CPU.
+"""A denoising step of few rows as one call of C (`unet.c`), for a chunk at a small batch on a CPU.
 
 By torch it is hundreds of short operations, and starting one takes longer than its work. Here the U-Net is a list of
 some fifty, laid out once: a convolution and all that follows it on the same channels (group norm, activation, FiLM, the
@@ -26,7 +26,7 @@ from action_diffusion.policy.conv import Double, Halve
 if TYPE_CHECKING:
     from action_diffusion.policy.denoiser import ConditionalUnet1d, ConvBlock, ResidualBlock
 
-PANEL, BLOCK, MOST_ROWS = 32, 512, 64
+PANEL, BLOCK, MOST_ROWS = 32, 512, 256
 """Channels that lie together, channels of a job at most (as in `unet.c`), and rows (T · B) up to which this is for."""
 CODES = {"relu": 1, "silu": 2, "mish": 3}
 

@@ -152,9 +152,9 @@ def test_what_it_is_not_for_goes_through_the_layers(monkeypatch):
     monkeypatch.setattr(fused.Fused, "__call__", None)
     net.pack("fp32")
     with torch.no_grad():
-        many = inputs(net, 16, 5)
+        many = inputs(net, 16, 17)
         few = inputs(net, 8, 1)
-        assert net(*many).shape == (5, 16, 2)
+        assert net(*many).shape == (17, 16, 2)
     few[0].requires_grad_()
     assert net(*few).requires_grad
     with torch.no_grad():
