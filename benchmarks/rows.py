@@ -84,9 +84,9 @@ ROWS = (
         _GATHER | {"whole_frames": True},
         {"image": ("mean", 0.03), "action": ("largest", 0.0)},  # video loses some of a frame
     ),
-    _chunk("chunk_small", "one chunk, image policy, U-Net 128/256/512, DDIM 10, batch 1", SMALL, 2.0, compile=True),
-    _chunk("chunk_small_ddim16", "the same, DDIM 16", SMALL, steps=16, compile=True),
-    _chunk("chunk_small_eager", "chunk_small without torch.compile", SMALL),
+    _chunk("chunk_small", "one chunk, image policy, U-Net 128/256/512, DDIM 10, batch 1", SMALL, 2.0),
+    _chunk("chunk_small_ddim16", "the same, DDIM 16", SMALL, steps=16),
+    _chunk("chunk_small_compiled", "chunk_small by torch.compile", SMALL, compile=True),
     _chunk("denoising_step_small", "one of its 10 denoising steps, without the encoder", SMALL, part="denoise"),
     _chunk("encoder", "its encoder, 2 frames: ResNet-18, spatial softmax", SMALL, part="encode"),
     _chunk("chunk_paper", "one chunk, image policy, U-Net 512/1024/2048 (263 M), DDIM 10, batch 1", PAPER, 2.0),

@@ -63,7 +63,8 @@ class Fused:
         with self._lock:
             size = x.shape[1], x.shape[0]
             if size not in self._programs:
-                self._programs[size] = _Program(self._denoiser, self._weights, *size)
+                with torch.inference_mode(False), torch.no_grad():  # its memory serves any later caller
+                    self._programs[size] = _Program(self._denoiser, self._weights, *size)
             return self._programs[size](x, film)
 
 

@@ -101,6 +101,20 @@ def test_what_is_not_finite_stays_so():
 
 
 @needs_code
+def test_inference_mode_and_its_absence_may_take_turns():
+    net = unet()
+    with torch.no_grad():
+        x, film = inputs(net, 8, 1)
+        net.pack("fp32")
+    out = []
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            out.append(net(x, film).clone())
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[0], out[2])
+
+
+@needs_code
 def test_rows_do_not_depend_on_each_other():
     net = unet()
     with torch.no_grad():
