@@ -9,8 +9,8 @@
 #define FOR_EACH_PROCESSOR
 #endif
 
-/* Of frames [n, height, width, channels], for each window the frames `rows` [windows, steps] from its corner (top, left) on:
- * out [windows, steps, out_height, out_width, channels] */
+/* Of frames [n, height, width, channels], for each window the frames `rows` [windows, steps] from its corner (top,
+ * left) on: out [windows, steps, out_height, out_width, channels] */
 void crop(const uint8_t *frames, int64_t height, int64_t width, int64_t channels, const int64_t *rows,
           const int64_t *corners, int64_t windows, int64_t steps, int64_t out_height, int64_t out_width, uint8_t *out,
           int threads)

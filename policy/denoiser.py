@@ -167,13 +167,14 @@ class ConditionalUnet1d(Prepared):
     def pack(self, precision: str, *, whole: bool = True) -> None:
         """Pack all layers (`packing.Packable`); in int8, those where actions enter and leave are packed in fp16.
 
-        These few weights cause most of the error: a third to a half of it is left without them. whole: in fp32, a
-        step of few rows becomes one operation (`fused`), where it can.
+        These few weights cause most of the error: a third to a half of it is left without them. whole: in fp32 and
+        fp16, a step of few rows becomes one operation (`fused`), where it can.
         """
         edges = {*cast(nn.ModuleList, self.down[0])[0].modules(), *self.out.modules()}
         for layer in self._layers():
             layer.pack("fp16" if precision == "int8" and layer in edges else precision)
-        self._fused = fused.Fused(self) if whole and precision == "fp32" and fused.fits(self) else None
+        whole = whole and precision in ("fp32", "fp16") and fused.fits(self)
+        self._fused = fused.Fused(self, half=precision == "fp16") if whole else None
 
     def check_horizon(self, horizon: int) -> None:
         """`InputError` when a chunk of this length cannot be halved between all levels."""

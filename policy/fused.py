@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from action_diffusion import native
+from action_diffusion.policy import packing
 from action_diffusion.policy.conv import Double, Halve
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ def fits(denoiser: ConditionalUnet1d) -> bool:
 
 
 class Fused:
-    """Runs a U-Net by its weights as they are now."""
+    """Runs a U-Net by its weights as they are now, or by copies of its larger layers in float16 (`half`)."""
 
-    def __init__(self, denoiser: ConditionalUnet1d) -> None:
+    def __init__(self, denoiser: ConditionalUnet1d, *, half: bool = False) -> None:
         self._denoiser = denoiser
-        self._weights: dict[object, tuple[Tensor, Tensor]] = {}
+        self._weights = _Weights(half)
         self._programs: dict[tuple[int, int], _Program] = {}
         self._lock = threading.Lock()  # a program has one set of buffers
 
@@ -72,10 +73,10 @@ class _Operation(ctypes.Structure):
     """`Operation` of `unet.c`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("input", "weight", "bias", "gamma", "beta", "add", "out")),
+        *((name, ctypes.c_void_p) for name in ("input", "bias", "gamma", "beta", "add", "weight", "out")),
         *((name, ctypes.c_int64) for name in ("in_row", "out_row", "add_row", "in_first", "in_stride")),
         *((name, ctypes.c_int64) for name in ("out_first", "out_stride", "steps", "taps", "n_in", "n_out")),
-        *((name, ctypes.c_int64) for name in ("block", "group", "channels", "film", "activation")),
+        *((name, ctypes.c_int64) for name in ("block", "group", "channels", "film", "activation", "half")),
         ("eps", ctypes.c_float),
     )
 
@@ -89,12 +90,30 @@ class _Sequence(NamedTuple):
     channels: int
 
 
+class _Weights:
+    """What layers multiply by, laid out once for all programs."""
+
+    def __init__(self, half: bool) -> None:
+        self._half = half
+        self._known: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, name: object, weight: Tensor, bias: Tensor, parts: int = 1) -> tuple[Tensor, Tensor]:
+        """weight [taps, n_in, n_out] in panels [n_out / 32, taps, n_in, 32], and bias [n_out], both with padding.
+
+        parts: its inputs are so many sequences side by side, each padded. name: of the layer.
+        """
+        if name not in self._known:
+            inputs = torch.cat([_padded(part, 1) for part in weight.detach().chunk(parts, dim=1)], dim=1)
+            panels = _padded(inputs, 2).unflatten(2, (-1, PANEL)).permute(2, 0, 1, 3).contiguous()
+            half = self._half and weight.numel() >= packing.LEAST["fp16"]
+            self._known[name] = panels.clamp_(-65504, 65504).half() if half else panels, _padded(bias, 0)
+        return self._known[name]
+
+
 class _Program:
     """The operations for chunks of `steps` steps, `batch` at a time, and all memory that they need."""
 
-    def __init__(
-        self, denoiser: ConditionalUnet1d, weights: dict[object, tuple[Tensor, Tensor]], steps: int, batch: int
-    ) -> None:
+    def __init__(self, denoiser: ConditionalUnet1d, weights: _Weights, steps: int, batch: int) -> None:
         self._weights, self._batch = weights, batch
         self._margin = max(1, denoiser.kernel_size // 2)
         self._groups, self._activation = denoiser.n_groups, CODES[denoiser.activation]
@@ -143,7 +162,7 @@ class _Program:
             added = self._linear(block.shortcut, x, parts=parts)
         elif parts > 1:  # what is side by side has zeros between
             width = block.second.conv.weight.shape[1]
-            packed = self._packed((block, "shortcut"), torch.eye(width)[None], torch.zeros(width), parts)
+            packed = self._weights((block, "shortcut"), torch.eye(width)[None], torch.zeros(width), parts)
             added = self._sequence(x.steps, width)[0]
             self._add(x, added, packed, in_first=self._margin)
         hidden = self._convolve(block.first, x, film=next(self._films), parts=parts)
@@ -166,7 +185,7 @@ class _Program:
         self._add(
             x,
             out,
-            self._packed(conv, conv.weight, conv.bias, parts),
+            self._weights(conv, conv.weight, conv.bias, parts),
             in_first=self._margin - len(conv.weight) // 2,
             gamma=gamma.data_ptr(),
             beta=beta.data_ptr(),
@@ -183,19 +202,19 @@ class _Program:
 
     def _linear(self, layer: nn.Linear, x: _Sequence, out: _Sequence | None = None, parts: int = 1) -> _Sequence:
         out = out or self._sequence(x.steps, layer.out_features)[0]
-        self._add(x, out, self._packed(layer, layer.weight.T[None], layer.bias, parts), in_first=self._margin)
+        self._add(x, out, self._weights(layer, layer.weight.T[None], layer.bias, parts), in_first=self._margin)
         return out
 
     def _halve(self, layer: Halve, x: _Sequence) -> _Sequence:
         out = self._sequence(x.steps // 2, layer.weight.shape[-1])[0]
-        packed = self._packed(layer, layer.weight, layer.bias)
+        packed = self._weights(layer, layer.weight, layer.bias)
         self._add(x, out, packed, in_first=self._margin - 1, in_stride=2)
         return out
 
     def _double(self, layer: Double, x: _Sequence, out: _Sequence) -> _Sequence:
         """Even steps are reached by taps 3 and 1 (of the step before and the step itself), odd ones by taps 2 and 0."""
         for odd, taps in enumerate(([3, 1], [2, 0])):
-            packed = self._packed((layer, odd), layer.weight[taps], layer.bias)
+            packed = self._weights((layer, odd), layer.weight[taps], layer.bias)
             first, start = self._margin - 1 + odd, self._margin + odd
             self._add(x, out, packed, in_first=first, out_first=start, out_stride=2, steps=x.steps)
         return out
@@ -208,6 +227,7 @@ class _Program:
             "input": x.start,
             "out": out.start,
             "weight": weight.data_ptr(),
+            "half": int(weight.dtype == torch.float16),
             "bias": bias.data_ptr(),
             "in_row": x.row,
             "out_row": out.row,
@@ -222,15 +242,6 @@ class _Program:
             "film": -1,
         }
         self._operations.append(_Operation(**(values | given)))
-
-    def _packed(self, name: object, weight: Tensor, bias: Tensor, parts: int = 1) -> tuple[Tensor, Tensor]:
-        """weight [taps, n_in, n_out] in panels; its inputs are `parts` sequences side by side, each padded."""
-        if name not in self._weights:
-            with torch.no_grad():
-                inputs = torch.cat([_padded(part, 1) for part in weight.detach().chunk(parts, dim=1)], dim=1)
-                panels = _padded(inputs, 2).unflatten(2, (-1, PANEL)).permute(2, 0, 1, 3).contiguous()
-                self._weights[name] = panels, _padded(bias.detach(), 0)
-        return self._weights[name]
 
     def _sequence(self, steps: int, channels: int) -> tuple[_Sequence, Tensor]:
         """Zeros; the memory beside where it is."""

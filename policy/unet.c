@@ -2,9 +2,9 @@
  *
  *     out = after(in convolved with weight + bias),   after: group norm, activation, FiLM, sum, as far as there are any
  *
- * Sequences lie [steps, batch, channels], with channels padded by zeros to a multiple of 32 and enough steps of zeros before
- * and after that a kernel may read there. A thread takes whole groups of channels, so what comes after a convolution needs no
- * other thread; threads wait for each other only between operations. */
+ * Sequences lie [steps, batch, channels], with channels padded by zeros to a multiple of 32 and enough steps of zeros
+ * before and after that a kernel may read there. A thread takes whole groups of channels, so what comes after a
+ * convolution needs no other thread; threads wait for each other only between operations. */
 
 #include "lanes.h"
 #include <math.h>
@@ -13,18 +13,34 @@ enum { NONE, RELU, SILU, MISH };
 enum { BLOCK = 512 }; /* channels of a job, at most */
 
 typedef struct {
-    const float *in, *weight, *bias, *gamma, *beta, *add; /* weight [n_out / 32, taps, n_in, 32] */
+    const float *in, *bias, *gamma, *beta, *add;
+    const void *weight; /* [n_out / 32, taps, n_in, 32], float32 or, if `half`, float16 */
     float *out;
     int64_t in_row, out_row, add_row; /* distances between rows; a row is one step of one sequence */
-    int64_t in_first, in_stride;      /* the step that tap 0 reads for the first output, and how much later for the next */
-    int64_t out_first, out_stride;    /* the step of the first output, and of the next; `add` is read there too */
+    int64_t in_first, in_stride;   /* the step that tap 0 reads for the first output, and how much later for the next */
+    int64_t out_first, out_stride; /* the step of the first output, and of the next; `add` is read there too */
     int64_t steps, taps, n_in, n_out; /* numbers of channels are padded */
     int64_t block, group;             /* channels of a job, multiples of `group`; of a group, 0: no norm */
     int64_t channels;                 /* n_out without padding */
-    int64_t film;                     /* where its scales begin in a row of the modulation, the shifts follow; -1: none */
-    int64_t activation;
+    int64_t film; /* where its scales begin in a row of the modulation, the shifts follow; -1: none */
+    int64_t activation, half;
     float eps;
 } Operation;
+
+typedef int16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+/* float16 as float32. Exponents are moved by a multiplication, which numbers below the smallest normal one come out of
+ * right as well; there are no infinite weights. */
+INLINE Lanes widened(const int16_t *from)
+{
+    Integers bits = __builtin_convertvector(*(const Halves *)from, Integers) << 13; /* bits 28 to 30 are the sign's */
+    return (Lanes)(bits & (int32_t)0x8fffffff) * 0x1p112f;
+}
+
+INLINE Lanes load_weight(int half, const void *weight, int64_t i)
+{
+    return half ? widened((const int16_t *)weight + i) : load((const float *)weight + i);
+}
 
 INLINE Lanes smaller(Lanes a, float b)
 {
@@ -37,7 +53,8 @@ INLINE Lanes smaller(Lanes a, float b)
 INLINE Lanes exponential(Lanes x)
 {
     x = -smaller(-smaller(x, 88.0f), 87.0f);
-    Lanes shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; /* rounded: 1.5 * 2^23 has no room for halves */
+    Lanes shifted = x * 1.44269504f + 12582912.0f; /* rounded: beside 1.5 * 2^23 there is no room for halves */
+    Lanes n = shifted - 12582912.0f;
     Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
     Lanes p = 1.9875691500e-4f - (Lanes){0};
     p = p * r + 1.3981999507e-3f;
@@ -61,21 +78,24 @@ INLINE Lanes activate(int64_t which, Lanes x)
 }
 
 /* Rows of the output, vectors * 16 channels of each, from the rows of the input that tap 0 reads */
-INLINE void few_rows(int rows, int vectors, const Operation *o, const float *const *in, int64_t tap, const float *weight,
-                     const float *bias, float *const *out)
+INLINE void few_rows(int rows, int vectors, int half, const Operation *o, const float *const *in, int64_t tap,
+                     int64_t panel, const float *bias, float *const *out)
 {
     Lanes sum[8][2];
-    EACH(r, rows) EACH(v, vectors) sum[r][v] = load(bias + v * LANES);
+    EACH(r, rows)
+        EACH(v, vectors) sum[r][v] = load(bias + v * LANES);
     for (int64_t t = 0; t < o->taps; t++) {
         const float *at[8];
         EACH(r, rows) at[r] = in[r] + t * tap;
-        for (int64_t k = 0; k < o->n_in; k++, weight += PANEL) {
+        for (int64_t k = 0; k < o->n_in; k++, panel += PANEL) {
             Lanes line[2];
-            EACH(v, vectors) line[v] = load(weight + v * LANES);
-            EACH(r, rows) EACH(v, vectors) sum[r][v] += at[r][k] * line[v];
+            EACH(v, vectors) line[v] = load_weight(half, o->weight, panel + v * LANES);
+            EACH(r, rows)
+                EACH(v, vectors) sum[r][v] += at[r][k] * line[v];
         }
     }
-    EACH(r, rows) EACH(v, vectors) store(out[r] + v * LANES, sum[r][v]);
+    EACH(r, rows)
+        EACH(v, vectors) store(out[r] + v * LANES, sum[r][v]);
 }
 
 INLINE float *row_out(const Operation *o, int64_t batch, int64_t t, int64_t b)
@@ -83,7 +103,8 @@ INLINE float *row_out(const Operation *o, int64_t batch, int64_t t, int64_t b)
     return o->out + ((o->out_first + t * o->out_stride) * batch + b) * o->out_row;
 }
 
-INLINE void convolve(int at_once, int vectors, const Operation *o, int64_t batch, int64_t first, int64_t count)
+INLINE void convolve(int at_once, int vectors, int half, const Operation *o, int64_t batch, int64_t first,
+                     int64_t count)
 {
     int64_t rows = o->steps * batch, tap = batch * o->in_row;
     for (int64_t r = 0, some; r < rows; r += some) {
@@ -96,11 +117,11 @@ INLINE void convolve(int at_once, int vectors, const Operation *o, int64_t batch
             out[i] = row_out(o, batch, t, b) + first;
         }
         for (int64_t n = first; n < first + count; n += vectors * LANES) {
-            const float *weight = o->weight + n / PANEL * o->taps * o->n_in * PANEL + n % PANEL, *bias = o->bias + n;
-            if (some == at_once) few_rows(at_once, vectors, o, in, tap, weight, bias, out);
-            else if (some == 4) few_rows(4, vectors, o, in, tap, weight, bias, out);
-            else if (some == 2) few_rows(2, vectors, o, in, tap, weight, bias, out);
-            else few_rows(1, vectors, o, in, tap, weight, bias, out);
+            int64_t panel = n / PANEL * o->taps * o->n_in * PANEL + n % PANEL;
+            if (some == at_once) few_rows(at_once, vectors, half, o, in, tap, panel, o->bias + n, out);
+            else if (some == 4) few_rows(4, vectors, half, o, in, tap, panel, o->bias + n, out);
+            else if (some == 2) few_rows(2, vectors, half, o, in, tap, panel, o->bias + n, out);
+            else few_rows(1, vectors, half, o, in, tap, panel, o->bias + n, out);
             for (int64_t i = 0; i < some; i++) out[i] += vectors * LANES;
         }
     }
@@ -108,7 +129,8 @@ INLINE void convolve(int at_once, int vectors, const Operation *o, int64_t batch
 
 /* What the values of channels first … are multiplied with and shifted by, so that those of each group have mean 0 and
  * variance 1 before gamma and beta */
-INLINE void normalise(const Operation *o, int64_t batch, int64_t b, int64_t first, int64_t count, float *scale, float *offset)
+INLINE void normalise(const Operation *o, int64_t batch, int64_t b, int64_t first, int64_t count, float *scale,
+                      float *offset)
 {
     float mean[BLOCK], n = o->steps * o->group;
     for (int64_t c = 0; c < count; c += LANES) {
@@ -169,7 +191,8 @@ INLINE void finish(const Operation *o, int64_t batch, int64_t b, int64_t first, 
     target static void name(const Operation *o, int64_t batch, int64_t first, const float *film, int64_t film_row)     \
     {                                                                                                                  \
         int64_t count = o->n_out - first < o->block ? o->n_out - first : o->block;                                     \
-        convolve(at_once, vectors, o, batch, first, count);                                                            \
+        if (o->half) convolve(at_once, vectors, 1, o, batch, first, count);                                            \
+        else convolve(at_once, vectors, 0, o, batch, first, count);                                                    \
         if (o->group || o->activation || o->film >= 0 || o->add)                                                       \
             for (int64_t b = 0; b < batch; b++) finish(o, batch, b, first, count, film + b * film_row);                \
     }

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from action_diffusion.policy import fused
 from action_diffusion.policy.activations import ACTIVATIONS
 from action_diffusion.policy.denoiser import ConditionalUnet1d
+from action_diffusion.policy.packing import LEAST
 
 needs_code = pytest.mark.skipif(
     fused.library() is None, reason="policy/unet.c is not compiled: install again where there is gcc"
@@ -126,6 +127,28 @@ def test_rows_do_not_depend_on_each_other():
 
 
 @needs_code
+def test_half_precision_is_that_of_the_weights():
+    """Of every size that float16 has, those below the smallest normal one included."""
+    net = unet(channels=(256, 256))
+    with torch.no_grad():
+        for weight in net.parameters():
+            scale = torch.exp2(torch.randint(-24, 1, weight.shape).float()) if weight.ndim == 3 else 1.0
+            weight.mul_(scale)
+        x, film = inputs(net, 16, 3)
+        rounded = copy.deepcopy(net)
+        for layer in rounded._layers():
+            if layer.weight.numel() >= LEAST["fp16"]:
+                layer.weight.copy_(layer.weight.half())
+        assert not torch.equal(rounded.middle[0].first.conv.weight, net.middle[0].first.conv.weight)
+        expected, full = rounded(x, film), net(x, film)
+        net.pack("fp16")
+        ours = net(x, film)
+        assert net._fused._programs
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+    assert (expected - full).abs().max() > 1e-4
+
+
+@needs_code
 def test_it_is_forgotten_with_the_weights_and_by_copies():
     net = unet()
     with torch.no_grad():
@@ -161,7 +184,7 @@ def test_several_threads_may_call_it():
 
 
 def test_what_it_is_not_for_goes_through_the_layers(monkeypatch):
-    """A gradient, many rows, another type or activation, another precision, and a machine without the code."""
+    """A gradient, many rows, another type, activation or precision, and a machine without the code."""
     net = unet()
     monkeypatch.setattr(fused.Fused, "__call__", None)
     net.pack("fp32")
@@ -177,7 +200,7 @@ def test_what_it_is_not_for_goes_through_the_layers(monkeypatch):
         other.pack("fp32")
         assert other(*few).shape == (1, 8, 2)
         half = unet()
-        half.pack("fp16")
+        half.pack("int8")
         assert half(*few).shape == (1, 8, 2)
         monkeypatch.setattr(fused, "library", lambda: None)
         without = unet()
