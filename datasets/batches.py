@@ -139,35 +139,75 @@ class BatchSource:
         crop: tuple[int, int] | None = None,
         offsets: np.ndarray | None = None,
         critic: bool = False,
+        floats: dict[str, Tensor] | None = None,
     ) -> Batch:
         """The windows `indices` int64 [B].
 
         crop: (height, width) cut from every image; offsets: int64 [B, 2], its top left corner, the same for
         all steps and images of a window (None: the centre of each image). critic: fill `Batch.critic`.
+        floats: make images float32 [B, To, 3, h, w], as `images_to_float` does, and keep them here by name, where
+        the next call writes over them: their memory is in the cache still. {} to begin with.
         """
         indices = np.asarray(indices, np.int64)
-        rows = self.windows.rows(indices)
+        rows, mask = self.windows.rows_and_mask(indices)
         return Batch(
-            obs=self._observe(rows[:, : self.n_obs_steps], crop, offsets),
+            obs=self._observe(rows[:, : self.n_obs_steps], crop, offsets, floats),
             action=self._take(self._action, rows),
-            mask=torch.from_numpy(self.windows.mask(indices)).to(self.device),
+            mask=torch.from_numpy(mask).to(self.device),
             critic=self._criticise(indices, crop, offsets) if critic else None,
         )
 
-    def _observe(self, rows: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> dict[str, Tensor]:
-        return {
-            name: self._crop(key, rows, crop, offsets) if key.kind == "image" and crop else self._take(key, rows)
-            for name, key in self._observations.items()
-        }
+    def _observe(
+        self,
+        rows: np.ndarray,
+        crop: tuple[int, int] | None,
+        offsets: np.ndarray | None,
+        floats: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        obs = {}
+        for name, key in self._observations.items():
+            if key.kind != "image":
+                obs[name] = self._take(key, rows)
+            elif floats is None:
+                obs[name] = self._crop(key, rows, crop, offsets) if crop else self._take(key, rows)
+            else:
+                obs[name] = floats[name] = self._floats(key, rows, crop, offsets, floats.get(name))
+        return obs
+
+    def _floats(
+        self,
+        key: ObsKey,
+        rows: np.ndarray,
+        crop: tuple[int, int] | None,
+        offsets: np.ndarray | None,
+        last: Tensor | None,
+    ) -> Tensor:
+        """Images as float32, written over `last` where that has their shape; cropped in the same pass over memory."""
+        size = (*rows.shape, 3, *(crop or self._shape(key)[1:3]))
+        last = last if last is not None and last.shape == size else None
+        if not crop or self.mode == "device" or self.device.type != "cpu":
+            images = self._crop(key, rows, crop, offsets) if crop else self._take(key, rows)
+            return images_to_float(images, out=last)
+        out = torch.empty(*rows.shape, *crop, 3) if last is None else last.movedim(-3, -1)
+        return self._crop(key, rows, crop, offsets, out).movedim(-1, -3)
+
+    def _shape(self, key: ObsKey) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape if self.mode == "device" else self._arrays[key].shape)
 
     def _take(self, key: ObsKey, rows: np.ndarray) -> Tensor:
         if self.mode == "device":
             return self._tensors[key][torch.from_numpy(rows).to(self.device)]
         return torch.from_numpy(np.take(self._arrays[key], rows, axis=0)).to(self.device)
 
-    def _crop(self, key: ObsKey, rows: np.ndarray, crop: tuple[int, int], offsets: np.ndarray | None) -> Tensor:
-        shape = self._tensors[key].shape if self.mode == "device" else self._arrays[key].shape
-        n, height, width, channels = shape
+    def _crop(
+        self,
+        key: ObsKey,
+        rows: np.ndarray,
+        crop: tuple[int, int],
+        offsets: np.ndarray | None,
+        floats: Tensor | None = None,
+    ) -> Tensor:
+        n, height, width, channels = self._shape(key)
         room = np.array([height - crop[0], width - crop[1]])
         if (room < 0).any():
             raise InputError(f"crop {list(crop)} is larger than the {height} x {width} images of {key.source}")
@@ -175,7 +215,7 @@ class BatchSource:
         if ((corner < 0) | (corner > room)).any():  # a view knows no bounds of its own
             raise ValueError(f"crop offsets must be from 0 to {room.tolist()}")
         if self.mode != "device":
-            return torch.from_numpy(pixels.crop(self._arrays[key], rows, corner, crop)).to(self.device)
+            return pixels.crop(self._arrays[key], rows, corner, crop, floats).to(self.device)
         view = (n, room[0] + 1, room[1] + 1, crop[0], crop[1] * channels)
         strides = (height * width * channels, width * channels, channels, width * channels, 1)
         cuts = self._tensors[key].as_strided([int(size) for size in view], strides)

@@ -18,10 +18,13 @@ def library() -> native.Library | None:
     return native.load(Path(__file__).parent, "_pixels")
 
 
-def crop(frames: np.ndarray, rows: np.ndarray, corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def crop(
+    frames: np.ndarray, rows: np.ndarray, corners: np.ndarray, size: tuple[int, int], floats: Tensor | None = None
+) -> Tensor:
     """`size` (h, w) out of the frames `rows` int64 [B, S], from `corners` int64 [B, 2] (top, left) on: [B, S, h, w, 3].
 
-    frames: uint8 [N, H, W, 3]. Rows and corners must be inside: nothing checks them here.
+    frames: uint8 [N, H, W, 3]. Rows and corners must be inside: nothing checks them here. floats: float32 of that
+    shape, to be filled with what `to_float` makes of them, and returned, in one pass over memory.
     Raises `ValueError` for frames of another type, or that do not lie one after the other in memory.
     """
     if frames.dtype != np.uint8 or not frames.flags.c_contiguous:
@@ -30,14 +33,16 @@ def crop(frames: np.ndarray, rows: np.ndarray, corners: np.ndarray, size: tuple[
     code = library()
     if code is not None:
         rows, corners = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(corners, np.int64)
-        out = np.empty((*rows.shape, *size, channels), np.uint8)
-        code("crop", frames, height, width, channels, rows, corners, *rows.shape, *size, out)
+        out = torch.empty((*rows.shape, *size, channels), dtype=torch.uint8) if floats is None else floats
+        places = (out, None) if floats is None else (None, out)
+        code("crop", frames, height, width, channels, rows, corners, *rows.shape, *size, *places)
         return out
     room = height - size[0], width - size[1]
     view = (n, room[0] + 1, room[1] + 1, size[0], size[1] * channels)
     strides = (height * width * channels, width * channels, channels, width * channels, 1)
     cuts = np.lib.stride_tricks.as_strided(frames, view, strides, writeable=False)
-    return cuts[rows, corners[:, :1], corners[:, 1:]].reshape(*rows.shape, *size, channels)
+    cut = torch.from_numpy(cuts[rows, corners[:, :1], corners[:, 1:]].reshape(*rows.shape, *size, channels))
+    return cut if floats is None else to_float(cut, floats)
 
 
 def to_float(pixels: Tensor, out: Tensor | None = None) -> Tensor:

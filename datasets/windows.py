@@ -44,19 +44,21 @@ class Windows:
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows of the windows `indices` [B], repeated at the ends of the episode: int64 [B, H]."""
-        return np.clip(self._unclipped(indices), self.first[indices, None], self.end[indices, None] - 1)
+        return self.rows_and_mask(indices)[0]
 
     def mask(self, indices: np.ndarray) -> np.ndarray:
         """Whether a step is a row of the episode rather than padding: bool [B, H]."""
-        rows = self._unclipped(indices)
-        return (rows >= self.first[indices, None]) & (rows < self.end[indices, None])
+        return self.rows_and_mask(indices)[1]
+
+    def rows_and_mask(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Both at once."""
+        steps = self.start[indices, None] + np.arange(self.horizon)
+        rows = np.minimum(np.maximum(steps, self.first[indices, None]), self.end[indices, None] - 1)
+        return rows, rows == steps
 
     def now(self, indices: np.ndarray) -> np.ndarray:
         """The row that each window's policy acts at: int64 [B]. It is always inside the episode."""
         return self.start[indices] + self.n_obs_steps - 1
-
-    def _unclipped(self, indices: np.ndarray) -> np.ndarray:
-        return self.start[indices, None] + np.arange(self.horizon)
 
 
 def make_windows(

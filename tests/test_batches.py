@@ -226,6 +226,23 @@ def test_images_of_another_shape_are_not_written_over_those_before() -> None:
         images_to_float(torch.zeros(1, 4, 5, 3, dtype=torch.uint8), out=kept)
 
 
+@pytest.mark.parametrize("crop", [None, (5, 4)])
+def test_floats_of_a_gathered_batch_are_those_of_its_pixels_in_memory_that_is_kept(batches, crop) -> None:
+    floats: dict[str, torch.Tensor] = {}
+    places = []
+    for indices in ([0, 3, 8], [5, 1, 2], [7]):
+        offsets = np.array([[1, 2], [0, 3], [2, 0]])[: len(indices)] if crop else None
+        plain = batches.gather(np.array(indices), crop=crop, offsets=offsets)
+        batch = batches.gather(np.array(indices), crop=crop, offsets=offsets, floats=floats)
+        for name in ("front", "wrist"):
+            assert torch.equal(batch.obs[name], images_to_float(plain.obs[name]))
+            assert batch.obs[name].movedim(-3, -1).is_contiguous()
+            assert floats[name] is batch.obs[name]
+        assert torch.equal(batch.obs["xy"], plain.obs["xy"])
+        places.append(floats["front"].data_ptr())
+    assert places[0] == places[1]  # the third has another shape
+
+
 def with_image(change: Callable[[np.ndarray], np.ndarray]) -> ReplayBuffer:
     data = arrays()
     return ReplayBuffer.from_arrays({**data, "img": change(data["img"])}, np.cumsum(LENGTHS))

@@ -36,14 +36,18 @@ def test_crops_are_numpys(size, less, windows, steps, seed):
     frames = random.integers(0, 256, (5, *size, 3), dtype=np.uint8)
     rows = random.integers(0, 5, (windows, steps))
     corners = random.integers(0, np.array(size) - small + 1, (windows, 2))
-    out = pixels.crop(frames, rows, corners, small)
+    out = pixels.crop(frames, rows, corners, small).numpy()
     expected = [
         [frames[row, top : top + small[0], left : left + small[1]] for row in line]
         for line, (top, left) in zip(rows, corners, strict=True)
     ]
     np.testing.assert_array_equal(out, np.array(expected, np.uint8).reshape(out.shape))
+    floats = torch.full(out.shape, torch.nan)
+    assert pixels.crop(frames, rows, corners, small, floats) is floats
+    np.testing.assert_array_equal(floats, out * np.float32(1 / 255))
     with plain():
         np.testing.assert_array_equal(out, pixels.crop(frames, rows, corners, small))
+        assert torch.equal(floats, pixels.crop(frames, rows, corners, small, torch.empty(out.shape)))
 
 
 @needs_code
