@@ -42,7 +42,7 @@ Options
   output_dir=DIR                where bundle/, metrics.jsonl, checkpoints/ and evaluation/ go
   seed=0  device=auto|cpu|cuda  resume=true  init=DIR/bundle
   train.max_minutes=M | train.max_steps=N | train.max_epochs=E      the budget
-  train.batch_size=B  train.lr=…  train.mixed_precision=no|bf16|fp16  train.num_processes=2
+  train.batch_size=B  train.lr=…  train.mixed_precision=no|bf16|fp16|auto  train.num_processes=2
   train.checkpoint_every=N  train.validate_every=N  train.rollout_every=N
   evaluation.n_episodes=50      0 turns the final evaluation off
   dataset.memory_gb=G           memory for the data; what does not fit is read from disk

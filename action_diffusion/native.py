@@ -6,6 +6,8 @@ Without it everything runs as well, more slowly: whoever calls it has another wa
 from __future__ import annotations
 
 import ctypes
+import sysconfig
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,10 @@ from torch import Tensor
 
 
 class Library:
-    """Functions of a file in C. Their last argument is the number of threads; they share OpenMP's with torch."""
+    """Functions of a file in C. Their last argument is the number of threads.
+
+    OpenMP's threads are shared with torch where its library is the system's (`libgomp.so.1`), as in torch's wheels.
+    """
 
     def __init__(self, path: Path) -> None:
         self.code = ctypes.CDLL(str(path))
@@ -24,10 +29,25 @@ class Library:
         getattr(self.code, name)(*map(_argument, values), ctypes.c_int(torch.get_num_threads()))
 
 
-def load(folder: Path, name: str) -> Library | None:
-    """The compiled `name` in `folder`; None where there is none."""
-    paths = sorted(folder.glob(f"{name}*.so"))
-    return Library(paths[0]) if paths else None
+def load(folder: Path, name: str, abi: int) -> Library | None:
+    """The compiled `name` in `folder`; None where there is none for this Python, or, with a warning, another `abi`."""
+    path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        return None
+    try:
+        library = Library(path)
+        if library.code.abi() == abi:
+            return library
+    except (OSError, AttributeError):
+        pass
+    warnings.warn(f"{path.name} is of another version, and torch does its work: pip install again", stacklevel=2)
+    return None
+
+
+def computes(x: Tensor) -> bool:
+    """Whether x is in this CPU's memory, to be computed with now: not traced, compiled, transformed or cast."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return x.is_cpu and not traced and not torch.is_autocast_enabled("cpu")
 
 
 def _argument(value: Tensor | np.ndarray | int | None) -> ctypes.c_void_p | ctypes.c_int64:

@@ -5,8 +5,8 @@
     action = array[rows]              [B, H, A]
     mask   = is it a row of the episode, or padding    [B, H]
 
-Images stay uint8 until the caller has them on its device (`images_to_float`), and are cropped while they are
-gathered: a strided view of the frames, indexed by (row, top, left), copies only the crop.
+Images stay uint8 until the caller has them on its device (`images_to_float`), unless `gather` is asked for floats, and
+are cropped while they are gathered: only the crop is copied.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Critic:
 class Batch:
     """B windows. On the source's device, in the data's units.
 
-    obs: float32 [B, To, ...] for states, uint8 [B, To, H, W, 3] for images
+    obs: float32 [B, To, ...] for states, uint8 [B, To, H, W, 3] for images (float32 [B, To, 3, H, W] with `floats`)
     action: float32 [B, horizon, A]
     mask: bool [B, horizon], False where a step repeats the first or last row of its episode
     """
@@ -154,7 +154,7 @@ class BatchSource:
             obs=self._observe(rows[:, : self.n_obs_steps], crop, offsets, floats),
             action=self._take(self._action, rows),
             mask=torch.from_numpy(mask).to(self.device),
-            critic=self._criticise(indices, crop, offsets) if critic else None,
+            critic=self._criticise(indices, crop, offsets, floats) if critic else None,
         )
 
     def _observe(
@@ -184,11 +184,13 @@ class BatchSource:
     ) -> Tensor:
         """Images as float32, written over `last` where that has their shape; cropped in the same pass over memory."""
         size = (*rows.shape, 3, *(crop or self._shape(key)[1:3]))
-        last = last if last is not None and last.shape == size else None
+        if last is not None and (last.shape != size or not last.movedim(-3, -1).is_contiguous()):
+            last = None
         if not crop or self.mode == "device" or self.device.type != "cpu":
             images = self._crop(key, rows, crop, offsets) if crop else self._take(key, rows)
             return images_to_float(images, out=last)
-        out = torch.empty(*rows.shape, *crop, 3) if last is None else last.movedim(-3, -1)
+        shape = (*rows.shape, *crop, 3)
+        out = torch.empty(shape, dtype=torch.float32, device="cpu") if last is None else last.movedim(-3, -1)
         return self._crop(key, rows, crop, offsets, out).movedim(-1, -3)
 
     def _shape(self, key: ObsKey) -> tuple[int, ...]:
@@ -211,9 +213,11 @@ class BatchSource:
         room = np.array([height - crop[0], width - crop[1]])
         if (room < 0).any():
             raise InputError(f"crop {list(crop)} is larger than the {height} x {width} images of {key.source}")
-        corner = np.broadcast_to(room // 2, (len(rows), 2)) if offsets is None else np.asarray(offsets)
-        if ((corner < 0) | (corner > room)).any():  # a view knows no bounds of its own
+        corner = np.broadcast_to(room // 2 if offsets is None else np.asarray(offsets), (len(rows), 2))
+        if ((corner < 0) | (corner > room)).any():  # nothing below knows bounds
             raise ValueError(f"crop offsets must be from 0 to {room.tolist()}")
+        if rows.size and (rows.min() < 0 or rows.max() >= n):
+            raise IndexError(f"windows reach rows {rows.min()} to {rows.max()} of {n}")
         if self.mode != "device":
             return pixels.crop(self._arrays[key], rows, corner, crop, floats).to(self.device)
         view = (n, room[0] + 1, room[1] + 1, crop[0], crop[1] * channels)
@@ -222,7 +226,13 @@ class BatchSource:
         index = (torch.from_numpy(part.copy()).to(self.device) for part in (rows, corner[:, :1], corner[:, 1:]))
         return cuts[tuple(index)].view(*rows.shape, *crop, channels)
 
-    def _criticise(self, indices: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> Critic:
+    def _criticise(
+        self,
+        indices: np.ndarray,
+        crop: tuple[int, int] | None,
+        offsets: np.ndarray | None,
+        floats: dict[str, Tensor] | None,
+    ) -> Critic:
         if self._reward is None:
             raise InputError("a critic needs rewards: name the buffer's reward_key")
         now, end, first = self.windows.now(indices), self.windows.end[indices], self.windows.first[indices]
@@ -234,7 +244,9 @@ class BatchSource:
         reward = self._take(self._reward, executed)[..., 0]
         return Critic(
             reward=(reward * torch.from_numpy(weights).to(self.device)).sum(dim=1),
-            next_obs=self._observe(np.clip(after, first[:, None], end[:, None] - 1), crop, offsets),
+            next_obs=self._observe(
+                np.clip(after, first[:, None], end[:, None] - 1), crop, offsets, None if floats is None else {}
+            ),
             done=torch.from_numpy(now + n >= end).to(self.device),
             discount=torch.from_numpy((self.gamma**n).astype(np.float32)).to(self.device),
         )

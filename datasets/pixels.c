@@ -39,6 +39,9 @@ static Scale fastest(void)
 static Scale fastest(void) { return scale_plain; }
 #endif
 
+/* Changes with the arguments of what follows (native.py). */
+int abi(void) { return 1; }
+
 /* Of frames [n, height, width, channels], for each window the frames `rows` [windows, steps] from its corner (top,
  * left) on: out [windows, steps, out_height, out_width, channels], or where `scaled` is given that, from 0 to 1 */
 void crop(const uint8_t *frames, int64_t height, int64_t width, int64_t channels, const int64_t *rows,

@@ -15,7 +15,7 @@ from action_diffusion import native
 @cache
 def library() -> native.Library | None:
     """The compiled code, where there is any."""
-    return native.load(Path(__file__).parent, "_pixels")
+    return native.load(Path(__file__).parent, "_pixels", 1)
 
 
 def crop(
@@ -25,15 +25,18 @@ def crop(
 
     frames: uint8 [N, H, W, 3]. Rows and corners must be inside: nothing checks them here. floats: float32 of that
     shape, to be filled with what `to_float` makes of them, and returned, in one pass over memory.
-    Raises `ValueError` for frames of another type, or that do not lie one after the other in memory.
+    Raises `ValueError` for frames or floats of another type, or that do not lie one after the other in memory.
     """
     if frames.dtype != np.uint8 or not frames.flags.c_contiguous:
         raise ValueError("frames must be uint8 in one piece of memory")
+    if floats is not None and not (floats.shape == (*rows.shape, *size, frames.shape[3]) and _is_plain(floats)):
+        raise ValueError("floats must be float32 in one piece of memory, of the crops' shape")
     n, height, width, channels = frames.shape
     code = library()
     if code is not None:
         rows, corners = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(corners, np.int64)
-        out = torch.empty((*rows.shape, *size, channels), dtype=torch.uint8) if floats is None else floats
+        shape = (*rows.shape, *size, channels)
+        out = torch.empty(shape, dtype=torch.uint8, device="cpu") if floats is None else floats
         places = (out, None) if floats is None else (None, out)
         code("crop", frames, height, width, channels, rows, corners, *rows.shape, *size, *places)
         return out
@@ -48,8 +51,12 @@ def crop(
 def to_float(pixels: Tensor, out: Tensor | None = None) -> Tensor:
     """uint8 of any shape, 0 to 255, as float32 of the same, 0 to 1; written into `out` if it is given."""
     floats = torch.empty_like(pixels, dtype=torch.float32) if out is None else out
-    code = library() if pixels.is_cpu and not torch.compiler.is_compiling() else None
-    if code is not None and pixels.dtype == torch.uint8 and pixels.is_contiguous() and floats.is_contiguous():
+    code = library() if native.computes(pixels) else None
+    if code is not None and pixels.dtype == torch.uint8 and pixels.is_contiguous() and _is_plain(floats):
         code("scale", pixels, pixels.numel(), floats)
         return floats
     return floats.copy_(pixels).mul_(1 / 255)
+
+
+def _is_plain(floats: Tensor) -> bool:
+    return floats.is_cpu and floats.dtype == torch.float32 and floats.is_contiguous()

@@ -199,7 +199,7 @@ class ConditionalUnet1d(Prepared):
 
     def run(self, x: Tensor, film: Tensor) -> Tensor:
         """`forward` by these layers, where `inference.accelerate` may have prepared another way."""
-        if self._fused is not None and self._fused.takes(x):
+        if self._fused is not None and self._fused.takes(x, film):
             return self._fused(x, film)
         films = iter(film.split(self.film_sizes, dim=-1))
         h = x.transpose(0, 1).contiguous()

@@ -22,20 +22,22 @@ from torch import Tensor, nn
 
 from action_diffusion import native
 from action_diffusion.policy import packing
-from action_diffusion.policy.conv import Double, Halve
+from action_diffusion.policy.conv import Double, GroupNorm, Halve
 
 if TYPE_CHECKING:
     from action_diffusion.policy.denoiser import ConditionalUnet1d, ConvBlock, ResidualBlock
 
 PANEL, BLOCK, MOST_ROWS = 32, 512, 256
 """Channels that lie together, channels of a job at most (as in `unet.c`), and rows (T · B) up to which this is for."""
+MOST_PROGRAMS = 8
+"""Sizes of batches whose memory is kept."""
 CODES = {"relu": 1, "silu": 2, "mish": 3}
 
 
 @cache
 def library() -> native.Library | None:
     """The compiled code; None where there is none for this machine."""
-    found = native.load(Path(__file__).parent, "_unet")
+    found = native.load(Path(__file__).parent, "_unet", 1)
     return found if found is not None and found.code.has_kernels() else None
 
 
@@ -46,24 +48,30 @@ def fits(denoiser: ConditionalUnet1d) -> bool:
 
 
 class Fused:
-    """Runs a U-Net by its weights as they are now, or by copies of its larger layers in float16 (`half`)."""
+    """Runs a U-Net by copies of its weights, made at the first call; those of larger layers in float16 if `half`."""
 
     def __init__(self, denoiser: ConditionalUnet1d, *, half: bool = False) -> None:
         self._denoiser = denoiser
         self._weights = _Weights(half)
+        self._layers = denoiser._layers()  # which forget what is packed when their weights change
         self._programs: dict[tuple[int, int], _Program] = {}
         self._lock = threading.Lock()  # a program has one set of buffers
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether x [B, H, A] is few rows, to be computed in float32 without a gradient."""
-        plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
-        return plain and not torch.compiler.is_compiling() and 0 < x.shape[0] * x.shape[1] <= MOST_ROWS
+    def takes(self, x: Tensor, film: Tensor) -> bool:
+        """Whether x [B, H, A] is few rows, computed in float32 without a gradient, by weights that have not changed."""
+        net, plain = self._denoiser, x.dtype == film.dtype == torch.float32
+        if torch.is_grad_enabled() or not plain or not native.computes(x) or not film.is_cpu:
+            return False
+        fits = x.ndim == 3 and x.shape[2] == net.input_dim and x.shape[1] % 2 ** (len(net.channels) - 1) == 0
+        return fits and 0 < x.shape[0] * x.shape[1] <= MOST_ROWS and all(layer._packed for layer in self._layers)
 
     def __call__(self, x: Tensor, film: Tensor) -> Tensor:
         """As `ConditionalUnet1d.forward`."""
         with self._lock:
             size = x.shape[1], x.shape[0]
             if size not in self._programs:
+                if len(self._programs) == MOST_PROGRAMS:
+                    del self._programs[next(iter(self._programs))]
                 with torch.inference_mode(False), torch.no_grad():  # its memory serves any later caller
                     self._programs[size] = _Program(self._denoiser, self._weights, *size)
             return self._programs[size](x, film)
@@ -105,9 +113,15 @@ class _Weights:
         if name not in self._known:
             inputs = torch.cat([_padded(part, 1) for part in weight.detach().chunk(parts, dim=1)], dim=1)
             panels = _padded(inputs, 2).unflatten(2, (-1, PANEL)).permute(2, 0, 1, 3).contiguous()
-            half = self._half and weight.numel() >= packing.LEAST["fp16"]
+            half = self._half and weight.numel() >= packing.LEAST["fp16"] and bool(panels.isfinite().all())
             self._known[name] = panels.clamp_(-65504, 65504).half() if half else panels, _padded(bias, 0)
         return self._known[name]
+
+    def norm(self, layer: GroupNorm) -> tuple[Tensor, Tensor]:
+        """Its weight and bias, with padding."""
+        if layer not in self._known:
+            self._known[layer] = _padded(layer.weight, 0), _padded(layer.bias, 0)
+        return self._known[layer]
 
 
 class _Program:
@@ -130,10 +144,10 @@ class _Program:
     def __call__(self, x: Tensor, film: Tensor) -> Tensor:
         code = library()
         assert code is not None
-        film = film.contiguous()
+        film = film.expand(self._batch, -1).contiguous()
         self._input.copy_(x.transpose(0, 1))
         code("run", ctypes.addressof(self._list), len(self._list), self._batch, film, film.shape[1])
-        return self._output.transpose(0, 1).contiguous()
+        return self._output.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
     # -- the network, as `ConditionalUnet1d.run` goes through it
 
@@ -162,7 +176,8 @@ class _Program:
             added = self._linear(block.shortcut, x, parts=parts)
         elif parts > 1:  # what is side by side has zeros between
             width = block.second.conv.weight.shape[1]
-            packed = self._weights((block, "shortcut"), torch.eye(width)[None], torch.zeros(width), parts)
+            same = torch.eye(width, dtype=torch.float32, device="cpu")
+            packed = self._weights((block, "shortcut"), same[None], torch.zeros_like(same[0]), parts)
             added = self._sequence(x.steps, width)[0]
             self._add(x, added, packed, in_first=self._margin)
         hidden = self._convolve(block.first, x, film=next(self._films), parts=parts)
@@ -181,7 +196,7 @@ class _Program:
         conv, norm = block.conv, block.norm
         width = conv.weight.shape[-1]
         out = out or self._sequence(x.steps, width)[0]
-        gamma, beta = (self._keep(_padded(value, 0)) for value in (norm.weight, norm.bias))
+        gamma, beta = self._weights.norm(norm)
         self._add(
             x,
             out,
@@ -246,7 +261,9 @@ class _Program:
     def _sequence(self, steps: int, channels: int) -> tuple[_Sequence, Tensor]:
         """Zeros; the memory beside where it is."""
         padded = _round_up(channels)
-        memory = self._keep(torch.zeros(steps + 2 * self._margin, self._batch, padded))
+        size = steps + 2 * self._margin, self._batch, padded
+        memory = torch.zeros(size, dtype=torch.float32, device="cpu")
+        self._memory.append(memory)
         return _Sequence(memory.data_ptr(), padded, steps, padded), memory
 
     def _side_by_side(self, steps: int, channels: int) -> tuple[_Sequence, _Sequence]:
@@ -254,10 +271,6 @@ class _Program:
         both, memory = self._sequence(steps, 2 * padded)
         second = both.start + padded * memory.element_size()
         return _Sequence(both.start, both.row, steps, padded), _Sequence(second, both.row, steps, padded)
-
-    def _keep(self, memory: Tensor) -> Tensor:
-        self._memory.append(memory)
-        return memory
 
 
 def _starts(sizes: Sequence[int]) -> Iterator[int]:

@@ -214,6 +214,9 @@ KERNELS(other, , 4, 1)
 static const Kernels *kernels(void) { return &other; }
 #endif
 
+/* Changes with the arguments of what follows (native.py). */
+int abi(void) { return 1; }
+
 /* Whether the functions below run on this processor. */
 int has_kernels(void) { return kernels() != 0; }
 

@@ -91,15 +91,19 @@ IMAGE, TIME = Tile(2, 3, 3), Tile(1, 4, 5)
 @cache
 def library() -> native.Library | None:
     """The compiled code; None where there is none for this machine."""
-    found = native.load(Path(__file__).parent, "_tiles")
+    found = native.load(Path(__file__).parent, "_tiles", 1)
     return found if found is not None and found.code.has_kernels() else None
 
 
-def _runs(x: Tensor, channels: torch.Size | tuple[int, ...]) -> bool:
-    """Whether x is what the code is for: float32 on a CPU, computed as it stands."""
-    plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    fits = not any(n % PANEL for n in channels)
-    return plain and fits and not torch.compiler.is_compiling() and library() is not None
+def _runs(x: Tensor, weight: Tensor, channels: tuple[int, int, int]) -> bool:
+    """Whether the code is for x and weight: float32 on a CPU. channels: of x, of the weight's inputs and outputs."""
+    plain = x.dtype == weight.dtype == torch.float32 and weight.is_cpu and native.computes(x)
+    fits = channels[0] == channels[1] and not any(n % PANEL for n in channels)
+    return plain and fits and library() is not None
+
+
+def _empty(*size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 # --------------------------------------------------------------------------------------------------- in images
@@ -110,7 +114,7 @@ def pays_2d(x: Tensor, weight: Tensor, *, once: bool) -> bool:
 
     once: the kernel's values are computed for this call, and not at hand. Measured on an AMD EPYC with AVX-512.
     """
-    if weight.shape[2:] != (3, 3) or not _runs(x, weight.shape[:2]):
+    if x.ndim != 4 or weight.shape[2:] != (3, 3) or not _runs(x, weight, (x.shape[1], weight.shape[1], len(weight))):
         return False
     tiles, kernels = len(x) * IMAGE.count(*x.shape[2:]), weight.shape[0] * weight.shape[1]
     return tiles >= max(64, kernels >> 11) if once else tiles >= max(4, kernels >> 14)
@@ -134,7 +138,7 @@ def conv2d(x: Tensor, weight: Tensor) -> Tensor:
 def conv2d_packed(x: Tensor, packed: Tensor) -> Tensor:
     """`conv2d` without a gradient, by what `pack_2d` gives."""
     n, n_in, height, width = x.shape
-    out = torch.empty(n, height, width, packed.shape[1] * PANEL)
+    out = _empty(n, height, width, packed.shape[1] * PANEL)
     _conv(IMAGE, x.contiguous(memory_format=torch.channels_last), (n, height, width, n_in), packed, None, out)
     return out.permute(0, 3, 1, 2)
 
@@ -157,7 +161,7 @@ class _Conv2d(torch.autograd.Function):
             values = _values(IMAGE, taps_second, n_out, n_in, (9 * n_in, n_in), IMAGE.mirrored)
             grad_x = conv2d_packed(grad, values)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty(n_out, 3, 3, n_in)
+            grad_weight = _empty(n_out, 3, 3, n_in)
             size = len(x), *x.shape[2:]
             _weight_gradient(IMAGE, grad, x, False, size, (n_out, n_in), grad_weight, (9 * n_in, n_in))
             grad_weight = grad_weight.permute(0, 3, 1, 2)
@@ -169,7 +173,7 @@ class _Conv2d(torch.autograd.Function):
 
 def pays_1d(x: Tensor, weight: Tensor, *, once: bool) -> bool:
     """Whether this is faster for x [T, B, C_in] and weight [5, C_in, C_out] than all products, as `pays_2d`."""
-    if len(weight) != 5 or not _runs(x, weight.shape[1:]):
+    if x.ndim != 3 or len(weight) != 5 or not _runs(x, weight, (x.shape[2], weight.shape[1], weight.shape[2])):
         return False
     tiles = x.shape[1] * TIME.count(len(x))
     return tiles >= (96 if once else 24)
@@ -189,7 +193,7 @@ def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def conv1d_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """`conv1d` without a gradient, by what `pack_1d` gives."""
     steps, batch, n_in = x.shape
-    out = torch.empty(steps, batch, packed.shape[1] * PANEL)
+    out = _empty(steps, batch, packed.shape[1] * PANEL)
     _conv(TIME, x.contiguous(), (batch, 1, steps, n_in), packed, None if bias is None else bias.detach(), out)
     return out
 
@@ -212,7 +216,7 @@ class _Conv1d(torch.autograd.Function):
             values = _values(TIME, turned, n_out, n_in, (n_in, n_in * n_out), TIME.mirrored)
             grad_x = conv1d_packed(grad, values, None)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty(taps, n_in, n_out)
+            grad_weight = _empty(taps, n_in, n_out)
             size = x.shape[1], 1, len(x)
             _weight_gradient(TIME, x, grad, True, size, (n_in, n_out), grad_weight, (n_out, n_in * n_out))
         return grad_x, grad_weight, grad.flatten(0, 1).sum(0) if ctx.needs_input_grad[2] else None
@@ -223,7 +227,7 @@ class _Conv1d(torch.autograd.Function):
 
 def _values(tile: Tile, weight: Tensor, n_in: int, n_out: int, distances: tuple[int, int], kernel: Tensor) -> Tensor:
     """Of a kernel at all points; distances in `weight` between inputs and between taps."""
-    out = torch.empty(tile.points, n_out // PANEL, n_in, PANEL)
+    out = _empty(tile.points, n_out // PANEL, n_in, PANEL)
     _call("kernel_values", tile.axes, weight, n_in, n_out, *distances, kernel, out)
     return out
 
@@ -235,7 +239,7 @@ def _conv(
     n_out, threads = packed.shape[1] * PANEL, torch.get_num_threads()
     tiles = n * (tile.count(height, width) if tile.axes == 2 else tile.count(width))
     at_once = -(-tiles // (threads * -(-tiles // (threads * AT_ONCE))))  # as many for each thread
-    scratch = torch.empty(tile.points * at_once * threads * (n_in + n_out + 2 * PADDING))
+    scratch = _empty(tile.points * at_once * threads * (n_in + n_out + 2 * PADDING))
     _call("conv", tile.axes, x, *shape, n_out, packed, bias, tile.read, tile.write, out, at_once, scratch)
 
 
@@ -249,8 +253,8 @@ def _weight_gradient(
     out: Tensor,
     distances: tuple[int, int],
 ) -> None:
-    values = torch.empty(tile.points, channels[0], channels[1] + PADDING)
-    scratch = torch.empty(tile.points * AT_ONCE_BACK * (sum(channels) + 2 * PADDING))
+    values = _empty(tile.points, channels[0], channels[1] + PADDING)
+    scratch = _empty(tile.points * AT_ONCE_BACK * (sum(channels) + 2 * PADDING))
     sides, matrices = (rows, columns, int(rows_are_x)), (tile.read, tile.write_back, tile.kernel_back)
     work = values, AT_ONCE_BACK, scratch
     _call("weight_gradient", tile.axes, *sides, *size, *channels, *matrices, out, *distances, *work)

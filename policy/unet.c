@@ -33,7 +33,7 @@ typedef int16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_al
  * right as well; there are no infinite weights. */
 INLINE Lanes widened(const int16_t *from)
 {
-    Integers bits = __builtin_convertvector(*(const Halves *)from, Integers) << 13; /* bits 28 to 30 are the sign's */
+    Integers bits = __builtin_convertvector(*(const Halves *)from, Integers) << 13; /* bits 28 to 31 are the sign */
     return (Lanes)(bits & (int32_t)0x8fffffff) * 0x1p112f;
 }
 
@@ -209,6 +209,9 @@ JOB(other, , 4, 1)
 
 static Job job(void) { return other; }
 #endif
+
+/* Changes with the arguments of what follows and their layout (native.py). */
+int abi(void) { return 1; }
 
 /* Whether `run` runs on this processor. */
 int has_kernels(void) { return job() != 0; }

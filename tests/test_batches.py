@@ -241,6 +241,21 @@ def test_floats_of_a_gathered_batch_are_those_of_its_pixels_in_memory_that_is_ke
         assert torch.equal(batch.obs["xy"], plain.obs["xy"])
         places.append(floats["front"].data_ptr())
     assert places[0] == places[1]  # the third has another shape
+    other = {"front": torch.empty(batch.obs["front"].shape)}  # of another layout
+    again = batches.gather(np.array([7]), crop=crop, offsets=offsets, floats=other)
+    assert torch.equal(again.obs["front"], batch.obs["front"])
+    critic = batches.gather(np.array([7]), crop=crop, critic=True, floats={}).critic
+    plain_critic = batches.gather(np.array([7]), crop=crop, critic=True).critic
+    assert torch.equal(critic.next_obs["front"], images_to_float(plain_critic.next_obs["front"]))
+
+
+def test_one_offset_serves_all_windows_and_rows_outside_are_refused(batches) -> None:
+    several = batches.gather(np.array([0, 3]), crop=(5, 4), offsets=np.array([[1, 2], [1, 2]]))
+    one = batches.gather(np.array([0, 3]), crop=(5, 4), offsets=np.array([1, 2]))
+    assert torch.equal(one.obs["front"], several.obs["front"])
+    longer = make_windows(np.array([100]), horizon=HORIZON, n_obs_steps=TO, n_action_steps=TA)
+    with pytest.raises(IndexError):
+        batches.with_windows(longer).gather(np.array([90]), crop=(5, 4))
 
 
 def with_image(change: Callable[[np.ndarray], np.ndarray]) -> ReplayBuffer:

@@ -116,6 +116,67 @@ def test_inference_mode_and_its_absence_may_take_turns():
 
 
 @needs_code
+@pytest.mark.parametrize(("batch", "steps"), [(1, 8), (2, 8), (1, 1)])
+def test_an_output_is_not_overwritten_by_the_next_step(batch, steps):
+    net = unet(channels=(32,), action_dim=32)
+    with torch.no_grad():
+        (x, film), (other, _) = inputs(net, steps, batch), inputs(net, steps, batch)
+        net.pack("fp32")
+        first = net(x, film)
+        kept = first.clone()
+        assert not torch.equal(net(other, film), kept)
+    assert torch.equal(first, kept)
+
+
+@needs_code
+def test_one_modulation_serves_all_rows_and_what_does_not_fit_is_refused_as_by_the_layers():
+    net = unet()
+    with torch.no_grad():
+        x, film = inputs(net, 8, 3)
+        net.pack("fp32")
+        torch.testing.assert_close(net(x, film[:1]), net(x, film[:1].repeat(3, 1)), rtol=0, atol=0)
+        for wrong in (x[:, :5], x[:, :, :1], x[0]):
+            with pytest.raises(RuntimeError):
+                net(wrong, film)
+
+
+@needs_code
+def test_the_types_and_devices_that_torch_makes_by_default_are_not_taken():
+    net = unet()
+    with torch.no_grad():
+        x, film = inputs(net, 8, 1)
+        plain = net(x, film)
+        net.pack("fp32")
+        torch.set_default_dtype(torch.float64)
+        try:
+            ours = net(x, film)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=2e-5)
+
+
+@needs_code
+def test_memory_of_many_sizes_is_not_kept():
+    net = unet(channels=(16,))
+    net.pack("fp32")
+    with torch.no_grad():
+        for batch in range(1, 2 * fused.MOST_PROGRAMS):
+            net(*inputs(net, 4, batch))
+    assert len(net._fused._programs) == fused.MOST_PROGRAMS
+
+
+@needs_code
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_show_in_half_precision(value):
+    net = unet(channels=(256,))
+    with torch.no_grad():
+        net.middle[0].first.conv.weight[0, 0, 0] = value
+        x, film = inputs(net, 8, 1)
+        net.pack("fp16")
+        assert not net(x, film).isfinite().all()
+
+
+@needs_code
 def test_rows_do_not_depend_on_each_other():
     net = unet()
     with torch.no_grad():
@@ -162,6 +223,11 @@ def test_it_is_forgotten_with_the_weights_and_by_copies():
         assert (plain - before).abs().max() > 0.1
         net.pack("fp32")
         torch.testing.assert_close(net(x, film), plain, rtol=0, atol=2e-5)
+        part = net.middle[0].first
+        part.load_state_dict({name: 3 * value for name, value in part.state_dict().items()})
+        now = net(x, film)
+        torch.testing.assert_close(now, copy.deepcopy(net)(x, film), rtol=0, atol=2e-5)
+        assert (now - plain).abs().max() > 1e-3
     net.train()
     assert net._fused is None
 

@@ -83,3 +83,9 @@ def test_what_lies_apart_in_memory_is_read_right_or_refused():
     for wrong in (frames.numpy()[:, :, ::-1], frames.float().numpy()):
         with pytest.raises(ValueError, match="uint8 in one piece"):
             pixels.crop(wrong, np.array([[0, 1]]), np.array([[1, 2]]), (3, 4))
+    right = torch.empty(1, 2, 3, 4, 3)
+    for wrong in (right.half(), right.movedim(-1, -2).contiguous().movedim(-1, -2), right[0]):
+        with pytest.raises(ValueError, match="floats must be float32"):
+            pixels.crop(frames.numpy(), np.array([[0, 1]]), np.array([[1, 2]]), (3, 4), wrong)
+    half = torch.empty(frames.shape, dtype=torch.float16)
+    assert torch.equal(pixels.to_float(frames, half), frames.half().mul_(1 / 255))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from action_diffusion import native
 from action_diffusion.policy import tiles
 from action_diffusion.policy.activations import mish
 from action_diffusion.policy.conv import Conv1d
@@ -204,6 +206,53 @@ def test_other_types_are_left_to_torch(change, monkeypatch):
     monkeypatch.setattr(tiles, "conv2d", None)
     weight = change(torch.randn(64, 64, 3, 3))
     assert not tiles.pays_2d(change(torch.randn(128, 64, 6, 6)), weight, once=False)
+
+
+@needs_code
+def test_what_does_not_fit_is_refused_as_by_torch():
+    image, time = Conv2d(64, 64, 3, padding=1, bias=False), Conv1d(64, 64, 5)
+    for wrong in (torch.randn(20, 128, 6, 6), torch.randn(20, 64, 6, 6).double()):
+        with pytest.raises(RuntimeError):
+            image(wrong)
+    assert image(torch.randn(64, 60, 60)).shape == (64, 60, 60)  # one image, without a batch
+    with pytest.raises(RuntimeError):
+        time(torch.randn(8, 200, 128))
+
+
+@needs_code
+def test_the_type_that_torch_makes_by_default_is_not_taken():
+    x, weight = torch.randn(64, 64, 6, 6, requires_grad=True), torch.randn(64, 64, 3, 3, requires_grad=True)
+    plain = tiles.conv2d(x, weight)
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours = tiles.conv2d(x, weight)
+        torch.autograd.grad(ours.sum(), (x, weight))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(ours, plain)
+
+
+@needs_code
+def test_a_trace_holds_the_convolution():
+    conv, x = Conv2d(64, 64, 3, padding=1, bias=False).eval(), torch.randn(64, 64, 6, 6)
+    with torch.no_grad():
+        traced = torch.jit.trace(conv, x)
+        torch.testing.assert_close(traced(2 * x), conv(2 * x), rtol=0, atol=3e-5)
+
+
+def test_code_of_another_version_is_not_run(tmp_path):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    source = tmp_path / "old.c"
+    for body, name in (("int abi(void) { return 7; }", "_old"), ("int other(void) { return 7; }", "_older")):
+        source.write_text(body)
+        subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(tmp_path / f"{name}{suffix}")], check=True)
+        with pytest.warns(UserWarning, match=f"{name}.* is of another version"):
+            assert native.load(tmp_path, name, 1) is None
+    (tmp_path / f"_text{suffix}").write_text("no code")
+    with pytest.warns(UserWarning, match="pip install again"):
+        assert native.load(tmp_path, "_text", 1) is None
+    assert native.load(tmp_path, "_old", 7).code.abi() == 7
+    assert native.load(tmp_path, "_none", 1) is None
 
 
 def test_without_the_compiled_code_torch_does_the_work(monkeypatch):

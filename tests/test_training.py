@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import demonstrations
 from safetensors.torch import load_file
 
@@ -22,7 +23,7 @@ from action_diffusion.configuration import load
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
-from action_diffusion.training import checkpoints
+from action_diffusion.training import checkpoints, run
 from action_diffusion.training.data import prepare
 from action_diffusion.training.settings import TrainSettings
 from action_diffusion.training.trainer import lr_factor
@@ -303,3 +304,17 @@ def test_a_named_subset_of_the_episodes_is_trained_on(tmp_path, capsys):
     assert seen == {1, 4, 5}
     assert main([*arguments(tmp_path / "demos.zarr", tmp_path / "run"), "dataset.subset=trian"]) == 2
     assert "unknown subset 'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "no")]
+)
+def test_automatic_precision_is_half_where_a_cpu_has_instructions_for_it(amx, avx512, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    AcceleratorState._reset_state(True)
+    try:
+        accelerator = run._accelerator({"device": "cpu"}, TrainSettings(max_steps=1, mixed_precision="auto"))
+        assert accelerator.mixed_precision == expected
+    finally:
+        AcceleratorState._reset_state(True)

@@ -22,6 +22,7 @@ from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.sources import resolve, with_images
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy import tiles
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
@@ -57,6 +58,8 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
         f"from {data.train.mode}; {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters on "
         f"{accelerator.device}\nwriting to {output_dir}"
     )
+    if accelerator.device.type == "cpu" and tiles.library() is None:
+        say("policy/tiles.c is not compiled for this machine: convolutions take all their products, which is slower")
     trainer = _trainer(config, settings, policy, data, accelerator, output_dir)
     newest = checkpoints.checkpoint_folders(output_dir)[-1:]
     if config["resume"] and newest:
@@ -127,7 +130,8 @@ def _accelerator(config: Mapping[str, Any], settings: TrainSettings) -> Accelera
     device = _device(config)
     precision = settings.mixed_precision
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" or torch.cpu._is_amx_tile_supported() else "no"
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if device.type == "cuda" or fast else "no"
     if precision == "fp16" and device.type == "cpu":
         raise InputError("train.mixed_precision=fp16 needs a GPU: use bf16 or no on the CPU")
     return Accelerator(
