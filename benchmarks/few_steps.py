@@ -112,7 +112,8 @@ def ways(plan: Plan) -> list[Way]:
         for sampler in REFERENCES[family] + few:
             if sampler["scheduler"] == "ddim" and policy.process.num_train_timesteps % sampler["num_inference_steps"]:
                 sampler = sampler | {"timestep_spacing": "leading"}  # the default, trailing, asks for equal steps
-            found.append(Way(name=names[path], sampler=sampler, policy=bundles.load(path, sampler=sampler)))
+            policy = bundles.load(path, sampler=sampler, precision="fp32")  # as `evaluate` and `deploy` load it
+            found.append(Way(name=names[path], sampler=sampler, policy=policy))
     return found
 
 

@@ -97,7 +97,7 @@ def final_evaluation(config: Mapping[str, Any], output_dir: Path, data: Training
     options = dict(config["evaluation"])
     if not options["n_episodes"]:
         return {}
-    policy = bundles.load(output_dir / "bundle", _device(config))
+    policy = bundles.load(output_dir / "bundle", _device(config), precision="fp32")  # as `evaluate` does
     where: dict[str, Any] = {
         "output_dir": output_dir / "evaluation",
         "metrics_file": output_dir / "metrics.jsonl",
