@@ -24,7 +24,7 @@ typedef void (*Scale)(const uint8_t *pixels, int64_t line, int64_t lines, int64_
     }
 
 SCALE(scale_plain, )
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(PORTABLE)
 SCALE(scale_avx512, __attribute__((target("arch=x86-64-v4"))))
 SCALE(scale_avx2, __attribute__((target("arch=x86-64-v3"))))
 

@@ -203,7 +203,7 @@ typedef struct {
     }                                                                                                                  \
     static const Kernels name = {read_##name, write_##name, multiply_##name};
 
-#ifdef __x86_64__
+#ifdef X86
 KERNELS(avx512, AVX512, 12, 2)
 KERNELS(avx2, AVX2, 6, 1)
 

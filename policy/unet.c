@@ -199,7 +199,7 @@ INLINE void finish(const Operation *o, int64_t batch, int64_t b, int64_t first, 
 
 typedef void (*Job)(const Operation *o, int64_t batch, int64_t first, const float *film, int64_t film_row);
 
-#ifdef __x86_64__
+#ifdef X86
 JOB(avx512, AVX512, 8, 2)
 JOB(avx2, AVX2, 6, 1)
 

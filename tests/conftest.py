@@ -10,9 +10,10 @@ import contextlib
 import fcntl
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+from action_diffusion import native
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.windows import make_windows
 from action_diffusion.policy.build import build_policy, fit_normalizer
@@ -152,3 +154,19 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
+
+
+@pytest.fixture(params=[["-DWITHOUT_AVX512"], ["-DPORTABLE"]], ids=["avx2", "portable"])
+def other_processor(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Path], native.Library]:
+    """Compiles a file of C as it runs on another processor than this one."""
+
+    def build(source: Path) -> native.Library:
+        out = tmp_path / f"{source.stem}.so"
+        flags = ["-O2", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi", *request.param]
+        subprocess.run(["gcc", *flags, str(source), "-o", str(out), "-lm"], check=True)
+        library = native.Library(out)
+        if hasattr(library.code, "has_kernels") and not library.code.has_kernels():
+            pytest.skip("this processor has no AVX2")
+        return library
+
+    return build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,6 +248,21 @@ def test_several_threads_may_call_it():
     with ThreadPoolExecutor(4) as pool:
         for ours, theirs in zip(pool.map(call, given), expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("activation", ["silu", "mish", "relu"])
+def test_on_other_processors_it_is_the_same(activation, precision, other_processor, monkeypatch):
+    library = other_processor(Path(fused.__file__).parent / "unet.c")
+    monkeypatch.setattr(fused, "library", lambda: library)
+    net = unet(channels=(48, 256), activation=activation)
+    with torch.no_grad():
+        x, film = inputs(net, 16, 3)
+        plain = net(x, film)
+        net.pack(precision)
+        ours = net(x, film)
+        assert net._fused._programs
+    torch.testing.assert_close(ours, plain, rtol=0, atol=2e-5 if precision == "fp32" else 5e-3)
 
 
 def test_what_it_is_not_for_goes_through_the_layers(monkeypatch):

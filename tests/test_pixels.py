@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -73,6 +74,18 @@ def test_floats_are_torchs(shape, threads):
 def test_every_byte_is_a_255th():
     expected = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
     np.testing.assert_array_equal(pixels.to_float(torch.arange(256, dtype=torch.uint8)).numpy(), expected)
+
+
+def test_on_other_processors_it_is_the_same(other_processor, monkeypatch):
+    library = other_processor(Path(pixels.__file__).parent / "pixels.c")
+    frames = np.random.default_rng(0).integers(0, 256, (5, 9, 12, 3), dtype=np.uint8)
+    given = frames, np.array([[0, 1], [4, 3]]), np.array([[1, 2], [3, 0]]), (6, 7)
+    with plain():
+        expected, floats = pixels.crop(*given), pixels.to_float(torch.from_numpy(frames))
+    monkeypatch.setattr(pixels, "library", lambda: library)
+    assert torch.equal(pixels.crop(*given), expected)
+    assert torch.equal(pixels.crop(*given, torch.empty(expected.shape)), expected * (1 / 255))
+    assert torch.equal(pixels.to_float(torch.from_numpy(frames)), floats)
 
 
 @needs_code

@@ -240,6 +240,31 @@ def test_a_trace_holds_the_convolution():
         torch.testing.assert_close(traced(2 * x), conv(2 * x), rtol=0, atol=3e-5)
 
 
+def test_on_other_processors_it_is_the_same(other_processor, monkeypatch):
+    library = other_processor(Path(tiles.__file__).parent / "tiles.c")
+    monkeypatch.setattr(tiles, "library", lambda: library)
+    random = torch.Generator().manual_seed(0)
+    image = torch.randn(9, 96, 7, 5, generator=random), torch.randn(64, 96, 3, 3, generator=random) / 30
+    steps = torch.randn(6, 41, 96, generator=random), torch.randn(5, 96, 64, generator=random) / 20
+    for pair, ours, exact in (
+        (image, tiles.conv2d, lambda x, w: F.conv2d(x, w, padding=1)),
+        (steps, lambda x, w: tiles.conv1d(x, w, torch.zeros(64)), time_conv),
+    ):
+        x, weight = (value.clone().requires_grad_() for value in pair)
+        out = ours(x, weight)
+        direction = torch.randn(out.shape, generator=random)
+        doubles = [value.double().requires_grad_() for value in pair]
+        expected = exact(*doubles)
+        close(out, expected)
+        theirs = torch.autograd.grad(expected, doubles, direction.double())
+        for mine, other in zip(torch.autograd.grad(out, (x, weight), direction), theirs, strict=True):
+            close(mine, other)
+
+
+def time_conv(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.conv1d(x.permute(1, 2, 0), weight.permute(2, 1, 0), padding=2).permute(2, 0, 1)
+
+
 def test_code_of_another_version_is_not_run(tmp_path):
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     source = tmp_path / "old.c"
