@@ -467,7 +467,7 @@ def _interrupting(*, after: int) -> Any:
 
 
 def test_a_deployed_episode_is_the_evaluated_one(bundle, tmp_path, capsys):
-    policy = bundles.load(bundle)
+    policy = bundles.load(bundle, precision="fp32")  # as `deploy` does
     env = policy.spec.env
     assert env is not None
     evaluated = rollout(

@@ -56,7 +56,7 @@ def histories(n: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(mask="linear", beta=20.0, overlap=1), Guidance(rounds=2)])
 def test_chunks_through_a_server_are_the_local_policys(server, bundle, guidance):
     """With and without a chunk to continue, batched or not."""
-    local, remote = bundles.load(bundle).requires_grad_(False), RemotePolicy(server.url)
+    local, remote = bundles.load(bundle, precision="fp32").requires_grad_(False), RemotePolicy(server.url)
     assert remote.spec == local.spec
     running = np.random.default_rng(1).uniform(200, 300, (5, 2))
     for requests in ([Request(0, None, 0)], [Request(4, running, 2)], [Request(4, running[:3], 1), None]):
@@ -91,7 +91,7 @@ def test_the_noise_of_stochastic_steps_is_the_local_one(bundle):
     with serving(bundle, "sampler.scheduler=ddpm", "sampler.num_inference_steps=5") as server:
         remote = RemotePolicy(server.url)
         answers = []
-        for policy in (bundles.load(bundle, sampler=ddpm), remote):
+        for policy in (bundles.load(bundle, sampler=ddpm, precision="fp32"), remote):
             drawn = noises(1, seed=1)
             answers.append([policy.predict(histories(1), **drawn) for _ in range(3)])
         remote.close()

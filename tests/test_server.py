@@ -83,7 +83,7 @@ def server(bundle: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def policy(bundle: Path) -> DiffusionPolicy:
-    return bundles.load(bundle)
+    return bundles.load(bundle, precision="fp32")  # as `serve` does
 
 
 def expected(policy: DiffusionPolicy, observations: np.ndarray, seed: int = 7) -> np.ndarray:
