@@ -143,6 +143,8 @@ class ProcessRobot:
         for key, child in self.cameras.items():
             if not child.alive:
                 raise InputError(f"camera {key}: its process has died")
+            if child.halted:  # the arm would stop as soon as it began, or not begin
+                raise InputError(f"camera {key}: its process is halted")
         if self._scene is not None:
             self.arm.rest()
             self._scene.begin(seed)

@@ -74,6 +74,14 @@ class Child:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    @property
+    def halted(self) -> bool:
+        """Whether it is stopped, by SIGSTOP or a debugger; never where there is no /proc to say so."""
+        try:
+            return _state(Path(f"/proc/{self.process.pid}/stat").read_bytes())[0] in b"Tt"
+        except OSError:
+            return False
+
     def end(self, timeout: float = 5.0) -> None:
         """Ask it to end, and insist after `timeout` (s)."""
         if self.alive:
