@@ -131,8 +131,9 @@ def test_a_person_takes_over_and_what_they_did_trains(tmp_path, capsys):
         run.process.wait()
     path = tmp_path / "more.zarr"
     assert cli.main(["collect", "agent=corrections", f"from={tmp_path}/run", f"output={path}"]) == 0
-    assert "episodes: 1" in capsys.readouterr().out
     buffer = ReplayBuffer.open(path)
+    assert f"episodes: {buffer.n_episodes}\nsteps: {buffer.n_steps}\n" in capsys.readouterr().out
+    assert buffer.n_episodes <= 3, "one take-over; each control step that a busy machine misses divides it"
     assert 12 <= buffer.n_steps <= 25
     assert (buffer["action"][:, 1] == 250).all()
     assert (np.diff(buffer["action"][:, 0]) >= 0).all()
