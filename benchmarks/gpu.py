@@ -66,7 +66,12 @@ DEFAULTS = {
 MOST_MS, LEAST_RATIO = 10.0, 3.0
 FRAME, CROP, HORIZON = (96, 96), (84, 84), 16
 EPISODES, LENGTH = 100, 100
-_CHUNKS = ({}, {"cuda_graph": True}, {"precision": "bf16"}, {"precision": "bf16", "cuda_graph": True})
+_CHUNKS = (
+    {},
+    {"cuda_graph": True},
+    *({"precision": precision} for precision in ("fp32", "bf16", "fp16")),
+    *({"precision": precision, "cuda_graph": True} for precision in ("fp32", "bf16", "fp16")),
+)
 _CHUNKS_COMPILED = (_CHUNKS[-1] | {"compile": True},)
 _TRAINING = (
     {},

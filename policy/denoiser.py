@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy import fused
+from action_diffusion.policy import fused, fused_gpu
 from action_diffusion.policy.activations import ACTIVATIONS, Activation
 from action_diffusion.policy.conv import Conv1d, Double, GroupNorm, Halve
-from action_diffusion.policy.packing import Linear, Packable, Prepared
+from action_diffusion.policy.packing import DTYPES, Linear, Packable, Prepared
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class ConditionalUnet1d(Prepared):
 
     def forget(self) -> None:
         self.prepared: Callable[[Tensor, Tensor], Tensor] | None = None
-        self._fused: fused.Fused | None = None
+        self._fused: fused.Fused | fused_gpu.FusedGpu | None = None
         for layer in self._layers():
             layer.forget()
 
@@ -167,14 +167,16 @@ class ConditionalUnet1d(Prepared):
     def pack(self, precision: str, *, whole: bool = True) -> None:
         """Pack all layers (`packing.Packable`); in int8, those where actions enter and leave are packed in fp16.
 
-        These few weights cause most of the error: a third to a half of it is left without them. whole: in fp32 and
-        fp16, a step of few rows becomes one operation (`fused`), where it can.
+        These few weights cause most of the error: a third to a half of it is left without them. whole: a step becomes
+        one operation in fp32 and fp16 on a CPU, if its rows are few (`fused`), or few kernels on a GPU (`fused_gpu`).
         """
         edges = {*cast(nn.ModuleList, self.down[0])[0].modules(), *self.out.modules()}
         for layer in self._layers():
             layer.pack("fp16" if precision == "int8" and layer in edges else precision)
-        whole = whole and precision in ("fp32", "fp16") and fused.fits(self)
-        self._fused = fused.Fused(self, half=precision == "fp16") if whole else None
+        if whole and precision in ("fp32", "fp16") and fused.fits(self):
+            self._fused = fused.Fused(self, half=precision == "fp16")
+        elif whole and fused_gpu.fits(self):
+            self._fused = fused_gpu.FusedGpu(self, DTYPES.get(precision, torch.float32))
 
     def check_horizon(self, horizon: int) -> None:
         """`InputError` when a chunk of this length cannot be halved between all levels."""

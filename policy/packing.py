@@ -90,8 +90,6 @@ class Packable(Prepared):
     def pack(self, precision: str) -> None:
         """Use copies of the matrices in `precision` (one of `PRECISIONS`), wherever weights get no gradient."""
         self.forget()
-        if precision == "fp32" and not self.weight.is_cpu:
-            return
         if self.weight.is_cpu and self.weight.numel() < LEAST[precision]:
             precision = "fp32"
         with torch.no_grad():
@@ -210,6 +208,8 @@ def _pack(weight: Tensor, bias: Tensor | None, precision: str) -> Product:
     """The product with a matrix [N, K] and a bias [N]."""
     if weight.is_cpu and precision in KERNELS:
         return KERNELS[precision](weight, bias)
+    if precision == "fp32":
+        return lambda rows: F.linear(rows, weight, bias)
     dtype = DTYPES[precision]
     low, low_bias = weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype)
     return lambda rows: F.linear(rows.to(dtype), low, low_bias).float()

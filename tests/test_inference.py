@@ -299,7 +299,7 @@ def test_on_a_gpu_captured_and_compiled_chunks_are_the_same(make_policy, case, o
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "error"), [("bf16", 5e-2), ("fp16", 1e-2)])
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("bf16", 5e-2), ("fp16", 1e-2)])
 def test_on_a_gpu_chunks_are_close_at_half_precision(policy, precision, error):
     policy = policy.cuda().eval()
     expected = chunk(policy)
