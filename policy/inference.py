@@ -1,9 +1,9 @@
 """Faster ways to run a policy's denoiser, chosen when it is loaded: precision, compilation, CUDA graphs.
 
     policy.load(bundle)                                       the weights as they were trained
-    policy.load(bundle, precision="fp32")                     the same, laid out for a CPU; equal within 1e-5
+    policy.load(bundle, precision="fp32")                     the same, laid out for its device; equal within 1e-5
     policy.load(bundle, precision="fp16")                     half the bytes to read in every step
-    policy.load(bundle, "cuda", precision="bf16", compile=True, cuda_graph=True)
+    policy.load(bundle, "cuda", precision="fp16", cuda_graph=True)    a chunk as one graph of few kernels
 
 Where weights get gradients (training, fine-tuning) they run themselves, and whatever was prepared is forgotten when the
 policy is trained, moved, or given other weights. Guidance, which differentiates with respect to the sample, runs at the

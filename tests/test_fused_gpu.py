@@ -106,11 +106,18 @@ def test_what_is_in_the_way_is_said(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
-@pytest.mark.parametrize("activation", ["silu", "mish", "relu", "gelu"])
+@pytest.mark.parametrize(
+    ("activation", "dtype", "error"),
+    [
+        ("silu", torch.float32, 2e-5),
+        ("mish", torch.float32, 2e-5),
+        ("silu", torch.float16, 2e-2),
+        ("silu", torch.bfloat16, 1e-1),
+    ],
+)
 def test_on_a_gpu_a_step_is_what_the_layers_give(activation, dtype, error):
     assert fused_gpu.works()
-    net = unet(channels=(128, 256, 512), activation=activation)
+    net = unet(channels=(128, 256), activation=activation)
     with torch.no_grad():
         for batch in (1, 3):
             x, film = (part.cuda() for part in inputs(net.cpu(), 16, batch))
