@@ -72,7 +72,8 @@ class FusedGpu:
 
     def __call__(self, x: Tensor, film: Tensor) -> Tensor:
         """As `ConditionalUnet1d.forward`."""
-        return _Step(self._denoiser, self._matrix, film.expand(len(x), -1), x.shape[1], self._dtype).run(x)
+        with torch.cuda.device_of(x):  # Triton starts kernels on the current device, wherever tensors are
+            return _Step(self._denoiser, self._matrix, film.expand(len(x), -1), x.shape[1], self._dtype).run(x)
 
     def _matrix(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """What rows are multiplied by, [K, N], and the bias [N]: float32, where a kernel adds it."""
