@@ -63,12 +63,12 @@ class FusedGpu:
         return fits and self._tiles_fit(x.shape[1]) and all(layer._packed for layer in self._layers)
 
     def _tiles_fit(self, steps: int) -> bool:
-        """Whether a program can hold the steps of a chunk and the channels of a group, at every level."""
+        """Whether a program can hold the steps of a chunk and the channels that it takes, at every level."""
         from action_diffusion.policy.norm_kernel import MOST, tile
 
         net = self._denoiser
-        sizes = (tile(steps >> level, width // net.n_groups) for level, width in enumerate(net.channels))
-        return all(rows * columns <= MOST for rows, columns in sizes)
+        sizes = [tile(steps >> level, width // net.n_groups) for level, width in enumerate(net.channels)]
+        return all(rows * columns <= MOST for rows, columns in [*sizes, tile(steps, SPREAD)])
 
     def __call__(self, x: Tensor, film: Tensor) -> Tensor:
         """As `ConditionalUnet1d.forward`."""

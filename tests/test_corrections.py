@@ -14,7 +14,7 @@ from test_page import Deployment, until
 from websockets.sync.client import connect
 
 from action_diffusion import cli
-from action_diffusion.datasets.growing import TIME, GrowingBuffer
+from action_diffusion.datasets.growing import TIME, GrowingBuffer, read_table
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.corrections import taken_over
 from action_diffusion.deploy.recording import STEPS
@@ -130,10 +130,13 @@ def test_a_person_takes_over_and_what_they_did_trains(tmp_path, capsys):
         run.process.kill()
         run.process.wait()
     path = tmp_path / "more.zarr"
-    assert cli.main(["collect", "agent=corrections", f"from={tmp_path}/run", f"output={path}"]) == 0
+    words = [f"from={tmp_path}/run", f"output={path}", "min_steps=1"]
+    assert cli.main(["collect", "agent=corrections", *words]) == 0
     buffer = ReplayBuffer.open(path)
     assert f"episodes: {buffer.n_episodes}\nsteps: {buffer.n_steps}\n" in capsys.readouterr().out
-    assert buffer.n_episodes <= 3, "one take-over; each control step that a busy machine misses divides it"
+    table = read_table(tmp_path / "run" / "record.zarr", "steps")
+    missed = int((np.diff(table["control_step"][table["operator"]]) > 1).sum())  # none, where nothing else runs
+    assert 1 <= buffer.n_episodes <= 1 + missed, "one take-over, divided only by control steps that were missed"
     assert 12 <= buffer.n_steps <= 25
     assert (buffer["action"][:, 1] == 250).all()
     assert (np.diff(buffer["action"][:, 0]) >= 0).all()
