@@ -15,7 +15,7 @@ from action_diffusion import native
 @cache
 def library() -> native.Library | None:
     """The compiled code, where there is any."""
-    return native.load(Path(__file__).parent, "_pixels", 1)
+    return native.load(Path(__file__).parent, "_pixels", 2)
 
 
 def crop(
