@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from action_diffusion import envs
+from action_diffusion.datasets import pixels
 from action_diffusion.datasets.batches import Batch, BatchSource, ObsKey
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.windows import batch_indices, make_windows
@@ -259,7 +260,6 @@ class Gather(Work):
         self._whole = settings["whole_frames"]
         self._inputs = load_file(folder / "inputs.safetensors")
         self._step = 0
-        self._floats: dict[str, Tensor] = {}
 
     def outputs(self) -> dict[str, Tensor]:
         """Frames (whole, or cropped at the corners in the inputs) and actions of the windows `checked`."""
@@ -267,17 +267,22 @@ class Gather(Work):
             self._source.windows.now(np.arange(len(self._source))), self._inputs["checked"].numpy()
         )
         if self._whole:
-            batch = self._source.gather(windows, floats={})
+            batch = self._source.gather(windows)
         else:
             offsets = self._inputs["corners"].numpy()[windows]
-            batch = self._source.gather(windows, crop=self._crop, offsets=offsets, floats={})
-        return {"image": batch.obs["image"], "action": batch.action}
+            batch = self._source.gather(windows, crop=self._crop, offsets=offsets)
+        return {"image": _images(batch), "action": batch.action}
 
     def call(self) -> None:
         indices = batch_indices(len(self._source), self.units, 0, self._step)
         self._step += 1
         offsets = self._inputs["corners"].numpy()[indices]
-        self._source.gather(indices, crop=self._crop, offsets=offsets, floats=self._floats)
+        _images(self._source.gather(indices, crop=self._crop, offsets=offsets))
+
+
+def _images(batch: Batch) -> Tensor:
+    """float32 [B, To, 3, h, w], 0 to 1, as the encoder makes them."""
+    return pixels.to_float(batch.obs["image"]).movedim(-1, -3)
 
 
 def about() -> dict[str, Any]:
