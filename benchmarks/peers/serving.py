@@ -118,6 +118,11 @@ class _Worker:
             ctypes.CDLL(None).malloc_trim(0)  # gigabytes of weights, which the next row may need
 
 
+def instructions() -> str:
+    """The widest of the processor's vector instructions that torch uses in this process: avx512, avx2, …"""
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
 def _tell(answers: TextIO, answer: dict[str, Any]) -> None:
     answers.write(json.dumps(answer) + "\n")
     answers.flush()
