@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, doc: str | None, *, rows: Sequence[str], json: str) -> None:
         super().__init__(prog=prog, description=(doc or "").partition("\n\n")[0], epilog="rows: " + ", ".join(rows))
-        several = {"nargs": "+", "action": "extend", "metavar": "NAME"}
+        several: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME"}
         self.add_argument("--only", **several, help="these rows, instead of all")
         self.add_argument("--instructions", **several, help="avx512 or avx2, instead of all that this processor has")
         self.add_argument(

@@ -154,8 +154,7 @@ def network(settings: dict[str, Any], *, prepared: bool = False) -> tuple[nn.Mod
         accelerate(policy, precision="fp32")
     torch.manual_seed(1)
     if settings["part"] == "encoder":
-        layers = policy.encoder.cameras[0]
-        return layers, {"images": torch.rand(2, 3, 84, 84) * 2 - 1}
+        return policy.encoder.get_submodule("cameras.0"), {"images": torch.rand(2, 3, 84, 84) * 2 - 1}
     denoiser = policy.denoiser
     with torch.no_grad():
         film = denoiser.prepare(torch.randn(1, denoiser.condition_film.in_features), torch.tensor([50.0])).at(0)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from action_diffusion.policy.denoiser import ConditionalUnet1d
 from benchmarks import ours
 from benchmarks.peers.serving import Say, Work, serve
 from benchmarks.plain import PlainUnet
@@ -47,7 +48,7 @@ def export(settings: dict[str, Any], say: Say) -> tuple[Path, dict[str, np.ndarr
     path = Path(settings["models"]) / f"{settings['part']}-{'-'.join(map(str, settings['channels']))}.onnx"
     if not path.exists():
         say("exporting")
-        plain = PlainUnet(layers) if settings["part"] == "step" else layers
+        plain = PlainUnet(layers) if isinstance(layers, ConditionalUnet1d) else layers
         with torch.no_grad():
             torch.onnx.export(
                 plain.eval(), tuple(inputs.values()), path, input_names=list(inputs), output_names=["output"]

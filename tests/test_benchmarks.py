@@ -513,7 +513,7 @@ def test_a_process_that_is_restricted_says_so():
         (["--only"], "expected at least one argument"),
         (["--rows", "a"], "unrecognized"),
         (["--json", "."], "folder"),
-        (["--peer", "lerobot==0.5"], "lerobot==0.4.4 or lerobot==0.6.1"),
+        (["--peer", "lerobot==0.5"], "lerobot==0.6.1 or lerobot==0.4.4"),
         (["--instructions", "avx1"], "unknown set of instructions 'avx1'"),
     ],
 )
