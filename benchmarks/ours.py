@@ -164,6 +164,8 @@ def network(settings: dict[str, Any], *, prepared: bool = False) -> tuple[nn.Mod
 class Network(Work):
     """One call of the denoiser at batch 1, or of the camera's encoder, alone. settings: as `network`'s."""
 
+    clock = staticmethod(time.process_time if THREADS == 1 else time.perf_counter)
+
     def __init__(self, settings: dict[str, Any], folder: Path, say: Say) -> None:
         self._layers, inputs = network(settings, prepared=True)
         self._inputs = list(inputs.values())

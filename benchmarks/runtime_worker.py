@@ -5,7 +5,6 @@ Each network is exported once, as `benchmarks.plain` lays it out, and kept in th
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -30,10 +29,11 @@ class Network(Work):
     settings: as `ours.Network`'s; models: the folder of exported networks; runtime: onnxruntime or openvino.
     """
 
+    clock = ours.Network.clock
+
     def __init__(self, settings: dict[str, Any], folder: Path, say: Say) -> None:
         path, inputs = export(settings, say)
-        threads = int(os.environ["OMP_NUM_THREADS"])
-        self._run, self.note = MAKERS[settings["runtime"]](path, inputs, threads)
+        self._run, self.note = MAKERS[settings["runtime"]](path, inputs, ours.THREADS)
 
     def outputs(self) -> dict[str, Tensor]:
         return {"output": torch.from_numpy(self._run())}
