@@ -44,10 +44,22 @@ def load(folder: Path, name: str, abi: int) -> Library | None:
     return None
 
 
+def libraries() -> list[Path]:
+    """The compiled files of this package."""
+    folder, suffix = Path(__file__).resolve().parent, sysconfig.get_config_var("EXT_SUFFIX")
+    roots = (folder, folder.parent)  # as installed, and in a checkout
+    places = [root / name for root in roots for name in ("policy/kernels", "datasets")]
+    return sorted(path for place in places if place.is_dir() for path in place.glob(f"_*{suffix}"))
+
+
+def traced() -> bool:
+    """Whether torch only looks at what is computed now: it traces, compiles or transforms."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
 def computes(x: Tensor) -> bool:
     """Whether x is in this CPU's memory, to be computed with now: not traced, compiled, transformed or cast."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return x.is_cpu and not traced and not torch.is_autocast_enabled("cpu")
+    return x.is_cpu and not traced() and not torch.is_autocast_enabled("cpu")
 
 
 def _argument(value: Tensor | np.ndarray | int | None) -> ctypes.c_void_p | ctypes.c_int64:

@@ -31,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from action_diffusion.datasets.files import atomic_path
 from action_diffusion.errors import unknown
-from action_diffusion.policy.packing import Packable
+from action_diffusion.policy.conv import Product
+from action_diffusion.policy.denoiser import ConditionalUnet1d
 from action_diffusion.policy.policy import DiffusionPolicy
 from benchmarks.command import command, options, positive
 from benchmarks.ours import Chunk, Train, load_inputs
@@ -97,12 +98,12 @@ class _Rows:
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.operations = 0
-        self._layers = [layer for layer in denoiser.modules() if isinstance(layer, Packable)]
+        self._layers = [layer for layer in denoiser.modules() if isinstance(layer, Product)]
         self.bytes = sum(layer.weight.nbytes for layer in self._layers)
         self._hooks = [layer.register_forward_hook(self._count) for layer in self._layers]
 
     def _count(self, layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-        assert isinstance(layer, Packable)
+        assert isinstance(layer, Product)
         rows = out.shape[0] * out.shape[1] // layer.n_matrices  # of a product; `Double` has two for twice the rows
         self.operations += 2 * rows * layer.weight.numel()
 
@@ -127,7 +128,7 @@ def chunk(size: str, on: Machine, folder: Path, seconds: float) -> list[Found]:
         condition = policy.encode(obs)
         film = policy.denoiser.prepare(condition, torch.tensor([50.0])).at(0)
         rows = _Rows(policy.denoiser)
-        policy.denoiser(given["noise"], film)
+        ConditionalUnet1d.forward(policy.denoiser, given["noise"], film)
         rows.remove()
         encoder = sum(parameter.nbytes for parameter in policy.encoder.parameters())
         operations = _encoder_operations(policy, obs)
@@ -153,7 +154,7 @@ def training(name: str, settings: dict[str, Any], on: Machine, folder: Path, sec
         operations = _encoder_operations(policy, obs)
         film = policy.denoiser.prepare(policy.encode(obs), torch.full((len(given["noise"]),), 50.0))
         rows = _Rows(policy.denoiser)
-        policy.denoiser(given["noise"], film.steps + film.condition)
+        ConditionalUnet1d.forward(policy.denoiser, given["noise"], film.steps + film.condition)
         rows.remove()
     read = sum(parameter.nbytes for parameter in policy.parameters())
     return _found(name, read, BACKWARD * (operations + rows.operations), on, _median(work.call, seconds))

@@ -43,7 +43,7 @@ from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.windows import Windows, make_windows
 from action_diffusion.errors import unknown
 from action_diffusion.policy.bundle import resolve_device, versions
-from action_diffusion.policy.inference import accelerate
+from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.data import StepBatches
 from action_diffusion.training.settings import TrainSettings

@@ -31,8 +31,8 @@ from action_diffusion.memory import keep_freed_memory
 from action_diffusion.policy import normalizer
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
-from action_diffusion.policy.inference import accelerate, choose_threads
-from action_diffusion.policy.packing import check_precision
+from action_diffusion.policy.inference import choose_threads
+from action_diffusion.policy.kernels import accelerate, check_precision
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.settings import TrainSettings

@@ -1,20 +1,22 @@
-"""What convolving by fewer products (`policy.tiles`) gives a training step on this machine's CPU.
+"""What this package's code in C gives a training step on this machine's CPU, where `action_diffusion.choice` takes it.
 
     python -m benchmarks.products [rows=train_image,train_state,train_state_medium] [seconds=30]
 
-rows: of `python -m benchmarks`, with weights of our own. Steps with and without it take turns in one process; printed
-are medians, and the median of the ratios of neighbouring steps with its quartiles.
+rows: of `python -m benchmarks`, with weights of our own. Steps with ACTION_DIFFUSION_KERNELS=off, by torch's operations
+alone, and with `auto` take turns in one process; printed are medians, and the median of the ratios of neighbouring
+steps with its quartiles.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -22,7 +24,6 @@ import numpy as np
 from action_diffusion.datasets.progress import progress
 from action_diffusion.errors import unknown
 from action_diffusion.memory import keep_freed_memory
-from action_diffusion.policy import tiles
 from benchmarks.command import command, options, positive
 from benchmarks.ours import Train
 from benchmarks.rows import ROWS, Row, write_inputs
@@ -30,18 +31,13 @@ from benchmarks.rows import ROWS, Row, write_inputs
 STEPS = {row.name: row for row in ROWS if row.work == "train"}
 
 
-@contextmanager
-def all_products() -> Iterator[None]:
-    """Within it, every product is computed."""
-    with (
-        mock.patch.object(tiles, "pays_1d", return_value=False),
-        mock.patch.object(tiles, "pays_2d", return_value=False),
-    ):
-        yield
+def with_kernels(mode: str) -> Any:
+    """A context in which ACTION_DIFFUSION_KERNELS is `mode`."""
+    return mock.patch.dict(os.environ, ACTION_DIFFUSION_KERNELS=mode)
 
 
 def measure(row: Row, seconds: float) -> list[tuple[float, float]]:
-    """Seconds of a step, with all products and with fewer, in turns for about `seconds`; three pairs at least."""
+    """Seconds of a step, by torch alone and with kernels, in turns for about `seconds`; three pairs at least."""
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(row, Path(folder))
         work = Train({**row.settings, "activation": "silu"}, Path(folder), print)
@@ -49,9 +45,10 @@ def measure(row: Row, seconds: float) -> list[tuple[float, float]]:
         began = last = time.monotonic()
         with progress(row.name, round(1000 * seconds)) as advance:
             while len(pairs) < 4 or time.monotonic() - began < seconds:
-                with all_products():
+                with with_kernels("off"):
                     plain = work.time(1)
-                pairs.append((plain, work.time(1)))
+                with with_kernels("auto"):
+                    pairs.append((plain, work.time(1)))
                 now = time.monotonic()
                 advance(round(1000 * (now - last)))
                 last = now
@@ -69,9 +66,9 @@ def main(words: Sequence[str]) -> int:
     keep_freed_memory()
     for name in names:
         pairs = measure(STEPS[name], seconds)
-        plain, fewer = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
+        plain, ours = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))
         low, middle, high = np.quantile([a / b for a, b in pairs], [0.25, 0.5, 0.75])
-        print(f"{name}: {plain:,.0f} ms, with fewer products {fewer:,.0f} ms: {middle:.2f} ({low:.2f} to {high:.2f})")
+        print(f"{name}: {plain:,.0f} ms, with kernels {ours:,.0f} ms: {middle:.2f} ({low:.2f} to {high:.2f})")
     return 0
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy
-from action_diffusion.policy.inference import accelerate
+from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.registry import refuse_targets
 from action_diffusion.policy.spec import PolicySpec
@@ -100,7 +100,7 @@ def load(
 
     verify: also compute the golden pair and compare. sampler: values that replace those of the bundle's sampler
     (scheduler, num_inference_steps, …), within the family that it was trained with. precision, compile, cuda_graph:
-    faster ways to denoise, see `inference.accelerate`; the golden pair is compared without them.
+    faster ways to denoise, see `kernels.accelerate`; the golden pair is compared without them.
     Raises `InputError` naming the file and what is wrong with it.
     """
     path = Path(path)

@@ -14,17 +14,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy import fused, fused_gpu
 from action_diffusion.policy.activations import ACTIVATIONS, Activation
-from action_diffusion.policy.conv import Conv1d, Double, GroupNorm, Halve
-from action_diffusion.policy.packing import DTYPES, Linear, Packable, Prepared
+from action_diffusion.policy.conv import Conv1d, Double, GroupNorm, Halve, Linear
+
+Value = TypeVar("Value")
+"""What goes through the U-Net: a tensor, or what stands for one."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class ResidualBlock(nn.Module):
         return self.second(hidden) + self.shortcut(x)
 
 
-class ConditionalUnet1d(Prepared):
+class ConditionalUnet1d(nn.Module):
     """The U-Net of Diffusion Policy (Chi et al. 2023), after Janner et al. 2022.
 
     action_dim: A. condition_dim: size of the encoded observation history. marked: the input has one channel more, which
@@ -153,30 +154,6 @@ class ConditionalUnet1d(Prepared):
             for size in self.film_sizes:  # scales start around 1, so that signals pass unchanged
                 self.time_film.bias[start : start + size // 2] += 1.0
                 start += size
-        self.forget()
-
-    def forget(self) -> None:
-        self.prepared: Callable[[Tensor, Tensor], Tensor] | None = None
-        self._fused: fused.Fused | fused_gpu.FusedGpu | None = None
-        for layer in self._layers():
-            layer.forget()
-
-    def _layers(self) -> list[Packable]:
-        return [module for module in self.modules() if isinstance(module, Packable)]
-
-    def pack(self, precision: str, *, whole: bool = True) -> None:
-        """Pack all layers (`packing.Packable`); in int8, those where actions enter and leave are packed in fp16.
-
-        These few weights cause most of the error: a third to a half of it is left without them. whole: a step becomes
-        one operation in fp32 and fp16 on a CPU, if its rows are few (`fused`), or few kernels on a GPU (`fused_gpu`).
-        """
-        edges = {*cast(nn.ModuleList, self.down[0])[0].modules(), *self.out.modules()}
-        for layer in self._layers():
-            layer.pack("fp16" if precision == "int8" and layer in edges else precision)
-        if whole and precision in ("fp32", "fp16") and fused.fits(self):
-            self._fused = fused.Fused(self, half=precision == "fp16")
-        elif whole and fused_gpu.fits(self):
-            self._fused = fused_gpu.FusedGpu(self, DTYPES.get(precision, torch.float32))
 
     def check_horizon(self, horizon: int) -> None:
         """`InputError` when a chunk of this length cannot be halved between all levels."""
@@ -196,25 +173,42 @@ class ConditionalUnet1d(Prepared):
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         """x [B, H, A] (A + 1: `marked`), film [B, F] (of `Film.at`, in training the sum of its parts) → [B, H, A]."""
-        run = self.run if self.prepared is None or torch.is_grad_enabled() else self.prepared
-        return run(x, film)
-
-    def run(self, x: Tensor, film: Tensor) -> Tensor:
-        """`forward` by these layers, where `inference.accelerate` may have prepared another way."""
-        if self._fused is not None and self._fused.takes(x, film):
-            return self._fused(x, film)
         films = iter(film.split(self.film_sizes, dim=-1))
-        h = x.transpose(0, 1).contiguous()
-        skips = []
-        for level in self.down:
-            first, second, resize = cast(nn.ModuleList, level)
-            h = second(first(h, next(films)), next(films))
-            skips.append(h)
-            h = resize(h)
+        out = self.walk(
+            x.transpose(0, 1).contiguous(),
+            layer=lambda layer, h: layer(h),
+            residual=lambda block, h: block(h, next(films)),
+            join=lambda h, skipped: torch.cat([h, skipped], dim=-1),
+        )
+        return out.transpose(0, 1)
+
+    def walk(
+        self,
+        h: Value,
+        *,
+        layer: Callable[[Any, Value], Value],
+        residual: Callable[[ResidualBlock, Value], Value],
+        join: Callable[[Value, Value], Value],
+    ) -> Value:
+        """All parts in their order, for whoever runs them: these layers, or `kernels.program`, which lists them.
+
+        residual: a block, with its part of the modulation, which are in this order. join: what comes up, beside what
+        was skipped to. layer: of another length, and the last two.
+        """
+        skipped: list[Value] = []
+        for level, (first, second, halve) in enumerate(map(_three, self.down)):
+            h = residual(second, residual(first, h))
+            skipped.append(h)
+            h = layer(halve, h) if level < len(self.down) - 1 else h
         for block in self.middle:
-            h = block(h, next(films))
-        for level in self.up:
-            first, second, grow = cast(nn.ModuleList, level)
-            h = torch.cat([h, skips.pop()], dim=-1)
-            h = grow(second(first(h, next(films)), next(films)))
-        return self.out(h).transpose(0, 1)
+            h = residual(cast(ResidualBlock, block), h)
+        for first, second, double in map(_three, self.up):
+            h = residual(second, residual(first, join(h, skipped.pop())))
+            h = layer(double, h)
+        block, linear = self.out
+        return layer(linear, layer(block, h))
+
+
+def _three(level: nn.Module) -> tuple[ResidualBlock, ResidualBlock, nn.Module]:
+    first, second, resize = cast(nn.ModuleList, level)
+    return cast(ResidualBlock, first), cast(ResidualBlock, second), resize

@@ -6,7 +6,7 @@ obs ─▶ features ─▶ normalise ─▶ encoder ─▶ condition ┐
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,8 +123,6 @@ class DiffusionPolicy(nn.Module):
         self.noise_draws = noise_draws
         self.loss_on_padding = loss_on_padding
         self.max_delay = max_delay
-        self.prepared: Callable[..., tuple[Tensor, Tensor]] | None = None
-        """What runs in place of `plain`, see `policy.inference`."""
 
     @property
     def device(self) -> torch.device:
@@ -256,11 +254,10 @@ class DiffusionPolicy(nn.Module):
         drawn = self.sampler.draw_step_noise(noise, generator)
         settled = self._settled(settled, noise, n_samples)
         chain: list[ChainStep] = []
-        if self._replays and n_samples == 1 and not (hooks or grad or return_chain or torch.is_grad_enabled()):
-            assert self.prepared is not None
+        if n_samples == 1 and not (hooks or grad or return_chain or torch.is_grad_enabled()):
             given = [] if drawn is None else [drawn]
             given += [] if settled is None else [settled.action, settled.steps]
-            action, normalized = self.prepared(noise, *given, *(obs[key] for key in self.spec.observations))
+            action, normalized = self.chunk(noise, *given, *(obs[key] for key in self.spec.observations))
         else:
             options: dict[str, Any] = {"hooks": hooks, "grad": grad, "return_chain": return_chain}
             action, normalized, chain = self._sample(obs, noise, drawn, settled, n_samples, **options)
@@ -304,7 +301,7 @@ class DiffusionPolicy(nn.Module):
             normalized = torch.where(settled.steps.unsqueeze(-1), settled.action, normalized)
         return self.unnormalize_action(normalized, seen.obs), normalized, chain
 
-    def plain(self, noise: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk(self, noise: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         """Chunks [B, H, A] in the data's units and normalised, as a function of nothing but tensors, without gradients.
 
         given: the noise of steps that draw some (`Sampler.draw_step_noise`), if any do; action and steps of `Settled`,
@@ -316,11 +313,6 @@ class DiffusionPolicy(nn.Module):
         drawn = others[0] if count % 2 else None
         action, normalized, _ = self._sample(obs, noise, drawn, settled, grad=False)
         return action, normalized
-
-    @property
-    def _replays(self) -> bool:
-        """Whether `prepared` still stands for these weights: the denoiser forgets what was prepared for others."""
-        return self.prepared is not None and self.denoiser.prepared is not None
 
     def predict(
         self,

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.packing import Conv2d
 
 
 class _Kind(NamedTuple):
@@ -81,7 +80,6 @@ class ResNet(nn.Sequential):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                module.__class__ = Conv2d  # torchvision's blocks make their own
 
 
 def load_weights(trunk: nn.Sequential, path: str | Path, *, described: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.conv import SMALL, Conv1d, Double, GroupNorm, Halve
+from action_diffusion.policy.conv import Conv1d, Double, GroupNorm, Halve
 from action_diffusion.policy.denoiser import ConditionalUnet1d
 
 
@@ -33,7 +33,7 @@ def compare(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, tolerance: floa
 @settings(deadline=None, max_examples=25)
 @given(
     steps=st.integers(1, 9),
-    batch=st.sampled_from([1, 3, SMALL]),
+    batch=st.sampled_from([1, 3, 64]),
     kernel=st.sampled_from([1, 3, 5]),
     channels=st.sampled_from([(2, 8), (8, 8), (16, 4)]),
 )
@@ -46,7 +46,7 @@ def test_conv_equals_torch(steps, batch, kernel, channels):
 
 
 @settings(deadline=None, max_examples=25)
-@given(steps=st.integers(1, 9), batch=st.sampled_from([1, 3, SMALL + 1]), offset=st.sampled_from([0.0, 5.0, -100.0]))
+@given(steps=st.integers(1, 9), batch=st.sampled_from([1, 3, 65]), offset=st.sampled_from([0.0, 5.0, -100.0]))
 def test_group_norm_equals_torch(steps, batch, offset):
     torch.manual_seed(0)
     ours, theirs = GroupNorm(4, 16), nn.GroupNorm(4, 16)
@@ -93,16 +93,6 @@ def test_condition_and_time_reach_every_step_of_the_chunk():
     assert ((first - second).abs().amax(-1) > 1e-6).all()
 
 
-def test_small_and_large_batches_agree():
-    """The layers choose their way by size; the answer must not depend on it."""
-    net = unet()
-    x, condition = torch.randn(2 * SMALL, 16, 3), torch.randn(2 * SMALL, 10)
-    film = net.prepare(condition, torch.tensor([3.0]))
-    together = net(x, film.at(0))
-    rows = torch.tensor([7])
-    torch.testing.assert_close(net(x[rows], film.at(0, rows)), together[rows], atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -124,7 +114,7 @@ def test_a_horizon_that_cannot_be_halved_is_refused():
 
 def test_autocast_stays_close():
     net = unet()
-    x, condition = torch.randn(2 * SMALL, 16, 3), torch.randn(2 * SMALL, 10)
+    x, condition = torch.randn(2 * 64, 16, 3), torch.randn(2 * 64, 10)
     film = net.prepare(condition, torch.tensor([3.0]))
     with torch.autocast("cpu", torch.bfloat16):
         low = net(x, film.at(0))

@@ -12,7 +12,7 @@ from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.guidance import running_chunks
-from action_diffusion.policy.inference import accelerate
+from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import Settled
 from action_diffusion.policy.sampler import Hook
 

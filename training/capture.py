@@ -17,9 +17,7 @@ from torch import Tensor
 
 from action_diffusion.datasets.batches import Batch
 from action_diffusion.errors import InputError
-
-WARM_UP = 3
-"""Calls before the capture, in which libraries allocate memory and choose kernels."""
+from action_diffusion.policy.kernels.cuda_graph import Graph
 
 
 class CapturedGradient:
@@ -37,37 +35,24 @@ class CapturedGradient:
     ):
         self._gradient, self._parameters = gradient, parameters
         self._generator = torch.Generator(device)
-        self._graph = torch.cuda.CUDAGraph()
-        self._graph.register_generator_state(self._generator)
-        self._batch: Batch | None = None
-        self._loss: Tensor | None = None
+        self._graph: Graph | None = None
 
     def __call__(self, batch: Batch, seed: int) -> Tensor:
         """The loss of `batch` with the random numbers of a generator with this seed; a tensor of its own."""
-        if self._batch is None or self._loss is None:
-            self._batch, self._loss = self._capture(batch)
-        else:
-            for own, given in zip(_tensors(self._batch), _tensors(batch), strict=True):
-                own.copy_(given)
-        self._generator.manual_seed(seed)
-        self._graph.replay()
-        return self._loss.clone()
+        keys, tensors = list(batch.obs), [*batch.obs.values(), batch.action, batch.mask]
+        if self._graph is None:
 
-    def _capture(self, batch: Batch) -> tuple[Batch, Tensor]:
-        own = Batch({key: value.clone() for key, value in batch.obs.items()}, batch.action.clone(), batch.mask.clone())
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._forget()
-                self._gradient(own, self._generator)
-        torch.cuda.current_stream().wait_stream(side)
-        self._forget()  # so that the graph writes gradients instead of adding to them
-        with torch.cuda.graph(self._graph):
-            loss = self._gradient(own, self._generator)
-        return own, loss.detach()
+            def loss(*given: Tensor) -> Tensor:
+                *observations, action, mask = given
+                obs = dict(zip(keys, observations, strict=True))
+                return self._gradient(Batch(obs, action, mask), self._generator).detach()
+
+            self._graph = Graph(loss, tensors, generator=self._generator, before=self._forget)
+        self._generator.manual_seed(seed)
+        return self._graph(*tensors)
 
     def _forget(self) -> None:
+        """So that the graph writes gradients instead of adding to them."""
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -82,7 +67,3 @@ def check_capturable(*, device: torch.device, processes: int, accumulation: int,
     ):
         if wrong:
             raise InputError(f"train.cuda_graph=true {why}")
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [*batch.obs.values(), batch.action, batch.mask]

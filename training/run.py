@@ -22,8 +22,8 @@ from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.sources import resolve, with_images
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy import tiles
 from action_diffusion.policy.build import build_policy, fit_normalizer
+from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training import checkpoints
@@ -58,8 +58,8 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
         f"from {data.train.mode}; {sum(p.numel() for p in policy.parameters()) / 1e6:.1f} M parameters on "
         f"{accelerator.device}\nwriting to {output_dir}"
     )
-    if accelerator.device.type == "cpu" and tiles.library() is None:
-        say("policy/tiles.c is not compiled for this machine: convolutions take all their products, which is slower")
+    if accelerator.device.type == "cpu" and winograd.library() is None:
+        say("no C compiler was at hand at installation: training takes longer than it could (action-diffusion info)")
     trainer = _trainer(config, settings, policy, data, accelerator, output_dir)
     newest = checkpoints.checkpoint_folders(output_dir)[-1:]
     if config["resume"] and newest:

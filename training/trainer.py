@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from action_diffusion.policy import kernels
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training import checkpoints
 from action_diffusion.training.capture import CapturedGradient, check_capturable
@@ -101,6 +102,8 @@ class Trainer:
         self.show_progress = show_progress and accelerator.is_main_process
         self.progress = Progress()
         self.policy = policy.to(accelerator.device)
+        if not settings.compile:
+            kernels.for_training(self.policy)
         self.optimizer = make_optimizer(policy, settings)
         self.ema = Average(
             policy.parameters(),

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fused import inputs, unet
+from test_cpu_unet import inputs, unet
 
-from action_diffusion.policy import fused_gpu
-from action_diffusion.policy.fused_gpu import FusedGpu
+from action_diffusion.policy.kernels import gpu_unet
+from action_diffusion.policy.kernels.gpu_unet import GpuUnet
 
 pytest.importorskip("triton", reason="the package triton is not installed: torch for CUDA on Linux brings it along")
 
@@ -33,7 +33,7 @@ NETS = (
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 1e-1)])
 def test_a_step_is_what_the_layers_give(dtype, error):
     """In a process of its own: whether triton interprets is settled when it is imported."""
-    code = f"import test_fused_gpu; test_fused_gpu.compare({dtype!r}, {error})"
+    code = f"import test_gpu_unet; test_gpu_unet.compare({dtype!r}, {error})"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,9 @@ def compare(dtype: str, error: float) -> None:
         net = unet(**options)
         with torch.no_grad():
             x, film = inputs(net, steps, 2)
-            torch.testing.assert_close(FusedGpu(net, getattr(torch, dtype))(x, film), net(x, film), atol=error, rtol=0)
+            torch.testing.assert_close(
+                GpuUnet(net, dtype=getattr(torch, dtype)).run(x, film), net(x, film), atol=error, rtol=0
+            )
 
 
 @pytest.mark.parametrize("activation", ["silu", "mish", "relu", "gelu"])
@@ -54,7 +56,7 @@ def test_the_kernel_compiles_for_a_gpu(activation):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel = importlib.import_module("action_diffusion.policy.norm_kernel")._between
+    kernel = importlib.import_module("action_diffusion.policy.kernels.norm_kernel")._between
     fixed = {
         "steps": 16,
         "steps_block": 16,
@@ -74,24 +76,23 @@ def test_the_kernel_compiles_for_a_gpu(activation):
 
 def test_what_it_leaves_to_the_layers():
     net = unet()
-    net.pack("fp32", whole=False)
-    fused = FusedGpu(net, torch.float32)
+    kernel = GpuUnet(net, dtype=torch.float32)
     x, film = inputs(net, 8, 2)
     with torch.no_grad():
-        assert fused.takes(x, film)
-        assert not fused.takes(x.double(), film)
-        assert not fused.takes(x[..., :1], film), "other actions"
-        assert not fused.takes(x[:, :7], film), "a horizon that cannot be halved"
-        assert not fused.takes(torch.zeros(1, 2**13, 2), film), "more steps than a program holds"
-        net.out[1].train()
-        assert not fused.takes(x, film), "a layer whose weights may have changed"
-    net.pack("fp32", whole=False)
-    assert not fused.takes(x, film), "a gradient"
+        assert kernel.takes(x, film)
+        assert not kernel.takes(x.double(), film)
+        assert not kernel.takes(x[..., :1], film), "other actions"
+        assert not kernel.takes(x[:, :7], film), "a horizon that cannot be halved"
+        assert not kernel.takes(torch.zeros(1, 2**13, 2), film), "more steps than a program holds"
+        net.train()
+        assert not kernel.takes(x, film), "a network in training"
+    net.eval()
+    assert not kernel.takes(x, film), "a gradient"
 
 
 def test_what_is_in_the_way_is_said(monkeypatch):
     """Here, that there is no GPU or no kernel for it."""
-    kernel = importlib.import_module("action_diffusion.policy.norm_kernel")
+    kernel = importlib.import_module("action_diffusion.policy.kernels.norm_kernel")
 
     def broken(*args, **options):
         raise RuntimeError("no compiler\nat all")
@@ -99,10 +100,10 @@ def test_what_is_in_the_way_is_said(monkeypatch):
     monkeypatch.setattr(kernel, "between", broken)
     monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
     monkeypatch.setattr(torch, "empty", lambda *size, device: torch.zeros(size))
-    fused_gpu.works.cache_clear()
+    gpu_unet.works.cache_clear()
     with pytest.warns(UserWarning, match=r"not fused on this GPU, which makes them slower: no compiler$"):
-        assert not fused_gpu.works()
-    fused_gpu.works.cache_clear()
+        assert not gpu_unet.works()
+    gpu_unet.works.cache_clear()
 
 
 @pytest.mark.gpu
@@ -116,10 +117,10 @@ def test_what_is_in_the_way_is_said(monkeypatch):
     ],
 )
 def test_on_a_gpu_a_step_is_what_the_layers_give(activation, dtype, error):
-    assert fused_gpu.works()
+    assert gpu_unet.works()
     net = unet(channels=(128, 256), activation=activation)
     with torch.no_grad():
         for batch in (1, 3):
             x, film = (part.cuda() for part in inputs(net.cpu(), 16, batch))
             expected = net.cuda()(x, film)
-            torch.testing.assert_close(FusedGpu(net, dtype)(x, film), expected, atol=error, rtol=0)
+            torch.testing.assert_close(GpuUnet(net, dtype=dtype)(x, film), expected, atol=error, rtol=0)

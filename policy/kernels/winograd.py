@@ -1,4 +1,4 @@
-"""Convolutions by fewer products in C (`tiles.c`): of 3 x 3 over images, and of 5 along time.
+"""Convolutions by Winograd's transforms in C (`winograd.c`): of 3 x 3 over images, and of 5 along time.
 
 3 x 3 outputs in an image take 25 products where 81 were, four steps in time 8 where 20 were (Toom 1963, Cook 1966,
 Winograd 1980; for networks, Lavin & Gray 2016). m neighbouring outputs of a kernel with r taps take m · r products, one
@@ -32,7 +32,7 @@ from action_diffusion import native
 PLACES = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 """Where polynomials are taken, and at infinity: small numbers, since differences of large powers lose digits."""
 PANEL, PADDING = 32, 16
-"""As in `tiles.c`: columns that lie together; floats between rows."""
+"""As in `winograd.c`: columns that lie together; floats between rows."""
 AT_ONCE, AT_ONCE_BACK = 48, 512
 """Tiles that go through a thread together, at most; and through all threads for the gradient of the weights."""
 
@@ -63,7 +63,7 @@ def _powers(n: int, degree: int) -> np.ndarray:
 
 
 class Tile:
-    """`axes` of it, `outputs` and `taps` along each, and the matrices that `tiles.c` multiplies by, float32."""
+    """`axes` of it, `outputs` and `taps` along each, and the matrices that `winograd.c` multiplies by, float32."""
 
     def __init__(self, axes: int, outputs: int, taps: int) -> None:
         self.axes, self.outputs, self.taps = axes, outputs, taps
@@ -91,11 +91,11 @@ IMAGE, TIME = Tile(2, 3, 3), Tile(1, 4, 5)
 @cache
 def library() -> native.Library | None:
     """The compiled code; None where there is none for this machine."""
-    found = native.load(Path(__file__).parent, "_tiles", 1)
+    found = native.load(Path(__file__).parent, "_winograd", 1)
     return found if found is not None and found.code.has_kernels() else None
 
 
-def _runs(x: Tensor, weight: Tensor, channels: tuple[int, int, int]) -> bool:
+def _fits(x: Tensor, weight: Tensor, channels: tuple[int, int, int]) -> bool:
     """Whether the code is for x and weight: float32 on a CPU. channels: of x, of the weight's inputs and outputs."""
     plain = x.dtype == weight.dtype == torch.float32 and weight.is_cpu and native.computes(x)
     fits = channels[0] == channels[1] and not any(n % PANEL for n in channels)
@@ -109,15 +109,11 @@ def _empty(*size: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------- in images
 
 
-def pays_2d(x: Tensor, weight: Tensor, *, once: bool) -> bool:
-    """Whether this is faster for x [N, C_in, H, W] and weight [C_out, C_in, 3, 3] than all products.
-
-    once: the kernel's values are computed for this call, and not at hand. Measured on an AMD EPYC with AVX-512.
-    """
-    if x.ndim != 4 or weight.shape[2:] != (3, 3) or not _runs(x, weight, (x.shape[1], weight.shape[1], len(weight))):
+def fits_2d(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is for x [N, C_in, H, W] and weight [C_out, C_in, 3, 3]."""
+    if x.ndim != 4 or weight.shape[2:] != (3, 3):
         return False
-    tiles, kernels = len(x) * IMAGE.count(*x.shape[2:]), weight.shape[0] * weight.shape[1]
-    return tiles >= max(64, kernels >> 11) if once else tiles >= max(4, kernels >> 14)
+    return _fits(x, weight, (x.shape[1], weight.shape[1], len(weight)))
 
 
 def pack_2d(weight: Tensor) -> Tensor:
@@ -171,12 +167,11 @@ class _Conv2d(torch.autograd.Function):
 # -------------------------------------------------------------------------------------------------- along time
 
 
-def pays_1d(x: Tensor, weight: Tensor, *, once: bool) -> bool:
-    """Whether this is faster for x [T, B, C_in] and weight [5, C_in, C_out] than all products, as `pays_2d`."""
-    if x.ndim != 3 or len(weight) != 5 or not _runs(x, weight, (x.shape[2], weight.shape[1], weight.shape[2])):
+def fits_1d(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is for x [T, B, C_in] and weight [5, C_in, C_out]."""
+    if x.ndim != 3 or len(weight) != 5:
         return False
-    tiles = x.shape[1] * TIME.count(len(x))
-    return tiles >= (96 if once else 24)
+    return _fits(x, weight, (x.shape[2], weight.shape[1], weight.shape[2]))
 
 
 def pack_1d(weight: Tensor) -> Tensor:
@@ -222,7 +217,7 @@ class _Conv1d(torch.autograd.Function):
         return grad_x, grad_weight, grad.flatten(0, 1).sum(0) if ctx.needs_input_grad[2] else None
 
 
-# ------------------------------------------------------------------------------------------------- calls of tiles.c
+# ------------------------------------------------------------------------------------------------- calls of winograd.c
 
 
 def _values(tile: Tile, weight: Tensor, n_in: int, n_out: int, distances: tuple[int, int], kernel: Tensor) -> Tensor:
@@ -262,5 +257,5 @@ def _weight_gradient(
 
 def _call(name: str, *values: Tensor | int | None) -> None:
     code = library()
-    assert code is not None, "ask `pays_1d` and `pays_2d` first"
+    assert code is not None, "ask `fits_1d` and `fits_2d` first"
     code(name, *values)

@@ -1,4 +1,4 @@
-/* A denoising step of few rows as one call (see fused.py): a list of operations, each by all threads.
+/* A denoising step of few rows as one call (see cpu_unet.py): a list of operations, each by all threads.
  *
  *     out = after(in convolved with weight + bias),   after: group norm, activation, FiLM, sum, as far as there are any
  *

@@ -1,0 +1,197 @@
+"""Which of several ways to do the same is the fastest on this machine: measured at first use, kept for the next time.
+
+    ways = {"torch": f, "winograd": g}          the same operation; the first is torch's own
+    fastest("conv1d", (16, 64, 96, 96), ways)   "torch" or "winograd", from what was measured here
+
+A threshold that was measured on one processor holds nowhere else by right. What is measured lies in the user's cache
+folder, one file for each processor, version of torch and of this package, so a run that goes on takes the ways of the
+run before. All measurements of a process together take `BUDGET` seconds at most; what is met after that is done the
+first way, and measured another time.
+
+The environment's ACTION_DIFFUSION_KERNELS is `auto` (the default), `off` (never the code in C of this package) or `on`
+(that code wherever it can be used). Nothing is measured then between it and torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from action_diffusion.errors import InputError, unknown
+
+MODES = ("auto", "off", "on")
+BUDGET = 2.0
+"""Seconds that all measurements of a process may take."""
+ROUNDS, MOST_ROUNDS, ENOUGH = 2, 10, 0.03
+"""Of each way, by turns, and more as long as they take less than these seconds. The fastest counts: other programs only
+make it slower."""
+RESTRICTIONS = ("ACTION_DIFFUSION_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+"""What in the environment keeps code from instructions that the processor has."""
+
+
+def mode() -> str:
+    """`auto`, `off` or `on`. Raises `InputError` for anything else in the environment."""
+    given = os.environ.get("ACTION_DIFFUSION_KERNELS", "auto")
+    if given not in MODES:
+        raise unknown("ACTION_DIFFUSION_KERNELS", given, MODES)
+    return given
+
+
+def fastest(
+    operation: str, size: tuple[Any, ...], ways: Mapping[str, Callable[[], object]], ours: Collection[str] = ()
+) -> str:
+    """The name of the fastest of `ways` for an operation of this size, with torch's present number of threads.
+
+    ways: name → does the work once; the first is taken where nothing is known. ours: those that run code in C of this
+    package.
+    """
+    table = _table()
+    name = table.known.get((operation, size, torch.get_num_threads(), os.environ.get("ACTION_DIFFUSION_KERNELS")))
+    return table.choose(operation, size, ways, ours) if name is None or name not in ways else name
+
+
+class Table:
+    """What was measured on this machine, in memory and in a file. seconds: key → way → seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[tuple[Any, ...], str] = {}
+        self.seconds = _read(path)
+        self.spent = 0.0
+        self._measuring = False
+
+    def choose(
+        self, operation: str, size: tuple[Any, ...], ways: Mapping[str, Callable[[], object]], ours: Collection[str]
+    ) -> str:
+        """`fastest`, where it has not been asked before."""
+        setting, threads = mode(), torch.get_num_threads()
+        allowed = [name for name in ways if not (setting == "off" and name in ours)]
+        if setting == "on" and any(name in ours for name in allowed):
+            allowed = [name for name in allowed if name in ours]
+        key = " ".join([operation, "x".join(map(str, size)), f"threads={threads}"])
+        if len(allowed) > 1 and set(allowed) - self.seconds.get(key, {}).keys():
+            if self.spent >= BUDGET and not self._measuring:
+                return allowed[0]
+            self._measure(key, {name: ways[name] for name in allowed})
+        measured = self.seconds.get(key, {})
+        name = min(allowed, key=lambda name: measured.get(name, float("inf"))) if measured else allowed[0]
+        self.known[operation, size, threads, os.environ.get("ACTION_DIFFUSION_KERNELS")] = name
+        return name
+
+    def _measure(self, key: str, ways: Mapping[str, Callable[[], object]]) -> None:
+        began, outer = time.perf_counter(), not self._measuring
+        self._measuring = True
+        try:
+            best = dict.fromkeys(ways, float("inf"))
+            for once in ways.values():
+                once()  # lays out what it needs, and measures in turn what it is made of
+            first = time.perf_counter()
+            for done in range(MOST_ROUNDS):
+                if done >= ROUNDS and time.perf_counter() - first > ENOUGH:
+                    break
+                for name, once in ways.items():
+                    start = time.perf_counter()
+                    once()
+                    best[name] = min(best[name], time.perf_counter() - start)
+        finally:
+            self._measuring = not outer
+            self.spent += (time.perf_counter() - began) * outer
+        self.seconds[key] = self.seconds.get(key, {}) | best
+        if outer:
+            self._write()
+
+    def _write(self) -> None:
+        """Together with what other processes have written. A folder that cannot be written to keeps nothing."""
+        self.seconds = _read(self.path) | self.seconds
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self.seconds, indent=1, sort_keys=True))
+            os.replace(temporary, self.path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+@cache
+def _table() -> Table:
+    return Table(table_path())
+
+
+def forget() -> None:
+    """Read the table again, and measure for another `BUDGET`: for tests, and for processes that time things."""
+    _table.cache_clear()
+
+
+def table() -> Table:
+    """The table of this process."""
+    return _table()
+
+
+def table_path() -> Path:
+    """Where the table of this machine is."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    identity = json.dumps(machine(), sort_keys=True)
+    return Path(base) / "action-diffusion" / "kernels" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+
+
+def machine() -> dict[str, str]:
+    """What the fastest way depends on, beside the number of threads: processor, its instructions, versions, code."""
+    lines = _processor()
+    restricted = {name: os.environ[name] for name in RESTRICTIONS if name in os.environ}
+    return {
+        "processor": lines.get("model name", platform.processor() or platform.machine()),
+        "instructions": hashlib.sha256(lines.get("flags", lines.get("Features", "")).encode()).hexdigest()[:16],
+        "torch": torch.__version__,
+        "package": _package_version(),
+        "code": _code(),
+        **restricted,
+    }
+
+
+def _processor() -> dict[str, str]:
+    """The first processor's lines in /proc/cpuinfo; none on other systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _package_version() -> str:
+    try:
+        return version("action-diffusion")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+@cache
+def _code() -> str:
+    """Of what was compiled, so that a table does not outlive it."""
+    from action_diffusion import native
+
+    return hashlib.sha256(b"".join(path.read_bytes() for path in native.libraries())).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    """What a file says; nothing where it is missing or not ours."""
+    try:
+        found = json.loads(path.read_text())
+        return {str(key): {str(way): float(s) for way, s in ways.items()} for key, ways in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+__all__ = ["InputError", "fastest", "forget", "machine", "mode", "table", "table_path"]
