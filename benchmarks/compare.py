@@ -35,10 +35,22 @@ class Different(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Result:
-    """A measured row. ours, peer: medians, in the row's unit. ratio: above 1 where ours is ahead; spread: quartiles."""
+class Case:
+    """A row by one set of the processor's instructions (`workers.instruction_sets`), with so many threads."""
 
     row: Row
+    instructions: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.row.name} beside {self.row.peer} ({self.instructions}, {self.threads} threads)"
+
+
+@dataclass(frozen=True)
+class Result:
+    """ours, peer: medians, in the unit of the row. ratio: above 1 where ours is ahead; spread: quartiles."""
+
+    case: Case
     ours: float
     peer: float
     ratio: float
@@ -47,16 +59,18 @@ class Result:
     note: str
 
     def to_json(self) -> dict[str, Any]:
-        numbers = {"ours": self.ours, "peer": self.peer, "ratio": self.ratio}
+        row, numbers = self.case.row, {"ours": self.ours, "peer": self.peer, "ratio": self.ratio}
         return {
-            "name": self.row.name,
-            "unit": self.row.unit,
+            "name": row.name,
+            "against": row.peer,
+            "instructions": self.case.instructions,
+            "threads": self.case.threads,
+            "unit": row.unit,
             **{key: float(f"{value:.5g}") for key, value in numbers.items()},
             "spread": [float(f"{value:.5g}") for value in self.spread],
-            "bound": self.row.bound,
+            "bound": row.bound,
             "pairs": self.pairs,
-            "against": self.row.peer,
-            "what": self.row.what,
+            "what": row.what,
             "note": self.note,
         }
 
@@ -75,12 +89,13 @@ class _Turns:
 
 
 def compare(
-    row: Row, ours: Worker, peer: Worker, folder: Path, *, say: Callable[[str], None], seconds: float = ROW_SECONDS
+    case: Case, ours: Worker, peer: Worker, folder: Path, *, say: Callable[[str], None], seconds: float = ROW_SECONDS
 ) -> Result:
-    """Measure `row` for about `seconds`, and as long as preparing it takes. folder: empty, for weights and inputs.
+    """Measure `case` for about `seconds`, and as long as preparing it takes. folder: empty, for weights and inputs.
 
     Raises `Different` where the sides disagree, and `WorkerError` where one fails.
     """
+    row = case.row
     write_inputs(row, folder)
     order = {"work": row.work, "settings": dict(row.settings), "folder": str(folder)}
     try:
@@ -93,7 +108,7 @@ def compare(
     finally:
         for worker in (ours, peer):
             worker.ask("release")
-    result = summarise(row, times, sides[0].units, sides[1].units)
+    result = summarise(case, times, sides[0].units, sides[1].units)
     return replace(result, note="; ".join(answer["note"] for answer in prepared.values() if answer["note"]))
 
 
@@ -120,8 +135,9 @@ def check(row: Row, ours: Worker, peer: Worker, folder: Path) -> None:
             raise Different(f"{name} differs: {measure} difference {error:.2g}, at most {limit:g} is allowed")
 
 
-def summarise(row: Row, times: list[tuple[float, float]], our_units: int, peer_units: int) -> Result:
+def summarise(case: Case, times: list[tuple[float, float]], our_units: int, peer_units: int) -> Result:
     """From the seconds of a call of each side, pair by pair, to the row's unit and ratio."""
+    row = case.row
     if row.unit == "samples/s":
         ours, peer = [our_units / a for a, _ in times], [peer_units / b for _, b in times]
         ratios = [a / b for a, b in zip(ours, peer, strict=True)]
@@ -131,7 +147,7 @@ def summarise(row: Row, times: list[tuple[float, float]], our_units: int, peer_u
         ratios = [b / a for a, b in zip(ours, peer, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     middle = statistics.median
-    return Result(row, middle(ours), middle(peer), middle(ratios), (low, high), len(times), "")
+    return Result(case, middle(ours), middle(peer), middle(ratios), (low, high), len(times), "")
 
 
 def _turns(worker: Worker, least: int, units: int) -> _Turns:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from action_diffusion import envs
 from action_diffusion.datasets import pixels
@@ -38,7 +38,7 @@ from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.settings import TrainSettings
 from action_diffusion.training.trainer import Trainer
-from benchmarks.peers.serving import Say, Work, serve
+from benchmarks.peers.serving import Say, Work, instructions, serve
 from benchmarks.weights import from_lerobot
 
 THREADS = torch.get_num_threads()
@@ -142,6 +142,44 @@ class Chunk(Work):
                 self._policy.sample(self._obs, noise=self._noise)
             else:
                 self._policy.encode(self._obs)
+
+
+def network(settings: dict[str, Any], *, prepared: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A network of an image policy with random weights, the same in every process, and its inputs by name.
+
+    settings: channels; part: "step" (the denoiser: a chunk and what it is modulated by) or "encoder" (of the camera:
+    two frames, cropped and centred). prepared: as `deploy` and `serve` run it.
+    """
+    policy = build({"image": True, "channels": settings["channels"], "activation": "silu"}, Path(), weights=False)
+    if prepared:
+        accelerate(policy, precision="fp32")
+    torch.manual_seed(1)
+    if settings["part"] == "encoder":
+        return policy.encoder.get_submodule("cameras.0"), {"images": torch.rand(2, 3, 84, 84) * 2 - 1}
+    denoiser = policy.denoiser
+    with torch.no_grad():
+        film = denoiser.prepare(torch.randn(1, denoiser.condition_film.in_features), torch.tensor([50.0])).at(0)
+    return denoiser, {"x": torch.randn(1, 16, 2), "film": film}
+
+
+class Network(Work):
+    """One call of the denoiser at batch 1, or of the camera's encoder, alone. settings: as `network`'s."""
+
+    clock = staticmethod(time.process_time if THREADS == 1 else time.perf_counter)
+
+    def __init__(self, settings: dict[str, Any], folder: Path, say: Say) -> None:
+        self._layers, inputs = network(settings, prepared=True)
+        self._inputs = list(inputs.values())
+        if settings["part"] == "encoder":  # as `ObservationEncoder` hands them over
+            self._inputs = [self._inputs[0].to(memory_format=torch.channels_last)]
+
+    @torch.no_grad()
+    def outputs(self) -> dict[str, Tensor]:
+        return {"output": self._layers(*self._inputs)}
+
+    @torch.no_grad()
+    def call(self) -> None:
+        self._layers(*self._inputs)
 
 
 def offered(precisions: Sequence[str], device: torch.device) -> str:
@@ -286,10 +324,10 @@ def _images(batch: Batch) -> Tensor:
 
 
 def about() -> dict[str, Any]:
-    """Versions, threads and device."""
-    return {**versions(), "threads": torch.get_num_threads(), "device": "cpu"}
+    """Versions, threads, device, and the instructions that torch may use."""
+    return {**versions(), "threads": torch.get_num_threads(), "device": "cpu", "instructions": instructions()}
 
 
 if __name__ == "__main__":
     keep_freed_memory()  # as `action-diffusion` does
-    serve({"chunk": Chunk, "train": Train, "evaluate": Evaluate, "gather": Gather}, about)
+    serve({"chunk": Chunk, "train": Train, "evaluate": Evaluate, "gather": Gather, "network": Network}, about)

@@ -1,7 +1,7 @@
-"""lerobot's own environment: made once, outside of the checkout, and kept.
+"""Environments of their own for whom we are measured beside: made once, outside of the checkout, and kept.
 
-    ~/.cache/action-diffusion/peers/lerobot-0.4.4/
-        bin/python       with lerobot and what it needs: 8.5 GB, most of it torch's
+    ~/.cache/action-diffusion/peers/lerobot-0.6.1/     or under $ACTION_DIFFUSION_PEER
+        bin/python       with the peer and what it needs: 8.5 GB for a lerobot, most of it torch's
         ffmpeg/          links to the FFmpeg libraries in PyAV's wheel, under the names that torchcodec looks for
         complete.json    written last; without it the folder is a torn installation, and is made anew
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -23,13 +24,33 @@ from pathlib import Path
 from action_diffusion.datasets.files import atomic_path, cache_folder, locked, remove, require_space, writing
 from action_diffusion.errors import InputError
 
-VERSION = "0.4.4"
-REQUIREMENTS = (f"lerobot[pusht]=={VERSION}", "torch<2.11", "diffusers<0.36")
 VARIABLE = "ACTION_DIFFUSION_PEER"
-N_BYTES = 12_000_000_000
-"""Room that the installation takes at most, with what pip unpacks on the way."""
-
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What an environment is made of.
+
+    requirements: of pip. gigabytes: room that the installation takes at most, with what pip unpacks on the way.
+    python: the oldest that will do. shared: its packages are imported by our own Python, which looks for them last, so
+    that the environment is of that Python.
+    """
+
+    requirements: tuple[str, ...]
+    gigabytes: float
+    python: tuple[int, int] = (3, 11)
+    shared: bool = False
+
+
+OLDER, NEWER, RUNTIMES = "lerobot==0.4.4", "lerobot==0.6.1", "runtimes"
+PEERS = {
+    OLDER: Peer(("lerobot[pusht]==0.4.4", "torch<2.11", "diffusers<0.36"), 12.0),
+    NEWER: Peer(("lerobot[dataset,diffusion,evaluation,pusht,training]==0.6.1",), 12.0, python=(3, 12)),
+    RUNTIMES: Peer(
+        ("onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0", "openvino==2026.4.1"), 2.0, shared=True
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,11 @@ class PeerEnvironment:
     @property
     def python(self) -> Path:
         return self.folder / "bin" / "python"
+
+    @property
+    def packages(self) -> Path:
+        """Where its packages are."""
+        return next(self.folder.glob("lib/python*/site-packages"))
 
     @property
     def variables(self) -> dict[str, str]:
@@ -55,48 +81,69 @@ class PeerEnvironment:
         }
 
 
-def default_folder() -> Path:
-    """Where the environment is: $ACTION_DIFFUSION_PEER, or a folder of the user's cache."""
+def default_folder(name: str = OLDER) -> Path:
+    """Where the environment of a peer is: in $ACTION_DIFFUSION_PEER (or it itself), or in the user's cache."""
     given = os.environ.get(VARIABLE)
-    return Path(given).expanduser() if given else cache_folder() / "peers" / f"lerobot-{VERSION}"
+    folder = Path(given).expanduser() if given else cache_folder() / "peers"
+    if _complete(folder, PEERS[name]):
+        return folder
+    version = f"-python{sys.version_info[0]}.{sys.version_info[1]}" if PEERS[name].shared else ""
+    return folder / (name.replace("==", "-") + version)
 
 
-def peer_environment(folder: Path | None = None, *, say: Say = print) -> PeerEnvironment:
-    """The environment in `folder` (default: `default_folder`), installed now where it is not complete.
+def peer_environment(name: str, folder: Path | None = None, *, say: Say = print) -> PeerEnvironment:
+    """The environment of the peer `name` in `folder` (default: `default_folder`), installed now where not complete.
 
-    Raises `InputError` where it cannot be made: no network, no room, a package that does not build.
+    Raises `InputError` where it cannot be made: no Python, no network, no room, a package that does not build.
     """
-    folder = (folder or default_folder()).absolute()
+    folder = (folder or default_folder(name)).absolute()
     with locked(folder):
-        if not _complete(folder):
+        if not _complete(folder, PEERS[name]):
             if folder.exists() and not (folder / "pyvenv.cfg").exists() and any(folder.iterdir()):
                 raise InputError(f"{folder} is no Python environment and not empty: set {VARIABLE} to another folder")
-            _install(folder, say)
+            _install(name, folder, say)
     return PeerEnvironment(folder)
 
 
-def _complete(folder: Path) -> bool:
+def _complete(folder: Path, peer: Peer) -> bool:
     try:
-        return json.loads((folder / "complete.json").read_text())["requirements"] == list(REQUIREMENTS)
+        return json.loads((folder / "complete.json").read_text())["requirements"] == list(peer.requirements)
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _install(folder: Path, say: Say) -> None:
-    began = time.monotonic()
-    say(f"installing lerobot {VERSION} once, in an environment of its own (8.5 GB, some minutes): {folder}")
-    require_space(folder.parent, N_BYTES, f"lerobot's environment (another folder: {VARIABLE})")
+def _install(name: str, folder: Path, say: Say) -> None:
+    peer, began = PEERS[name], time.monotonic()
+    python = _python(peer.python, name)
+    say(f"installing {name} once, in an environment of its own (some minutes): {folder}")
+    require_space(folder.parent, int(peer.gigabytes * 1e9), f"the environment of {name} (another folder: {VARIABLE})")
     log = folder.with_name(f"{folder.name}.log")
     with writing(str(folder)):
         remove(folder)
         log.unlink(missing_ok=True)
-    _run([sys.executable, "-m", "venv", str(folder)], log, say)
+    _run([python, "-m", "venv", str(folder)], log, say)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar=off"]
-    _run([*pip, *REQUIREMENTS], log, say)
+    _run([*pip, *peer.requirements], log, say)
     link_ffmpeg(folder, folder / "ffmpeg")
     with atomic_path(folder / "complete.json") as temporary:
-        temporary.write_text(json.dumps({"requirements": list(REQUIREMENTS)}) + "\n")
+        temporary.write_text(json.dumps({"requirements": list(peer.requirements)}) + "\n")
     say(f"installed in {time.monotonic() - began:.0f} s")
+
+
+def _python(least: tuple[int, int], name: str) -> str:
+    """A Python of at least this version: this one, or one of the PATH or of pyenv. Raises `InputError`."""
+    if sys.version_info >= least:
+        return sys.executable
+    for minor in range(least[1], least[1] + 3):
+        found = shutil.which(f"python{least[0]}.{minor}")
+        others = sorted(Path.home().glob(f".pyenv/versions/{least[0]}.{minor}.*/bin/python"))
+        for python in [*([found] if found else []), *map(str, others)]:
+            if subprocess.run([python, "-c", "import ensurepip, venv"], capture_output=True).returncode == 0:
+                return python
+    raise InputError(
+        f"{name} needs Python {least[0]}.{least[1]}, and there is none: put python{least[0]}.{least[1]} on the PATH, "
+        "or leave that peer out (--peer)"
+    )
 
 
 def _run(command: list[str], log: Path, say: Say) -> None:
@@ -119,9 +166,9 @@ def _run(command: list[str], log: Path, say: Say) -> None:
                     said = time.monotonic()
                     say(f"  {packages} packages, {' '.join(line.split()[:3])[:100]}")
     except OSError as error:
-        raise InputError(f"lerobot's environment cannot be made: {error}") from error
+        raise InputError(f"the environment cannot be made: {error}") from error
     if process.wait() != 0:
-        raise InputError(f"lerobot's environment cannot be made: {last or 'no reason given'} (all of it: {log})")
+        raise InputError(f"the environment cannot be made: {last or 'no reason given'} (all of it: {log})")
 
 
 def link_ffmpeg(folder: Path, links: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,30 @@ def machine() -> dict[str, Any]:
     }
 
 
+def commit(root: Path) -> str:
+    """Of the checkout `root`; with "+" where files differ from it, and "unknown" where there is none."""
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed.stdout.strip() else "")
+
+
 def write_json(
     path: Path,
     *,
     machine: Mapping[str, Any],
+    commit: str,
     versions: Mapping[str, Any],
     results: Sequence[Result],
     failures: Mapping[str, str],
 ) -> None:
-    """The file takes `path`'s place when it is complete. failures: name of a row and why it has no figures."""
+    """The file takes `path`'s place when it is complete. failures: a case and why it has no figures."""
     content = {
         "machine": dict(machine),
+        "commit": commit,
         "versions": dict(versions),
         "rows": [result.to_json() for result in results],
         "failures": dict(failures),
@@ -58,21 +72,38 @@ def show(
     console: Console,
     *,
     machine: Mapping[str, Any],
+    commit: str,
     versions: Mapping[str, Mapping[str, Any]],
     results: Sequence[Result],
     failures: Mapping[str, str],
 ) -> None:
     """The table, and under it what was measured on what."""
     table = Table(title="ours beside the peer", title_justify="left", box=None, pad_edge=False)
-    for heading in ("row", "ours", "peer", "", "ratio", "quartiles", "at least", ""):
-        table.add_column(heading, justify="left" if heading in ("row", "") else "right", no_wrap=True)
+    words = ("row", "beside", "instructions", "")
+    for heading in (
+        "row",
+        "beside",
+        "instructions",
+        "threads",
+        "ours",
+        "peer",
+        "",
+        "ratio",
+        "quartiles",
+        "at least",
+        "",
+    ):
+        table.add_column(heading, justify="left" if heading in words else "right", no_wrap=True)
     for result in results:
-        bound = result.row.bound
+        case, bound = result.case, result.case.row.bound
         table.add_row(
-            result.row.name,
+            case.row.name,
+            case.row.peer,
+            case.instructions,
+            str(case.threads),
             number(result.ours),
             number(result.peer),
-            result.row.unit,
+            case.row.unit,
             f"{result.ratio:.2f}",
             f"{result.spread[0]:.2f} to {result.spread[1]:.2f}",
             "" if bound is None else f"{bound:g}",
@@ -84,13 +115,14 @@ def show(
     console.print()
     for result in results:
         notes = f" [{result.note}]" if result.note else ""
-        _say(console, f"{result.row.name}: {result.row.what}; {result.pairs} pairs{notes}")
+        _say(console, f"{result.case}: {result.case.row.what}; {result.pairs} pairs{notes}")
     _say(
         console,
         "\nA ratio is the median of the ratios of neighbouring turns, above 1 where ours is ahead; its quartiles say "
         "how they spread. Times and rates are medians.",
     )
     _say(console, f"machine: {_listed(machine)}")
+    _say(console, f"commit: {commit}")
     for side, found in versions.items():
         _say(console, f"{side}: {_listed(found)}")
 

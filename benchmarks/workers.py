@@ -12,9 +12,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import serving
+
 THREADS = 2
+RESTRICTED = {
+    "avx2": {
+        "ACTION_DIFFUSION_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",  # OpenVINO's own oneDNN reads it too
+    }
+}
+"""What keeps a process to a set of instructions on a processor that has more."""
 QUIET_SECONDS = 0.1
 """A worker that used less than a fifth of this much processor time in this time is asleep."""
+
+
+def instruction_sets() -> list[str]:
+    """The processor's vector instructions, widest first: ["avx512", "avx2"], ["avx2"], or what torch calls others."""
+    widest = serving.instructions()
+    return ["avx512", "avx2"] if widest == "avx512" else [widest]
 
 
 class WorkerError(RuntimeError):
@@ -34,6 +52,7 @@ class Worker:
         *,
         log: Path,
         environment: Mapping[str, str] | None = None,
+        threads: int = THREADS,
         cwd: Path | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -44,7 +63,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env={**os.environ, "OMP_NUM_THREADS": str(THREADS), **(environment or {})},
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})},
                 cwd=cwd,
                 text=True,
                 start_new_session=True,  # Ctrl-C is ours to handle, and its processes can be told by their session

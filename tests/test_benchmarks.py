@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +27,13 @@ compare = import_module("benchmarks.compare")
 episodes = import_module("benchmarks.episodes")
 ours = import_module("benchmarks.ours")
 peer_environment = import_module("benchmarks.peer_environment")
+plain = import_module("benchmarks.plain")
 reference = import_module("benchmarks.reference")
 report = import_module("benchmarks.report")
 rows = import_module("benchmarks.rows")
+runtimes = import_module("benchmarks.runtimes")
 serving = import_module("benchmarks.peers.serving")
+session = import_module("benchmarks.session")
 weights = import_module("benchmarks.weights")
 workers = import_module("benchmarks.workers")
 
@@ -35,10 +41,10 @@ CHANNELS = (8, 16, 32)
 POLICY = {"image": False, "channels": CHANNELS, "steps": 4, "batch": 3}
 BOUNDS = {
     "gather_reference": 10,
-    "gather_lerobot": 10,
-    "chunk_paper": 2,
+    "gather_lerobot": 50,
+    "chunk_paper": 2.5,
     "chunk_paper_reduced": 4,
-    "chunk_small": 2,
+    "chunk_small": 3,
     "train_state": 1.5,
     "train_image": 1.3,
     "evaluate": 3,
@@ -165,6 +171,10 @@ def _row(**changes):
     return rows.Row(**(settings | changes))
 
 
+def _case(**changes):
+    return compare.Case(_row(**changes), "avx2", 1)
+
+
 @pytest.mark.parametrize("image", [False, True])
 @torch.no_grad()
 def test_policies_with_lerobots_weights_compute_what_it_computes(model, tmp_path, image):
@@ -266,6 +276,32 @@ def test_exported_episodes_are_plain_arrays(tmp_path, buffer, monkeypatch):
     assert len(arrays["state"]) == len(arrays["action"]) == len(arrays["image"]) == buffer.episode_ends[1]
 
 
+@pytest.mark.parametrize("activation", ["silu", "mish", "relu"])
+@torch.no_grad()
+def test_the_network_that_is_exported_computes_what_ours_does(activation):
+    torch.manual_seed(0)
+    policy = ours.build(POLICY | {"activation": activation}, Path(), weights=False)
+    for parameter in policy.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    film = policy.denoiser.prepare(torch.randn(3, policy.denoiser.condition_film.in_features), torch.tensor([50.0]))
+    x = torch.randn(3, 16, 2)
+    expected = policy.denoiser(x, film.at(0))
+    torch.testing.assert_close(plain.PlainUnet(policy.denoiser)(x, film.at(0)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_network_alone_is_the_same_prepared_and_as_it_is():
+    settings = {"channels": CHANNELS, "part": "step"}
+    layers, inputs = ours.network(settings)
+    work = ours.Network(settings, Path(), print)
+    with torch.no_grad():
+        torch.testing.assert_close(work.outputs()["output"], layers(*inputs.values()), atol=1e-5, rtol=1e-5)
+    encoder, inputs = ours.network(settings | {"part": "encoder"})
+    work = ours.Network(settings | {"part": "encoder"}, Path(), print)
+    with torch.no_grad():
+        torch.testing.assert_close(work.outputs()["output"], encoder(*inputs.values()), atol=1e-5, rtol=1e-5)
+    assert work.time(1) > 0
+
+
 # -- the harness, with stand-ins ------------------------------
 
 STAND_IN = """
@@ -292,7 +328,7 @@ class Die(Work):
         sys.exit(3)
 
 print("this must not end up among the answers")
-serve({{"sleep": Sleep, "die": Die}}, lambda: {{"torch": torch.__version__}})
+serve({{"sleep": Sleep, "die": Die}}, lambda: {{"torch": torch.__version__, "instructions": {said!r}}})
 """
 UNLIKE = {"ours": 1.0, "lerobot": 1.1}
 SLEEP = {"seconds": {"ours": 0.001, "lerobot": 0.004}, "values": {"ours": 1.0, "lerobot": 1.0}}
@@ -300,14 +336,14 @@ SLEEP = {"seconds": {"ours": 0.001, "lerobot": 0.004}, "values": {"ours": 1.0, "
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
-    """Workers that only sleep, in turns of 0.05 s."""
+    """Workers that only sleep, in turns of 0.05 s, and say that they keep to AVX2."""
 
     def _command(self, name):
         script = tmp_path / f"{name}.py"
-        script.write_text(STAND_IN.format(folder=str(ROOT / "benchmarks" / "peers"), side=name))
+        script.write_text(STAND_IN.format(folder=str(ROOT / "benchmarks" / "peers"), side=name, said="avx2"))
         return [sys.executable, str(script)], {}
 
-    monkeypatch.setattr(command._Workers, "_command", _command)
+    monkeypatch.setattr(session._Workers, "_command", _command)
     monkeypatch.setattr(compare, "TURN_SECONDS", 0.05)
     monkeypatch.setattr(compare, "PAIRS", (3, 3))
     monkeypatch.setattr(compare, "write_inputs", lambda *_: None)
@@ -315,27 +351,34 @@ def stand_ins(tmp_path, monkeypatch):
 
 def test_a_run_measures_in_turns_and_writes_json(stand_ins, tmp_path, capsys):
     measured = [
-        _row(name="fast", settings=SLEEP, checks={"value": ("largest", 0.0)}, bound=2.0),
-        _row(
+        _case(name="fast", settings=SLEEP, checks={"value": ("largest", 0.0)}, bound=2.0),
+        _case(
             name="other", settings=SLEEP | {"values": {"ours": 1.0, "lerobot": 1.1}}, checks={"value": ("mean", 0.01)}
         ),
-        _row(name="broken", settings=SLEEP | {"seconds": {"ours": -1, "lerobot": 0.001}}),
-        _row(name="dead", work="die"),
+        _case(name="broken", settings=SLEEP | {"seconds": {"ours": -1, "lerobot": 0.001}}),
+        _case(name="dead", work="die"),
+        replace(_case(name="wide", settings=SLEEP), instructions="avx512"),
     ]
     path = tmp_path / "out" / "a.json"
-    assert command.run(measured, path, Console(stderr=True)) == 1
+    assert session.run(measured, path, Console(stderr=True)) == 1
     content = json.loads(path.read_text())
-    assert set(content) == {"machine", "versions", "rows", "failures"}
+    assert set(content) == {"machine", "commit", "versions", "rows", "failures"}
     assert content["versions"] == {"ours": {"torch": torch.__version__}, "lerobot": {"torch": torch.__version__}}
     assert content["machine"]["cores"] >= 1
+    assert content["machine"]["instructions"] == workers.instruction_sets()[0]
+    assert content["commit"]
     (row,) = content["rows"]
     assert {"name", "unit", "ours", "peer", "ratio", "spread", "bound"} <= set(row)
     assert (row["name"], row["unit"], row["bound"], row["pairs"]) == ("fast", "ms", 2.0, 3)
+    assert (row["against"], row["instructions"], row["threads"]) == ("lerobot", "avx2", 1)
     assert 2 < row["ratio"] < 6
     assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
-    assert "mean difference 0.1" in content["failures"]["other"]
-    assert content["failures"]["broken"] == "ours: ValueError: seconds must not be negative"
-    assert "exit code 3: out of luck" in content["failures"]["dead"]
+    failures = {label.partition(" ")[0]: reason for label, reason in content["failures"].items()}
+    assert str(_case(name="other")) == "other beside lerobot (avx2, 1 threads)"
+    assert "mean difference 0.1" in failures["other"]
+    assert failures["broken"] == "ours: ValueError: seconds must not be negative"
+    assert "exit code 3: out of luck" in failures["dead"]
+    assert failures["wide"] == "ours does not keep to avx512"
     printed = capsys.readouterr()
     assert "fast" in printed.out
     assert "reached" in printed.out
@@ -345,10 +388,10 @@ def test_a_run_measures_in_turns_and_writes_json(stand_ins, tmp_path, capsys):
 
 def test_ratios_are_above_one_where_ours_is_ahead():
     pairs = [(0.1, 0.2), (0.1, 0.3), (0.1, 0.4)]
-    times = compare.summarise(_row(unit="ms"), pairs, 2, 1)
+    times = compare.summarise(_case(unit="ms"), pairs, 2, 1)
     assert (times.ours, times.peer, times.ratio) == pytest.approx((50, 300, 6))
     assert times.spread == pytest.approx((5, 7))
-    rates = compare.summarise(_row(unit="samples/s"), pairs, 64, 64)
+    rates = compare.summarise(_case(unit="samples/s"), pairs, 64, 64)
     assert (rates.ours, rates.peer, rates.ratio) == pytest.approx((640, 64 / 0.3, 3))
 
 
@@ -408,11 +451,59 @@ def test_rows_have_the_names_and_bounds_that_others_rely_on():
     json.dumps([dict(row.settings) for row in rows.ROWS])
 
 
-def test_rows_are_chosen_by_name():
-    chosen, path = command.parse(["--only", "evaluate", "chunk_small", "--only", "encoder", "--json", "a.json"])
-    assert [row.name for row in chosen] == ["chunk_small", "encoder", "evaluate"]
+@pytest.fixture(params=[["avx512", "avx2"], ["avx2"]], ids=lambda sets: sets[0])
+def processor(request, monkeypatch):
+    """The instruction sets of a processor."""
+    for module in (command, runtimes):
+        monkeypatch.setattr(module, "instruction_sets", lambda: request.param)
+    return request.param
+
+
+def test_every_row_is_measured_beside_both_peers_by_all_instructions_of_the_processor(processor):
+    cases, path = command.parse([])
+    assert path is None
+    assert list(dict.fromkeys(case.instructions for case in cases)) == processor
+    for row in rows.ROWS:
+        beside = {(case.row.peer, case.instructions) for case in cases if case.row.name == row.name}
+        peers = ["lerobot==0.4.4", "lerobot==0.6.1"] if row.peer == "lerobot" else [row.peer]
+        assert beside == {(peer, instructions) for peer in peers for instructions in processor}
+    assert all(case.threads == workers.THREADS for case in cases)
+
+
+def test_rows_peers_and_instructions_are_chosen_by_name(processor):
+    words = ["--only", "evaluate", "chunk_small", "--only", "encoder", "--json", "a.json"]
+    cases, path = command.parse([*words, "--peer", "lerobot==0.6.1", "--instructions", "avx2"])
+    assert [case.row.name for case in cases] == ["chunk_small", "encoder", "evaluate"]
+    assert {(case.row.peer, case.instructions) for case in cases} == {("lerobot==0.6.1", "avx2")}
     assert path == Path("a.json")
-    assert command.parse([])[0] == list(rows.ROWS)
+    assert command.parse(["--json"])[1] == ROOT / "benchmarks" / "results" / "rows.json"
+
+
+def test_runtimes_are_compared_on_every_network_as_far_as_they_can_be_restricted(processor):
+    cases, path = runtimes.parse(["--json"])
+    assert path == ROOT / "benchmarks" / "results" / "runtimes.json"
+    assert {case.threads for case in cases} == {1, 2}
+    for instructions in processor:
+        found = {case.row.settings["runtime"] for case in cases if case.instructions == instructions}
+        assert found == ({"onnxruntime", "openvino"} if instructions == processor[0] else {"openvino"})
+    chosen, _ = runtimes.parse(["--only", "encoder-openvino", "--threads", "1", "--instructions", "avx2"])
+    assert [str(case) for case in chosen] == ["encoder-openvino beside runtimes (avx2, 1 threads)"]
+
+
+def test_what_cannot_be_restricted_is_said(monkeypatch):
+    monkeypatch.setattr(runtimes, "instruction_sets", lambda: ["avx512", "avx2"])
+    with pytest.raises(InputError, match="ONNX Runtime has no setting"):
+        runtimes.parse(["--only", "encoder-onnxruntime", "--instructions", "avx2"])
+
+
+def test_a_process_that_is_restricted_says_so():
+    """What torch may use follows the variables; OpenVINO's and oneDNN's kernels say it in a benchmark's notes."""
+    if "avx2" not in workers.instruction_sets():
+        pytest.skip("no AVX2 here")
+    code = "from benchmarks.peers import serving; print(serving.instructions())"
+    variables = {**os.environ, **workers.RESTRICTED["avx2"]}
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert said.stdout.strip() == "avx2"
 
 
 @pytest.mark.parametrize(
@@ -422,6 +513,8 @@ def test_rows_are_chosen_by_name():
         (["--only"], "expected at least one argument"),
         (["--rows", "a"], "unrecognized"),
         (["--json", "."], "folder"),
+        (["--peer", "lerobot==0.5"], "lerobot==0.6.1 or lerobot==0.4.4"),
+        (["--instructions", "avx1"], "unknown set of instructions 'avx1'"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(words, message, capsys):
@@ -442,26 +535,49 @@ def test_a_complete_environment_is_kept_and_a_torn_one_made_anew(tmp_path, monke
 
     monkeypatch.setattr(peer_environment, "_run", _run)
     monkeypatch.setattr(peer_environment, "require_space", lambda *_: None)
-    monkeypatch.setenv(peer_environment.VARIABLE, str(tmp_path / "peer"))
-    made = peer_environment.peer_environment(say=lambda _: None)
+    made = peer_environment.peer_environment("lerobot==0.4.4", tmp_path / "peer", say=lambda _: None)
     assert made.python == tmp_path / "peer" / "bin" / "python"
     assert any("lerobot[pusht]==0.4.4" in words for words in commands)
     assert (tmp_path / "peer/ffmpeg/libavutil.so.59").is_symlink()
     assert str(tmp_path / "peer/ffmpeg") in made.variables["LD_LIBRARY_PATH"]
     count = len(commands)
-    peer_environment.peer_environment(say=lambda _: None)
+    monkeypatch.setenv(peer_environment.VARIABLE, str(tmp_path / "peer"))
+    peer_environment.peer_environment("lerobot==0.4.4", say=lambda _: None)  # the variable may name it itself
     assert len(commands) == count
     (tmp_path / "peer" / "complete.json").unlink()
     (tmp_path / "peer" / "torn").touch()
-    peer_environment.peer_environment(say=lambda _: None)
+    peer_environment.peer_environment("lerobot==0.4.4", tmp_path / "peer", say=lambda _: None)
     assert len(commands) == 2 * count
     assert not (tmp_path / "peer" / "torn").exists()
+
+
+def test_each_peer_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(peer_environment.VARIABLE, str(tmp_path))
+    folders = [peer_environment.default_folder(name) for name in peer_environment.PEERS]
+    assert len(set(folders)) == len(folders)
+    assert tmp_path / "lerobot-0.6.1" in folders
+    assert all(folder.parent == tmp_path for folder in folders)
+
+
+def test_a_python_that_is_too_old_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert peer_environment._python((3, 11), "a") == sys.executable
+    broken = tmp_path / "python4.0"  # as pyenv's, where that version is not switched on
+    broken.write_text("#!/bin/sh\nexit 127\n")
+    broken.chmod(0o755)
+    with pytest.raises(InputError, match=r"lerobot needs Python 4\.0, and there is none: .*--peer"):
+        peer_environment._python((4, 0), "lerobot")
+    working = tmp_path / "python4.1"
+    working.write_text("#!/bin/sh\nexit 0\n")
+    working.chmod(0o755)
+    assert peer_environment._python((4, 0), "lerobot") == str(working)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(InputError, match="no Python environment"):
-        peer_environment.peer_environment(tmp_path, say=lambda _: None)
+        peer_environment.peer_environment("lerobot==0.4.4", tmp_path, say=lambda _: None)
     assert (tmp_path / "thesis.txt").exists()
 
 

@@ -25,7 +25,7 @@ from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 from safetensors.torch import load_file, save_file
-from serving import Say, Work, serve
+from serving import Say, Work, instructions, serve
 from torch import Tensor
 
 STATE, IMAGE, KEYPOINTS, ACTION = "observation.state", "observation.image", "observation.environment_state", "action"
@@ -53,6 +53,12 @@ def build(settings: dict[str, Any], folder: Path) -> DiffusionPolicy:
         noise_scheduler_type="DDIM",
         num_inference_steps=settings.get("steps", 10),
         prediction_type="sample",
+        # The defaults of 0.4.4, which are the paper's; later ones have others.
+        horizon=16,
+        n_action_steps=8,
+        use_group_norm=True,
+        use_separate_rgb_encoder_per_camera=False,
+        pretrained_backbone_weights=None,
         device="cpu",
         push_to_hub=False,
     )
@@ -308,10 +314,10 @@ def convert(data: Path, say: Say) -> Path:
     """The arrays in `data` as a LeRobotDataset beside them, made once."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    root = data / "lerobot"
+    root = data / f"lerobot-{metadata.version('lerobot')}"
     if root.exists():
         return root
-    partial = data / f".lerobot.{os.getpid()}.partial"
+    partial = data / f".{root.name}.{os.getpid()}.partial"
     images, state, action = (np.load(data / f"{name}.npy", mmap_mode="r") for name in ("image", "state", "action"))
     ends = np.load(data / "episode_ends.npy").tolist()
     features = {
@@ -320,7 +326,7 @@ def convert(data: Path, say: Say) -> Path:
         ACTION: {"dtype": "float32", "shape": (2,), "names": ["x", "y"]},
     }
     dataset = LeRobotDataset.create(
-        "local/benchmark", fps=FPS, features=features, root=partial, vcodec="h264", streaming_encoding=True
+        "local/benchmark", fps=FPS, features=features, root=partial, streaming_encoding=True, **_h264()
     )
     said = time.monotonic()
     for episode, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -336,11 +342,21 @@ def convert(data: Path, say: Say) -> Path:
     return root
 
 
+def _h264() -> dict[str, Any]:
+    """How `LeRobotDataset.create` is told to encode H.264."""
+    try:
+        from lerobot.configs.video import RGBEncoderConfig  # since 0.6
+    except ImportError:
+        return {"vcodec": "h264"}
+    return {"rgb_encoder": RGBEncoderConfig(vcodec="h264")}
+
+
 def about() -> dict[str, Any]:
-    """Versions, threads and device."""
+    """Versions, threads, device, and the instructions that torch may use."""
     names = ("lerobot", "torch", "torchvision", "diffusers", "torchcodec", "av", "numpy", "gym-pusht", "pymunk")
     versions = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **versions, "threads": torch.get_num_threads(), "device": "cpu"}
+    threads = {"threads": torch.get_num_threads(), "device": "cpu", "instructions": instructions()}
+    return {"python": platform.python_version(), **versions, **threads}
 
 
 if __name__ == "__main__":

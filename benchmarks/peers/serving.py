@@ -35,12 +35,14 @@ class Work:
     """One thing to measure, ready to be done again and again.
 
     least: calls of a turn below which its time says nothing. units: what a call counts for (samples of a batch), or 1
-    where its time is what counts. note: what a reader of the result should know.
+    where its time is what counts. note: what a reader of the result should know. clock: seconds; of the processor where
+    a single thread does all, so that other programs' turns on it do not count.
     """
 
     least = 1
     units = 1
     note = ""
+    clock = staticmethod(time.perf_counter)
 
     def outputs(self) -> dict[str, torch.Tensor]:
         """What is compared with the other side's before anything is timed, by name."""
@@ -52,10 +54,10 @@ class Work:
 
     def time(self, calls: int) -> float:
         """Seconds that `calls` calls take."""
-        began = time.perf_counter()
+        began = self.clock()
         for _ in range(calls):
             self.call()
-        return time.perf_counter() - began
+        return self.clock() - began
 
     def close(self) -> None:
         """Let go of what the garbage collector does not (processes, simulators)."""
@@ -116,6 +118,11 @@ class _Worker:
         gc.collect()
         if sys.platform == "linux":
             ctypes.CDLL(None).malloc_trim(0)  # gigabytes of weights, which the next row may need
+
+
+def instructions() -> str:
+    """The widest of the processor's vector instructions that torch uses in this process: avx512, avx2, …"""
+    return torch.backends.cpu.get_cpu_capability().lower()
 
 
 def _tell(answers: TextIO, answer: dict[str, Any]) -> None:
