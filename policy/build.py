@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import check_policy
 from action_diffusion.policy import normalizer as normalizer_module
 from action_diffusion.policy.estimator import PlanarPose
 from action_diffusion.policy.frames import ActionFrame
@@ -108,6 +109,7 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     for section in config:
         if section not in SECTIONS:
             raise unknown("section of the policy configuration", section, SECTIONS)
+    check_policy(config)
     features = build_features(config.get("features", {}), spec)
     sizes = {key: math.prod(value.shape) for key, value in spec.observations.items() if value.kind == "state"}
     sizes |= {key: cast(int, features[key].output_dim) for key in sizes if key in features}
@@ -132,16 +134,19 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     action_frame = build_action_frame(config.get("action_frame"), spec)
     if action_frame is not None and IN_FRAME not in spec.normalizer:
         raise InputError(f"no normaliser statistics for {IN_FRAME!r}, which policy.action_frame needs")
+    normalizer = Normalizer(spec.normalizer)
+    clips = config["sampler"].get("clip", "x0") is not None
+    demonstrated = normalizer.demonstrated("action" if action_frame is None else IN_FRAME) if clips else None
     return DiffusionPolicy(
         spec=spec,
         features=features,
         action_frame=action_frame,
         estimator=estimator,
-        normalizer=Normalizer(spec.normalizer),
+        normalizer=normalizer,
         encoder=encoder,
         denoiser=denoiser,
         process=process,
-        sampler=Sampler(process=process, **config["sampler"]),
+        sampler=Sampler(process=process, demonstrated=demonstrated, **config["sampler"]),
         **config["objective"],
     )
 
