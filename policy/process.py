@@ -237,8 +237,8 @@ class Diffusion:
         if uneven:  # diffusers rounds what the network is told, and then its levels are not those of the samples
             sigmas = scheduler.sigmas[: len(times)].double().numpy()
             times = np.interp(np.log(sigmas), self._log_sigmas, np.arange(len(self._log_sigmas)))
-        if not 0 <= times.min() <= times.max() <= self.num_train_timesteps - 1 or (np.diff(times) > 0).any():
-            raise _Levels(f"its steps leave the {self.num_train_timesteps} of training, or go back")
+        if not 0 <= times.min() <= times.max() <= self.num_train_timesteps - 1 or (np.diff(times) >= 0).any():
+            raise _Levels(f"its steps leave the {self.num_train_timesteps} of training, or stand still")
         return [self._step(index, time) for index, time in enumerate(times.tolist())]
 
     @property
@@ -248,7 +248,7 @@ class Diffusion:
     def _accepted(self) -> str:
         return (
             f"use timestep_spacing=trailing with num_inference_steps={_divisors(self.num_train_timesteps)}, "
-            "or scheduler=dpm_solver++ in any number of steps"
+            "or scheduler=dpm_solver++ with that spacing in any number of steps"
         )
 
 

@@ -250,8 +250,7 @@ def accepted(name: str, n: int, options: dict) -> bool:
     process = Flow(prediction="sample") if name == "flow" else Diffusion(prediction="sample")
     try:
         sampler = Sampler(process=process, scheduler=name, num_inference_steps=n, clip=None, **options)
-    except InputError as error:
-        assert "\n" not in str(error)
+    except InputError:
         return False
     steps, moves = sampler.steps, sampler.solver.moves
     assert len(steps) == n
@@ -273,13 +272,13 @@ def test_every_spacing_that_is_accepted_meets_its_levels(name):
         for n in (1, 2, 3, 4, 5, 7, 10, 16, 20, 33, 50, 60, 99, 100, 101)
         if accepted(name, n, {"timestep_spacing": spacing})
     }
-    assert {(None, 1), (None, 100)} <= taken
+    assert {(None, 1), (None, 10)} <= taken
     if name == "ddim":  # the two that were reported
         assert not {("linspace", 7), ("leading", 1)} & taken
         assert {("leading", 16), ("trailing", 20), ("linspace", 100)} <= taken
     if name == "dpm_solver++":
-        assert ("leading", 100) not in taken
-        assert ("trailing", 7) in taken
+        assert not {("leading", 100), ("linspace", 100)} & taken  # the second stood still once, and divided by that
+        assert all(("trailing", n) in taken for n in (1, 2, 3, 7, 33, 60, 99, 100))
 
 
 @pytest.mark.parametrize(("name", "option", "values"), VARIANTS)
