@@ -16,6 +16,8 @@ from action_diffusion.errors import InputError
 from action_diffusion.schema import Above, Between, ByName, FilePath, Matching, OneOf, Section, Sized, check
 from action_diffusion.training.settings import TrainSettings
 
+KINDS = ("state", "image")
+"""Of observations."""
 MOST_STEPS = 1024
 """Of a chunk, and of denoising: far beyond what robots use, and soon computed."""
 SEEDS = 4_000_000_000
@@ -274,7 +276,7 @@ class Observation:
     """`task.observations.KEY`: which column of the buffer, and as what."""
 
     source: str | None = None
-    kind: Annotated[str, OneOf("state", "image")] | None = None
+    kind: Annotated[str, OneOf(*KINDS)] | None = None
     unit: str | None = None
     columns: Columns | None = None
 
@@ -301,6 +303,9 @@ class Task:
     env: Environment | None = None
     observations: dict[str, Observation] | None = None
     estimates: dict[str, Observation] | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self.n_obs_steps, self.horizon, self.n_action_steps)
 
 
 # Commands.
@@ -343,6 +348,16 @@ class Train:
     train: TrainSettings
     policy: Policy
     evaluation: Evaluation
+    task: Task
+
+
+@dataclass(kw_only=True)
+class BundleConfig:
+    """What evaluation takes of a bundle's `config.yaml`, beside the policy: the data that it was trained on."""
+
+    data: FilePath
+    seed: Seed
+    dataset: Dataset
     task: Task
 
 
@@ -516,6 +531,17 @@ COMMANDS: dict[str, type] = {
     "deploy": Deploy,
     "serve": Serve,
 }
+
+
+def check_steps(n_obs_steps: int, horizon: int, n_action_steps: int) -> None:
+    """`InputError` for a chunk that cannot be, or that is over before what is to be executed of it."""
+    for name, value in {"n_obs_steps": n_obs_steps, "horizon": horizon, "n_action_steps": n_action_steps}.items():
+        check(value, Steps, name)
+    if n_obs_steps - 1 + n_action_steps > horizon:
+        raise InputError(
+            f"n_action_steps={n_action_steps} does not fit: a chunk of horizon={horizon} that begins "
+            f"{n_obs_steps - 1} steps before now has {horizon - n_obs_steps + 1} left to execute"
+        )
 
 
 def check_policy(config: Any) -> None:
