@@ -5,6 +5,7 @@ words ─▶ form and quotes ─▶ groups (task=…) composed ─▶ names and 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,26 +70,33 @@ def override(name: str, config: Mapping[str, Any], overrides: Sequence[str], whe
     parsed = [_parse(name, word) for word in overrides]
     base = dict(_items(config))
     try:
-        result = OmegaConf.create(dict(config))
-        for one in parsed:
-            if one.key_or_group in GROUPS.get(name, ()):
-                raise InputError(f"{one.input_line}: the parts that it began with are in {where}, and it keeps them")
-            if one.is_sweep_override():
-                raise InputError(f"{one.input_line}: give one value")
-            _check_value(name, one.key_or_group, one.value(), base)
-            OmegaConf.update(result, one.key_or_group, one.value(), force_add=True)
-        given = {one.key_or_group for one in parsed}
-        for budget in BUDGETS:
-            if given & set(BUDGETS) and budget not in given:
-                OmegaConf.update(result, budget, None)
-        data = _plain(result, resolve=True)
-    except OmegaConfBaseException as error:
-        raise InputError(_one_line(error)) from None
-    try:
-        check(data, COMMANDS[name])
+        check(config, COMMANDS[name])
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+    data = copy.deepcopy(dict(config))
+    for one in parsed:
+        key, value = one.key_or_group, None if one.is_sweep_override() else one.value()
+        if key in GROUPS.get(name, ()):
+            raise InputError(f"{one.input_line}: the parts that it began with are in {where}, and it keeps them")
+        if one.is_sweep_override() or "${" in str(value):
+            raise InputError(f"{one.input_line}: give one value, and as it is")
+        _check_value(name, key, value, base)
+        _put(data, key, value)
+    given = {one.key_or_group for one in parsed}
+    for budget in BUDGETS if given & set(BUDGETS) else ():
+        if budget not in given:
+            _put(data, budget, None)
+    check(data, COMMANDS[name])
     return data
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        data = data[section]
+        if not isinstance(data, dict):
+            raise InputError(f"{key}: {section} is no section")
+    data[last] = value
 
 
 def choices(group: str) -> list[str]:
@@ -138,8 +146,11 @@ def _checked(name: str, parsed: Sequence[Override], search: list[str], folder: P
         if override in groups:
             continue
         key, line = override.key_or_group, override.input_line or ""
+        value = None if override.is_sweep_override() else override.value()
         if not override.is_sweep_override():
-            _check_value(name, key, override.value(), base)
+            _check_value(name, key, value, base)
+        if isinstance(value, Mapping) and "name" in value and key in base:
+            result.append(f"{key}=null")  # another component, of whose options none stays
         result.append(line if key in base else f"++{line}")
     given = {override.key_or_group for override in parsed}
     if given & set(BUDGETS):

@@ -1,4 +1,4 @@
-"""The readable files of a bundle, `config.yaml` and `spec.json`, without torch: what is wrong is said before it loads."""
+"""The readable files of a bundle, `config.yaml` and `spec.json`, without torch: what is wrong is said at once."""
 
 from __future__ import annotations
 
