@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from action_diffusion import __version__, memory
+from action_diffusion import __version__, memory, preflight
 from action_diffusion.errors import InputError, unknown
 
 MAIN_HELP = """\
@@ -186,6 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"error: not enough memory: {error or 'it is all taken'}", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -226,11 +229,10 @@ def _fill(text: str) -> str:
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
     # The configuration is read before torch is imported: a misspelt option is refused in half a second.
-    from action_diffusion.configuration import load
-    from action_diffusion.training.resuming import recall, remember
+    from action_diffusion.training.resuming import configured
 
-    overrides, config_dir = recall(overrides, config_dir)
-    config = remember(load("train", overrides, config_dir), overrides, config_dir)
+    config = configured(overrides, config_dir)
+    preflight.train(config)
     from action_diffusion.training.run import train
     from action_diffusion.training.trainer import Interrupted
 
@@ -252,6 +254,7 @@ def _evaluate(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("evaluate", overrides, config_dir)
+    preflight.evaluate(config)
     from action_diffusion.training.evaluate import run
 
     for results, folder in run(config):
@@ -263,6 +266,7 @@ def _collect(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("collect", overrides, config_dir)
+    preflight.collect(config)
     modules = {"teleop": "deploy.teleop.collecting", "corrections": "deploy.corrections"}
     expert = "envs.collect" if config["robot"] is None else "deploy.demonstrating"
     module = importlib.import_module(f"action_diffusion.{modules.get(config['agent'], expert)}")
@@ -275,6 +279,7 @@ def _deploy(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("deploy", overrides, config_dir)
+    preflight.deploy(config)
     if config["calibrate"]:
         from action_diffusion.deploy import calibrate_command
 
@@ -292,6 +297,7 @@ def _serve(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("serve", overrides, config_dir)
+    preflight.serve(config)
     from action_diffusion.deploy.serve import run
 
     return run(config)

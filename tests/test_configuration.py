@@ -196,8 +196,8 @@ def test_values_of_the_right_type_pass():
 
 
 def test_options_of_components_need_not_stand_in_a_file():
-    config = load("train", ["policy.encoder.crop=[84,84]", "policy.sampler.eta=0.5", "policy.features.state.name=x"])
-    assert config["policy"]["encoder"] == {"name": "observation", "crop": [84, 84]}
+    config = load("train", ["policy.encoder.crop=[84,84]", "policy.sampler.eta=0.5", "policy.encoder.share=true"])
+    assert config["policy"]["encoder"] == {"name": "observation", "crop": [84, 84], "share": True}
     assert config["policy"]["sampler"]["eta"] == 0.5
     assert load("evaluate", ["bundle=x", "sampler.eta=0.5"])["sampler"]["eta"] == 0.5
 
