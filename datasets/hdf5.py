@@ -1,0 +1,215 @@
+"""HDF5 files of anybody: nothing outside the file is read, and nothing is taken to be as large as it says it is.
+
+An HDF5 file can name other files (links, external storage, virtual datasets) and programs (filters, which the library
+loads by their number), and can claim 10^12 rows in a hundred bytes. Whoever walks through a file by `members` and
+`walk`, and counts what it will read by a `Budget`, has refused all of that before the first value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from action_diffusion.datasets.store import reading
+from action_diffusion.errors import InputError
+
+FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
+"""By HDF5's numbers: those that come with the library."""
+DENSEST = 1032
+"""Bytes that gzip makes of one, at most."""
+UNWRITTEN_BYTES = 256 << 20
+"""What a file may claim beyond that: rows that were never written take no room in it."""
+AT_ONCE_BYTES = 1 << 30
+"""The most for a row, and for a chunk, which HDF5 unpacks as a whole."""
+ATTRIBUTE_BYTES = 16 << 20
+ATTRIBUTES_BYTES = 1 << 30
+"""The most for one attribute, and for all of a file."""
+FEW_TEXTS = 16
+NAME_BYTES = 200
+
+
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[Any]:
+    """The file, an `h5py.File` for reading. Raises `InputError` where it is missing, truncated or no HDF5."""
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(f"{path}: HDF5 files need h5py: pip install 'action-diffusion[robomimic]'") from None
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with reading_hdf5(str(path)):
+        file = h5py.File(path, "r")
+    with file:
+        yield file
+
+
+@contextmanager
+def reading_hdf5(what: str) -> Iterator[None]:
+    """Turns whatever a damaged file makes HDF5 raise into one `InputError`."""
+    try:
+        with reading(what):
+            yield
+    except MemoryError:
+        raise InputError(f"{what} needs more memory than there is, or is damaged") from None
+    except IndexError as error:
+        raise InputError(f"{what} cannot be read, the file is damaged or unsupported: {error}") from error
+
+
+def members(group: Any, where: str, linked: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """What lies in a group, by name: groups and datasets.
+
+    linked: names of files of our own making that external links may lead to. Raises `InputError` for every other link,
+    for a dataset whose values lie elsewhere or need another filter, and for a name that no file could have.
+    """
+    import h5py
+
+    for name in group:
+        check_name(name, where)
+        place = f"{where}/{name}"
+        link = group.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink) and getattr(link, "filename", None) not in linked:
+            target = " in ".join(filter(None, (link.path, getattr(link, "filename", ""))))
+            raise InputError(f"{place} is a link to {target}; links are not followed: put the data itself there")
+        item = group[name]
+        if isinstance(item, h5py.Dataset):
+            _check_storage(item, place)
+        if isinstance(item, h5py.Dataset | h5py.Group):
+            yield name, item
+
+
+def member(group: Any, name: str, where: str) -> Any:
+    """The one of `members` with this name; None where there is none."""
+    return dict(members(group, where)).get(name)
+
+
+def walk(group: Any, where: str, linked: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Every dataset under a group by its path. Raises `InputError` as `members`, and for a group with two names."""
+    seen = {group}
+
+    def below(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, item in members(group, f"{where}/{prefix}".rstrip("/"), linked):
+            if not hasattr(item, "keys"):
+                yield f"{prefix}{name}", item
+                continue
+            if item in seen:
+                raise InputError(f"{where}/{prefix}{name} is the same group as another: keep one of them")
+            seen.add(item)
+            yield from below(item, f"{prefix}{name}/")
+
+    yield from below(group, "")
+
+
+def check_name(name: str, where: str) -> None:
+    """Names become names of files: raises `InputError` for those that could lead elsewhere, or be none."""
+    printable = name.isprintable() and not set(name) & set("/\\")
+    if not printable or name in ("", ".", "..") or len(name.encode(errors="replace")) > NAME_BYTES:
+        raise InputError(f"{where} holds {name[:60]!r}, which is no name for data: rename it")
+
+
+def _check_storage(dataset: Any, place: str) -> None:
+    if dataset.is_virtual or dataset.external:
+        raise InputError(f"{place} has its values in another file: files that name others are not read: copy them in")
+    plist = dataset.id.get_create_plist()
+    numbers = (plist.get_filter(index)[0] for index in range(plist.get_nfilters()))
+    strange = [number for number in numbers if number not in FILTERS]
+    if strange:
+        known = ", ".join(FILTERS.values())
+        raise InputError(f"{place} needs HDF5's filter {strange[0]}; {known} are read: h5repack -f GZIP=1 makes it so")
+
+
+def dtype_of(dataset: Any) -> np.dtype | None:
+    """Its type, in this machine's byte order; None where numpy has none."""
+    try:
+        dtype: np.dtype = dataset.dtype.newbyteorder("=")
+    except (TypeError, ValueError):
+        return None
+    return dtype
+
+
+class Budget:
+    """Adds up what a file claims to hold, before any of it is read. size: of the file, bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.limit = DENSEST * size + UNWRITTEN_BYTES
+        self._claimed = self._stored = self._attributes = 0
+
+    def add(self, dataset: Any, place: str) -> None:
+        """A dataset. Raises `InputError` for more than the file can hold, and for more at once than memory has."""
+        self._stored += dataset.id.get_storage_size()
+        if self._stored > self.size:
+            raise InputError(f"{place}: with it the file claims more bytes than it has: is something there twice?")
+        self.claim(dataset.shape, dataset.dtype.itemsize, place)
+        _check_at_once(math.prod(dataset.chunks or (0,)) * dataset.dtype.itemsize, "chunk", place)
+
+    def claim(self, shape: tuple[int, ...], itemsize: int, place: str) -> None:
+        """As `add`, for an array of that shape."""
+        self._claimed += math.prod(shape) * itemsize
+        if self._claimed > self.limit:
+            raise InputError(
+                f"{place}, {list(shape)}: with it the file claims {self._claimed:,} bytes, more than the "
+                f"{self.limit:,} that its {self.size:,} can hold (gzip makes {DENSEST} of one at most)"
+            )
+        _check_at_once(math.prod(shape[1:]) * itemsize, "row", place)
+
+    def attributes(self, item: Any, where: str) -> tuple[dict[str, Any], list[str]]:
+        """(attributes that are texts or numbers, names of the others). Raises `InputError` for too much of them."""
+        kept, others = dict[str, Any](), []
+        for name in item.attrs:
+            place = f"{where}: attribute {name!r:.60}"
+            with reading_hdf5(place):
+                value = self._attribute(item.attrs, name, place)
+            if value is None:
+                others.append(name)
+            else:
+                kept[name] = value
+        return kept, others
+
+    def _attribute(self, attrs: Any, name: str, place: str) -> Any:
+        """A text, a list of texts or numbers; None for what is neither."""
+        found = attrs.get_id(name)
+        try:
+            dtype, count = found.dtype, math.prod(found.shape)
+        except TypeError:  # numpy has no such type
+            return None
+        if count * dtype.itemsize > ATTRIBUTE_BYTES:
+            raise InputError(f"{place} claims {count * dtype.itemsize:,} bytes, {ATTRIBUTE_BYTES:,} are the most")
+        many = dtype.kind == "O" and count > FEW_TEXTS and count * self.size > ATTRIBUTES_BYTES
+        if dtype.kind not in "biufSUO" or many:  # each of many texts may be the same long one
+            return None
+        value = attrs[name]
+        if isinstance(value, str | bytes):
+            text = value.decode() if isinstance(value, bytes) else value
+            self._count(len(text), place)
+            return text
+        array = np.asarray(value)
+        if array.dtype.kind in "biuf":
+            self._count(array.nbytes, place)
+            return value
+        texts = [item.decode() if isinstance(item, bytes) else item for item in array.ravel().tolist()]
+        if array.ndim != 1 or not all(isinstance(text, str) for text in texts):
+            return None
+        self._count(sum(map(len, texts)), place)
+        return texts
+
+    def _count(self, n_bytes: int, place: str) -> None:
+        self._attributes += n_bytes
+        if n_bytes > ATTRIBUTE_BYTES or self._attributes > ATTRIBUTES_BYTES:
+            raise InputError(
+                f"{place}: attributes may have {ATTRIBUTE_BYTES:,} bytes each and {ATTRIBUTES_BYTES:,} together"
+            )
+
+
+def _check_at_once(n_bytes: int, what: str, place: str) -> None:
+    if n_bytes < AT_ONCE_BYTES >> 4:
+        return
+    from action_diffusion.datasets.memory import free_memory  # which imports torch: only where it matters
+
+    most = min(AT_ONCE_BYTES, free_memory() // 3)
+    if n_bytes > most:
+        raise InputError(f"{place}: a {what} of {n_bytes:,} bytes; {most:,} are the most that memory has room for here")
