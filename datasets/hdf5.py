@@ -26,11 +26,14 @@ UNWRITTEN_BYTES = 256 << 20
 """What a file may claim beyond that: rows that were never written take no room in it."""
 AT_ONCE_BYTES = 1 << 30
 """The most for a row, and for a chunk, which HDF5 unpacks as a whole."""
+MOST_CHUNKS, SMALL_CHUNK_BYTES = 1 << 20, 256
+"""More chunks than that must not be small: HDF5 takes some hundred bytes for each that it reads. A row: a 16th."""
 ATTRIBUTE_BYTES = 16 << 20
 ATTRIBUTES_BYTES = 1 << 30
 """The most for one attribute, and for all of a file."""
 FEW_TEXTS = 16
 NAME_BYTES = 200
+MOST_LEVELS = 32
 
 
 @contextmanager
@@ -96,6 +99,8 @@ def walk(group: Any, where: str, linked: Collection[str] = ()) -> Iterator[tuple
             if not hasattr(item, "keys"):
                 yield f"{prefix}{name}", item
                 continue
+            if prefix.count("/") >= MOST_LEVELS:
+                raise InputError(f"{where}/{prefix:.60}…: groups more than {MOST_LEVELS} deep")
             if item in seen:
                 raise InputError(f"{where}/{prefix}{name} is the same group as another: keep one of them")
             seen.add(item)
@@ -131,6 +136,19 @@ def dtype_of(dataset: Any) -> np.dtype | None:
     return dtype
 
 
+def unwritten(dataset: Any) -> bool:
+    """Whether some of its values were never written, so that HDF5 makes them up: its fill value."""
+    if dataset.size == 0:
+        return False
+    if dataset.chunks is None:
+        return int(dataset.id.get_storage_size()) == 0
+    return int(dataset.id.get_num_chunks()) < math.prod(_chunk_grid(dataset))
+
+
+def _chunk_grid(dataset: Any) -> list[int]:
+    return [-(-length // size) for length, size in zip(dataset.shape, dataset.chunks, strict=True)]
+
+
 class Budget:
     """Adds up what a file claims to hold, before any of it is read. size: of the file, bytes."""
 
@@ -145,7 +163,15 @@ class Budget:
         if self._stored > self.size:
             raise InputError(f"{place}: with it the file claims more bytes than it has: is something there twice?")
         self.claim(dataset.shape, dataset.dtype.itemsize, place)
-        _check_at_once(math.prod(dataset.chunks or (0,)) * dataset.dtype.itemsize, "chunk", place)
+        if dataset.chunks is not None:
+            n_bytes, grid = math.prod(dataset.chunks) * dataset.dtype.itemsize, _chunk_grid(dataset)
+            _check_at_once(n_bytes, "chunk", place)
+            if math.prod(grid[1:]) > MOST_CHUNKS >> 4 or (
+                math.prod(grid) > MOST_CHUNKS and n_bytes < SMALL_CHUNK_BYTES
+            ):
+                raise InputError(
+                    f"{place} is cut into {math.prod(grid):,} chunks of {n_bytes:,} bytes: make them larger"
+                )
 
     def claim(self, shape: tuple[int, ...], itemsize: int, place: str) -> None:
         """As `add`, for an array of that shape."""
@@ -206,10 +232,10 @@ class Budget:
 
 
 def _check_at_once(n_bytes: int, what: str, place: str) -> None:
-    if n_bytes < AT_ONCE_BYTES >> 4:
-        return
-    from action_diffusion.datasets.memory import free_memory  # which imports torch: only where it matters
+    most = AT_ONCE_BYTES
+    if AT_ONCE_BYTES >> 4 < n_bytes <= AT_ONCE_BYTES:
+        from action_diffusion.datasets.memory import free_memory  # which imports torch: only where it matters
 
-    most = min(AT_ONCE_BYTES, free_memory() // 3)
+        most = free_memory() // 3
     if n_bytes > most:
         raise InputError(f"{place}: a {what} of {n_bytes:,} bytes; {most:,} are the most that memory has room for here")

@@ -26,7 +26,7 @@ import numpy as np
 
 from action_diffusion.datasets.demos import DEMO, Packer
 from action_diffusion.datasets.encoded_images import decoded, image_shape
-from action_diffusion.datasets.hdf5 import Budget, check_name, dtype_of, walk
+from action_diffusion.datasets.hdf5 import Budget, check_name, dtype_of, unwritten, walk
 from action_diffusion.errors import InputError
 
 PLACES = {"action": "actions", "reward": "rewards", "done": "dones"}
@@ -60,12 +60,16 @@ class Stored(NamedTuple):
 
 @dataclass
 class Demo:
-    """What one demo holds. numbers: path → its rows, and what each is; others: path → why it is no column."""
+    """What one demo holds. numbers: path → its rows, and what each is; others: path → why it is no column.
+
+    made_up: paths with rows that were never written, so that they are HDF5's fill value.
+    """
 
     where: str
     n_samples: int | None = None
     numbers: dict[str, tuple[int, Stored]] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
+    made_up: set[str] = field(default_factory=set)
     task: str | None = None
 
     @property
@@ -75,6 +79,8 @@ class Demo:
         if not names:
             why = next((f" ({name}: {self.others[name]})" for name in ("actions", "action") if name in self.others), "")
             raise InputError(f"{self.where} has no actions{why}")
+        if names[0] in self.made_up:
+            raise InputError(f"{self.where}/{names[0]} has rows that were never written: cut off, or too long?")
         return self.numbers[names[0]][0]
 
 
@@ -111,6 +117,7 @@ def survey(group: Any, where: str, budget: Budget, linked: Iterable[str] = ()) -
         elif dtype.kind in "biuf" and dtype.itemsize <= 8:
             if not is_next:
                 demo.numbers[path] = item.shape[0] if item.ndim else 0, Stored(path, item.shape[1:], dtype)
+                demo.made_up |= {path} if unwritten(item) else set()
         elif is_text(item):
             words = _one_text(item) if demo.task is None and path.rpartition("/")[2] in TASK_WORDS else None
             demo.task = demo.task or words
@@ -167,6 +174,8 @@ def columns_of(demos: Sequence[Demo], first: str) -> Columns:
             left_out[path] = why
         elif any(count == length + 1 for count, length in rows):
             left_out[f"{path}[-1]"] = "the row after the last action"
+        if why is None and any(path in demo.made_up for demo in demos):
+            left_out[f"rows of {path}"] = "never written: they are the file's fill value"
     stored: dict[str, Stored] = {}
     for demo, length in zip(demos, lengths, strict=True):
         _check_lengths(demo, length, left_out)
@@ -181,12 +190,14 @@ def _why_no_column(path: str, rows: list[tuple[int, int]]) -> str | None:
     if path in NAMES:
         return None
     telling = [(count, length) for count, length in rows if length > 1]
-    if not telling or any(count in _allowed(path, length) for count, length in telling):
+    fitting = [count in _allowed(path, length) for count, length in telling]
+    if all(fitting):
         return None
-    if all(count <= 1 for count, _ in telling):
+    counts, lengths = ({row[part] for row in telling} for part in (0, 1))
+    if max(counts) <= 1:
         return "one value a demo"
-    constant = len(telling) > 1 and len({count for count, _ in telling}) == 1
-    if constant or not (is_observation(path) or path == "states"):
+    same_in_all = len(counts) == 1 and (len(lengths) > 1 or 2 * max(counts) < max(lengths))
+    if same_in_all or not (any(fitting) or is_observation(path) or path == "states"):
         return "not one row a step"
     return None
 
@@ -217,7 +228,7 @@ def _named(demo: Demo, left_out: Mapping[str, str]) -> dict[str, Stored]:
         column = _column(path)
         check_name(column, demo.where)
         if column.startswith(".") or column in _RESERVED or column in columns:
-            taken = columns[column].path if column in columns else "the number of the demo"
+            taken = columns[column].path if column in columns else _RESERVED.get(column, "no name for one")
             raise InputError(f"{demo.where}/{path} would become column {column}, which is {taken}: rename it")
         if 0 in stored.shape:
             raise InputError(f"{demo.where}/{path} has no values: its shape is {[demo.length, *stored.shape]}")

@@ -118,9 +118,8 @@ def describe(path: Path, linked: Collection[str] = ()) -> Layout:
 
 def _demos(data: Any, path: Path, group: str, linked: Collection[str], left_out: dict[str, str]) -> list[str]:
     """Names of the demos, in the order of their numbers."""
-    groups = {}
-    if hasattr(data, "keys"):
-        groups = {name: item for name, item in members(data, f"{path}: {group}", linked) if hasattr(item, "keys")}
+    items = dict(members(data, f"{path}: {group}".rstrip(": /"), linked)) if hasattr(data, "keys") else {}
+    groups = {name: item for name, item in items.items() if hasattr(item, "keys")}
     found = {name: match for name in groups if (match := _NAME.fullmatch(name))}
     odd = [name for name in groups if name not in found and {"actions", "action"} & set(groups[name])]
     prefixes = sorted({match[1] for match in found.values()})
@@ -129,7 +128,7 @@ def _demos(data: Any, path: Path, group: str, linked: Collection[str], left_out:
         if not odd and prefixes:
             problem = f"holds both {prefixes[0]}_<number> and {prefixes[1]}_<number>"
         raise InputError(f"{path}: unknown layout ({problem}): {_LAYOUTS}")
-    left_out.update({name: "no demo" for name in groups if name not in found})
+    left_out.update({f"{group}{name}": "no demo" for name in items if name not in found and name != "mask"})
     return sorted(found, key=lambda name: (int(found[name][2]), name))
 
 

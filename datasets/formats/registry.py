@@ -88,9 +88,9 @@ def _is_aloha(path: Path) -> bool:
 
 
 _CONTENT: dict[str, Callable[[Path], bool]] = {
+    "lerobot": _is_lerobot,
     "aloha": _is_aloha,
     "robomimic": lambda path: path.is_file() and _begins(path, _HDF5),
-    "lerobot": _is_lerobot,
     "folder": _is_folder,
     "zarr": _is_zarr,
 }
