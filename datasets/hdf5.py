@@ -7,10 +7,16 @@ loads by their number), and can claim 10^12 rows in a hundred bytes. Whoever wal
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import selectors
+import subprocess
+import sys
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
 import numpy as np
@@ -34,6 +40,8 @@ ATTRIBUTES_BYTES = 1 << 30
 FEW_TEXTS = 16
 NAME_BYTES = 200
 MOST_LEVELS = 32
+STALL_S = 30
+"""As long as opening one thing in a file may take."""
 
 
 @contextmanager
@@ -49,6 +57,39 @@ def open_hdf5(path: Path) -> Iterator[Any]:
         file = h5py.File(path, "r")
     with file:
         yield file
+
+
+def check_sound(*paths: Path) -> None:
+    """Raises `InputError` for files that HDF5's library crashes or hangs on. Nothing is opened by this process.
+
+    Another one opens all that is in them: `hdf5_probe`. What it found sound is not asked again until it changes.
+    """
+    stats = [(path, path.stat()) for path in paths if path.is_file()]
+    if stats:
+        _probe(tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+
+@functools.lru_cache
+def _probe(files: tuple[tuple[str, int, int], ...]) -> None:
+    program = [sys.executable, "-P", str(Path(__file__).with_name("hdf5_probe.py"))]
+    with (
+        subprocess.Popen(program, stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as probe,
+        selectors.DefaultSelector() as wait,
+    ):
+        assert probe.stdin is not None
+        assert probe.stdout is not None
+        with suppress(BrokenPipeError):  # it ended: h5py is missing, say
+            probe.stdin.write(b"\0".join(os.fsencode(path) for path, *_ in files))
+            probe.stdin.close()
+        wait.register(probe.stdout, selectors.EVENT_READ)
+        while alive := wait.select(STALL_S):
+            if not os.read(probe.stdout.fileno(), 1 << 16):
+                break
+        if not alive:
+            probe.kill()
+    if probe.returncode < 0:
+        problem = "crashes" if alive else f"says nothing for {STALL_S} s"
+        raise InputError(f"{files[0][0]}: HDF5's library {problem} when it looks at it: the file is damaged")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.demos import TASK_INDEX
-from action_diffusion.datasets.hdf5 import NAME_BYTES, Budget, members, open_hdf5, reading_hdf5, walk
+from action_diffusion.datasets.hdf5 import NAME_BYTES, Budget, check_sound, members, open_hdf5, reading_hdf5, walk
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.robomimic_demo import (
     Attributes,
@@ -74,6 +74,7 @@ def describe(path: Path, linked: Collection[str] = ()) -> Layout:
     linked: files beside it, of our own making, that its links may lead to. Raises `InputError` for another layout, an
     unreadable `env_args`, what `hdf5` and `robomimic_demo` refuse, and masks that name other demos.
     """
+    check_sound(path)
     with open_hdf5(path) as file, reading_hdf5(str(path)):
         budget = Budget(sum((path.parent / name).stat().st_size for name in (path.name, *linked)))
         root = dict(members(file, str(path), linked))

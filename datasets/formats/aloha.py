@@ -20,7 +20,7 @@ from action_diffusion.datasets.demos import TASK_INDEX
 from action_diffusion.datasets.formats.columns import Piece, PiecewiseColumn, check_rows
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal
-from action_diffusion.datasets.hdf5 import Budget, members, open_hdf5, reading_hdf5
+from action_diffusion.datasets.hdf5 import Budget, check_sound, members, open_hdf5, reading_hdf5
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.robomimic_demo import (
@@ -45,6 +45,7 @@ def is_aloha(path: Path) -> bool:
     """Whether `path` is a folder with HDF5 files in it, or an HDF5 file whose root holds the actions."""
     if path.is_dir():
         return any(file.suffix in SUFFIXES for file in path.iterdir())
+    check_sound(path)
     with open_hdf5(path) as file, reading_hdf5(str(path)):
         return any(name in NAMES and not hasattr(item, "keys") for name, item in members(file, str(path)))
 
@@ -52,6 +53,7 @@ def is_aloha(path: Path) -> bool:
 def opened(path: Path) -> Opened:
     """Raises `InputError` for links, and where episodes do not hold the same."""
     files = _files(path)
+    check_sound(*files)
     kept, demos = Attributes(path), []
     with progress(f"reading what is in {path.name}", len(files)) as advance:
         for file in files:

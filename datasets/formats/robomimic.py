@@ -30,7 +30,7 @@ from action_diffusion.datasets.formats.columns import (
 )
 from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Settings, kept, restored
 from action_diffusion.datasets.formats.journal import Journal
-from action_diffusion.datasets.hdf5 import member, open_hdf5, reading_hdf5
+from action_diffusion.datasets.hdf5 import check_sound, member, open_hdf5, reading_hdf5
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.robomimic_demo import PLACES, Stored, is_text, read_rows, said
@@ -45,6 +45,7 @@ ENV_ARGS = {"env_name": "unknown", "type": _GYM, "env_kwargs": {}}
 
 def is_ours(path: Path) -> bool:
     """Whether the file was written here, from a buffer that robomimic's own layout cannot describe."""
+    check_sound(path)
     with open_hdf5(path) as file, reading_hdf5(str(path)):
         return member(file, MARK, str(path)) is not None
 
