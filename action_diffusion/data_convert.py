@@ -97,11 +97,14 @@ def _from_hdf5(source: Path, output: Path, to: str, observations: str | None, wo
     if to != "zarr":
         raise InputError(f"out={output}: HDF5 becomes a replay buffer first: out=NAME.zarr, and that becomes {to}")
     from action_diffusion.datasets.robomimic import convert, default_workers
-    from action_diffusion.datasets.robomimic_file import describe
+    from action_diffusion.datasets.robomimic_file import ROBOSUITE_TYPE, describe
     from action_diffusion.datasets.robosuite_states import SimulatorObserver, state_keys, with_render_settings
 
     layout, observer = describe(source), None
-    if observations is not None or not layout.has_observations:
+    simulated = "env_name" in layout.env_args and layout.env_args.get("type") == ROBOSUITE_TYPE
+    if observations is not None or (simulated and not layout.has_observations):
+        if not simulated:
+            raise InputError(f"observations= has robosuite render its states, and {source} does not name it")
         layout = with_render_settings(layout)
         keys = observations.split(",") if observations is not None else state_keys(layout.env_args)
         observer = SimulatorObserver(layout.env_args, tuple(keys))
