@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -70,7 +71,7 @@ def restored(stored: Mapping[str, Column], notes: Any, where: str) -> tuple[dict
         for key, note in notes["columns"].items():
             row, dtype = tuple(int(length) for length in note["shape"]), np.dtype(note["dtype"])
             column = left.pop(note["name"])
-            if np.prod(row) != np.prod(column.shape[1:]) or dtype.kind not in "biuf":
+            if min(row, default=0) < 0 or math.prod(row) != math.prod(column.shape[1:]) or dtype.kind not in "biuf":
                 raise ValueError(f"{key} is {dtype} {list(row)}, the file has {list(column.shape[1:])}")
             columns[key] = as_stored(column, row, dtype, f"{where}: {key}")
         return {**columns, **{key: column for key, column in left.items() if key not in columns}}, dict(notes["attrs"])

@@ -53,9 +53,12 @@ def decoded(content: bytes, expected: Picture, where: str, *, colours: bool) -> 
 
 
 def _opened(content: bytes, where: str) -> Any:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    image = Image.open(BytesIO(content), formats=_FORMATS)
+    try:
+        image = Image.open(BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise InputError(f"{where}: holds no picture in {', '.join(_FORMATS)}") from None
     if image.width * image.height > MOST_PIXELS or getattr(image, "n_frames", 1) > 1:
         raise InputError(
             f"{where}: {image.width} x {image.height} pixels, or several pictures: expected one, of a camera"

@@ -27,7 +27,8 @@ _FIELDS = {
     (V30, "data_path"): {"chunk_index", "file_index"},
     (V30, "video_path"): {"chunk_index", "file_index", "video_key"},
 }
-HIGHEST_RATE = 1e4
+_HIGHEST_RATE = 1e4
+_LONGEST = 200
 
 
 class Feature(NamedTuple):
@@ -119,8 +120,8 @@ def _rate(file: Path, found: object) -> float:
         rate = math.nan if isinstance(found, bool) else float(found)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         rate = math.nan
-    if not 0 < rate <= HIGHEST_RATE:
-        raise InputError(f"{file}: fps is {_short(found)}, expected frames a second above 0, at most {HIGHEST_RATE:g}")
+    if not 0 < rate <= _HIGHEST_RATE:
+        raise InputError(f"{file}: fps is {_short(found)}, expected frames a second above 0, at most {_HIGHEST_RATE:g}")
     return rate
 
 
@@ -129,12 +130,14 @@ def _features(file: Path, found: object) -> dict[str, Feature]:
         raise InputError(f"{file}: expected features, each with dtype and shape")
     features = {}
     for name, feature in found.items():
+        if not 0 < len(name) <= _LONGEST or not name.isprintable():
+            raise InputError(f"{file}: {_short(name)} is no name of a feature")
         shape = feature.get("shape") if isinstance(feature, dict) else None
         if not isinstance(shape, list) or not all(_is_whole(length) and length >= 0 for length in shape):
             raise InputError(f"{file}: feature {_short(name)} must have a dtype and a shape of whole numbers")
         if not isinstance(feature.get("dtype"), str):
             raise InputError(f"{file}: feature {_short(name)} must have a dtype, such as float32")
-        features[str(name)] = Feature(feature["dtype"], tuple(shape))
+        features[name] = Feature(feature["dtype"], tuple(shape))
     return features
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from action_diffusion.datasets.formats.columns import PiecewiseColumn
 from action_diffusion.datasets.formats.lerobot_episodes import Files, by_number, routes
@@ -24,7 +25,7 @@ def camera(info: Info, files: Files, name: str, feature: Feature) -> PiecewiseCo
             advance(1)
     parts = _parts(files, name, places, videos)
     for part, episode in zip(parts, files.episodes, strict=True):
-        start = float(episode.get(f"videos/{name}/from_timestamp", part.first / info.rate))
+        start = _start(episode, name, part.first / info.rate)
         check_times(videos[part.path], part, start, info.rate, episode["episode_index"])
     kinds = {video.kind: file for file, video in videos.items()}
     if len(kinds) > 1:
@@ -67,9 +68,7 @@ def _counted(info: Info, files: Files, name: str) -> list[Path]:
 
 def _parts(files: Files, name: str, places: list[Path], videos: dict[Path, VideoInfo]) -> list[Part]:
     """The frames of each episode: those of a file are counted through in the order of their times."""
-    starts = [
-        float(episode.get(f"videos/{name}/from_timestamp", index)) for index, episode in enumerate(files.episodes)
-    ]
+    starts = [_start(episode, name, index) for index, episode in enumerate(files.episodes)]
     parts, taken = dict[int, Part](), dict.fromkeys(videos, 0)
     for index in sorted(range(len(places)), key=starts.__getitem__):
         file, length = places[index], int(files.lengths[index])
@@ -79,3 +78,11 @@ def _parts(files: Files, name: str, places: list[Path], videos: dict[Path, Video
         if videos[file].frames != rows:
             raise InputError(f"{file}: {videos[file].frames} frames, but its episodes have {rows} rows")
     return [parts[index] for index in range(len(places))]
+
+
+def _start(episode: dict[str, Any], name: str, default: float) -> float:
+    """When an episode begins in its video, s; `default` where the meta data does not say."""
+    start = episode.get(f"videos/{name}/from_timestamp", default)
+    if not isinstance(start, int | float):
+        raise InputError(f"episode {episode['episode_index']}: from_timestamp of {name} is {start!r}, expected seconds")
+    return start

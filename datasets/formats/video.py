@@ -147,7 +147,7 @@ def check_times(info: VideoInfo, part: Part, start: float, rate: float, episode:
     """Raises `InputError` where a frame is more than `TOLERANCE` of a row off `start` (s) and its number by `rate`."""
     frames = np.arange(part.first, part.end)
     shifts = (info.times[part.first : part.end] - start) * rate - (frames - part.first)
-    bad = np.abs(shifts) > TOLERANCE
+    bad = ~(np.abs(shifts) <= TOLERANCE)
     if bad.any():
         shift = float(shifts[np.argmax(bad)])
         off = f"{abs(shift):.1f} frames {'late' if shift > 0 else 'early'}"
