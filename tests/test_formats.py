@@ -291,7 +291,11 @@ def test_what_does_not_fit_together_is_refused(make: Make, message: str, lerobot
         ({"img": np.full((4, 9, 9, 3), np.nan)}, {"format": "umi"}, "data/img is NaN at row 0"),
         ({"state": np.zeros((4, 2)), "observation.state": np.zeros((4, 2))}, {"format": "lerobot"}, "rename it"),
         ({}, {"format": "lerobot", "rate": "7.5"}, "LeRobot takes whole frames a second, not 7.5 Hz: rate=7 "),
-        ({}, {"format": "lerobot", "rate": "12.5"}, "has 12 Hz: for a lower rate rows are left out, they are never made"),
+        (
+            {},
+            {"format": "lerobot", "rate": "12.5"},
+            "has 12 Hz: for a lower rate rows are left out, they are never made",
+        ),
         ({"a:b": np.zeros(4)}, {"format": "folder"}, "'a:b' is no name for a file"),
     ],
 )

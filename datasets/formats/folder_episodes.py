@@ -147,7 +147,7 @@ def _chosen(csv: Path, names: list[str], vectors: Mapping[str, Sequence[str]]) -
     for key, parts in vectors.items():
         for part in parts:
             if part not in names and part not in groups:
-                raise unknown("column", part, [*names, *groups], where=str(csv))
+                raise unknown("column", part, {*names, *groups}, where=str(csv))
         found[key] = [
             position for part in parts for position in ([names.index(part)] if part in names else groups[part])
         ]
