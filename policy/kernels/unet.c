@@ -8,9 +8,13 @@
 
 #include "lanes.h"
 #include <math.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 enum { NONE, RELU, SILU, MISH };
-enum { BLOCK = 512 }; /* channels of a job, at most */
+enum { BLOCK = 512, MOST_ROWS = 256 }; /* at most: channels of a job, rows */
+enum { SOME = 32 };                     /* inputs, whose weights stay in a cache while all rows take them */
 
 typedef struct {
     const float *in, *bias, *gamma, *beta, *add;

@@ -1,8 +1,6 @@
 /* What one thread does in unet.c, for the vectors of an instruction set (sets.h). */
 
-#define Halves NAMED(Halves)
 #define widened NAMED(widened)
-#define load_weight NAMED(load_weight)
 #define smaller NAMED(smaller)
 #define exponential NAMED(exponential)
 #define activate NAMED(activate)
@@ -11,19 +9,19 @@
 #define normalise NAMED(normalise)
 #define finish NAMED(finish)
 
-typedef int16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-/* float16 as float32. Exponents are moved by a multiplication, which numbers below the smallest normal one come out of
- * right as well; there are no infinite weights. */
+/* float16 as float32 */
 INLINE Lanes widened(const int16_t *from)
 {
-    Integers bits = __builtin_convertvector(*(const Halves *)from, Integers) << 13; /* bits 28 to 31 are the sign */
-    return (Lanes)(bits & (int32_t)0x8fffffff) * 0x1p112f;
-}
-
-INLINE Lanes load_weight(int half, const void *weight, int64_t i)
-{
-    return half ? widened((const int16_t *)weight + i) : load((const float *)weight + i);
+#if LANES == 16
+    return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif LANES == 8
+    return (Lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    /* Exponents are moved by a multiplication, which numbers below the smallest normal one come out of right as well;
+     * there are no infinite weights. */
+    Integers bits = {from[0], from[1], from[2], from[3]}; /* bits 28 to 31 will be the sign */
+    return (Lanes)(bits << 13 & (int32_t)0x8fffffff) * 0x1p112f;
+#endif
 }
 
 INLINE Lanes smaller(Lanes a, float b)
@@ -61,50 +59,59 @@ INLINE Lanes activate(int64_t which, Lanes x)
     return x;
 }
 
-/* Rows of the output, vectors * LANES channels of each, from the rows of the input that tap 0 reads */
-INLINE void few_rows(int rows, int vectors, int half, const Operation *o, const float *const *in, int64_t tap,
-                     int64_t panel, const float *bias, float *const *out)
+/* Some rows of the output, vectors * LANES channels of each from `to` on: to what is there, or to `bias`, is added what
+ * `depth` inputs from `from` on give by panel [depth, 32]. */
+INLINE void few_rows(int rows, int vectors, int64_t depth, const float *const *in, int64_t from, const float *panel,
+                     const float *bias, float *const *out, int64_t to)
 {
     Lanes sum[8][4];
-    EACH(r, rows)
-        EACH(v, vectors) sum[r][v] = load(bias + v * LANES);
-    for (int64_t t = 0; t < o->taps; t++) {
-        const float *at[8];
-        EACH(r, rows) at[r] = in[r] + t * tap;
-        for (int64_t k = 0; k < o->n_in; k++, panel += PANEL) {
-            Lanes line[4];
-            EACH(v, vectors) line[v] = load_weight(half, o->weight, panel + v * LANES);
-            EACH(r, rows)
-                EACH(v, vectors) sum[r][v] += at[r][k] * line[v];
-        }
+    const float *at[8];
+    EACH(r, rows) {
+        at[r] = in[r] + from;
+        EACH(v, vectors) sum[r][v] = load((bias ? bias : out[r] + to) + v * LANES);
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        Lanes line[4];
+        EACH(v, vectors) line[v] = load(panel + k * PANEL + v * LANES);
+        EACH(r, rows)
+            EACH(v, vectors) sum[r][v] += at[r][k] * line[v];
     }
     EACH(r, rows)
-        EACH(v, vectors) store(out[r] + v * LANES, sum[r][v]);
+        EACH(v, vectors) store(out[r] + to + v * LANES, sum[r][v]);
 }
 
-INLINE void convolve(int half, const Operation *o, int64_t batch, int64_t first, int64_t count)
+/* Weights come from far, once: all rows take some of a panel, 4 KB as float32, before the next are read. With AVX-512,
+ * which goes over them half as often, it is as fast to take all of a tap. */
+INLINE void convolve(const Operation *o, int64_t batch, int64_t first, int64_t count)
 {
-    const int vectors = LANES == 4 && REGISTERS == 32 ? 4 : 2;
-    const int at_once = LANES == 16 ? 8 : LANES == 8 || REGISTERS == 32 ? 6 : 4;
-    int64_t rows = o->steps * batch, tap = batch * o->in_row;
-    for (int64_t r = 0, some; r < rows; r += some) {
-        const float *in[8];
-        float *out[8];
-        some = rows - r >= at_once ? at_once : rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
-        for (int64_t i = 0; i < some; i++) {
-            int64_t t = (r + i) / batch, b = (r + i) % batch;
-            in[i] = o->in + ((o->in_first + t * o->in_stride) * batch + b) * o->in_row;
-            out[i] = row_out(o, batch, t, b) + first;
-        }
-        for (int64_t n = first; n < first + count; n += vectors * LANES) {
-            int64_t panel = n / PANEL * o->taps * o->n_in * PANEL + n % PANEL;
-            if (some == at_once) few_rows(at_once, vectors, half, o, in, tap, panel, o->bias + n, out);
-            else if (some == 4) few_rows(4, vectors, half, o, in, tap, panel, o->bias + n, out);
-            else if (some == 2) few_rows(2, vectors, half, o, in, tap, panel, o->bias + n, out);
-            else few_rows(1, vectors, half, o, in, tap, panel, o->bias + n, out);
-            for (int64_t i = 0; i < some; i++) out[i] += vectors * LANES;
-        }
+    const int at_once = LANES == 16 ? 8 : 4, vectors = LANES == 4 && REGISTERS == 32 ? 4 : 2;
+    int64_t rows = o->steps * batch, some = LANES == 16 && !o->half ? o->n_in : SOME;
+    const float *in[MOST_ROWS];
+    float *out[MOST_ROWS], floats[SOME * PANEL];
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t t = r / batch, b = r % batch;
+        in[r] = o->in + ((o->in_first + t * o->in_stride) * batch + b) * o->in_row;
+        out[r] = row_out(o, batch, t, b);
     }
+    for (int64_t n = first; n < first + count; n += PANEL)
+        for (int64_t t = 0; t < o->taps; t++)
+            for (int64_t k = 0; k < o->n_in; k += some) {
+                int64_t from = t * batch * o->in_row + k, depth = o->n_in - k < some ? o->n_in - k : some;
+                int64_t start = ((n / PANEL * o->taps + t) * o->n_in + k) * PANEL;
+                if (o->half)
+                    for (int64_t i = 0; i < depth * PANEL; i += LANES)
+                        store(floats + i, widened((const int16_t *)o->weight + start + i));
+                const float *panel = o->half ? floats : (const float *)o->weight + start;
+                for (int64_t v = 0; v < PANEL; v += vectors * LANES) {
+                    const float *bias = t + k ? 0 : o->bias + n + v;
+                    int64_t r = 0;
+#define ROWS(count)                                                                                                    \
+    for (; r + count <= rows; r += count)                                                                              \
+        few_rows(count, vectors, depth, in + r, from, panel + v, bias, out + r, n + v);
+                    ROWS(at_once) ROWS(4) ROWS(2) ROWS(1)
+#undef ROWS
+                }
+            }
 }
 
 /* What the values of channels first … are multiplied with and shifted by, so that those of each group have mean 0 and
@@ -170,8 +177,7 @@ INLINE void finish(const Operation *o, int64_t batch, int64_t b, int64_t first, 
 TARGET static void NAMED(job)(const Operation *o, int64_t batch, int64_t first, const float *film, int64_t film_row)
 {
     int64_t count = o->n_out - first < o->block ? o->n_out - first : o->block;
-    if (o->half) convolve(1, o, batch, first, count);
-    else convolve(0, o, batch, first, count);
+    convolve(o, batch, first, count);
     if (o->group || o->activation || o->film >= 0 || o->add)
         for (int64_t b = 0; b < batch; b++) finish(o, batch, b, first, count, film + b * film_row);
 }

@@ -1,43 +1,24 @@
 /* What one thread does in winograd.c, for the vectors of an instruction set (sets.h). */
 
-#define along_first NAMED(along_first)
-#define along_second NAMED(along_second)
-#define transform NAMED(transform)
+#define product NAMED(product)
+#define across NAMED(across)
 #define read_tiles NAMED(read_tiles)
 #define write_tiles NAMED(write_tiles)
 #define few_rows NAMED(few_rows)
 
-/* matrix [n_out, n_in] times parts [n_in, n], along their first axis, or along the second one of parts [n, n_in] */
-INLINE void along_first(int n_out, int n_in, int n, const float *matrix, const Lanes *parts, Lanes *out)
+INLINE Lanes product(int n, const float *numbers, const Lanes *lanes)
 {
-    EACH(a, n_out)
-        EACH(j, n) {
-            Lanes sum = matrix[a * n_in] * parts[j];
-            EACH_FROM(1, i, n_in) sum += matrix[a * n_in + i] * parts[i * n + j];
-            out[a * n + j] = sum;
-        }
+    Lanes sum = numbers[0] * lanes[0];
+    EACH_FROM(1, i, n) sum += numbers[i] * lanes[i];
+    return sum;
 }
 
-INLINE void along_second(int n_out, int n_in, int n, const float *matrix, const Lanes *parts, Lanes *out)
+/* Line `line` of a tile of `n_in` lines, times matrix [n_out, n_in] across lines where there are two axes: into `out`
+ * [n_out, n_in] as a column. Then few values are needed at a time. */
+INLINE void across(Tile k, int n_out, int n_in, const float *matrix, int line, const Lanes *values, Lanes *out)
 {
-    EACH(a, n)
-        EACH(b, n_out) {
-            Lanes sum = matrix[b * n_in] * parts[a * n_in];
-            EACH_FROM(1, i, n_in) sum += matrix[b * n_in + i] * parts[a * n_in + i];
-            out[a * n_out + b] = sum;
-        }
-}
-
-/* matrix [n_out, n_in] along every axis of a tile */
-INLINE void transform(Tile k, int n_out, int n_in, const float *matrix, const Lanes *parts, Lanes *out)
-{
-    if (k.axes == 1) {
-        along_first(n_out, n_in, 1, matrix, parts, out);
-    } else {
-        Lanes half[MOST];
-        along_first(n_out, n_in, n_in, matrix, parts, half);
-        along_second(n_out, n_in, n_out, matrix, half, out);
-    }
+    if (k.axes == 1) out[line] = values[0];
+    else EACH(a, n_out) out[a * n_in + line] = product(n_in, matrix + a * n_in, values);
 }
 
 /* The values of tiles first, first + 1, … at all points, from row 0 of `out` on, for each point `plane` after the last:
@@ -51,11 +32,15 @@ INLINE void read_tiles(Tile k, int side, const float *images, Shape s, int margi
         int64_t step[MOST];
         find_pixels(k, images, s, first + t, margin, side, zeros, pixel, step);
         for (int64_t c = 0; c < s.channels; c += LANES) {
-            Lanes seen[MOST], values[MOST];
+            Lanes half[MOST];
             float *at = find(out, t, c);
-            EACH(i, whole(k, side)) seen[i] = load(pixel[i] + c * step[i]);
-            transform(k, k.points, side, matrix, seen, values);
-            EACH(p, whole(k, k.points)) store(at + p * plane, values[p]);
+            EACH(x, side) {
+                Lanes seen[MOST];
+                EACH(y, whole(k, side) / side) seen[y] = load(pixel[y * side + x] + c * step[y * side + x]);
+                across(k, k.points, side, matrix, x, seen, half);
+            }
+            EACH(p, whole(k, k.points))
+                store(at + p * plane, product(side, matrix + p % k.points * side, half + p / k.points * side));
         }
     }
 }
@@ -70,10 +55,16 @@ INLINE void write_tiles(Tile k, int side, float *images, Shape s, int64_t first,
         int64_t step[MOST];
         find_pixels(k, images, s, first + t, 0, side, nowhere, pixel, step);
         for (int64_t c = 0; c < s.channels; c += LANES) {
-            Lanes values[MOST], outputs[MOST], added = bias ? load(bias + c) : (Lanes){0};
-            EACH(p, whole(k, k.points)) values[p] = load(in + p * plane + t * padded(s.channels) + c);
-            transform(k, side, k.points, matrix, values, outputs);
-            EACH(i, whole(k, side)) store((float *)pixel[i] + c * step[i], outputs[i] + added);
+            Lanes half[MOST], added = bias ? load(bias + c) : (Lanes){0};
+            const float *from = in + t * padded(s.channels) + c;
+            EACH(x, k.points) {
+                Lanes values[MOST];
+                EACH(y, whole(k, k.points) / k.points) values[y] = load(from + (y * k.points + x) * plane);
+                across(k, side, k.points, matrix, x, values, half);
+            }
+            EACH(i, whole(k, side))
+                store((float *)pixel[i] + c * step[i],
+                      product(k.points, matrix + i % side * k.points, half + i / side * k.points) + added);
         }
     }
 }
