@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from action_diffusion.policy.conv import Conv1d, Double, Halve
 from action_diffusion.policy.denoiser import ConditionalUnet1d, ConvBlock, ResidualBlock
 
+ACTIVATIONS = {"silu": nn.SiLU, "mish": nn.Mish, "relu": nn.ReLU, "gelu": nn.GELU}
+"""By the names of our functions; an exporter does not know those of our own making."""
+
 
 class PlainUnet(nn.Module):
     """Computes what `ConditionalUnet1d` does, by convolutions over [B, C, T]. The weights are copies."""
@@ -59,9 +62,7 @@ def _block(block: ConvBlock) -> nn.Sequential:
     norm = block.norm
     made = nn.GroupNorm(norm.n_groups, len(norm.weight), norm.eps)
     made.load_state_dict(norm.state_dict())
-    # `ACTIVATIONS` are functions, some of our own making: torch's are what an exporter knows
-    name = {"silu": nn.SiLU, "mish": nn.Mish, "relu": nn.ReLU}
-    return nn.Sequential(_conv(block.conv), made, name[block.activation.__name__]())
+    return nn.Sequential(_conv(block.conv), made, ACTIVATIONS[block.activation.__name__]())
 
 
 def _conv(layer: Conv1d) -> nn.Conv1d:

@@ -276,7 +276,7 @@ def test_exported_episodes_are_plain_arrays(tmp_path, buffer, monkeypatch):
     assert len(arrays["state"]) == len(arrays["action"]) == len(arrays["image"]) == buffer.episode_ends[1]
 
 
-@pytest.mark.parametrize("activation", ["silu", "mish", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "mish", "relu", "gelu"])
 @torch.no_grad()
 def test_the_network_that_is_exported_computes_what_ours_does(activation):
     torch.manual_seed(0)
