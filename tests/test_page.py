@@ -30,7 +30,7 @@ from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm_link import ArmLink, ArmSetup
 from action_diffusion.deploy.arm_loop import Phase
 from action_diffusion.deploy.messages import text
-from action_diffusion.deploy.processes import Child
+from action_diffusion.deploy.page_link import PageLink
 from action_diffusion.deploy.rings import RingReader, Segments, shared_folder
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
@@ -261,13 +261,15 @@ class Served:
         self.segments = Segments()
         setup = ArmSetup(driver="ideal", settings={"n_joints": 2}, limits=LIMITS)
         self.arm = ArmLink(folder=self.segments.path, setup=setup)
-        arguments: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "token_file": None, "about": ABOUT}
-        self.page = Child("action_diffusion.deploy.page_process", self.segments.path, "page", arguments | options)
+        arguments = {"page_host": "127.0.0.1", "page_token_file": None} | options
         try:
-            self.port = self.page.wait_ready()["port"]
+            folder, module = self.segments.path, "action_diffusion.deploy.page_process"
+            self.page = PageLink(module, folder, config=arguments, port=0, about=ABOUT, stops=True)
         except InputError:
-            self.close()
+            self.arm.close()
+            self.segments.remove()
             raise
+        self.port = self.page.port
 
     def request(self, method: str, path: str, body: str = "", **headers: str) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
@@ -328,8 +330,6 @@ def test_other_pages_of_the_browser_do_not_come_in(served, headers, status):
     if status == 204:
         with connect(address, origin=origin, proxy=None) as socket:
             assert json.loads(socket.recv())["phase"] in ("STILL", "STOPPING")
-            socket.send("nonsense")
-            socket.send('{"order": "point", "values": [1, 2]}')
             socket.send('{"order": "pause"}')
             assert until(lambda: RingReader(served.segments.path / "orders").count) == 1
     else:
@@ -340,10 +340,10 @@ def test_other_pages_of_the_browser_do_not_come_in(served, headers, status):
 def test_other_machines_need_the_token(tmp_path, monkeypatch):
     monkeypatch.delenv("ACTION_DIFFUSION_TOKEN", raising=False)
     with pytest.raises(InputError, match=r"page_host=0\.0\.0\.0 lets other machines in"):
-        Served(host="0.0.0.0")
+        Served(page_host="0.0.0.0")
     secret = "a-token-of-more-than-16-letters"
     (tmp_path / "token").write_text(secret)
-    served = Served(host="0.0.0.0", token_file=str(tmp_path / "token"))
+    served = Served(page_host="0.0.0.0", page_token_file=str(tmp_path / "token"))
     try:
         assert served.request("GET", "/").status == 200
         for method, path in (("GET", "/about"), ("POST", "/emergency"), ("POST", "/clear")):
