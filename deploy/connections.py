@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ PATIENCE = 5.0
 """Seconds that a request may take to arrive and to be answered."""
 MOST = 128
 """Connections, of either process, on which no answer or no WebSocket has come about yet."""
-AT_ONCE, PAUSE = 16, 0.01
+AT_ONCE, PAUSE = 64, 0.005
 """So many new connections are taken at once, and then none for so long (s): strangers get no core to themselves."""
 BACKLOG = 4096
 RECEIVED = 1 << 13
@@ -41,8 +42,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise InputError(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
+        raise InputError(f"cannot listen at {host}:{port}: {getattr(error, 'strerror', None) or error}") from None
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED)  # every connection inherits it
     listening.setblocking(False)
     return listening
@@ -170,9 +171,10 @@ class Server(uvicorn.Server):
 
     async def _open(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        parts = {"config": self.config, "server_state": self.server_state, "app_state": {}, "_loop": loop}
+        parts: dict[str, Any] = {"config": self.config, "server_state": self.server_state, "app_state": {}}
+        protocol = functools.partial(self.config.http_protocol_class, **parts, **{"_loop": loop})
         try:
-            transport, _ = await loop.connect_accepted_socket(lambda: self.config.http_protocol_class(**parts), connection)
+            transport, _ = await loop.connect_accepted_socket(protocol, connection)
         except OSError:  # it has gone
             connection.close()
             return

@@ -19,10 +19,7 @@ from action_diffusion.deploy.operation import MOST_VALUES, Order, Orders
 from action_diffusion.deploy.page_view import View
 from action_diffusion.deploy.site import Admission, Nonsense, Site, understood
 
-FILES = {
-    "/": "page.html",
-    **{f"/{name}": name for name in ("page.css", "page.js", "draw.js", "stop.js")},
-}
+FILES = {"/": "page.html", **{f"/{name}": name for name in ("page.css", "page.js", "draw.js", "stop.js")}}
 PERIOD = 0.1
 
 

@@ -33,6 +33,8 @@ MOST_SOCKETS = 100
 """WebSockets at once, of either process."""
 MESSAGES, BURST = 100.0, 200
 """A second, that a page may send on a socket, and at once after a silence; one that sends more is cut off."""
+PENALTY = 2.0
+"""Seconds until it is, in which nothing of it is read: who comes back at once costs nothing either."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -117,6 +119,7 @@ class Sockets:
         try:
             while (message := await socket.receive())["type"] == "websocket.receive":
                 if not allowance.take():
+                    await asyncio.sleep(PENALTY)
                     await socket.close(1008, "too many messages")
                     break
                 if message.get("text") is None:

@@ -1,8 +1,8 @@
 """The emergency stop as a web application, in a process where nothing else waits before it: see `stop_process`.
 
-    WS /stop         "stop" stops; at every change, and twice a second, whether the stop is set, and what the arm does
-    POST /emergency  marks the moment that the arm's process looks at, for whoever has no such socket
-    POST /clear      takes it back; its body says that somebody meant it
+WS /stop         "stop" stops; at every change, and twice a second, whether the stop is set, and what the arm does
+POST /emergency  marks the moment that the arm's process looks at, for whoever has no such socket
+POST /clear      takes it back; its body says that somebody meant it
 """
 
 from __future__ import annotations
