@@ -213,7 +213,7 @@ def _guidance(value: Any, horizon: int) -> Guidance:
         if not isinstance(entry, kinds[key]) or isinstance(entry, bool) != (key == "pin"):
             raise InputError(f"guidance {key} is {shortened(entry)}")
         if entry not in choices.get(key, [entry]):
-            raise unknown(f"guidance {key}", shortened(entry), choices[key])
+            raise unknown(f"rtc.{key}", shortened(entry), choices[key])
     _whole(value.get("rounds", 0), "guidance rounds", MAX_ROUNDS)
     if value.get("overlap") is not None:
         _whole(value["overlap"], "guidance overlap", horizon)

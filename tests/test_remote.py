@@ -107,11 +107,11 @@ def test_it_takes_what_the_local_policy_takes(server, bundle):
     noise = np.random.default_rng(0).normal(size=(2, local.spec.horizon, 2))
     single = {"state": histories(1)["state"][0]}
     for obs, options in (
-        (single, {"noise": noise[:1]}),
-        (single, {"noise_generator": torch.Generator().manual_seed(3)}),
-        (histories(2), {"noise": noise, "generator": torch.Generator().manual_seed(3)}),
+        (single, lambda: {"noise": noise[:1]}),
+        (single, lambda: {"noise_generator": torch.Generator().manual_seed(3)}),
+        (histories(2), lambda: {"noise": noise, "generator": torch.Generator().manual_seed(3)}),
     ):
-        mine, theirs = local.predict(obs, **options), remote.predict(obs, **options)
+        mine, theirs = local.predict(obs, **options()), remote.predict(obs, **options())
         for key in ("action", "action_pred"):
             assert theirs[key].shape == mine[key].shape
             assert theirs[key] == pytest.approx(mine[key], abs=1e-3)
