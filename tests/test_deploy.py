@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +30,7 @@ from action_diffusion.deploy.record import RunLog
 from action_diffusion.deploy.robots import Observation, SimPushT
 from action_diffusion.deploy.run import run
 from action_diffusion.deploy.scheduling import SCHEDULINGS, ChunkScheduler
+from action_diffusion.deploy.thinking import Thinker
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
@@ -498,6 +502,30 @@ def test_a_chunk_beyond_all_bounds_is_held_and_logged(huge, scheduling, tmp_path
     for text in ((tmp_path / "log.jsonl").read_text(), (tmp_path / "latency.json").read_text()):
         assert "Infinity" not in text
         assert "NaN" not in text
+
+
+def test_ctrl_c_at_any_instruction_leaves_no_thread_that_waits():
+    """Once it did, where it came while the loop asked whether a chunk was there."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(100):
+            thinker: Thinker[int] = Thinker(clock=MonotonicClock(), beside=True)
+            thinker.ask(0, lambda: time.sleep(0.02) or 0)
+            signal.setitimer(signal.ITIMER_REAL, 0.001 + 1e-5 * number)
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    thinker.answer(0)
+            closing = threading.Thread(target=thinker.close, daemon=True)
+            closing.start()
+            closing.join(10)
+            assert not closing.is_alive()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _interrupting(*, after: int) -> Any:
