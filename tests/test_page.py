@@ -269,6 +269,14 @@ def served() -> Iterator[Served]:
     one.close()
 
 
+@pytest.fixture(scope="module")
+def one_for_all() -> Iterator[Served]:
+    """For tests that do not mind what the others did."""
+    one = Served()
+    yield one
+    one.close()
+
+
 @pytest.mark.alone
 def test_the_emergency_stop_needs_no_loop(served):
     """The loop's main thread is busy: this test does nothing from `begin` on, but for asking the page."""
@@ -308,7 +316,10 @@ def test_the_emergency_stop_needs_no_loop(served):
         ({"Host": "elsewhere.example:{port}"}, 403),
     ],
 )
-def test_other_pages_of_the_browser_do_not_come_in(served, headers, status):
+def test_other_pages_of_the_browser_do_not_come_in(one_for_all, headers, status):
+    served = one_for_all
+    orders = RingReader(served.segments.path / "orders")
+    before = orders.count
     filled = {name: value.format(port=served.port) for name, value in headers.items()}
     assert served.request("POST", "/emergency", **filled).status == status
     assert served.request("GET", "/about", **filled).status == (200 if status == 204 else 403)
@@ -321,7 +332,7 @@ def test_other_pages_of_the_browser_do_not_come_in(served, headers, status):
         with connect(f"{address}/live", additional_headers=rest, proxy=None) as page:
             assert json.loads(page.recv())["phase"] in ("STILL", "STOPPING")
             page.send('{"order": "pause"}')
-            assert until(lambda: RingReader(served.segments.path / "orders").count) == 1
+            until(lambda: orders.count == before + 1)
     else:
         for path in ("/live", "/stop"):
             with pytest.raises(InvalidStatus):
@@ -353,14 +364,16 @@ def read_to_the_end(page: ClientConnection) -> None:
         ("/stop", b"stop", 1003),
     ],
 )
-def test_a_socket_that_brings_nonsense_is_closed(served, path, message, code):
-    with connect(f"ws://127.0.0.1:{served.port}{path}", proxy=None) as page:
+def test_a_socket_that_brings_nonsense_is_closed(one_for_all, path, message, code):
+    folder = one_for_all.segments.path
+    orders, emergency = RingReader(folder / "orders"), Moment(folder / "emergency")
+    before = orders.count, emergency.t
+    with connect(f"ws://127.0.0.1:{one_for_all.port}{path}", proxy=None) as page:
         page.send(message)
         with pytest.raises(ConnectionClosed) as closed:
             read_to_the_end(page)
     assert closed.value.rcvd.code == code
-    assert RingReader(served.segments.path / "orders").count == 0
-    assert Moment(served.segments.path / "emergency").t == 0
+    assert (orders.count, emergency.t) == before
 
 
 def test_points_that_flood_push_no_order_out_and_end_their_socket(served):
@@ -386,15 +399,15 @@ def test_points_that_flood_push_no_order_out_and_end_their_socket(served):
 
 
 @pytest.mark.parametrize("length", [16, 300_000_000])
-def test_no_more_of_a_body_is_read_than_it_takes_to_refuse_it(served, length):
+def test_no_more_of_a_body_is_read_than_it_takes_to_refuse_it(one_for_all, length):
     """Though it never comes to its end."""
-    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", one_for_all.port), timeout=10) as connection:
         head = f"POST /clear HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n"
         connection.sendall(head.encode() + b"the area was not")
         assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
 
 
-def test_whoever_gets_nowhere_is_let_go(served):
+def test_whoever_gets_nowhere_is_let_go(one_for_all):
     """Connections that say nothing, or half of something, to either process; the port goes on."""
     beginnings = (
         b"",
@@ -405,14 +418,14 @@ def test_whoever_gets_nowhere_is_let_go(served):
     )
     held = []
     for beginning in 60 * beginnings:
-        held.append(socket.create_connection(("127.0.0.1", served.port), timeout=PATIENCE + 10))
+        held.append(socket.create_connection(("127.0.0.1", one_for_all.port), timeout=PATIENCE + 10))
         held[-1].sendall(beginning)
-    assert served.request("GET", "/about").status == 200
+    assert one_for_all.request("GET", "/about").status == 200
     for connection in held:
         with contextlib.suppress(ConnectionError):
             assert connection.recv(1) == b""
         connection.close()
-    assert served.request("POST", "/emergency").status == 204
+    assert one_for_all.request("POST", "/emergency").status == 204
 
 
 @pytest.mark.alone
