@@ -14,6 +14,7 @@ import numpy as np
 from action_diffusion.deploy.arm_loop import Phase
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.messages import CommandWriter, text
+from action_diffusion.deploy.obstacles import Obstacles
 from action_diffusion.deploy.processes import Child, Heartbeat
 from action_diffusion.deploy.protocols import Group
 from action_diffusion.deploy.rings import Moment, RingReader
@@ -28,12 +29,20 @@ _PATIENCE = 6.0
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSetup:
-    """An arm as a configuration has it: see `protocols.make_arm`, `Limits.of` and `Obstacles.of`."""
+    """An arm as a configuration has it: see `protocols.make_arm`, `Limits.of` and `Obstacles.of`.
+
+    Raises `InputError` for limits and obstacles that are none, before anything starts.
+    """
 
     driver: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] | None = None
     obstacles: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.limits is not None and self.limits != {}:
+            Limits.of(self.limits)
+        Obstacles.of(self.obstacles)
 
 
 class ArmLink:

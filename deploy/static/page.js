@@ -1,5 +1,6 @@
-// The operator's page: shows what the socket brings, and sends orders. The emergency stop has a way of its own.
+// The operator's page: shows what the socket brings, and sends orders. The emergency stop has a way of its own: stop.js.
 import { drawPicture, drawPlot } from "./draw.js";
+import { openStop } from "./stop.js";
 
 const $ = (id) => document.getElementById(id);
 const NAMES = {
@@ -31,6 +32,7 @@ async function begin() {
   $("operating").hidden = false;
   build();
   connect();
+  openStop();
 }
 
 function ask() {
@@ -98,8 +100,6 @@ function show(next) {
   say("mode", NAMES[state.mode]);
   say("phase", NAMES[state.phase]);
   $("loop").hidden = state.loop;
-  $("stopped").hidden = !state.emergency;
-  if (!state.emergency) $("confirm").hidden = true;
   $("start").disabled = state.mode === "POLICY";
   $("pause").disabled = state.mode === "PAUSED";
   $("take_over").disabled = !(about.plane || about.teleop) || state.mode === "PERSON" || state.mode === "OVER";
@@ -168,18 +168,6 @@ function point(event, plane) {
   send("point", inside.map((value, axis) => value * plane.size[axis]));
 }
 
-async function stop() {
-  const answer = await fetch("emergency", { method: "POST" }).catch(() => null);
-  if (!answer?.ok) $("mode").textContent = "the stop did not arrive: use the robot’s own";
-}
-
 ["start", "pause", "take_over", "success", "failure"].forEach((order) => { $(order).onclick = () => send(order); });
-$("emergency").onclick = stop;
-document.addEventListener("keydown", (event) => { if (event.key === "Escape" && about) stop(); });
-$("clear").onclick = () => { $("confirm").hidden = false; };
-$("confirm").onclick = async () => {
-  await fetch("clear", { method: "POST", body: "the area is safe" });
-  $("confirm").hidden = true;
-};
 requestAnimationFrame(draw);
 begin();

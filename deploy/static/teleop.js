@@ -1,6 +1,8 @@
 // A session's page: draws what the socket brings, and says thirty times a second where the pointer is and which keys
 // are down. It decides nothing: the loop on the other end does, and goes on without it.
 
+import { openStop } from "./stop.js";
+
 const $ = (id) => document.getElementById(id);
 const NAMES = { READY: "ready", COUNTDOWN: "get ready", RECORDING: "recording", OVER: "keep or discard?" };
 const AGAIN = 500; // ms until a lost connection is tried again
@@ -28,6 +30,7 @@ async function begin() {
   $("task").textContent = about.task;
   $("help").textContent = about.help;
   $("arm").hidden = !about.emergency;
+  if (about.emergency) openStop();
   connect();
 }
 
@@ -67,7 +70,6 @@ function show(next) {
   $("keep").disabled = !["RECORDING", "OVER"].includes(state.mode);
   $("discard").disabled = state.mode === "READY";
   $("undo").disabled = state.mode !== "READY" || !state.episodes;
-  $("stopped").hidden = !state.emergency;
   $("board").classList.toggle("driven", state.mode === "RECORDING" && state.driven);
   $("board").classList.toggle("paused", state.mode === "RECORDING" && !state.driven);
   if (about.board) draw(about.board, state);
@@ -171,7 +173,6 @@ document.addEventListener("visibilitychange", () => { if (document.hidden) { let
 document.addEventListener("keydown", (event) => {
   if (event.target.tagName === "INPUT" || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  if (key === "Escape" && about?.emergency) stop();
   if (!HELD.test(key) && !PRESSED.test(key)) return;
   event.preventDefault();
   if (HELD.test(key)) {
@@ -184,16 +185,9 @@ document.addEventListener("keyup", (event) => {
   released.push(event.key.length === 1 ? event.key.toLowerCase() : event.key);
 });
 
-async function stop() {
-  const answer = await fetch("emergency", { method: "POST" }).catch(() => null);
-  if (!answer?.ok) $("message").textContent = "the stop did not arrive: use the robot’s own";
-}
-
 ["start", "keep", "discard", "undo", "finish"].forEach((order) => {
   $(order).onclick = () => { $(order).blur(); tell({ order }); };
 });
-$("emergency").onclick = stop;
-$("clear").onclick = () => fetch("clear", { method: "POST", body: "the area is safe" });
 setInterval(word, WORDS);
 setInterval(() => { $("lost").hidden = !$("enter").hidden || Date.now() - heard < SILENCE; }, 200);
 begin();

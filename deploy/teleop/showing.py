@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion.deploy.onlookers import page_port
-from action_diffusion.deploy.processes import Child
+from action_diffusion.deploy.page_link import PageLink
 from action_diffusion.deploy.teleop.device import Device
 from action_diffusion.deploy.teleop.keys import HELP
 from action_diffusion.deploy.teleop.page import Pictures, Shown
@@ -25,7 +25,7 @@ Status = dict[str, Any]
 
 def open_page(
     config: Mapping[str, Any], world: World, driver: Device | None, folder: Path
-) -> tuple[Shown | None, Child | None]:
+) -> tuple[Shown | None, PageLink | None]:
     """The page's process, ready, and what it shows; None where there is to be none.
 
     driver: None for the page itself. Raises `InputError` for an address that cannot be had, and a missing extra.
@@ -36,15 +36,9 @@ def open_page(
     port = page_port(wanted, print)
     if port is None:
         return None, None
-    shown, host = Shown(folder), str(config["page_host"])
-    address = {"host": host, "port": port, "token_file": config["page_token_file"]}
-    page = Child(MODULE, folder, "page", {**address, "about": _about(config, world, driver)})
-    try:
-        said = page.wait_ready()
-    except BaseException:
-        page.end()
-        raise
-    print(f"page: http://{f'[{host}]' if ':' in host else host}:{said['port']}", flush=True)
+    shown, about = Shown(folder), _about(config, world, driver)
+    page = PageLink(MODULE, folder, config=config, port=port, about=about, stops=about["emergency"])
+    print(f"page: {page.url}", flush=True)
     print("from another machine: ssh -L PORT:localhost:PORT HOST, then http://localhost:PORT", flush=True)
     return shown, page
 
