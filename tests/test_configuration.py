@@ -121,7 +121,7 @@ def test_all_that_ships_is_a_choice():
 @pytest.mark.parametrize(
     ("words", "budget"),
     [
-        ([], {"max_steps": 1700}),
+        ([], {"max_steps": 2200}),
         (["task=pusht_image"], {"max_minutes": 60.0}),
         (["train.max_steps=100"], {"max_steps": 100}),
         (["train.max_epochs=2"], {"max_epochs": 2.0}),
