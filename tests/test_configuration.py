@@ -122,7 +122,7 @@ def test_all_that_ships_is_a_choice():
     ("words", "budget"),
     [
         ([], {"max_steps": 2200}),
-        (["task=pusht_image"], {"max_minutes": 60.0}),
+        (["task=pusht_image"], {"max_steps": 6000}),
         (["train.max_steps=100"], {"max_steps": 100}),
         (["train.max_epochs=2"], {"max_epochs": 2.0}),
         (["task=pusht_image", "train.max_steps=100"], {"max_steps": 100}),
@@ -174,7 +174,7 @@ def test_defaults_are_those_of_the_settings():
         ("train", "train=null", "train is a section: give its values one by one, such as train.max_minutes"),
         ("train", "dataset.memory_gb=all", "dataset.memory_gb=all: expected a number"),
         ("train", "evaluation.n_episodes=many", "evaluation.n_episodes=many: expected a whole number, such as 50"),
-        ("train", "task.horizon=long", "task.horizon=long: expected a whole number, such as 16"),
+        ("train", "task.horizon=long", "task.horizon=long: expected a whole number, such as 12"),
         ("train", "task.control_rate=null", "task.control_rate=null: expected a number"),
         ("train", "data='x", '"data=\'x" cannot be read'),
         ("evaluate", "n_episodes=ten", "n_episodes=ten: expected a whole number, such as 50"),

@@ -37,6 +37,15 @@ def test_the_pace_is_said_early_and_lines_follow_without_a_terminal(monkeypatch)
     assert "step 100 of about 100, loss 0.5000, 0 s left" in lines
 
 
+def test_what_takes_very_long_is_said_with_what_takes_less():
+    out = io.StringIO()
+    with TrainingBar(console=Console(file=out, width=300)) as bar:
+        for step in (10, 20):
+            bar.update(share=step / 20000, step=step, loss=0.5, rate=3, step_seconds=20.0)
+    assert "20 s a step: about 20,000 steps in all, 111 h 00 min left; for less," in out.getvalue()
+    assert "encoder=resnet18_small" in out.getvalue()
+
+
 def test_a_terminal_has_a_bar_instead_of_lines(monkeypatch):
     shown = run(monkeypatch, terminal=True)
     assert "4 s a step" in shown

@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 LINE_SECONDS = 30.0
 """Between two lines where there is no terminal."""
+LONG_SECONDS = 4 * 3600.0
+"""From here on it is said what takes less."""
 
 
 class TrainingBar:
@@ -52,9 +54,10 @@ class TrainingBar:
         steps = step / max(share, 1e-9)
         left = spoken((steps - step) * step_seconds)
         if self._enabled and self._updates == 2:  # the first steps also choose the fastest kernels
-            self._console.print(
-                f"{step_seconds:.2g} s a step: about {steps:,.0f} steps in all, {left} left", highlight=False
-            )
+            said = f"{step_seconds:.2g} s a step: about {steps:,.0f} steps in all, {left} left"
+            if (steps - step) * step_seconds > LONG_SECONDS:
+                said += "; for less, train.max_steps=N, denoiser=unet_small or with cameras encoder=resnet18_small"
+            self._console.print(said, highlight=False)
         elif self._enabled and not self._console.is_terminal and time.monotonic() - self._line > LINE_SECONDS:
             self._line = time.monotonic()
             self._console.print(f"step {step:,} of about {steps:,.0f}, loss {loss:.4f}, {left} left", highlight=False)
