@@ -42,6 +42,7 @@ NAME_BYTES = 200
 MOST_LEVELS = 32
 STALL_S = 30
 """As long as opening one thing in a file may take."""
+PROBE = Path(__file__).with_name("hdf5_probe.py")
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     except ImportError:
         raise InputError(f"{path}: HDF5 files need h5py: pip install 'action-diffusion[robomimic]'") from None
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'no regular file' if path.exists() else 'no such file'}")
     with reading_hdf5(str(path)):
         file = h5py.File(path, "r")
     with file:
@@ -71,7 +72,7 @@ def check_sound(*paths: Path) -> None:
 
 @functools.lru_cache
 def _probe(files: tuple[tuple[str, int, int], ...]) -> None:
-    program = [sys.executable, "-P", str(Path(__file__).with_name("hdf5_probe.py"))]
+    program = [sys.executable, "-P", str(PROBE)]
     with (
         subprocess.Popen(program, stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as probe,
         selectors.DefaultSelector() as wait,
@@ -116,6 +117,8 @@ def members(group: Any, where: str, linked: Collection[str] = ()) -> Iterator[tu
         check_name(name, where)
         place = f"{where}/{name}"
         link = group.get(name, getlink=True)
+        if link is None:
+            raise InputError(f"{place} is listed and cannot be found: the file is damaged")
         if not isinstance(link, h5py.HardLink) and getattr(link, "filename", None) not in linked:
             target = " in ".join(filter(None, (link.path, getattr(link, "filename", ""))))
             raise InputError(f"{place} is a link to {target}; links are not followed: put the data itself there")
