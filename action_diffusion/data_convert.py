@@ -69,6 +69,8 @@ def run(options: Mapping[str, str]) -> Mapping[str, Any]:
         from action_diffusion.datasets.formats.robomimic import is_ours
 
         if not is_ours(source):
+            if rate is not None:
+                raise InputError(f"rate={rate:g}: HDF5 keeps its rate: convert {source} to .zarr, and that with rate=")
             return _from_hdf5(source, output, to, options.get("observations"), workers)
     if "observations" in options:
         raise InputError("observations= is for converting HDF5 to a replay buffer")
