@@ -62,7 +62,7 @@ def run(options: Mapping[str, str]) -> Mapping[str, Any]:
     held = detected(source)
     if held == to == "robomimic":
         raise InputError(f"in={source} out={output}: both are HDF5, one of them must be another format")
-    vectors = {key: options[key].split(",") for key in _VECTORS if key in options}
+    vectors = {key: [name.strip() for name in options[key].split(",")] for key in _VECTORS if key in options}
     if vectors and held != "folder":
         raise InputError(f"{next(iter(vectors))}= names columns of CSV files, and {source} is no folder of these")
     if held == "robomimic":
