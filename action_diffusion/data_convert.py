@@ -62,13 +62,15 @@ def run(options: Mapping[str, str]) -> Mapping[str, Any]:
     held = detected(source)
     if held == to == "robomimic":
         raise InputError(f"in={source} out={output}: both are HDF5, one of them must be another format")
-    vectors = {key: options[key].split(",") for key in _VECTORS if key in options}
+    vectors = {key: [name.strip() for name in options[key].split(",")] for key in _VECTORS if key in options}
     if vectors and held != "folder":
         raise InputError(f"{next(iter(vectors))}= names columns of CSV files, and {source} is no folder of these")
     if held == "robomimic":
         from action_diffusion.datasets.formats.robomimic import is_ours
 
         if not is_ours(source):
+            if rate is not None:
+                raise InputError(f"rate={rate:g}: HDF5 keeps its rate: convert {source} to .zarr, and that with rate=")
             return _from_hdf5(source, output, to, options.get("observations"), workers)
     if "observations" in options:
         raise InputError("observations= is for converting HDF5 to a replay buffer")

@@ -135,7 +135,7 @@ def show(found: Inspection) -> None:
     for name, text in found.attrs.items():
         print(f"{name}: {text}")
     for words, episodes in found.tasks.items():
-        print(f"task {words!r}: {len(episodes)} of {len(lengths)} episodes ({_short(_ranges(episodes))})")
+        print(f"task {_short(words)!r}: {len(episodes)} of {len(lengths)} episodes ({_short(_ranges(episodes))})")
     table = Table(box=None, pad_edge=False)
     for heading in ("key", "shape", "type"):
         table.add_column(heading, no_wrap=True)

@@ -125,6 +125,11 @@ def test_a_column_of_words_is_left_out_by_name(words: str, tmp_path: Path) -> No
         (["t", "v"], ["1", "2", "1_000", "4", "5"], "v: '1_000' in row 2 is no float64"),
         (["t", "v"], ["0.5", "2", "9007199254740993", "4", "5"], "v: '9007199254740993' in row 2 is no float64"),
         (["v_0", "v_1"], ["a", "b", "c", "d", "e"], "v: 'a' in row 0 is no float64"),
+        (
+            ["t", "v"],
+            ['"0,5"', '"1,5"', '"2"', '"0,25"', '"3,0"'],
+            "v: '0,5' has a decimal comma: write it with a point",
+        ),
         (["t", "../../x"], ["1", "2", "3", "4", "5"], "'../../x' is no name for a column"),
         (["t", "__x"], ["1", "2", "3", "4", "5"], "'__x' is no name for a column"),
         (["t", "zarr.json"], ["1", "2", "3", "4", "5"], "'zarr.json' is no name for a column"),
@@ -135,6 +140,15 @@ def test_what_is_no_number_is_said(names: list[str], column: list[str], message:
     with pytest.raises(InputError) as caught:
         data_convert.run({"in": str(root), "out": str(tmp_path / "b.zarr")})
     assert message in str(caught.value)
+
+
+def test_empty_lines_at_the_end_are_no_rows(tmp_path: Path) -> None:
+    root = runs(tmp_path / "runs", list("abcdef"))
+    (root / "run0.csv").write_text((root / "run0.csv").read_text() + "\n\n")
+    assert opened(root).buffer.n_steps == 10
+    (root / "run0.csv").write_text((root / "run0.csv").read_text() + "1,2,3,4,5,6\n")
+    with pytest.raises(InputError, match="line 7 is empty, and others follow"):
+        opened(root)
 
 
 @pytest.fixture

@@ -283,6 +283,10 @@ def pipe(name: str) -> Callable[[Path], None]:
     return change
 
 
+def sparse(name: str) -> Callable[[Path], None]:
+    return lambda root: os.truncate(root / name, 1 << 30)
+
+
 def pointer(name: str) -> Callable[[Path], None]:
     words = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
     return lambda root: next(root.glob(name)).write_text(words)
@@ -327,6 +331,8 @@ FRAMES = COLOURS[..., :3]
         (pointer("videos/**/*.mp4"), "is a pointer of Git LFS, its content was not downloaded: git lfs pull"),
         (pointer(DATA), "is a pointer of Git LFS"),
         (pointer("meta/info.json"), "is a pointer of Git LFS"),
+        (sparse("meta/info.json"), "info.json has 1074 MB, at most 268 MB are read"),
+        (sparse("meta/tasks.parquet"), "tasks.parquet has 1074 MB"),
         (pipe("videos/**/*.mp4"), "is a named pipe, expected a file"),
         (pipe(DATA), "is a named pipe, expected a file"),
         (pipe("meta/tasks.parquet"), "is a named pipe, expected a file"),

@@ -83,7 +83,7 @@ def _fingerprint(buffer: ReplayBuffer) -> list[Any]:
     """Changes when the source does."""
     if buffer.path is None:
         raise InputError("only what lies on disk is converted: save() the buffer first")
-    stats = [file.stat() for file in [buffer.path, *buffer.path.rglob("*")]]
+    stats = [buffer.path.stat(), *(file.lstat() for file in buffer.path.rglob("*"))]
     sizes, times = sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
     return [str(buffer.path.resolve()), len(stats), sizes, times, buffer.n_steps]
 

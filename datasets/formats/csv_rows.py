@@ -18,6 +18,7 @@ from action_diffusion.datasets.store import reading
 from action_diffusion.errors import InputError
 
 _NUMBERED = re.compile(r"(?P<name>.+?)(?:[._]?(?P<plain>\d{1,6})|\[(?P<brackets>\d{1,6})\])$")
+_COMMA = re.compile(r"\s*[+-]?\d+,\d+\s*")
 _ENCODING = "utf-8-sig"  # a byte order mark is no part of the first name
 _DELIMITERS = ",;\t"
 _LONGEST = 64
@@ -73,8 +74,13 @@ def read_csv(path: Path) -> np.ndarray:
     names = read_header(path)
     with _lines(path) as lines:
         next(lines)
-        rows = []
+        rows, blank = [], 0
         for line in lines:
+            if not line:  # which is no row at the file's end
+                blank = blank or lines.line_num
+                continue
+            if blank:
+                raise InputError(f"{path}: line {blank} is empty, and others follow")
             if len(line) != len(names):
                 raise InputError(f"{path}: line {lines.line_num} has {len(line)} columns, the header {len(names)}")
             rows.append([text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…" for text in line])
@@ -92,6 +98,9 @@ def guessed(texts: np.ndarray, where: str) -> np.dtype | None:
         if _is(texts, np.dtype(kind)):
             return np.dtype(kind)
     number = np.dtype(np.float64)
+    commas = [text for text in texts.ravel().tolist() if _COMMA.fullmatch(text)]
+    if commas:
+        raise InputError(f"{where}: {commas[0]!r} has a decimal comma: write it with a point")
     if not any(_is(text, number) for text in np.split(texts.ravel(), texts.size)):
         return None
     parse(texts, number, where)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from action_diffusion.datasets.formats.csv_rows import grouped, guessed, parse, read_csv, read_header
-from action_diffusion.datasets.formats.paths import inside, natural
+from action_diffusion.datasets.formats.paths import TEXT_BYTES, inside, natural
 from action_diffusion.datasets.formats.video import VideoInfo, video_info
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.store import reading
@@ -63,7 +63,7 @@ def description(path: Path) -> dict[str, Any] | None:
     """`dataset.json`, where there is one of ours."""
     if not (path / "dataset.json").exists():
         return None
-    file = inside(path, "dataset.json")
+    file = inside(path, "dataset.json", most=TEXT_BYTES)
     with reading(str(file)):
         notes = json.loads(file.read_bytes())
         if not isinstance(notes, dict) or not {"rate", "episodes", "csv"} <= set(notes):
@@ -103,10 +103,10 @@ def _csv_files(path: Path, notes: Mapping[str, Any] | None) -> list[Path]:
         folders = [str(note["folder"]) for note in notes["episodes"]]
         if not folders or len(set(folders)) < len(folders):
             raise InputError(f"{path / 'dataset.json'}: expected a folder for each episode, none of them twice")
-        return [inside(path, Path(folder) / "rows.csv") for folder in folders]
+        return [inside(path, Path(folder) / "rows.csv", most=TEXT_BYTES) for folder in folders]
     found = list(path.glob("*.csv")) or list(path.glob("*/*.csv"))
     names = sorted((file.relative_to(path).as_posix() for file in found), key=natural)
-    return [inside(path, name) for name in names]
+    return [inside(path, name, most=TEXT_BYTES) for name in names]
 
 
 def _episode(root: Path, csv: Path, known: Mapping[str, Any] | None, vectors: Mapping[str, Sequence[str]]) -> Episode:

@@ -17,7 +17,7 @@ from action_diffusion.datasets.formats.columns import PiecewiseColumn, spans
 from action_diffusion.datasets.formats.lerobot_info import Info
 from action_diffusion.datasets.formats.lerobot_names import V30
 from action_diffusion.datasets.formats.parquet import Table, described, open_parquet
-from action_diffusion.datasets.formats.paths import inside, natural
+from action_diffusion.datasets.formats.paths import TEXT_BYTES, inside, natural
 from action_diffusion.datasets.formats.video import TOLERANCE
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.store import reading
@@ -25,6 +25,7 @@ from action_diffusion.errors import InputError
 
 LATE = 0.5
 """Of the time between two rows: a row that is further off by its timestamp is another one."""
+_MOST_EPISODES = 1_000_000
 _BLOCK = 1 << 16
 _FARTHEST = 10  # times the rate of info.json: timestamps in another unit are not a rate
 
@@ -60,7 +61,7 @@ def files_of(info: Info) -> Files:
 
 
 def _one_a_file(info: Info) -> Files:
-    file = inside(info.root, "meta/episodes.jsonl")
+    file = inside(info.root, "meta/episodes.jsonl", most=TEXT_BYTES)
     episodes = _in_order(lines(file), file)
     tables = []
     with progress(f"reading what is in {info.root.name}", len(episodes)) as advance:
@@ -98,6 +99,8 @@ def _many_a_file(info: Info) -> Files:
             names = [name for name in opened.schema_arrow.names if not name.startswith("stats/")]
             if "episode_index" not in names:
                 raise InputError(f"{file} lacks episode_index")
+            if opened.metadata.num_rows > _MOST_EPISODES:
+                raise InputError(f"{file} has {opened.metadata.num_rows} rows, at most {_MOST_EPISODES} are read")
             found += opened.read(columns=names).to_pylist()
     episodes = _in_order(found, info.root / "meta/episodes")
     paths = _data_files(info, episodes)

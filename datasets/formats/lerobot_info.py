@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from action_diffusion.datasets.formats.contract import MARK
 from action_diffusion.datasets.formats.lerobot_names import EPISODES_A_CHUNK, INFO, TEMPLATES, V21, V30
-from action_diffusion.datasets.formats.paths import fields, filled, inside
+from action_diffusion.datasets.formats.paths import TEXT_BYTES, fields, filled, inside
 from action_diffusion.datasets.store import reading
 from action_diffusion.errors import InputError
 
@@ -63,7 +63,7 @@ class Info:
 
 def read_info(path: Path) -> Info:
     """Raises `InputError` for a version that is not read, and for what lacks what is needed or is of another type."""
-    file = inside(path, INFO)
+    file = inside(path, INFO, most=TEXT_BYTES)
     with reading(str(file)):
         info = json.loads(file.read_bytes())
     needed = ("codebase_version", "fps", "features", "total_episodes", "total_frames")

@@ -50,7 +50,7 @@ def _opened(path: Path) -> Opened:
     for name, feature in info.features.items():
         if name in OWN:
             continue
-        if feature.dtype == "video":
+        if feature.dtype == "video" and name not in files.tables[0].types:
             stored[name] = camera(info, files, name, feature)
         elif reason := _reason(files, name, feature):
             if name == "action":

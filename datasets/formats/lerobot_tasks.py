@@ -11,7 +11,7 @@ from action_diffusion.datasets.formats.columns import SlicedColumn, rows_a_block
 from action_diffusion.datasets.formats.lerobot_episodes import lines
 from action_diffusion.datasets.formats.lerobot_info import Info
 from action_diffusion.datasets.formats.parquet import open_parquet
-from action_diffusion.datasets.formats.paths import inside
+from action_diffusion.datasets.formats.paths import TEXT_BYTES, inside
 from action_diffusion.datasets.store import reading
 from action_diffusion.errors import InputError
 
@@ -25,7 +25,7 @@ def read_tasks(info: Info) -> list[str]:
     if not names:
         info.said.append("there is no meta/tasks: what was to be done is not known in words")
         return []
-    file = inside(root, names[0])
+    file = inside(root, names[0], most=TEXT_BYTES)
     found = _table(file) if file.suffix == ".parquet" else _lines(file)
     tasks: dict[int, str] = {}
     for number, words in found:
@@ -47,6 +47,8 @@ def _lines(file: Path) -> list[tuple[Any, Any]]:
 def _table(file: Path) -> list[tuple[Any, Any]]:
     """The words are the pandas index, or a column, `task` before any other."""
     with open_parquet(file) as opened, reading(str(file)):
+        if opened.metadata.num_rows > _MOST:
+            raise InputError(f"{file} has {opened.metadata.num_rows} rows, at most {_MOST} are read")
         table = opened.read().to_pydict()
     if "task_index" not in table:
         raise InputError(f"{file} lacks task_index")

@@ -15,12 +15,17 @@ from action_diffusion.errors import InputError
 
 LONGEST = 1000
 """Characters of a path in a data set."""
+TEXT_BYTES = 1 << 28
+"""Of a description or a CSV, which are read as a whole."""
 _FIELD = re.compile(r"\{(?P<name>\w+)(?::(?:0(?P<width>\d))?d?)?\}")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def inside(root: Path, name: str | Path) -> Path:
-    """The file `name` of the folder `root`. Raises `InputError` unless it is a plain file in there, and fetched."""
+def inside(root: Path, name: str | Path, *, most: int | None = None) -> Path:
+    """The file `name` of the folder `root`. most: bytes that are read at once.
+
+    Raises `InputError` unless it is a plain file in there, fetched, and no larger.
+    """
     file = root / name
     if len(str(name)) > LONGEST or "\0" in str(name):
         raise InputError(f"{root}: a path of {len(str(name))} characters, {str(name)[:40]!r}…, is no file")
@@ -30,7 +35,8 @@ def inside(root: Path, name: str | Path) -> Path:
             raise InputError(
                 f"{file} leads to {place}, outside of the folder, which is not read: copy it in (cp -rL follows links)"
             )
-        mode = file.stat().st_mode
+        stats = file.stat()
+        mode = stats.st_mode
         pointer = stat.S_ISREG(mode) and _begins(file, _POINTER)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{file}: no such file") from None
@@ -41,6 +47,8 @@ def inside(root: Path, name: str | Path) -> Path:
         raise InputError(f"{file} is {kind}, expected a file")
     if pointer:
         raise InputError(f"{file} is a pointer of Git LFS, its content was not downloaded: git lfs pull in {root}")
+    if most is not None and stats.st_size > most:
+        raise InputError(f"{file} has {stats.st_size / 1e6:.0f} MB, at most {most / 1e6:.0f} MB are read")
     return file
 
 

@@ -124,7 +124,7 @@ def _kind(format: Any, size: tuple[int, int], path: Path, colours: bool) -> Kind
     """Grey of more than 8 bits is depth, and read as its codes."""
     pixels = [part for part in format.components if not part.is_alpha]
     alpha, bits = len(pixels) < len(format.components), max(part.bits for part in pixels)
-    grey = len(pixels) == 1 and not format.has_palette
+    grey = format.name.startswith("gray")
     if grey and 8 < bits <= 16:
         return Kind(size, np.dtype(np.uint16), alpha)
     if bits > 8:
