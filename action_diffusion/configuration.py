@@ -123,8 +123,9 @@ def _parse(name: str, word: str) -> Override:
             word = f"{key}={_quoted(value)}"
     try:
         return OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        raise InputError(f"{word!r} cannot be read ({_short(error)}): put quotes around its value") from None
+    except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
+        word = word if len(word) < 200 else f"{word[:200]}…"
+        raise InputError(f"{word!r} cannot be read ({_short(error)[:200]}): put quotes around its value") from None
 
 
 def _quoted(text: str) -> str:

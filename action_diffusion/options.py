@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from action_diffusion.envs import REGISTRY
@@ -164,7 +164,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AnySampler:
     """`sampler` of a command: null keeps what the bundle says. Which go with a scheduler: `SCHEDULERS`."""
 
@@ -204,12 +204,12 @@ SCHEDULERS = {
 """The options of each scheduler, beside what `policy.sampler.Sampler` takes for all of them."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sampler(AnySampler):
     """`policy.sampler`."""
 
-    scheduler: str = "ddim"
-    num_inference_steps: Annotated[int, Between(1, MOST_STEPS)] = 20
+    scheduler: str = field()
+    num_inference_steps: Annotated[int, Between(1, MOST_STEPS)] = field()
 
 
 @dataclass

@@ -18,6 +18,8 @@ MOST_VALUES = 100_000
 """Of a state, or of an action; an image may have as many pixels as `MOST_BYTES` allows."""
 MOST_BYTES = 2**30
 """Of the observations that a policy sees at once."""
+MOST_ACTION = 1e30
+"""What a normalised value near 0 may stand for, in the data's units."""
 DTYPES = ("float16", "float32", "float64", "uint8", "uint16", "int16", "int32", "int64", "bool")
 Side = Annotated[int, Between(1, MOST_VALUES)]
 Dtype = Annotated[str, OneOf(*DTYPES)]
@@ -43,9 +45,7 @@ class ObservationSpec:
         if self.kind == "image" and (len(self.shape) != 3 or self.shape[2] != 3):
             raise InputError(f"an image of shape {list(self.shape)}: images are [height, width, 3]")
         if self.kind != "image" and values > MOST_VALUES:
-            raise InputError(
-                f"a state of shape {list(self.shape)} has {values:,} values, at most {MOST_VALUES:,} can be"
-            )
+            raise InputError(f"a state of shape {list(self.shape)} has {values:,} values, more than {MOST_VALUES:,}")
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,14 @@ class Statistics:
 
     def __post_init__(self) -> None:
         given = [part for part in (self.scale, self.offset, self.min, self.max) if part is not None]
-        if len({len(part) for part in given}) > 1:
-            raise InputError(
-                f"normaliser statistics of {[len(part) for part in given]} dimensions, expected equal ones"
-            )
+        lengths = [len(part) for part in given]
+        if len(set(lengths)) > 1:
+            raise InputError(f"normaliser statistics of {lengths} dimensions, expected equal numbers of them")
+        if (self.min is None) != (self.max is None):
+            raise InputError("normaliser statistics have one of min and max, expected both")
+        for scale, offset in zip(self.scale, self.offset, strict=True):
+            if not abs(scale) > (1 + abs(offset)) / MOST_ACTION:
+                raise InputError(f"normaliser statistics: scale={scale} with offset={offset} leads to no number")
 
 
 @dataclass(frozen=True)
