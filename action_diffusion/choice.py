@@ -79,7 +79,7 @@ class Table:
         allowed = [name for name in ways if not (setting == "off" and name in ours)]
         if setting == "on" and any(name in ours for name in allowed):
             allowed = [name for name in allowed if name in ours]
-        key = " ".join([operation, "x".join(map(str, size)), f"threads={threads}"])
+        key = f"{operation} {_written(size)} threads={threads}"
         if len(allowed) > 1 and set(allowed) - self.seconds.get(key, {}).keys():
             if self.spent >= BUDGET and not self._measuring:
                 return allowed[0]
@@ -111,6 +111,12 @@ class Table:
         if outer:
             self._write()
 
+    def clear(self) -> None:
+        """Forget what was measured, in the file too."""
+        self.known, self.seconds, self.spent = {}, {}, 0.0
+        with suppress(OSError):
+            self.path.unlink()
+
     def _write(self) -> None:
         """Together with what other processes have written. A folder that cannot be written to keeps nothing."""
         self.seconds = _read(self.path) | self.seconds
@@ -122,6 +128,12 @@ class Table:
         except OSError:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def _written(size: tuple[Any, ...]) -> str:
+    """Numbers, then words: 16x128x48:float32."""
+    numbers = "x".join(str(part) for part in size if isinstance(part, int))
+    return ":".join([numbers, *(str(part) for part in size if not isinstance(part, int))])
 
 
 @cache

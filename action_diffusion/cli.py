@@ -7,19 +7,20 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from action_diffusion import __version__, memory
+from action_diffusion import __version__, memory, preflight
 from action_diffusion.errors import InputError, unknown
 
 MAIN_HELP = """\
 action-diffusion: demonstrations in, a diffusion policy that works on a real arm out.
 
-  action-diffusion train                                   train and evaluate on PushT; about 8 minutes on 2 cores
+  action-diffusion train                                   train and evaluate on PushT; 10 minutes at most on 2 cores
   action-diffusion evaluate bundle=outputs/…/bundle        success rate with its interval, videos, a report
   action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
   action-diffusion deploy bundle=outputs/…/bundle          run a bundle in real time
   action-diffusion serve bundle=outputs/…/bundle           think for robots on other machines
   action-diffusion data doctor demos.zarr                  what is wrong with demonstrations; inspect, view, edit
   action-diffusion data convert in=PATH out=PATH           LeRobot, UMI, robomimic, Zarr, folders: there and back
+  action-diffusion info                                    what runs on this machine, and why
 
 Each takes name=value options; `action-diffusion train --help` explains them.
 """
@@ -62,7 +63,7 @@ Options
   n_envs=null                   environments that run at once (scores do not depend on it)
   output_dir=DIR                where results.json, report.html and videos/ go
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
-  precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster
+  precision=fp32|fp16|bf16  compile=true  cuda_graph=true    denoise faster
   n_videos=6  policy_batch=null  device=auto|cpu|cuda  data=PATH (tasks without a simulator)
 """
 
@@ -120,7 +121,7 @@ Options
   record=false                  no record.zarr
   safety.margin=0.1             how far a command may leave what was demonstrated, as a share of its range
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
-  precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster
+  precision=fp32|fp16|bf16  compile=true  cuda_graph=true    denoise faster
   device=auto|cpu|cuda
 """
 
@@ -141,7 +142,7 @@ Options
   remember=true                 false where clients ask once a chunk (openpi's ActionChunkBroker): docs/server.md
   seed=null                     a number: every episode draws the noise of this start, so that runs repeat
   sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
-  precision=fp32|fp16|bf16|int8  compile=true  cuda_graph=true    denoise faster
+  precision=fp32|fp16|bf16  compile=true  cuda_graph=true    denoise faster
   device=auto|cpu|cuda
 """
 
@@ -165,8 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from action_diffusion.data_command import run
 
             return run(words[1:])
+        if words[0] == "info":
+            from action_diffusion.info import run
+
+            return run(words[1:])
         if words[0] not in COMMANDS:
-            raise unknown("command", words[0], [*COMMANDS, "data"])
+            raise unknown("command", words[0], [*COMMANDS, "data", "info"])
         command, help_text = COMMANDS[words[0]]
         overrides, config_dir = _split(words[1:])
         if overrides is None:
@@ -180,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"error: not enough memory: {error or 'it is all taken'}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -221,11 +229,10 @@ def _fill(text: str) -> str:
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
     # The configuration is read before torch is imported: a misspelt option is refused in half a second.
-    from action_diffusion.configuration import load
-    from action_diffusion.training.resuming import recall, remember
+    from action_diffusion.training.resuming import configured
 
-    overrides, config_dir = recall(overrides, config_dir)
-    config = remember(load("train", overrides, config_dir), overrides, config_dir)
+    config = configured(overrides, config_dir)
+    preflight.train(config)
     from action_diffusion.training.run import train
     from action_diffusion.training.trainer import Interrupted
 
@@ -247,6 +254,7 @@ def _evaluate(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("evaluate", overrides, config_dir)
+    preflight.evaluate(config)
     from action_diffusion.training.evaluate import run
 
     for results, folder in run(config):
@@ -258,6 +266,7 @@ def _collect(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("collect", overrides, config_dir)
+    preflight.collect(config)
     modules = {"teleop": "deploy.teleop.collecting", "corrections": "deploy.corrections"}
     expert = "envs.collect" if config["robot"] is None else "deploy.demonstrating"
     module = importlib.import_module(f"action_diffusion.{modules.get(config['agent'], expert)}")
@@ -270,6 +279,7 @@ def _deploy(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("deploy", overrides, config_dir)
+    preflight.deploy(config)
     if config["calibrate"]:
         from action_diffusion.deploy import calibrate_command
 
@@ -287,6 +297,7 @@ def _serve(overrides: list[str], config_dir: str | None) -> int:
     from action_diffusion.configuration import load
 
     config = load("serve", overrides, config_dir)
+    preflight.serve(config)
     from action_diffusion.deploy.serve import run
 
     return run(config)

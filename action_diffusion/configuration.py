@@ -5,6 +5,7 @@ words ─▶ form and quotes ─▶ groups (task=…) composed ─▶ names and 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,35 +22,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import COMMANDS, Address
+from action_diffusion.schema import FilePath, alternatives, check, hint_at
 from action_diffusion.training.settings import TrainSettings
 
 BUDGETS = ("train.max_minutes", "train.max_steps", "train.max_epochs")
 GROUPS = {"train": ("task", "encoder", "denoiser", "scheduler"), "collect": ("task",)}
 OPEN = re.compile(r"(policy|task)\.\w+\.|sampler\.")
-"""Options of components, which need not stand in a file: the component itself refuses what it does not know."""
-PATHS = (
-    *("bundle", "compare", "data", "output", "output_dir", "init", "script", "from"),
-    *("dataset.cache_dir", "token_file", "server", "hardware", "replay", "page_token_file"),
-)
-"""Taken as typed, so that `=`, commas, spaces and names of digits mean nothing special in them."""
-NUMBERS = {
-    "dataset.max_episodes": 100,
-    "dataset.memory_gb": 4.0,
-    "sampler.num_inference_steps": 10,
-    "task.control_rate": 10.0,
-    "train.max_epochs": 10.0,
-    "train.max_minutes": 8.0,
-    "train.max_steps": 1000,
-}
-"""Examples of numbers whose type the default does not tell, because it is null or a task may write 10 for 10.0."""
-TYPES: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str, int), "a word"),
-    list: ((list,), "a list"),
-}
-"""What may be given, by the type of the default."""
+"""Options of components, which need not stand in a file."""
 TASK_KEYS = ("name", "control_rate", "n_obs_steps", "horizon", "n_action_steps", "action")
 
 ConfigStore.instance().store(group="train", name="defaults", node=TrainSettings)
@@ -59,8 +39,8 @@ def load(name: str, overrides: Sequence[str], config_dir: str | None = None) -> 
     """The resolved configuration `name` ("train", "evaluate", …) with overrides, as plain data.
 
     config_dir: a folder with groups of the user's own (`task/my_arm.yaml`), beside those of the package.
-    Raises `InputError` for a misspelt key or choice, suggesting the close ones, for a value of another type than
-    the key's, for a missing one, and for files of the user's own that cannot be read.
+    Raises `InputError` for a misspelt key or choice, suggesting the close ones, for a value of another type or out of
+    its range (`options`), for a missing one, and for files of the user's own that cannot be read.
     """
     parsed = [_parse(name, word) for word in overrides]
     folder = None if config_dir is None else Path(config_dir).resolve()
@@ -78,7 +58,45 @@ def load(name: str, overrides: Sequence[str], config_dir: str | None = None) -> 
         raise InputError(f"{missing[0]} is required: action-diffusion {name} {missing[0]}=…")
     if "task" in data:
         _check_task(data["task"])
+    check(data, COMMANDS[name])
     return data
+
+
+def override(name: str, config: Mapping[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
+    """A whole configuration of `name` that is there already (in the file `where`), with overrides of single values.
+
+    Raises `InputError` as `load` does, and for another choice of a group.
+    """
+    parsed = [_parse(name, word) for word in overrides]
+    base = dict(_items(config))
+    try:
+        check(config, COMMANDS[name])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    data = copy.deepcopy(dict(config))
+    for one in parsed:
+        key, value = one.key_or_group, None if one.is_sweep_override() else one.value()
+        if key in GROUPS.get(name, ()):
+            raise InputError(f"{one.input_line}: the parts that it began with are in {where}, and it keeps them")
+        if one.is_sweep_override() or "${" in str(value):
+            raise InputError(f"{one.input_line}: give one value, and as it is")
+        _check_value(name, key, value, base)
+        _put(data, key, value)
+    given = {one.key_or_group for one in parsed}
+    for budget in BUDGETS if given & set(BUDGETS) else ():
+        if budget not in given:
+            _put(data, budget, None)
+    check(data, COMMANDS[name])
+    return data
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        data = data[section]
+        if not isinstance(data, dict):
+            raise InputError(f"{key}: {section} is no section")
+    data[last] = value
 
 
 def choices(group: str) -> list[str]:
@@ -98,7 +116,7 @@ def _parse(name: str, word: str) -> Override:
         raise InputError(f"{word!r} is not of the form name=value; see: action-diffusion {name} --help")
     if key[0] in "+~":
         raise InputError(f"{word!r}: write {key.lstrip('+~')}=value, without {key[0]}")
-    if key in PATHS:
+    if {FilePath, Address} & set(alternatives(hint_at(COMMANDS[name], key))):  # taken as typed, as "=" and "," in it
         if not value:
             raise InputError(f"{key}= is empty: give {key}=PATH")
         if value != "null" and value[0] not in "['\"":
@@ -128,40 +146,29 @@ def _checked(name: str, parsed: Sequence[Override], search: list[str], folder: P
         if override in groups:
             continue
         key, line = override.key_or_group, override.input_line or ""
-        if key in base:
-            if not override.is_sweep_override():
-                _check_type(key, override.value(), base)
-            result.append(line)
-        elif OPEN.match(key) and key.rpartition(".")[0] in base:
-            result.append(f"++{line}")
-        else:
-            raise _unknown_option(name, key, base)
+        value = None if override.is_sweep_override() else override.value()
+        if not override.is_sweep_override():
+            _check_value(name, key, value, base)
+        if isinstance(value, Mapping) and "name" in value and key in base:
+            result.append(f"{key}=null")  # another component, of whose options none stays
+        result.append(line if key in base else f"++{line}")
     given = {override.key_or_group for override in parsed}
     if given & set(BUDGETS):
         result += [f"{budget}=null" for budget in BUDGETS if budget not in given]
     return result
 
 
-def _check_type(key: str, value: Any, base: Mapping[str, Any]) -> None:
-    """Refuse a value of another type than the default has; of a component, null may stand for all but a number."""
-    default = NUMBERS.get(key, "PATH" if key in PATHS else base[key])
-    component = key.startswith(("policy.", "task."))
-    is_number = isinstance(default, bool | int | float)
-    if value is None and (base[key] is None or key in BUDGETS or (component and not is_number)):
-        return
-    if default is None or "${" in str(value) or (key == "bundle" and isinstance(value, list)):
-        return
-    if isinstance(default, dict):
-        if component:
-            return
-        inside = next(path for path in base if path.startswith(f"{key}."))
+def _check_value(name: str, key: str, value: Any, base: Mapping[str, Any]) -> None:
+    """Refuse an option that is not there, or another type or range; what is not plain yet is checked when it is."""
+    if key not in base and not (OPEN.match(key) and key.rpartition(".")[0] in base):
+        raise _unknown_option(name, key, base)
+    default = base.get(key)
+    if isinstance(default, dict) and not key.startswith(("policy.", "task.")) and hint_at(COMMANDS[name], key):
+        inside = next((path for path in base if path.startswith(f"{key}.")), f"{key}.…")
         raise InputError(f"{key} is a section: give its values one by one, such as {inside}=…")
-    accepted, expected = TYPES[type(default)]
-    bool_for_number = isinstance(value, bool) and not isinstance(default, bool)
-    if bool_for_number or not isinstance(value, accepted) or value != value:  # NaN differs from itself
-        expected = "a path" if key in PATHS else expected
-        example = "" if isinstance(default, bool) or key in PATHS else f", such as {default}"
-        raise InputError(f"{key}={'null' if value is None else value}: expected {expected}{example}")
+    hint = hint_at(COMMANDS[name], key)
+    if hint is not None and not isinstance(value, Mapping) and "${" not in str(value):
+        check(value, hint, key, example=None if isinstance(default, str) and hint == FilePath else default)
 
 
 def _unknown_option(name: str, key: str, base: Mapping[str, Any]) -> InputError:

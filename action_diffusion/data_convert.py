@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from action_diffusion.errors import InputError, unknown
 
-OPTIONS = ("in", "out", "format", "rate", "video", "observations", "workers")
+OPTIONS = ("in", "out", "format", "rate", "video", "action", "state", "observations", "workers")
+_VECTORS = ("action", "state")
 
 HELP = """\
 action-diffusion data convert in=PATH out=PATH [name=value …]     from one format to another
@@ -21,6 +22,7 @@ action-diffusion data convert in=PATH out=PATH [name=value …]     from one for
   action-diffusion data convert in=demo.hdf5 out=lift.zarr                     robosuite's own: states are rendered
   action-diffusion data convert in=demo.hdf5 out=lift.zarr observations=object,robot0_eef_pos,agentview_image
   action-diffusion data convert in=lift.zarr out=lift.hdf5                     back, for robomimic
+  action-diffusion data convert in=runs out=runs.zarr state=x,y,z action=target_x,target_y,target_z     CSV files
 
 What `in` holds is told from its content. Every value is compared with the source before the result takes its name, and
 each key's SHA-256 is printed; images in video are measured (PSNR, 40 dB at least). A conversion that was cut off goes
@@ -29,8 +31,12 @@ on when it is started again.
 Options
   format=NAME           what to write: zarr (v3), zarr2 (v2), umi, robomimic, lerobot (v3.0), lerobot21 (v2.1), folder
                         (CSV and MP4). Default: by the ending of `out`: .zarr, .zarr.zip, .hdf5, .h5
-  rate=HZ               steps a second, where the source does not say (control_rate). Default: 10
+  rate=HZ               steps a second, where the source does not say (control_rate; default 10); where it does, fewer
+                        rows: 10 of 30 Hz keeps every third row, and where they do not divide the nearest. The values
+                        stay as they are: actions that are differences are not added up
   video=high|lossless   of lerobot, lerobot21 and folder: H.264 4:4:4 (default), or of the colours as they are
+  action=COLUMN,…       of CSV files: which columns are the action, such as target_x,target_y,target_z
+  state=COLUMN,…        the same for the state
   observations=KEY,…    what the simulator renders of each recorded state of an HDF5 file. Default: nothing where the
                         file has observations; else object, robot0_eef_pos, robot0_eef_quat, robot0_gripper_qpos and
                         the same of further arms
@@ -38,6 +44,7 @@ Options
 """
 
 _RATE = 10.0
+_LOWEST, _HIGHEST = 0.01, 1e4
 _QUALITIES = ("high", "lossless")
 
 
@@ -55,6 +62,9 @@ def run(options: Mapping[str, str]) -> Mapping[str, Any]:
     held = detected(source)
     if held == to == "robomimic":
         raise InputError(f"in={source} out={output}: both are HDF5, one of them must be another format")
+    vectors = {key: options[key].split(",") for key in _VECTORS if key in options}
+    if vectors and held != "folder":
+        raise InputError(f"{next(iter(vectors))}= names columns of CSV files, and {source} is no folder of these")
     if held == "robomimic":
         from action_diffusion.datasets.formats.robomimic import is_ours
 
@@ -62,27 +72,38 @@ def run(options: Mapping[str, str]) -> Mapping[str, Any]:
             return _from_hdf5(source, output, to, options.get("observations"), workers)
     if "observations" in options:
         raise InputError("observations= is for converting HDF5 to a replay buffer")
-    return _convert(source, held, output, to, rate, lossless=options.get("video") == "lossless")
+    return _convert(source, held, output, to, rate, vectors, lossless=options.get("video") == "lossless")
 
 
 def _convert(
-    source: Path, held: str, output: Path, to: str, rate: float | None, *, lossless: bool
+    source: Path,
+    held: str,
+    output: Path,
+    to: str,
+    rate: float | None,
+    vectors: Mapping[str, Sequence[str]],
+    *,
+    lossless: bool,
 ) -> Mapping[str, Any]:
     """By the formats in datasets/formats."""
     from action_diffusion.datasets.formats.contract import Settings
     from action_diffusion.datasets.formats.conversion import convert
     from action_diffusion.datasets.formats.registry import named
+    from action_diffusion.datasets.formats.resample import at_rate
     from action_diffusion.datasets.robomimic_export import export
 
-    opened = named(held).open(source)
+    if vectors:
+        from action_diffusion.datasets.formats.folder import opened as open_folder
+
+        opened = at_rate(open_folder(source, vectors), rate)
+    else:
+        opened = at_rate(named(held).open(source), rate)
     attrs = opened.buffer.attrs
     if to == "robomimic" and "env_args" in attrs and held == "zarr":
+        if rate is not None:
+            raise InputError(f"rate={rate:g}: robomimic's file keeps the rate of {source}: convert that to .zarr first")
         return export(source, output)
-    if rate is not None:
-        attrs["control_rate"] = rate
     known = attrs.get("control_rate")
-    if known is not None and not (isinstance(known, int | float) and math.isfinite(known) and known > 0):
-        raise InputError(f"{source}: control_rate is {known!r}: give rate=HZ")
     settings = Settings(float(known or _RATE), "lossless" if lossless else "high")
     summary = convert(opened, output, named(to), settings)
     if known is None and to in ("lerobot", "lerobot21", "folder"):
@@ -97,11 +118,14 @@ def _from_hdf5(source: Path, output: Path, to: str, observations: str | None, wo
     if to != "zarr":
         raise InputError(f"out={output}: HDF5 becomes a replay buffer first: out=NAME.zarr, and that becomes {to}")
     from action_diffusion.datasets.robomimic import convert, default_workers
-    from action_diffusion.datasets.robomimic_file import describe
+    from action_diffusion.datasets.robomimic_file import ROBOSUITE_TYPE, describe
     from action_diffusion.datasets.robosuite_states import SimulatorObserver, state_keys, with_render_settings
 
     layout, observer = describe(source), None
-    if observations is not None or not layout.has_observations:
+    simulated = "env_name" in layout.env_args and layout.env_args.get("type") == ROBOSUITE_TYPE
+    if observations is not None or (simulated and not layout.has_observations):
+        if not simulated:
+            raise InputError(f"observations= has robosuite render its states, and {source} does not name it")
         layout = with_render_settings(layout)
         keys = observations.split(",") if observations is not None else state_keys(layout.env_args)
         observer = SimulatorObserver(layout.env_args, tuple(keys))
@@ -116,8 +140,8 @@ def _rate(text: str | None) -> float | None:
         rate = float(text)
     except ValueError:
         rate = math.nan
-    if not (math.isfinite(rate) and rate > 0):
-        raise InputError(f"rate={text}: expected steps a second, above 0")
+    if not _LOWEST <= rate <= _HIGHEST:
+        raise InputError(f"rate={text}: expected steps a second, from {_LOWEST:g} to {_HIGHEST:g}")
     return rate
 
 

@@ -6,6 +6,7 @@ Without it everything runs as well, more slowly: whoever calls it has another wa
 from __future__ import annotations
 
 import ctypes
+import os
 import sysconfig
 import warnings
 from pathlib import Path
@@ -13,6 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from action_diffusion.errors import unknown
+
+SETS = "portable", "avx2", "avx512", "neon"
+SET_VARIABLE = "ACTION_DIFFUSION_ISA"
+"""Names the last of the instruction sets `SETS` that code may use, to have here what runs on another processor."""
 
 
 class Library:
@@ -24,13 +31,24 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.code = ctypes.CDLL(str(path))
 
+    @property
+    def instruction_set(self) -> str:
+        """Which of `SETS` it uses."""
+        self.code.instruction_set.restype = ctypes.c_char_p
+        return self.code.instruction_set().decode()
+
     def __call__(self, name: str, *values: Tensor | np.ndarray | int | None) -> None:
         """Arrays are given as pointers, numbers as int64. Nothing is checked."""
         getattr(self.code, name)(*map(_argument, values), ctypes.c_int(torch.get_num_threads()))
 
 
 def load(folder: Path, name: str, abi: int) -> Library | None:
-    """The compiled `name` in `folder`; None where there is none for this Python, or, with a warning, another `abi`."""
+    """The compiled `name` in `folder`; None where there is none for this Python, or, with a warning, another `abi`.
+
+    Raises `InputError` where the environment names an instruction set that does not exist.
+    """
+    if (most := os.environ.get(SET_VARIABLE)) and most not in SETS:
+        raise unknown("instruction set", most, SETS, SET_VARIABLE)
     path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not path.exists():
         return None

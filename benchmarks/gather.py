@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from action_diffusion.datasets import pixels
 from action_diffusion.datasets.batches import (
     BatchSource,
     ObsKey,
@@ -48,14 +49,13 @@ def main(words: Sequence[str]) -> int:
     image = next(iter(source.frame_sizes))
     rng = np.random.default_rng(0)
 
-    def gather(step: int, floats: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    def gather(step: int) -> torch.Tensor:
         offsets = random_crop_offsets(batch_size, source.frame_sizes[image], (crop, crop), rng)
         indices = batch_indices(len(source), batch_size, 0, step)
-        return source.gather(indices, crop=(crop, crop), offsets=offsets, floats=floats).obs[image]
+        return source.gather(indices, crop=(crop, crop), offsets=offsets).obs[image]
 
-    floats: dict[str, torch.Tensor] = {}
     print(f"uint8    {_rate(gather, seconds) * batch_size:10,.0f} samples/s")
-    print(f"float32  {_rate(lambda step: gather(step, floats), seconds) * batch_size:10,.0f} samples/s")
+    print(f"float32  {_rate(lambda step: pixels.to_float(gather(step)), seconds) * batch_size:10,.0f} samples/s")
     print(f"resident {_most_resident() / 1e9:10.2f} GB at most")
     return 0
 

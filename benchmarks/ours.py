@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from action_diffusion import envs
+from action_diffusion.datasets import pixels
 from action_diffusion.datasets.batches import Batch, BatchSource, ObsKey
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.windows import batch_indices, make_windows
@@ -32,7 +33,7 @@ from action_diffusion.policy import normalizer
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
 from action_diffusion.policy.inference import choose_threads
-from action_diffusion.policy.kernels import accelerate, check_precision
+from action_diffusion.policy.kernels import accelerate, check_precision, cpu_unet
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.settings import TrainSettings
@@ -297,7 +298,6 @@ class Gather(Work):
         self._whole = settings["whole_frames"]
         self._inputs = load_file(folder / "inputs.safetensors")
         self._step = 0
-        self._floats: dict[str, Tensor] = {}
 
     def outputs(self) -> dict[str, Tensor]:
         """Frames (whole, or cropped at the corners in the inputs) and actions of the windows `checked`."""
@@ -305,22 +305,35 @@ class Gather(Work):
             self._source.windows.now(np.arange(len(self._source))), self._inputs["checked"].numpy()
         )
         if self._whole:
-            batch = self._source.gather(windows, floats={})
+            batch = self._source.gather(windows)
         else:
             offsets = self._inputs["corners"].numpy()[windows]
-            batch = self._source.gather(windows, crop=self._crop, offsets=offsets, floats={})
-        return {"image": batch.obs["image"], "action": batch.action}
+            batch = self._source.gather(windows, crop=self._crop, offsets=offsets)
+        return {"image": _images(batch), "action": batch.action}
 
     def call(self) -> None:
         indices = batch_indices(len(self._source), self.units, 0, self._step)
         self._step += 1
         offsets = self._inputs["corners"].numpy()[indices]
-        self._source.gather(indices, crop=self._crop, offsets=offsets, floats=self._floats)
+        _images(self._source.gather(indices, crop=self._crop, offsets=offsets))
+
+
+def _images(batch: Batch) -> Tensor:
+    """float32 [B, To, 3, h, w], 0 to 1, as the encoder makes them."""
+    return pixels.to_float(batch.obs["image"]).movedim(-1, -3)
 
 
 def about() -> dict[str, Any]:
-    """Versions, threads, device, and the instructions that torch may use."""
-    return {**versions(), "threads": torch.get_num_threads(), "device": "cpu", "instructions": instructions()}
+    """Versions, threads, device, and the instructions that torch and our code in C may use."""
+    code, used = cpu_unet.library(), {instructions()}
+    if code is not None and code.instruction_set.startswith("avx"):  # torch has other names for what else there is
+        used.add(code.instruction_set)
+    return {
+        **versions(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+        "instructions": " and ".join(sorted(used)),
+    }
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     action = array[rows]              [B, H, A]
     mask   = is it a row of the episode, or padding    [B, H]
 
-Images stay uint8 until the caller has them on its device (`images_to_float`), unless `gather` is asked for floats, and
-are cropped while they are gathered: only the crop is copied.
+Images stay uint8 until the policy has them on its device, and are cropped while they are gathered: only the crop is
+copied.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.windows import Windows
 from action_diffusion.errors import InputError
 
-__all__ = ["Batch", "BatchSource", "Critic", "ObsKey", "images_to_float", "random_crop_offsets"]
+__all__ = ["Batch", "BatchSource", "Critic", "ObsKey", "random_crop_offsets"]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Critic:
 class Batch:
     """B windows. On the source's device, in the data's units.
 
-    obs: float32 [B, To, ...] for states, uint8 [B, To, H, W, 3] for images (float32 [B, To, 3, H, W] with `floats`)
+    obs: float32 [B, To, ...] for states, uint8 [B, To, H, W, 3] for images
     action: float32 [B, horizon, A]
     mask: bool [B, horizon], False where a step repeats the first or last row of its episode
     """
@@ -139,59 +139,26 @@ class BatchSource:
         crop: tuple[int, int] | None = None,
         offsets: np.ndarray | None = None,
         critic: bool = False,
-        floats: dict[str, Tensor] | None = None,
     ) -> Batch:
         """The windows `indices` int64 [B].
 
         crop: (height, width) cut from every image; offsets: int64 [B, 2], its top left corner, the same for
         all steps and images of a window (None: the centre of each image). critic: fill `Batch.critic`.
-        floats: make images float32 [B, To, 3, h, w], as `images_to_float` does, and keep them here by name, where
-        the next call writes over them: their memory is in the cache still. {} to begin with.
         """
         indices = np.asarray(indices, np.int64)
         rows, mask = self.windows.rows_and_mask(indices)
         return Batch(
-            obs=self._observe(rows[:, : self.n_obs_steps], crop, offsets, floats),
+            obs=self._observe(rows[:, : self.n_obs_steps], crop, offsets),
             action=self._take(self._action, rows),
             mask=torch.from_numpy(mask).to(self.device),
-            critic=self._criticise(indices, crop, offsets, floats) if critic else None,
+            critic=self._criticise(indices, crop, offsets) if critic else None,
         )
 
-    def _observe(
-        self,
-        rows: np.ndarray,
-        crop: tuple[int, int] | None,
-        offsets: np.ndarray | None,
-        floats: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        obs = {}
-        for name, key in self._observations.items():
-            if key.kind != "image":
-                obs[name] = self._take(key, rows)
-            elif floats is None:
-                obs[name] = self._crop(key, rows, crop, offsets) if crop else self._take(key, rows)
-            else:
-                obs[name] = floats[name] = self._floats(key, rows, crop, offsets, floats.get(name))
-        return obs
-
-    def _floats(
-        self,
-        key: ObsKey,
-        rows: np.ndarray,
-        crop: tuple[int, int] | None,
-        offsets: np.ndarray | None,
-        last: Tensor | None,
-    ) -> Tensor:
-        """Images as float32, written over `last` where that has their shape; cropped in the same pass over memory."""
-        size = (*rows.shape, 3, *(crop or self._shape(key)[1:3]))
-        if last is not None and (last.shape != size or not last.movedim(-3, -1).is_contiguous()):
-            last = None
-        if not crop or self.mode == "device" or self.device.type != "cpu":
-            images = self._crop(key, rows, crop, offsets) if crop else self._take(key, rows)
-            return images_to_float(images, out=last)
-        shape = (*rows.shape, *crop, 3)
-        out = torch.empty(shape, dtype=torch.float32, device="cpu") if last is None else last.movedim(-3, -1)
-        return self._crop(key, rows, crop, offsets, out).movedim(-1, -3)
+    def _observe(self, rows: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> dict[str, Tensor]:
+        return {
+            name: self._crop(key, rows, crop, offsets) if crop and key.kind == "image" else self._take(key, rows)
+            for name, key in self._observations.items()
+        }
 
     def _shape(self, key: ObsKey) -> tuple[int, ...]:
         return tuple(self._tensors[key].shape if self.mode == "device" else self._arrays[key].shape)
@@ -201,14 +168,7 @@ class BatchSource:
             return self._tensors[key][torch.from_numpy(rows).to(self.device)]
         return torch.from_numpy(np.take(self._arrays[key], rows, axis=0)).to(self.device)
 
-    def _crop(
-        self,
-        key: ObsKey,
-        rows: np.ndarray,
-        crop: tuple[int, int],
-        offsets: np.ndarray | None,
-        floats: Tensor | None = None,
-    ) -> Tensor:
+    def _crop(self, key: ObsKey, rows: np.ndarray, crop: tuple[int, int], offsets: np.ndarray | None) -> Tensor:
         n, height, width, channels = self._shape(key)
         room = np.array([height - crop[0], width - crop[1]])
         if (room < 0).any():
@@ -219,20 +179,14 @@ class BatchSource:
         if rows.size and (rows.min() < 0 or rows.max() >= n):
             raise IndexError(f"windows reach rows {rows.min()} to {rows.max()} of {n}")
         if self.mode != "device":
-            return pixels.crop(self._arrays[key], rows, corner, crop, floats).to(self.device)
+            return pixels.crop(self._arrays[key], rows, corner, crop).to(self.device)
         view = (n, room[0] + 1, room[1] + 1, crop[0], crop[1] * channels)
         strides = (height * width * channels, width * channels, channels, width * channels, 1)
         cuts = self._tensors[key].as_strided([int(size) for size in view], strides)
         index = (torch.from_numpy(part.copy()).to(self.device) for part in (rows, corner[:, :1], corner[:, 1:]))
         return cuts[tuple(index)].view(*rows.shape, *crop, channels)
 
-    def _criticise(
-        self,
-        indices: np.ndarray,
-        crop: tuple[int, int] | None,
-        offsets: np.ndarray | None,
-        floats: dict[str, Tensor] | None,
-    ) -> Critic:
+    def _criticise(self, indices: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> Critic:
         if self._reward is None:
             raise InputError("a critic needs rewards: name the buffer's reward_key")
         now, end, first = self.windows.now(indices), self.windows.end[indices], self.windows.first[indices]
@@ -244,25 +198,10 @@ class BatchSource:
         reward = self._take(self._reward, executed)[..., 0]
         return Critic(
             reward=(reward * torch.from_numpy(weights).to(self.device)).sum(dim=1),
-            next_obs=self._observe(
-                np.clip(after, first[:, None], end[:, None] - 1), crop, offsets, None if floats is None else {}
-            ),
+            next_obs=self._observe(np.clip(after, first[:, None], end[:, None] - 1), crop, offsets),
             done=torch.from_numpy(now + n >= end).to(self.device),
             discount=torch.from_numpy((self.gamma**n).astype(np.float32)).to(self.device),
         )
-
-
-def images_to_float(images: Tensor, out: Tensor | None = None) -> Tensor:
-    """uint8 [..., H, W, 3], 0 to 255, as float32 [..., 3, H, W], 0 to 1; memory stays channels-last.
-
-    out: what this returned for another batch of the same shape, to be written over: its memory is in the cache still,
-    which takes a quarter off a batch. Where gradients are computed, only after the backward pass of that batch.
-    Raises `ValueError` for another shape.
-    """
-    floats = None if out is None else out.movedim(-3, -1)
-    if floats is not None and floats.shape != images.shape:
-        raise ValueError(f"out holds images {list(floats.shape)}, these are {list(images.shape)}")
-    return pixels.to_float(images, floats).movedim(-1, -3)
 
 
 def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

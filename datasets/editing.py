@@ -15,6 +15,7 @@ from action_diffusion.datasets.provenance import with_provenance
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.sources import open_data
 from action_diffusion.datasets.store import Column
+from action_diffusion.datasets.tasks import TASK, TASKS, joined_tasks, task_words
 from action_diffusion.errors import InputError
 
 
@@ -48,6 +49,8 @@ def edit(source: Path, output: Path, wanted: Mapping[str, str]) -> dict[str, Any
         names = _unique(names)
         attrs |= {"demos": names, "subsets": _subsets(buffer, others, names, [e for e, _ in parts], wanted)}
         columns[DEMO] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+    if any(task_words(source.attrs) != task_words(buffer.attrs) for source in others):
+        attrs[TASKS], columns[TASK] = joined_tasks([(piece.buffer, piece.first, piece.stop) for piece in pieces])
     _write(output, pieces, attrs, columns, _renames(buffer, wanted.get("rename")))
     result = ReplayBuffer.open(output)
     return {"output": str(output), "episodes": result.n_episodes, "steps": result.n_steps}

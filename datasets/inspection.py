@@ -18,6 +18,7 @@ from action_diffusion.datasets.files import atomic_path
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.store import Column, blocks
+from action_diffusion.datasets.tasks import TASKS, episode_tasks
 
 SAMPLE_ROWS = 2000
 """Frames of a camera that are looked at, evenly over the buffer."""
@@ -44,7 +45,10 @@ class Key:
 
 @dataclass
 class Inspection:
-    """rate: rows a second, None where the buffer does not say. n_bytes: on disk; None in memory."""
+    """rate: rows a second, None where the buffer does not say. n_bytes: on disk; None in memory.
+
+    tasks: what was to be done in words, and in which episodes.
+    """
 
     name: str
     lengths: np.ndarray
@@ -52,6 +56,7 @@ class Inspection:
     n_bytes: int | None
     attrs: dict[str, str]
     keys: list[Key]
+    tasks: dict[str, list[int]]
 
 
 def inspect(buffer: ReplayBuffer) -> Inspection:
@@ -65,9 +70,17 @@ def inspect(buffer: ReplayBuffer) -> Inspection:
             keys.append(_image(key, buffer[key]) if is_image(buffer[key]) else _low(key, buffer[key], first))
             advance(1)
     time = next((np.ravel(buffer[key][:]) for key in buffer.keys if key.split("_")[-1] in ("time", "timestamp")), None)
-    attrs = {name: _short(value) for name, value in buffer.attrs.items()}
+    attrs = {name: _short(value) for name, value in buffer.attrs.items() if name not in ("task", TASKS)}
     size = _size(buffer.path) if buffer.path else None
-    return Inspection(buffer.name, lengths, control_rate(buffer, time), size, attrs, keys)
+    return Inspection(buffer.name, lengths, control_rate(buffer, time), size, attrs, keys, _tasks(buffer))
+
+
+def _tasks(buffer: ReplayBuffer) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for episode, words in enumerate(episode_tasks(buffer)):
+        if words:
+            found.setdefault(words, []).append(episode)
+    return found
 
 
 def _low(name: str, column: Column, first: np.ndarray) -> Key:
@@ -121,6 +134,8 @@ def show(found: Inspection) -> None:
         print(f"on disk: {_sized(found.n_bytes)}, {_sized(raw)} unpacked")
     for name, text in found.attrs.items():
         print(f"{name}: {text}")
+    for words, episodes in found.tasks.items():
+        print(f"task {words!r}: {len(episodes)} of {len(lengths)} episodes ({_short(_ranges(episodes))})")
     table = Table(box=None, pad_edge=False)
     for heading in ("key", "shape", "type"):
         table.add_column(heading, no_wrap=True)
@@ -135,6 +150,13 @@ def show(found: Inspection) -> None:
         if len(key.least) > _DIMENSIONS:
             table.add_row("", "", "", "", f"… {len(key.least) - 1}", *_overall(key))
     Console(highlight=False).print(table)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as 0-2, 5."""
+    ends = [n for n, number in enumerate(numbers) if n + 1 == len(numbers) or numbers[n + 1] != number + 1]
+    pairs = zip([0, *(end + 1 for end in ends)], ends, strict=False)
+    return ", ".join(str(numbers[a]) if a == b else f"{numbers[a]}-{numbers[b]}" for a, b in pairs)
 
 
 def _shaped(key: Key) -> str:

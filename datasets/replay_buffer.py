@@ -22,7 +22,8 @@ from zarr.storage import LocalStore
 from action_diffusion.datasets.checks import check_dtype, check_episode_ends, check_finite, check_lengths
 from action_diffusion.datasets.files import atomic_path, sync, writer_lock, writing
 from action_diffusion.datasets.jpegxl import register_jpegxl
-from action_diffusion.datasets.store import Column, ZarrColumn, array_at, open_zarr, reading, write_zarr
+from action_diffusion.datasets.store import Column, ZarrColumn, array_at, create_array, open_zarr, reading, write_zarr
+from action_diffusion.datasets.tasks import TASK, with_task
 from action_diffusion.errors import InputError
 
 APPENDING = "appending"  # attribute of meta/ while there may be rows that episode_ends does not count yet
@@ -159,41 +160,46 @@ class ReplayBuffer:
         """Every episode in order."""
         return (self.episode(index) for index in range(self.n_episodes))
 
-    def append(self, episode: Mapping[str, np.ndarray]) -> None:
+    def append(self, episode: Mapping[str, np.ndarray], task: str | None = None) -> None:
         """Add one episode: every key of the buffer, rows [T, ...] of the same shape and type, T at least 1.
 
-        On disk it is either there as a whole or not at all, whenever the process is killed.
+        task: what was to be done, in words; episodes before the first one with words have none (`datasets.tasks`).
+        On disk an episode is either there as a whole or not at all, whenever the process is killed.
         """
-        rows = self._checked(episode)
+        episode, attrs = with_task(self, episode, task)
+        old = self._columns
+        if old and task is not None and TASK not in old:
+            old = {**old, TASK: np.zeros(self.n_steps, np.int64)}
+        rows = self._checked(episode, old)
         length = len(next(iter(rows.values())))
         ends = np.append(self.episode_ends, self.n_steps + length)
         if self.path is None:
-            old = self._columns
             self._columns = {key: np.concatenate([old[key], rows[key]]) if old else rows[key] for key in rows}
         elif not self._columns:
             with atomic_path(self.path) as temporary:
-                write_zarr(temporary, rows, ends, self.attrs)
+                write_zarr(temporary, rows, ends, attrs)
         else:
             what = f"episode {self.n_episodes} to {self.path} (those before it are unharmed)"
             with writer_lock(self.path), writing(what):
-                self._append_on_disk(self.path, rows, ends)
+                self._append_on_disk(self.path, rows, ends, attrs)
         if self.path is not None:
             self._columns = ReplayBuffer.open(self.path)._columns
-        self.episode_ends = ends
+        self.episode_ends, self.attrs = ends, attrs
 
-    def _checked(self, episode: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _checked(self, episode: Mapping[str, np.ndarray], columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
+        """The episode's rows in the order of the buffer's columns, which they must fit."""
         rows = {key: np.asarray(values) for key, values in episode.items()}
         where = f"episode for {self.name}"
-        if not rows or (self._columns and set(rows) != set(self._columns)):
+        if not rows or (columns and set(rows) != set(columns)):
             raise InputError(
                 f"{where} has keys {', '.join(sorted(rows)) or '(none)'}; "
-                f"expected {', '.join(sorted(self._columns)) or 'at least one'}"
+                f"expected {', '.join(sorted(columns)) or 'at least one'}"
             )
         for key, values in rows.items():
             check_dtype(values.dtype, key, where)
             check_finite(values, key, where)
-            if self._columns:
-                column = self._columns[key]
+            if columns:
+                column = columns[key]
                 if values.shape[1:] != column.shape[1:] or values.dtype != column.dtype:
                     raise InputError(
                         f"{where}: {key} has rows {list(values.shape[1:])} of {values.dtype}, "
@@ -202,9 +208,11 @@ class ReplayBuffer:
         lengths = {key: len(values) for key, values in rows.items()}
         check_episode_ends(np.asarray([min(lengths.values())]), where)
         check_lengths(lengths, min(lengths.values()), where)
-        return {key: rows[key] for key in self._columns or rows}
+        return {key: rows[key] for key in columns or rows}
 
-    def _append_on_disk(self, path: Path, rows: Mapping[str, np.ndarray], ends: np.ndarray) -> None:
+    def _append_on_disk(
+        self, path: Path, rows: Mapping[str, np.ndarray], ends: np.ndarray, attrs: Mapping[str, Any]
+    ) -> None:
         if not (path / "zarr.json").is_file():
             raise InputError(f"{path}: only a Zarr v3 folder can grow: save() a copy and append to that")
         if any(not isinstance(column, ZarrColumn) for column in self._columns.values()):
@@ -215,6 +223,10 @@ class ReplayBuffer:
             group = zarr.open_group(store, mode="r+", use_consolidated=False)
             meta = group["meta"]
             meta.attrs[APPENDING] = True
+            if attrs != self.attrs:
+                group.attrs.update(attrs)
+            if TASK in rows and TASK not in self._columns:  # rows until now have the first words
+                create_array(group.require_group("data"), TASK, (self.n_steps,), np.dtype(np.int64))[:] = 0
             for key, values in rows.items():
                 array = array_at(group, f"data/{key}", str(path))
                 array.resize((self.n_steps, *array.shape[1:]))  # cuts off what an interrupted append left

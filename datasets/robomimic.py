@@ -26,14 +26,16 @@ import zarr
 from zarr.storage import LocalStore
 
 from action_diffusion.datasets.checks import check_finite
-from action_diffusion.datasets.demos import DEMO
+from action_diffusion.datasets.demos import DEMO, TASK_INDEX
 from action_diffusion.datasets.files import atomic_path, locked, remove, sync, writing
+from action_diffusion.datasets.hdf5 import dtype_of, open_hdf5, reading_hdf5
 from action_diffusion.datasets.parallel import in_processes
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.robomimic_file import Layout, describe, open_hdf5
+from action_diffusion.datasets.robomimic_demo import Stored, is_observation, read_rows, said
+from action_diffusion.datasets.robomimic_file import Layout, describe
 from action_diffusion.datasets.robosuite_states import Observer, observed
-from action_diffusion.datasets.store import array_at, reading, write_zarr
+from action_diffusion.datasets.store import array_at, write_zarr
 from action_diffusion.errors import InputError
 
 BLOCK_BYTES = 8 << 20
@@ -43,7 +45,7 @@ _VERSION = 1  # of what the work folder holds
 
 
 class Piece(NamedTuple):
-    """Rows `first` to `end` of a demo."""
+    """Rows `first` to `end` of a demo, named by its group in the file."""
 
     demo: str
     first: int
@@ -51,14 +53,17 @@ class Piece(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Rows `first` to `end` of a column, and the pieces that they are made of; `path` is where it is in a demo."""
+    """Rows `first` to `end` of a column, and the pieces that they are made of; `stored`: what it is in a demo."""
 
     column: str
-    path: str
+    stored: Stored
     first: int
     end: int
-    n_bytes: int
     pieces: list[Piece]
+
+    @property
+    def n_bytes(self) -> int:
+        return (self.end - self.first) * self.stored.n_bytes
 
     @property
     def line(self) -> str:
@@ -93,8 +98,8 @@ def convert(
         attrs = _attrs(layout, observer)
         try:
             if observer is not None:
-                shown = describe(observed(layout, observer, work / "observed", workers))
-                layout = replace(shown, subsets=layout.subsets)
+                shown = observed(layout, observer, work / "observed", workers)
+                layout = replace(shown, subsets=layout.subsets, tasks=layout.tasks, task_index=layout.task_index)
             left_out = _make_buffer(work, layout, attrs, workers)
         except InputError:
             remove(work / "journal")
@@ -137,7 +142,8 @@ def _attrs(layout: Layout, observer: Observer | None) -> dict[str, Any]:
     return {
         "source": layout.path.name,
         "layout": layout.kind,
-        "env_args": layout.env_args,
+        **({"env_args": layout.env_args} if "env_name" in layout.env_args else {}),
+        **({"tasks": layout.tasks} if layout.tasks else {}),
         "demos": layout.demos,
         "subsets": layout.subsets,
         "hdf5_attributes": layout.hdf5_attributes,
@@ -163,10 +169,18 @@ def _make_buffer(work: Path, layout: Layout, attrs: dict[str, Any], workers: int
 def _create(folder: Path, layout: Layout, attrs: dict[str, Any]) -> None:
     """All arrays at their final size, without their chunks, and no episodes."""
     empty = {column: np.empty((0, *stored.shape), stored.dtype) for column, stored in layout.columns.items()}
-    demo = np.repeat(np.arange(len(layout.demos), dtype=np.int32), np.diff(layout.ends, prepend=0))
-    write_zarr(folder, {**empty, DEMO: demo}, np.zeros(0, np.int64), attrs)
+    write_zarr(folder, {**empty, **_numbers(layout)}, np.zeros(0, np.int64), attrs)
     for column, stored in layout.columns.items():
         _array(folder, f"data/{column}").resize((int(layout.ends[-1]), *stored.shape))
+
+
+def _numbers(layout: Layout) -> dict[str, np.ndarray]:
+    """Columns that the file does not have: of which demo each row is, and of which task where there are several."""
+    lengths = np.diff(layout.ends, prepend=0)
+    numbers = {DEMO: np.repeat(np.arange(len(layout.demos), dtype=np.int32), lengths)}
+    if len(layout.tasks) > 1:
+        numbers[TASK_INDEX] = np.repeat(np.array(layout.task_index, np.int64), lengths)
+    return numbers
 
 
 def _array(folder: Path, name: str) -> zarr.Array:
@@ -196,24 +210,14 @@ def _blocks(layout: Layout, folder: Path, column: str) -> Iterator[Block]:
         yield _block(layout, column, first, min(first + rows, int(layout.ends[-1])))
 
 
-def _episodes(layout: Layout, column: str) -> Iterator[Block]:
-    """Whole episodes, of about `BLOCK_BYTES` together."""
-    n_bytes, first = layout.columns[column].n_bytes, 0
-    for end in layout.ends.tolist():
-        if (end - first) * n_bytes >= BLOCK_BYTES or end == layout.ends[-1]:
-            yield _block(layout, column, first, end)
-            first = end
-
-
 def _block(layout: Layout, column: str, first: int, end: int) -> Block:
     pieces, row = [], first
     while row < end:
         demo = int(np.searchsorted(layout.ends, row, side="right"))
         start, stop = int(layout.ends[demo - 1]) if demo else 0, min(end, int(layout.ends[demo]))
-        pieces.append(Piece(layout.demos[demo], row - start, stop - start))
+        pieces.append(Piece(f"{layout.group}{layout.demos[demo]}", row - start, stop - start))
         row = stop
-    stored = layout.columns[column]
-    return Block(column, stored.path, first, end, (end - first) * stored.n_bytes, pieces)
+    return Block(column, layout.columns[column], first, end, pieces)
 
 
 def _write(source: Path, folder: Path, block: Block) -> None:
@@ -223,13 +227,17 @@ def _write(source: Path, folder: Path, block: Block) -> None:
     row = 0
     with open_hdf5(source) as file:
         for piece in block.pieces:
-            place = f"{piece.demo}/{block.path}"
-            with reading(f"{source}: data/{place}"):
-                rows = file[f"data/{place}"][piece.first : piece.end]
+            rows = _rows(file, source, piece, block.stored)
+            place = f"{piece.demo}/{block.stored.path}".removeprefix("data/")
             check_finite(rows, place, str(source), piece.first)
             values[row : row + len(rows)] = rows
             row += len(rows)
     array[block.first : block.end] = values
+
+
+def _rows(file: Any, source: Path, piece: Piece, stored: Stored) -> np.ndarray:
+    with reading_hdf5(f"{source}: {piece.demo}/{stored.path}"):
+        return read_rows(file[piece.demo], stored, piece.first, piece.end, f"{source}: {piece.demo}")
 
 
 def _finish(folder: Path, layout: Layout) -> None:
@@ -241,41 +249,56 @@ def _finish(folder: Path, layout: Layout) -> None:
 
 
 def _compare(layout: Layout, folder: Path, workers: int) -> int:
-    """Every demo, from its first row to its last, against the buffer as it opens for training.
+    """Every row of the source against the buffer as it opens for training.
 
     Returns in how many demos `next_obs` is there and is not `obs` one step on, all but its last row. Raises
     `InputError` for the first difference.
     """
     buffer = ReplayBuffer.open(folder)
-    if buffer.episode_ends.tolist() != layout.ends.tolist() or set(buffer.keys) != {*layout.columns, DEMO}:
+    if buffer.episode_ends.tolist() != layout.ends.tolist() or set(buffer.keys) != {
+        *layout.columns,
+        *_numbers(layout),
+    }:
         raise InputError(f"{layout.path}: the buffer has other episodes or keys than the source: convert again")
-    episodes = [block for column in layout.columns for block in _episodes(layout, column)]
+    blocks = [block for column in layout.columns for block in _blocks(layout, folder, column)]
     differing: set[str] = set()
     compare = functools.partial(_compare_rows, layout.path, folder)
-    with progress("comparing with the source", sum(block.n_bytes for block in episodes)) as advance:
-        for block, found in in_processes(compare, episodes, workers, "that compares"):
+    with progress("comparing with the source", sum(block.n_bytes for block in blocks)) as advance:
+        for block, found in in_processes(compare, blocks, workers, "that compares"):
             differing.update(found)
             advance(block.n_bytes)
     return len(differing)
 
 
 def _compare_rows(source: Path, folder: Path, block: Block) -> list[str]:
-    """The demos of a block of whole episodes whose next_obs is another."""
+    """The demos of a block whose next_obs is another."""
     values = np.asarray(_array(folder, f"data/{block.column}")[block.first : block.end])
-    parts = np.split(values, np.cumsum([piece.end for piece in block.pieces])[:-1])
+    lengths = [piece.end - piece.first for piece in block.pieces]
+    parts = np.split(values, np.cumsum(lengths)[:-1])
     differing = []
     with open_hdf5(source) as file:
         for piece, part in zip(block.pieces, parts, strict=True):
-            with reading(f"{source}: data/{piece.demo}/{block.path}"):
-                original = file[f"data/{piece.demo}/{block.path}"][()]
-                following = file.get(f"data/{piece.demo}/next_{block.path}")
-                if following is not None and not np.array_equal(following[: len(original) - 1], original[1:]):
-                    differing.append(piece.demo)
+            ahead = _rows(file, source, piece._replace(end=piece.end + 1), block.stored)
+            original, following = ahead[: len(part)], _following(file, source, piece, block.stored)
+            if following is not None and not np.array_equal(following[: len(ahead) - 1], ahead[1:]):
+                differing.append(piece.demo)
             if part.dtype != original.dtype.newbyteorder("=") or not np.array_equal(part, original):
                 raise InputError(
-                    f"{source}: data/{piece.demo}/{block.path} did not arrive in the buffer as it is: convert again"
+                    f"{source}: {piece.demo}/{block.stored.path} did not arrive in the buffer as it is: convert again"
                 )
     return differing
+
+
+def _following(file: Any, source: Path, piece: Piece, stored: Stored) -> np.ndarray | None:
+    """next_obs where there is one: its rows, and none where they are of another form."""
+    path = f"next_{stored.path}"
+    with reading_hdf5(f"{source}: {piece.demo}/{path}"):
+        dataset = file[piece.demo].get(path) if is_observation(stored.path) else None
+        if dataset is None:
+            return None
+        if not stored.encoded and (dataset.shape[1:], dtype_of(dataset)) != (stored.shape, stored.dtype):
+            return np.empty(0)
+    return _rows(file, source, piece, stored._replace(path=path))
 
 
 def _summary(layout: Layout, output: Path, left_out: int) -> dict[str, Any]:
@@ -288,6 +311,9 @@ def _summary(layout: Layout, output: Path, left_out: int) -> dict[str, Any]:
     }
     if layout.subsets:
         summary["subsets"] = ", ".join(f"{name} ({len(members)})" for name, members in layout.subsets.items())
-    if left_out:
-        summary["left_out"] = f"next_obs, which in {left_out} demos is not obs one step on"
+    if layout.tasks:
+        summary["tasks"] = ", ".join(repr(task) for task in layout.tasks[:5]) + (", …" if len(layout.tasks) > 5 else "")
+    parts = [f"next_obs, which in {left_out} demos is not obs one step on"] if left_out else []
+    if parts := parts + list(said(layout.left_out)):
+        summary["left_out"] = "; ".join(parts)
     return summary

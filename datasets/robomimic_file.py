@@ -1,206 +1,177 @@
 """What a robomimic or robosuite HDF5 file holds, read and checked before anything is converted.
 
-    data.attrs["env_args"]                  the simulator, JSON         robosuite's: env, env_info, repository_version
+    data.attrs["env_args"]                  the simulator, JSON         robosuite's: env, env_info, repository_version;
+                                                                        real robots': missing, or empty
     data/demo_0.attrs["num_samples"]        T                           robosuite's: not there
-    data/demo_0/actions          [T, A]     ─▶ column action
-    data/demo_0/rewards, dones   [T]        ─▶ columns reward, done
-    data/demo_0/states           [T, S]     ─▶ column states            the simulator's, not the policy's
-    data/demo_0/obs/<key>        [T, …]     ─▶ column <key>
-    data/demo_0/next_obs/<key>   [T, …]        left out: obs one step on
-    data/demo_0/<other>          [T, …]     ─▶ column <other>           with . for /
+    data/demo_0/actions, obs/<key>, …       columns                     see `robomimic_demo`
     mask/<name>                             ─▶ attrs["subsets"][name]   names of demos
 
-Sources: robomimic's and robosuite's documentation of their datasets.
+The demos may have any name with a number (demo_0, episode_0, traj_0), in data/ or at the root. Sources: robomimic's,
+robosuite's, MimicGen's, LIBERO's, Isaac Lab's and ManiSkill's documentation of their datasets.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from action_diffusion.datasets.checks import check_dtype
-from action_diffusion.datasets.demos import DEMO, pack
+from action_diffusion.datasets.demos import TASK_INDEX
+from action_diffusion.datasets.hdf5 import NAME_BYTES, Budget, check_sound, members, open_hdf5, reading_hdf5, walk
 from action_diffusion.datasets.progress import progress
-from action_diffusion.datasets.store import reading
+from action_diffusion.datasets.robomimic_demo import (
+    Attributes,
+    Stored,
+    columns_of,
+    is_observation,
+    is_text,
+    survey,
+    task_of,
+    tasks_of,
+)
 from action_diffusion.errors import InputError
 
-NAMES = {"actions": "action", "rewards": "reward", "dones": "done"}
 ROBOSUITE_TYPE = 1
 """robomimic's number for robosuite among its kinds of simulators."""
-_LAYOUTS = "robomimic's files (data/demo_0/actions, data.attrs['env_args']) and robosuite's demonstrations are read"
-
-
-class Stored(NamedTuple):
-    """What a column is in the file: the path inside a demo, the shape of a row, the type (native byte order)."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def n_bytes(self) -> int:
-        """Of a row."""
-        return math.prod(self.shape) * self.dtype.itemsize
+_LAYOUTS = "robomimic's files (data/demo_0/actions and data/demo_0/obs/) and robosuite's demonstrations are read"
+_NAME = re.compile(r"([A-Za-z_-]*?)_?([0-9]+)")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A file whose demos all have the same columns. demos: names in the order of their numbers; ends: int64 [E]."""
+    """A file whose demos all have the same columns. demos: names in the order of their numbers; ends: int64 [E].
+
+    group: what holds the demos, "data/" or "". left_out: path → why it is no column. tasks: each once, in words;
+    task_index: of each demo.
+    """
 
     path: Path
     kind: str
+    group: str
     demos: list[str]
     ends: np.ndarray
     columns: dict[str, Stored]
     subsets: dict[str, list[str]]
     env_args: dict[str, Any]
     hdf5_attributes: str
+    left_out: dict[str, str]
+    tasks: list[str]
+    task_index: list[int]
 
     @property
     def has_observations(self) -> bool:
-        return any(stored.path.startswith("obs/") for stored in self.columns.values())
+        return any(is_observation(stored.path) for stored in self.columns.values())
 
 
-@contextmanager
-def open_hdf5(path: Path) -> Iterator[Any]:
-    """The file, an `h5py.File` for reading. Raises `InputError` where it is missing, truncated or no HDF5."""
-    try:
-        import h5py
-    except ImportError:
-        raise InputError(f"{path}: HDF5 files need h5py: pip install 'action-diffusion[robomimic]'") from None
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    with reading(str(path)):
-        file = h5py.File(path, "r")
-    with file:
-        yield file
-
-
-def describe(path: Path) -> Layout:
+def describe(path: Path, linked: Collection[str] = ()) -> Layout:
     """Everything about the file but its rows, of which only the shapes are looked at.
 
-    Raises `InputError` for another layout, no or unreadable `env_args`, lengths that differ within a demo or from
-    its `num_samples`, demos that do not hold the same, values that are no numbers, and masks that name other demos.
+    linked: files beside it, of our own making, that its links may lead to. Raises `InputError` for another layout, an
+    unreadable `env_args`, what `hdf5` and `robomimic_demo` refuse, and masks that name other demos.
     """
-    with open_hdf5(path) as file, reading(str(path)):
-        demos = _demos(file, path)
-        env_args = _env_args(file["data"].attrs, path)
-        columns: dict[str, Stored] = {}
-        lengths = []
-        with progress(f"reading what is in {path.name}", len(demos)) as advance:
-            for name in demos:
-                found, length = _demo(file[f"data/{name}"], f"{path}: data/{name}")
-                _check_same(found, columns or found, f"{path}: data/{name}", demos[0])
-                columns = columns or found
-                lengths.append(length)
+    check_sound(path)
+    with open_hdf5(path) as file, reading_hdf5(str(path)):
+        budget = Budget(sum((path.parent / name).stat().st_size for name in (path.name, *linked)))
+        root = dict(members(file, str(path), linked))
+        group = "data/" if "data" in root else ""
+        data = root["data"] if group else file
+        kept = Attributes(path)
+        names = _demos(data, path, group, linked, kept.left_out)
+        attrs = kept.add("/", file, budget)
+        if group:
+            attrs = kept.add("data", data, budget)
+        kind, env_args = _env_args(attrs, path)
+        demos = []
+        with progress(f"reading what is in {path.name}", len(names)) as advance:
+            for name in names:
+                own = kept.add(f"{group}{name}", data[name], budget)
+                demo = survey(data[name], f"{path}: {group}{name}", budget, linked)
+                demo.n_samples, demo.task = _n_samples(own), demo.task or task_of(own, attrs)
+                demos.append(demo)
                 advance(1)
-        places = [("/", file), ("data", file["data"]), *((f"data/{name}", file["data"][name]) for name in demos)]
+        columns = columns_of(demos, names[0])
+        words, task_index = tasks_of(demos)
+        if len(words) > 1 and TASK_INDEX in columns.stored:
+            words, kept.left_out["the tasks in words"] = (
+                [],
+                f"{columns.stored[TASK_INDEX].path} is the column {TASK_INDEX}",
+            )
         return Layout(
             path=path,
-            kind="robomimic" if "env_args" in file["data"].attrs else "robosuite",
-            demos=demos,
-            ends=np.cumsum(lengths, dtype=np.int64),
-            columns=columns,
-            subsets=_subsets(file, demos, path),
+            kind=kind,
+            group=group,
+            demos=names,
+            ends=np.cumsum(columns.lengths, dtype=np.int64),
+            columns=columns.stored,
+            subsets=_subsets(root["mask"], names, f"{path}: mask", linked) if "mask" in root else {},
             env_args=env_args,
-            hdf5_attributes=pack(((place, dict(item.attrs)) for place, item in places), str(path)),
+            hdf5_attributes=kept.text(),
+            left_out=kept.left_out | columns.left_out,
+            tasks=words,
+            task_index=task_index,
         )
 
 
-def _demos(file: Any, path: Path) -> list[str]:
-    data = file.get("data")
-    names = list(data) if hasattr(data, "keys") else []
-    odd = [name for name in names if not re.fullmatch(r"demo_\d+", name)]
-    if not names or odd:
-        problem = f"data/{odd[0]} is no demo_<number>" if odd else "holds no data/demo_<number>"
+def _demos(data: Any, path: Path, group: str, linked: Collection[str], left_out: dict[str, str]) -> list[str]:
+    """Names of the demos, in the order of their numbers."""
+    items = dict(members(data, f"{path}: {group}".rstrip(": /"), linked)) if hasattr(data, "keys") else {}
+    groups = {name: item for name, item in items.items() if hasattr(item, "keys")}
+    found = {name: match for name in groups if (match := _NAME.fullmatch(name))}
+    odd = [name for name in groups if name not in found and {"actions", "action"} & set(groups[name])]
+    prefixes = sorted({match[1] for match in found.values()})
+    if odd or len(prefixes) != 1:
+        problem = f"{group}{odd[0]} is no demo_<number>" if odd else "holds no data/demo_<number>"
+        if not odd and prefixes:
+            problem = f"holds both {prefixes[0]}_<number> and {prefixes[1]}_<number>"
         raise InputError(f"{path}: unknown layout ({problem}): {_LAYOUTS}")
-    return sorted(names, key=lambda name: int(name[5:]))
+    left_out.update({f"{group}{name}": "no demo" for name in items if name not in found and name != "mask"})
+    return sorted(found, key=lambda name: (int(found[name][2]), name))
 
 
-def _env_args(attrs: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """robomimic's `env_args`, or the same made of what robosuite writes."""
-    if "env_args" not in attrs and not {"env", "env_info"} <= set(attrs):
-        raise InputError(f"{path}: data has no attribute env_args, which says what simulator it is from: {_LAYOUTS}")
-    name = "env_args" if "env_args" in attrs else "env_info"
+def _env_args(attrs: Mapping[str, Any], path: Path) -> tuple[str, dict[str, Any]]:
+    """The layout's name, and robomimic's `env_args`, or the same made of what robosuite writes; nothing where none."""
+    robosuite = "env_args" not in attrs and {"env", "env_info"} <= set(attrs)
+    name = "env_info" if robosuite else "env_args"
+    text = attrs.get(name, "")
     try:
-        found = json.loads(attrs[name])
-    except (TypeError, ValueError) as error:
+        found = json.loads(text) if not isinstance(text, str) or text.strip() else None
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: data's attribute {name} is no JSON: {error}") from None
-    if name == "env_info":
+    found = {} if found is None else found
+    if robosuite:
         version = attrs.get("repository_version")
         found = {"env_name": attrs["env"], "env_version": version, "type": ROBOSUITE_TYPE, "env_kwargs": found}
-    lacking = [key for key in ("env_name", "env_kwargs") if not isinstance(found, dict) or key not in found]
-    if lacking or not isinstance(found["env_kwargs"], dict):
-        raise InputError(f"{path}: data's attribute {name} must be an object with {', '.join(lacking) or 'env_kwargs'}")
-    return dict(found)
+    wrong = [key for key, kind in (("env_name", str), ("env_kwargs", dict)) if not _is(found, key, kind)]
+    if wrong:
+        raise InputError(f"{path}: data's attribute {name} must be an object with {', '.join(wrong)}")
+    return "robosuite" if robosuite else "robomimic", dict(found)
 
 
-def _demo(demo: Any, where: str) -> tuple[dict[str, Stored], int]:
-    """Columns and length of one demo."""
-    datasets = {name: item for name, item in _datasets(demo) if not name.startswith("next_obs/")}
-    if "actions" not in datasets:
-        raise InputError(f"{where} has no actions: {_LAYOUTS}")
-    lengths = {name: item.shape[0] if item.ndim else 0 for name, item in datasets.items()}
-    if "num_samples" in demo.attrs:
-        lengths["num_samples"] = int(demo.attrs["num_samples"])
-    length = lengths["actions"]
-    others = [f"{name} {rows}" for name, rows in lengths.items() if rows != length]
-    if others:
-        raise InputError(f"{where} has unequal lengths: actions {length}, but {', '.join(others)}")
-    if length == 0:
-        raise InputError(f"{where} is empty")
-    columns: dict[str, Stored] = {}
-    for name, item in datasets.items():
-        column = NAMES.get(name, name.removeprefix("obs/")).replace("/", ".")
-        if column in columns or column == DEMO:
-            taken = columns[column].path if column in columns else "the number of the demo"
-            raise InputError(f"{where}/{name} would become column {column}, which is {taken}: rename it")
-        dtype = item.dtype.newbyteorder("=")
-        check_dtype(dtype, name, where)
-        if 0 in item.shape:
-            raise InputError(f"{where}/{name} has no values: its shape is {list(item.shape)}")
-        columns[column] = Stored(name, item.shape[1:], dtype)
-    return columns, length
+def _is(found: Any, key: str, kind: type) -> bool:
+    return isinstance(found, dict) and isinstance(found.get(key, kind()), kind)
 
 
-def _datasets(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every array under a group by its path, also behind links to other files."""
-    for name in group:
-        item = group[name]
-        if hasattr(item, "keys"):
-            yield from _datasets(item, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", item
+def _n_samples(attrs: Mapping[str, Any]) -> int | None:
+    return int(attrs["num_samples"]) if "num_samples" in attrs else None
 
 
-def _check_same(found: Mapping[str, Stored], expected: Mapping[str, Stored], where: str, first: str) -> None:
-    for column in {**expected, **found}:
-        one, other = found.get(column), expected.get(column)
-        if one is None:
-            raise InputError(f"{where} lacks {expected[column].path}, which {first} has")
-        if other is None:
-            raise InputError(f"{where} has {one.path}, which {first} lacks")
-        if one != other:
-            raise InputError(
-                f"{where}/{one.path} has rows {list(one.shape)} of {one.dtype}, in {first} they are "
-                f"{list(other.shape)} of {other.dtype}"
-            )
-
-
-def _subsets(file: Any, demos: list[str], path: Path) -> dict[str, list[str]]:
+def _subsets(mask: Any, demos: list[str], where: str, linked: Collection[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for name, item in _datasets(file["mask"]) if "mask" in file else ():
-        members = [member.decode() if isinstance(member, bytes) else str(member) for member in item[()].tolist()]
-        strangers = sorted(set(members) - set(demos))
-        if strangers:
-            raise InputError(f"{path}: mask/{name} names {strangers[0]}, which is not in data/ ({len(demos)} demos)")
-        found[name] = members
+    known = set(demos)
+    for name, item in walk(mask, where, linked) if hasattr(mask, "keys") else ():
+        if item.ndim != 1 or not is_text(item) or item.dtype.itemsize > NAME_BYTES:
+            raise InputError(f"{where}/{name} must hold names of demos, one a row")
+        found[name] = []
+        for row in range(len(item)):
+            member = item[row].decode()
+            if member not in known:
+                raise InputError(f"{where}/{name} names {member:.60}, which is not in data/ ({len(demos)} demos)")
+            found[name].append(member)
+            if len(found[name]) > len(demos):
+                raise InputError(f"{where}/{name} names more demos than there are ({len(demos)})")
     return found

@@ -6,7 +6,7 @@
     folder/demo_1.hdf5  obs/<key> [T, …]     one finished file a demo, so that a call that was cut off goes on
     folder/all.hdf5     robomimic's layout, made of links to the source and to those files
 
-What `all.hdf5` shows is then converted like any other file.
+What `all.hdf5` shows is then converted like any other file; only its links are followed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import numpy as np
 
 from action_diffusion.datasets.checks import check_dtype, check_finite
 from action_diffusion.datasets.files import atomic_path
+from action_diffusion.datasets.hdf5 import open_hdf5
 from action_diffusion.datasets.parallel import in_processes
 from action_diffusion.datasets.progress import progress
-from action_diffusion.datasets.robomimic_file import Layout, open_hdf5
+from action_diffusion.datasets.robomimic_file import Layout, describe
 from action_diffusion.errors import InputError
 
 
@@ -76,7 +77,7 @@ def with_render_settings(layout: Layout) -> Layout:
 
 def state_keys(env_args: Mapping[str, Any]) -> tuple[str, ...]:
     """The observations of the low-dimensional tasks: the object, and each arm's hand and gripper."""
-    robots = env_args["env_kwargs"].get("robots", "Panda")
+    robots = env_args.get("env_kwargs", {}).get("robots", "Panda")
     n_robots = 1 if isinstance(robots, str) else len(robots)
     parts = ("eef_pos", "eef_quat", "gripper_qpos")
     return ("object", *(f"robot{index}_{part}" for index in range(n_robots) for part in parts))
@@ -89,8 +90,8 @@ def _simulator(env_args: str) -> Any:
     return Manipulation(env_args=json.loads(env_args))
 
 
-def observed(layout: Layout, observer: Observer, folder: Path, workers: int) -> Path:
-    """A file in robomimic's layout, in `folder`, that has the source's demos and what `observer` says of them.
+def observed(layout: Layout, observer: Observer, folder: Path, workers: int) -> Layout:
+    """Of a file in robomimic's layout, in `folder`, that has the source's demos and what `observer` says of them.
 
     Demos that an earlier call finished are not looked at again. Raises `InputError` where the source has no states,
     or the observer gives other than T rows of finite numbers.
@@ -107,7 +108,7 @@ def observed(layout: Layout, observer: Observer, folder: Path, workers: int) -> 
             advance(lengths[name])
     path = folder / "all.hdf5"
     _link(layout, folder, path)
-    return path
+    return describe(path, [str(layout.path.resolve()), *(f"{name}.hdf5" for name in layout.demos)])
 
 
 def _observe(source: Path, observer: Observer, folder: Path, name: str) -> None:

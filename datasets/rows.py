@@ -32,4 +32,8 @@ class Rows(ABC):
             return self[:][index]
         if index is Ellipsis:
             return self[:]
+        if isinstance(index, slice):
+            return self._take(index, np.arange(*index.indices(len(self))))
+        if isinstance(index, int):
+            return self._take(index, np.asarray(range(len(self))[index]))
         return self._take(index, np.arange(len(self))[index])

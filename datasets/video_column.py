@@ -28,6 +28,8 @@ class Packets(NamedTuple):
     @classmethod
     def read(cls, path: Path) -> Packets:
         with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{path}: holds no video")
             stream = container.streams.video[0]
             packets = [packet for packet in container.demux(stream) if packet.size]
             keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
@@ -87,7 +89,7 @@ class VideoColumn(Rows):
         with reading(str(path)):
             packets = self._packets(episode, path)
             n_frames = self._ends[episode] - start
-            if len(packets.frames) < n_frames or packets.keys[:1] != [0]:
+            if len(packets.frames) != n_frames or packets.keys[:1] != [0]:
                 has = f"{path} has {len(packets.frames)} frames"
                 raise InputError(f"{has}, its episode has {n_frames} steps: copy it again")
             after = bisect_right(packets.keys, row - start)

@@ -16,11 +16,14 @@ from action_diffusion.datasets.doctor.survey import is_image
 from action_diffusion.datasets.files import atomic_path, remove
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.tasks import episode_tasks
 from action_diffusion.errors import InputError
 
 QUALITY = 90
 """Of the JPEG frames that a recording holds."""
 _FRAMES = 64
+WORDS = "words"
+"""Where the task in words is in a recording, beside the keys."""
 
 
 def view(buffer: ReplayBuffer, episodes: Sequence[int], output: Path | None) -> None:
@@ -66,19 +69,23 @@ def _blueprint(buffer: ReplayBuffer) -> Any:
     import rerun.blueprint as rrb
 
     cameras = _cameras(buffer)
-    pictures = [rrb.Spatial2DView(origin=key, name=key) for key in cameras]
+    pictures: list[Any] = [rrb.Spatial2DView(origin=key, name=key) for key in cameras]
     plots = [rrb.TimeSeriesView(origin=key, name=key) for key in buffer.keys if key not in cameras]
+    pictures += [rrb.TextDocumentView(origin=WORDS, name="task")] if any(episode_tasks(buffer)) else []
     rows = [rrb.Horizontal(*pictures)] if pictures else []
     return rrb.Blueprint(rrb.Vertical(*rows, rrb.Grid(*plots)) if plots else rows[0], collapse_panels=True)
 
 
 def _log(rr: Any, recording: Any, buffer: ReplayBuffer, episodes: Sequence[int]) -> None:
-    rate, ends = control_rate(buffer, None), buffer.episode_ends
+    rate, ends, tasks = control_rate(buffer, None), buffer.episode_ends, episode_tasks(buffer)
     spans = [(int(ends[e - 1]) if e else 0, int(ends[e])) for e in episodes]
     with progress("logging", sum(end - start for start, end in spans)) as advance:
         for episode, (start, end) in zip(episodes, spans, strict=True):
             timelines = _timelines(rr, np.arange(start, end), rate)
             recording.send_columns("episode", timelines, rr.Scalars.columns(scalars=np.full(end - start, episode)))
+            if tasks[episode]:
+                words = rr.TextDocument.columns(text=[tasks[episode]])
+                recording.send_columns(WORDS, _timelines(rr, np.array([start]), rate), words)
             for key in buffer.keys:
                 if is_image(buffer[key]):
                     for rows, frames in _frames(buffer, key, start, end):

@@ -237,7 +237,7 @@ class RemotePolicy:
 def _spec(metadata: Mapping[str, Any], url: str) -> PolicySpec:
     if metadata.get("policy") != "action-diffusion":
         raise InputError(f"{url} is no server of ours: it does not say what its policy takes")
-    return PolicySpec.from_json(metadata, url)
+    return PolicySpec.from_json({key: value for key, value in metadata.items() if key != "policy"}, url)
 
 
 def _said(error: Exception) -> str:

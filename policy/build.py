@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from action_diffusion.datasets.memory import free_memory
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import check_policy
 from action_diffusion.policy import normalizer as normalizer_module
 from action_diffusion.policy.estimator import PlanarPose
 from action_diffusion.policy.frames import ActionFrame
@@ -21,6 +23,8 @@ from action_diffusion.policy.registry import build
 from action_diffusion.policy.sampler import Sampler
 from action_diffusion.policy.spec import PolicySpec
 
+MOST_WEIGHTS = 2_000_000_000
+"""Of one network: eight times the paper's."""
 OPTIONAL = ("features", "action_frame", "estimator")
 SECTIONS = (*OPTIONAL, "normalizer", "encoder", "denoiser", "process", "sampler", "objective")
 
@@ -97,53 +101,88 @@ def fit_normalizer(
     return statistics
 
 
-def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy:
-    """The policy that `config` (the `policy` part of a resolved configuration) describes, for `spec`.
-
-    Raises `InputError` for unknown components and options, and for parts that do not fit each other.
-    """
+def check_sections(config: Mapping[str, Any]) -> None:
+    """`InputError` for a policy configuration that lacks a part or has another, and for options that cannot be."""
     for section in SECTIONS:
         if section not in config and section not in OPTIONAL:
             raise InputError(f"the policy configuration has no {section!r} section")
     for section in config:
         if section not in SECTIONS:
             raise unknown("section of the policy configuration", section, SECTIONS)
-    features = build_features(config.get("features", {}), spec)
+    check_policy(config)
+
+
+def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy:
+    """The policy that `config` (the `policy` part of a resolved configuration) describes, for `spec`.
+
+    Raises `InputError` for unknown components and options, and for parts that do not fit each other.
+    """
+    check_sections(config)
+    features = build_features(config.get("features") or {}, spec)
     sizes = {key: math.prod(value.shape) for key, value in spec.observations.items() if value.kind == "state"}
     sizes |= {key: cast(int, features[key].output_dim) for key in sizes if key in features}
     cameras = spec.camera_order
-    encoder = build(
-        "encoder",
-        config["encoder"],
-        image_keys=cameras,
-        image_shapes={key: spec.observations[key].shape for key in cameras},
-        state_dims=sizes,
-        n_obs_steps=spec.n_obs_steps,
-    )
+    parts: dict[str, Any] = {
+        "image_keys": cameras,
+        "image_shapes": {key: spec.observations[key].shape for key in cameras},
+        "state_dims": sizes,
+        "n_obs_steps": spec.n_obs_steps,
+    }
+    _check_weights(lambda: build("encoder", {**config["encoder"], "weights": None}, **parts))
+    encoder = build("encoder", config["encoder"], **parts)
     estimator = build_estimator(config.get("estimator"), spec, encoder.output_dim)
     condition_dim = encoder.output_dim
     if estimator is not None:
         condition_dim += features[estimator.key].output_dim if estimator.key in features else estimator.n
     sizes = {"action_dim": spec.action.shape[0], "condition_dim": condition_dim}
     marked = config["objective"].get("max_delay", 0) > 0
-    denoiser = build("denoiser", config["denoiser"], **sizes, **({"marked": True} if marked else {}))
+    parts = {**sizes, **({"marked": True} if marked else {})}
+    _check_weights(lambda: build("denoiser", config["denoiser"], **parts))
+    denoiser = build("denoiser", config["denoiser"], **parts)
     denoiser.check_horizon(spec.horizon)
     process = build("process", config["process"])
     action_frame = build_action_frame(config.get("action_frame"), spec)
     if action_frame is not None and IN_FRAME not in spec.normalizer:
         raise InputError(f"no normaliser statistics for {IN_FRAME!r}, which policy.action_frame needs")
+    normalizer = Normalizer(spec.normalizer)
+    clips = config["sampler"].get("clip", "x0") is not None
+    demonstrated = normalizer.demonstrated("action" if action_frame is None else IN_FRAME) if clips else None
     return DiffusionPolicy(
         spec=spec,
         features=features,
         action_frame=action_frame,
         estimator=estimator,
-        normalizer=Normalizer(spec.normalizer),
+        normalizer=normalizer,
         encoder=encoder,
         denoiser=denoiser,
         process=process,
-        sampler=Sampler(process=process, **config["sampler"]),
+        sampler=Sampler(process=process, demonstrated=demonstrated, **config["sampler"]),
         **config["objective"],
     )
+
+
+def check_statistics(policy: DiffusionPolicy) -> None:
+    """`InputError` where the normaliser's statistics have other dimensions than what they are for."""
+    spec = policy.spec
+    sizes = {key: math.prod(value.shape) for key, value in spec.states.items()} | {"action": spec.action.shape[0]}
+    sizes |= {key: cast(int, feature.output_dim) for key, feature in policy.features.items()}
+    sizes |= {} if policy.action_frame is None else {IN_FRAME: spec.action.shape[0]}
+    for key, size in sizes.items():
+        found = len(spec.normalizer[key]["scale"])
+        if found != size:
+            raise InputError(f"normaliser statistics of {key!r} have {found} dimensions, it has {size}")
+
+
+def _check_weights(make: Callable[[], nn.Module]) -> None:
+    """`InputError` for a network of more weights than `MOST_WEIGHTS`, or than the free memory holds."""
+    with torch.device("meta"):  # sizes without memory
+        n = sum(weight.numel() for weight in make().parameters())
+    free = free_memory()
+    if n > MOST_WEIGHTS or 4 * n > free:
+        raise InputError(
+            f"a network of {n / 1e6:,.0f} M weights takes {4 * n / 1e9:,.1f} GB, of which {free / 1e9:,.1f} GB are "
+            f"free; at most {MOST_WEIGHTS / 1e6:,.0f} M weights can be"
+        )
 
 
 def with_statistics(spec: PolicySpec, statistics: dict[str, Any]) -> PolicySpec:

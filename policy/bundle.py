@@ -15,7 +15,8 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,13 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.build import build_policy
+from action_diffusion.policy.build import build_policy, check_sections, check_statistics
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.registry import refuse_targets
-from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.reading import read_config, read_spec, refuse_targets, require
 
-FILES = ("model.safetensors", "config.yaml", "spec.json")
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+"""Kinds of devices that hold numbers: torch names some that do not."""
 GOLDEN_TOLERANCE = 1e-3
 """Largest difference of a golden chunk, as a share of the action's range, that verification accepts."""
 
@@ -108,16 +109,18 @@ def load(
     policy_config = config.get("policy")
     if not isinstance(policy_config, dict):
         raise InputError(f"{path / 'config.yaml'}: no 'policy' section")
+    with _named(path / "config.yaml"):
+        check_sections(policy_config)
     if sampler:
         policy_config = policy_config | {"sampler": _merge_sampler(policy_config["sampler"], sampler)}
     encoder = policy_config.get("encoder")
     if isinstance(encoder, dict):  # initial weights from a file were only for training
         policy_config = policy_config | {"encoder": encoder | {"weights": None}}
-    try:
+    with _named(path / "config.yaml"):
         policy = build_policy(policy_config, spec)
-    except InputError as error:
-        raise InputError(f"{path / 'config.yaml'}: {error}") from None
     load_weights(policy, path)
+    with _named(path / "spec.json"):
+        check_statistics(policy)
     policy = policy.to(resolve_device(device)).eval()
     if verify:
         verify_golden(policy, path)
@@ -128,7 +131,7 @@ def load(
 def load_weights(policy: DiffusionPolicy, path: Path) -> None:
     """Copy a bundle's weights into a policy of the same shapes; `InputError` names the first that differs."""
     file = Path(path) / "model.safetensors"
-    _require(Path(path))
+    require(Path(path))
     try:
         state = load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
@@ -146,33 +149,6 @@ def load_weights(policy: DiffusionPolicy, path: Path) -> None:
     policy.load_state_dict(state)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration of a bundle, as plain data."""
-    _require(path)
-    file = path / "config.yaml"
-    try:
-        config = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: expected a mapping, found {type(config).__name__}")
-    refuse_targets(config, str(file))
-    return config
-
-
-def read_spec(path: Path) -> PolicySpec:
-    """The specification of a bundle."""
-    _require(path)
-    file = path / "spec.json"
-    try:
-        data = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{file}: expected an object, found {type(data).__name__}")
-    return PolicySpec.from_json(data, str(file))
-
-
 def verify_golden(policy: DiffusionPolicy, path: Path) -> float:
     """Compare the golden pair with what the policy computes here; returns the largest difference over the range."""
     file = Path(path) / "golden.safetensors"
@@ -182,6 +158,10 @@ def verify_golden(policy: DiffusionPolicy, path: Path) -> float:
         golden = load_numpy(file)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a readable safetensors file: {error}") from None
+    shape = (1, policy.spec.horizon, *policy.spec.action.shape)
+    for name, expected in (("noise", shape), ("action_pred", shape[1:])):
+        if name not in golden or golden[name].shape != expected:
+            raise InputError(f"{file}: no {name!r} of shape {list(expected)}, so the bundle cannot be verified")
     obs = {key.removeprefix("obs."): value for key, value in golden.items() if key.startswith("obs.")}
     found = policy.predict(obs, noise=golden["noise"], generator=torch.Generator(policy.device).manual_seed(0))
     statistics = policy.spec.normalizer["action"]
@@ -201,12 +181,23 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type not in DEVICES:
+            raise RuntimeError(f"of {', '.join(DEVICES)} it is none")
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
         present = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"device={device} is not there ({reason}): choose from {', '.join(present)}") from None
     return resolved
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors say which file they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def _golden(policy: DiffusionPolicy, state: Mapping[str, Any], obs: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -230,16 +221,6 @@ def _merge_sampler(own: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[s
         # Options such as eta or timestep_spacing belong to one scheduler.
         base = {key: own[key] for key in ("scheduler", "num_inference_steps", "clip", "clip_range") if key in own}
     return base | changes
-
-
-def _require(path: Path) -> None:
-    if not Path(path).is_dir():
-        raise InputError(f"no bundle at {path}: expected a folder with {', '.join(FILES)}")
-    missing = [name for name in FILES if not (Path(path) / name).is_file()]
-    if missing:
-        nested = Path(path) / "bundle"
-        hint = f"; did you mean {nested}?" if nested.is_dir() else ""
-        raise InputError(f"{path} is not a complete bundle, it lacks {', '.join(missing)}{hint}")
 
 
 def _replace(folder: Path, path: Path) -> None:

@@ -251,7 +251,7 @@ def continuing(
         beta=beta,
         rounds=rounds,
         pinned=running.weights("hard") > 0 if pin else None,
-        clip_range=policy.sampler.clip_range if policy.process.family == "diffusion" else math.inf,
+        clip_range=policy.sampler.reach if policy.process.family == "diffusion" else math.inf,
     )
 
 

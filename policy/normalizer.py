@@ -80,6 +80,20 @@ class Normalizer(nn.Module):
         """The inverse of `normalize`; a constant dimension gives its value."""
         return (value * self._get(key, "varies") - self._get(key, "offset")) / self._get(key, "scale")
 
+    def demonstrated(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """The smallest and the largest normalised values [D] in the data; None where they are −1 and 1, by min-max.
+
+        Raises `InputError` for statistics that do not tell.
+        """
+        statistics = self.statistics[key]
+        if statistics.get("kind", "minmax") == "minmax":
+            return None
+        if "min" not in statistics or "max" not in statistics:
+            raise InputError(f"normaliser statistics of {key!r} lack min and max, which policy.sampler.clip needs")
+        ends = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("min", "max"))
+        first, second = (self.normalize(key, end) for end in ends)
+        return torch.minimum(first, second), torch.maximum(first, second)
+
     def _get(self, key: str, name: str) -> Tensor:
         if key not in self.statistics:
             raise unknown("normalised key", key, self.statistics)

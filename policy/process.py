@@ -17,6 +17,7 @@ the diffusers scheduler once (`_moves`); sampling then only multiplies and adds,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,9 +33,16 @@ from diffusers import (
 from torch import Tensor
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import MOST_STEPS, check_sampler
 
 FAMILIES = {"ddpm": "diffusion", "ddim": "diffusion", "dpm_solver++": "diffusion", "flow": "flow"}
 PREDICTIONS = {"diffusion": ("epsilon", "sample", "v_prediction"), "flow": ("velocity", "sample")}
+NOISE = 0.95
+"""The least noise (`Step.b`) that sampling may begin at, since it begins with nothing else."""
+EXACT = 1e-3
+"""How far from the next step's signal and noise a step may end."""
+UNEVEN = ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
+"""Options of DPM-Solver++ with which its steps lie between those of training."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,11 @@ class Process(Protocol):
         """The network's estimate of the clean sample, [B, H, A]."""
 
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
-        """A sampling scheduler of this family; `InputError` for one of another family."""
+        """A sampling scheduler of this family.
+
+        Raises `InputError` for one of another family, and for options with which a step would not end at the noise
+        level that the next one begins at, or the first would not begin at noise.
+        """
 
 
 @dataclass(frozen=True)
@@ -99,9 +111,12 @@ class Solver:
     noise, whose standard deviation is `moves[i].spread`. Nothing here changes, so one solver serves all chunks.
     """
 
-    def __init__(self, *, scheduler: Any, steps: list[Step], **step_options: Any):
+    def __init__(self, *, scheduler: Any, steps: list[Step], last: Sequence[Step], **step_options: Any):
+        """last: the levels that the last step may end at. Raises `InputError` where levels do not meet."""
         self.steps = steps
+        _check_begin(steps)
         self.moves = _moves(scheduler, steps, step_options)
+        _check_levels(steps, self.moves, last)
         self.memory = max(len(move.blend) for move in self.moves)  # estimates that `mean` looks at
 
     def mean(self, estimates: Sequence[Tensor], x: Tensor, step: Step) -> Tensor:
@@ -149,6 +164,12 @@ class Diffusion:
         scheduler: Any = DDPMScheduler
         self._scheduler = scheduler(**self._betas, clip_sample=False)
         self._alphas: Tensor = self._scheduler.alphas_cumprod.double()
+        end = float(1.0 - self._alphas[-1]) ** 0.5
+        if not NOISE <= end <= 1.0:
+            raise InputError(
+                f"policy.process: beta_schedule={beta_schedule} over {num_train_timesteps} steps ends at {end:.2f} of "
+                f"noise, expected at least {NOISE}: use squaredcos_cap_v2, or num_train_timesteps=1000"
+            )
 
     def draw_times(self, n: int, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
         times = torch.randint(self.num_train_timesteps, (n,), generator=generator, device=device)
@@ -174,6 +195,7 @@ class Diffusion:
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
         _check_member(self.family, name)
         _check_steps(name, n_steps, self.num_train_timesteps)
+        options = _given(name, options)
         spacing = options.pop("timestep_spacing", "linspace" if name == "dpm_solver++" else "trailing")
         common: dict[str, Any] = dict(self._betas, prediction_type="sample", timestep_spacing=spacing)
         advance: dict[str, Any] = {}
@@ -185,19 +207,49 @@ class Diffusion:
                 # diffusers steps back by T // n whatever the rounded timesteps are, so the levels would drift.
                 raise InputError(
                     f"sampler.num_inference_steps={n_steps} does not divide {self.num_train_timesteps} training "
-                    f"steps, as trailing spacing needs: use {_divisors(self.num_train_timesteps)}, "
-                    "or sampler.timestep_spacing=leading"
+                    f"steps, as trailing spacing needs: {self._accepted()}"
                 )
             if name == "ddim":
                 advance["eta"] = float(options.pop("eta", 0.0))
             cls = DDIMScheduler if name == "ddim" else DDPMScheduler
             scheduler = cls(**common, clip_sample=False, **options)
-        scheduler.set_timesteps(n_steps)
-        steps = []
-        for index, k in enumerate(scheduler.timesteps.tolist()):
-            alpha = float(self._alphas[int(k)])
-            steps.append(Step(index, float(k), alpha**0.5, (1.0 - alpha) ** 0.5))
-        return Solver(scheduler=scheduler, steps=steps, **advance)
+        try:
+            scheduler.set_timesteps(n_steps)
+            steps = self._steps(scheduler, uneven=any(options.get(option) for option in UNEVEN))
+            return Solver(scheduler=scheduler, steps=steps, last=(CLEAN, self._step(n_steps, 0.0)), **advance)
+        except (IndexError, ValueError) as error:  # of diffusers, where options do not go together
+            if isinstance(error, InputError) and not isinstance(error, _Levels):
+                raise
+            chosen = {"timestep_spacing": spacing, **options, "num_inference_steps": n_steps}
+            listed = " ".join(f"{option}={str(value).lower()}" for option, value in chosen.items())
+            raise InputError(f"sampler: {name} with {listed}: {error}; {self._accepted()}") from None
+
+    def _step(self, index: int, time: float) -> Step:
+        """At a training step; between two of them, where the logarithm of sigma is that much between theirs."""
+        alpha = float(self._alphas[int(time)])
+        if time != int(time):
+            sigma = math.exp(np.interp(time, np.arange(len(self._log_sigmas)), self._log_sigmas))
+            alpha = 1.0 / (1.0 + sigma**2)
+        return Step(index, time, alpha**0.5, (1.0 - alpha) ** 0.5)
+
+    def _steps(self, scheduler: Any, *, uneven: bool) -> list[Step]:
+        times = scheduler.timesteps.double().numpy()
+        if uneven:  # diffusers rounds what the network is told, and then its levels are not those of the samples
+            sigmas = scheduler.sigmas[: len(times)].double().numpy()
+            times = np.interp(np.log(sigmas), self._log_sigmas, np.arange(len(self._log_sigmas)))
+        if not 0 <= times.min() <= times.max() <= self.num_train_timesteps - 1 or (np.diff(times) >= 0).any():
+            raise _Levels(f"its steps leave the {self.num_train_timesteps} of training, or stand still")
+        return [self._step(index, time) for index, time in enumerate(times.tolist())]
+
+    @property
+    def _log_sigmas(self) -> np.ndarray:
+        return 0.5 * (torch.log1p(-self._alphas) - torch.log(self._alphas)).numpy()
+
+    def _accepted(self) -> str:
+        return (
+            f"use timestep_spacing=trailing with num_inference_steps={_divisors(self.num_train_timesteps)}, "
+            "or scheduler=dpm_solver++ with that spacing in any number of steps"
+        )
 
 
 class Flow:
@@ -229,13 +281,35 @@ class Flow:
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
         _check_member(self.family, name)
         _check_steps(name, n_steps, None)
+        options = _given(name, options)
         scheduler: Any = FlowMatchEulerDiscreteScheduler(**options)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / n_steps, n_steps).tolist())
         steps = [
             Step(index, self.TIME_SCALE * s, 1.0 - s, s)
             for index, s in enumerate(scheduler.sigmas[:-1].double().tolist())
         ]
-        return Solver(scheduler=scheduler, steps=steps)
+        return Solver(scheduler=scheduler, steps=steps, last=(CLEAN,))
+
+
+CLEAN = Step(0, 0.0, 1.0, 0.0)
+
+
+class _Levels(InputError):
+    """Why noise levels do not meet."""
+
+
+def _check_begin(steps: Sequence[Step]) -> None:
+    if steps[0].b < NOISE:
+        raise _Levels(f"its first step is told that {steps[0].b:.2f} of its input is noise, where all of it is")
+
+
+def _check_levels(steps: Sequence[Step], moves: Sequence[Move], last: Sequence[Step]) -> None:
+    """With a perfect network, each step must end at the signal and the noise that the next one begins with."""
+    for step, move in zip(steps, moves, strict=True):
+        a, b = move.keep * step.a + sum(move.blend), math.hypot(move.keep * step.b, move.spread)
+        expected = last if step is steps[-1] else (steps[step.index + 1],)
+        if not any(abs(a - level.a) <= EXACT and abs(b - level.b) <= EXACT for level in expected):
+            raise _Levels(f"step {step.index + 1} ends at a noise of {b:.3f}, where {expected[0].b:.3f} is expected")
 
 
 NEGLIGIBLE = 1e-8
@@ -288,10 +362,16 @@ def _check_member(family: str, name: str) -> None:
         )
 
 
+def _given(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not null, all of them the scheduler's."""
+    given = {option: value for option, value in options.items() if value is not None}
+    check_sampler(name, given)
+    return given
+
+
 def _check_steps(name: str, n_steps: int, most: int | None) -> None:
-    if n_steps < 1 or (most is not None and n_steps > most):
-        limit = f"between 1 and {most}" if most is not None else "at least 1"
-        raise InputError(f"sampler.num_inference_steps={n_steps} for {name} must be {limit}")
+    if not 1 <= n_steps <= (most := min(most or MOST_STEPS, MOST_STEPS)):
+        raise InputError(f"sampler.num_inference_steps={n_steps} for {name} must be between 1 and {most}")
 
 
 def _divisors(n: int) -> str:

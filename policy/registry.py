@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.errors import unknown
 from action_diffusion.policy.denoiser import ConditionalUnet1d
 from action_diffusion.policy.encoder import ObservationEncoder
 from action_diffusion.policy.estimator import PlanarPose
@@ -18,6 +18,7 @@ from action_diffusion.policy.features import Magnified, PlanarObject, SinCos
 from action_diffusion.policy.frames import PlanarObject as PlanarObjectFrame
 from action_diffusion.policy.frames import Position
 from action_diffusion.policy.process import Diffusion, Flow
+from action_diffusion.policy.reading import refuse_targets
 
 COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
     "encoder": {"observation": ObservationEncoder},
@@ -45,15 +46,3 @@ def build(kind: str, config: Mapping[str, Any], **parts: Any) -> Any:
         if option not in accepted or option in parts:
             raise unknown(f"option of {kind} {name}", option, accepted - set(parts))
     return component(**options, **parts)
-
-
-def refuse_targets(config: Any, where: str) -> None:
-    """`InputError` for a `_target_` anywhere inside: code is never named by configuration."""
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            if key == "_target_":
-                raise InputError(f"{where}: _target_ ({value}) is not allowed; components are built by their names")
-            refuse_targets(value, where)
-    elif isinstance(config, list | tuple):
-        for value in config:
-            refuse_targets(value, where)

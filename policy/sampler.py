@@ -113,8 +113,9 @@ class Sampler:
     """Runs a denoiser through a diffusers scheduler.
 
     `scheduler`: "ddpm", "ddim", "dpm_solver++" or "flow"; `options` go to the scheduler (eta, timestep_spacing,
-    solver_order, …). `clip`: "x0" keeps the estimate of the clean chunk in [−clip_range, clip_range] (normalised
-    units), "x" keeps the sample itself there, None neither.
+    solver_order, …). `clip`: "x0" keeps the estimate of the clean chunk in what was demonstrated, "x" keeps the sample
+    itself there, None neither. demonstrated: (low, high) of each action dimension [A] in normalised units; None: −1 and
+    1, as where the normaliser is min-max. clip_range: how many times its half width that range reaches from its middle.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Sampler:
         num_inference_steps: int,
         clip: str | None = "x0",
         clip_range: float = 1.0,
+        demonstrated: tuple[Tensor, Tensor] | None = None,
         **options: Any,
     ):
         if clip not in ("x0", "x", None):
@@ -133,6 +135,9 @@ class Sampler:
         self.scheduler = scheduler
         self.num_inference_steps = num_inference_steps
         self.clip = clip
+        self.bounds = _widened(demonstrated, clip_range)
+        self.reach = clip_range if self.bounds is None else max(float(bound.abs().max()) for bound in self.bounds)
+        """The largest normalised magnitude in the range that is clipped to."""
         self.clip_range = clip_range
         self.options = options
         self._times: dict[torch.device, Tensor] = {}
@@ -224,7 +229,28 @@ class Sampler:
         return StepState(step, x, self._clip(x0_raw, "x0"), x0_raw)
 
     def _clip(self, value: Tensor, target: str) -> Tensor:
-        return value.clamp(-self.clip_range, self.clip_range) if self.clip == target else value
+        if self.clip != target:
+            return value
+        if self.bounds is None:
+            return value.clamp(-self.clip_range, self.clip_range)
+        low, high = self._bounds_on(value.device)
+        return value.clamp(low.to(value.dtype), high.to(value.dtype))
+
+    def _bounds_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What is clipped to, [A] each; copied to a device once."""
+        assert self.bounds is not None
+        if self.bounds[0].device != device:
+            with torch.inference_mode(False):
+                self.bounds = (self.bounds[0].to(device), self.bounds[1].to(device))
+        return self.bounds
+
+
+def _widened(demonstrated: tuple[Tensor, Tensor] | None, by: float) -> tuple[Tensor, Tensor] | None:
+    if demonstrated is None or by == 1.0:
+        return demonstrated
+    low, high = demonstrated
+    middle, half = (low + high) / 2, (high - low) / 2
+    return middle - by * half, middle + by * half
 
 
 def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import KINDS, Environment, Rate, Steps, check_steps
+from action_diffusion.schema import Between, OneOf, Sized, check
 
 FORMAT = 1
-KINDS = ("state", "image")
-LATER = ("demonstrations", "estimates")  # fields that bundles of earlier versions lack
+MOST_VALUES = 100_000
+"""Of a state, or of an action; an image may have as many pixels as `MOST_BYTES` allows."""
+MOST_BYTES = 2**30
+"""Of the observations that a policy sees at once."""
+DTYPES = ("float16", "float32", "float64", "uint8", "uint16", "int16", "int32", "int64", "bool")
+Side = Annotated[int, Between(1, MOST_VALUES)]
+Dtype = Annotated[str, OneOf(*DTYPES)]
+Vector = Annotated[tuple[Annotated[float, Between(-3e38, 3e38)], ...], Sized(1, MOST_VALUES)]
 
 
 @dataclass(frozen=True)
@@ -22,22 +31,49 @@ class ObservationSpec:
     source and columns: the replay buffer's key and the columns of it that this key was trained on.
     """
 
-    shape: tuple[int, ...]
-    dtype: str = "float32"
+    shape: Annotated[tuple[Side, ...], Sized(0, 4)]
+    dtype: Dtype = "float32"
     unit: str = ""
-    kind: str = "state"
+    kind: Annotated[str, OneOf(*KINDS)] = "state"
     source: str = ""
-    columns: tuple[int, ...] | None = None
+    columns: tuple[Annotated[int, Between(0)], ...] | None = None
+
+    def __post_init__(self) -> None:
+        values = math.prod(self.shape)
+        if self.kind == "image" and (len(self.shape) != 3 or self.shape[2] != 3):
+            raise InputError(f"an image of shape {list(self.shape)}: images are [height, width, 3]")
+        if self.kind != "image" and values > MOST_VALUES:
+            raise InputError(
+                f"a state of shape {list(self.shape)} has {values:,} values, at most {MOST_VALUES:,} can be"
+            )
 
 
 @dataclass(frozen=True)
 class ActionSpec:
     """The action of one step: shape [A], unit, and the replay buffer's key."""
 
-    shape: tuple[int, ...]
-    dtype: str = "float32"
+    shape: Annotated[tuple[Annotated[int, Between(1, 4096)], ...], Sized(1, 1)]
+    dtype: Dtype = "float32"
     unit: str = ""
     source: str = "action"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the normaliser, for one key: what `normalizer.fit` gives, numbers for each dimension."""
+
+    scale: Vector
+    offset: Vector
+    kind: Annotated[str, OneOf("minmax", "gaussian", "identity")] = "minmax"
+    min: Vector | None = None
+    max: Vector | None = None
+
+    def __post_init__(self) -> None:
+        given = [part for part in (self.scale, self.offset, self.min, self.max) if part is not None]
+        if len({len(part) for part in given}) > 1:
+            raise InputError(
+                f"normaliser statistics of {[len(part) for part in given]} dimensions, expected equal ones"
+            )
 
 
 @dataclass(frozen=True)
@@ -49,27 +85,26 @@ class PolicySpec:
     recorded and not observed, which the policy learns to tell.
     """
 
-    observations: dict[str, ObservationSpec]
+    observations: Annotated[dict[str, ObservationSpec], Sized(1, 256)]
     action: ActionSpec
-    n_obs_steps: int
-    horizon: int
-    n_action_steps: int
-    control_rate: float
+    n_obs_steps: Steps
+    horizon: Steps
+    n_action_steps: Steps
+    control_rate: Rate
     task: str = ""
-    env: dict[str, Any] | None = None
+    env: Environment | None = None
     demonstrations: str = ""
     estimates: dict[str, ObservationSpec] = field(default_factory=dict)
     normalizer: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("n_obs_steps", "horizon", "n_action_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.n_obs_steps - 1 + self.n_action_steps > self.horizon:
+        check_steps(self.n_obs_steps, self.horizon, self.n_action_steps)
+        seen = sum(math.prod(value.shape) * np.dtype(value.dtype).itemsize for value in self.observations.values())
+        if seen * self.n_obs_steps > MOST_BYTES:
             raise InputError(
-                f"n_action_steps={self.n_action_steps} does not fit: a chunk of horizon={self.horizon} that begins "
-                f"{self.n_obs_steps - 1} steps before now has {self.horizon - self.n_obs_steps + 1} left to execute"
+                f"{self.n_obs_steps} steps of observations take {seen * self.n_obs_steps / 1e9:.3g} GB, at most "
+                f"{MOST_BYTES / 1e9:.3g} GB can be"
             )
 
     @property
@@ -90,16 +125,12 @@ class PolicySpec:
         """The inverse of `to_json`; `InputError` names what is missing or unknown. `where`: the file."""
         if data.get("format") != FORMAT:
             raise InputError(f"{where}: bundle format {data.get('format')!r}, this version reads format {FORMAT}")
+        order = data.get("camera_order")
         try:
-            fields = {key: data[key] for key in cls.__dataclass_fields__ if key not in LATER or key in data}
-            for name in ("observations", "estimates"):
-                states = data.get(name, {}) if name in LATER else data[name]
-                fields[name] = {key: ObservationSpec(**_tuples(value)) for key, value in states.items()}
-            fields["action"] = ActionSpec(**_tuples(data["action"]))
-            order = data["camera_order"]
-        except (KeyError, TypeError, AttributeError) as error:
+            spec = check({key: data[key] for key in data if key not in ("format", "camera_order")}, cls)
+            check(spec.normalizer, dict[str, Statistics], "normalizer")
+        except InputError as error:
             raise InputError(f"{where}: not a complete policy specification: {error}") from None
-        spec = cls(**fields)
         if order != spec.camera_order:
             raise InputError(
                 f"{where}: camera_order is {order}, but the observations list the cameras as {spec.camera_order}"
@@ -139,7 +170,3 @@ class PolicySpec:
             if spec.kind == "state" and not np.isfinite(value).all():
                 raise InputError(f"observation {key!r} holds NaN or infinite values")
         return bool(batched)
-
-
-def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -22,7 +22,6 @@ from action_diffusion.datasets.batches import (
     Batch,
     BatchSource,
     ObsKey,
-    images_to_float,
     random_crop_offsets,
 )
 from action_diffusion.datasets.memory import Mode
@@ -194,59 +193,6 @@ def test_random_offsets_reach_every_corner_and_no_further() -> None:
     offsets = random_crop_offsets(1000, (10, 8), (8, 8), np.random.default_rng(0))
     assert offsets.dtype == np.int64
     assert set(map(tuple, offsets)) == {(0, 0), (1, 0), (2, 0)}
-
-
-def test_images_become_floats_without_a_copy_of_the_layout() -> None:
-    images = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(2, 4, 32, 3)
-    floats = images_to_float(images)
-    assert floats.shape == (2, 3, 4, 32)
-    assert floats.is_contiguous(memory_format=torch.channels_last)
-    np.testing.assert_allclose(floats.numpy(), images.numpy().transpose(0, 3, 1, 2) / 255, rtol=1e-6)
-    assert (floats.min(), floats.max()) == (0, 1)
-
-
-@given(
-    shape=st.tuples(*(st.integers(1, 6) for _ in range(3)), st.just(3)),
-    seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)),
-)
-def test_images_written_over_those_before_are_the_same_bit_for_bit(shape: tuple[int, ...], seeds: tuple[int, int]):
-    before, images = (
-        torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)) for seed in seeds
-    )
-    plain = (images.to(torch.float32) * (1 / 255)).movedim(-1, -3)
-    kept = images_to_float(before)
-    floats = images_to_float(images, out=kept)
-    assert torch.equal(floats, plain)
-    assert (floats.data_ptr(), floats.stride()) == (kept.data_ptr(), plain.stride())
-
-
-def test_images_of_another_shape_are_not_written_over_those_before() -> None:
-    kept = images_to_float(torch.zeros(2, 4, 5, 3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"out holds images \[2, 4, 5, 3\], these are \[1, 4, 5, 3\]"):
-        images_to_float(torch.zeros(1, 4, 5, 3, dtype=torch.uint8), out=kept)
-
-
-@pytest.mark.parametrize("crop", [None, (5, 4)])
-def test_floats_of_a_gathered_batch_are_those_of_its_pixels_in_memory_that_is_kept(batches, crop) -> None:
-    floats: dict[str, torch.Tensor] = {}
-    places = []
-    for indices in ([0, 3, 8], [5, 1, 2], [7]):
-        offsets = np.array([[1, 2], [0, 3], [2, 0]])[: len(indices)] if crop else None
-        plain = batches.gather(np.array(indices), crop=crop, offsets=offsets)
-        batch = batches.gather(np.array(indices), crop=crop, offsets=offsets, floats=floats)
-        for name in ("front", "wrist"):
-            assert torch.equal(batch.obs[name], images_to_float(plain.obs[name]))
-            assert batch.obs[name].movedim(-3, -1).is_contiguous()
-            assert floats[name] is batch.obs[name]
-        assert torch.equal(batch.obs["xy"], plain.obs["xy"])
-        places.append(floats["front"].data_ptr())
-    assert places[0] == places[1]  # the third has another shape
-    other = {"front": torch.empty(batch.obs["front"].shape)}  # of another layout
-    again = batches.gather(np.array([7]), crop=crop, offsets=offsets, floats=other)
-    assert torch.equal(again.obs["front"], batch.obs["front"])
-    critic = batches.gather(np.array([7]), crop=crop, critic=True, floats={}).critic
-    plain_critic = batches.gather(np.array([7]), crop=crop, critic=True).critic
-    assert torch.equal(critic.next_obs["front"], images_to_float(plain_critic.next_obs["front"]))
 
 
 def test_one_offset_serves_all_windows_and_rows_outside_are_refused(batches) -> None:

@@ -116,7 +116,10 @@ def test_a_folder_without_a_bundle_points_to_the_one_inside(path):
         (lambda s: s.update(camera_order=["wrist"]), r"camera_order is \['wrist'\].*as \[\]"),
         (lambda s: s["action"].update(shape=[3]), r"has shape \[.*\], the configured policy has"),
         (lambda s: s["observations"]["state"].update(shape=[7]), "has shape.*the configured policy has"),
-        (lambda s: s["observations"].update(extra={"shape": [1], "colour": 1}), "unexpected keyword.*colour"),
+        (
+            lambda s: s["observations"].update(extra={"shape": [1], "colour": 1}),
+            "unknown option 'colour' in observations.extra",
+        ),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused(path, change, message):

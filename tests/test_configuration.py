@@ -52,7 +52,7 @@ def shape_of(key: str, task: str) -> tuple[int, ...]:
 
 
 def actions_of(task: str) -> int:
-    return ACTIONS[task.removesuffix("_state").removesuffix("_image")]
+    return ACTIONS[task.removesuffix("_generic").removesuffix("_state").removesuffix("_image")]
 
 
 def specification(task: dict[str, Any]) -> PolicySpec:
@@ -121,7 +121,7 @@ def test_all_that_ships_is_a_choice():
 @pytest.mark.parametrize(
     ("words", "budget"),
     [
-        ([], {"max_minutes": 7.0}),
+        ([], {"max_steps": 1700}),
         (["task=pusht_image"], {"max_minutes": 60.0}),
         (["train.max_steps=100"], {"max_steps": 100}),
         (["train.max_epochs=2"], {"max_epochs": 2.0}),
@@ -145,7 +145,7 @@ def test_a_task_s_values_stand_until_they_are_replaced():
 def test_defaults_are_those_of_the_settings():
     plain = asdict(TrainSettings(max_steps=1))
     config = load("train", ["train.max_steps=1"])["train"]
-    own = {"max_minutes", "validate_every", "batch_size", "lr"}  # of task=pusht_state
+    own = {"max_steps", "validate_every", "batch_size", "lr"}  # of task=pusht_state
     kept = config.keys() - own - {"betas"}
     assert {key: config[key] for key in kept} == {key: plain[key] for key in kept}
     assert config.keys() == plain.keys()
@@ -196,8 +196,8 @@ def test_values_of_the_right_type_pass():
 
 
 def test_options_of_components_need_not_stand_in_a_file():
-    config = load("train", ["policy.encoder.crop=[84,84]", "policy.sampler.eta=0.5", "policy.features.state.name=x"])
-    assert config["policy"]["encoder"] == {"name": "observation", "crop": [84, 84]}
+    config = load("train", ["policy.encoder.crop=[84,84]", "policy.sampler.eta=0.5", "policy.encoder.share=true"])
+    assert config["policy"]["encoder"] == {"name": "observation", "crop": [84, 84], "share": True}
     assert config["policy"]["sampler"]["eta"] == 0.5
     assert load("evaluate", ["bundle=x", "sampler.eta=0.5"])["sampler"]["eta"] == 0.5
 

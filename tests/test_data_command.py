@@ -84,7 +84,7 @@ def test_states_are_rendered_where_there_is_nothing_else(
         ("convert in=a.hdf5 output=a.zarr", "unknown option 'output': did you mean out?"),
         ("convert in=a.zarr out=b", "out=b: which format? Add format=, one of zarr, zarr2, umi, robomimic, lerobot"),
         ("convert in=a.zarr out=b format=lerobt", "unknown format 'lerobt': did you mean lerobot or lerobot21?"),
-        ("convert in=a.zarr out=b.zarr rate=0", "rate=0: expected steps a second, above 0"),
+        ("convert in=a.zarr out=b.zarr rate=0", "rate=0: expected steps a second, from 0.01 to 10000"),
         ("convert in=a.zarr out=b.zarr video=low", "unknown video 'low'"),
         ("convert in=a.hdf5 out=a.zarr workers=0", "workers=0: expected a whole number above 0"),
         ("convert in=a.hdf5 out=a.zarr", "a.hdf5: no such file or folder"),

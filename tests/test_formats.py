@@ -255,7 +255,7 @@ def damage_folder(change: Callable[[Path], None]) -> Make:
     [
         (damage_lerobot(other_video(5)), "episode_000001.mp4: 5 frames, but its episodes have 6 rows"),
         (damage_lerobot(other_video(7)), "episode_000001.mp4: 7 frames, but its episodes have 6 rows"),
-        (damage_lerobot(other_video(6, rate=10)), "frame 3 is 0.6 frames late for 12 Hz"),
+        (damage_lerobot(other_video(6, rate=10)), "frame 1 is 0.2 frames late for 12 Hz"),
         (damage_lerobot(lambda root: (root / "data/chunk-000/episode_000000.parquet").unlink()), "no such file"),
         (damage_lerobot(edit("meta/episodes.jsonl", '"length": 6', '"length": 5')), "6 rows, but meta/episodes.jsonl"),
         (damage_lerobot(edit("meta/info.json", '"total_frames": 10', '"total_frames": 11')), "says 2 with 11"),
@@ -290,7 +290,12 @@ def test_what_does_not_fit_together_is_refused(make: Make, message: str, lerobot
         ({"img": np.full((4, 9, 9, 3), 0.5)}, {"format": "lerobot"}, "this looks like 0..1: multiply by 255"),
         ({"img": np.full((4, 9, 9, 3), np.nan)}, {"format": "umi"}, "data/img is NaN at row 0"),
         ({"state": np.zeros((4, 2)), "observation.state": np.zeros((4, 2))}, {"format": "lerobot"}, "rename it"),
-        ({}, {"format": "lerobot", "rate": "12.5"}, "LeRobot takes whole frames a second, not 12.5 Hz: rate=12 "),
+        ({}, {"format": "lerobot", "rate": "7.5"}, "LeRobot takes whole frames a second, not 7.5 Hz: rate=7 "),
+        (
+            {},
+            {"format": "lerobot", "rate": "12.5"},
+            "has 12 Hz: for a lower rate rows are left out, they are never made",
+        ),
         ({"a:b": np.zeros(4)}, {"format": "folder"}, "'a:b' is no name for a file"),
     ],
 )
@@ -442,8 +447,7 @@ def test_numbered_columns_are_vectors() -> None:
         "t": [0],
         "x": [2, 1],
         "y": [3],
-        "z_1": [4],
-        "z_2": [5],
+        "z": [4, 5],
         "w": [6],
         "w_0": [7],
     }
@@ -466,4 +470,6 @@ def test_statistics_are_those_of_all_rows_together() -> None:
 def test_a_video_has_as_many_frames_as_it_was_given(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "a.mp4", (10, 12), rate=30, quality="lossless", keyframe_every=3) as video:
         video.add(np.zeros((7, 10, 12, 3), np.uint8))
-    assert video_info(tmp_path / "a.mp4") == (7, (10, 12), 30.0)
+    info = video_info(tmp_path / "a.mp4")
+    assert info[:3] == (7, (10, 12), 30.0)
+    assert np.allclose(info.times, np.arange(7) / 30)

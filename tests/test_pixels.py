@@ -18,6 +18,12 @@ needs_code = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def ours(monkeypatch):
+    """The code in C, wherever it can be used."""
+    monkeypatch.setenv("ACTION_DIFFUSION_KERNELS", "on")
+
+
 def plain() -> mock._patch:
     return mock.patch.object(pixels, "library", return_value=None)
 
@@ -43,12 +49,8 @@ def test_crops_are_numpys(size, less, windows, steps, seed):
         for line, (top, left) in zip(rows, corners, strict=True)
     ]
     np.testing.assert_array_equal(out, np.array(expected, np.uint8).reshape(out.shape))
-    floats = torch.full(out.shape, torch.nan)
-    assert pixels.crop(frames, rows, corners, small, floats) is floats
-    np.testing.assert_array_equal(floats, out * np.float32(1 / 255))
     with plain():
         np.testing.assert_array_equal(out, pixels.crop(frames, rows, corners, small))
-        assert torch.equal(floats, pixels.crop(frames, rows, corners, small, torch.empty(out.shape)))
 
 
 @needs_code
@@ -63,9 +65,6 @@ def test_floats_are_torchs(shape, threads):
         assert torch.equal(pixels.to_float(values), expected)
     finally:
         torch.set_num_threads(before)
-    into = torch.full(shape, torch.nan)
-    assert pixels.to_float(values, into) is into
-    assert torch.equal(into, expected)
     with plain():
         assert torch.equal(pixels.to_float(values), expected)
 
@@ -84,7 +83,6 @@ def test_on_other_processors_it_is_the_same(other_processor, monkeypatch):
         expected, floats = pixels.crop(*given), pixels.to_float(torch.from_numpy(frames))
     monkeypatch.setattr(pixels, "library", lambda: library)
     assert torch.equal(pixels.crop(*given), expected)
-    assert torch.equal(pixels.crop(*given, torch.empty(expected.shape)), expected * (1 / 255))
     assert torch.equal(pixels.to_float(torch.from_numpy(frames)), floats)
 
 
@@ -96,9 +94,3 @@ def test_what_lies_apart_in_memory_is_read_right_or_refused():
     for wrong in (frames.numpy()[:, :, ::-1], frames.float().numpy()):
         with pytest.raises(ValueError, match="uint8 in one piece"):
             pixels.crop(wrong, np.array([[0, 1]]), np.array([[1, 2]]), (3, 4))
-    right = torch.empty(1, 2, 3, 4, 3)
-    for wrong in (right.half(), right.movedim(-1, -2).contiguous().movedim(-1, -2), right[0]):
-        with pytest.raises(ValueError, match="floats must be float32"):
-            pixels.crop(frames.numpy(), np.array([[0, 1]]), np.array([[1, 2]]), (3, 4), wrong)
-    half = torch.empty(frames.shape, dtype=torch.float16)
-    assert torch.equal(pixels.to_float(frames, half), frames.half().mul_(1 / 255))

@@ -298,10 +298,6 @@ def test_what_arrives_otherwise_is_noticed(
 # Bad files.
 
 
-def remove_attribute(name: str) -> Callable[[Any], None]:
-    return lambda file: file["data"].attrs.__delitem__(name)
-
-
 def replace(path: str, values: Any) -> Callable[[Any], None]:
     def change(file: Any) -> None:
         if path in file:
@@ -318,12 +314,10 @@ def set_attribute(path: str, name: str, value: Any) -> Callable[[Any], None]:
 NAN = np.zeros((8, 10))
 NAN[4, 2] = np.nan
 BAD = [
-    (remove_attribute("env_args"), "data has no attribute env_args"),
     (set_attribute("data", "env_args", "{"), "data's attribute env_args is no JSON"),
     (set_attribute("data", "env_args", "[]"), "data's attribute env_args must be an object with env_name, env_kwargs"),
     (set_attribute("data", "env_args", '{"env_name": "Lift", "env_kwargs": 3}'), "an object with env_kwargs"),
     (set_attribute("data/demo_1", "num_samples", 9), "demo_1 has unequal lengths: actions 8, but num_samples 9"),
-    (set_attribute("data/demo_1", "shape", h5py.Empty("f")), "attribute shape is neither text nor numbers"),
     (
         replace("data/demo_1/actions", np.zeros((7, 7))),
         "unequal lengths: actions 7, but dones 8, obs/agentview_image 8",
@@ -336,9 +330,7 @@ BAD = [
     (replace("data/demo_0/obs/more", np.zeros((5, 2))), "data/demo_1 lacks obs/more, which demo_0 has"),
     (replace("data/demo_0/obs/action", np.zeros((5, 2))), "obs/action would become column action, which is actions"),
     (replace("data/demo_0/obs/demo", np.zeros((5, 2))), "would become column demo, which is the number of the demo"),
-    (replace("data/demo_0/obs/text", np.array([b"a"] * 5)), "only numbers can be used"),
     (replace("data/demo_0/obs/none", np.zeros((5, 0))), r"obs/none has no values: its shape is \[5, 0\]"),
-    (replace("data/demo_0/length", 5), "unequal lengths: actions 5, but length 0"),
     (replace("mask/train", np.array([b"demo_0", b"demo_7"])), "mask/train names demo_7, which is not in data/"),
     (lambda file: file["data/demo_1"].__delitem__("actions"), "data/demo_1 has no actions: robomimic's files"),
     (lambda file: file.move("data/demo_1", "data/one"), "unknown layout .data/one is no demo_<number>.: robomimic's"),

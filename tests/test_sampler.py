@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -182,7 +183,7 @@ SCHEDULERS = {
     ("name", "n", "options"),
     [
         ("ddpm", 100, {}),
-        ("ddpm", 10, {"timestep_spacing": "leading", "variance_type": "fixed_large"}),
+        ("ddpm", 10, {"timestep_spacing": "leading", "variance_type": "fixed_small_log"}),
         ("ddim", 16, {"timestep_spacing": "leading", "steps_offset": 1}),
         ("ddim", 10, {"eta": 0.5}),
         ("ddim", 20, {"eta": 1.0, "set_alpha_to_one": False}),
@@ -220,6 +221,93 @@ def test_every_move_is_the_one_of_diffusers(name, n, options, noise):
     _, chain = sampler.run(answer, noise, generator=torch.Generator().manual_seed(3), return_chain=True)
     for link, x in zip(chain, expected, strict=True):
         torch.testing.assert_close(link.x_next, x, atol=1e-5, rtol=1e-5)
+
+
+SPACINGS = ("leading", "trailing", "linspace", "karras", None)
+VARIANTS = (
+    ("ddpm", "variance_type", ("fixed_small", "fixed_large", "fixed_small_log", "learned")),
+    ("ddim", "eta", (0.0, 0.5, 1.0, 2.0, float("nan"), "all")),
+    ("ddim", "set_alpha_to_one", (False, True)),
+    ("ddim", "rescale_betas_zero_snr", (True,)),
+    ("dpm_solver++", "solver_order", (1, 2, 3, 4, True)),
+    ("dpm_solver++", "use_karras_sigmas", (True,)),
+    ("dpm_solver++", "use_exponential_sigmas", (True,)),
+    ("dpm_solver++", "use_lu_lambdas", (True,)),
+    ("dpm_solver++", "use_flow_sigmas", (True,)),
+    ("dpm_solver++", "use_dynamic_shifting", (True,)),
+    ("dpm_solver++", "final_sigmas_type", ("zero", "sigma_min")),
+    ("dpm_solver++", "algorithm_type", ("sde-dpmsolver++",)),
+    ("flow", "shift", (0.1, 3.0, 0.0, -1.0)),
+    ("flow", "use_dynamic_shifting", (True,)),
+    ("flow", "invert_sigmas", (True,)),
+    ("flow", "stochastic_sampling", (True,)),
+    ("flow", "timestep_spacing", ("trailing",)),
+)
+
+
+def accepted(name: str, n: int, options: dict) -> bool:
+    """Whether a sampler takes these options; where it does, its noise levels are checked."""
+    process = Flow(prediction="sample") if name == "flow" else Diffusion(prediction="sample")
+    try:
+        sampler = Sampler(process=process, scheduler=name, num_inference_steps=n, clip=None, **options)
+    except InputError:
+        return False
+    steps, moves = sampler.steps, sampler.solver.moves
+    assert len(steps) == n
+    assert steps[0].b >= 0.95
+    for step, move, following in zip(steps, moves, steps[1:], strict=False):
+        assert move.keep * step.a + sum(move.blend) == pytest.approx(following.a, abs=1e-3)
+        assert (move.keep * step.b) ** 2 + move.spread**2 == pytest.approx(following.b**2, abs=1e-3 * following.b)
+        if name != "flow":  # what the network is told stands for the level that it is in training
+            low, high = (float(process._alphas[index]) for index in (int(step.time), -int(-step.time // 1)))
+            assert high - 1e-9 <= step.a**2 <= low + 1e-9
+    return True
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_spacing_that_is_accepted_meets_its_levels(name):
+    taken = {
+        (spacing, n)
+        for spacing in SPACINGS
+        for n in (1, 2, 3, 4, 5, 7, 10, 16, 20, 33, 50, 60, 99, 100, 101)
+        if accepted(name, n, {"timestep_spacing": spacing})
+    }
+    assert {(None, 1), (None, 10)} <= taken
+    if name == "ddim":  # the two that were reported
+        assert not {("linspace", 7), ("leading", 1)} & taken
+        assert {("leading", 16), ("trailing", 20), ("linspace", 100)} <= taken
+    if name == "dpm_solver++":
+        assert not {("leading", 100), ("linspace", 100)} & taken  # the second stood still once, and divided by that
+        assert all(("trailing", n) in taken for n in (1, 2, 3, 7, 33, 60, 99, 100))
+
+
+@pytest.mark.parametrize(("name", "option", "values"), VARIANTS)
+def test_every_option_that_is_accepted_meets_its_levels(name, option, values):
+    for value, n, offset in itertools.product(values, (1, 2, 7, 10, 100), (None, 1, 90, 1000)):
+        extra = {} if offset is None or name == "flow" else {"steps_offset": offset, "timestep_spacing": "leading"}
+        accepted(name, n, {option: value, **extra})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timestep_spacing": "linspace", "num_inference_steps": 7}, r"step \d ends at a noise.*trailing.*dpm_solver"),
+        ({"timestep_spacing": "leading", "num_inference_steps": 1}, "0.03 of its input is noise.*trailing"),
+        ({"timestep_spacing": "leading", "steps_offset": 1, "num_inference_steps": 100}, "leave the 100 of training"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing=karras: choose from leading, trailing, linspace"),
+        ({"eta": 1.5}, "sampler.eta=1.5 must be at most 1"),
+    ],
+)
+def test_levels_that_do_not_meet_are_refused_in_one_line(options, message):
+    with pytest.raises(InputError, match=message):
+        Sampler(**{"process": Diffusion(), "scheduler": "ddim", "num_inference_steps": 10} | options)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_a_process_that_ends_before_noise_is_refused(schedule):
+    with pytest.raises(InputError, match=f"{schedule} over 100 steps ends at 0.* of noise"):
+        Diffusion(beta_schedule=schedule)
+    assert Diffusion(beta_schedule=schedule, num_train_timesteps=1000).solver("ddim", 10).steps[0].b > 0.999
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_the_loss_is_a_mean_over_what_counts(make_policy):
     for padding in (0.0, 50.0):
         action[:, 5:] = padding
         torch.manual_seed(0)
-        policy.denoiser.run = lambda x, film: torch.zeros(len(x), 8, 2)
+        policy.denoiser.forward = lambda x, film: torch.zeros(len(x), 8, 2)
         losses.append(policy(observations(4), action, mask, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(*losses)
 
@@ -145,7 +145,6 @@ def test_a_chunk_as_a_function_of_tensors_takes_them(make_policy):
         policy = make_policy(**(OBJECTIVE | {"sampler": sampler})).eval()
         known = settled(3, [2, 0, 3])
         expected, none = sample(policy, known), sample(policy, None)
-        policy.prepared, policy.denoiser.prepared = policy.plain, policy.denoiser.run
         with torch.no_grad():
             torch.testing.assert_close(sample(policy, known), expected, atol=0, rtol=0)
             torch.testing.assert_close(sample(policy, None), none, atol=0, rtol=0)

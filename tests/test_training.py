@@ -279,8 +279,8 @@ def test_the_learning_rate_warms_up_and_follows_the_budget():
 
 
 def test_a_budget_that_is_asked_for_replaces_the_task_s_own():
-    assert load("train", ["train.max_steps=5"])["train"]["max_minutes"] is None
-    assert load("train", [])["train"]["max_minutes"] == 7
+    assert load("train", ["train.max_minutes=5"])["train"]["max_steps"] is None
+    assert load("train", [])["train"]["max_steps"] == 1700
 
 
 def test_a_named_subset_of_the_episodes_is_trained_on(tmp_path, capsys):

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from action_diffusion import native
+from action_diffusion.errors import InputError
 from action_diffusion.policy.activations import mish
 from action_diffusion.policy.kernels import winograd
 
@@ -185,6 +186,14 @@ def test_code_of_another_version_is_not_run(tmp_path):
     with pytest.warns(UserWarning, match="pip install again"):
         assert native.load(tmp_path, "_text", 1) is None
     assert native.load(tmp_path, "_old", 7).code.abi() == 7
+    assert native.load(tmp_path, "_none", 1) is None
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(native.SET_VARIABLE, "avx3")
+    with pytest.raises(InputError, match=r"unknown instruction set 'avx3' in ACTION_DIFFUSION_ISA: did you mean avx2"):
+        native.load(tmp_path, "_none", 1)
+    monkeypatch.setenv(native.SET_VARIABLE, "")
     assert native.load(tmp_path, "_none", 1) is None
 
 

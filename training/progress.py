@@ -1,18 +1,27 @@
-"""The progress bar of a training run: loss, samples per second, time left."""
+"""What a training run shows while it runs: a bar with the time left, or a line now and then without a terminal."""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+LINE_SECONDS = 30.0
+"""Between two lines where there is no terminal."""
+
 
 class TrainingBar:
-    """A bar on stderr that fills with the share of the budget; silent where stderr is not a terminal."""
+    """A bar on stderr that fills with the share of the budget; lines where stderr is not a terminal.
 
-    def __init__(self, *, enabled: bool = True):
-        console = Console(stderr=True)
+    The second `update` also says how long a step takes here, and how many there will be.
+    """
+
+    def __init__(self, *, enabled: bool = True, console: Console | None = None):
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._enabled = enabled
+        self._updates, self._line = 0, time.monotonic()
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -23,8 +32,8 @@ class TrainingBar:
             TextColumn(
                 "step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[rate]}/s  {task.fields[status]}"
             ),
-            console=console,
-            disable=not (enabled and console.is_terminal),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
             refresh_per_second=4,
         )
         self._task = self._bar.add_task("training", total=1.0, step=0, loss="…", rate="…", status="")
@@ -36,10 +45,28 @@ class TrainingBar:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
 
-    def update(self, *, share: float, step: int, loss: float, rate: float) -> None:
+    def update(self, *, share: float, step: int, loss: float, rate: float, step_seconds: float) -> None:
         """Show where the run stands. share: 0 to 1 of the budget; rate: samples per second."""
+        self._updates += 1
         self._bar.update(self._task, completed=share, step=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
+        steps = step / max(share, 1e-9)
+        left = spoken((steps - step) * step_seconds)
+        if self._enabled and self._updates == 2:  # the first steps also choose the fastest kernels
+            self._console.print(
+                f"{step_seconds:.2g} s a step: about {steps:,.0f} steps in all, {left} left", highlight=False
+            )
+        elif self._enabled and not self._console.is_terminal and time.monotonic() - self._line > LINE_SECONDS:
+            self._line = time.monotonic()
+            self._console.print(f"step {step:,} of about {steps:,.0f}, loss {loss:.4f}, {left} left", highlight=False)
 
     def status(self, text: str) -> None:
         """Say what is going on besides steps, such as a validation."""
         self._bar.update(self._task, status=text, refresh=True)
+
+
+def spoken(seconds: float) -> str:
+    """A duration for people: 40 s, 7 min, 2 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

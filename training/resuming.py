@@ -1,36 +1,107 @@
-"""What was asked for, kept with the run, so that `output_dir=DIR resume=true` is all that resuming takes."""
+"""What a run began with, kept with it, so that `output_dir=DIR resume=true` is all that resuming takes.
+
+DIR/config.yaml     the whole resolved configuration, which later versions of the defaults do not change
+DIR/command.json    the words that were typed, for a run that ended before it wrote the first
+DIR/data.json       how much data there was, and its hash
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.configuration import BUDGETS
+import numpy as np
+
+from action_diffusion.configuration import BUDGETS, GROUPS, load, override
+from action_diffusion.datasets.files import atomic_path
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.policy.reading import read_yaml
 
 
-def recall(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], str | None]:
-    """On resume=true, the words that the run in output_dir was started with, then those given now."""
+def configured(overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
+    """The configuration of `train`. On resume=true it is the one that the run in output_dir began with, and over it
+    what is given now; a run that wrote none is composed from its words and those given now.
+    """
     given = dict(word.partition("=")[::2] for word in overrides)
-    if given.get("resume", "").lower() != "true" or "output_dir" not in given:
-        return list(overrides), config_dir
-    file = Path(given["output_dir"]) / "command.json"
+    folder = Path(given.get("output_dir", "").strip("'\""))
+    resumes = given.get("resume", "").lower() == "true" and "output_dir" in given
+    if resumes and (folder / "config.yaml").is_file():
+        return _began_with(folder, overrides)
+    words, config_dir = _recall(folder, overrides, config_dir) if resumes else (list(overrides), config_dir)
+    return _remember(load("train", words, config_dir), words, config_dir)
+
+
+def changed_data(folder: Path, buffer: ReplayBuffer, keys: Iterable[str]) -> str | None:
+    """What is other in `buffer` than when the run in `folder` began, in one line; None at its beginning.
+
+    keys: of the columns that are hashed, which need not be images.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(buffer.episode_ends, "<i8").tobytes())
+    for key in sorted(set(keys)):
+        digest.update(np.ascontiguousarray(buffer[key][:]).tobytes())
+    now = {"episodes": buffer.n_episodes, "steps": buffer.n_steps, "sha256": digest.hexdigest()}
+    file = folder / "data.json"
+    if not file.is_file():
+        with atomic_path(file) as partial:
+            partial.write_text(json.dumps(now, indent=1) + "\n")
+    before = _read_json(file)
+    if before == now:
+        return None
+    was, are = (f"{data.get('episodes')} episodes, {data.get('steps')} steps" for data in (before, now))
+    return f"the data changed since this run began: {was}, now {are}; its normaliser statistics stay as they were"
+
+
+def _began_with(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    file = folder / "config.yaml"
+    stored = read_yaml(file)
+    # What is in no older file has the value that it has by default; of parts, their own.
+    defaults = {key: value for key, value in load("train", []).items() if key not in ("policy", "task", "train")}
+    whole = {**defaults, **stored}
+    for section in ("dataset", "evaluation"):
+        if isinstance(whole[section], dict):
+            whole[section] = {**defaults[section], **whole[section]}
+    command = folder / "command.json"
+    earlier = _words(command)[0] if command.is_file() else []
+    words = [word for word in overrides if not (word in earlier and word.partition("=")[0] in GROUPS["train"])]
+    return override("train", whole, words, str(file))
+
+
+def _recall(folder: Path, overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], str | None]:
+    """The words that the run in `folder` was started with, then those given now."""
+    file = folder / "command.json"
     if not file.exists():
         return list(overrides), config_dir
-    try:
-        earlier = json.loads(file.read_text())
-        words, folder = [str(word) for word in earlier["overrides"]], earlier["config_dir"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} cannot be read ({error}): give all options again, into another output_dir") from None
-    if any(key in BUDGETS for key in given):  # the budget given now replaces the earlier one
+    words, before = _words(file)
+    given = {word.partition("=")[0] for word in overrides}
+    if given & set(BUDGETS):  # the budget given now replaces the earlier one
         words = [word for word in words if word.partition("=")[0] not in BUDGETS]
-    return [word for word in words if word.partition("=")[0] not in given] + list(overrides), config_dir or folder
+    return [word for word in words if word.partition("=")[0] not in given] + list(overrides), config_dir or before
 
 
-def remember(config: dict[str, Any], overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
+def _words(file: Path) -> tuple[list[str], str | None]:
+    earlier = _read_json(file)
+    words, folder = earlier.get("overrides"), earlier.get("config_dir")
+    if not isinstance(words, list) or not isinstance(folder, str | None):
+        raise InputError(f"{file} cannot be read: give all options again, into another output_dir")
+    return [str(word) for word in words], folder
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} cannot be read ({error}): give all options again, into another output_dir") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{file} cannot be read: give all options again, into another output_dir")
+    return data
+
+
+def _remember(config: dict[str, Any], overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
     """Settle the output folder of a run, and write down what it was started with unless a run is there."""
     task = config["task"]["name"]
     if config["output_dir"] is None and not config["resume"]:
@@ -40,5 +111,6 @@ def remember(config: dict[str, Any], overrides: Sequence[str], config_dir: str |
         if not (file.parent / "metrics.jsonl").exists():  # an attempt that failed does not count
             file.parent.mkdir(parents=True, exist_ok=True)
             words = [word for word in overrides if word.partition("=")[0] not in ("output_dir", "resume")]
-            file.write_text(json.dumps({"overrides": words, "config_dir": config_dir}, indent=1) + "\n")
+            with atomic_path(file) as partial:
+                partial.write_text(json.dumps({"overrides": words, "config_dir": config_dir}, indent=1) + "\n")
     return config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -18,6 +19,7 @@ import yaml
 from accelerate import Accelerator
 from rich.console import Console
 
+from action_diffusion.datasets.files import atomic_path
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.sources import resolve, with_images
 from action_diffusion.errors import InputError
@@ -26,7 +28,7 @@ from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
-from action_diffusion.training import checkpoints
+from action_diffusion.training import checkpoints, resuming
 from action_diffusion.training.data import StepBatches, TrainingData, describe, prepare
 from action_diffusion.training.evaluation import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
@@ -51,7 +53,13 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
 
     buffer = open_data(config)
     spec, data = _load(config, buffer, accelerator.device)
-    spec, policy = _policy(config, spec, data)
+    newest = checkpoints.checkpoint_folders(output_dir)[-1:] if config["resume"] else []
+    if accelerator.is_main_process:
+        columns = [value.source or key for key, value in spec.states.items()] + [spec.action.source]
+        changed = resuming.changed_data(output_dir, buffer, columns)
+        if newest and changed:
+            say(changed)
+    spec, policy = _policy(config, spec, data, newest[0] if newest else None)
     settings = _fit_batch(settings, len(data.train), accelerator.num_processes, say)
     say(
         f"[bold]{spec.task}[/]: {buffer.n_episodes} episodes, {buffer.n_steps:,} steps, {len(data.train):,} windows "
@@ -61,8 +69,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     if accelerator.device.type == "cpu" and winograd.library() is None:
         say("no C compiler was at hand at installation: training takes longer than it could (action-diffusion info)")
     trainer = _trainer(config, settings, policy, data, accelerator, output_dir)
-    newest = checkpoints.checkpoint_folders(output_dir)[-1:]
-    if config["resume"] and newest:
+    if newest:
         trainer.resume(newest[0])
         say(f"going on from step {trainer.progress.step} ({newest[0].name})")
     done = trainer.run()
@@ -162,16 +169,19 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
     return spec, data
 
 
-def _policy(config: Mapping[str, Any], spec: PolicySpec, data: TrainingData) -> tuple[PolicySpec, DiffusionPolicy]:
-    """A new policy, or one that starts from the weights and the statistics of `init`."""
+def _policy(
+    config: Mapping[str, Any], spec: PolicySpec, data: TrainingData, checkpoint: Path | None
+) -> tuple[PolicySpec, DiffusionPolicy]:
+    """A new policy, or one with the weights and the statistics of `checkpoint` or of `init`."""
     torch.manual_seed(config["seed"])
-    if config["init"] is None:
+    if config["init"] is None and checkpoint is None:
         statistics = fit_normalizer(
             config["policy"], spec, lambda key: data.train.values(key)[data.train_rows], data.chunks
         )
         spec = replace(spec, normalizer=statistics)
         return spec, build_policy(config["policy"], spec)
-    path = Path(config["init"])
+    path = Path(config["init"]) if checkpoint is None else checkpoint / "bundle"
+    what_is_it = f"init={path}" if checkpoint is None else f"the run cannot go on from {checkpoint}"
     theirs = bundles.read_spec(path)
     for ours, other, what in (
         (
@@ -182,7 +192,7 @@ def _policy(config: Mapping[str, Any], spec: PolicySpec, data: TrainingData) -> 
         (spec.action.shape, theirs.action.shape, "action"),
     ):
         if ours != other:
-            raise InputError(f"init={path}: its {what} {other} differ from those of this run, {ours}")
+            raise InputError(f"{what_is_it}: its {what} {other} differ from those of this run, {ours}")
     # The weights mean what they mean only together with the statistics that they were trained with.
     spec = replace(spec, normalizer=theirs.normalizer)
     policy = build_policy(config["policy"], spec)
@@ -212,7 +222,8 @@ def _trainer(
     metrics = None
     if main:
         plain = {**config, "output_dir": str(output_dir)}
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+        with atomic_path(output_dir / "config.yaml") as partial:  # what resuming goes on with
+            partial.write_text(yaml.safe_dump(plain, sort_keys=False))
         project = settings.wandb_project if settings.wandb else None
         metrics = MetricsLog(output_dir, tensorboard=settings.tensorboard, wandb=project, run_name=output_dir.name)
     reference = data.held_out if data.held_out is not None else data.train
@@ -254,12 +265,20 @@ def _spawn(config: dict[str, Any], processes: int) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, args=(config, processes, port), nprocs=processes)
+    failures: Any = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        torch.multiprocessing.spawn(_process, args=(config, processes, port, failures), nprocs=processes)
+    except torch.multiprocessing.ProcessExitedException:
+        if failures.empty():
+            raise
+        kind, message = failures.get()
+        raise (InputError if kind == "InputError" else FloatingPointError)(message) from None
     results = Path(config["output_dir"]) / "evaluation" / "results.json"
     return yaml.safe_load(results.read_text()) if results.exists() else {}
 
 
-def _process(rank: int, config: dict[str, Any], processes: int, port: int) -> None:
+def _process(rank: int, config: dict[str, Any], processes: int, port: int, failures: Any) -> None:
+    """One of the processes. What a user can mend it says by `failures`, once, and not by a traceback of its own."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -271,7 +290,11 @@ def _process(rank: int, config: dict[str, Any], processes: int, port: int) -> No
     }
     if _device(config).type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    train(config)
+    try:
+        train(config)
+    except (InputError, FloatingPointError) as error:
+        failures.put((type(error).__name__, str(error)))
+        sys.exit(2)
 
 
 def _path(value: Any) -> Path | None:

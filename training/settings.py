@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from action_diffusion.errors import InputError
+from action_diffusion.schema import Above, Between, OneOf, check, hints
+
+Every = Annotated[int, Between(0, 1_000_000_000)]
+"""So many steps; 0 turns it off."""
+Part = Annotated[int, Between(1, 1024)]
+Beta = Annotated[float, Between(0, below=1)]
 
 
 @dataclass
@@ -13,30 +20,32 @@ class TrainSettings:
 
     Exactly one budget ends a run: max_steps (optimiser steps), max_epochs or max_minutes (wall clock of training,
     validation and rollouts; the final evaluation is not counted). With several, the first to be reached.
+
+    Raises `InputError` for a value of another type or out of its range, and without a budget.
     """
 
-    max_minutes: float | None = None
-    max_steps: int | None = None
-    max_epochs: float | None = None
-    batch_size: int = 256
-    gradient_accumulation_steps: int = 1
-    mixed_precision: str = "no"
-    num_processes: int = 1
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    lr_schedule: str = "cosine"
-    warmup: int = 100
-    lr_final: float = 0.0
-    max_grad_norm: float = 1.0
-    ema_power: float = 0.75
-    ema_max_decay: float = 0.9999
-    log_every: int = 10
-    validate_every: int = 500
-    rollout_every: int = 2000
-    rollout_episodes: int = 10
-    checkpoint_every: int = 1000
-    keep_best: int = 2
+    max_minutes: Annotated[float, Above(0, 1e6)] | None = None
+    max_steps: Annotated[int, Above(0, 1_000_000_000)] | None = None
+    max_epochs: Annotated[float, Above(0, 1e6)] | None = None
+    batch_size: Annotated[int, Between(1, 1_000_000)] = 256
+    gradient_accumulation_steps: Part = 1
+    mixed_precision: Annotated[str, OneOf("no", "bf16", "fp16", "auto")] = "no"
+    num_processes: Part = 1
+    lr: Annotated[float, Above(0, 1e30)] = 1e-3
+    weight_decay: Annotated[float, Between(0, 1e6)] = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    lr_schedule: Annotated[str, OneOf("cosine", "constant")] = "cosine"
+    warmup: Every = 100
+    lr_final: Annotated[float, Between(0, 1)] = 0.0
+    max_grad_norm: Annotated[float, Between(0, 1e30)] = 1.0
+    ema_power: Annotated[float, Above(0, 10)] = 0.75
+    ema_max_decay: Annotated[float, Between(0, 1)] = 0.9999
+    log_every: Annotated[int, Between(1, 10)] = 10  # metrics.jsonl promises that
+    validate_every: Every = 500
+    rollout_every: Every = 2000
+    rollout_episodes: Part = 10
+    checkpoint_every: Every = 1000
+    keep_best: Annotated[int, Between(0, 100_000)] = 2
     compile: bool = False
     cuda_graph: bool = False
     tensorboard: bool = True
@@ -44,36 +53,7 @@ class TrainSettings:
     wandb_project: str = "action-diffusion"
 
     def __post_init__(self) -> None:
+        for name, hint in hints(TrainSettings).items():
+            setattr(self, name, check(getattr(self, name), hint, f"train.{name}"))
         if self.max_minutes is None and self.max_steps is None and self.max_epochs is None:
             raise InputError("a run needs a budget: train.max_steps, train.max_epochs or train.max_minutes")
-        for name in ("max_minutes", "max_steps", "max_epochs"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise InputError(f"train.{name}={value} must be above 0")
-        for name in ("batch_size", "gradient_accumulation_steps", "num_processes", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train.{name}={getattr(self, name)} must be at least 1")
-        for name in ("lr", "ema_power"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"train.{name}={getattr(self, name)} must be above 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"train.betas={list(self.betas)} must be two numbers of at least 0 and below 1")
-        if self.log_every > 10:
-            raise InputError(f"train.log_every={self.log_every} must be at most 10: metrics.jsonl promises that")
-        for name in (
-            "checkpoint_every",
-            "validate_every",
-            "rollout_every",
-            "keep_best",
-            "warmup",
-            "weight_decay",
-            "max_grad_norm",
-        ):
-            if getattr(self, name) < 0:
-                raise InputError(f"train.{name}={getattr(self, name)} must not be negative (0 turns it off)")
-        for name, choices in {
-            "mixed_precision": ("no", "bf16", "fp16", "auto"),
-            "lr_schedule": ("cosine", "constant"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise InputError(f"train.{name}={getattr(self, name)}: choose from {', '.join(choices)}")

@@ -250,7 +250,8 @@ class Trainer:
                 f"the loss became {loss} at step {self.progress.step}: lower train.lr, or use mixed_precision=no"
             )
         lr = self.optimizer.param_groups[0]["lr"]
-        bar.update(share=self.share, step=self.progress.step, loss=loss, rate=rate)
+        per_step = self._samples_per_step / rate
+        bar.update(share=self.share, step=self.progress.step, loss=loss, rate=rate, step_seconds=per_step)
         if self.metrics is not None:
             self.metrics.write(
                 self.progress.step,

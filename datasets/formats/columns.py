@@ -106,13 +106,39 @@ class ChangedColumn(SlicedColumn):
         return self._change(np.asarray(self._column[first:end]), first)
 
 
-def as_stored(column: Column, row: tuple[int, ...], dtype: np.dtype) -> Column:
-    """The column in another shape and type."""
+def as_stored(column: Column, row: tuple[int, ...], dtype: np.dtype, where: str) -> Column:
+    """The column in another shape and type. Reading raises `InputError` for a value that the type does not hold."""
     if column.shape[1:] == row and column.dtype == dtype:
         return column
-    return ChangedColumn(
-        column, lambda rows, _: rows.reshape(len(rows), *row).astype(dtype, copy=False), row=row, dtype=dtype
-    )
+    wider = np.can_cast(column.dtype, dtype, "safe") and column.dtype.itemsize < dtype.itemsize
+
+    def change(rows: np.ndarray, first: int) -> np.ndarray:
+        with np.errstate(invalid="ignore", over="ignore"):  # the comparison finds it
+            values = rows.astype(dtype, copy=False)
+            back = values if wider or dtype == rows.dtype else values.astype(rows.dtype)
+        if back is not values and not np.array_equal(back, rows, equal_nan=rows.dtype.kind == "f"):
+            row_off = first + int(np.argmax((back != rows).reshape(len(rows), -1).any(axis=1)))
+            raise InputError(
+                f"{where}: row {row_off} has a value that {dtype} does not hold; it is stored as {rows.dtype}"
+            )
+        return values.reshape(len(rows), *row)
+
+    return ChangedColumn(column, change, row=row, dtype=dtype)
+
+
+class SomeRows(SlicedColumn):
+    """Some rows of a column. rows: their numbers [n], increasing."""
+
+    def __init__(self, column: Column, rows: np.ndarray) -> None:
+        super().__init__((len(rows), *column.shape[1:]), column.dtype)
+        self._column, self._rows = column, rows
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        wanted, parts = self._rows[first:end], []
+        for start, stop in spans(int(wanted[0]), int(wanted[-1]) + 1, rows_a_block(self._column)):
+            inside = wanted[(wanted >= start) & (wanted < stop)]
+            parts.append(np.asarray(self._column[start:stop])[inside - start])
+        return np.concatenate(parts)
 
 
 def is_image(column: Column) -> bool:

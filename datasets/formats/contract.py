@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,10 +28,14 @@ class Settings(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A buffer whose columns read from the file when they are indexed; `left_out`: what of the file is not in it."""
+    """A buffer whose columns read from the file when they are indexed.
+
+    left_out: what of the file is not in it. said: what was read otherwise than the file's description has it, in words.
+    """
 
     buffer: ReplayBuffer
     left_out: tuple[str, ...] = ()
+    said: tuple[str, ...] = ()
 
 
 class Format(NamedTuple):
@@ -66,9 +71,9 @@ def restored(stored: Mapping[str, Column], notes: Any, where: str) -> tuple[dict
         for key, note in notes["columns"].items():
             row, dtype = tuple(int(length) for length in note["shape"]), np.dtype(note["dtype"])
             column = left.pop(note["name"])
-            if np.prod(row) != np.prod(column.shape[1:]) or dtype.kind not in "biuf":
+            if min(row, default=0) < 0 or math.prod(row) != math.prod(column.shape[1:]) or dtype.kind not in "biuf":
                 raise ValueError(f"{key} is {dtype} {list(row)}, the file has {list(column.shape[1:])}")
-            columns[key] = as_stored(column, row, dtype)
+            columns[key] = as_stored(column, row, dtype, f"{where}: {key}")
         return {**columns, **{key: column for key, column in left.items() if key not in columns}}, dict(notes["attrs"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else str(error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from action_diffusion.datasets.formats.verify import Likeness, verified
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 
+_NAME = re.compile(r"(?!\.|__|zarr\.json)[^/\\\0-\x1f]{1,200}")
+"""Of a column, which becomes a folder: no path, no name of Zarr's own."""
 _VERSION = 1  # of what the work folder holds
 
 
@@ -32,6 +35,9 @@ def convert(source: Opened, output: Path, to: Format, settings: Settings) -> dic
     """
     buffer = source.buffer
     _check_absent(output)
+    for key in buffer.keys:
+        if not _NAME.fullmatch(key):
+            raise InputError(f"{buffer.name}: {key[:80]!r} is no name for a column: rename it there")
     empty = [key for key in buffer.keys if 0 in buffer[key].shape]
     if empty:
         raise InputError(f"{buffer.name}: {empty[0]} has no values, its shape is {list(buffer[empty[0]].shape)}")
@@ -41,7 +47,7 @@ def convert(source: Opened, output: Path, to: Format, settings: Settings) -> dic
         locked(work / "conversion"),
     ):
         _check_absent(output)
-        _begin(work, buffer, to, settings)
+        _begin(work, source, to, settings)
         result = work / output.name
         try:
             to.write(buffer, result, Journal(work / "journal"), settings)
@@ -52,7 +58,7 @@ def convert(source: Opened, output: Path, to: Format, settings: Settings) -> dic
         sync(result)
         os.rename(result, output)
         remove(work)
-    return _summary(buffer, source.left_out, output, found)
+    return _summary(source, output, found)
 
 
 def _check_absent(output: Path) -> None:
@@ -60,9 +66,9 @@ def _check_absent(output: Path) -> None:
         raise InputError(f"{output} exists: choose another path, or remove it")
 
 
-def _begin(work: Path, buffer: ReplayBuffer, to: Format, settings: Settings) -> None:
-    """Empties the work folder unless it is of the same source, unchanged, and the same settings."""
-    identity = json.dumps([_VERSION, _fingerprint(buffer), to.name, *settings])
+def _begin(work: Path, source: Opened, to: Format, settings: Settings) -> None:
+    """Empties the work folder unless it is of the same source, unchanged, read likewise, and the same settings."""
+    identity = json.dumps([_VERSION, _fingerprint(source.buffer), source.said, to.name, *settings])
     file = work / "identity"
     if file.exists() and file.read_text() == identity:
         return
@@ -82,15 +88,16 @@ def _fingerprint(buffer: ReplayBuffer) -> list[Any]:
     return [str(buffer.path.resolve()), len(stats), sizes, times, buffer.n_steps]
 
 
-def _summary(
-    buffer: ReplayBuffer, left_out: tuple[str, ...], output: Path, found: Mapping[str, Likeness]
-) -> dict[str, Any]:
+def _summary(source: Opened, output: Path, found: Mapping[str, Likeness]) -> dict[str, Any]:
+    buffer = source.buffer
     summary: dict[str, Any] = {
         "output": str(output),
         "episodes": buffer.n_episodes,
         "steps": buffer.n_steps,
         **{f"data/{key}": str(likeness) for key, likeness in found.items()},
     }
-    if left_out:
-        summary["left_out"] = ", ".join(left_out)
+    if source.said:
+        summary["note"] = "; ".join(source.said)
+    if source.left_out:
+        summary["left_out"] = ", ".join(source.left_out)
     return summary

@@ -6,7 +6,8 @@
     episode_000000/depth.npy            what has too many numbers a row for a CSV
 
 Somebody else's: a folder with a CSV an episode, in a folder of its own beside its videos, or NAME.csv beside
-NAME.mp4 or NAME_<camera>.mp4. Numbers are int64 where all of a key are whole, else float64.
+NAME.mp4 or NAME_<camera>.mp4. Numbers are int64 where all of a key are whole, else float64; columns of words are left
+out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Set
 from action_diffusion.datasets.formats.csv_rows import header, write_csv
 from action_diffusion.datasets.formats.folder_episodes import Episode, description, episodes_of, unused
 from action_diffusion.datasets.formats.journal import Journal, Step
-from action_diffusion.datasets.formats.video import Part, VideoWriter, video_column
+from action_diffusion.datasets.formats.video import Part, VideoWriter, check_times, video_column
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.store import Column, reading, row_bytes
 from action_diffusion.errors import InputError
@@ -45,18 +47,22 @@ KEYFRAME_EVERY = 30
 _NAME = re.compile(r"\w[\w .+-]*")
 
 
-def opened(path: Path) -> Opened:
-    """Raises `InputError` where videos, arrays and rows of an episode are not of one length, or episodes differ."""
+def opened(path: Path, vectors: Mapping[str, Sequence[str]] | None = None) -> Opened:
+    """vectors: key → the columns of somebody else's CSVs that it is made of.
+
+    Raises `InputError` where videos, arrays and rows of an episode are not of one length, or episodes differ.
+    """
     notes = description(path)
     with reading(str(path)):
-        episodes = episodes_of(path, notes)
+        episodes = episodes_of(path, notes, vectors or {})
     ends = np.cumsum([episode.length for episode in episodes])
-    rate = float(notes["rate"]) if notes else None  # somebody else's: frame i belongs to row i, whenever it was taken
     columns: dict[str, Column] = {}
     for key, kind in episodes[0].keys.items():
         if kind.video is not None:
             parts = [Part(episode.keys[key].path, 0, episode.length) for episode in episodes]
-            columns[key] = video_column(parts, kind.video, ends, rate=rate)
+            if notes is not None:  # in somebody else's frame i belongs to row i, whenever it was taken
+                _check_times(episodes, key, parts, float(notes["rate"]))
+            columns[key] = video_column(parts, kind.video.kind, ends)
         else:
             read = functools.partial(_read, episodes, key)
             columns[key] = PiecewiseColumn(kind.row, kind.dtype, ends, read)
@@ -64,7 +70,15 @@ def opened(path: Path) -> Opened:
     if notes is not None:
         columns, attrs = restored(columns, notes.get(MARK), str(path))
     buffer = ReplayBuffer(columns=columns, episode_ends=ends, attrs=attrs, path=path)
-    return Opened(buffer, tuple(unused(path, episodes)))
+    said = tuple(f"{key} is {', '.join(names)}" for key, names in (vectors or {}).items())
+    return Opened(buffer, tuple(unused(path, episodes)), said)
+
+
+def _check_times(episodes: list[Episode], key: str, parts: list[Part], rate: float) -> None:
+    for number, (episode, part) in enumerate(zip(episodes, parts, strict=True)):
+        video = episode.keys[key].video
+        if video is not None:
+            check_times(video, part, 0.0, rate, number)
 
 
 def _read(episodes: list[Episode], key: str, piece: Piece) -> np.ndarray:

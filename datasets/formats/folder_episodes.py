@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from action_diffusion.datasets.formats.csv_rows import grouped, parse, read_csv, read_header
-from action_diffusion.datasets.formats.video import video_info
+from action_diffusion.datasets.formats.csv_rows import grouped, guessed, parse, read_csv, read_header
+from action_diffusion.datasets.formats.paths import inside, natural
+from action_diffusion.datasets.formats.video import VideoInfo, video_info
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.store import reading
-from action_diffusion.errors import InputError
+from action_diffusion.errors import InputError, unknown
 
 
 class Kind(NamedTuple):
-    """Where a key is, and what: the shape of a row, or the height and width of a video."""
+    """Where a key is, and what: the shape and type of a row; of a video also what its frames are."""
 
     path: Path
     row: tuple[int, ...]
     dtype: np.dtype
-    video: tuple[int, int] | None = None
+    video: VideoInfo | None = None
 
 
 @dataclass
 class Episode:
-    """One CSV file and what lies beside it. columns: key → its columns in the CSV."""
+    """One CSV file and what lies beside it. columns: key → its columns in the CSV; words: columns that hold none."""
 
     csv: Path
     length: int
     keys: dict[str, Kind]
     columns: dict[str, list[int]]
+    words: list[str]
 
     def numbers(self, key: str) -> np.ndarray:
         """Rows [T, …] of a key in the CSV."""
@@ -59,24 +61,34 @@ def _texts(path: Path) -> np.ndarray:
 
 def description(path: Path) -> dict[str, Any] | None:
     """`dataset.json`, where there is one of ours."""
-    file = path / "dataset.json"
-    if not file.is_file():
+    if not (path / "dataset.json").exists():
         return None
+    file = inside(path, "dataset.json")
     with reading(str(file)):
-        notes = json.loads(file.read_text())
-    if not isinstance(notes, dict) or not {"rate", "episodes", "csv"} <= set(notes):
-        raise InputError(f"{file}: expected rate, episodes and csv: without it the CSVs are read as they are")
+        notes = json.loads(file.read_bytes())
+        if not isinstance(notes, dict) or not {"rate", "episodes", "csv"} <= set(notes):
+            raise InputError(f"{file}: expected rate, episodes and csv: without it the CSVs are read as they are")
+        if not 0 < float(notes["rate"]) < math.inf:
+            raise InputError(f"{file}: rate is {notes['rate']!r}, expected rows a second above 0")
+        for key, note in notes["csv"].items():
+            if np.dtype(note["dtype"]).kind not in "biuf" or not note["columns"]:
+                raise InputError(f"{file}: {key} must be numbers in one or more columns")
     return notes
 
 
-def episodes_of(path: Path, notes: Mapping[str, Any] | None) -> list[Episode]:
-    """Every episode. Raises `InputError` for lengths that differ within one, and keys that differ between them."""
+def episodes_of(path: Path, notes: Mapping[str, Any] | None, vectors: Mapping[str, Sequence[str]]) -> list[Episode]:
+    """Every episode. vectors: key → the columns that make it, in somebody else's CSVs.
+
+    Raises `InputError` for lengths that differ within an episode, and keys that differ between them.
+    """
     files = _csv_files(path, notes)
     known = dict(notes["csv"]) if notes else None
+    if known is not None and vectors:
+        raise InputError(f"{path / 'dataset.json'} says which columns are {next(iter(vectors))}: leave the option out")
     episodes: list[Episode] = []
     with progress(f"reading what is in {path.name}", len(files)) as advance:
         for file in files:
-            episodes.append(_episode(file, known))
+            episodes.append(_episode(path, file, known, vectors))
             advance(1)
     _unify(episodes, known=notes is not None)
     if notes is not None:
@@ -88,36 +100,68 @@ def episodes_of(path: Path, notes: Mapping[str, Any] | None) -> list[Episode]:
 
 def _csv_files(path: Path, notes: Mapping[str, Any] | None) -> list[Path]:
     if notes is not None:
-        return [path / str(note["folder"]) / "rows.csv" for note in notes["episodes"]]
+        folders = [str(note["folder"]) for note in notes["episodes"]]
+        if not folders or len(set(folders)) < len(folders):
+            raise InputError(f"{path / 'dataset.json'}: expected a folder for each episode, none of them twice")
+        return [inside(path, Path(folder) / "rows.csv") for folder in folders]
     found = list(path.glob("*.csv")) or list(path.glob("*/*.csv"))
-    return sorted(found, key=lambda file: _natural(file.relative_to(path).as_posix()))
+    names = sorted((file.relative_to(path).as_posix() for file in found), key=natural)
+    return [inside(path, name) for name in names]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """episode_10 comes after episode_9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _episode(csv: Path, known: Mapping[str, Any] | None) -> Episode:
+def _episode(root: Path, csv: Path, known: Mapping[str, Any] | None, vectors: Mapping[str, Sequence[str]]) -> Episode:
     """known: key → its columns in the CSV and its type; None in somebody else's folder."""
     names = read_header(csv)
-    columns = grouped(names) if known is None else _known(csv, names, known)
+    columns = _chosen(csv, names, vectors) if known is None else _known(csv, names, known)
     texts = _texts(csv)
     if len(texts) == 0:
         raise InputError(f"{csv}: holds no rows")
     keys: dict[str, Kind] = {}
+    words: list[str] = []
     for key, positions in columns.items():
-        row = () if [names[position] for position in positions] == [key] else (len(positions),)
-        dtype = np.dtype(known[key]["dtype"]) if known else _guess(texts[:, positions], f"{csv}: {key}")
-        keys[key] = Kind(csv, row, dtype)
+        single = key not in vectors and [names[position] for position in positions] == [key]
+        where = f"{csv}: {key}"
+        dtype = np.dtype(known[key]["dtype"]) if known else guessed(texts[:, positions], where)
+        if dtype is not None:
+            keys[key] = Kind(csv, () if single else (len(positions),), dtype)
+        elif single:
+            words.append(key)
+        else:
+            raise InputError(f"{where} holds words, expected numbers")
     for key, file in _beside(csv, ours=known is not None).items():
         if key in keys:
             raise InputError(f"{file}: {key} is in {csv.name} as well: rename one")
+        file = inside(root, file.relative_to(root))
         keys[key], length = _array(file) if file.suffix == ".npy" else _video(file)
         if length != len(texts):
             what = "rows" if file.suffix == ".npy" else "frames"
             raise InputError(f"{file}: {length} {what}, but {csv.name} has {len(texts)} rows: not one recording")
-    return Episode(csv, len(texts), keys, columns)
+    if not keys:
+        raise InputError(f"{csv}: holds no numbers")
+    return Episode(csv, len(texts), keys, columns, words)
+
+
+def _chosen(csv: Path, names: list[str], vectors: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+    """Key → its columns: the vectors that were asked for, of columns or of numbered vectors, and all that is left."""
+    groups, found = grouped(names), dict[str, list[int]]()
+    for key, parts in vectors.items():
+        for part in parts:
+            if part not in names and part not in groups:
+                raise unknown("column", part, {*names, *groups}, where=str(csv))
+        found[key] = [
+            position for part in parts for position in ([names.index(part)] if part in names else groups[part])
+        ]
+    taken = [position for positions in found.values() for position in positions]
+    twice = next((names[position] for position in taken if taken.count(position) > 1), None)
+    if twice is not None:
+        raise InputError(f"column {twice} is asked for twice: each column is in one vector")
+    for key, positions in groups.items():
+        left = [position for position in positions if position not in taken]
+        rest = {key: left} if left == positions else {names[position]: [position] for position in left}
+        if set(rest) & set(found):
+            raise InputError(f"{csv}: {next(iter(rest))} is a column already: {key}= must name it, or rename it")
+        found |= rest
+    return found
 
 
 def _known(csv: Path, names: list[str], known: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -143,27 +187,17 @@ def _beside(csv: Path, *, ours: bool) -> dict[str, Path]:
     return found
 
 
-def _guess(texts: np.ndarray, where: str) -> np.dtype:
-    """int64 where every text is a whole number, else float64."""
-    try:
-        texts.astype(np.int64)
-        return np.dtype(np.int64)
-    except (ValueError, OverflowError):
-        parse(texts, np.dtype(np.float64), where)
-        return np.dtype(np.float64)
-
-
 def _array(file: Path) -> tuple[Kind, int]:
     with reading(str(file)):
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    if array.ndim == 0:
-        raise InputError(f"{file}: expected one row a step")
+    if array.ndim == 0 or array.dtype.kind not in "biuf":
+        raise InputError(f"{file}: {array.dtype} {list(array.shape)}, expected one row of numbers a step")
     return Kind(file, array.shape[1:], array.dtype), len(array)
 
 
 def _video(file: Path) -> tuple[Kind, int]:
     info = video_info(file)
-    return Kind(file, (*info.size, 3), np.dtype(np.uint8), info.size), info.frames
+    return Kind(file, info.kind.shape, info.kind.dtype, info), info.frames
 
 
 def _unify(episodes: list[Episode], *, known: bool) -> None:
@@ -172,7 +206,7 @@ def _unify(episodes: list[Episode], *, known: bool) -> None:
     for episode in episodes[1:]:
         for key in {**first.keys, **episode.keys}:
             one, other = episode.keys.get(key), first.keys.get(key)
-            if one is None or other is None or one.row != other.row or one.video != other.video:
+            if one is None or other is None or one.row != other.row or _moves(one) != _moves(other):
                 raise InputError(f"{episode.csv.parent}: {key} is {_words(one)}, in {first.csv.parent} {_words(other)}")
     for key in first.keys:
         dtypes = {episode.keys[key].dtype for episode in episodes}
@@ -181,12 +215,17 @@ def _unify(episodes: list[Episode], *, known: bool) -> None:
                 episode.keys[key] = episode.keys[key]._replace(dtype=np.result_type(*dtypes))
 
 
+def _moves(kind: Kind) -> object:
+    return kind.video and kind.video.kind
+
+
 def _words(kind: Kind | None) -> str:
     return "missing" if kind is None else f"{list(kind.row)} in {kind.path.name}"
 
 
 def unused(path: Path, episodes: list[Episode]) -> list[str]:
-    """Videos and arrays that belong to no episode."""
+    """Columns of words, and videos and arrays that belong to no episode."""
+    words = dict.fromkeys(f"{name} (words)" for episode in episodes for name in episode.words)
     used = {kind.path for episode in episodes for kind in episode.keys.values()}
     found = (file for depth in ("*", "*/*") for suffix in _BESIDE for file in path.glob(depth + suffix))
-    return sorted(file.relative_to(path).as_posix() for file in found if file not in used)
+    return [*words, *sorted(file.relative_to(path).as_posix() for file in found if file not in used)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion.datasets.files import atomic_path
-from action_diffusion.datasets.formats.lerobot_names import EPISODES_A_CHUNK, INFO
+from action_diffusion.datasets.formats.lerobot_names import EPISODES_A_CHUNK, INFO, TEMPLATES, V21, V30
 from action_diffusion.datasets.formats.lerobot_stats import merged
 from action_diffusion.datasets.formats.parquet import pyarrow
 
@@ -24,13 +24,12 @@ def write_meta21(root: Path, info: Row, rows: list[Row], tasks: list[str]) -> No
     _write_lines(root / "meta/tasks.jsonl", [{"task_index": n, "task": task} for n, task in enumerate(tasks)])
     _write_lines(root / "meta/episodes.jsonl", episodes)
     _write_lines(root / "meta/episodes_stats.jsonl", stats)
-    video = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
     more = {
         "total_tasks": len(tasks),
         "total_videos": len(cameras) * len(rows),
         "total_chunks": -(-len(rows) // EPISODES_A_CHUNK),
-        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-        "video_path": video if cameras else None,
+        "data_path": TEMPLATES[V21]["data_path"],
+        "video_path": TEMPLATES[V21]["video_path"] if cameras else None,
     }
     _write_json(root / INFO, info | more)
 
@@ -50,8 +49,8 @@ def write_meta30(root: Path, info: Row, rows: list[Row], tasks: list[str]) -> No
         "total_tasks": len(tasks),
         "data_files_size_in_mb": 100,
         "video_files_size_in_mb": 200,
-        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4" if cameras else None,
+        "data_path": TEMPLATES[V30]["data_path"],
+        "video_path": TEMPLATES[V30]["video_path"] if cameras else None,
     }
     _write_json(root / INFO, info | more)
 

@@ -1,4 +1,4 @@
-"""What keys are called in a LeRobotDataset, and its `meta/info.json`.
+"""What keys are called in a LeRobotDataset, and the `meta/info.json` that is written.
 
     action ─ action     state ─ observation.state     reward, done, success ─ next.…
     an image ─ observation.images.<key>     any other ─ observation.<key>
@@ -9,10 +9,8 @@ type of images are kept in `info.json` under our name, where LeRobot leaves them
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from action_diffusion.datasets.formats.columns import is_image, native
 from action_diffusion.datasets.formats.contract import MARK, Settings, kept
 from action_diffusion.datasets.formats.video import PIXELS
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.store import reading
+from action_diffusion.datasets.tasks import TASK, task_words
 from action_diffusion.errors import InputError
 
 INFO = "meta/info.json"
@@ -29,6 +27,17 @@ OWN = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """Columns that every LeRobotDataset has beside its data."""
 EPISODES_A_CHUNK = 1000
 V21, V30 = "v2.1", "v3.0"
+TEMPLATES = {
+    V21: {
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    },
+    V30: {
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    },
+}
+"""Where files are, as `meta/info.json` says it."""
 _FIXED = {"action": "action", "reward": "next.reward", "done": "next.done", "success": "next.success"}
 _IMAGES, _OBSERVATION = "observation.images.", "observation."
 
@@ -63,25 +72,6 @@ def keys_for(names: Iterable[str]) -> dict[str, str]:
     return keys
 
 
-def read_info(path: Path) -> dict[str, Any]:
-    """`meta/info.json`. Raises `InputError` for a version that is not read, and for what lacks what is needed."""
-    file = path / INFO
-    with reading(str(file)):
-        info = json.loads(file.read_text())
-    needed = ("codebase_version", "fps", "features", "data_path", "total_episodes", "total_frames")
-    lacking = [name for name in needed if not isinstance(info, dict) or name not in info]
-    if lacking:
-        raise InputError(f"{file} lacks {', '.join(lacking)}")
-    if str(info["codebase_version"]) not in ("v2.0", V21, V30):
-        raise InputError(f"{file}: LeRobotDataset {info['codebase_version']}: v2.0, v2.1 and v3.0 are read")
-    if not isinstance(info["fps"], int | float) or not info["fps"] > 0 or not isinstance(info["features"], dict):
-        raise InputError(f"{file}: expected fps above 0 and features, got fps {info['fps']!r}")
-    for name, feature in info["features"].items():
-        if not isinstance(feature, dict) or "dtype" not in feature or not isinstance(feature.get("shape"), list):
-            raise InputError(f"{file}: feature {name} must have a dtype and a shape")
-    return dict(info)
-
-
 def make_info(buffer: ReplayBuffer, names: Mapping[str, str], settings: Settings, version: str) -> dict[str, Any]:
     """Everything but the numbers of tasks and files. The order of features is the buffer's."""
     rate = whole_rate(settings)
@@ -109,8 +99,8 @@ def whole_rate(settings: Settings) -> int:
     """LeRobot's tools take whole frames a second only."""
     if settings.rate != round(settings.rate):
         raise InputError(
-            f"LeRobot takes whole frames a second, not {settings.rate:g} Hz: rate={max(1, round(settings.rate))} "
-            "writes the same rows under that rate"
+            f"LeRobot takes whole frames a second, not {settings.rate:g} Hz: rate={max(1, int(settings.rate))} "
+            "takes the rows nearest to that"
         )
     return round(settings.rate)
 
@@ -139,15 +129,11 @@ def vector_length(shape: tuple[int, ...]) -> int:
 
 
 def tasks_of(buffer: ReplayBuffer) -> list[str]:
-    """What the robot was to do, in words: attrs["tasks"], to which the column `task_index` points, or attrs["task"]."""
-    tasks = buffer.attrs.get("tasks")
-    if isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks):
-        words = list(tasks)
-    else:
-        words = [str(buffer.attrs.get("task", ""))]
-    if "task_index" in buffer:
-        indices = np.asarray(buffer["task_index"][:])
+    """What the robot was to do, in words by number; of numbers beyond those, "task 3"."""
+    words = task_words(buffer.attrs)
+    if TASK in buffer:
+        indices = np.asarray(buffer[TASK][:])
         if indices.dtype.kind not in "iu" or indices.size != buffer.n_steps or indices.min() < 0:
-            raise InputError(f"{buffer.name}: task_index must be one whole number a row, from 0")
+            raise InputError(f"{buffer.name}: {TASK} must be one whole number a row, from 0")
         words += [f"task {number}" for number in range(len(words), int(indices.max()) + 1)]
     return words

@@ -89,7 +89,7 @@ def _stored(buffer: ReplayBuffer, key: str) -> Column:
     column = buffer[key]
     if is_image(column):
         return as_images(column, key, buffer.name)
-    return as_stored(column, (vector_length(column.shape),), native(column.dtype))
+    return as_stored(column, (vector_length(column.shape),), native(column.dtype), f"{buffer.name}: {key}")
 
 
 def _files(ends: np.ndarray, size: int, version: str) -> list[list[Episode]]:

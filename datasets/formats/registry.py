@@ -14,6 +14,7 @@ _PLACES = {
     "zarr2": ("zarr_buffer", "ZARR2"),
     "umi": ("zarr_buffer", "UMI"),
     "robomimic": ("robomimic", "ROBOMIMIC"),
+    "aloha": ("aloha", "ALOHA"),
     "lerobot": ("lerobot", "LEROBOT"),
     "lerobot21": ("lerobot", "LEROBOT21"),
     "folder": ("folder", "FOLDER"),
@@ -79,9 +80,17 @@ def _begins(path: Path, signature: bytes) -> bool:
         return file.read(len(signature)) == signature
 
 
+def _is_aloha(path: Path) -> bool:
+    from action_diffusion.datasets.formats.aloha import is_aloha
+
+    is_hdf5 = path.is_file() and _begins(path, _HDF5)
+    return (is_hdf5 or (path.is_dir() and path.suffix != ".zarr")) and is_aloha(path)
+
+
 _CONTENT: dict[str, Callable[[Path], bool]] = {
-    "robomimic": lambda path: path.is_file() and _begins(path, _HDF5),
     "lerobot": _is_lerobot,
+    "aloha": _is_aloha,
+    "robomimic": lambda path: path.is_file() and _begins(path, _HDF5),
     "folder": _is_folder,
     "zarr": _is_zarr,
 }

@@ -30,13 +30,14 @@ from action_diffusion.datasets.formats.columns import (
 )
 from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Settings, kept, restored
 from action_diffusion.datasets.formats.journal import Journal
+from action_diffusion.datasets.hdf5 import check_sound, member, open_hdf5, reading_hdf5
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.robomimic_file import NAMES, Layout, describe, open_hdf5
-from action_diffusion.datasets.store import Column, reading, row_bytes
+from action_diffusion.datasets.robomimic_demo import PLACES, Stored, is_text, read_rows, said
+from action_diffusion.datasets.robomimic_file import Layout, describe
+from action_diffusion.datasets.store import Column, row_bytes
 from action_diffusion.errors import InputError
 
-_PLACES = {column: path for path, column in NAMES.items()}
 _GYM = 2
 """robomimic's number for what is not robosuite's."""
 ENV_ARGS = {"env_name": "unknown", "type": _GYM, "env_kwargs": {}}
@@ -44,29 +45,37 @@ ENV_ARGS = {"env_name": "unknown", "type": _GYM, "env_kwargs": {}}
 
 def is_ours(path: Path) -> bool:
     """Whether the file was written here, from a buffer that robomimic's own layout cannot describe."""
-    with open_hdf5(path) as file:
-        return MARK in file
+    check_sound(path)
+    with open_hdf5(path) as file, reading_hdf5(str(path)):
+        return member(file, MARK, str(path)) is not None
 
 
 def opened(path: Path) -> Opened:
-    with open_hdf5(path) as file, reading(f"{path}: {MARK}"):
-        notes = json.loads(file[MARK][()]) if MARK in file else None
     layout = describe(path)
     columns: dict[str, Column] = {
-        stored.path: PiecewiseColumn(
-            stored.shape, stored.dtype, layout.ends, functools.partial(_read, layout, stored.path)
-        )
+        stored.path: PiecewiseColumn(stored.shape, stored.dtype, layout.ends, functools.partial(_read, layout, stored))
         for stored in layout.columns.values()
     }
-    restored_columns, attrs = restored(columns, notes, str(path))
-    return Opened(ReplayBuffer(columns=restored_columns, episode_ends=layout.ends, attrs=attrs, path=path))
+    restored_columns, attrs = restored(columns, _notes(path), str(path))
+    buffer = ReplayBuffer(columns=restored_columns, episode_ends=layout.ends, attrs=attrs, path=path)
+    return Opened(buffer, tuple(said(layout.left_out)))
 
 
-def _read(layout: Layout, place: str, piece: Piece) -> np.ndarray:
-    name = f"data/{layout.demos[piece.number]}/{place}"
-    with open_hdf5(layout.path) as file, reading(f"{layout.path}: {name}"):
-        rows = np.asarray(file[name][piece.first : piece.end])
-    return check_rows(rows, (piece.end - piece.first, *rows.shape[1:]), f"{layout.path}: {name}")
+def _notes(path: Path) -> Any:
+    place = f"{path}: {MARK}"
+    with open_hdf5(path) as file, reading_hdf5(place):
+        notes = member(file, MARK, str(path))
+        if notes is None or not is_text(notes) or notes.shape != ():
+            raise InputError(f"{place} is no text: the file is not one of ours")
+        return json.loads(notes[()])
+
+
+def _read(layout: Layout, stored: Stored, piece: Piece) -> np.ndarray:
+    where = f"{layout.path}: {layout.group}{layout.demos[piece.number]}"
+    with open_hdf5(layout.path) as file, reading_hdf5(f"{where}/{stored.path}"):
+        demo = file[f"{layout.group}{layout.demos[piece.number]}"]
+        rows = read_rows(demo, stored, piece.first, piece.end, where)
+    return check_rows(rows, (piece.end - piece.first, *stored.shape), f"{where}/{stored.path}")
 
 
 def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Settings) -> None:
@@ -77,7 +86,7 @@ def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Setting
         raise InputError(f"{buffer.name}: robomimic's files cannot hold {odd[0]!r}")
     import h5py
 
-    columns = {_PLACES.get(key, f"obs/{key}"): _stored(buffer, key) for key in buffer.keys}
+    columns = {PLACES.get(key, f"obs/{key}"): _stored(buffer, key) for key in buffer.keys}
     total = sum(row_bytes(column) * buffer.n_steps for column in columns.values())
     firsts = np.concatenate([[0], buffer.episode_ends[:-1]]).tolist()
     with h5py.File(path, "w") as file, progress("writing the demos", total) as advance:
@@ -92,7 +101,7 @@ def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Setting
                 advance((end - first) * row_bytes(column))
         data.attrs["total"] = buffer.n_steps
         data.attrs["env_args"] = json.dumps(buffer.attrs.get("env_args", ENV_ARGS))
-        names = {key: _PLACES.get(key, f"obs/{key}") for key in buffer.keys}
+        names = {key: PLACES.get(key, f"obs/{key}") for key in buffer.keys}
         file[MARK] = json.dumps(kept(buffer, names))
 
 

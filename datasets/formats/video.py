@@ -6,10 +6,13 @@ smoother more. `lossless` is H.264 too, of red, green and blue as they are.
 
 Frame i is shown at i / rate. A video where that is not so had frames dropped, and is refused, because its rows would no
 longer be those of the data beside it.
+
+Depth is grey of more than 8 bits, and comes as the codes that are stored, uint16.
 """
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +23,7 @@ import numpy as np
 
 from action_diffusion.datasets.formats.columns import Piece, PiecewiseColumn
 from action_diffusion.datasets.formats.contract import Quality
+from action_diffusion.datasets.formats.images import MOST_PIXELS
 from action_diffusion.datasets.store import reading
 from action_diffusion.errors import InputError
 
@@ -30,6 +34,9 @@ _ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
 _OPTIONS = {"preset": "veryfast", "bf": "0"}
 PIXELS = {"high": "yuv444p", "lossless": "gbrp"}
 """What a decoder calls the pixels of each quality."""
+TOLERANCE = 0.1
+"""Of the time between two rows: how far a frame may be from its row. LeRobot allows 1e-4 s."""
+_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
 class VideoWriter:
@@ -66,23 +73,66 @@ class VideoWriter:
 
 
 class VideoInfo(NamedTuple):
-    """size: height and width."""
+    """size: height and width. times: of each frame, s; NaN where the file does not say. kind: how pixels are read."""
 
     frames: int
     size: tuple[int, int]
     rate: float
+    times: np.ndarray
+    kind: Kind
 
 
-def video_info(path: Path) -> VideoInfo:
-    """Counted without decoding. Raises `InputError` for a file that is missing, cut off, or no video."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    with reading(str(path)), av.open(str(path)) as container:
-        if not container.streams.video:
-            raise InputError(f"{path}: holds no video")
-        stream = container.streams.video[0]
-        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-        return VideoInfo(frames, (stream.height, stream.width), float(stream.average_rate or 0))
+class Kind(NamedTuple):
+    """shape: of a frame, [H, W, 3] or [H, W] of depth. alpha: there is one, which is not read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    alpha: bool = False
+
+
+def video_info(path: Path, *, colours: bool = True) -> VideoInfo:
+    """Counted without decoding. colours: grey of 8 bits stands for three equal colours.
+
+    Raises `InputError` for a file that is cut off or no video, and for pixels that 8 bits (depth: 16) do not hold.
+    """
+    with reading(str(path)), _open(path) as container:
+        stream = _stream(container, path)
+        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        times = [math.nan if packet.pts is None else float(packet.pts * packet.time_base) for packet in packets]
+        size = (stream.height, stream.width)
+        if stream.height * stream.width > MOST_PIXELS:
+            raise InputError(f"{path}: frames of {stream.width} x {stream.height}, more than is read")
+        rate = float(stream.average_rate or 0)
+        return VideoInfo(len(packets), size, rate, np.sort(times), _kind(stream.format, size, path, colours))
+
+
+def _open(path: Path) -> Any:
+    """Containers only, no playlists, which name other files."""
+    return av.open(str(path), options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"})
+
+
+def _stream(container: Any, path: Path) -> Any:
+    if not container.streams.video:
+        raise InputError(f"{path}: holds no video")
+    stream = container.streams.video[0]
+    if stream.format is None:
+        raise InputError(f"{path}: holds a video that cannot be decoded")
+    return stream
+
+
+def _kind(format: Any, size: tuple[int, int], path: Path, colours: bool) -> Kind:
+    """Grey of more than 8 bits is depth, and read as its codes."""
+    pixels = [part for part in format.components if not part.is_alpha]
+    alpha, bits = len(pixels) < len(format.components), max(part.bits for part in pixels)
+    grey = len(pixels) == 1 and not format.has_palette
+    if grey and 8 < bits <= 16:
+        return Kind(size, np.dtype(np.uint16), alpha)
+    if bits > 8:
+        raise InputError(
+            f"{path}: pixels of {bits} bits ({format.name}), of which 8 would be kept: encode it with "
+            "-pix_fmt yuv444p, or depth with gray16le"
+        )
+    return Kind(size if grey and not colours else (*size, 3), np.dtype(np.uint8), alpha)
 
 
 class Part(NamedTuple):
@@ -93,41 +143,51 @@ class Part(NamedTuple):
     end: int
 
 
+def check_times(info: VideoInfo, part: Part, start: float, rate: float, episode: int) -> None:
+    """Raises `InputError` where a frame is more than `TOLERANCE` of a row off `start` (s) and its number by `rate`."""
+    frames = np.arange(part.first, part.end)
+    shifts = (info.times[part.first : part.end] - start) * rate - (frames - part.first)
+    bad = ~(np.abs(shifts) <= TOLERANCE)
+    if bad.any():
+        shift = float(shifts[np.argmax(bad)])
+        off = f"{abs(shift):.1f} frames {'late' if shift > 0 else 'early'}"
+        raise InputError(
+            f"{part.path}: frame {frames[np.argmax(bad)]} is {off} "
+            f"for {rate:g} Hz in episode {episode}: frames are missing, or the rate or the episode's time is another"
+        )
+
+
 class Videos:
     """Frames of parts of video files, one part after the other. One file is open at a time."""
 
-    def __init__(self, parts: list[Part], *, rate: float | None) -> None:
-        """rate: Hz that the frames' times must have; None: any."""
-        self._parts, self._rate = parts, rate
+    def __init__(self, parts: list[Part], kind: Kind) -> None:
+        self._parts, self._kind = parts, kind
         self._decoder: _Decoder | None = None
 
     def read(self, piece: Piece) -> np.ndarray:
-        """uint8 [n, H, W, 3]."""
+        """[n, H, W, 3], or [n, H, W] of depth."""
         part = self._parts[piece.number]
         first, end = part.first + piece.first, part.first + piece.end
         if self._decoder is None or self._decoder.path != part.path or self._decoder.next > first:
             if self._decoder is not None:
                 self._decoder.close()
-            self._decoder = _Decoder(part.path, self._rate)
+            self._decoder = _Decoder(part.path, self._kind)
         return self._decoder.frames(first, end)
 
 
-def video_column(parts: list[Part], size: tuple[int, int], ends: np.ndarray, *, rate: float | None) -> PiecewiseColumn:
-    """uint8 [N, H, W, 3]; ends: the row after each part."""
-    return PiecewiseColumn((*size, 3), np.dtype(np.uint8), ends, Videos(parts, rate=rate).read)
+def video_column(parts: list[Part], kind: Kind, ends: np.ndarray) -> PiecewiseColumn:
+    """Frames as rows; ends: the row after each part."""
+    return PiecewiseColumn(kind.shape, kind.dtype, ends, Videos(parts, kind).read)
 
 
 class _Decoder:
     """A file, decoded forwards. next: the frame that comes next."""
 
-    def __init__(self, path: Path, rate: float | None) -> None:
-        self.path, self.next = path, 0
+    def __init__(self, path: Path, kind: Kind) -> None:
+        self.path, self.next, self._kind = path, 0, kind
         with reading(str(path)):
-            self._container = av.open(str(path))
-            stream: Any = self._container.streams.video[0]
-            self._rate = rate
-            self._decoded = self._container.decode(stream)
-        self._start: float | None = None
+            self._container = _open(path)
+            self._decoded = self._container.decode(_stream(self._container, path))
 
     def frames(self, first: int, end: int) -> np.ndarray:
         images = []
@@ -136,22 +196,20 @@ class _Decoder:
                 frame = next(self._decoded, None)
                 if frame is None:
                     raise InputError(f"{self.path}: ends after {self.next} frames, expected {end} or more")
-                self._check_time(frame.time)
                 if self.next >= first:
-                    images.append(frame.to_ndarray(format="rgb24"))
+                    images.append(self._pixels(frame))
                 self.next += 1
         return np.stack(images)
 
-    def _check_time(self, time: float | None) -> None:
-        if time is None or self._rate is None:
-            return
-        self._start = time if self._start is None else self._start
-        shift = (time - self._start) * self._rate - self.next
-        if abs(shift) > 0.5:
-            raise InputError(
-                f"{self.path}: frame {self.next} is {abs(shift):.1f} frames {'late' if shift > 0 else 'early'} for "
-                f"{self._rate:g} Hz: frames are missing or the rate is another"
-            )
+    def _pixels(self, frame: Any) -> np.ndarray:
+        size = self._kind.shape[:2]
+        if (frame.height, frame.width) != size:
+            raise InputError(f"{self.path}: frame {self.next} is {frame.height} x {frame.width}, expected {list(size)}")
+        if len(self._kind.shape) == 3:
+            return np.asarray(frame.to_ndarray(format="rgb24"))
+        plane, dtype = frame.planes[0], self._kind.dtype
+        stored = np.frombuffer(plane, dtype.newbyteorder(">" if frame.format.is_big_endian else "<"))
+        return stored.reshape(-1, plane.line_size // dtype.itemsize)[: size[0], : size[1]].astype(dtype)
 
     def close(self) -> None:
         self._container.close()

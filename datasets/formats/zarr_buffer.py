@@ -81,7 +81,7 @@ def _restored(column: Column, dtype: Any, key: str, where: str) -> Column:
     if dtype is None:
         return column
     try:
-        return as_stored(column, column.shape[1:], np.dtype(dtype))
+        return as_stored(column, column.shape[1:], np.dtype(dtype), f"{where}: {key}")
     except TypeError:
         raise InputError(f"{where}: attribute {DTYPES} gives {key} the type {dtype!r}, which is none") from None
 

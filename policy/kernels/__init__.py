@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.denoiser import ConditionalUnet1d
@@ -33,11 +33,11 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x [B, H, A], film [B, F]) → output [B, H, A]."""
 
 
-def for_training(policy: DiffusionPolicy) -> None:
+def for_training(module: nn.Module) -> None:
     """Let a policy on a CPU compute loss, gradient and chunks the fastest way here; elsewhere nothing changes."""
-    layers.remove(policy)
-    if policy.device.type == "cpu":
-        layers.install(policy, keep=False)
+    layers.remove(module)
+    if all(parameter.is_cpu for parameter in module.parameters()):
+        layers.install(module, keep=False)
 
 
 def accelerate(

@@ -13,9 +13,9 @@
 
 #include "lanes.h"
 
-enum { MOST = 25 };
+enum { PADDING = 16, MOST = 25 };
 
-INLINE int64_t padded(int64_t channels) { return channels + LANES; }
+INLINE int64_t padded(int64_t channels) { return channels + PADDING; }
 
 typedef struct {
     int axes, outputs, taps, points; /* the last three along each axis; points = outputs + taps - 1 */
@@ -64,115 +64,12 @@ INLINE void find_pixels(Tile k, const float *images, Shape s, int64_t t, int mar
     }
 }
 
-/* matrix [n_out, n_in] times parts [n_in, n], along their first axis, or along the second one of parts [n, n_in] */
-INLINE void along_first(int n_out, int n_in, int n, const float *matrix, const Lanes *parts, Lanes *out)
-{
-    EACH(a, n_out)
-        EACH(j, n) {
-            Lanes sum = matrix[a * n_in] * parts[j];
-            EACH_FROM(1, i, n_in) sum += matrix[a * n_in + i] * parts[i * n + j];
-            out[a * n + j] = sum;
-        }
-}
-
-INLINE void along_second(int n_out, int n_in, int n, const float *matrix, const Lanes *parts, Lanes *out)
-{
-    EACH(a, n)
-        EACH(b, n_out) {
-            Lanes sum = matrix[b * n_in] * parts[a * n_in];
-            EACH_FROM(1, i, n_in) sum += matrix[b * n_in + i] * parts[a * n_in + i];
-            out[a * n_out + b] = sum;
-        }
-}
-
-/* matrix [n_out, n_in] along every axis of a tile */
-INLINE void transform(Tile k, int n_out, int n_in, const float *matrix, const Lanes *parts, Lanes *out)
-{
-    if (k.axes == 1) {
-        along_first(n_out, n_in, 1, matrix, parts, out);
-    } else {
-        Lanes half[MOST];
-        along_first(n_out, n_in, n_in, matrix, parts, half);
-        along_second(n_out, n_in, n_out, matrix, half, out);
-    }
-}
-
-/* The values of tiles first, first + 1, … at all points, from row 0 of `out` on, for each point `plane` after the last:
- * matrix [points, side] */
-INLINE void read_tiles(Tile k, int side, const float *images, Shape s, int margin, int64_t first, int64_t count,
-                       const float *matrix, Rows out, int64_t plane)
-{
-    static const float zeros[LANES];
-    for (int64_t t = 0; t < count; t++) {
-        const float *pixel[MOST];
-        int64_t step[MOST];
-        find_pixels(k, images, s, first + t, margin, side, zeros, pixel, step);
-        for (int64_t c = 0; c < s.channels; c += LANES) {
-            Lanes seen[MOST], values[MOST];
-            float *at = find(out, t, c);
-            EACH(i, whole(k, side)) seen[i] = load(pixel[i] + c * step[i]);
-            transform(k, k.points, side, matrix, seen, values);
-            EACH(p, whole(k, k.points)) store(at + p * plane, values[p]);
-        }
-    }
-}
-
-/* `side` outputs along each axis of tiles first, first + 1, … from their values at all points: matrix [side, points] */
-INLINE void write_tiles(Tile k, int side, float *images, Shape s, int64_t first, int64_t count, const float *matrix,
-                        const float *bias, const float *in, int64_t plane)
-{
-    float nowhere[LANES];
-    for (int64_t t = 0; t < count; t++) {
-        const float *pixel[MOST];
-        int64_t step[MOST];
-        find_pixels(k, images, s, first + t, 0, side, nowhere, pixel, step);
-        for (int64_t c = 0; c < s.channels; c += LANES) {
-            Lanes values[MOST], outputs[MOST], added = bias ? load(bias + c) : (Lanes){0};
-            EACH(p, whole(k, k.points)) values[p] = load(in + p * plane + t * padded(s.channels) + c);
-            transform(k, side, k.points, matrix, values, outputs);
-            EACH(i, whole(k, side)) store((float *)pixel[i] + c * step[i], outputs[i] + added);
-        }
-    }
-}
-
 typedef struct {
     const float *at;
     int64_t row, column;
 } Matrix; /* element (i, j) lies at i * row + j * column */
 
-/* c = a b, or c += a b where `more`: a [rows, depth], b [depth, vectors * 16] of a panel, c [rows, vectors * 16] */
-INLINE void few_rows(int rows, int vectors, int64_t depth, Matrix a, const float *b, float *c, int64_t c_row, int more)
-{
-    Lanes sum[12][2];
-    EACH(r, rows)
-        EACH(v, vectors) sum[r][v] = more ? load(c + r * c_row + v * LANES) : (Lanes){0};
-    for (int64_t k = 0; k < depth; k++) {
-        Lanes line[2];
-        EACH(v, vectors) line[v] = load(b + k * PANEL + v * LANES);
-        EACH(r, rows)
-            EACH(v, vectors) sum[r][v] += a.at[r * a.row + k * a.column] * line[v];
-    }
-    EACH(r, rows)
-        EACH(v, vectors) store(c + r * c_row + v * LANES, sum[r][v]);
-}
-
-/* The same for any number of rows and columns; at_once rows and vectors are as many sums as there are registers. */
-INLINE void multiply(int at_once, int vectors, int64_t rows, int64_t depth, int64_t columns, Matrix a, Rows b, float *c,
-                     int64_t c_row, int more)
-{
-    for (int64_t n = 0; n < columns; n += vectors * LANES) {
-        int64_t r = 0;
-#define ROWS(count)                                                                                                    \
-    for (; r + count <= rows; r += count) {                                                                            \
-        Matrix part = {a.at + r * a.row, a.row, a.column};                                                             \
-        few_rows(count, vectors, depth, part, find(b, 0, n), c + r * c_row + n, c_row, more);                          \
-    }
-        ROWS(at_once) ROWS(4) ROWS(1)
-#undef ROWS
-    }
-}
-
-/* What one thread does, once for each kind of processor */
+/* What one thread does (winograd_kernels.h) */
 typedef struct {
     void (*read)(int axes, int side, const float *images, Shape s, int margin, int64_t first, int64_t count,
                  const float *matrix, Rows out, int64_t plane);
@@ -181,57 +78,23 @@ typedef struct {
     void (*multiply)(int64_t rows, int64_t depth, int64_t columns, Matrix a, Rows b, float *c, int64_t c_row, int more);
 } Kernels;
 
-#define READ(axes, side) read_tiles(tile_of(axes), side, images, s, margin, first, count, matrix, out, plane)
-#define WRITE(axes, side) write_tiles(tile_of(axes), side, images, s, first, count, matrix, bias, in, plane)
-#define KERNELS(name, target, at_once, vectors)                                                                        \
-    target static void read_##name(int axes, int side, const float *images, Shape s, int margin, int64_t first,        \
-                                   int64_t count, const float *matrix, Rows out, int64_t plane)                        \
-    {                                                                                                                  \
-        if (axes == 2) side == 5 ? READ(2, 5) : READ(2, 3);                                                            \
-        else side == 8 ? READ(1, 8) : side == 5 ? READ(1, 5) : READ(1, 4);                                             \
-    }                                                                                                                  \
-    target static void write_##name(int axes, int side, float *images, Shape s, int64_t first, int64_t count,          \
-                                    const float *matrix, const float *bias, const float *in, int64_t plane)            \
-    {                                                                                                                  \
-        if (axes == 2) WRITE(2, 3);                                                                                    \
-        else side == 5 ? WRITE(1, 5) : WRITE(1, 4);                                                                    \
-    }                                                                                                                  \
-    target static void multiply_##name(int64_t rows, int64_t depth, int64_t columns, Matrix a, Rows b, float *c,       \
-                                       int64_t c_row, int more)                                                        \
-    {                                                                                                                  \
-        multiply(at_once, vectors, rows, depth, columns, a, b, c, c_row, more);                                        \
-    }                                                                                                                  \
-    static const Kernels name = {read_##name, write_##name, multiply_##name};
-
-#ifdef X86
-KERNELS(avx512, AVX512, 12, 2)
-KERNELS(avx2, AVX2, 6, 1)
-
-static const Kernels *kernels(void) { return has_avx512() ? &avx512 : has_avx2() ? &avx2 : 0; }
-#else
-KERNELS(other, , 4, 1)
-
-static const Kernels *kernels(void) { return &other; }
-#endif
+#define KERNELS "winograd_kernels.h"
+#include "sets.h"
 
 /* Changes with the arguments of what follows (native.py). */
-int abi(void) { return 1; }
-
-/* Whether the functions below run on this processor. */
-int has_kernels(void) { return kernels() != 0; }
+int abi(void) { return 2; }
 
 /* weight, whose tap t from input i to output o lies at i * input + t * tap + o, -> values [points, n_out / 32, n_in,
  * 32]: kernel [points, taps], both along one axis */
 void kernel_values(int64_t axes, const float *weight, int64_t n_in, int64_t n_out, int64_t input, int64_t tap,
                    const float *kernel, float *values, int threads)
 {
-    const Kernels *use = kernels();
     Tile k = tile_of(axes);
     Shape s = {axes == 2 ? k.taps : 1, k.taps, n_out, 1, 1, input, tap};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; part++) {
         int64_t from = n_in * part / threads, to = n_in * (part + 1) / threads;
-        use->read(axes, k.taps, weight, s, 0, from, to - from, kernel, in_panels(values + from * PANEL, n_in),
+        kernels->read(axes, k.taps, weight, s, 0, from, to - from, kernel, in_panels(values + from * PANEL, n_in),
                   n_in * n_out);
     }
 }
@@ -243,7 +106,6 @@ void conv(int64_t axes, const float *x, int64_t n, int64_t height, int64_t width
           float *values, const float *bias, const float *read, const float *write, float *y, int64_t most,
           float *scratch, int threads)
 {
-    const Kernels *use = kernels();
     Tile k = tile_of(axes);
     Shape in = shape_of(k, n, height, width, n_in), out = shape_of(k, n, height, width, n_out);
     int64_t tiles = n * in.tiles, blocks = (tiles + most - 1) / most, points = whole(k, k.points);
@@ -253,13 +115,13 @@ void conv(int64_t axes, const float *x, int64_t n, int64_t height, int64_t width
         float *seen = scratch + part * points * (in_plane + out_plane), *products = seen + points * in_plane;
         for (int64_t block = blocks * part / threads; block < blocks * (part + 1) / threads; block++) {
             int64_t first = block * most, count = tiles - first < most ? tiles - first : most;
-            use->read(axes, k.points, x, in, k.taps / 2, first, count, read, in_rows(seen, n_in), in_plane);
+            kernels->read(axes, k.points, x, in, k.taps / 2, first, count, read, in_rows(seen, n_in), in_plane);
             for (int64_t p = 0; p < points; p++) {
                 Matrix a = {seen + p * in_plane, padded(n_in), 1};
                 Rows b = in_panels(values + p * n_in * n_out, n_in);
-                use->multiply(count, n_in, n_out, a, b, products + p * out_plane, padded(n_out), 0);
+                kernels->multiply(count, n_in, n_out, a, b, products + p * out_plane, padded(n_out), 0);
             }
-            use->write(axes, k.outputs, y, out, first, count, write, bias, products, out_plane);
+            kernels->write(axes, k.outputs, y, out, first, count, write, bias, products, out_plane);
         }
     }
 }
@@ -282,7 +144,6 @@ void weight_gradient(int64_t axes, const float *rows, const float *columns, int6
                      const float *write, const float *kernel, float *weight, int64_t weight_row, int64_t weight_tap,
                      float *values, int64_t most, float *scratch, int threads)
 {
-    const Kernels *use = kernels();
     Tile k = tile_of(axes);
     Shape a_shape = shape_of(k, n, height, width, n_rows), b_shape = shape_of(k, n, height, width, n_columns);
     Shape taps = {axes == 2 ? k.taps : 1, k.taps, n_columns, 1, 1, weight_row, weight_tap};
@@ -301,9 +162,9 @@ void weight_gradient(int64_t axes, const float *rows, const float *columns, int6
                 int64_t from = count * part / threads, some = count * (part + 1) / threads - from;
                 Rows a = in_rows(a_values + from * padded(n_rows), n_rows),
                      b = in_panels(b_values + from * PANEL, most);
-                use->read(axes, a_side.size, rows, a_shape, a_side.margin, first + from, some, a_side.matrix, a,
+                kernels->read(axes, a_side.size, rows, a_shape, a_side.margin, first + from, some, a_side.matrix, a,
                           a_plane);
-                use->read(axes, b_side.size, columns, b_shape, b_side.margin, first + from, some, b_side.matrix, b,
+                kernels->read(axes, b_side.size, columns, b_shape, b_side.margin, first + from, some, b_side.matrix, b,
                           b_plane);
             }
 #pragma omp for schedule(static)
@@ -311,13 +172,13 @@ void weight_gradient(int64_t axes, const float *rows, const float *columns, int6
                 int64_t p = job / jobs, r = job % jobs * at_once, some = n_rows - r < at_once ? n_rows - r : at_once;
                 Matrix a = {a_values + p * a_plane + r, 1, padded(n_rows)};
                 Rows b = in_panels(b_values + p * b_plane, most);
-                use->multiply(some, count, n_columns, a, b, values + (p * n_rows + r) * value, value, first > 0);
+                kernels->multiply(some, count, n_columns, a, b, values + (p * n_rows + r) * value, value, first > 0);
             }
         }
 #pragma omp for schedule(static)
         for (int part = 0; part < threads; part++) {
             int64_t from = n_rows * part / threads, to = n_rows * (part + 1) / threads;
-            use->write(axes, k.taps, weight, taps, from, to - from, kernel, 0, values + from * value, n_rows * value);
+            kernels->write(axes, k.taps, weight, taps, from, to - from, kernel, 0, values + from * value, n_rows * value);
         }
     }
 }

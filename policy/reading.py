@@ -1,0 +1,106 @@
+"""The readable files of a bundle, `config.yaml` and `spec.json`, without torch: what is wrong is said at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from action_diffusion.errors import InputError
+from action_diffusion.options import BundleConfig
+from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.schema import check, shown
+
+FILES = ("model.safetensors", "config.yaml", "spec.json")
+MOST_BYTES = 16 * 2**20
+"""Of either file."""
+MOST_VALUES = 1_000_000
+"""In either, where what YAML refers to counts as often as it is referred to."""
+
+
+def require(path: Path) -> None:
+    """`InputError` unless `path` is a folder with all the files of a bundle."""
+    if not Path(path).is_dir():
+        raise InputError(f"no bundle at {path}: expected a folder with {', '.join(FILES)}")
+    missing = [name for name in FILES if not (Path(path) / name).is_file()]
+    if missing:
+        nested = Path(path) / "bundle"
+        hint = f"; did you mean {nested}?" if nested.is_dir() else ""
+        raise InputError(f"{path} is not a complete bundle, it lacks {', '.join(missing)}{hint}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration of a bundle, as plain data; of what its evaluation reads, types are checked."""
+    require(path)
+    return read_yaml(path / "config.yaml")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A mapping of plain data. Raises `InputError` for anything else, and for `_target_` anywhere in it."""
+    config = _read(file, "YAML", yaml.safe_load)
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected a mapping, found {type(config).__name__}")
+    refuse_targets(config, str(file))
+    return config
+
+
+def read_spec(path: Path) -> PolicySpec:
+    """The specification of a bundle."""
+    require(path)
+    file = path / "spec.json"
+    data = _read(file, "JSON", json.loads)
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: expected an object, found {type(data).__name__}")
+    return PolicySpec.from_json(data, str(file))
+
+
+def trained_on(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The parts of a bundle's configuration that say what it was trained on. Raises `InputError` for other types."""
+    try:
+        check({name: config[name] for name in config if name in BundleConfig.__annotations__}, BundleConfig)
+    except InputError as error:
+        raise InputError(f"{path / 'config.yaml'}: {error}") from None
+    return config
+
+
+def refuse_targets(config: Any, where: str) -> None:
+    """`InputError` for a `_target_` anywhere inside: code is never named by configuration."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key == "_target_":
+                raise InputError(
+                    f"{where}: _target_ ({shown(value)}) is not allowed; components are built by their names"
+                )
+            refuse_targets(value, where)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            refuse_targets(value, where)
+
+
+def _read(file: Path, kind: str, parse: Callable[[str], Any]) -> Any:
+    if file.stat().st_size > MOST_BYTES:
+        raise InputError(f"{file} has {file.stat().st_size / 2**20:,.0f} MiB, at most {MOST_BYTES >> 20} can be")
+    try:
+        data = parse(file.read_text(encoding="utf-8"))
+        _count(data, file, 0)
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # also of numbers of too many digits, and of dates
+        raise InputError(f"{file}: not valid {kind}: {shown(error)}") from None
+    except RecursionError:
+        raise InputError(f"{file}: not valid {kind}: too many lists in one another") from None
+    return data
+
+
+def _count(data: Any, file: Path, before: int) -> int:
+    """How many values there are, which may be the same ones many times over."""
+    count = before + 1
+    if count > MOST_VALUES:
+        raise InputError(f"{file} holds more than {MOST_VALUES:,} values")
+    inside = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple | set) else ()
+    for value in inside:
+        count = _count(value, file, count)
+    return count
