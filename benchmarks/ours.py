@@ -33,7 +33,7 @@ from action_diffusion.policy import normalizer
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
 from action_diffusion.policy.inference import choose_threads
-from action_diffusion.policy.kernels import accelerate, check_precision
+from action_diffusion.policy.kernels import accelerate, check_precision, cpu_unet
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.settings import TrainSettings
@@ -324,8 +324,16 @@ def _images(batch: Batch) -> Tensor:
 
 
 def about() -> dict[str, Any]:
-    """Versions, threads, device, and the instructions that torch may use."""
-    return {**versions(), "threads": torch.get_num_threads(), "device": "cpu", "instructions": instructions()}
+    """Versions, threads, device, and the instructions that torch and our code in C may use."""
+    code, used = cpu_unet.library(), {instructions()}
+    if code is not None and code.instruction_set.startswith("avx"):  # torch has other names for what else there is
+        used.add(code.instruction_set)
+    return {
+        **versions(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu",
+        "instructions": " and ".join(sorted(used)),
+    }
 
 
 if __name__ == "__main__":

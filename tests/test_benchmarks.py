@@ -497,10 +497,10 @@ def test_what_cannot_be_restricted_is_said(monkeypatch):
 
 
 def test_a_process_that_is_restricted_says_so():
-    """What torch may use follows the variables; OpenVINO's and oneDNN's kernels say it in a benchmark's notes."""
+    """What torch and our code in C may use follows the variables; the notes of a row say it of OpenVINO's kernels."""
     if "avx2" not in workers.instruction_sets():
         pytest.skip("no AVX2 here")
-    code = "from benchmarks.peers import serving; print(serving.instructions())"
+    code = "from benchmarks import ours; print(ours.about()['instructions'])"
     variables = {**os.environ, **workers.RESTRICTED["avx2"]}
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert said.stdout.strip() == "avx2"
