@@ -16,6 +16,8 @@ from action_diffusion.errors import InputError
 def check_episode_ends(ends: np.ndarray, where: str) -> np.ndarray:
     """`ends` [E] as int64: the row after each episode. Raises `InputError` unless they tile the rows."""
     ends = np.asarray(ends)
+    if ends.dtype.kind == "f" and np.isfinite(ends).all() and (ends == np.rint(ends)).all() and (ends < 2**53).all():
+        ends = ends.astype(np.int64)  # as some write them; nothing is lost
     if ends.ndim != 1 or ends.dtype.kind not in "iu":
         raise InputError(f"{where}: episode_ends must be a list of whole numbers, got {ends.dtype} {list(ends.shape)}")
     if len(ends) == 0:
@@ -44,6 +46,12 @@ def check_lengths(lengths: Mapping[str, int], n_steps: int, where: str, *, allow
         raise InputError(f"{where}: arrays of unequal length ({rows} rows); episode_ends says {n_steps}")
     problem = "stops at" if n_steps < longest else "goes up to"
     raise InputError(f"{where}: episode_ends {problem} row {n_steps}, but the arrays have {longest} rows")
+
+
+def check_key(key: str, where: str) -> None:
+    """A key is the name of a folder in data/. Raises `InputError` for what is none."""
+    if not key or key[0] == "." or not key.isprintable() or any(sign in key for sign in "/\\") or len(key) > 200:
+        raise InputError(f"{where}: {key[:200]!r} is no key: expected printable signs without / and no dot in front")
 
 
 def check_dtype(dtype: np.dtype, key: str, where: str) -> None:

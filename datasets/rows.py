@@ -32,4 +32,6 @@ class Rows(ABC):
             return self[:][index]
         if index is Ellipsis:
             return self[:]
+        if isinstance(index, slice):
+            return self._take(index, np.arange(*index.indices(len(self))))
         return self._take(index, np.arange(len(self))[index])
