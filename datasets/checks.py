@@ -75,14 +75,6 @@ def check_finite(values: np.ndarray, key: str, where: str, first_row: int = 0) -
     raise InputError(f"{where}: data/{key} is {value} at {place}{more}; values must be finite")
 
 
-def check_image_shape(shape: tuple[int, ...], key: str, where: str) -> None:
-    """Images are [N, H, W, 3], colour last."""
-    if len(shape) == 4 and shape[3] == 3:
-        return
-    hint = "; this looks like [N, 3, H, W]: move the colours last" if shape[1:2] == (3,) else ""
-    raise InputError(f"{where}: data/{key} has shape {list(shape)}, images must be [N, H, W, 3]{hint}")
-
-
 def images_to_uint8(images: np.ndarray, key: str, where: str, first_row: int = 0) -> np.ndarray:
     """`images` [n, H, W, 3] of any numeric type as uint8, provided that this loses nothing.
 
@@ -99,13 +91,8 @@ def images_to_uint8(images: np.ndarray, key: str, where: str, first_row: int = 0
     row = first_row + int(np.argmax((converted != images).reshape(len(images), -1).any(axis=1)))
     low, high = float(bad.min()), float(bad.max())
     hint = "; this looks like 0..1: multiply by 255" if low >= 0 and high <= 1 else ""
+    hint = "; this looks like 16 bits a colour: divide by 257" if images.dtype == np.uint16 else hint
     hint = "; this looks like -1..1: scale to 0..255" if -1 <= low < 0 and high <= 1 else hint
     raise InputError(
         f"{where}: data/{key} row {row} has values {low:g} to {high:g} that are not whole numbers from 0 to 255{hint}"
     )
-
-
-def check_image_range(highest: float, dtype: np.dtype, key: str, where: str) -> None:
-    """Float images whose `highest` value is 1 hold 0..1 in black and white, not 0..255."""
-    if dtype.kind == "f" and highest == 1:
-        raise InputError(f"{where}: data/{key} holds values from 0 to 1; images must be 0 to 255")

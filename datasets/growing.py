@@ -25,7 +25,7 @@ from action_diffusion.datasets.disk import Disk
 from action_diffusion.datasets.files import remove, writing
 from action_diffusion.datasets.growing_column import Fields, GrowingColumn, layout
 from action_diffusion.datasets.replay_buffer import APPENDING
-from action_diffusion.datasets.store import open_zarr, reading
+from action_diffusion.datasets.store import array_at, open_zarr, reading
 from action_diffusion.errors import InputError
 
 TIME = "time"
@@ -207,6 +207,9 @@ def read_table(path: Path, name: str) -> dict[str, np.ndarray]:
         raise InputError(f"{path} has no {name}: it is no record of a deployment")
     file.check(places)
     with reading(f"{path}: {name}"):
-        columns = {place.removeprefix(f"{name}/"): np.asarray(file.group[place][:]) for place in sorted(places)}
+        columns = {
+            place.removeprefix(f"{name}/"): np.asarray(array_at(file.group, place, str(path))[:])
+            for place in sorted(places)
+        }
     n_rows = len(np.trim_zeros(columns[TIME], "b"))
     return {key: column[:n_rows] for key, column in columns.items()}

@@ -10,6 +10,7 @@ earlier episodes readable. What it left behind is cut off by the next append.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from action_diffusion.datasets.store import Column, ZarrColumn, ZarrFile, array_
 from action_diffusion.errors import InputError
 
 APPENDING = "appending"  # attribute of meta/ while there may be rows that episode_ends does not count yet
+ASSUMED_RATE = 10.0
+"""Rows a second (Hz) of a buffer that does not say it."""
 ENDS = "meta/episode_ends"
 DATA = "data/"
 VIDEOS = "videos"  # attribute of a buffer with columns that are videos: key → {"shape": [H, W, 3], "rate": Hz}
@@ -120,6 +123,17 @@ class ReplayBuffer:
     @property
     def n_steps(self) -> int:
         return int(self.episode_ends[-1]) if self.n_episodes else 0
+
+    @property
+    def rate(self) -> float | None:
+        """Rows a second (Hz), as the attributes say it; None where they do not. `InputError` for what is no rate."""
+        for name in ("control_rate", "fps"):
+            said = self.attrs.get(name)
+            if said is not None:
+                if isinstance(said, bool) or not isinstance(said, int | float) or not 0 < said < math.inf:
+                    raise InputError(f"{self.name}: attribute {name} is {said!r}, expected a number of Hz above 0")
+                return float(said)
+        return None
 
     def __contains__(self, key: str) -> bool:
         return key in self._columns

@@ -217,7 +217,7 @@ def _check_codecs(fields: Mapping[str, Any], where: str) -> None:
     given += fields.get("storage_transformers") or []
     names = []
     for codec in (codec for codec in given if codec is not None):
-        options = {"name": codec} if isinstance(codec, str) else codec
+        options: dict[str, Any] = {"name": codec} if isinstance(codec, str) else codec
         name = str(options.get("id", options.get("name"))).removeprefix("numcodecs.")
         if name not in CODECS:
             raise InputError(

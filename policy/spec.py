@@ -12,7 +12,7 @@ from action_diffusion.errors import InputError, unknown
 
 FORMAT = 1
 KINDS = ("state", "image")
-LATER = ("demonstrations", "estimates")  # fields that bundles of earlier versions lack
+LATER = ("demonstrations", "estimates", "buffer_columns")  # fields that bundles of earlier versions lack
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class PolicySpec:
 
     control_rate: Hz, at which actions are meant to be executed. normalizer: key → statistics (`normalizer.fit`).
     demonstrations: who gave them, in words ("scripted expert"), where their buffer says so. estimates: states that are
-    recorded and not observed, which the policy learns to tell.
+    recorded and not observed, which the policy learns to tell. buffer_columns: what became of each column that the
+    demonstrations have, in words.
     """
 
     observations: dict[str, ObservationSpec]
@@ -61,6 +62,7 @@ class PolicySpec:
     estimates: dict[str, ObservationSpec] = field(default_factory=dict)
     normalizer: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    buffer_columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("n_obs_steps", "horizon", "n_action_steps"):

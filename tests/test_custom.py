@@ -111,7 +111,7 @@ task:
     ("words", "message"),
     [
         (["task.observations={cam:{source:fronts,kind:image}}"], "did you mean front"),
-        (["task.observations={cam:{source:joints,kind:image}}"], "images are [N, H, W, 3]"),
+        (["task.observations={cam:{source:joints,kind:image}}"], "images must be [N, H, W, 3]"),
         (["task.observations={q:{source:joints,columns:[9]}}"], "columns [9] do not exist"),
         (["task.action={source:actions}"], "did you mean action"),
         (["task.observations={q:{source:joints,kind:vector}}"], "unknown kind of observation 'q'"),

@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.sources import resolve, with_images
@@ -27,7 +28,7 @@ from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training import checkpoints
-from action_diffusion.training.data import StepBatches, TrainingData, describe, prepare
+from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
 from action_diffusion.training.evaluation import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.settings import TrainSettings
@@ -60,6 +61,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     if accelerator.device.type == "cpu" and tiles.library() is None:
         say("policy/tiles.c is not compiled for this machine: convolutions take all their products, which is slower")
+    say("\n".join(map(escape, learnt_from(spec, buffer))))
     trainer = _trainer(config, settings, policy, data, accelerator, output_dir)
     newest = checkpoints.checkpoint_folders(output_dir)[-1:]
     if config["resume"] and newest:
