@@ -24,6 +24,7 @@ import numpy as np
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError, unknown
 
+_LINE_BYTES, _LINES = 64 << 20, 1_000_000
 DEMO = "demo"
 """The column that says which demo a row is of: an index into attrs["demos"]."""
 
@@ -67,10 +68,16 @@ def pack(places: Iterable[tuple[str, Mapping[str, Any]]], where: str) -> str:
 
 
 def unpack(text: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The inverse of `pack`."""
+    """The inverse of `pack`. Raises `InputError` for what is damaged, or was made to fill memory."""
+    n_lines = 0
     try:
         with lzma.open(io.BytesIO(base64.b64decode(text, validate=True))) as lines:
-            for line in lines:
+            while line := lines.readline(_LINE_BYTES):
+                n_lines += 1
+                if len(line) == _LINE_BYTES or n_lines > _LINES:
+                    raise ValueError(
+                        f"it has lines of more than {_LINE_BYTES >> 20} MB, or more than {_LINES:,} of them"
+                    )
                 place, plain = json.loads(line)
                 yield place, {name: _value(value) for name, value in plain.items()}
     except (lzma.LZMAError, EOFError, TypeError, ValueError, AttributeError) as error:

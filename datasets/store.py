@@ -46,6 +46,7 @@ _DECODERS = 2
 """Threads that decode chunks. Zarr's default is many more, and the memory that each has freed stays with it."""
 if zarr.config.get("threading.max_workers") is None:
     zarr.config.set({"threading.max_workers": _DECODERS})
+_REASON = 300  # characters of what others say of an error
 _MARKERS = ("meta/episode_ends/zarr.json", "meta/episode_ends/.zarray")
 
 
@@ -67,7 +68,7 @@ def reading(what: str) -> Iterator[None]:
     except (InputError, MemoryError, IndexError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
         raise InputError(f"{what} cannot be read, the file is damaged or unsupported: {reason}") from error
 
 

@@ -42,6 +42,7 @@ CODECS = COMPRESSORS.union(("bytes", "transpose", "sharding_indexed", "crc32c"),
 _FILTER_TYPES = ("dtype", "astype", "encode_dtype", "decode_dtype")
 COMPLETE = "every_chunk_is_stored"
 """Attribute of the arrays that we write: a chunk that is not there was lost. Elsewhere it is the fill value."""
+_REASON = 200  # characters of what others say of an error
 _ZIP_TAIL = 1 << 17  # its comment has at most 64 kB
 _ZIP_ENTRY = 128  # bytes of its directory for each entry, with a long name
 METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs")
@@ -173,6 +174,7 @@ def array_infos(listing: Listing, places: Iterable[str], path: Path) -> dict[str
     Raises `InputError` for metadata that are too large or make no sense, and for codecs that are not on the list.
     """
     infos: dict[str, ArrayInfo] = {}
+    formats = set()
     n_bytes = 0
     for place in sorted(places):
         content = listing.read(place)
@@ -184,8 +186,7 @@ def array_infos(listing: Listing, places: Iterable[str], path: Path) -> dict[str
         fields = _fields(content, place, path)
         if name == "zarr.json" and fields.get("node_type") != "array":
             continue
-        if folder in infos:
-            raise InputError(f"{path}: {folder} has metadata of Zarr v2 and of v3: remove one of them")
+        formats.add(name)
         if len(infos) == MAX_ARRAYS:
             raise InputError(f"{path} holds more than {MAX_ARRAYS:,} arrays")
         try:
@@ -194,8 +195,10 @@ def array_infos(listing: Listing, places: Iterable[str], path: Path) -> dict[str
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)[:_REASON]
             raise InputError(f"{path}: {place} cannot be read, it describes no array: {reason}") from None
+    if len(formats) > 1:
+        raise InputError(f"{path} holds arrays of Zarr v2 and of Zarr v3, as in {place}: keep those of one")
     return infos
 
 
@@ -203,7 +206,7 @@ def _fields(content: bytes, place: str, path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:_REASON]
         raise InputError(f"{path}: {place} cannot be read, the file is damaged: {reason}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{path}: {place} cannot be read, the file is damaged: it is no object")
@@ -240,14 +243,14 @@ def _check_codecs(fields: Mapping[str, Any], where: str) -> None:
 
 
 def _info(fields: Mapping[str, Any], v3: bool) -> ArrayInfo:
-    shape = _sizes(fields["shape"], least=0)
+    shape = _sizes(fields["shape"])
     stored = fields["data_type"] if v3 else fields["dtype"]
     chunks = fields["chunk_grid"]["configuration"]["chunk_shape"] if v3 else fields["chunks"]
     attributes = fields.get("attributes") or {}
     if not isinstance(attributes, dict):
         raise TypeError("its attributes are no object")
     dtype, values = _dtype(stored)
-    chunk = _sizes(chunks, least=0)
+    chunk = _sizes(chunks)
     if len(chunk) != len(shape) or any(size and not length for size, length in zip(shape, chunk, strict=True)):
         raise ValueError(f"its shape is {list(shape)}, its chunks {list(chunk)}")
     return ArrayInfo(
@@ -260,9 +263,9 @@ def _info(fields: Mapping[str, Any], v3: bool) -> ArrayInfo:
     )
 
 
-def _sizes(given: Any, least: int) -> tuple[int, ...]:
-    if not isinstance(given, list) or not all(type(size) is int and size >= least for size in given):
-        raise ValueError(f"sizes are whole numbers of at least {least}, not {str(given)[:60]}")
+def _sizes(given: Any) -> tuple[int, ...]:
+    if not isinstance(given, list) or not all(type(size) is int and 0 <= size <= 10**15 for size in given):
+        raise ValueError(f"sizes are whole numbers of 0 to 10^15, not {str(given)[:60]}")
     return tuple(given)
 
 
