@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from action_diffusion.datasets.doctor.examine import control_rate
-from action_diffusion.datasets.doctor.survey import is_image
 from action_diffusion.datasets.files import atomic_path
 from action_diffusion.datasets.memory import sized
+from action_diffusion.datasets.pictures import picture
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.store import Column, blocks
@@ -63,7 +63,8 @@ def inspect(buffer: ReplayBuffer) -> Inspection:
     with progress("reading", len(buffer.keys)) as advance:
         keys = []
         for key in buffer.keys:
-            keys.append(_image(key, buffer[key]) if is_image(buffer[key]) else _low(key, buffer[key], first))
+            shown = picture(buffer[key].shape, buffer[key].dtype)
+            keys.append(_low(key, buffer[key], first) if shown is None else _image(key, buffer[key]))
             advance(1)
     time = next((np.ravel(buffer[key][:]) for key in buffer.keys if key.split("_")[-1] in ("time", "timestamp")), None)
     attrs = {name: _short(value) for name, value in buffer.attrs.items()}
