@@ -15,6 +15,8 @@ from action_diffusion import policy as policy_package
 from action_diffusion.cli import main
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.policy.features import module_name
+from action_diffusion.policy.normalizer import Normalizer
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training.data import describe, learnt_from, prepare
 
@@ -192,9 +194,14 @@ def test_bundles_from_before_do_not_say_what_was_left_out() -> None:
     ],
 )
 def test_what_cannot_be_learnt_from_is_said(changes: dict, attrs: dict, message: str) -> None:
+    buffer = buffer_of(leaky(), **attrs)
+
+    def start() -> None:
+        spec = describe({**TASK, **changes}, buffer, {})
+        prepare(buffer, spec, device=torch.device("cpu"), val_fraction=0.2, seed=0)
+
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        buffer = buffer_of(leaky(), **attrs)
-        prepare(buffer, describe({**TASK, **changes}, buffer, {}), device=torch.device("cpu"), val_fraction=0.2, seed=0)
+        start()
     assert "\n" not in str(caught.value)
 
 
@@ -202,7 +209,9 @@ def test_a_rate_that_nobody_says_is_assumed_and_said() -> None:
     buffer = buffer_of(leaky())
     spec = describe(TASK, buffer, {})
     assert spec.control_rate == 10
-    assert learnt_from(spec, buffer)[-1].endswith("10 steps a second, which the buffer does not say: task.control_rate=HZ")
+    assert learnt_from(spec, buffer)[-1].endswith(
+        "10 steps a second, which the buffer does not say: task.control_rate=HZ"
+    )
     close = buffer_of(leaky(), fps=29.97)
     assert describe({**TASK, "control_rate": 30.0}, close, {}).control_rate == 30
 
@@ -216,13 +225,28 @@ def test_only_what_tells_the_answer_is_nothing_to_learn_from() -> None:
 
 def test_keys_with_dots_train_and_load(tmp_path: Path) -> None:
     arrays = leaky()
-    dotted = {"state.joints.left": arrays["joints"], "cam.left": np.moveaxis(arrays["wrist"], 1, -1), "keys": arrays["pose"]}
+    dotted = {
+        "state.joints.left": arrays["joints"],
+        "cam.left": np.moveaxis(arrays["wrist"], 1, -1),
+        "keys": arrays["pose"],
+    }
     buffer_of({"action": arrays["action"], **dotted}).save(tmp_path / "dots.zarr")
     words = [f"data={tmp_path / 'dots.zarr'}", f"output_dir={tmp_path / 'run'}", *SMALL, "evaluation.n_episodes=0"]
-    features = "policy.features={keys:{name:sin_cos,columns:[0]},state.joints.left:{name:sin_cos,columns:[1]}}"
-    assert main(["train", "task=custom", *words, features]) == 0
+    assert main(["train", "task=custom", *words]) == 0
     policy = policy_package.load(tmp_path / "run" / "bundle", verify=True)
     assert list(policy.spec.observations) == ["cam.left", "keys", "state.joints.left"]
+
+
+@pytest.mark.parametrize("key", ["state", "a.b", "a%2Eb", "a%b", "keys", "training", "forward", ".."])
+def test_parts_have_names_for_every_key(key: str) -> None:
+    statistics = {
+        name: {"scale": [2.0], "offset": [number]} for number, name in enumerate(("a.b", "a%2Eb", "a_b", key))
+    }
+    normalizer = Normalizer(statistics)
+    assert normalizer.normalize(key, torch.ones(1)).item() == 2 + statistics[key]["offset"][0]
+    parts = torch.nn.ModuleDict({module_name(name): torch.nn.Identity() for name in {"a.b", "a%2Eb", key}})
+    assert len(parts) == len({"a.b", "a%2Eb", key})
+    assert module_name("agent_pos") == "agent_pos"  # as in the bundles that there are
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,10 @@ def test_columns_that_tell_the_action_of_their_own_row(buffer: ReplayBuffer, col
 
 @pytest.mark.parametrize(
     ("smooth", "seen"),
-    [(False, "as it is"), (False, "in degrees"), (False, "on the way"), (False, "with noise")]
-    + [(True, "as it is"), (True, "in degrees"), (True, "with noise")],  # on the way it tells the action indeed
+    [
+        *((False, seen) for seen in ("as it is", "in degrees", "on the way", "with noise")),
+        *((True, seen) for seen in ("as it is", "in degrees", "with noise")),  # on the way it tells the action indeed
+    ],
 )
 def test_states_that_follow_the_action_tell_nothing(buffer: ReplayBuffer, smooth: bool, seen: str) -> None:
     rows = arrays(buffer)

@@ -109,7 +109,9 @@ def _what(column: Column) -> str:
 def _vector(column: Column) -> str:
     row = column.shape[1:] or (1,)
     n = int(np.prod(row))
-    return f"{n} values" + (f", {list(row)} as one vector, the last axis fastest" if len(row) > 1 else "")
+    return f"{n} value{'s' if n > 1 else ''}" + (
+        f", {list(row)} as one vector, the last axis fastest" if len(row) > 1 else ""
+    )
 
 
 def _camera(column: Column, shown: Picture) -> str:
