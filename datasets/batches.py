@@ -71,8 +71,9 @@ class BatchSource:
     reward_key, gamma: for `gather(critic=True)`
     mode: None chooses
 
-    Raises `InputError` for keys that do not exist, values that are not finite, and images that are not
-    [N, H, W, 3] with whole values from 0 to 255.
+    Actions of several axes become vectors, the last axis fastest. Images become what `pictures` says.
+
+    Raises `InputError` for keys that do not exist, values that are not finite, and images that cannot be seen.
     """
 
     def __init__(
@@ -95,12 +96,10 @@ class BatchSource:
         self.gamma = gamma
         self.device = torch.device(device)
         self._observations = dict(observations)
-        self._action = ObsKey(action_key, None, "state")
+        self._action = ObsKey(action_key, None, "action")
         self._reward = ObsKey(reward_key, None, "state") if reward_key else None
         wanted = {*observations.values(), self._action, *([self._reward] if self._reward else [])}
         sizes = {key: array_bytes(buffer, key) for key in sorted(wanted, key=repr)}
-        if len(array_shape(buffer, self._action)) != 2:
-            raise InputError(f"{buffer.name}: data/{action_key} must be [N, A], one vector a step")
         self.n_bytes = sum(sizes.values())
         self.mode: Mode = mode or choose_mode(self.n_bytes, self.device, memory_gb)
         self._arrays: dict[ObsKey, np.ndarray] = {}

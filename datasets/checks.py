@@ -16,6 +16,8 @@ from action_diffusion.errors import InputError
 def check_episode_ends(ends: np.ndarray, where: str) -> np.ndarray:
     """`ends` [E] as int64: the row after each episode. Raises `InputError` unless they tile the rows."""
     ends = np.asarray(ends)
+    if ends.dtype.kind == "f" and np.isfinite(ends).all() and (ends == np.rint(ends)).all() and (ends < 2**53).all():
+        ends = ends.astype(np.int64)  # as some write them; nothing is lost
     if ends.ndim != 1 or ends.dtype.kind not in "iu":
         raise InputError(f"{where}: episode_ends must be a list of whole numbers, got {ends.dtype} {list(ends.shape)}")
     if len(ends) == 0:
@@ -46,6 +48,12 @@ def check_lengths(lengths: Mapping[str, int], n_steps: int, where: str, *, allow
     raise InputError(f"{where}: episode_ends {problem} row {n_steps}, but the arrays have {longest} rows")
 
 
+def check_key(key: str, where: str) -> None:
+    """A key is the name of a folder in data/. Raises `InputError` for what is none."""
+    if not key or key[0] == "." or not key.isprintable() or any(sign in key for sign in "/\\") or len(key) > 200:
+        raise InputError(f"{where}: {key[:200]!r} is no key: expected printable signs without / and no dot in front")
+
+
 def check_dtype(dtype: np.dtype, key: str, where: str) -> None:
     """Only booleans, whole numbers and floats are data; objects and strings are refused."""
     if dtype.kind not in "biuf":
@@ -67,14 +75,6 @@ def check_finite(values: np.ndarray, key: str, where: str, first_row: int = 0) -
     raise InputError(f"{where}: data/{key} is {value} at {place}{more}; values must be finite")
 
 
-def check_image_shape(shape: tuple[int, ...], key: str, where: str) -> None:
-    """Images are [N, H, W, 3], colour last."""
-    if len(shape) == 4 and shape[3] == 3:
-        return
-    hint = "; this looks like [N, 3, H, W]: move the colours last" if shape[1:2] == (3,) else ""
-    raise InputError(f"{where}: data/{key} has shape {list(shape)}, images must be [N, H, W, 3]{hint}")
-
-
 def images_to_uint8(images: np.ndarray, key: str, where: str, first_row: int = 0) -> np.ndarray:
     """`images` [n, H, W, 3] of any numeric type as uint8, provided that this loses nothing.
 
@@ -91,13 +91,8 @@ def images_to_uint8(images: np.ndarray, key: str, where: str, first_row: int = 0
     row = first_row + int(np.argmax((converted != images).reshape(len(images), -1).any(axis=1)))
     low, high = float(bad.min()), float(bad.max())
     hint = "; this looks like 0..1: multiply by 255" if low >= 0 and high <= 1 else ""
+    hint = "; this looks like 16 bits a colour: divide by 257" if images.dtype == np.uint16 else hint
     hint = "; this looks like -1..1: scale to 0..255" if -1 <= low < 0 and high <= 1 else hint
     raise InputError(
         f"{where}: data/{key} row {row} has values {low:g} to {high:g} that are not whole numbers from 0 to 255{hint}"
     )
-
-
-def check_image_range(highest: float, dtype: np.dtype, key: str, where: str) -> None:
-    """Float images whose `highest` value is 1 hold 0..1 in black and white, not 0..255."""
-    if dtype.kind == "f" and highest == 1:
-        raise InputError(f"{where}: data/{key} holds values from 0 to 1; images must be 0 to 255")

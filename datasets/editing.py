@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from action_diffusion.datasets.checks import check_key
 from action_diffusion.datasets.demos import DEMO, demo_names
-from action_diffusion.datasets.pieces import Piece, check_same_keys, write_pieces
+from action_diffusion.datasets.pieces import Piece, check_alike, write_pieces
 from action_diffusion.datasets.provenance import with_provenance
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.sources import open_data
@@ -28,7 +29,7 @@ def edit(source: Path, output: Path, wanted: Mapping[str, str]) -> dict[str, Any
         raise InputError(f"{output} exists: choose another path, or remove it")
     buffer = ReplayBuffer.open(source)
     others = [open_data(path) for path in wanted["merge"].split(",")] if "merge" in wanted else []
-    check_same_keys([buffer, *others])
+    check_alike([buffer, *others])
     n, n_rows = buffer.n_episodes, buffer.n_steps
     dropped = set(numbers(wanted["drop"], "drop", n)) if "drop" in wanted else set()
     splits = numbers(wanted["split"], "split", n_rows) if "split" in wanted else []
@@ -53,7 +54,9 @@ def edit(source: Path, output: Path, wanted: Mapping[str, str]) -> dict[str, Any
         attrs[TASKS], columns[TASK] = joined_tasks([(piece.buffer, piece.first, piece.stop) for piece in pieces])
     _write(output, pieces, attrs, columns, _renames(buffer, wanted.get("rename")))
     result = ReplayBuffer.open(output)
-    return {"output": str(output), "episodes": result.n_episodes, "steps": result.n_steps}
+    summary: dict[str, Any] = {"output": str(output), "episodes": result.n_episodes, "steps": result.n_steps}
+    left_out = {key: reason for source in (buffer, *others) for key, reason in source.left_out.items()}
+    return summary | ({"left_out": left_out} if left_out else {})
 
 
 def _write(
@@ -75,8 +78,9 @@ def _renames(buffer: ReplayBuffer, text: str | None) -> dict[str, str]:
     for pair in text.split(",") if text else ():
         key, _, name = pair.partition(":")
         _ = buffer[key]  # which says what there is
-        if not name or "/" in name or name.startswith("."):
+        if not name:
             raise InputError(f"rename={pair}: expected KEY:NAME")
+        check_key(name, f"rename={pair}")
         renames[key] = name
     keys = [renames.get(key, key) for key in buffer.keys]
     if len(set(keys)) < len(keys):

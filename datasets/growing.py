@@ -115,6 +115,7 @@ class GrowingBuffer:
         """
         if not (path / "meta" / "episode_ends" / "zarr.json").is_file():
             raise InputError(f"{path}: only a Zarr v3 folder can grow: save() a copy of it and record to that")
+        open_zarr(path)  # which refuses what might hang, or run
         with reading(str(path)):
             buffer = cls(path, Disk(), tables=())
         with writing(str(path)):
@@ -200,11 +201,15 @@ def read_table(path: Path, name: str) -> dict[str, np.ndarray]:
 
     Raises `InputError` where there is no such table, or where it cannot be read.
     """
-    group, _ = open_zarr(path)
-    table = group.get(name)
-    if not isinstance(table, zarr.Group):
+    file = open_zarr(path)
+    places = [place for place in file.infos if place.startswith(f"{name}/")]
+    if not places:
         raise InputError(f"{path} has no {name}: it is no record of a deployment")
+    file.check(places)
     with reading(f"{path}: {name}"):
-        columns = {key: np.asarray(array_at(table, key, f"{path}: {name}")[:]) for key in sorted(table.keys())}
+        columns = {
+            place.removeprefix(f"{name}/"): np.asarray(array_at(file.group, place, str(path))[:])
+            for place in sorted(places)
+        }
     n_rows = len(np.trim_zeros(columns[TIME], "b"))
     return {key: column[:n_rows] for key, column in columns.items()}

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from action_diffusion.datasets.doctor.examine import control_rate
-from action_diffusion.datasets.doctor.survey import is_image
 from action_diffusion.datasets.files import atomic_path
+from action_diffusion.datasets.memory import sized
+from action_diffusion.datasets.pictures import picture
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.store import Column, blocks
@@ -67,7 +68,8 @@ def inspect(buffer: ReplayBuffer) -> Inspection:
     with progress("reading", len(buffer.keys)) as advance:
         keys = []
         for key in buffer.keys:
-            keys.append(_image(key, buffer[key]) if is_image(buffer[key]) else _low(key, buffer[key], first))
+            shown = picture(buffer[key].shape, buffer[key].dtype)
+            keys.append(_low(key, buffer[key], first) if shown is None else _image(key, buffer[key]))
             advance(1)
     time = next((np.ravel(buffer[key][:]) for key in buffer.keys if key.split("_")[-1] in ("time", "timestamp")), None)
     attrs = {name: _short(value) for name, value in buffer.attrs.items() if name not in ("task", TASKS)}
@@ -131,7 +133,7 @@ def show(found: Inspection) -> None:
         print(f"rate: {found.rate:g} Hz, {lengths.sum() / found.rate / 60:.1f} minutes")
     raw = sum(key.n_bytes for key in found.keys)
     if found.n_bytes is not None:
-        print(f"on disk: {_sized(found.n_bytes)}, {_sized(raw)} unpacked")
+        print(f"on disk: {sized(found.n_bytes)}, {sized(raw)} unpacked")
     for name, text in found.attrs.items():
         print(f"{name}: {text}")
     for words, episodes in found.tasks.items():
@@ -143,7 +145,7 @@ def show(found: Inspection) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for key in found.keys:
         for d in range(min(len(key.least), _DIMENSIONS)):
-            about = (key.name, _shaped(key), key.dtype, _sized(key.n_bytes)) if d == 0 else ("",) * 4
+            about = (key.name, _shaped(key), key.dtype, sized(key.n_bytes)) if d == 0 else ("",) * 4
             place = "pixels" if key.image else str(d) if len(key.least) > 1 else ""
             figures = [f"{values[d]:.4g}" for values in (key.least, key.most, key.mean, key.step)]
             table.add_row(*about, place, *figures)
@@ -168,13 +170,6 @@ def _overall(key: Key) -> Sequence[str]:
     rest = slice(_DIMENSIONS, None)
     values = key.least[rest].min(), key.most[rest].max(), key.mean[rest].mean(), np.median(key.step[rest])
     return [f"{value:.4g}" for value in values]
-
-
-def _sized(n_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.1f} {unit}"
-    return f"{n_bytes} B"
 
 
 def plot(found: Inspection, path: Path) -> None:

@@ -20,37 +20,62 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from action_diffusion.datasets.checks import (
-    check_finite,
-    check_image_range,
-    check_image_shape,
-    images_to_uint8,
-)
+from action_diffusion.datasets.checks import check_finite, images_to_uint8
 from action_diffusion.datasets.files import atomic_path, cache_folder, locked, require_space
+from action_diffusion.datasets.pictures import Picture, picture
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.store import Column, blocks
 from action_diffusion.errors import InputError
 
-_CACHE_VERSION = "1"
+_CACHE_VERSION = "2"
 
 
 class ObsKey(NamedTuple):
-    """An observation: the buffer key `source`, and which of its columns (axis 1; None for all)."""
+    """An observation, or an action: the buffer key `source`, and which of its columns (axis 1; None for all)."""
 
     source: str
     columns: tuple[int, ...] | None
-    kind: Literal["state", "image"]
+    kind: Literal["state", "image", "action"]
+
+
+def seen_picture(buffer: ReplayBuffer, key: str) -> Picture:
+    """The picture that a policy sees in a column. Raises `InputError` where there is none."""
+    column = buffer[key]
+    found = picture(column.shape, column.dtype)
+    if found is not None and found.seen:
+        return found
+    hint = ""
+    if found is not None and found.kind == "depth":
+        hint = f"; one channel of {column.dtype} looks like depth, which is not learnt from"
+    raise InputError(
+        f"{buffer.name}: data/{key} has shape {list(column.shape)}, images must be [N, H, W, 3], 0 to 255 (grey ones "
+        f"[N, H, W] of uint8){hint}"
+    )
+
+
+def from_zero_to_one(column: Column) -> bool:
+    """Whether a picture of floats is from 0 to 1, and not to 255. Reads on until it is sure."""
+    if column.dtype.kind != "f":
+        return False
+    highest = 0.0
+    for _, rows in blocks(column):
+        if rows.min(initial=0) < 0 or rows.max(initial=0) > 1:
+            return False
+        highest = max(highest, float(rows.max(initial=0)))
+    return highest > 0
 
 
 def array_shape(buffer: ReplayBuffer, wanted: ObsKey) -> tuple[int, ...]:
-    """Shape [N, ...] of what `load` makes. Raises `InputError` where source and columns do not fit."""
+    """Shape [N, ...] of what `load` makes; of an action [N, A]. Raises `InputError` where source and columns do not
+    fit."""
     shape = buffer[wanted.source].shape
     if wanted.kind == "image":
-        check_image_shape(shape, wanted.source, buffer.name)
-        return shape
+        return (shape[0], *seen_picture(buffer, wanted.source).size, 3)
     if len(shape) == 1:
         shape = (*shape, 1)
+    if wanted.kind == "action":
+        return (shape[0], math.prod(shape[1:]))
     if wanted.columns is None:
         return shape
     bad = [column for column in wanted.columns if not 0 <= column < shape[1]]
@@ -68,8 +93,9 @@ def load(buffer: ReplayBuffer, wanted: ObsKey) -> np.ndarray:
     """The array in memory; a column that is one already is used as it is, not copied."""
     column = buffer[wanted.source]
     dtype = np.uint8 if wanted.kind == "image" else np.float32
-    if isinstance(column, np.ndarray) and column.dtype == dtype and wanted.columns is None and column.ndim > 1:
-        if wanted.kind == "state":
+    ready = wanted.columns is None and column.shape == array_shape(buffer, wanted)
+    if isinstance(column, np.ndarray) and column.dtype == dtype and ready:
+        if wanted.kind != "image":
             check_finite(column, wanted.source, buffer.name)
         return np.ascontiguousarray(column)  # no copy, unless it is a view; crops need whole rows
     array = np.empty(array_shape(buffer, wanted), dtype)
@@ -154,7 +180,7 @@ def _converted(buffer: ReplayBuffer, wanted: ObsKey) -> Iterator[np.ndarray]:
     key, where, column = wanted.source, buffer.name, buffer[wanted.source]
     shape = array_shape(buffer, wanted)
     if wanted.kind == "image":
-        yield from _converted_images(column, key, where)
+        yield from _converted_images(column, seen_picture(buffer, key), key, where)
         return
     for first, rows in blocks(column):
         picked = rows if wanted.columns is None else rows.reshape(len(rows), *rows.shape[1:] or (1,))[:, wanted.columns]
@@ -164,14 +190,13 @@ def _converted(buffer: ReplayBuffer, wanted: ObsKey) -> Iterator[np.ndarray]:
         yield values
 
 
-def _converted_images(column: Column, key: str, where: str) -> Iterator[np.ndarray]:
-    highest = 0
+def _converted_images(column: Column, found: Picture, key: str, where: str) -> Iterator[np.ndarray]:
+    scaled = from_zero_to_one(column)
     for first, rows in blocks(column):
-        images = images_to_uint8(rows, key, where, first)
-        if column.dtype.kind == "f":
-            highest = max(highest, int(images.max(initial=0)))
-        yield images
-    check_image_range(highest, column.dtype, key, where)
+        if scaled:
+            check_finite(rows, key, where, first)
+            rows = np.rint(rows * np.float32(255))
+        yield images_to_uint8(found.pixels(rows), key, where, first)
 
 
 def _state_of(path: Path) -> tuple[int, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Mode = Literal["device", "memory", "disk"]
 
@@ -16,6 +17,8 @@ _DEVICE_SHARE = 0.5  # activations need more of a GPU than of the host
 
 def choose_mode(n_bytes: int, device: torch.device, memory_gb: float | None = None) -> Mode:
     """The fastest place that holds `n_bytes`. `memory_gb` (10^9 bytes) replaces what is measured as free."""
+    import torch  # here, because the commands that look at data do without
+
     if device.type == "cuda" and n_bytes <= _limit(memory_gb, _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]):
         return "device"
     return "memory" if n_bytes <= memory_limit(memory_gb) else "disk"
@@ -44,3 +47,11 @@ def free_memory() -> int:
         return min(free, int(limit) - int(used))
     except (OSError, ValueError):  # no container, or no limit ("max")
         return free
+
+
+def sized(n_bytes: float) -> str:
+    """1.5 GB"""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:,.1f} {unit}"
+    return f"{n_bytes:.0f} B"

@@ -73,20 +73,36 @@ class Changed:
         return found
 
 
-def check_same_keys(buffers: Sequence[ReplayBuffer]) -> None:
-    """Raises `InputError` unless all have the same keys, with rows of the same shape and type."""
+def check_alike(buffers: Sequence[ReplayBuffer]) -> None:
+    """Raises `InputError` unless all have the same keys, with rows of the same shape and type, and neither say other
+    rates nor other units of a key."""
     first = buffers[0]
     for other in buffers[1:]:
+        if None not in (first.rate, other.rate) and first.rate != other.rate:
+            raise InputError(
+                f"{other.name} has {other.rate:g} steps a second, {first.name} has {first.rate:g}: what is merged must "
+                "have one rate"
+            )
+        ours, theirs = _units(first), _units(other)
+        for key in ours.keys() & theirs.keys():
+            if ours[key] != theirs[key]:
+                raise InputError(f"{other.name}: {key} is in {theirs[key]!r}, {first.name} has it in {ours[key]!r}")
         missing = sorted(set(first.keys) ^ set(other.keys))
         if missing:
             raise InputError(f"{other.name} and {first.name} do not have the same keys: {', '.join(missing)}")
         for key in first.keys:
-            ours, theirs = first[key], other[key]
-            if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
+            one, two = first[key], other[key]
+            if one.shape[1:] != two.shape[1:] or one.dtype != two.dtype:
                 raise InputError(
-                    f"{other.name}: {key} has rows {list(theirs.shape[1:])} of {theirs.dtype}, "
-                    f"{first.name} has {list(ours.shape[1:])} of {ours.dtype}"
+                    f"{other.name}: {key} has rows {list(two.shape[1:])} of {two.dtype}, "
+                    f"{first.name} has {list(one.shape[1:])} of {one.dtype}"
                 )
+
+
+def _units(buffer: ReplayBuffer) -> Mapping[str, Any]:
+    """By key; a list is of the actions."""
+    units = buffer.attrs.get("units") or {}
+    return units if isinstance(units, Mapping) else {"action": units}
 
 
 def write_pieces(

@@ -10,6 +10,7 @@ earlier episodes readable. What it left behind is cut off by the next append.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,14 +20,26 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
-from action_diffusion.datasets.checks import check_dtype, check_episode_ends, check_finite, check_lengths
+from action_diffusion.datasets.checks import check_dtype, check_episode_ends, check_finite, check_key, check_lengths
 from action_diffusion.datasets.files import atomic_path, sync, writer_lock, writing
-from action_diffusion.datasets.jpegxl import register_jpegxl
-from action_diffusion.datasets.store import Column, ZarrColumn, array_at, create_array, open_zarr, reading, write_zarr
+from action_diffusion.datasets.store import (
+    Column,
+    ZarrColumn,
+    ZarrFile,
+    array_at,
+    create_array,
+    open_zarr,
+    reading,
+    write_zarr,
+)
 from action_diffusion.datasets.tasks import TASK, with_task
 from action_diffusion.errors import InputError
 
 APPENDING = "appending"  # attribute of meta/ while there may be rows that episode_ends does not count yet
+ASSUMED_RATE = 10.0
+"""Rows a second (Hz) of a buffer that does not say it."""
+ENDS = "meta/episode_ends"
+DATA = "data/"
 VIDEOS = "videos"  # attribute of a buffer with columns that are videos: key → {"shape": [H, W, 3], "rate": Hz}
 
 
@@ -34,7 +47,8 @@ class ReplayBuffer:
     """Columns of equal length with the rows at which episodes end.
 
     Made by `open`, `create` or `from_arrays`. `buffer[key]` has `shape` and `dtype`, and gives numpy arrays
-    when indexed by rows, in the type they are stored in. `path` is None for a buffer in memory.
+    when indexed by rows, in the type they are stored in. `path` is None for a buffer in memory. `left_out`: what lies
+    beside the columns in data/ and is none, with the reason.
     """
 
     def __init__(
@@ -44,48 +58,44 @@ class ReplayBuffer:
         episode_ends: np.ndarray,
         attrs: Mapping[str, Any],
         path: Path | None,
+        left_out: Mapping[str, str] | None = None,
     ) -> None:
+        for key in columns:
+            check_key(key, str(path or "a buffer in memory"))
         self._columns = dict(columns)
         self.episode_ends = episode_ends
         self.attrs = dict(attrs)
         self.path = path
+        self.left_out = dict(left_out or {})
 
     @classmethod
     def open(cls, path: str | Path) -> ReplayBuffer:
         """The buffer at `path`: Zarr v2 or v3 (UMI's too), a folder or a zip. Nothing is read but its description.
 
-        Raises `InputError` for a path that is missing or damaged, arrays of unequal length, types other
-        than numbers, and `episode_ends` that do not increase up to the last row.
+        Arrays in groups of data/ have the groups' names before theirs: data/obs/state is the column `obs.state`. Words,
+        single values, and one value an episode are `left_out`.
+
+        Raises `InputError` for a path that is missing or damaged, what `open_zarr` refuses, arrays of unequal length,
+        and `episode_ends` that do not increase up to the last row.
         """
         path = Path(path).expanduser()
-        register_jpegxl()
-        group, exists = open_zarr(path)
+        file = open_zarr(path)
         where = str(path)
-        with reading(f"{where}: meta/episode_ends"):
-            ends = np.asarray(array_at(group, "meta/episode_ends", where)[:])
-            interrupted = APPENDING in group["meta"].attrs
-            if interrupted:  # it may have grown without its new value being written
-                ends = np.trim_zeros(ends, "b")
-            ends = check_episode_ends(ends, where)
-        with reading(where):
-            data = group.get("data")
-            keys = sorted(data.keys()) if isinstance(data, zarr.Group) else []
-            arrays = {key: array_at(group, f"data/{key}", where) for key in keys}
-            attrs: dict[str, Any] = dict(group.attrs)
-        for key, array in arrays.items():
-            check_dtype(array.dtype, key, where)
+        ends, interrupted = _episode_ends(file)
+        columns_at, left_out = _columns_at(file, ends)
+        file.check(columns_at.values())
         n_rows = int(ends[-1])
-        lengths = {key: array.shape[0] for key, array in arrays.items()}
-        check_lengths(lengths, n_rows, where, allow_longer=interrupted)
-        columns: dict[str, Column] = {
-            key: ZarrColumn(array, n_rows=n_rows, exists=exists, where=f"{where}: data/{key}")
-            for key, array in arrays.items()
-        }
+        with reading(where):
+            attrs: dict[str, Any] = dict(file.group.attrs)
+        lengths = {key: file.infos[place].shape[0] for key, place in columns_at.items()}
+        if lengths or VIDEOS not in attrs:
+            check_lengths(lengths, n_rows, where, allow_longer=interrupted)
+        columns: dict[str, Column] = {key: file.column(place, n_rows) for key, place in columns_at.items()}
         if VIDEOS in attrs:
             from action_diffusion.datasets.video_column import video_columns  # which needs PyAV
 
             columns |= video_columns(path, attrs.pop(VIDEOS), ends)
-        return cls(columns=columns, episode_ends=ends, attrs=attrs, path=path)
+        return cls(columns=columns, episode_ends=ends, attrs=attrs, path=path, left_out=left_out)
 
     @classmethod
     def create(cls, path: str | Path, *, attrs: Mapping[str, Any] | None = None) -> ReplayBuffer:
@@ -124,6 +134,17 @@ class ReplayBuffer:
     def n_steps(self) -> int:
         return int(self.episode_ends[-1]) if self.n_episodes else 0
 
+    @property
+    def rate(self) -> float | None:
+        """Rows a second (Hz), as the attributes say it; None where they do not. `InputError` for what is no rate."""
+        for name in ("control_rate", "fps"):
+            said = self.attrs.get(name)
+            if said is not None:
+                if isinstance(said, bool) or not isinstance(said, int | float) or not 0 < said < math.inf:
+                    raise InputError(f"{self.name}: attribute {name} is {said!r}, expected a number of Hz above 0")
+                return float(said)
+        return None
+
     def __contains__(self, key: str) -> bool:
         return key in self._columns
 
@@ -145,6 +166,7 @@ class ReplayBuffer:
             episode_ends=self.episode_ends,
             attrs=self.attrs,
             path=self.path,
+            left_out=self.left_out,
         )
 
     def episode(self, index: int) -> dict[str, np.ndarray]:
@@ -166,6 +188,7 @@ class ReplayBuffer:
         task: what was to be done, in words; episodes before the first one with words have none (`datasets.tasks`).
         On disk an episode is either there as a whole or not at all, whenever the process is killed.
         """
+        self._refuse_to_lose()
         episode, attrs = with_task(self, episode, task)
         old = self._columns
         if old and task is not None and TASK not in old:
@@ -186,6 +209,13 @@ class ReplayBuffer:
             self._columns = ReplayBuffer.open(self.path)._columns
         self.episode_ends, self.attrs = ends, attrs
 
+    def _refuse_to_lose(self) -> None:
+        if self.left_out and self.path is not None:
+            raise InputError(
+                f"{self.name} also holds {', '.join(self.left_out)}, which would not stay in step: save() a copy, "
+                "which has only numbers, and change that"
+            )
+
     def _checked(self, episode: Mapping[str, np.ndarray], columns: Mapping[str, Column]) -> dict[str, np.ndarray]:
         """The episode's rows in the order of the buffer's columns, which they must fit."""
         rows = {key: np.asarray(values) for key, values in episode.items()}
@@ -196,6 +226,7 @@ class ReplayBuffer:
                 f"expected {', '.join(sorted(columns)) or 'at least one'}"
             )
         for key, values in rows.items():
+            check_key(key, where)
             check_dtype(values.dtype, key, where)
             check_finite(values, key, where)
             if columns:
@@ -228,7 +259,7 @@ class ReplayBuffer:
             if TASK in rows and TASK not in self._columns:  # rows until now have the first words
                 create_array(group.require_group("data"), TASK, (self.n_steps,), np.dtype(np.int64))[:] = 0
             for key, values in rows.items():
-                array = array_at(group, f"data/{key}", str(path))
+                array = array_at(group, self._place(key), str(path))
                 array.resize((self.n_steps, *array.shape[1:]))  # cuts off what an interrupted append left
                 array.resize((int(ends[-1]), *array.shape[1:]))
                 array[self.n_steps :] = values
@@ -239,11 +270,17 @@ class ReplayBuffer:
             sync(path / "meta")
             del meta.attrs[APPENDING]
 
+    def _place(self, key: str) -> str:
+        column = self._columns[key]
+        assert isinstance(column, ZarrColumn)
+        return column.place
+
     def drop(self, indices: Sequence[int] | np.ndarray) -> None:
         """Remove episodes. On disk the file is written anew and takes the old one's place.
 
         Raises `InputError` for an index that does not exist, and where no episode would be left.
         """
+        self._refuse_to_lose()
         dropped = np.unique(np.asarray(indices, np.int64))
         if ((dropped < 0) | (dropped >= self.n_episodes)).any():
             raise InputError(f"{self.name}: cannot drop {dropped.tolist()}, there are {self.n_episodes} episodes")
@@ -269,6 +306,40 @@ class ReplayBuffer:
             raise InputError(f"{self.name} holds no episodes: nothing to save")
         with atomic_path(Path(path).expanduser()) as temporary:
             write_zarr(temporary, self._columns, self.episode_ends, self.attrs)
+
+
+def _episode_ends(file: ZarrFile) -> tuple[np.ndarray, bool]:
+    """int64 [E], and whether an append was interrupted."""
+    file.check([ENDS])
+    with reading(f"{file.path}: {ENDS}"):
+        ends = np.asarray(array_at(file.group, ENDS, str(file.path))[:])
+        interrupted = APPENDING in file.group["meta"].attrs
+    if interrupted:  # it may have grown without its new value being written
+        ends = np.trim_zeros(ends, "b")
+    return check_episode_ends(ends, str(file.path)), interrupted
+
+
+def _columns_at(file: ZarrFile, ends: np.ndarray) -> tuple[dict[str, str], dict[str, str]]:
+    """Key → place of the arrays that are columns, and key → reason for the others in data/."""
+    columns: dict[str, str] = {}
+    left_out = {}
+    for place, info in file.infos.items():
+        if not place.startswith(DATA):
+            continue
+        key = place.removeprefix(DATA).replace("/", ".")
+        if key in columns or key in left_out:
+            raise InputError(f"{file.path}: two arrays in data/ have the key {key}: rename one of them")
+        if info.dtype is None:
+            left_out[key] = f"it holds {info.values}, and only numbers can be used"
+        elif not info.shape:
+            left_out[key] = "it is a single value"
+        elif 0 in info.shape[1:]:
+            left_out[key] = f"it has no values, its shape is {list(info.shape)}"
+        elif info.shape[0] == len(ends) != ends[-1]:
+            left_out[key] = "it has one row an episode, and not one a step"
+        else:
+            columns[key] = place
+    return columns, left_out
 
 
 class _Rows:

@@ -10,20 +10,34 @@ v3, zstd with a checksum, in chunks of about a megabyte (some frames, or many lo
 from __future__ import annotations
 
 import math
+import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore, ZipStore
 
+from action_diffusion.datasets.decoding import register_codecs
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.rows import Rows
+from action_diffusion.datasets.zarr_metadata import (
+    COMPLETE,
+    ArrayInfo,
+    Listing,
+    array_infos,
+    check_plan,
+    list_folder,
+    list_zip,
+    open_zip,
+)
 from action_diffusion.errors import InputError
 
 CHUNK_BYTES = 1 << 20
@@ -32,6 +46,7 @@ _DECODERS = 2
 """Threads that decode chunks. Zarr's default is many more, and the memory that each has freed stays with it."""
 if zarr.config.get("threading.max_workers") is None:
     zarr.config.set({"threading.max_workers": _DECODERS})
+_REASON = 300  # characters of what others say of an error
 _MARKERS = ("meta/episode_ends/zarr.json", "meta/episode_ends/.zarray")
 
 
@@ -53,18 +68,23 @@ def reading(what: str) -> Iterator[None]:
     except (InputError, MemoryError, IndexError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
         raise InputError(f"{what} cannot be read, the file is damaged or unsupported: {reason}") from error
 
 
 class ZarrColumn(Rows):
-    """The first `n_rows` rows of a Zarr array; reading errors are `InputError`s that name file and key."""
+    """The first `n_rows` rows of a Zarr array; reading errors are `InputError`s that name file and key.
 
-    def __init__(self, array: zarr.Array, *, n_rows: int, exists: Callable[[str], bool], where: str) -> None:
-        self.array, self.where = array, where
+    info: the array's metadata. place: in its group. exists: whether a key is in the store.
+    """
+
+    def __init__(
+        self, array: zarr.Array, info: ArrayInfo, *, place: str, n_rows: int, exists: Callable[[str], bool], where: str
+    ) -> None:
+        self.array, self.place, self.where = array, place, where
         self.shape = (n_rows, *array.shape[1:])
         self.dtype = np.dtype(array.dtype)
-        self._exists = exists
+        self._info, self._exists = info, exists
         self._complete = False
 
     @property
@@ -81,19 +101,23 @@ class ZarrColumn(Rows):
                 return np.asarray(self.array[int(rows)])
             return np.asarray(self.array.oindex[rows])
 
-    def _check_complete(self) -> None:
-        # Zarr reads a chunk that is not there as zeros, so a lost part of a copy would train unnoticed. Only
-        # a single value a row is plausibly zero for a whole chunk (a reward, a flag), and left out for that.
-        if self._complete or math.prod(self.shape[1:]) == 1:
-            return
-        sizes = self.array.shards or self.array.chunks
+    def absent(self) -> tuple[list[str], int]:
+        """Places of the chunks that the store does not have, and how many there are with them."""
+        sizes = self._info.chunks
         grid = [range(math.ceil(length / size)) for length, size in zip(self.shape, sizes, strict=True)]
-        keys = [f"{self.array.path}/{self.array.metadata.encode_chunk_key(chunk)}" for chunk in product(*grid)]
-        missing = [key for key in keys if not self._exists(key)]
+        keys = (f"{self.array.path}/{self.array.metadata.encode_chunk_key(chunk)}" for chunk in product(*grid))
+        return [key for key in keys if not self._exists(key)], math.prod(map(len, grid))
+
+    def _check_complete(self) -> None:
+        # A chunk that is not there holds the fill value, as the format says, unless whoever wrote the array says that
+        # there are none of these: what we write does, so that a part of a copy does not train unnoticed.
+        if self._complete or not (self._info.complete or self._info.fill_value is None):
+            return
+        missing, n_chunks = self.absent()
         if missing:
             raise InputError(
-                f"{self.where} lacks {len(missing)} of {len(keys)} chunks, the first is {missing[0]}: copy "
-                "the file again (or, if those rows are all zero, write it with write_empty_chunks=True)"
+                f"{self.where} lacks {len(missing)} of {n_chunks} chunks, the first is {missing[0]}, and its "
+                "description does not allow for that: copy the file again"
             )
         self._complete = True
 
@@ -118,44 +142,77 @@ def array_at(group: zarr.Group, name: str, where: str) -> zarr.Array:
     return array
 
 
-def open_zarr(path: Path) -> tuple[zarr.Group, Callable[[str], bool]]:
-    """The group that holds data/ and meta/, and whether a key exists in its store.
+@dataclass(frozen=True)
+class ZarrFile:
+    """A store with a replay buffer, checked by `zarr_metadata` and not read yet.
 
-    Raises `InputError` for a path that is missing, no Zarr, damaged, or holds no replay buffer.
+    group: holds data/ and meta/. infos: place in the group → array. places: of all metadata in the group. exists:
+    whether a key is in the store.
+    """
+
+    path: Path
+    group: zarr.Group
+    infos: dict[str, ArrayInfo]
+    places: list[str]
+    exists: Callable[[str], bool]
+    listing: Listing
+
+    def check(self, places: Iterable[str]) -> None:
+        """Raises `InputError` where the arrays at `places` cannot be read all together."""
+        check_plan({place: self.infos[place] for place in places}, self.listing, self.path)
+
+    def column(self, place: str, n_rows: int) -> ZarrColumn:
+        where = f"{self.path}: {place}"
+        with reading(where):
+            array = array_at(self.group, place, str(self.path))
+        return ZarrColumn(array, self.infos[place], place=place, n_rows=n_rows, exists=self.exists, where=where)
+
+
+def open_zarr(path: Path) -> ZarrFile:
+    """Raises `InputError` for a path that is missing, no Zarr, damaged, or holds no replay buffer, for links and pipes
+    in it, for codecs that are not known to be harmless, and for sizes beyond the limits of `zarr_metadata`.
     """
     if not path.exists():
         previous = path.with_name(f"{path.name}.previous")
         hint = f"; an interrupted replacement left {previous}: rename it back" if previous.exists() else ""
         raise InputError(f"{path}: no such file or folder{hint}")
-    store, names = _folder(path) if path.is_dir() else _zip(path)
-    roots = sorted({name.removesuffix(marker) for name in names for marker in _MARKERS if name.endswith(marker)})
+    register_codecs()
+    store, listing, exists = _folder(path) if path.is_dir() else _zip(path)
+    roots = {place.removesuffix(marker) for place in listing.places for marker in _MARKERS if place.endswith(marker)}
     if len(roots) != 1:
-        found = f"more than one ({', '.join(roots)})" if roots else "none"
+        found = f"more than one ({', '.join(sorted(roots)[:4])})" if roots else "none"
         raise InputError(f"{path}: a replay buffer holds one meta/episode_ends array, found {found}")
+    root = roots.pop()
+    places = [place for place in listing.places if place.startswith(root)]
+    infos = {place.removeprefix(root): info for place, info in array_infos(listing, places, path).items()}
     with reading(str(path)):
-        group = zarr.open_group(store, path=roots[0].strip("/"), mode="r", use_consolidated=False)
-    if path.is_dir():
-        return group, lambda key: (path / key).exists()
-    return group, frozenset(names).__contains__
+        group = zarr.open_group(store, path=root.strip("/"), mode="r", use_consolidated=False)
+    return ZarrFile(path, group, infos, [place.removeprefix(root) for place in places], exists, listing)
 
 
-def _folder(path: Path) -> tuple[LocalStore, list[str]]:
-    depths = ("", "*/", "*/*/")
-    found = (file for depth in depths for marker in _MARKERS for file in path.glob(depth + marker))
-    return LocalStore(path, read_only=True), [file.relative_to(path).as_posix() for file in found]
+def _folder(path: Path) -> tuple[Store, Listing, Callable[[str], bool]]:
+    return LocalStore(path, read_only=True), list_folder(path), lambda key: (path / key).exists()
 
 
-def _zip(path: Path) -> tuple[ZipStore, list[str]]:
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
+def _zip(path: Path) -> tuple[Store, Listing, Callable[[str], bool]]:
+    is_zip = False
+    if path.is_file():  # not a pipe, which nobody may write to
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
     if not is_zip:
         raise InputError(f"{path}: neither a Zarr folder nor a zip of one")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path}: damaged or incomplete zip ({error}): copy or download it again") from error
-    return ZipStore(path, mode="r"), names
+    archive = open_zip(path)
+    return _OpenedZip(path, archive), list_zip(archive, path), frozenset(archive.namelist()).__contains__
+
+
+class _OpenedZip(ZipStore):
+    """Does not read the zip's directory once more, which takes seconds for some hundred thousand entries."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        super().__init__(path, mode="r")
+        self._lock = threading.RLock()
+        self._zf = archive
+        self._is_open = True
 
 
 def write_zarr(path: Path, columns: Mapping[str, Column], episode_ends: np.ndarray, attrs: Mapping[str, Any]) -> None:
@@ -188,5 +245,6 @@ def create_array(
         dtype=dtype,
         chunks=(rows, *shape[1:]),
         compressors=ZstdCodec(level=3, checksum=True),
+        attributes={COMPLETE: True},
         config={"write_empty_chunks": True},  # so that a missing chunk is a lost one
     )

@@ -13,10 +13,20 @@ from torch import Tensor, nn
 
 from action_diffusion.errors import InputError
 
+_PARTS = nn.ModuleDict()
+
 
 def take(x: Tensor, indices: Sequence[int]) -> Tensor:
     """x[..., indices], where a list as an index would be copied to the device in every call, and wait for a GPU."""
     return torch.stack([x[..., index] for index in indices], dim=-1) if indices else x[..., :0]
+
+
+def module_name(key: str) -> str:
+    """A key as torch takes it for the name of a part: the key itself, unless it has dots or means something to torch.
+
+    Different keys have different names.
+    """
+    return key.replace("%", "%25").replace(".", "%2E") + "%" * hasattr(_PARTS, key)
 
 
 class SinCos(nn.Module):

@@ -12,13 +12,14 @@ network says: an arm must not move a joint that no demonstration moved.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.features import module_name
 
 KINDS = ("minmax", "gaussian", "identity")
 CONSTANT = 1e-6
@@ -69,8 +70,8 @@ class Normalizer(nn.Module):
                 tensor = torch.tensor(value[name], dtype=torch.float32)
                 if not bool(torch.isfinite(tensor).all()) or (name == "scale" and bool((tensor == 0).any())):
                     raise InputError(f"normaliser statistics of {key!r}: {name} must be finite and not zero")
-                self.register_buffer(f"{key}__{name}", tensor, persistent=False)
-            self.register_buffer(f"{key}__varies", _varies(value), persistent=False)
+                self.register_buffer(_buffer(key, name), tensor, persistent=False)
+            self.register_buffer(_buffer(key, "varies"), _varies(value), persistent=False)
 
     def normalize(self, key: str, value: Tensor) -> Tensor:
         """[…, D] in the data's units → […, D] normalised."""
@@ -97,7 +98,12 @@ class Normalizer(nn.Module):
     def _get(self, key: str, name: str) -> Tensor:
         if key not in self.statistics:
             raise unknown("normalised key", key, self.statistics)
-        return getattr(self, f"{key}__{name}")
+        return cast(Tensor, getattr(self, _buffer(key, name)))
+
+
+def _buffer(key: str, name: str) -> str:
+    """The name of a buffer of the module, which cannot have dots: one for each key."""
+    return f"{module_name(key)}__{name}"
 
 
 def _constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:

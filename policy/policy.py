@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.estimator import PlanarPose
+from action_diffusion.policy.features import module_name
 from action_diffusion.policy.frames import ActionFrame
 from action_diffusion.policy.normalizer import Normalizer
 from action_diffusion.policy.process import Process, Step
@@ -111,7 +112,7 @@ class DiffusionPolicy(nn.Module):
                 f"{spec.horizon} steps {spec.n_obs_steps - 1} are past, and one at least is to be learnt"
             )
         self.spec = spec
-        self.features = nn.ModuleDict(features)
+        self.features = nn.ModuleDict({module_name(key): feature for key, feature in features.items()})
         self.action_frame = action_frame
         self.estimator = estimator
         self.normalizer = normalizer
@@ -149,8 +150,8 @@ class DiffusionPolicy(nn.Module):
     def _ready(self, key: str, value: Tensor) -> Tensor:
         """A state [B, To, …] as the encoder takes it."""
         value = value.float().flatten(2)
-        if key in self.features:
-            value = self.features[key](value)
+        if module_name(key) in self.features:
+            value = self.features[module_name(key)](value)
         return self.normalizer.normalize(key, value)
 
     def normalize_action(self, action: Tensor, obs: Mapping[str, Tensor]) -> Tensor:

@@ -86,7 +86,8 @@ class PolicySpec:
 
     control_rate: Hz, at which actions are meant to be executed. normalizer: key → statistics (`normalizer.fit`).
     demonstrations: who gave them, in words ("scripted expert"), where their buffer says so. estimates: states that are
-    recorded and not observed, which the policy learns to tell.
+    recorded and not observed, which the policy learns to tell. buffer_columns: what became of each column that the
+    demonstrations have, in words.
     """
 
     observations: Annotated[dict[str, ObservationSpec], Sized(1, 256)]
@@ -101,6 +102,7 @@ class PolicySpec:
     estimates: dict[str, ObservationSpec] = field(default_factory=dict)
     normalizer: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    buffer_columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_steps(self.n_obs_steps, self.horizon, self.n_action_steps)

@@ -44,7 +44,7 @@ def test_planted_faults_are_found_and_nothing_else(buffer: ReplayBuffer) -> None
     assert result.share >= 0.95
 
 
-KINDS_PLANTED = [kind for kind in KINDS if kind != "timing"]
+KINDS_PLANTED = [kind for kind in KINDS if kind not in ("timing", "leak")]
 
 
 def test_in_the_human_pusht_file_too() -> None:
@@ -107,6 +107,61 @@ def test_times_that_have_gaps_and_jitter(buffer: ReplayBuffer) -> None:
     assert gap.how_bad == "3.0 periods after the row before: about 2 rows are missing"
     assert {(finding.kind, finding.first) for finding in findings} >= {("timing", 2000), ("timing", jittery.start)}
     assert {finding.kind for finding in findings} == {"timing"}
+
+
+def last_actions(buffer: ReplayBuffer) -> np.ndarray:
+    """[N, A]: the action of the row before, in an episode's first row its own."""
+    actions = np.asarray(buffer["action"][:])
+    before = np.concatenate([actions[:1], actions[:-1]])
+    firsts = np.concatenate([[0], buffer.episode_ends[:-1]])
+    before[firsts] = actions[firsts]
+    return before
+
+
+@pytest.mark.parametrize(
+    ("column", "dimensions"),
+    [
+        (lambda actions: actions, (0, 1)),
+        (lambda actions: np.degrees(actions).astype(np.float32) + 3, (0, 1)),
+        (lambda actions: actions[:, 1], (1,)),
+        (lambda actions: actions @ np.array([[1.0, 2, 3], [4, 5, 6]]), (0, 1)),
+        (lambda actions: np.concatenate([np.roll(actions, 1, axis=0), actions], axis=1), (0, 1)),
+    ],
+)
+def test_columns_that_tell_the_action_of_their_own_row(buffer: ReplayBuffer, column: object, dimensions: tuple) -> None:
+    rows = arrays(buffer)
+    rows["told"] = column(rows["action"])  # type: ignore[operator]
+    found = only(examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends), ("leak",)))
+    assert (found.kind, found.key, found.episode, found.dimensions) == ("leak", "told", None, dimensions)
+
+
+@pytest.mark.parametrize(
+    ("smooth", "seen"),
+    [
+        *((False, seen) for seen in ("as it is", "in degrees", "on the way", "with noise")),
+        *((True, seen) for seen in ("as it is", "in degrees", "with noise")),  # on the way it tells the action indeed
+    ],
+)
+def test_states_that_follow_the_action_tell_nothing(buffer: ReplayBuffer, smooth: bool, seen: str) -> None:
+    rows = arrays(buffer)
+    n = buffer.n_steps
+    if smooth:  # what is linear in its own past, so that the action before tells all
+        rows["action"] = np.stack([np.sin(np.arange(n) / 90), np.cos(np.arange(n) / 90)], axis=1)
+    before = last_actions(ReplayBuffer.from_arrays(rows, buffer.episode_ends))
+    rows["follows"] = {
+        "as it is": before,
+        "in degrees": np.degrees(before),
+        "on the way": (before + np.roll(before, 1, axis=0)) / 2,
+        "with noise": before + np.random.default_rng(0).normal(0, 0.05, before.shape),
+    }[seen]
+    assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends), ("leak",)) == []
+
+
+@pytest.mark.parametrize("layout", ["colours first", "grey"])
+def test_pictures_of_other_layouts_are_cameras(buffer: ReplayBuffer, layout: str) -> None:
+    rows = arrays(buffer)
+    rows["img"] = rows["img"].transpose(0, 3, 1, 2) if layout == "colours first" else rows["img"][..., 0]
+    assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)) == []
 
 
 def test_dimensions_that_never_move_are_said_once(buffer: ReplayBuffer) -> None:

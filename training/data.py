@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,44 +12,66 @@ import numpy as np
 import torch
 
 from action_diffusion.datasets.batches import Batch, BatchSource, ObsKey, random_crop_offsets
+from action_diffusion.datasets.checks import check_key
 from action_diffusion.datasets.demos import subset as named_subset
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.loading import seen_picture
+from action_diffusion.datasets.pictures import picture
+from action_diffusion.datasets.replay_buffer import ASSUMED_RATE, ReplayBuffer
 from action_diffusion.datasets.windows import batch_indices, make_windows, split_episodes
 from action_diffusion.envs import APART
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.policy import IN_FRAME
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.training import columns
+
+_SAME_RATE = 0.005
+"""Share by which two rates may differ that mean the same, such as 29.97 and 30."""
 
 
 def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, str]) -> PolicySpec:
     """The specification of a policy for `task` and the shapes of `buffer`, without normaliser statistics.
 
-    Where the task names no observations, every camera and every other vector of the buffer is one.
+    Where the task names no observations, those of `columns.found` are seen. Where it says no control_rate, it is the
+    buffer's.
     """
     action = dict(task["action"])
     source = action.get("source") or "action"
     if source not in buffer.keys:
-        raise unknown("key of the buffer for task.action.source", source, buffer.keys, buffer.name)
-    shape = tuple(buffer[source].shape[1:])
-    if len(shape) != 1:
-        raise InputError(f"{buffer.name}: {source!r} has shape [N, {', '.join(map(str, shape))}], actions are [N, A]")
-    named = task.get("observations") or _found(buffer, source)
+        error = unknown("key of the buffer for task.action.source", source, buffer.keys, buffer.name)
+        raise InputError(f"{error}{columns.without_action(buffer)}")
+    _check_state(buffer, source, "the action")
+    named = task.get("observations") or columns.found(buffer, source)
+    if not named:
+        reasons = ", ".join(f"{key} ({columns.why_not(buffer, key)})" for key in buffer.keys if key != source)
+        raise InputError(f"{buffer.name} holds no observations beside {source!r}: {reasons or 'no other key'}")
     observations = {key: _observation(key, dict(options), buffer) for key, options in named.items()}
     estimates = {
         key: _observation(key, dict(options), buffer) for key, options in (task.get("estimates") or {}).items()
     }
+    sources = {key: spec.source for key, spec in (observations | estimates).items()}
     return PolicySpec(
         observations=observations,
-        action=ActionSpec(shape=shape, unit=action.get("unit") or "", source=source),
+        action=ActionSpec(shape=(math.prod(buffer[source].shape[1:]),), unit=action.get("unit") or "", source=source),
         n_obs_steps=task["n_obs_steps"],
         horizon=task["horizon"],
         n_action_steps=task["n_action_steps"],
-        control_rate=float(task["control_rate"]),
+        control_rate=float(task["control_rate"] or buffer.rate or ASSUMED_RATE),
         task=task["name"],
         env=_environment(task.get("env"), buffer),
         demonstrations=str(buffer.attrs.get("source", "")),
         estimates=estimates,
         versions=versions,
+        buffer_columns=columns.became(buffer, source, sources),
     )
+
+
+def learnt_from(spec: PolicySpec, buffer: ReplayBuffer) -> list[str]:
+    """Lines to print before the first step: what becomes of each column, and the rate."""
+    width = max(map(len, ("rate", *spec.buffer_columns)))
+    rate = f"{spec.control_rate:g} steps a second"
+    if buffer.rate is None:
+        rate += ", which the buffer does not say: task.control_rate=HZ"
+    return [f"{key:{width}}  {words}" for key, words in (*spec.buffer_columns.items(), ("rate", rate))]
 
 
 def _environment(env: Mapping[str, Any] | None, buffer: ReplayBuffer) -> dict[str, Any] | None:
@@ -59,37 +82,24 @@ def _environment(env: Mapping[str, Any] | None, buffer: ReplayBuffer) -> dict[st
     return recorded | dict(env)
 
 
-def _found(buffer: ReplayBuffer, action: str) -> dict[str, dict[str, Any]]:
-    skipped = {action, "reward", "rewards", "done", "dones", "timestamp", "states"}  # states: a simulator's own
-    found: dict[str, dict[str, Any]] = {}
-    for key in sorted(buffer.keys):
-        column = buffer[key]
-        if key in skipped or len(column.shape) < 2:
-            continue
-        is_image = len(column.shape) == 4 and column.shape[-1] == 3
-        found[key] = {"source": key, "kind": "image" if is_image else "state"}
-    if not found:
-        raise InputError(f"{buffer.name} holds no observations beside {action!r}: its keys are {sorted(buffer.keys)}")
-    return found
-
-
 def _observation(key: str, options: dict[str, Any], buffer: ReplayBuffer) -> ObservationSpec:
+    check_key(key, "task.observations")
+    if key in ("action", IN_FRAME):
+        raise InputError(f"task.observations: {key!r} is what the action is called: give the observation another name")
     source = options.get("source") or key
     if source not in buffer.keys:
         raise unknown(f"key of the buffer for observation {key!r}", source, buffer.keys, buffer.name)
-    shape = tuple(buffer[source].shape[1:])
-    kind = options.get("kind") or "state"
-    columns = options.get("columns")
+    shape = tuple(buffer[source].shape[1:]) or (1,)
+    kind = options.get("kind") or columns.kind_of(buffer[source])
+    chosen = options.get("columns")
     if kind == "image":
-        if len(shape) != 3 or shape[-1] != 3:
-            raise InputError(
-                f"{buffer.name}: {source!r} has shape [N, {', '.join(map(str, shape))}], images are [N, H, W, 3]"
-            )
+        shape = (*seen_picture(buffer, source).size, 3)
     elif kind == "state":
-        if columns is not None:
-            if len(shape) != 1 or not all(0 <= c < shape[0] for c in columns):
-                raise InputError(f"observation {key!r}: columns {columns} do not exist in {source!r} of {list(shape)}")
-            shape = (len(columns),)
+        _check_state(buffer, source, f"observation {key!r}")
+        if chosen is not None:
+            if len(shape) != 1 or not all(0 <= c < shape[0] for c in chosen):
+                raise InputError(f"observation {key!r}: columns {chosen} do not exist in {source!r} of {list(shape)}")
+            shape = (len(chosen),)
     else:
         raise unknown(f"kind of observation {key!r}", kind, ("state", "image"))
     return ObservationSpec(
@@ -98,8 +108,18 @@ def _observation(key: str, options: dict[str, Any], buffer: ReplayBuffer) -> Obs
         unit=options.get("unit") or "",
         kind=kind,
         source=source,
-        columns=None if columns is None else tuple(columns),
+        columns=None if chosen is None else tuple(chosen),
     )
+
+
+def _check_state(buffer: ReplayBuffer, source: str, what: str) -> None:
+    """Refuses pictures, whose pixels would be taken for so many states."""
+    column = buffer[source]
+    if picture(column.shape, column.dtype) is not None:
+        raise InputError(
+            f"{buffer.name}: {source!r} has shape {list(column.shape)} of {column.dtype}, a picture, and cannot be "
+            f"{what}: give kind: image, or store what it holds as [N, D]"
+        )
 
 
 @dataclass(frozen=True)
@@ -131,8 +151,14 @@ def prepare(
 ) -> TrainingData:
     """Split by episode and load what the policy needs into the fastest memory that holds it.
 
+    Raises `InputError` where the buffer has another rate than the policy.
     subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys).
     """
+    if buffer.rate is not None and not math.isclose(buffer.rate, spec.control_rate, rel_tol=_SAME_RATE):
+        raise InputError(
+            f"{buffer.name} has {buffer.rate:g} steps a second, the policy's control_rate is {spec.control_rate:g}: "
+            "leave task.control_rate out, or take demonstrations of that rate"
+        )
     chosen = np.arange(buffer.n_episodes) if subset is None else named_subset(buffer, subset)
     fraction = val_fraction if len(chosen) > 1 else 0.0
     train, held_out = (chosen[part] for part in split_episodes(len(chosen), fraction, seed))

@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from rich.console import Console
+from rich.markup import escape
 
 from action_diffusion.datasets.files import atomic_path
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
@@ -29,7 +30,7 @@ from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training import checkpoints, resuming
-from action_diffusion.training.data import StepBatches, TrainingData, describe, prepare
+from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
 from action_diffusion.training.evaluation import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.settings import TrainSettings
@@ -68,6 +69,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     if accelerator.device.type == "cpu" and winograd.library() is None:
         say("no C compiler was at hand at installation: training takes longer than it could (action-diffusion info)")
+    say("\n".join(map(escape, learnt_from(spec, buffer))))
     trainer = _trainer(config, settings, policy, data, accelerator, output_dir)
     if newest:
         trainer.resume(newest[0])

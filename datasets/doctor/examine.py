@@ -10,6 +10,7 @@ import numpy as np
 from action_diffusion.datasets.doctor import values
 from action_diffusion.datasets.doctor.copies import duplicates
 from action_diffusion.datasets.doctor.finding import KINDS, Finding, ordered
+from action_diffusion.datasets.doctor.leaks import leaks
 from action_diffusion.datasets.doctor.missing import missing_rows
 from action_diffusion.datasets.doctor.motion import jumps_and_outliers
 from action_diffusion.datasets.doctor.skew import skews
@@ -40,6 +41,7 @@ def _all(buffer: ReplayBuffer, surveyed: Survey) -> list[Finding]:
         *constant(surveyed),
         *saturated(surveyed),
         *duplicates(surveyed),
+        *leaks(surveyed),
         *idle(surveyed, rate),
         *(values.times(surveyed, time[1], time[0]) if time is not None else ()),
     ]

@@ -21,6 +21,7 @@ KINDS = {
     "saturated": "check limits and units; what lies beyond the limit is lost",
     "duplicate": "drop the copy: it would count twice, and leak into validation",
     "idle": "trim these rows: a policy learns to wait there",
+    "leak": "leave it out of the observations: on the arm nobody knows the action before it is chosen",
     "timing": "split the episode at gaps; look for what held the recording up",
 }
 """Kind → what to do. Their order is that of the report."""

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from action_diffusion.datasets.formats.columns import ChangedColumn
+from action_diffusion.datasets.pictures import Picture, picture
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.store import Column, blocks
@@ -95,7 +97,8 @@ def survey(buffer: ReplayBuffer, folder: Path) -> Survey:
     starts = np.concatenate([[0], ends[:-1]])
     first = np.zeros(buffer.n_steps, bool)
     first[starts] = True
-    images = [key for key in buffer.keys if is_image(buffer[key])]
+    pictures = {key: picture(buffer[key].shape, buffer[key].dtype) for key in buffer.keys}
+    images = [key for key in buffer.keys if is_image(buffer[key]) or pictures[key] is not None]
     with progress("reading", buffer.n_steps * (1 + len(images))) as advance:
         low = {}
         for key in buffer.keys:
@@ -104,12 +107,20 @@ def survey(buffer: ReplayBuffer, folder: Path) -> Survey:
         advance(buffer.n_steps)
         cameras = {}
         for key in images:
-            camera = _Camera(buffer[key], folder)
-            for row, frames in blocks(buffer[key]):
+            shown = pictures[key]
+            if shown is not None and shown.kind == "unknown":
+                continue
+            column = buffer[key] if shown is None or is_image(buffer[key]) else _colours_last(buffer[key], shown)
+            camera = _Camera(column, folder)
+            for row, frames in blocks(column):
                 camera.add(row, frames)
                 advance(len(frames))
             cameras[key] = camera.finish(first)
     return Survey(starts, ends, np.cumsum(first) - 1, first, low, cameras)
+
+
+def _colours_last(column: Column, shown: Picture) -> Column:
+    return ChangedColumn(column, lambda rows, _: shown.pixels(rows), row=(*shown.size, 3))
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:

@@ -9,7 +9,6 @@ can be repeated; `episode_ends` comes last. A zip is packed from the folder when
 from __future__ import annotations
 
 import functools
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +33,8 @@ from action_diffusion.datasets.formats.columns import (
 )
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal, Step
-from action_diffusion.datasets.jpegxl import lossless
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.image_codecs import lossless
+from action_diffusion.datasets.replay_buffer import ENDS, ReplayBuffer
 from action_diffusion.datasets.store import (
     CHUNK_BYTES,
     Column,
@@ -45,6 +44,7 @@ from action_diffusion.datasets.store import (
     open_zarr,
     row_bytes,
 )
+from action_diffusion.datasets.zarr_metadata import COMPLETE
 from action_diffusion.errors import InputError
 
 DTYPES = "original_dtypes"
@@ -61,18 +61,15 @@ def opened(path: Path) -> Opened:
         raise InputError(f"{buffer.name}: attribute {DTYPES} must say a type for each key, not {dtypes!r}")
     columns = {key: _restored(buffer[key], dtypes.get(key), key, buffer.name) for key in buffer.keys}
     whole = ReplayBuffer(columns=columns, episode_ends=buffer.episode_ends, attrs=attrs, path=path)
-    return Opened(whole, tuple(_others(path)))
+    return Opened(whole, (*(f"{key} ({reason})" for key, reason in buffer.left_out.items()), *_others(path)))
 
 
 def _others(path: Path) -> list[str]:
     """What lies beside the columns, such as the tables of a deployment."""
-    group, _ = open_zarr(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # videos/ is no part of Zarr's
-        found = [f"{name}/" for name, _ in group.members() if name not in ("data", "meta")]
-        meta = group["meta"]
-        inside = meta.members() if isinstance(meta, zarr.Group) else ()
-        return sorted(found + [f"meta/{name}" for name, _ in inside if name != "episode_ends"])
+    inside = [place.split("/") for place in open_zarr(path).places]
+    groups = {f"{parts[0]}/" for parts in inside if len(parts) > 1 and parts[0] not in ("data", "meta")}
+    metas = {f"meta/{parts[1]}" for parts in inside if len(parts) > 2 and parts[0] == "meta"}
+    return sorted(groups | metas - {ENDS})
 
 
 def _restored(column: Column, dtype: Any, key: str, where: str) -> Column:
@@ -147,6 +144,7 @@ def _create(folder: Path, columns: Mapping[str, Column], attrs: Mapping[str, Any
             dtype=dtype,
             chunks=(rows, *column.shape[1:]),
             compressors=lossless() if one else Zstd(level=3),
+            attributes={COMPLETE: True},
         )
 
 

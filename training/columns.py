@@ -1,0 +1,137 @@
+"""Which columns of a buffer a policy sees where its task names none, and what is said of the others.
+
+A policy must not be told the answer: another version of the command, or how far the recording is. Such columns are told
+by the words in their names, and by values that only count. Whoever means one names it in `task.observations`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from action_diffusion.datasets.loading import from_zero_to_one
+from action_diffusion.datasets.pictures import Picture, picture
+from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.store import Column, ZarrColumn
+
+_WORDS = {
+    "another version of the action": "action actions command commands commanded cmd ctrl setpoint setpoints desired",
+    "it belongs to the row after": "next future",
+    "a time": "time times timestamp timestamps stamp clock",
+    "it counts": "index indices idx id ids counter tick ticks seq",
+    "a reward": "reward rewards return returns discount",
+    "a flag": "done dones terminal terminals terminated truncated success successes failure flag flags label labels",
+    "it tells of the recording": "demo demos episode episodes",
+}
+_NAMES = {
+    "it counts": ("frame", "frames", "step", "steps", "count", "row", "rows", "i", "n", "t"),
+    "a simulator's whole state": ("states",),
+}
+"""Reason → what the whole name is."""
+_STRAIGHT = 1e-4
+"""Of its step from row to row, by which what counts may be off."""
+UMI = re.compile(r"robot\d+_(eef_pos|eef_rot_axis_angle|gripper_width)")
+
+
+def kind_of(column: Column) -> str:
+    """What a task that does not say it takes a column for: "image" or "state"."""
+    return "state" if picture(column.shape, column.dtype) is None else "image"
+
+
+def found(buffer: ReplayBuffer, action: str) -> dict[str, dict[str, Any]]:
+    """The observations of a task that names none: every camera and state that tells where things are."""
+    return {
+        key: {"source": key, "kind": kind_of(buffer[key])}
+        for key in sorted(buffer.keys)
+        if key != action and why_not(buffer, key) is None
+    }
+
+
+def why_not(buffer: ReplayBuffer, key: str) -> str | None:
+    """Why a column is no observation unless a task names it."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)]
+    for reason, bad in _WORDS.items():
+        if set(words) & set(bad.split()):
+            return reason
+    for reason, names in _NAMES.items():
+        if key.lower() in names:
+            return reason
+    column = buffer[key]
+    if words[:1] == ["is"] or column.dtype == bool:
+        return "a flag"
+    shown = picture(column.shape, column.dtype)
+    if shown is not None and not shown.seen:
+        what = "depth" if shown.kind == "depth" else "a picture of no layout that is known"
+        return f"{what}, which is not learnt from ({list(column.shape[1:])} {column.dtype})"
+    if column.shape[1:] in ((), (1,)) and _counts(np.asarray(column[:]).ravel(), buffer.episode_ends):
+        return "it only counts rows or episodes"
+    return None
+
+
+def _counts(values: np.ndarray, ends: np.ndarray) -> bool:
+    """Whether values [N] change by the same from row to row of every episode, or from episode to episode."""
+    steps = np.diff(values.astype(np.float64))
+    new = np.zeros(len(steps), bool)
+    new[ends[:-1] - 1] = True  # steps to the next episode
+    within, across = steps[~new], steps[new]
+    if len(within) < 2:
+        return False
+    if not within.any():
+        return len(across) > 1 and bool((across == 1).all())
+    step = float(np.median(within))
+    return step != 0 and bool((np.abs(within - step) <= _STRAIGHT * abs(step)).all())
+
+
+def became(buffer: ReplayBuffer, action: str, sources: Mapping[str, str]) -> dict[str, str]:
+    """What a policy makes of each column of a buffer, in words. sources: observation → its column."""
+    words = {}
+    for key in buffer.keys:
+        seen_as = [name for name, source in sources.items() if source == key]
+        if key == action:
+            words[key] = f"the action: {_vector(buffer[key])}"
+        elif seen_as:
+            alias = "" if seen_as == [key] else f" (as {', '.join(seen_as)})"
+            words[key] = f"observed{alias}: {_what(buffer[key])}"
+        else:
+            words[key] = f"left out: {why_not(buffer, key) or 'the task does not name it'}"
+        words[key] += _absent(buffer[key])
+    return words | {key: f"left out: {reason}" for key, reason in buffer.left_out.items()}
+
+
+def _what(column: Column) -> str:
+    shown = picture(column.shape, column.dtype)
+    return _vector(column) if shown is None else _camera(column, shown)
+
+
+def _vector(column: Column) -> str:
+    row = column.shape[1:] or (1,)
+    n = int(np.prod(row))
+    return f"{n} value{'s' if n > 1 else ''}" + (
+        f", {list(row)} as one vector, the last axis fastest" if len(row) > 1 else ""
+    )
+
+
+def _camera(column: Column, shown: Picture) -> str:
+    changes = [shown.change] if shown.change else []
+    if from_zero_to_one(column):
+        changes.append("floats from 0 to 1, times 255 and rounded")
+    return ", ".join([f"a camera of {shown.size[1]} × {shown.size[0]} pixels", *changes])
+
+
+def _absent(column: Column) -> str:
+    missing, n_chunks = column.absent() if isinstance(column, ZarrColumn) else ([], 0)
+    return f"; {len(missing)} of {n_chunks} chunks are not in the file, which means the fill value" if missing else ""
+
+
+def without_action(buffer: ReplayBuffer) -> str:
+    """What to do about a buffer without the action, in words; empty where there is nothing particular to say."""
+    parts = [key for key in sorted(buffer.keys) if UMI.fullmatch(key)]
+    if not parts:
+        return ""
+    return (
+        f"; these are UMI's keys, and its actions are where the hand is next: add a column action [N, A] with the next "
+        f"row's {', '.join(parts)} (docs/training.md shows how)"
+    )
