@@ -294,11 +294,11 @@ class Task:
     """`task.*`: what a policy looks at and does."""
 
     name: str
-    control_rate: Rate
     n_obs_steps: Steps
     horizon: Steps
     n_action_steps: Steps
     action: Action
+    control_rate: Rate | None = None  # the buffer's
     data: str | None = None
     env: Environment | None = None
     observations: dict[str, Observation] | None = None

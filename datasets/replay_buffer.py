@@ -271,9 +271,8 @@ class ReplayBuffer:
             del meta.attrs[APPENDING]
 
     def _place(self, key: str) -> str:
-        column = self._columns[key]
-        assert isinstance(column, ZarrColumn)
-        return column.place
+        column = self._columns.get(key)
+        return column.place if isinstance(column, ZarrColumn) else f"data/{key}"  # a new one: tasks
 
     def drop(self, indices: Sequence[int] | np.ndarray) -> None:
         """Remove episodes. On disk the file is written anew and takes the old one's place.

@@ -71,7 +71,7 @@ def specification(task: dict[str, Any]) -> PolicySpec:
         n_obs_steps=task["n_obs_steps"],
         horizon=task["horizon"],
         n_action_steps=task["n_action_steps"],
-        control_rate=task["control_rate"],
+        control_rate=task["control_rate"] or 10.0,
     )
 
 

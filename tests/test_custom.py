@@ -256,7 +256,7 @@ def test_parts_have_names_for_every_key(key: str) -> None:
         (["task.observations={cam:{source:joints,kind:image}}"], "images must be [N, H, W, 3]"),
         (["task.observations={q:{source:joints,columns:[9]}}"], "columns [9] do not exist"),
         (["task.action={source:actions}"], "did you mean action"),
-        (["task.observations={q:{source:joints,kind:vector}}"], "unknown kind of observation 'q'"),
+        (["task.observations={q:{source:joints,kind:vector}}"], "kind=vector: choose from state, image"),
     ],
 )
 def test_what_the_buffer_lacks_is_named(data, tmp_path, capsys, words, message):
