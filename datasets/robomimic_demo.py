@@ -197,9 +197,8 @@ def _why_no_column(path: str, rows: list[tuple[int, int]]) -> str | None:
     if max(counts) <= 1:
         return "one value a demo"
     same_in_all = len(counts) == 1 and (len(lengths) > 1 or 2 * max(counts) < max(lengths))
-    if same_in_all or not (any(fitting) or is_observation(path) or path == "states"):
-        return "not one row a step"
-    return None
+    by_chance = 2 * sum(fitting) <= len(fitting) and not (is_observation(path) or path == "states")
+    return "not one row a step" if same_in_all or by_chance else None
 
 
 def _allowed(path: str, length: int) -> tuple[int, ...]:

@@ -82,7 +82,6 @@ def test_every_kind_of_number_arrives(tmp_path: Path) -> None:
         random = np.random.default_rng(number)
         for kind in kinds:
             values = random.integers(0, 2, (LENGTHS[number], 2)).astype(kind)
-            demo.create_dataset(f"obs/{kind.strip('>?')}_", data=values) if kind != "?" else None
             demo.create_dataset(f"obs/kind{kinds.index(kind)}", data=values)
         demo["obs/chw"] = random.integers(0, 256, (LENGTHS[number], 3, 4, 6), dtype=np.uint8)
         demo.create_dataset(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from action_diffusion.datasets.demos import DEMO
 from action_diffusion.datasets.formats.columns import (
     Piece,
     PiecewiseColumn,
@@ -38,6 +39,8 @@ from action_diffusion.datasets.robomimic_file import Layout, describe
 from action_diffusion.datasets.store import Column, row_bytes
 from action_diffusion.errors import InputError
 
+_PLACES = PLACES | {DEMO: "demos/index"}
+"""obs/demo would be read as the number of the demo in this file."""
 _GYM = 2
 """robomimic's number for what is not robosuite's."""
 ENV_ARGS = {"env_name": "unknown", "type": _GYM, "env_kwargs": {}}
@@ -86,7 +89,7 @@ def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Setting
         raise InputError(f"{buffer.name}: robomimic's files cannot hold {odd[0]!r}")
     import h5py
 
-    columns = {PLACES.get(key, f"obs/{key}"): _stored(buffer, key) for key in buffer.keys}
+    columns = {_PLACES.get(key, f"obs/{key}"): _stored(buffer, key) for key in buffer.keys}
     total = sum(row_bytes(column) * buffer.n_steps for column in columns.values())
     firsts = np.concatenate([[0], buffer.episode_ends[:-1]]).tolist()
     with h5py.File(path, "w") as file, progress("writing the demos", total) as advance:
@@ -101,7 +104,7 @@ def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Setting
                 advance((end - first) * row_bytes(column))
         data.attrs["total"] = buffer.n_steps
         data.attrs["env_args"] = json.dumps(buffer.attrs.get("env_args", ENV_ARGS))
-        names = {key: PLACES.get(key, f"obs/{key}") for key in buffer.keys}
+        names = {key: _PLACES.get(key, f"obs/{key}") for key in buffer.keys}
         file[MARK] = json.dumps(kept(buffer, names))
 
 
