@@ -15,6 +15,16 @@ from action_diffusion.deploy.sim_world import PATIENCE, STARTS
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec
 
+T = ([[-60, 0], [60, 0], [60, 30], [-60, 30]], [[-15, 30], [15, 30], [15, 120], [-15, 120]])
+"""PushT's block in its own frame (px)."""
+
+
+def board() -> dict[str, Any]:
+    """What a page draws of PushT: size, the block's polygons, the finger's radius (px), and the goal's pose."""
+    from action_diffusion.envs.pusht import GOAL_POSE
+
+    return {"size": 512, "polygons": T, "goal": list(GOAL_POSE), "radius": 15}
+
 
 class SimulatedScene:
     """A simulator (`sim_world`) in a process of its own; see `process_robot.Scene`.
@@ -114,7 +124,7 @@ def sim_pusht(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
             scene=scene,
             derived={"keypoint": ("state", lambda state: keypoints(state[None])[0])},
         )
-        made.plane = {"camera": "image" if cameras else None, "size": [512.0, 512.0]}
+        made.plane = {"camera": "image" if cameras else None, "size": [512.0, 512.0], "board": board()}
         return made
 
     return _assembled("action_diffusion.deploy.sim", {"latency": simulated["latency"]}, put_together)
