@@ -105,6 +105,7 @@ class ProcessRobot:
         self._arm: ArmLink | None = None
         self.plane: dict[str, Any] | None = None
         try:
+            arm.check()
             names = {key: f"camera {key}" for key in cameras}
             for key, setup in cameras.items():
                 arguments: dict[str, Any] = {"driver": setup.driver, "settings": dict(setup.settings)}

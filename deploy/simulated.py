@@ -11,7 +11,7 @@ from action_diffusion.deploy.process_robot import CameraSetup, ProcessRobot
 from action_diffusion.deploy.processes import Child
 from action_diffusion.deploy.rings import RingReader, RingWriter, Segments
 from action_diffusion.deploy.robots import Feedback
-from action_diffusion.deploy.sim_world import PATIENCE, STARTS
+from action_diffusion.deploy.sim_world import MOST_LATENCY, PATIENCE, STARTS
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec
 
@@ -81,6 +81,8 @@ def _assembled(
     module: str, settings: Mapping[str, Any], put_together: Callable[[Segments, SimulatedScene], ProcessRobot]
 ) -> ProcessRobot:
     """The robot of a simulator that has started; nothing is left behind where either does not."""
+    if not 0 <= settings["latency"] <= MOST_LATENCY:
+        raise InputError(f"simulated.latency={settings['latency']} must be from 0 to {MOST_LATENCY:g} s")
     segments = Segments()
     try:
         scene = SimulatedScene(segments, module, settings)

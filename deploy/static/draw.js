@@ -108,7 +108,7 @@ export function drawPlot(canvas, index, { low, high, rate }, state) {
     [context.textAlign, context.textBaseline] = [align, baseline];
     context.fillText(text, left, top);
   };
-  label(short(high), "left", "top", 0, 0);
+  label(short(high), "left", "top", 0, 2 * scale);
   label(short(low), "left", "bottom", 0, height);
   label("now", "left", "bottom", x(now) + 3 * scale, height);
   label("+2.5 s", "right", "bottom", width, height);

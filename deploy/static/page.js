@@ -109,9 +109,10 @@ function show(next) {
   say("phase", NAMES[state.phase]);
   ["mode", "phase"].forEach((id) => { $(id).dataset.state = state[id]; });
   $("loop").hidden = state.loop;
-  const off = Object.entries(reasons()).filter(([, why]) => why);
-  ORDERS.forEach((order) => { $(order).disabled = off.some(([name]) => name === order); });
-  say("why", off.map(([name, why]) => `${$(name).textContent}: ${why}`).join(" · "));
+  const why = reasons();
+  ORDERS.forEach((order) => { $(order).disabled = Boolean(why[order]); });
+  const named = (reason) => ORDERS.filter((order) => why[order] === reason).map((order) => $(order).textContent).join(", ");
+  say("why", [...new Set(Object.values(why))].filter(Boolean).map((reason) => `${named(reason)}: ${reason}`).join(" · "));
   say("advice", state.advice ?? "");
   $("hint").hidden = state.mode !== "PERSON";
   const where = about.teleop ? `as the ${about.teleop} says` : "where you point on the picture";
