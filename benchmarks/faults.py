@@ -171,7 +171,7 @@ class Person:
         if (folder / "modes").exists():
             self._modes = RingReader(folder / "modes")
         address, how = f"ws://127.0.0.1:{port}", {"additional_headers": self._headers, "proxy": None}
-        self._live, self._stop = (connect(f"{address}{path}", **how) for path in ("/live", "/stop"))  # type: ignore[arg-type]
+        self._live, self._stop = (connect(f"{address}{path}", **how).__enter__() for path in ("/live", "/stop"))  # type: ignore[arg-type]
         for each in (self._live, self._stop):
             threading.Thread(target=_drain, args=(each,), daemon=True).start()
 

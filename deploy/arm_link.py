@@ -29,17 +29,15 @@ _PATIENCE = 6.0
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSetup:
-    """An arm as a configuration has it: see `protocols.make_arm`, `Limits.of` and `Obstacles.of`.
-
-    Raises `InputError` for limits and obstacles that are none, before anything starts.
-    """
+    """An arm as a configuration has it: see `protocols.make_arm`, `Limits.of` and `Obstacles.of`."""
 
     driver: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] | None = None
     obstacles: Mapping[str, Any] | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises `InputError` for limits and obstacles that are none, before anything starts."""
         if self.limits is not None and self.limits != {}:
             Limits.of(self.limits)
         Obstacles.of(self.obstacles)

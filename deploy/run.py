@@ -50,9 +50,8 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
             raise InputError(f"{name}={value} must be a whole number")
         if value is not None and value < least:
             raise InputError(f"{name}={value} must be at least {least}")
-    ArmSetup(
-        driver=str(config["robot"]), limits=config["limits"], obstacles=config["obstacles"]
-    )  # before all that takes long
+    asked = ArmSetup(driver=str(config["robot"]), limits=config["limits"], obstacles=config["obstacles"])
+    asked.check()  # before all that takes long
     policy = open_policy(config)
     config = {**config, "threads": None if isinstance(policy, RemotePolicy) else choose_threads(policy)}
     guidance = Guidance(**config["rtc"])

@@ -21,7 +21,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from action_diffusion import configuration, envs
+from action_diffusion import cli, configuration, envs
 from action_diffusion.deploy.clock import MonotonicClock, Pacer, VirtualClock
 from action_diffusion.deploy.gate import Gate, demonstrated
 from action_diffusion.deploy.limits import Limits
@@ -701,6 +701,32 @@ def test_what_does_not_fit_is_refused(tmp_path, changes, options, message):
     with pytest.raises(InputError, match=message):
         run(deploy(tmp_path / "bundle", tmp_path / "run", *options), clock=VirtualClock())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_driver_of_ones_own_is_named_on_the_command_line(tmp_path, capsys):
+    changes = {
+        "observations": {"state": ObservationSpec(shape=(2,), source="state")},
+        "normalizer": {"state": fit(np.eye(2)), "action": fit(np.array([[-1.0, 0.0], [1.0, 1.0]]))},
+        "env": None,
+    }
+    save_bundle(tmp_path / "bundle", **changes)
+    limits = {"low": [-2.0] * 2, "high": [2.0] * 2, "max_step": [1.0] * 2}
+    limits |= {"velocity": [2.0] * 2, "acceleration": [10.0] * 2, "jerk": [200.0] * 2}
+    cell = {"arm": {"n_joints": 1}, "limits": limits, "seconds": 1.0, "observations": {"state": ["joints", "gripper"]}}
+    (tmp_path / "cell.yaml").write_text(json.dumps(cell))
+    words = [f"bundle={tmp_path}/bundle", "device=cpu", f"hardware={tmp_path}/cell.yaml", "page=false", "record=false"]
+    robot = "robot=action_diffusion.deploy.sim:IdealArm"
+    assert cli.main(["deploy", *words, robot, f"output_dir={tmp_path}/run"]) == 0
+    assert len(read_log(tmp_path / "run")) == 10
+    for name, message in (("nowhere:Arm", "No module named 'nowhere'"), ("json:Arm", "has no attribute 'Arm'")):
+        assert cli.main(["deploy", *words, f"robot={name}", f"output_dir={tmp_path}/other"]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("latency", ["inf", "-1.0", "1e300"])
+def test_a_simulator_that_cannot_be_is_refused(bundle, tmp_path, latency):
+    with pytest.raises(InputError, match=r"simulated\.latency=.* must be from 0 to 10 s"):
+        run(deploy(bundle, tmp_path / "run", f"simulated.latency={latency}"))
 
 
 def test_a_log_is_never_overwritten(bundle, tmp_path):

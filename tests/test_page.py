@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_deploy import save_bundle
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -29,11 +31,17 @@ from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm_link import ArmLink, ArmSetup
 from action_diffusion.deploy.arm_loop import Phase
 from action_diffusion.deploy.connections import PATIENCE
-from action_diffusion.deploy.messages import text
+from action_diffusion.deploy.messages import EVENTS, text
 from action_diffusion.deploy.operation import Order, Pointer
 from action_diffusion.deploy.page_link import PageLink
-from action_diffusion.deploy.rings import Moment, RingReader, Segments, shared_folder
+from action_diffusion.deploy.page_view import View
+from action_diffusion.deploy.recording import Recording
+from action_diffusion.deploy.rings import Moment, RingReader, RingWriter, Segments, shared_folder
+from action_diffusion.deploy.robots import Observation
+from action_diffusion.deploy.simulated import board
+from action_diffusion.deploy.steps import Seen, StepRecord
 from action_diffusion.errors import InputError
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from benchmarks.faults import WITHIN, Person, crowd, untrained
 from benchmarks.kills import child_of
 
@@ -130,6 +138,7 @@ def test_an_operator_at_work(deployment, open_page, tmp_path, capsys):
     until(lambda: page.evaluate("document.getElementById('mode').textContent === 'paused'"), 10)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert run.steps.count == 0
+    assert "Pause: it is paused" in page.inner_text("#why")
     page.click("#start")
     until(lambda: run.steps.count > 12)
     until(lambda: page.evaluate("Number(document.getElementById('camera-image').dataset.planned) >= 2"), 10)
@@ -161,6 +170,8 @@ def test_an_operator_at_work(deployment, open_page, tmp_path, capsys):
     until(lambda: any("success" in line for line in run.lines))
     until(lambda: page.evaluate("document.getElementById('mode').textContent === 'paused'"), 10)  # the next one waits
     assert run.end() == 130
+    until(lambda: page.evaluate("document.getElementById('mode').textContent === 'the run is over'"), 10)
+    assert page.evaluate("document.getElementById('lost').hidden && document.getElementById('unreachable').hidden")
     path = tmp_path / "run" / "record.zarr"
     assert ReplayBuffer.open(path).n_episodes == 1
     steps = read_table(path, "steps")
@@ -515,6 +526,63 @@ def test_other_machines_need_the_token(tmp_path, monkeypatch):
         assert served.request("POST", "/emergency", Cookie=cookie.split(";")[0]).status == 204
     finally:
         served.close()
+
+
+def test_what_the_page_shows_of_events_and_of_a_machine_that_is_too_slow(tmp_path):
+    """Lines that differ in their numbers are counted; what helps is said while deadlines are missed."""
+    for name in ("loop.beat", "emergency"):
+        Moment.create(tmp_path / name)
+    spec = PolicySpec(
+        observations={"state": ObservationSpec(shape=(5,), source="state")},
+        action=ActionSpec(shape=(2,)),
+        n_obs_steps=1,
+        horizon=8,
+        n_action_steps=4,
+        control_rate=10.0,
+        normalizer={},
+    )
+    recording = Recording(tmp_path, spec, output=None, attrs={})
+    events = RingWriter(tmp_path / "events", fields=EVENTS, n_slots=64)
+    state = RingWriter(tmp_path / "state", fields={"state": ("f8", (5,))}, n_slots=4)
+    view = View(tmp_path, ABOUT | {"plane": {"camera": None, "size": [512, 512], "board": board()}})
+    assert view.state()["scene"] is None
+    state.append(0.0, {"state": np.arange(5.0)})
+    for number in range(40):
+        why = f"command[0] = {number / 7:g} is outside" if number % 2 else "stale"
+        events.append(float(number), {"kind": b"refused", "why": why.encode()})
+    said = view.state()
+    assert said["scene"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert [(event["text"], event["times"]) for event in said["events"]] == [
+        (f"refused: command[0] = {39 / 7:g} is outside", 20),
+        ("refused: stale", 20),
+    ]
+    assert said["advice"] is None
+    step = StepRecord(
+        seed=0,
+        step=0,
+        t=0.0,
+        action=[0.0, 0.0],
+        reward=None,
+        inference_ms=250.0,
+        delay=0,
+        jump=None,
+        held=False,
+        observation_age_ms=1.0,
+        lateness_ms=150.0,
+        missed_ticks=2,
+        interventions=[],
+        operator=False,
+    )
+    seen = Seen(0.0, 0, 0, Observation(0.0, {"state": np.zeros(5, np.float32)}), False, [])
+    recording.stepped(step, seen)
+    assert view.state()["advice"].startswith("Too slow: a chunk takes 250 ms, a control step 100. scheduling=rtc")
+    recording.stepped(dataclasses.replace(step, inference_ms=5.0), seen)
+    recording.stepped(dataclasses.replace(step, inference_ms=5.0), seen)
+    assert "other programs keep this machine busy" in view.state()["advice"]
+    for _ in range(200):
+        recording.stepped(dataclasses.replace(step, missed_ticks=0), seen)
+        view.look()
+    assert view.state()["advice"] is None
 
 
 @pytest.mark.parametrize(

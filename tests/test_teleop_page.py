@@ -168,6 +168,8 @@ def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, 
     person.sees("message", "took back episode 3")
     person.page.click("#finish")
     said = run.ended()
+    person.sees("message", "2 episodes saved")
+    assert person.page.evaluate("document.getElementById('lost').hidden")
     assert (said["episodes"], said["discarded"], said["undone"]) == ("2", "1", "1")
     assert person.errors == []
     check(path, 2)

@@ -5,6 +5,7 @@ const $ = (id) => document.getElementById(id);
 const LATE = 1000; // ms after which a stop that nobody confirms is no stop
 const AGAIN = 500; // ms until a lost connection is tried again
 const SILENCE = 2000; // ms without a word after which the stop counts as out of reach
+const OVER = 1012; // with which a socket is closed when the run is over
 const OWN = "Use the robot’s own emergency stop, now.";
 
 let socket = null;
@@ -12,6 +13,7 @@ let heard = 0;
 let asked = null; // when this page asked for a stop that is not yet confirmed, ms
 let arrived = false;
 let request = null;
+let over = false;
 
 export function openStop() {
   heard = performance.now();
@@ -28,8 +30,11 @@ export function openStop() {
 
 function connect() {
   socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/stop`);
-  socket.onmessage = ({ data }) => { heard = performance.now(); told(JSON.parse(data)); };
-  socket.onclose = () => setTimeout(connect, AGAIN);
+  socket.onmessage = ({ data }) => { heard = performance.now(); over = false; told(JSON.parse(data)); };
+  socket.onclose = ({ code }) => {
+    over = over || code === OVER;
+    setTimeout(connect, AGAIN);
+  };
 }
 
 function stop() {
@@ -54,7 +59,7 @@ function told({ emergency, obeyed }) {
 }
 
 function watch() {
-  $("unreachable").hidden = performance.now() - heard < SILENCE;
+  $("unreachable").hidden = over || performance.now() - heard < SILENCE;
   if (asked == null || performance.now() - asked < LATE) return;
   if (socket.readyState === WebSocket.OPEN && !arrived) socket.send("stop"); // it may be there by now
   const why = arrived ? "the stop arrived, but the arm’s process does not answer" : "the stop did not arrive";

@@ -20,7 +20,10 @@ from action_diffusion.deploy.teleop.device import Order
 from action_diffusion.deploy.teleop.keys import KEYS
 from action_diffusion.deploy.teleop.page import Inputs
 
-FILES = {"/": "teleop.html", **{f"/{name}": name for name in ("page.css", "teleop.css", "teleop.js", "stop.js")}}
+FILES = {
+    "/": "teleop.html",
+    **{f"/{name}": name for name in ("page.css", "teleop.css", "teleop.js", "draw.js", "stop.js")},
+}
 PERIOD = 0.02
 """How often (s) somebody looks for something new to send."""
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from action_diffusion.deploy.onlookers import page_port
 from action_diffusion.deploy.page_link import PageLink
+from action_diffusion.deploy.simulated import board
 from action_diffusion.deploy.teleop.device import Device
 from action_diffusion.deploy.teleop.keys import HELP
 from action_diffusion.deploy.teleop.page import Pictures, Shown
 from action_diffusion.deploy.teleop.world import World, is_plane
 
 MODULE = "action_diffusion.deploy.teleop.page_process"
-T = ([[-60, 0], [60, 0], [60, 30], [-60, 30]], [[-15, 30], [15, 30], [15, 120], [-15, 120]])
-"""PushT's block in its own frame (px)."""
 POINTING = (
     "lead the finger with the mouse, or with your own on a touch screen; Enter start, K keep, Backspace discard, U undo"
 )
@@ -53,13 +52,6 @@ def _about(config: Mapping[str, Any], world: World, driver: Device | None) -> di
         "emergency": not world.waits,
         "board": board() if is_plane(world) else None,
     }
-
-
-def board() -> dict[str, Any]:
-    """What the page draws of PushT: size, the block's polygons, the finger's radius (px), and the goal's pose."""
-    from action_diffusion.envs.pusht import GOAL_POSE
-
-    return {"size": 512, "polygons": T, "goal": list(GOAL_POSE), "radius": 15}
 
 
 def teller(config: Mapping[str, Any], world: World, shown: Shown | None) -> Callable[[Status], None]:
