@@ -19,7 +19,9 @@ _PLACES = {
     "lerobot21": ("lerobot", "LEROBOT21"),
     "folder": ("folder", "FOLDER"),
 }
-NAMES = tuple(_PLACES)
+_READ_ONLY = ("aloha",)
+NAMES = tuple(name for name in _PLACES if name not in _READ_ONLY)
+"""Those that are written."""
 _SUFFIXES = {".zarr": "zarr", ".zip": "zarr", ".hdf5": "robomimic", ".h5": "robomimic"}
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
@@ -52,7 +54,7 @@ def detected(path: Path) -> str:
 def asked_for(output: Path, name: str | None) -> str:
     """The format of the output: as named, or by the ending of its path."""
     if name is not None:
-        if name not in _PLACES:
+        if name not in NAMES:
             raise unknown("format", name, NAMES)
         return name
     if output.suffix not in _SUFFIXES:
