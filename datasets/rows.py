@@ -34,6 +34,4 @@ class Rows(ABC):
             return self[:]
         if isinstance(index, slice):
             return self._take(index, np.arange(*index.indices(len(self))))
-        if isinstance(index, int):
-            return self._take(index, np.asarray(range(len(self))[index]))
         return self._take(index, np.arange(len(self))[index])

@@ -130,9 +130,9 @@ def test_a_column_of_words_is_left_out_by_name(words: str, tmp_path: Path) -> No
             ['"0,5"', '"1,5"', '"2"', '"0,25"', '"3,0"'],
             "v: '0,5' has a decimal comma: write it with a point",
         ),
-        (["t", "../../x"], ["1", "2", "3", "4", "5"], "'../../x' is no name for a column"),
-        (["t", "__x"], ["1", "2", "3", "4", "5"], "'__x' is no name for a column"),
-        (["t", "zarr.json"], ["1", "2", "3", "4", "5"], "'zarr.json' is no name for a column"),
+        (["t", "../../x"], ["1", "2", "3", "4", "5"], "'../../x' is no key"),
+        (["t", "__x"], ["1", "2", "3", "4", "5"], "'__x' is no key"),
+        (["t", "zarr.json"], ["1", "2", "3", "4", "5"], "'zarr.json' is no key"),
     ],
 )
 def test_what_is_no_number_is_said(names: list[str], column: list[str], message: str, tmp_path: Path) -> None:

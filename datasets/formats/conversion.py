@@ -37,7 +37,7 @@ def convert(source: Opened, output: Path, to: Format, settings: Settings) -> dic
     _check_absent(output)
     for key in buffer.keys:
         if not _NAME.fullmatch(key):
-            raise InputError(f"{buffer.name}: {key[:80]!r} is no name for a column: rename it there")
+            raise InputError(f"{buffer.name}: {key[:80]!r} is no key, which becomes a folder's name: rename it there")
     empty = [key for key in buffer.keys if 0 in buffer[key].shape]
     if empty:
         raise InputError(f"{buffer.name}: {empty[0]} has no values, its shape is {list(buffer[empty[0]].shape)}")
