@@ -41,12 +41,17 @@ Options
   scheduler=…                   {schedulers}
   data=PATH|NAME                a replay buffer (Zarr folder or zip), or pusht_expert, pusht_human
   output_dir=DIR                where bundle/, metrics.jsonl, checkpoints/ and evaluation/ go
-  seed=0  device=auto|cpu|cuda  resume=true  init=DIR/bundle
+  seed=0  device=auto|cpu|cuda|cuda:N  init=DIR/bundle
+  resume=true                   goes on with the run in output_dir, with its own configuration and statistics
   train.max_minutes=M | train.max_steps=N | train.max_epochs=E      the budget
   train.batch_size=B  train.lr=…  train.mixed_precision=no|bf16|fp16|auto  train.num_processes=2
   train.checkpoint_every=N  train.validate_every=N  train.rollout_every=N
   evaluation.n_episodes=50      0 turns the final evaluation off
   dataset.memory_gb=G           memory for the data; what does not fit is read from disk
+  dataset.max_episodes=N        train on the first N only, at least 1;  dataset.val_windows=128   at least 1
+  task.horizon=16               steps of a chunk, 1 to 1024; task.n_obs_steps, task.n_action_steps, task.control_rate (Hz)
+  policy.normalizer.default=minmax|gaussian|identity
+  policy.sampler.num_inference_steps=N  policy.sampler.timestep_spacing=leading|trailing|linspace  policy.sampler.clip=x0|x|null
   policy.…                      any option of a component, such as policy.denoiser.channels=[48,96,192]
   --config-dir DIR              a folder with your own task/*.yaml, used as task=NAME
 """

@@ -115,3 +115,31 @@ def test_magnified_columns_are_added(values, scale):
 def test_magnified_refuses(options, message):
     with pytest.raises(InputError, match=message):
         Magnified(**{"n": 3, "columns": [0], "scale": 1.0} | options)
+
+
+@pytest.mark.parametrize("kind", ["minmax", "gaussian", "identity"])
+def test_what_is_clipped_to_covers_what_was_demonstrated(make_policy, kind):
+    """In the data's units, whatever the normaliser; a network that says far too much reaches it, and not more."""
+    policy = make_policy(normalizer={"default": kind})
+    statistics = policy.spec.normalizer["action"]
+    for extreme, end in ((-1e4, "min"), (1e4, "max")):
+        x0 = policy.sampler._clip(torch.full((2, 8, 2), extreme), "x0")
+        reached = policy.normalizer.unnormalize("action", x0)
+        expected = torch.tensor(statistics[end]).expand_as(reached)
+        torch.testing.assert_close(reached, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_min_max_is_clipped_as_ever(make_policy):
+    policy = make_policy()
+    assert policy.sampler.bounds is None
+    x0 = torch.linspace(-3, 3, 32).view(1, 16, 2)
+    assert torch.equal(policy.sampler._clip(x0, "x0"), x0.clamp(-1.0, 1.0))
+
+
+def test_a_wider_range_is_wider_on_both_sides(make_policy):
+    plain = make_policy(normalizer={"default": "gaussian"}).sampler
+    sampler = {"scheduler": "ddim", "num_inference_steps": 5, "clip_range": 2.0}
+    wide = make_policy(normalizer={"default": "gaussian"}, sampler=sampler).sampler
+    (low, high), (lower, higher) = plain.bounds, wide.bounds
+    torch.testing.assert_close(higher - lower, 2 * (high - low))
+    torch.testing.assert_close(higher + lower, high + low)

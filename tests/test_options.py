@@ -97,7 +97,7 @@ def test_so_it_is_where_all_is_composed(option, value):
     ],
 )
 def test_what_trained_nonsense_or_a_traceback_is_refused(word):
-    said = refusal(lambda: load("train", [word]))
+    said = refusal(lambda: override("train", CONFIGS["train"], [word], "config.yaml"))
     assert said
     assert "\n" not in said
 

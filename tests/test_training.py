@@ -180,6 +180,16 @@ def test_training_from_another_policy_starts_with_its_weights(data, tmp_path):
     assert spec[0] == spec[1]
 
 
+def test_an_error_in_one_of_two_processes_is_one_line(data, tmp_path):
+    words = arguments(data, tmp_path / "two", "train.max_steps=2", "train.num_processes=2", "task.horizon=17")
+    command = [sys.executable, "-m", "action_diffusion", *words]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: horizon=17 must be divisible by 2") == 1
+
+
 def test_a_policy_of_another_shape_is_not_an_initialisation(data, tmp_path, capsys):
     assert main(arguments(data, tmp_path / "first", "train.max_steps=1")) == 0
     words = arguments(data, tmp_path / "b", "train.max_steps=1", f"init={tmp_path / 'first' / 'bundle'}")
