@@ -55,8 +55,8 @@ def edit(source: Path, output: Path, wanted: Mapping[str, str]) -> dict[str, Any
     _write(output, pieces, attrs, columns, _renames(buffer, wanted.get("rename")))
     result = ReplayBuffer.open(output)
     summary: dict[str, Any] = {"output": str(output), "episodes": result.n_episodes, "steps": result.n_steps}
-    left_out = {key: reason for source in (buffer, *others) for key, reason in source.left_out.items()}
-    return summary | ({"left_out": left_out} if left_out else {})
+    left_out = {f"{key} ({reason})": None for source in (buffer, *others) for key, reason in source.left_out.items()}
+    return summary | ({"left_out": ", ".join(left_out)} if left_out else {})
 
 
 def _write(

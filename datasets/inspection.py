@@ -73,6 +73,8 @@ def inspect(buffer: ReplayBuffer) -> Inspection:
             advance(1)
     time = next((np.ravel(buffer[key][:]) for key in buffer.keys if key.split("_")[-1] in ("time", "timestamp")), None)
     attrs = {name: _short(value) for name, value in buffer.attrs.items() if name not in ("task", TASKS)}
+    if buffer.left_out:
+        attrs["left out"] = "; ".join(f"{key}: {reason}" for key, reason in buffer.left_out.items())
     size = _size(buffer.path) if buffer.path else None
     return Inspection(buffer.name, lengths, control_rate(buffer, time), size, attrs, keys, _tasks(buffer))
 
