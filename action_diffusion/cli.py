@@ -49,9 +49,11 @@ Options
   evaluation.n_episodes=50      0 turns the final evaluation off
   dataset.memory_gb=G           memory for the data; what does not fit is read from disk
   dataset.max_episodes=N        train on the first N only, at least 1;  dataset.val_windows=128   at least 1
-  task.horizon=16               steps of a chunk, 1 to 1024; task.n_obs_steps, task.n_action_steps, task.control_rate (Hz)
+  task.horizon=16               steps of a chunk, 1 to 1024; task.n_obs_steps, task.n_action_steps
+  task.control_rate=10          Hz, of the data and of the policy
   policy.normalizer.default=minmax|gaussian|identity
-  policy.sampler.num_inference_steps=N  policy.sampler.timestep_spacing=leading|trailing|linspace  policy.sampler.clip=x0|x|null
+  policy.sampler.num_inference_steps=N  policy.sampler.clip=x0|x|null
+  policy.sampler.timestep_spacing=leading|trailing|linspace
   policy.…                      any option of a component, such as policy.denoiser.channels=[48,96,192]
   --config-dir DIR              a folder with your own task/*.yaml, used as task=NAME
 """
