@@ -23,6 +23,7 @@ action-diffusion data convert in=PATH out=PATH [name=value …]     from one for
   action-diffusion data convert in=demo.hdf5 out=lift.zarr observations=object,robot0_eef_pos,agentview_image
   action-diffusion data convert in=lift.zarr out=lift.hdf5                     back, for robomimic
   action-diffusion data convert in=runs out=runs.zarr state=x,y,z action=target_x,target_y,target_z     CSV files
+  action-diffusion data convert in=aloha out=aloha.zarr                        a folder of ALOHA's episode_N.hdf5
 
 What `in` holds is told from its content. Every value is compared with the source before the result takes its name, and
 each key's SHA-256 is printed; images in video are measured (PSNR, 40 dB at least). A conversion that was cut off goes

@@ -38,6 +38,7 @@ _OBSERVATIONS = re.compile(r"obs(ervations)?(/|$)")
 _NEXT = re.compile(r"next_obs(ervations)?(/|$)")
 _ANSWER = re.compile(r"action|datagen_info/target")
 _LONGEST_TASK = 4096
+_ACTIONS = "robomimic's files keep them in data/demo_0/actions, ALOHA's in action"
 _RESERVED = {DEMO: "the number of the demo", "zarr.json": "a file of Zarr's"}
 
 
@@ -78,7 +79,7 @@ class Demo:
         names = [name for name in NAMES if NAMES[name] == "action" and name in self.numbers]
         if not names:
             why = next((f" ({name}: {self.others[name]})" for name in ("actions", "action") if name in self.others), "")
-            raise InputError(f"{self.where} has no actions{why}")
+            raise InputError(f"{self.where} has no actions{why}: {_ACTIONS}")
         if names[0] in self.made_up:
             raise InputError(f"{self.where}/{names[0]} has rows that were never written: cut off, or too long?")
         return self.numbers[names[0]][0]

@@ -38,7 +38,7 @@ weights = import_module("benchmarks.weights")
 workers = import_module("benchmarks.workers")
 
 CHANNELS = (8, 16, 32)
-POLICY = {"image": False, "channels": CHANNELS, "steps": 4, "batch": 3}
+POLICY = {"image": False, "channels": CHANNELS, "steps": 5, "batch": 3}
 BOUNDS = {
     "gather_reference": 10,
     "gather_lerobot": 50,
@@ -213,7 +213,7 @@ def test_our_chunk_is_sampled_from_the_weights_and_the_noise_in_the_folder(model
     assert set(outputs) == {"embedding", "output", "chunk"}
     assert outputs["chunk"].shape == (3, 16, 2)
     work.call()
-    assert work.units == (4 if part == "denoise" else 1)
+    assert work.units == (5 if part == "denoise" else 1)
 
 
 def test_a_precision_is_the_first_that_the_machine_has(monkeypatch):

@@ -175,7 +175,7 @@ def test_defaults_are_those_of_the_settings():
         ("train", "dataset.memory_gb=all", "dataset.memory_gb=all: expected a number"),
         ("train", "evaluation.n_episodes=many", "evaluation.n_episodes=many: expected a whole number, such as 50"),
         ("train", "task.horizon=long", "task.horizon=long: expected a whole number, such as 12"),
-        ("train", "task.control_rate=null", "task.control_rate=null: expected a number"),
+        ("train", "task.control_rate=fast", "task.control_rate=fast: expected a number"),
         ("train", "data='x", '"data=\'x" cannot be read'),
         ("evaluate", "n_episodes=ten", "n_episodes=ten: expected a whole number, such as 50"),
         ("evaluate", "sampler.num_inference_steps=ten", "sampler.num_inference_steps=ten: expected a whole number"),
