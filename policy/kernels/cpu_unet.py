@@ -26,7 +26,7 @@ from action_diffusion.policy.kernels.layers import Run, UnetKernel
 from action_diffusion.policy.kernels.program import Convolve, Resize, Value, record
 
 PANEL, BLOCK, MOST_ROWS = 32, 512, 2048
-"""Channels that lie together, channels of a job at most (as in `unet.c`), and rows (T · B) that memory is kept for."""
+"""Channels that lie together, channels of a job at most (as in `unet.c`), rows (T · B) up to which memory is kept."""
 MOST_PROGRAMS = 8
 """Sizes of batches whose memory is kept."""
 LEAST_HALF = 2**16

@@ -26,7 +26,7 @@ from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.kernels.time_first import norm_over_time, shifted_conv
 
 Run = Callable[[Tensor], Tensor]
-OURS = ("winograd",)
+OURS = ("winograd", "one_call")
 MOST_SEQUENCES, MOST_FRAMES = 128, 16
 """Measured with: the ways differ by as much for more of them."""
 LEAST_PACKED = 2**16

@@ -13,7 +13,7 @@
 #endif
 
 enum { NONE, RELU, SILU, MISH };
-enum { BLOCK = 512, MOST_ROWS = 256 }; /* at most: channels of a job, rows */
+enum { BLOCK = 512, MOST_ROWS = 256 }; /* at most: channels of a job, rows that take a weight together */
 enum { SOME = 32 };                     /* inputs, whose weights stay in a cache while all rows take them */
 
 typedef struct {

@@ -80,16 +80,16 @@ INLINE void few_rows(int rows, int vectors, int64_t depth, const float *const *i
         EACH(v, vectors) store(out[r] + to + v * LANES, sum[r][v]);
 }
 
-/* Weights come from far, once: all rows take some of a panel, 4 KB as float32, before the next are read. With AVX-512,
+/* Rows first_row, …, at most MOST_ROWS. Weights come from far, once: all of them take some of a panel, 4 KB as float32, before the next are read. With AVX-512,
  * which goes over them half as often, it is as fast to take all of a tap. */
-INLINE void convolve(const Operation *o, int64_t batch, int64_t first, int64_t count)
+INLINE void convolve(const Operation *o, int64_t batch, int64_t first, int64_t count, int64_t first_row, int64_t rows)
 {
     const int at_once = LANES == 16 ? 8 : 4, vectors = LANES == 4 && REGISTERS == 32 ? 4 : 2;
-    int64_t rows = o->steps * batch, some = LANES == 16 && !o->half ? o->n_in : SOME;
+    int64_t some = LANES == 16 && !o->half ? o->n_in : SOME;
     const float *in[MOST_ROWS];
     float *out[MOST_ROWS], floats[SOME * PANEL];
     for (int64_t r = 0; r < rows; r++) {
-        int64_t t = r / batch, b = r % batch;
+        int64_t t = (first_row + r) / batch, b = (first_row + r) % batch;
         in[r] = o->in + ((o->in_first + t * o->in_stride) * batch + b) * o->in_row;
         out[r] = row_out(o, batch, t, b);
     }
@@ -177,7 +177,9 @@ INLINE void finish(const Operation *o, int64_t batch, int64_t b, int64_t first, 
 TARGET static void NAMED(job)(const Operation *o, int64_t batch, int64_t first, const float *film, int64_t film_row)
 {
     int64_t count = o->n_out - first < o->block ? o->n_out - first : o->block;
-    convolve(o, batch, first, count);
+    int64_t rows = o->steps * batch;
+    for (int64_t r = 0; r < rows; r += MOST_ROWS)
+        convolve(o, batch, first, count, r, rows - r < MOST_ROWS ? rows - r : MOST_ROWS);
     if (o->group || o->activation || o->film >= 0 || o->add)
         for (int64_t b = 0; b < batch; b++) finish(o, batch, b, first, count, film + b * film_row);
 }
