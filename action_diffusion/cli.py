@@ -48,9 +48,9 @@ Options
   train.checkpoint_every=N  train.validate_every=N  train.rollout_every=N
   evaluation.n_episodes=50      0 turns the final evaluation off
   dataset.memory_gb=G           memory for the data; what does not fit is read from disk
-  dataset.max_episodes=N        train on the first N only, at least 1;  dataset.val_windows=128   at least 1
-  task.horizon=16               steps of a chunk, 1 to 1024; task.n_obs_steps, task.n_action_steps
-  task.control_rate=10          Hz, of the data and of the policy
+  dataset.max_episodes=N        train on the first N only, at least 1;  dataset.val_windows=128  at least 1
+  task.horizon=16               steps of a chunk, 1 to 1024;  task.n_obs_steps=2  task.n_action_steps=8
+  task.control_rate=10          Hz
   policy.normalizer.default=minmax|gaussian|identity
   policy.sampler.num_inference_steps=N  policy.sampler.clip=x0|x|null
   policy.sampler.timestep_spacing=leading|trailing|linspace

@@ -268,6 +268,7 @@ def _spawn(config: dict[str, Any], processes: int) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     failures: Any = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says what it ends
     try:
         torch.multiprocessing.spawn(_process, args=(config, processes, port, failures), nprocs=processes)
     except torch.multiprocessing.ProcessExitedException:
