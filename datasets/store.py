@@ -208,7 +208,7 @@ class _Limited(Store):
         return await super().get(key, prototype, byte_range)  # type: ignore[safe-super]
 
 
-class _Folder(_Limited, LocalStore):
+class _Folder(_Limited, LocalStore):  # type: ignore[misc]  # it has a default where the others have none
     def _size(self, key: str) -> int:
         path = self.root / key
         return path.stat().st_size if path.is_file() else 0
