@@ -21,15 +21,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import ZstdCodec
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, ZipStore
 
 from action_diffusion.datasets.decoding import register_codecs
+from action_diffusion.datasets.memory import sized
 from action_diffusion.datasets.progress import progress
 from action_diffusion.datasets.rows import Rows
 from action_diffusion.datasets.zarr_metadata import (
     COMPLETE,
+    MAX_METADATA,
     ArrayInfo,
     Listing,
     array_infos,
@@ -185,27 +188,33 @@ def open_zarr(path: Path) -> ZarrFile:
     root = roots.pop()
     places = [place for place in listing.places if place.startswith(root)]
     infos = {place.removeprefix(root): info for place, info in array_infos(listing, places, path).items()}
+    store.limit = 2 * max((info.chunk_bytes for info in infos.values()), default=0) + MAX_METADATA
     with reading(str(path)):
         group = zarr.open_group(store, path=root.strip("/"), mode="r", use_consolidated=False)
     return ZarrFile(path, group, infos, [place.removeprefix(root) for place in places], exists, listing)
 
 
-def _folder(path: Path) -> tuple[Store, Listing, Callable[[str], bool]]:
-    return LocalStore(path, read_only=True), list_folder(path), lambda key: (path / key).exists()
+class _Limited(Store):
+    """Reads no file that is larger than what can belong to a chunk of its arrays."""
+
+    limit = MAX_METADATA
+
+    def _size(self, key: str) -> int:
+        raise NotImplementedError
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        if byte_range is None and self._size(key) > self.limit:
+            raise ValueError(f"{key} has {sized(self._size(key))} where at most {sized(self.limit)} can belong")
+        return await super().get(key, prototype, byte_range)  # type: ignore[safe-super]
 
 
-def _zip(path: Path) -> tuple[Store, Listing, Callable[[str], bool]]:
-    is_zip = False
-    if path.is_file():  # not a pipe, which nobody may write to
-        with path.open("rb") as file:
-            is_zip = file.read(2) == b"PK"
-    if not is_zip:
-        raise InputError(f"{path}: neither a Zarr folder nor a zip of one")
-    archive = open_zip(path)
-    return _OpenedZip(path, archive), list_zip(archive, path), frozenset(archive.namelist()).__contains__
+class _Folder(_Limited, LocalStore):  # type: ignore[misc]  # it has a default where the others have none
+    def _size(self, key: str) -> int:
+        path = self.root / key
+        return path.stat().st_size if path.is_file() else 0
 
 
-class _OpenedZip(ZipStore):
+class _Zip(_Limited, ZipStore):
     """Does not read the zip's directory once more, which takes seconds for some hundred thousand entries."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
@@ -213,6 +222,25 @@ class _OpenedZip(ZipStore):
         self._lock = threading.RLock()
         self._zf = archive
         self._is_open = True
+
+    def _size(self, key: str) -> int:
+        entry = self._zf.NameToInfo.get(key)
+        return entry.file_size if entry else 0
+
+
+def _folder(path: Path) -> tuple[_Limited, Listing, Callable[[str], bool]]:
+    return _Folder(path, read_only=True), list_folder(path), lambda key: (path / key).exists()
+
+
+def _zip(path: Path) -> tuple[_Limited, Listing, Callable[[str], bool]]:
+    is_zip = False
+    if path.is_file():  # not a pipe, which nobody may write to
+        with path.open("rb") as file:
+            is_zip = file.read(2) == b"PK"
+    if not is_zip:
+        raise InputError(f"{path}: neither a Zarr folder nor a zip of one")
+    archive = open_zip(path)
+    return _Zip(path, archive), list_zip(archive, path), frozenset(archive.namelist()).__contains__
 
 
 def write_zarr(path: Path, columns: Mapping[str, Column], episode_ends: np.ndarray, attrs: Mapping[str, Any]) -> None:

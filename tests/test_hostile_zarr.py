@@ -332,6 +332,12 @@ def test_metadata_that_unpack_to_gigabytes_are_refused(store: Path, place: str) 
     refuse(store, "meta/.zattrs has 3,221 MB; at most 16 MB")
 
 
+def test_chunks_that_are_larger_than_what_belongs_are_not_read(packed: Callable[..., Path], store: Path) -> None:
+    with (store / "data/state/c/0/0").open("wb") as sparse:
+        sparse.truncate(40 << 20)
+    refuse(packed(), r"data/state cannot be read.*c/0/0 has 41.9 MB where at most \d+\.\d MB can belong")
+
+
 def test_deep_metadata_are_refused(packed: Callable[..., Path], store: Path) -> None:
     (store / "data/state/zarr.json").write_text("[" * 100_000)
     refuse(packed(), "data/state/zarr.json cannot be read")
