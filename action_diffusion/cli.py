@@ -107,7 +107,7 @@ Options
   server_timeout=5              seconds; where no answer comes the robot holds, and the loop connects again
   token_file=PATH               the server's token; otherwise the environment's ACTION_DIFFUSION_TOKEN
   robot=sim_pusht|sim_arm       PushT, or a Panda, in real time, in processes of their own: docs/deploy.md
-  robot=ur|franka|lerobot  hardware=cell.yaml  dry_run=true      a real arm, and its cameras: docs/bringup.md
+  robot=ur|franka|lerobot|module:Class  hardware=cell.yaml  dry_run=true     a real arm, its cameras: docs/bringup.md
   limits=…  obstacles=…         of the arm, beside its vendor's
   simulated.latency=0  simulated.camera.rate=20  …      how slow and unreliable a simulated robot is
   n_episodes=1  seed=100000     the starts: seed, seed + 1, …

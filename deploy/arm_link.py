@@ -14,6 +14,7 @@ import numpy as np
 from action_diffusion.deploy.arm_loop import Phase
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.messages import CommandWriter, text
+from action_diffusion.deploy.obstacles import Obstacles
 from action_diffusion.deploy.processes import Child, Heartbeat
 from action_diffusion.deploy.protocols import Group
 from action_diffusion.deploy.rings import Moment, RingReader
@@ -34,6 +35,12 @@ class ArmSetup:
     settings: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] | None = None
     obstacles: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raises `InputError` for limits and obstacles that are none, before anything starts."""
+        if self.limits is not None and self.limits != {}:
+            Limits.of(self.limits)
+        Obstacles.of(self.obstacles)
 
 
 class ArmLink:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -26,11 +27,13 @@ from action_diffusion.deploy.access import authorization
 from action_diffusion.deploy.thinking import Unavailable
 from action_diffusion.deploy.wire import EXTRA, decode_array, pack, require, shortened, unpack
 from action_diffusion.errors import InputError
-from action_diffusion.policy.sampler import draw_noise
+from action_diffusion.policy.policy import Settled
+from action_diffusion.policy.sampler import Generators, Hook, draw_noise
 from action_diffusion.policy.spec import PolicySpec
 
 FIRST_WAIT, MAX_WAIT = 0.1, 2.0
 """Seconds between two attempts to connect: doubled from the one to the other, each up to a quarter longer by chance."""
+MOST_SECONDS = 3600.0
 PING_SECONDS = 20.0
 STATUS = {401: "it asks for a token, and not for this one", 503: "it has as many connections as it takes"}
 
@@ -58,12 +61,12 @@ class RemotePolicy:
         patience: float = 10.0,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
-        if not url.startswith(("ws://", "wss://")):
-            raise InputError(f"server={url}: write ws://HOST:PORT")
-        if not timeout > 0:
-            raise InputError(f"server_timeout={timeout} must be above 0 s")
+        _check_url(url)
+        if not 0 < timeout <= MOST_SECONDS:
+            raise InputError(f"server_timeout={timeout} must be above 0 s and at most {MOST_SECONDS:g}")
         self._url, self._token, self._timeout, self._say = url, token, timeout, say
-        self._lost = (OSError, EOFError, require("websockets.exceptions").WebSocketException)
+        lost = require("websockets.exceptions").WebSocketException
+        self._lost = (OSError, EOFError, UnicodeError, lost)  # UnicodeError: a name that no host can have
         self._connect = require("websockets.sync.client").connect
         self._changed = threading.Condition()
         self._reason = "not connected yet"
@@ -78,35 +81,64 @@ class RemotePolicy:
         self,
         obs: Mapping[str, np.ndarray],
         *,
-        noise_generator: Sequence[torch.Generator],
-        generator: Sequence[torch.Generator],
+        noise: np.ndarray | None = None,
+        noise_generator: Generators = None,
+        generator: Generators = None,
+        settled: Settled | None = None,
+        hooks: Sequence[Hook] = (),
         running: Sequence[np.ndarray | None] | None = None,
         delay: Sequence[int] | None = None,
         guidance: Mapping[str, Any] | None = None,
     ) -> dict[str, np.ndarray]:
-        """`action_pred` [B, H, A] and `action` [B, Ta, A] in the data's units, for histories key → [B, To, …].
+        """`action` [(B,) Ta, A] and `action_pred` [(B,) H, A], to whatever `DiffusionPolicy.predict` takes.
 
-        Row i draws its initial noise from `noise_generator[i]` and that of the steps from `generator[i]`, on a CPU, as
-        with a local policy: the state of the latter travels there and back. running, delay: see
-        `policy.guidance.continuing`; guidance: the fields of `prediction.Guidance`.
+        The initial noise is `noise`, or is drawn here from `noise_generator`, on a CPU. `generator` draws that of the
+        steps: its state travels there and back, row by row; where there is none the server has its own. What is only
+        known to the network's code cannot travel: `hooks` and `settled` are refused, and chunks continue a running one
+        by `running` and `delay`, see `policy.guidance.continuing`, with the fields of `prediction.Guidance`.
 
-        Raises `Unavailable` where there is no answer, and `InputError` for observations that the policy does not take.
+        Raises `Unavailable` where there is no answer, and `InputError` for what the policy does not take.
         """
-        self.spec.check(obs)
-        shape = (self.spec.horizon, *self.spec.action.shape)
+        if settled is not None or len(hooks):
+            raise InputError(f"{self._url}: hooks and settled steps do not travel: give running, delay and guidance")
+        batched = self.spec.check(obs)
+        rows = {key: np.asarray(obs[key] if batched else np.asarray(obs[key])[None]) for key in self.spec.observations}
+        n, shape = len(next(iter(rows.values()))), (self.spec.horizon, *self.spec.action.shape)
+        noise = self._noise(noise, noise_generator, (n, *shape))
+        drawing = _of_rows(generator, n)
         answers = []
-        for row, (noises, steps) in enumerate(zip(noise_generator, generator, strict=True)):
-            noise = draw_noise((1, *shape), [noises], torch.device("cpu"), torch.float32)[0].numpy()
-            extra: dict[str, Any] = {"history": True, "noise": noise, "generator": steps.get_state().numpy()}
+        for row, steps in enumerate(drawing):
+            extra: dict[str, Any] = {"history": True, "noise": noise[row]}
+            if steps is not None:
+                extra["generator"] = steps.get_state().numpy()
             rest = None if running is None else running[row]
             if rest is not None and len(rest):
-                extra |= {"running": np.asarray(rest, np.float32)[: len(noise)], "guidance": dict(guidance or {})}
-                extra["delay"] = 0 if delay is None else int(delay[row])
-            answers.append(self._ask(self._row(obs, row) | {EXTRA: extra}))
-            self._advance(steps, answers[-1])
+                extra |= {"running": np.asarray(rest, np.float32)[: shape[0]], "guidance": self._guidance(guidance)}
+                extra["delay"] = 0 if delay is None else min(int(delay[row]), shape[0])
+            answers.append(self._ask(self._row(rows, row) | {EXTRA: extra}))
+            if steps is not None:
+                self._advance(steps, answers[-1])
         chunks = np.stack([self._array(answer, "action_pred", shape) for answer in answers]).astype(np.float32)
         now = self.spec.n_obs_steps - 1
-        return {"action": chunks[:, now : now + self.spec.n_action_steps], "action_pred": chunks}
+        actions = chunks[:, now : now + self.spec.n_action_steps]
+        return (
+            {"action": actions, "action_pred": chunks} if batched else {"action": actions[0], "action_pred": chunks[0]}
+        )
+
+    def _noise(self, given: np.ndarray | None, generator: Generators, shape: tuple[int, ...]) -> np.ndarray:
+        """[B, H, A]."""
+        if given is None:
+            return draw_noise(shape, generator, torch.device("cpu"), torch.float32).numpy()
+        if np.shape(given) != shape:
+            raise InputError(f"noise has shape {list(np.shape(given))}, not {list(shape)}")
+        return np.asarray(given, np.float32)
+
+    def _guidance(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """As the server takes it: no overlap is longer than a chunk."""
+        values = dict(given or {})
+        if values.get("overlap") is not None:
+            values["overlap"] = min(values["overlap"], self.spec.horizon)
+        return values
 
     def close(self) -> None:
         """Leave the server."""
@@ -232,6 +264,26 @@ class RemotePolicy:
                 if _status(error) is not None or time.monotonic() - began >= patience:
                     raise InputError(f"no policy server at {self._url}: {_said(error)}") from None
                 time.sleep(FIRST_WAIT)
+
+
+def _of_rows(generator: Generators, n: int) -> Sequence[torch.Generator | None]:
+    """Whose turn it is in each row."""
+    if isinstance(generator, Sequence):
+        if len(generator) != n:
+            raise InputError(f"{len(generator)} generators for {n} rows; give one, or one per row")
+        return generator
+    return [generator] * n
+
+
+def _check_url(url: str) -> None:
+    """Raises `InputError` for what is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is none
+        good = False
+    if not good or any(character.isspace() for character in url):
+        raise InputError(f"server={url}: write ws://HOST:PORT, with a port from 1 to 65535")
 
 
 def _spec(metadata: Mapping[str, Any], url: str) -> PolicySpec:

@@ -35,8 +35,8 @@ def demonstrated(statistics: Mapping[str, Any], margin: float) -> Limits:
     """
     from action_diffusion.policy.normalizer import CONSTANT  # imports torch, which the arm's process never does
 
-    if not margin >= 0:
-        raise InputError(f"safety.margin={margin} must be 0 or more")
+    if not 0 <= margin < np.inf:
+        raise InputError(f"safety.margin={margin} must be 0 or more, and finite")
     if "min" not in statistics or "max" not in statistics:
         raise InputError("the bundle does not say in which range its actions were demonstrated, so none can be checked")
     low, high = (np.asarray(statistics[end], dtype=np.float64) for end in ("min", "max"))

@@ -29,6 +29,7 @@ from action_diffusion.deploy.robots import Observation
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec
 
+MOST_SECONDS = 86_400.0
 SECTIONS = ("arm", "limits", "obstacles", "cameras", "observations", "leader", "seconds")
 
 
@@ -47,6 +48,13 @@ def read_cell(path: str | None) -> dict[str, Any]:
             raise unknown("section", str(name), SECTIONS, f"hardware={path}")
         if name != "seconds" and not isinstance(value, dict | None):
             raise InputError(f"hardware={path}: {name} must be values by name, not {value!r}")
+    seconds = cell.get("seconds", 60.0)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MOST_SECONDS:
+        raise InputError(f"hardware={path}: seconds={seconds} must be a number above 0, at most {MOST_SECONDS:g}")
+    for key, states in (cell.get("observations") or {}).items():
+        named = [states] if isinstance(states, str) else states
+        if not isinstance(named, list) or not named or not all(isinstance(state, str) for state in named):
+            raise InputError(f"hardware={path}: observations.{key}={states} must be names of states, such as [joints]")
     return cell
 
 

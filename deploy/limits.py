@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -46,17 +47,26 @@ class Limits:
                 raise InputError(f"{name} must be above 0 in each of {len(self.low)} dimensions, got {value}")
 
     @classmethod
-    def of(cls, values: Mapping[str, Sequence[float] | None], where: str = "limits") -> Limits:
-        """From plain lists, as a configuration has them. Raises `InputError` for unknown names and missing ends."""
+    def of(cls, values: Any, where: str = "limits") -> Limits:
+        """From plain lists, as a configuration has them.
+
+        Raises `InputError` for unknown names, missing ends, anything but lists of numbers, and where an axis is left no
+        room to move.
+        """
         names = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping):
+            raise InputError(f"{where}={str(values)[:80]}: write {{low: […], high: […], velocity: […], …}}")
         for name in values:
             if name not in names:
-                raise unknown("limit", name, names, where)
+                raise unknown("limit", str(name), names, where)
         for end in ("low", "high"):
             if values.get(end) is None:
                 raise InputError(f"{where}.{end} has no value: give one number for each value of a command")
-        arrays = {name: np.asarray(value, dtype=np.float64) for name, value in values.items() if value is not None}
-        return cls(**arrays)
+        given = {name: value for name, value in values.items() if value is not None}
+        limits = cls(**{name: numbers(value, f"{where}.{name}") for name, value in given.items()})
+        if not (limits.low < limits.high).all():
+            raise InputError(f"{where} leave no room: from {limits.low.tolist()} to {limits.high.tolist()}")
+        return limits
 
     def plain(self) -> dict[str, list[float]]:
         """What `of` reads."""
@@ -74,4 +84,19 @@ class Limits:
             given = [getattr(limits, name) for limits in (self, other) if getattr(limits, name) is not None]
             if given:
                 least[name] = np.min(given, axis=0)
-        return Limits(low=np.maximum(self.low, other.low), high=np.minimum(self.high, other.high), **least)
+        both = Limits(low=np.maximum(self.low, other.low), high=np.minimum(self.high, other.high), **least)
+        if ((both.low == both.high) & (self.low < self.high) & (other.low < other.high)).any():
+            raise InputError(f"limits leave no room: from {both.low.tolist()} to {both.high.tolist()}")
+        return both
+
+
+def numbers(value: Any, where: str, *, axes: int = 1) -> np.ndarray:
+    """float64 of `axes` axes from lists as a configuration has them. Raises `InputError` for anything else, and NaN."""
+    example = "[0.1, …]" if axes == 1 else "[[0.1, …], …]"
+    try:
+        array = np.array(value)
+        if array.dtype.kind not in "iuf" or array.ndim != axes or not array.size or np.isnan(array).any():
+            raise ValueError
+        return array.astype(np.float64)
+    except (ValueError, TypeError, OverflowError):
+        raise InputError(f"{where}={str(value)[:80]}: expected numbers, {example}") from None

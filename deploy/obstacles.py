@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from action_diffusion.deploy.limits import numbers
 from action_diffusion.errors import InputError, unknown
 
 NAMES = ("workspace", "table", "spheres")
@@ -43,14 +44,20 @@ class Obstacles:
             raise InputError(f"obstacles.workspace leaves no room: {self.workspace.tolist()}")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any] | None) -> Obstacles | None:
-        """From plain lists, as a configuration has them; None where there are none."""
+    def of(cls, values: Any) -> Obstacles | None:
+        """From plain lists, as a configuration has them; None where there are none. Raises `InputError`."""
+        if not isinstance(values, Mapping | None):
+            raise InputError(f"obstacles={str(values)[:80]}: write {{workspace: […], table: z, spheres: […]}}")
         given = {name: value for name, value in (values or {}).items() if value is not None}
         for name in given:
             if name not in NAMES:
-                raise unknown("obstacle", name, NAMES)
-        arrays = {name: np.asarray(given[name], dtype=np.float64) for name in ("workspace", "spheres") if name in given}
-        table = float(given["table"]) if "table" in given else None
+                raise unknown("obstacle", str(name), NAMES)
+        arrays = {
+            name: numbers(given[name], f"obstacles.{name}", axes=2)
+            for name in ("workspace", "spheres")
+            if name in given
+        }
+        table = float(numbers([given["table"]], "obstacles.table")[0]) if "table" in given else None
         return cls(table=table, **arrays) if given else None
 
     def touched(self, balls: np.ndarray | Sequence[Sequence[float]]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from action_diffusion.deploy.client import RemotePolicy
 from action_diffusion.deploy.scheduling import Request
+from action_diffusion.deploy.thinking import Unavailable
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.guidance import BETA, MASKS, Running, continuing, running_chunks
@@ -39,8 +41,8 @@ class Guidance:
             raise unknown("rtc.method", self.method, METHODS)
         if self.mask not in MASKS:
             raise unknown("rtc.mask", self.mask, MASKS)
-        if not self.beta > 0:
-            raise InputError(f"rtc.beta={self.beta} must be above 0")
+        if not 0 < self.beta < math.inf:
+            raise InputError(f"rtc.beta={self.beta} must be above 0, and finite")
         if self.rounds < 0:
             raise InputError(f"rtc.rounds={self.rounds} must be at least 0")
         if self.overlap is not None and self.overlap < 0:
@@ -59,7 +61,8 @@ def predict(
     """Chunks [B, H, A] in the data's units for histories `obs`, key → [B, To, …].
 
     requests: of each row what was asked for; None for a row whose chunk nobody will use. Raises
-    `thinking.Unavailable` where the policy is behind a server that does not answer.
+    `thinking.Unavailable` where the policy is behind a server that does not answer, and `InputError` where the policy
+    fails, or answers anything but numbers.
     """
     running = [None if request is None else request.running for request in requests]
     delay = [0 if request is None else request.delay for request in requests]
@@ -70,8 +73,27 @@ def predict(
         if not isinstance(policy, DiffusionPolicy):
             raise InputError("scheduling=rtc differentiates through the policy's network, which this policy hides")
         options = continued(policy, running_chunks(policy, obs, running, delay), max(delay), guidance)
-    predicted = policy.predict(obs, noise_generator=noise_generator, generator=generator, **options)
-    return np.asarray(predicted["action_pred"])
+    try:
+        predicted = policy.predict(obs, noise_generator=noise_generator, generator=generator, **options)
+    except (InputError, Unavailable):
+        raise
+    except Exception as error:  # whatever a policy can fail with: the robot stops, and one line says why
+        raise InputError(f"the policy failed: {type(error).__name__}: {error}".strip()[:500]) from error
+    return _chunks(predicted, len(requests))
+
+
+def _chunks(predicted: Any, n: int) -> np.ndarray:
+    """What a policy answered for `n` rows. Raises `InputError` for what is no chunk; whether it fits is for others."""
+    try:
+        chunks = np.asarray(predicted["action_pred"])
+    except (TypeError, KeyError, IndexError, ValueError):
+        raise InputError(
+            f"the policy answered {type(predicted).__name__}, not {{'action_pred': [B, H, A], …}}"
+        ) from None
+    if chunks.dtype.kind not in "iuf" or chunks.ndim < 1 or len(chunks) != n:
+        given = f"{chunks.dtype} {list(chunks.shape)}"
+        raise InputError(f"the policy's action_pred is {given}, not numbers [{n}, H, A]")
+    return chunks
 
 
 def continued(policy: DiffusionPolicy, running: Running, delay: int, guidance: Guidance) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class ProcessRobot:
     Attributes:
         stamp_latency: of each camera, what is taken off its stamps (s).
         plane: for the page, where commands are points of a picture: {"camera": its key, or None for an empty one,
-            "size": [width, height] of it in the commands' unit}.
+            "size": [width, height] of it in the commands' unit, "board": PushT's, drawn where there is no camera}.
         layout: of the arm's commands.
 
     Raises:
@@ -105,6 +105,7 @@ class ProcessRobot:
         self._arm: ArmLink | None = None
         self.plane: dict[str, Any] | None = None
         try:
+            arm.check()
             names = {key: f"camera {key}" for key in cameras}
             for key, setup in cameras.items():
                 arguments: dict[str, Any] = {"driver": setup.driver, "settings": dict(setup.settings)}

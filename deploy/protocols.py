@@ -171,7 +171,11 @@ def _make(kind: str, registry: dict[str, str], name: str, settings: dict[str, An
         raise unknown(kind, name, registry)
     module, _, attribute = registry.get(name, name).partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)(**settings)
+        driver = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{kind} {name}: {error}") from None
+    try:
+        return driver(**settings)
     except TypeError as error:
         raise InputError(f"{kind} {name}: {error}") from error
 

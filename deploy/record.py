@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,19 +43,20 @@ class RunLog:
             raise InputError(f"{output_dir} already holds a log: give another output_dir")
 
     def write(self, record: StepRecord) -> None:
-        """Add one step."""
+        """Add one step; what is not finite is not known, and null."""
+        plain = {name: _known(value) for name, value in asdict(record).items()}
         with writing(str(self.path)):
             if self._file is None:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("x", buffering=1, encoding="utf-8")
-            self._file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._lateness.append(record.lateness_ms)
         if record.inference_ms is not None:
             self._inference.append(record.inference_ms)
         if record.delay is not None:
             self._delays.append(record.delay)
-        if record.jump is not None:
-            self._jumps.append(record.jump)
+        if plain["jump"] is not None:
+            self._jumps.append(plain["jump"])
         self._holds += record.held
         self._missed += record.missed_ticks
         self._interventions += len(record.interventions)
@@ -87,6 +89,11 @@ class RunLog:
         self._file.close()
         with atomic_path(self.output_dir / "latency.json") as temporary:
             temporary.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+
+
+def _known(value: Any) -> Any:
+    """None for a number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:

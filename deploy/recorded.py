@@ -70,4 +70,4 @@ def plain_limits(limits: Limits) -> dict[str, list[float | str]]:
 
 def read_limits(values: Mapping[str, Any]) -> Limits:
     """The inverse of `plain_limits`."""
-    return Limits.of({name: [float(value) for value in row] for name, row in values.items()})
+    return Limits(**{name: np.array([float(value) for value in row]) for name, row in values.items()})

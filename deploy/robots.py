@@ -118,20 +118,22 @@ class SimPushT:
 
 
 def make(name: str, spec: PolicySpec, options: Mapping[str, Any] | None = None) -> Robot:
-    """The robot called `name`, set up for a policy of `spec`.
+    """The robot called `name`, set up for a policy of `spec`; "module:Class" is an arm's driver of the user's own.
 
     `options`: of the configuration, for a robot in real time, which runs in processes of its own. Without them: a
     simulator in this process, for clocks that are not real. Raises `InputError` for an unknown name, and for a robot
     that does not start.
     """
-    robots = ROBOTS if options is None else REAL_TIME
+    robots: Mapping[str, Any] = ROBOTS if options is None else REAL_TIME
+    if options is not None and ":" in name:
+        robots = {name: HARDWARE}
     if name not in robots:
         if name in REAL_TIME:
             raise InputError(f"robot={name} is there in real time only")
         raise unknown("robot", name, robots)
     if options is None:
         return ROBOTS[name](spec)
-    module, _, function = REAL_TIME[name].partition(":")
+    module, _, function = str(robots[name]).partition(":")
     return cast(Robot, getattr(importlib.import_module(module), function)(spec, options))
 
 
@@ -155,9 +157,10 @@ def _sim_pusht(spec: PolicySpec) -> Robot:
 
 ROBOTS: dict[str, Callable[[PolicySpec], Robot]] = {"sim_pusht": _sim_pusht}
 
+HARDWARE = "action_diffusion.deploy.hardware:robot"
 REAL_TIME: dict[str, str] = {
     "sim_pusht": "action_diffusion.deploy.simulated:sim_pusht",
     "sim_arm": "action_diffusion.deploy.simulated:sim_arm",
-    **dict.fromkeys(("ur", "franka", "lerobot"), "action_diffusion.deploy.hardware:robot"),
+    **dict.fromkeys(("ur", "franka", "lerobot"), HARDWARE),
 }
 """Robots in processes of their own: names → "module:function" of a specification and options."""

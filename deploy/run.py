@@ -14,6 +14,7 @@ from rich.table import Table
 
 from action_diffusion.datasets.progress import progress
 from action_diffusion.deploy import robots
+from action_diffusion.deploy.arm_link import ArmSetup
 from action_diffusion.deploy.client import RemotePolicy
 from action_diffusion.deploy.clock import Clock, MonotonicClock
 from action_diffusion.deploy.gate import Gate, demonstrated
@@ -49,6 +50,8 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
             raise InputError(f"{name}={value} must be a whole number")
         if value is not None and value < least:
             raise InputError(f"{name}={value} must be at least {least}")
+    asked = ArmSetup(driver=str(config["robot"]), limits=config["limits"], obstacles=config["obstacles"])
+    asked.check()  # before all that takes long
     policy = open_policy(config)
     config = {**config, "threads": None if isinstance(policy, RemotePolicy) else choose_threads(policy)}
     guidance = Guidance(**config["rtc"])

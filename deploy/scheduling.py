@@ -84,7 +84,10 @@ class Swap:
     @property
     def jump(self) -> float | None:
         """Distance between the two, in the data's units; None where the predecessor had ended, or there was none."""
-        return None if self.running is None else float(np.linalg.norm(self.new - self.running))
+        if self.running is None:
+            return None
+        with np.errstate(over="ignore", invalid="ignore"):  # of a chunk that the gate refuses
+            return float(np.linalg.norm(self.new - self.running))
 
 
 @dataclass(frozen=True, eq=False)

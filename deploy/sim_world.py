@@ -32,6 +32,8 @@ COMMON: Fields = {
     "runs": ("?", ()),
     "lost": ("f8", ()),  # s of real time, since the simulator began, in which the world should have moved and stood
 }
+MOST_LATENCY = 10.0
+"""Seconds."""
 STAMPED = ("capture", "arrival")
 WATCHDOG = 0.1
 SILENCE, PATIENCE = 0.5, 30.0
@@ -193,7 +195,7 @@ class SimulatedCamera(ABC):
         seed: int = 0,
         stamped: str = "capture",
     ) -> None:
-        if not (rate > 0 and latency >= 0 and jitter >= 0 and 0 <= drop < 1):
+        if not (0 < rate <= 1000 and 0 <= latency <= MOST_LATENCY and 0 <= jitter <= MOST_LATENCY and 0 <= drop < 1):
             raise InputError(f"a camera with rate={rate}, latency={latency}, jitter={jitter}, drop={drop} cannot be")
         self.shape, self.rate = (image_size, image_size, 3), rate
         self._folder, self._latency, self._jitter, self._drop = Path(world), latency, jitter, drop

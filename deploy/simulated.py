@@ -11,9 +11,19 @@ from action_diffusion.deploy.process_robot import CameraSetup, ProcessRobot
 from action_diffusion.deploy.processes import Child
 from action_diffusion.deploy.rings import RingReader, RingWriter, Segments
 from action_diffusion.deploy.robots import Feedback
-from action_diffusion.deploy.sim_world import PATIENCE, STARTS
+from action_diffusion.deploy.sim_world import MOST_LATENCY, PATIENCE, STARTS
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec
+
+T = ([[-60, 0], [60, 0], [60, 30], [-60, 30]], [[-15, 30], [15, 30], [15, 120], [-15, 120]])
+"""PushT's block in its own frame (px)."""
+
+
+def board() -> dict[str, Any]:
+    """What a page draws of PushT: size, the block's polygons, the finger's radius (px), and the goal's pose."""
+    from action_diffusion.envs.pusht import GOAL_POSE
+
+    return {"size": 512, "polygons": T, "goal": list(GOAL_POSE), "radius": 15}
 
 
 class SimulatedScene:
@@ -71,6 +81,8 @@ def _assembled(
     module: str, settings: Mapping[str, Any], put_together: Callable[[Segments, SimulatedScene], ProcessRobot]
 ) -> ProcessRobot:
     """The robot of a simulator that has started; nothing is left behind where either does not."""
+    if not 0 <= settings["latency"] <= MOST_LATENCY:
+        raise InputError(f"simulated.latency={settings['latency']} must be from 0 to {MOST_LATENCY:g} s")
     segments = Segments()
     try:
         scene = SimulatedScene(segments, module, settings)
@@ -114,7 +126,7 @@ def sim_pusht(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
             scene=scene,
             derived={"keypoint": ("state", lambda state: keypoints(state[None])[0])},
         )
-        made.plane = {"camera": "image" if cameras else None, "size": [512.0, 512.0]}
+        made.plane = {"camera": "image" if cameras else None, "size": [512.0, 512.0], "board": board()}
         return made
 
     return _assembled("action_diffusion.deploy.sim", {"latency": simulated["latency"]}, put_together)

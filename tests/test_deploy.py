@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,14 +21,16 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from action_diffusion import configuration, envs
+from action_diffusion import cli, configuration, envs
 from action_diffusion.deploy.clock import MonotonicClock, Pacer, VirtualClock
 from action_diffusion.deploy.gate import Gate, demonstrated
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.loop import StepRecord, run_episode
+from action_diffusion.deploy.record import RunLog
 from action_diffusion.deploy.robots import Observation, SimPushT
 from action_diffusion.deploy.run import run
 from action_diffusion.deploy.scheduling import SCHEDULINGS, ChunkScheduler
+from action_diffusion.deploy.thinking import Thinker
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
@@ -300,7 +305,7 @@ def test_a_policy_that_fails_beside_the_loop_stops_the_robot():
 
     robot = FakeRobot()
     robot.control_rate = 100.0
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(InputError, match="the policy failed: ZeroDivisionError"):
         drive(robot, Broken(clock=MonotonicClock()), scheduling="naive", beside=True)
     assert robot.stops == 1
 
@@ -416,6 +421,10 @@ def test_limits_come_from_the_demonstrations_and_from_the_robot():
         (lambda: Limits(low=np.array([np.nan]), high=np.ones(1)), "no room"),
         (lambda: Limits(low=np.ones(1), high=np.zeros(1)), "no room"),
         (lambda: Limits(low=np.zeros(1), high=np.ones(1), max_step=np.zeros(1)), "max_step"),
+        (
+            lambda: Limits(low=np.zeros(1), high=np.ones(1)).within(Limits(low=np.ones(1), high=np.full(1, 2))),
+            "no room",
+        ),
         (lambda: Limits(low=np.zeros(1), high=np.ones(1)).within(Limits(low=np.zeros(2), high=np.ones(2))), "combine"),
         (lambda: demonstrated(fit(np.eye(2)), -0.1), r"safety\.margin=-0\.1"),
         (lambda: demonstrated({"kind": "minmax"}, 0.1), "does not say in which range"),
@@ -445,9 +454,78 @@ def test_the_robot_is_stopped_when_the_policy_fails():
         raise ZeroDivisionError
 
     robot = FakeRobot()
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(InputError, match="the policy failed: ZeroDivisionError"):
         drive(robot, FakePolicy(chunks, clock=VirtualClock()))
     assert robot.stops == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "the policy answered NoneType"),
+        ("a chunk", "the policy answered str"),
+        ({"action": np.zeros((1, HORIZON, 2))}, "the policy answered dict"),
+        ({"action_pred": None}, r"action_pred is object \[\]"),
+        ({"action_pred": np.full((1, HORIZON, 2), "left")}, "action_pred is <U4"),
+        ({"action_pred": np.full((1, HORIZON, 2), object())}, "action_pred is object"),
+        ({"action_pred": np.full((1, HORIZON, 2), 1j)}, "action_pred is complex128"),
+        ({"action_pred": [[[0.0, 1.0], [2.0]]]}, "the policy answered dict"),
+        ({"action_pred": np.zeros((2, HORIZON, 2))}, r"not numbers \[1, H, A\]"),
+        ({"action_pred": np.zeros(())}, r"not numbers \[1, H, A\]"),
+    ],
+)
+@pytest.mark.parametrize("scheduling", ["sync", "naive"])
+def test_a_policy_that_answers_no_numbers_stops_the_robot_in_one_line(answer, message, scheduling):
+    class Odd(TellingPolicy):
+        def predict(self, obs: Mapping[str, np.ndarray], **_: Any) -> Any:
+            return answer
+
+    robot = FakeRobot()
+    with pytest.raises(InputError, match=message):
+        drive(robot, Odd(clock=VirtualClock()), scheduling=scheduling)
+    assert (robot.stops, robot.commands) == (1, [])
+
+
+@pytest.mark.parametrize("huge", [1e300, -1.7e308, 1e30])
+@pytest.mark.parametrize("scheduling", ["sync", "naive", "ensemble"])
+def test_a_chunk_beyond_all_bounds_is_held_and_logged(huge, scheduling, tmp_path):
+    """Every other one; the log is JSON, and says of the jump that nobody knows it."""
+    robot, dtype = FakeRobot(), np.float32 if huge == 1e30 else np.float64
+    policy = FakePolicy(lambda n: np.full((HORIZON, 2), huge if n % 2 else 5.0, dtype), clock=VirtualClock())
+    with RunLog(tmp_path, control_rate=10.0) as log:
+        for record in drive(robot, policy, scheduling=scheduling):
+            log.write(record)
+    assert all((command == 5).all() for command in robot.commands)
+    refused = [row for row in read_log(tmp_path) if any("is outside" in why for why in row["interventions"])]
+    assert refused
+    assert all(row["held"] for row in refused)
+    for text in ((tmp_path / "log.jsonl").read_text(), (tmp_path / "latency.json").read_text()):
+        assert "Infinity" not in text
+        assert "NaN" not in text
+
+
+def test_ctrl_c_at_any_instruction_leaves_no_thread_that_waits():
+    """Once it did, where it came while the loop asked whether a chunk was there."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for number in range(100):
+            thinker: Thinker[int] = Thinker(clock=MonotonicClock(), beside=True)
+            thinker.ask(0, lambda: time.sleep(0.02) or 0)
+            signal.setitimer(signal.ITIMER_REAL, 0.001 + 1e-5 * number)
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    thinker.answer(0)
+            closing = threading.Thread(target=thinker.close, daemon=True)
+            closing.start()
+            closing.join(10)
+            assert not closing.is_alive()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _interrupting(*, after: int) -> Any:
@@ -587,6 +665,26 @@ def test_limits_pass_what_people_demonstrated():
         ({}, ["robot=sim_push"], "unknown robot 'sim_push': did you mean sim_pusht"),
         ({}, ["n_episodes=0"], "n_episodes=0 must be at least 1"),
         ({}, ["seed=-1"], "seed=-1 must be at least 0"),
+        ({}, ["limits=5"], r"limits=5: write \{low: "),
+        ({}, ["limits=[1, 2]"], r"limits=\[1, 2\]: write \{low: "),
+        ({}, ["limits={low: [0, 0]}"], "limits.high has no value"),
+        ({}, ["limits={low: [nan, 0], high: [512, 512]}"], r"limits.low=\[nan, 0\]: expected numbers"),
+        ({}, ["limits={low: [512, 0], high: [0, 512]}"], "limits leave no room"),
+        ({}, ["limits={low: [256, 0], high: [256, 512]}"], "limits leave no room"),
+        ({}, ["limits={low: low, high: high}"], "limits.low=low: expected numbers"),
+        ({}, ["limits={low: [0, 0], high: [512, 512], velocity: [nan, 1]}"], "limits.velocity=.* expected numbers"),
+        ({}, ["limits={low: [0, 0], high: [512, 512], jerk: 7}"], "limits.jerk=7: expected numbers"),
+        ({}, ["limits={low: [0, 0], high: [512, 512], height: [1, 1]}"], "unknown limit 'height'"),
+        ({}, ["obstacles=5"], r"obstacles=5: write \{workspace: "),
+        ({}, ["obstacles={table: high}"], r"obstacles.table=\['high'\]: expected numbers"),
+        ({}, ["obstacles={spheres: [[1, 2]]}"], "obstacles.spheres has shape"),
+        ({}, ["server=ws://[::1"], r"server=ws://\[::1: write ws://HOST:PORT"),
+        ({}, ["server=ws://127.0.0.1:99999"], "99999: write ws://HOST:PORT, with a port from 1 to 65535"),
+        ({}, ["server=http://127.0.0.1:80"], "http://127.0.0.1:80: write ws://HOST:PORT"),
+        ({}, ["server='ws://127.0.0.1:1/ a'"], "write ws://HOST:PORT"),
+        ({}, ["server=ws://127.0.0.1:1", "server_timeout=1e300"], "server_timeout=1e[+]300 must be above 0 s"),
+        ({}, ["rtc.beta=inf"], "rtc.beta=inf must be above 0, and finite"),
+        ({}, ["safety.margin=inf"], "safety.margin=inf must be 0 or more, and finite"),
         ({}, ["safety.margin=-1"], "safety.margin=-1 must be 0 or more"),
         ({}, ["sampler.scheduler=flow"], "flow"),
         ({}, ["scheduling=rct"], "unknown scheduling 'rct': did you mean rtc"),
@@ -603,6 +701,32 @@ def test_what_does_not_fit_is_refused(tmp_path, changes, options, message):
     with pytest.raises(InputError, match=message):
         run(deploy(tmp_path / "bundle", tmp_path / "run", *options), clock=VirtualClock())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_driver_of_ones_own_is_named_on_the_command_line(tmp_path, capsys):
+    changes = {
+        "observations": {"state": ObservationSpec(shape=(2,), source="state")},
+        "normalizer": {"state": fit(np.eye(2)), "action": fit(np.array([[-1.0, 0.0], [1.0, 1.0]]))},
+        "env": None,
+    }
+    save_bundle(tmp_path / "bundle", **changes)
+    limits = {"low": [-2.0] * 2, "high": [2.0] * 2, "max_step": [1.0] * 2}
+    limits |= {"velocity": [2.0] * 2, "acceleration": [10.0] * 2, "jerk": [200.0] * 2}
+    cell = {"arm": {"n_joints": 1}, "limits": limits, "seconds": 1.0, "observations": {"state": ["joints", "gripper"]}}
+    (tmp_path / "cell.yaml").write_text(json.dumps(cell))
+    words = [f"bundle={tmp_path}/bundle", "device=cpu", f"hardware={tmp_path}/cell.yaml", "page=false", "record=false"]
+    robot = "robot=action_diffusion.deploy.sim:IdealArm"
+    assert cli.main(["deploy", *words, robot, f"output_dir={tmp_path}/run"]) == 0
+    assert len(read_log(tmp_path / "run")) == 10
+    for name, message in (("nowhere:Arm", "No module named 'nowhere'"), ("json:Arm", "has no attribute 'Arm'")):
+        assert cli.main(["deploy", *words, f"robot={name}", f"output_dir={tmp_path}/other"]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("latency", ["inf", "-1.0", "1e300"])
+def test_a_simulator_that_cannot_be_is_refused(bundle, tmp_path, latency):
+    with pytest.raises(InputError, match=r"simulated\.latency=.* must be from 0 to 10 s"):
+        run(deploy(bundle, tmp_path / "run", f"simulated.latency={latency}"))
 
 
 def test_a_log_is_never_overwritten(bundle, tmp_path):

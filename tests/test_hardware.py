@@ -123,6 +123,12 @@ def test_the_command_lines_limits_and_dry_run_go_before_the_files():
         ({"arm": [1]}, "arm must be values by name"),
         ({"cameras": {"front": {"device": 0}}}, "camera front names no driver"),
         ({"cameras": {"side": {"driver": "usb", "device": 0}}}, "unknown camera 'front'"),
+        ({"seconds": float("nan")}, "seconds=nan must be a number above 0"),
+        ({"seconds": "long"}, "seconds=long must be a number above 0"),
+        ({"seconds": 0}, "seconds=0 must be a number above 0"),
+        ({"observations": {"state": 5}}, r"observations\.state=5 must be names of states"),
+        ({"observations": {"state": []}}, r"observations\.state=\[\] must be names of states"),
+        ({"limits": {"low": [1.0, 0.0], "high": [0.0, 1.0]}}, "limits leave no room"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path, changes, message):

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion.deploy.onlookers import page_port
-from action_diffusion.deploy.processes import Child
+from action_diffusion.deploy.page_link import PageLink
+from action_diffusion.deploy.simulated import board
 from action_diffusion.deploy.teleop.device import Device
 from action_diffusion.deploy.teleop.keys import HELP
 from action_diffusion.deploy.teleop.page import Pictures, Shown
 from action_diffusion.deploy.teleop.world import World, is_plane
 
 MODULE = "action_diffusion.deploy.teleop.page_process"
-T = ([[-60, 0], [60, 0], [60, 30], [-60, 30]], [[-15, 30], [15, 30], [15, 120], [-15, 120]])
-"""PushT's block in its own frame (px)."""
 POINTING = (
     "lead the finger with the mouse, or with your own on a touch screen; Enter start, K keep, Backspace discard, U undo"
 )
@@ -25,7 +24,7 @@ Status = dict[str, Any]
 
 def open_page(
     config: Mapping[str, Any], world: World, driver: Device | None, folder: Path
-) -> tuple[Shown | None, Child | None]:
+) -> tuple[Shown | None, PageLink | None]:
     """The page's process, ready, and what it shows; None where there is to be none.
 
     driver: None for the page itself. Raises `InputError` for an address that cannot be had, and a missing extra.
@@ -36,15 +35,9 @@ def open_page(
     port = page_port(wanted, print)
     if port is None:
         return None, None
-    shown, host = Shown(folder), str(config["page_host"])
-    address = {"host": host, "port": port, "token_file": config["page_token_file"]}
-    page = Child(MODULE, folder, "page", {**address, "about": _about(config, world, driver)})
-    try:
-        said = page.wait_ready()
-    except BaseException:
-        page.end()
-        raise
-    print(f"page: http://{f'[{host}]' if ':' in host else host}:{said['port']}", flush=True)
+    shown, about = Shown(folder), _about(config, world, driver)
+    page = PageLink(MODULE, folder, config=config, port=port, about=about, stops=about["emergency"])
+    print(f"page: {page.url}", flush=True)
     print("from another machine: ssh -L PORT:localhost:PORT HOST, then http://localhost:PORT", flush=True)
     return shown, page
 
@@ -59,13 +52,6 @@ def _about(config: Mapping[str, Any], world: World, driver: Device | None) -> di
         "emergency": not world.waits,
         "board": board() if is_plane(world) else None,
     }
-
-
-def board() -> dict[str, Any]:
-    """What the page draws of PushT: size, the block's polygons, the finger's radius (px), and the goal's pose."""
-    from action_diffusion.envs.pusht import GOAL_POSE
-
-    return {"size": 512, "polygons": T, "goal": list(GOAL_POSE), "radius": 15}
 
 
 def teller(config: Mapping[str, Any], world: World, shown: Shown | None) -> Callable[[Status], None]:
