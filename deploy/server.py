@@ -24,7 +24,7 @@ from typing import Any
 
 from action_diffusion.deploy.access import TOKEN_VARIABLE, is_authorized, is_loopback
 from action_diffusion.deploy.session import Question, Session
-from action_diffusion.deploy.wire import pack, require, unpack
+from action_diffusion.deploy.wire import pack, require, shortened, unpack
 from action_diffusion.errors import InputError
 from action_diffusion.policy.policy import DiffusionPolicy
 
@@ -33,6 +33,8 @@ SEND_SECONDS = 10.0
 PING_SECONDS = 20.0
 """So often each side asks whether the other is there; one that stays silent as long again is let go."""
 HEALTH = "/healthz"
+MOST_TEXT = 500
+"""Characters of a line that goes out instead of an answer, whatever a message held."""
 
 
 class PolicyServer:
@@ -108,7 +110,7 @@ class PolicyServer:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy") as self._worker:
             try:
                 server = await listening
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
                 raise InputError(f"cannot listen at host={self._host} port={self._port}: {_reason(error)}") from None
             async with server:
                 ready(server.sockets[0].getsockname()[1])
@@ -118,6 +120,8 @@ class PolicyServer:
         """Before the handshake: an HTTP answer, or None to go on."""
         if request.path == HEALTH:
             return connection.respond(HTTPStatus.OK, "OK\n")
+        if "Sec-Fetch-Site" in request.headers:  # of a web page, though it names no origin
+            return connection.respond(HTTPStatus.FORBIDDEN, "web pages do not come in\n")
         if not is_authorized(_header(request), self._token):
             return connection.respond(HTTPStatus.UNAUTHORIZED, "this server asks for a token (openpi: api_key)\n")
         if self.n_connections >= self._max_connections:
@@ -158,11 +162,11 @@ class PolicyServer:
             self._answered(ended - began)
             return pack({**actions, "server_timing": timing})
         except InputError as error:
-            line = f"refused: {error}"
+            line = shortened(f"refused: {error}", MOST_TEXT)
         except self._closed:
             raise
         except Exception as error:  # whatever a policy can fail with: the other clients go on
-            line = " ".join(f"failed: {type(error).__name__}: {error}".split())[:500]
+            line = shortened(f"failed: {type(error).__name__}: {error}", MOST_TEXT)
             self._say(line)
         self._turned_down(line)
         return line
@@ -194,9 +198,9 @@ def _message_bytes(policy: DiffusionPolicy) -> int:
     return total
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | UnicodeError) -> str:
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return "no such host"
     if error.errno == errno.EADDRINUSE:
         return "the port is in use, give another one"
-    if isinstance(error, socket.gaierror):
-        return "no such host"
     return error.strerror or str(error)

@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from action_diffusion.deploy.prediction import Guidance, continued
+from action_diffusion.deploy.prediction import METHODS, Guidance, continued
 from action_diffusion.deploy.wire import EXTRA, decode_array, shortened
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.agent import Agent
-from action_diffusion.policy.guidance import running_chunks
+from action_diffusion.policy.guidance import MASKS, running_chunks
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 
 EXTRAS = ("reset", "history", "noise", "generator", "running", "delay", "guidance")
 MAX_ROUNDS = 20
 """Of guidance in a denoising step: a client must not keep the others waiting."""
+MAX_BETA = 1e6
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +124,9 @@ class Session:
             if len(shape) != 2 or shape[0] > horizon or shape[1] != n_actions:
                 raise InputError(f"running has shape {list(shape)}, not [at most {horizon}, {n_actions}]")
         if "delay" in extra:
-            options["delay"] = _whole(extra["delay"], "delay", 2**31)
+            options["delay"] = _whole(extra["delay"], "delay", horizon)
         if "guidance" in extra:
-            options["guidance"] = _guidance(extra["guidance"])
+            options["guidance"] = _guidance(extra["guidance"], horizon)
         return options
 
     def answer(self, policy: DiffusionPolicy, question: Question) -> dict[str, np.ndarray]:
@@ -133,9 +134,8 @@ class Session:
         generator = question.generator or self.generator
         options: dict[str, Any] = {}
         if question.running is not None:
-            delay = min(question.delay, policy.spec.horizon)
-            running = running_chunks(policy, question.obs, [question.running], [delay])
-            options = continued(policy, running, delay, question.guidance)
+            running = running_chunks(policy, question.obs, [question.running], [question.delay])
+            options = continued(policy, running, question.delay, question.guidance)
         predicted = policy.predict(
             question.obs,
             noise=question.noise,
@@ -193,7 +193,7 @@ def _generator(state: np.ndarray) -> torch.Generator:
     return generator
 
 
-def _guidance(value: Any) -> Guidance:
+def _guidance(value: Any, horizon: int) -> Guidance:
     """`prediction.Guidance` from a map of its fields, each of which has the default's type."""
     names = [item.name for item in fields(Guidance)]
     if not isinstance(value, dict):
@@ -206,12 +206,17 @@ def _guidance(value: Any) -> Guidance:
         "overlap": (int, type(None)),
         "pin": (bool,),
     }
+    choices = {"method": METHODS, "mask": MASKS}
     for key, entry in value.items():
         if key not in names:
             raise unknown("entry of guidance", shortened(key), names)
         if not isinstance(entry, kinds[key]) or isinstance(entry, bool) != (key == "pin"):
             raise InputError(f"guidance {key} is {shortened(entry)}")
-    guidance = Guidance(**value)
-    if guidance.rounds > MAX_ROUNDS or (guidance.overlap or 0) > 2**31:
-        raise InputError(f"guidance rounds={guidance.rounds} overlap={guidance.overlap}: too many")
-    return guidance
+        if entry not in choices.get(key, [entry]):
+            raise unknown(f"rtc.{key}", shortened(entry), choices[key])
+    _whole(value.get("rounds", 0), "guidance rounds", MAX_ROUNDS)
+    if value.get("overlap") is not None:
+        _whole(value["overlap"], "guidance overlap", horizon)
+    if not 0 < value.get("beta", 1) <= MAX_BETA:
+        raise InputError(f"guidance beta is {shortened(value['beta'])}, not a number above 0 and at most {MAX_BETA:g}")
+    return Guidance(**value)

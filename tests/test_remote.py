@@ -101,6 +101,30 @@ def test_the_noise_of_stochastic_steps_is_the_local_one(bundle):
     assert not np.array_equal(answers[0][0]["action"], answers[0][1]["action"])
 
 
+def test_it_takes_what_the_local_policy_takes(server, bundle):
+    """A history without a batch axis, noise that is given, one generator for all rows, none at all."""
+    local, remote = bundles.load(bundle, precision="fp32"), RemotePolicy(server.url)
+    noise = np.random.default_rng(0).normal(size=(2, local.spec.horizon, 2))
+    single = {"state": histories(1)["state"][0]}
+    for obs, options in (
+        (single, lambda: {"noise": noise[:1]}),
+        (single, lambda: {"noise_generator": torch.Generator().manual_seed(3)}),
+        (histories(2), lambda: {"noise": noise, "generator": torch.Generator().manual_seed(3)}),
+    ):
+        mine, theirs = local.predict(obs, **options()), remote.predict(obs, **options())
+        for key in ("action", "action_pred"):
+            assert theirs[key].shape == mine[key].shape
+            assert theirs[key] == pytest.approx(mine[key], abs=1e-3)
+    assert remote.predict(single)["action"].shape == (4, 2)
+    with pytest.raises(InputError, match="2 generators for 1 rows"):
+        remote.predict(single, generator=[torch.Generator(), torch.Generator()])
+    with pytest.raises(InputError, match="noise has shape"):
+        remote.predict(single, noise=noise)
+    with pytest.raises(InputError, match="hooks and settled steps do not travel"):
+        remote.predict(single, hooks=[object()])
+    remote.close()
+
+
 def test_observations_that_do_not_fit_are_refused_as_the_local_policy_does(server):
     remote = RemotePolicy(server.url)
     with pytest.raises(InputError, match=r"has shape \[1, 2, 4\], the policy takes"):
@@ -108,7 +132,7 @@ def test_observations_that_do_not_fit_are_refused_as_the_local_policy_does(serve
     with pytest.raises(InputError, match="holds NaN"):
         remote.predict({"state": np.full((1, TO, 5), np.nan)}, **noises(1, 0))
     rest = [np.zeros((3, 2), np.float32)]
-    with pytest.raises(InputError, match="refused: guidance rounds=99 overlap=None: too many"):
+    with pytest.raises(InputError, match="refused: guidance rounds is 99, not a whole number from 0 to 20"):
         remote.predict(histories(1), running=rest, delay=[1], guidance={"rounds": 99}, **noises(1, 0))
     assert remote.predict(histories(1), **noises(1, 0))["action"].shape == (1, 4, 2)
     remote.close()

@@ -293,6 +293,18 @@ WRONG = [
     ({"state": GOOD, wire.EXTRA: {"running": np.zeros((9, 2))}}, "running has shape [9, 2]"),
     ({"state": GOOD, wire.EXTRA: {"running": np.zeros(2)}}, "running has shape [2]"),
     ({"state": GOOD, wire.EXTRA: {"delay": 1.5}}, "delay is 1.5"),
+    ({"state": GOOD, wire.EXTRA: {"delay": 2**31}}, "delay is 2147483648, not a whole number from 0 to 8"),
+    ({"state": GOOD, wire.EXTRA: {"delay": -1}}, "delay is -1, not a whole number from 0 to 8"),
+    ({"state": GOOD, wire.EXTRA: {"guidance": {"beta": float("inf")}}}, "guidance beta is inf, not a number above 0"),
+    ({"state": GOOD, wire.EXTRA: {"guidance": {"beta": 1e300}}}, "guidance beta is 1e+300, not a number above 0"),
+    ({"state": GOOD, wire.EXTRA: {"guidance": {"beta": 2**64 - 1}}}, "guidance beta is 18446744073709551615"),
+    ({"state": GOOD, wire.EXTRA: {"guidance": {"overlap": 2**31}}}, "guidance overlap is 2147483648"),
+    ({"state": GOOD, wire.EXTRA: {"guidance": {"rounds": -1}}}, "guidance rounds is -1"),
+    ({"state": GOOD, wire.EXTRA: {"guidance": {"method": "x" * 10**6}}}, "unknown rtc.method 'xxx"),
+    ({"state": GOOD, wire.EXTRA: {"guidance": {"mask": "x" * 10**6}}}, "unknown rtc.mask 'xxx"),
+    ({"state": GOOD, wire.EXTRA: {"guidance": {"x" * 10**6: 1}}}, "unknown entry of guidance 'xxx"),
+    ({"state": GOOD, wire.EXTRA: {"x" * 10**6: 1}}, "unknown entry of action_diffusion 'xxx"),
+    ({"x" * 10**6: GOOD}, "got xxx"),
     ({"state": GOOD, wire.EXTRA: {"guidance": {"mask": "soft"}}}, "unknown rtc.mask 'soft'"),
     ({"state": GOOD, wire.EXTRA: {"guidance": {"beta": "5"}}}, "guidance beta is 5"),
     ({"state": GOOD, wire.EXTRA: {"guidance": {"betta": 5}}}, "unknown entry of guidance 'betta'"),
@@ -415,6 +427,12 @@ def test_web_pages_are_turned_away(server):
     """Any page in a browser on this machine could connect to it otherwise."""
     with pytest.raises(InvalidStatus, match="403"):
         server.connect(origin="http://evil.example")
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin"])
+def test_web_pages_that_name_no_origin_are_turned_away(server, site):
+    with pytest.raises(InvalidStatus, match="403"):
+        server.connect(additional_headers={"Sec-Fetch-Site": site})
 
 
 def test_health_and_other_paths(server):
