@@ -33,7 +33,7 @@ from action_diffusion.datasets.files import atomic_path
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.store import blocks
 from action_diffusion.errors import InputError, unknown
-from benchmarks.faults import Planted, Planter
+from benchmarks.planter import Planted, Planter
 from benchmarks.plants import PLANT
 
 REQUIRED = 0.95

@@ -1,181 +1,318 @@
-"""Copies of real episodes to plant faults in, for `benchmarks.doctor`; benchmarks/plants.py has the faults."""
+"""The emergency stop and the pause of the operator's page, while all that should not matter goes on beside it.
+
+    python -m benchmarks.faults [n=100] [bundle=DIR] [tabs=50] [floods=4] [strangers=1100] [busy=2] [seed=0]
+
+`action-diffusion deploy` drives PushT with its page, which asks for a token, by the bundle's policy or an untrained
+one. `tabs` further pages are open, `floods` sockets send points as fast as they can, `strangers` connections without a
+token say nothing or half of something, and `busy` processes compute. Each of the n times somebody pauses and goes on,
+then stops, in turn by the page's socket and by a request, clears the stop and starts. Measured from there to when the
+arm's process begins to stop, and the loop to pause. Exit code: 0, 1 where a stop or a pause got lost or the 99th
+percentile of the stop's is above 250 ms, 2 for bad input.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import asyncio
+import contextlib
+import http.client
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 
-from action_diffusion.datasets.doctor.still import motion
-from action_diffusion.datasets.doctor.survey import Survey, is_action
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.store import Column
+from action_diffusion.deploy.arm_loop import Phase
+from action_diffusion.deploy.messages import text
+from action_diffusion.deploy.operation import Mode
+from action_diffusion.deploy.rings import Record, RingReader, shared_folder
+from action_diffusion.errors import InputError
+from benchmarks.command import command, options, whole
+from benchmarks.period import SPIN
 
-EDGE = 6
-"""Rows between a jump or an outlier and the episode's ends."""
-
-
-@dataclass(frozen=True)
-class Planted:
-    """Rows of the buffer with faults. either: of a duplicate, both episodes. size: 1 is the smallest."""
-
-    kind: str
-    key: str
-    episode: int
-    first: int
-    last: int
-    size: float
-    either: tuple[int, ...] = ()
+WITHIN = 0.25
+LOST = 5.0
+"""Seconds after which a stop or a pause counts as lost."""
+POINT = '{"order": "point", "values": [256, 256]}'
 
 
-@dataclass
-class Episode:
-    """start: its first row in the source. low: {key: [T, …]}, copies. frames: {key: rows of the source [T]}.
-    changed: {(key, step): frame}."""
+def untrained(path: Path) -> Path:
+    """The bundle of a small policy that sees pictures of PushT and knows nothing, for episodes of an hour."""
+    import torch
 
-    start: int
+    from action_diffusion.policy import bundle as bundles
+    from action_diffusion.policy.build import build_policy
+    from action_diffusion.policy.normalizer import fit
+    from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
-    low: dict[str, np.ndarray]
-    frames: dict[str, np.ndarray]
-    changed: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(next(iter((self.low | self.frames).values())))
-
-    def take(self, steps: np.ndarray) -> None:
-        """Keep these steps, in this order."""
-        self.low = {key: values[steps] for key, values in self.low.items()}
-        self.frames = {key: rows[steps] for key, rows in self.frames.items()}
-
-
-class Frames:
-    """Rows of a camera's column in another order, some of them changed."""
-
-    def __init__(self, column: Column, rows: np.ndarray, changed: dict[int, np.ndarray]) -> None:
-        self._column, self._rows, self._changed = column, rows, changed
-        self.shape = (len(rows), *column.shape[1:])
-        self.dtype = column.dtype
-
-    def __getitem__(self, rows: Any, /) -> np.ndarray:
-        frames = np.array(self._column[self._rows[rows]])
-        for place, row in enumerate(np.arange(len(self._rows))[rows]):
-            if int(row) in self._changed:
-                frames[place] = self._changed[int(row)]
-        return frames
-
-
-Place = tuple[str, int, int, tuple[int, ...]] | None
-"""Key, first and last step of the faulty episode, and for a duplicate both episodes; None where there is no room."""
+    corners = np.array([[200.0, 200.0], [300.0, 300.0]])
+    config = {
+        "normalizer": {"default": "minmax"},
+        "features": {},
+        "encoder": {"name": "observation", "backbone": "resnet18", "width": 0.25, "stages": 1},
+        "denoiser": {"name": "unet1d", "channels": [8, 16], "time_dim": 16},
+        "process": {"name": "diffusion", "prediction": "epsilon"},
+        "sampler": {"scheduler": "ddim", "num_inference_steps": 5},
+        "objective": {"loss": "mse"},
+    }
+    spec = PolicySpec(
+        observations={
+            "image": ObservationSpec(shape=(96, 96, 3), dtype="uint8", kind="image", source="image"),
+            "agent_pos": ObservationSpec(shape=(2,), source="agent_pos"),
+        },
+        action=ActionSpec(shape=(2,), unit="px"),
+        n_obs_steps=2,
+        horizon=16,
+        n_action_steps=8,
+        control_rate=10.0,
+        task="pusht_image",
+        env={"name": "pusht", "max_steps": 36_000},
+        normalizer={"agent_pos": fit(corners), "action": fit(corners)},
+    )
+    torch.manual_seed(0)
+    bundles.save(path, build_policy(config, spec), {"policy": config})
+    return path
 
 
-class Planter:
-    """Plants faults in copies of `buffer`, whose rows `survey` describes. Where and how big, `random` says."""
-
-    def __init__(self, buffer: ReplayBuffer, survey: Survey, random: np.random.Generator) -> None:
-        self._buffer, self._survey, self.random = buffer, survey, random
-        self._motion = {key: motion(survey, key) for key in ("", *survey.low, *survey.cameras)}
-        inner = ~survey.first
-        self._usual = {key: np.quantile(low.steps[inner], 0.999, axis=0) for key, low in survey.low.items()}
-
-    def plant(self, kinds: list[str], plant: Mapping[str, Plant]) -> tuple[ReplayBuffer, list[Planted]]:
-        """A buffer with a fault of each of `kinds`, in episodes drawn at random; `plant` says how."""
-        n = len(self._survey.ends)
-        episodes = [self.episode(index) for index in range(n)]
-        chosen = self.random.permutation(n)[: len(kinds)]
-        self.untouched = np.setdiff1d(np.arange(n), chosen)
-        found = []
-        for place, (index, kind) in enumerate(zip(chosen, kinds, strict=True)):
-            size = 1.0 if place // 10 % 2 == 0 else float(self.random.uniform(1, 4))
-            faulty = self.episode(index)
-            planted = plant[kind](self, faulty, int(index), size)
-            if planted is not None:
-                episodes[index] = faulty
-                found.append((kind, int(index), size, *planted))
-        buffer = self._joined(episodes)
-        starts = np.concatenate([[0], buffer.episode_ends[:-1]])
-        planted_rows = []
-        for kind, index, size, key, first, last, either in found:
-            rows = int(starts[index] + first), int(starts[index] + last)
-            planted_rows.append(Planted(kind, key, index, *rows, size, either))
-        return buffer, planted_rows
-
-    def episode(self, index: int) -> Episode:
-        rows = np.arange(self._survey.starts[index], self._survey.ends[index])
-        low = {key: np.array(self._survey.low[key].raw[rows]) for key in self._survey.low}
-        return Episode(int(rows[0]), low, {key: rows.copy() for key in self._survey.cameras})
-
-    def _joined(self, episodes: list[Episode]) -> ReplayBuffer:
-        ends = np.cumsum([len(episode) for episode in episodes])
-        arrays: dict[str, Any] = {}
-        for key in self._survey.low:
-            joined = np.concatenate([episode.low[key] for episode in episodes])
-            arrays[key] = joined.reshape(-1, *self._buffer[key].shape[1:])
-        buffer = ReplayBuffer.from_arrays(arrays, ends, self._buffer.attrs)
-        for key in self._survey.cameras:
-            rows = np.concatenate([episode.frames[key] for episode in episodes])
-            starts = np.concatenate([[0], ends[:-1]])
-            changed = {
-                int(start) + step: frame
-                for start, episode in zip(starts, episodes, strict=True)
-                for (changed_key, step), frame in episode.changed.items()
-                if changed_key == key
-            }
-            buffer = buffer.with_column(key, Frames(self._buffer[key], rows, changed))
-        return buffer
-
-    def dimension(self, *, restless: bool = False) -> tuple[str, int]:
-        """A key and a dimension of it that moves; `restless`: one that is hardly ever still."""
-        choices = []
-        for key, low in self._survey.low.items():
-            still = np.mean(low.steps[~self._survey.first] == 0, axis=0)
-            choices += [(key, int(d)) for d in np.flatnonzero(low.motion & (still < 0.2 if restless else True))]
-        key = self.random.choice(sorted({key for key, _ in choices}))  # keys alike, however many dimensions they have
-        of_key = [choice for choice in choices if choice[0] == key]
-        return of_key[self.random.integers(len(of_key))]
-
-    def step(self, episode: Episode, edge: int, without: str | None = None, moving: int = 1) -> int | None:
-        """A step `edge` or more from the ends; if `without` is given, one from which on within `moving` steps the
-        motion of other keys is half its median or more."""
-        steps = np.arange(edge, len(episode) - edge)
-        if without is not None:
-            rows = np.arange(episode.start, episode.start + len(episode))
-            enough = self._motion[without][rows] >= 0.5
-            steps = np.asarray([step for step in steps if enough[step : step + moving].any()], int)
-        return int(self.random.choice(steps)) if len(steps) else None
-
-    def usual(self, key: str, d: int) -> float:
-        return float(self._usual[key][d])
-
-    def limits(self, key: str, d: int) -> tuple[float, float]:
-        raw = self._survey.low[key].raw[:, d]
-        return float(raw.min()), float(raw.max())
-
-    def set(self, episode: Episode, key: str, d: int, steps: slice, values: np.ndarray | float) -> None:
-        """Whole numbers stay whole, and angles that wrap stay where they belong."""
-        low = self._survey.low[key]
-        wrapped = not np.array_equal(low.raw[:, d], low.values[:, d])
-        new = np.asarray(values, float)
-        if wrapped:
-            least, _ = self.limits(key, d)
-            base = -np.pi if least < -0.1 else 0.0
-            new = (new - base) % (2 * np.pi) + base
-        episode.low[key][steps, d] = new
-
-    def camera(self) -> str:
-        return str(self.random.choice(sorted(self._survey.cameras)))
-
-    def restless_keys(self) -> list[str]:
-        low = self._survey.low
-        return [key for key in low if low[key].motion.any() and not is_action(key) and low[key].repeats.mean() < 0.01]
-
-    def other_episode(self) -> int:
-        return int(self.random.choice(self.untouched))
-
-    def frame(self, episode: Episode, key: str, step: int) -> np.ndarray:
-        return np.array(self._buffer[key][int(episode.frames[key][step])])
+# What should not matter, each in a process of its own.
 
 
-Plant = Callable[[Planter, Episode, int, float], Place]
-"""Changes a copy of the episode with that index; the size is 1 or more."""
+def open_tabs(port: int, cookie: str, n: int) -> None:
+    """Pages of `n` tabs: both sockets of each, and everything that comes is read."""
+    from websockets.asyncio.client import connect
+
+    async def read(path: str) -> None:
+        address, headers = f"ws://127.0.0.1:{port}{path}", {"Cookie": cookie}
+        async for live in connect(address, additional_headers=headers, proxy=None, compression=None):
+            with contextlib.suppress(Exception):
+                async for _ in live:
+                    pass
+
+    async def work() -> None:
+        await asyncio.gather(*(read(path) for path in ("/live", "/stop") for _ in range(n)))
+
+    asyncio.run(work())
+
+
+def flood(port: int, cookie: str, n: int) -> None:
+    """`n` sockets that send points without a pause, and come back when they are cut off."""
+    from websockets.sync.client import connect
+
+    def send() -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                address, headers = f"ws://127.0.0.1:{port}/live", {"Cookie": cookie}
+                with connect(address, additional_headers=headers, proxy=None, compression=None) as live:
+                    while True:
+                        live.send(POINT)
+
+    for _ in range(n):
+        threading.Thread(target=send).start()
+
+
+def strangers(port: int, cookie: str, n: int) -> None:
+    """`n` connections without a token that stay: every second one says nothing, the others half a request."""
+    held: dict[int, socket.socket] = {}
+    while True:
+        for index in range(n):
+            with contextlib.suppress(OSError):
+                if index in held and _is_open(held[index]):
+                    continue
+                held[index] = socket.create_connection(("127.0.0.1", port), timeout=1)
+                held[index].setblocking(False)
+                if index % 2:
+                    held[index].send(b"GET /live HTTP/1.1\r\nHost: 127.0.0.1\r\n" if index % 4 == 1 else b"POST /emer")
+        time.sleep(0.2)
+
+
+def _is_open(connection: socket.socket) -> bool:
+    try:
+        return bool(connection.recv(4096))
+    except BlockingIOError:
+        return True
+
+
+@contextmanager
+def crowd(port: int, cookie: str, *, tabs: int, floods: int, strange: int, busy: int) -> Iterator[None]:
+    """All of it, for as long as the block."""
+    root = Path(__file__).resolve().parents[1]
+    words = [
+        f"from benchmarks.faults import *; {work}({port}, {cookie!r}, {n})"
+        for work, n in (("open_tabs", tabs), ("flood", floods), ("strangers", strange))
+        if n
+    ]
+    started = [subprocess.Popen([sys.executable, "-c", word], cwd=root) for word in words + busy * [SPIN]]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+# Who stops and pauses.
+
+
+class Person:
+    """At a page at `port`, whose run has its shared memory in `folder`; who may come in with `cookie`."""
+
+    def __init__(self, folder: Path, port: int, cookie: str) -> None:
+        from websockets.sync.client import connect
+
+        self._port, self._headers = port, {"Cookie": cookie}
+        self._events, self._setpoints = RingReader(folder / "events"), RingReader(folder / "setpoints")
+        self._modes: RingReader | None = None
+        if (folder / "modes").exists():
+            self._modes = RingReader(folder / "modes")
+        address, how = f"ws://127.0.0.1:{port}", {"additional_headers": self._headers, "proxy": None}
+        self._live, self._stop = (connect(f"{address}{path}", **how).__enter__() for path in ("/live", "/stop"))  # type: ignore[arg-type]
+        for each in (self._live, self._stop):
+            threading.Thread(target=_drain, args=(each,), daemon=True).start()
+
+    def request(self, path: str, body: str = "") -> None:
+        """POST it."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=LOST)
+        connection.request("POST", path, body, self._headers)
+        connection.getresponse().read()
+
+    def order(self, order: str) -> None:
+        """Say it on the page's socket."""
+        self._live.send(f'{{"order": "{order}"}}')
+
+    @property
+    def moves(self) -> bool:
+        """Whether the arm may move."""
+        record = self._setpoints.latest()
+        return record is not None and int(record.values["phase"]) == Phase.MOVING
+
+    def stop(self, *, by_request: bool) -> float | None:
+        """Seconds until the arm's process began to stop; None where it did not."""
+        before, moment = self._events.count, time.monotonic()
+        if by_request:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self.request("/emergency")
+        else:
+            self._stop.send("stop")
+        return _seconds(lambda: self._said(before), moment)
+
+    def _said(self, before: int) -> Record | None:
+        new = self._events.after(before - 1)
+        return next((event for event in new if text(event.values["why"]) == "emergency stop"), None)
+
+    def pause(self) -> float | None:
+        """Seconds until the loop paused; None where it did not."""
+        assert self._modes is not None
+        moment = time.monotonic()
+        self.order("pause")
+        return _seconds(lambda: self._in(Mode.PAUSED), moment)
+
+    def _in(self, mode: Mode) -> Record | None:
+        assert self._modes is not None
+        record = self._modes.latest()
+        return record if record is not None and int(record.values["mode"]) == mode else None
+
+    def goes_on(self) -> None:
+        """Start, until the policy commands. Raises `InputError` where it never does."""
+        deadline = time.monotonic() + 60
+        while self._in(Mode.POLICY) is None or not self.moves:
+            self.order("start")
+            time.sleep(0.3)
+            if time.monotonic() > deadline:
+                raise InputError("the loop does not go on")
+
+
+def _drain(connection: Iterable[object]) -> None:
+    """Read what comes, for as long as it does."""
+    with contextlib.suppress(Exception):
+        for _ in connection:
+            pass
+
+
+def _seconds(happened: Callable[[], Record | None], since: float) -> float | None:
+    while (record := happened()) is None:
+        if time.monotonic() - since > LOST:
+            return None
+        time.sleep(0.002)
+    return max(0.0, record.t - since)
+
+
+@contextmanager
+def deployment(bundle: Path, folder: Path) -> Iterator[tuple[Path, int, str]]:
+    """`action-diffusion deploy` under way: its shared memory, the page's port, and the cookie for its token."""
+    token = secrets.token_urlsafe()
+    (folder / "token").write_text(token)
+    words = [f"bundle={bundle}", f"output_dir={folder}/out", "n_episodes=1000000", "scheduling=naive", "record=false"]
+    words += ["page=true", f"page_token_file={folder}/token"]
+    line = [sys.executable, "-u", "-m", "action_diffusion", "deploy", *words]
+    loop = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert loop.stdout is not None
+        said = next((line for line in loop.stdout if "page: http" in line), None)
+        if said is None:
+            raise InputError("the loop did not start: run action-diffusion deploy with the bundle to see why")
+        threading.Thread(target=loop.stdout.read, daemon=True).start()
+        port = int(said.rpartition(":")[2])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LOST)
+        connection.request("POST", "/session", headers={"Authorization": f"Api-Key {token}"})
+        cookie = (connection.getresponse().getheader("Set-Cookie") or "").split(";")[0]
+        yield next(shared_folder().glob(f"action-diffusion-{loop.pid}-*")), port, cookie
+    finally:
+        loop.kill()  # whatever it started ends when it is gone
+        loop.wait()
+
+
+def _summary(what: str, found: Sequence[float | None]) -> str:
+    came = 1e3 * np.array([seconds for seconds in found if seconds is not None])
+    if not len(came):
+        return f"{what}: {len(found)} lost"
+    median, p99 = np.percentile(came, [50, 99])
+    lost = len(found) - len(came)
+    return f"{what}: {len(found)}, {lost} lost; ms: median {median:.0f}, 99 % {p99:.0f}, largest {came.max():.0f}"
+
+
+@command
+def main(words: Sequence[str]) -> int:
+    """See the module."""
+    defaults = {"n": "100", "bundle": "", "tabs": "50", "floods": "4", "strangers": "1100", "busy": "2", "seed": "0"}
+    given = options(words, defaults)
+    n = whole("n", given["n"])
+    many = {name: whole(name, given[name], least=0) for name in ("tabs", "floods", "strangers", "busy", "seed")}
+    random = np.random.default_rng(many["seed"])
+    stops: dict[bool, list[float | None]] = {False: [], True: []}
+    pauses: list[float | None] = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        bundle = Path(given["bundle"]).resolve() if given["bundle"] else untrained(folder / "bundle")
+        run = stack.enter_context(deployment(bundle, folder))
+        person = Person(*run)
+        around = {"tabs": many["tabs"], "floods": many["floods"], "strange": many["strangers"], "busy": many["busy"]}
+        stack.enter_context(crowd(*run[1:], **around))
+        time.sleep(5)
+        for number in range(n):
+            person.goes_on()
+            time.sleep(random.uniform(0.2, 1.0))
+            pauses.append(person.pause())
+            person.goes_on()
+            time.sleep(random.uniform(0.2, 1.0))
+            by_request = bool(number % 2)
+            stops[by_request].append(person.stop(by_request=by_request))
+            person.request("/clear", "the area is safe")
+            last = [stops[by_request][-1], pauses[-1]]
+            took = ["lost" if seconds is None else f"{1e3 * seconds:.0f} ms" for seconds in last]
+            print(f"{number + 1}: stop {took[0]}, pause {took[1]}", flush=True)
+    print(_summary("stops by the page's socket", stops[False]))
+    print(_summary("stops by a request", stops[True]))
+    print(_summary("pauses", pauses))
+    every = [*stops[False], *stops[True]]
+    lost = sum(seconds is None for seconds in every + pauses)
+    return 1 if lost or np.percentile(np.array(every, float), 99) > WITHIN else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

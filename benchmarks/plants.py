@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.faults import EDGE, Episode, Place, Plant, Planter
+from benchmarks.planter import EDGE, Episode, Place, Plant, Planter
 
 
 def _nan(planter: Planter, episode: Episode, index: int, size: float) -> Place:

@@ -1,10 +1,11 @@
-"""Who may talk to the policy server: everyone on this machine; anyone else with the token.
+"""Who may talk to the policy server and to a page: everyone on this machine; anyone else with the token.
 
 The token comes from a file or from the environment, so that neither the list of processes nor a log shows it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 import os
@@ -60,3 +61,8 @@ def is_authorized(header: str | None, token: str | None) -> bool:
         return True
     expected = f"{SCHEME}{token}".encode()
     return hmac.compare_digest((header or "").encode("utf-8", "replace"), expected)
+
+
+def session(token: str | None, run: str) -> str:
+    """What a browser shows instead of the token, once it has: the same in all processes of a run, and in no other."""
+    return "" if token is None else hmac.new(token.encode(), run.encode(), hashlib.sha256).hexdigest()

@@ -14,9 +14,9 @@ from typing import Any
 from action_diffusion import __version__
 from action_diffusion.deploy.limits import Limits
 from action_diffusion.deploy.operation import NoOperator, Operator, PageOperator
+from action_diffusion.deploy.page_link import PageLink
 from action_diffusion.deploy.page_process import MISSING
 from action_diffusion.deploy.process_robot import ProcessRobot
-from action_diffusion.deploy.processes import Child
 from action_diffusion.deploy.recorded import plain_limits
 from action_diffusion.deploy.recording import RECORD, Recording
 from action_diffusion.deploy.rings import Moment
@@ -58,7 +58,7 @@ class Onlookers:
     ) -> None:
         self.witness: Witness = NoWitness()
         self.operator: Operator = NoOperator()
-        self._page: Child | None = None
+        self._page: PageLink | None = None
         self._teleoperator: DeviceTeleoperator | None = None
         self._recording: Recording | None = None
         self._say = say
@@ -83,13 +83,10 @@ class Onlookers:
             raise
 
     def _open(self, config: Mapping[str, Any], robot: ProcessRobot, about: Mapping[str, Any], port: int) -> None:
-        host = str(config["page_host"])
-        address = {"host": host, "port": port, "token_file": config["page_token_file"]}
-        arguments = {**address, "about": {**about, "teleop": config["teleop"]}}
-        self._page = Child("action_diffusion.deploy.page_process", robot.folder, "page", arguments)
-        said = self._page.wait_ready()
+        module, told = "action_diffusion.deploy.page_process", {**about, "teleop": config["teleop"]}
+        self._page = PageLink(module, robot.folder, config=config, port=port, about=told, stops=True)
         self.operator = PageOperator(robot.folder, waits=config["wait"], teleoperator=self._teleoperator, say=self._say)
-        self._say(f"the operator's page: http://{f'[{host}]' if ':' in host else host}:{said['port']}")
+        self._say(f"the operator's page: {self._page.url}")
 
     def between(self) -> None:
         """Between two episodes: after an emergency stop, wait until it is cleared, and for a start after that.

@@ -1,12 +1,13 @@
 """The person who watches: starts, pauses, takes over, and says how it went.
 
-    page's process ── orders ring ─▶ `PageOperator` in the loop ── mode ring ─▶ page
+    page's process ── ring `orders`, ring `points` ─▶ `PageOperator` in the loop ── ring `modes` ─▶ page
 
        begin ─▶ (PAUSED) ── start ─▶ POLICY ── pause ─▶ PAUSED ── start ─▶ POLICY, which begins anew: no old chunk,
                                        └── take over ─▶ PERSON ── start ─┘               no old observation
 
 None of this makes the arm safe: an emergency stop does not pass here but straight to the arm's process, which also
-stops when the loop dies. Orders that never come change nothing: the loop goes on as it was told last.
+stops when the loop dies. Orders that never come change nothing: the loop goes on as it was told last. Points are many,
+and only the last one counts; in a ring of their own they push no order out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from action_diffusion.deploy.rings import Fields, RingReader, RingWriter
 if TYPE_CHECKING:  # the page's process imports this, and none of the simulators
     from action_diffusion.deploy.robots import Feedback
 
-ORDERS: Fields = {"order": ("i4", ()), "size": ("i4", ()), "values": ("f8", (32,))}
+ORDERS: Fields = {"order": ("i4", ())}
+MOST_VALUES = 32
+"""Of a command that somebody points at."""
+POINTS: Fields = {"size": ("i4", ()), "values": ("f8", (MOST_VALUES,))}
 MODES: Fields = {"mode": ("i4", ())}
 STALE = 0.5
 """How old (s) a person's command may be; then the robot holds."""
@@ -38,9 +42,9 @@ class Mode(enum.IntEnum):
 
 
 class Order(enum.IntEnum):
-    """What a person may ask the loop for; POINT brings a command, for the time in which the person commands."""
+    """What a person may ask the loop for."""
 
-    START, PAUSE, TAKE_OVER, SUCCESS, FAILURE, POINT = 1, 2, 3, 4, 5, 6
+    START, PAUSE, TAKE_OVER, SUCCESS, FAILURE = 1, 2, 3, 4, 5
 
 
 MARKS = {Order.SUCCESS: "success", Order.FAILURE: "failure"}
@@ -109,24 +113,28 @@ class NoOperator:
 
 
 class Pointer:
-    """Commands that a person shows by pointing on the page: the latest, for as long as it is not stale."""
+    """Commands that a person shows by pointing on the page: the latest, for as long as it is not stale.
 
-    def __init__(self) -> None:
-        self._at, self._values = -np.inf, np.zeros(0)
+    Args:
+        folder: the run's shared memory, with the page's ring `points`.
+    """
 
-    def point(self, t: float, values: np.ndarray) -> None:
-        """`values` [A] are meant, from `t` (monotonic s) on."""
-        self._at, self._values = t, values
+    def __init__(self, folder: Path) -> None:
+        self._points = RingReader(folder / "points")
 
     def command(self, t: float) -> np.ndarray | None:
-        return self._values if t - self._at <= STALE else None
+        """See `Teleoperator`."""
+        latest = self._points.latest()
+        if latest is None or t - latest.t > STALE:
+            return None
+        return latest.values["values"][: int(latest.values["size"])]
 
 
 class PageOperator:
     """See `Operator`: a person at the page. `listen` never waits, and does nothing where the page is gone.
 
     Args:
-        folder: the run's shared memory, with the page's ring `orders`; the ring `modes` is made there.
+        folder: the run's shared memory, with the page's rings; the ring `modes` is made there.
         waits: every episode begins when the person starts it.
         teleoperator: gives the person's commands; by default what they point at on the page.
         say: takes a line for whoever started the run.
@@ -142,8 +150,7 @@ class PageOperator:
     ) -> None:
         self._orders, self._heard = RingReader(folder / "orders"), -1
         self._modes = RingWriter(folder / "modes", fields=MODES, n_slots=64)
-        self._pointer = Pointer()
-        self._teleoperator: Teleoperator = teleoperator or self._pointer
+        self._teleoperator: Teleoperator = teleoperator or Pointer(folder)
         self._waits, self._say = waits, say
         self.mark: str | None = None
         self._fresh = self._next_waits = False
@@ -178,9 +185,7 @@ class PageOperator:
         for record in self._orders.after(self._heard):
             self._heard = record.number
             order = Order(int(record.values["order"]))
-            if order is Order.POINT:
-                self._pointer.point(record.t, record.values["values"][: int(record.values["size"])])
-            elif self._mode is not Mode.OVER:
+            if self._mode is not Mode.OVER:
                 self._obey(order)
             elif order in (Order.PAUSE, Order.START):
                 self._next_waits = order is Order.PAUSE
@@ -217,14 +222,18 @@ class PageOperator:
 
 
 class Orders:
-    """The page's end: writes the ring `orders` in `folder`."""
+    """The page's end: writes the rings `orders` and `points` in `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        self._ring = RingWriter(folder / "orders", fields=ORDERS, n_slots=256)
+        self._orders = RingWriter(folder / "orders", fields=ORDERS, n_slots=4096)
+        self._points = RingWriter(folder / "points", fields=POINTS, n_slots=64)
 
-    def give(self, order: Order, values: np.ndarray | None = None) -> None:
-        """`values` [A <= 32]: of a POINT."""
-        padded = np.zeros(32)
-        size = 0 if values is None else len(values)
-        padded[:size] = 0.0 if values is None else values
-        self._ring.append(time.monotonic(), {"order": int(order), "size": size, "values": padded})
+    def give(self, order: Order) -> None:
+        """Ask the loop for it."""
+        self._orders.append(time.monotonic(), {"order": int(order)})
+
+    def point(self, values: np.ndarray) -> None:
+        """A command [A <= MOST_VALUES], for the time in which the person commands."""
+        padded = np.zeros(MOST_VALUES)
+        padded[: len(values)] = values
+        self._points.append(time.monotonic(), {"size": len(values), "values": padded})

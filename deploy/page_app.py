@@ -8,18 +8,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from action_diffusion.deploy.operation import Order, Orders
+from action_diffusion.deploy.operation import MOST_VALUES, Order, Orders
 from action_diffusion.deploy.page_view import View
-from action_diffusion.deploy.rings import Moment
-from action_diffusion.deploy.site import Site
+from action_diffusion.deploy.site import Admission, Nonsense, Site, understood
 
-FILES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js", "/draw.js": "draw.js"}
+FILES = {"/": "page.html", **{f"/{name}": name for name in ("page.css", "page.js", "draw.js", "stop.js")}}
 PERIOD = 0.1
 
 
@@ -30,30 +30,26 @@ class Page(Site):
         view: what it shows.
         about: what does not change; `cameras`: names of them.
         orders: to the loop.
-        emergency: the moment that the arm's process looks at.
-        loopback: it listens where only this machine comes in.
-        token: what others have to know.
     """
 
-    def __init__(
-        self,
-        *,
-        view: View,
-        about: Mapping[str, Any],
-        orders: Orders,
-        emergency: Moment,
-        loopback: bool,
-        token: str | None,
-    ) -> None:
-        super().__init__(files=FILES, about=about, emergency=emergency, loopback=loopback, token=token)
+    def __init__(self, *, view: View, about: Mapping[str, Any], orders: Orders, admission: Admission) -> None:
+        super().__init__(files=FILES, about=about, admission=admission)
         self._view, self._orders = view, orders
+        self._said, self._at = "", -PERIOD
+
+    def _state(self) -> str:
+        """What the view shows, looked at once for all who watch."""
+        now = time.monotonic()
+        if now - self._at > PERIOD / 2:
+            self._said, self._at = json.dumps(self._view.state(), allow_nan=False), now
+        return self._said
 
     async def _show(self, socket: WebSocket) -> None:
         """State and pictures, for as long as there is somebody to see them."""
         shown: dict[str, int] = {}
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
             while True:
-                await socket.send_text(json.dumps(self._view.state(), allow_nan=False))
+                await socket.send_text(self._state())
                 for index, camera in enumerate(self._about["cameras"]):
                     picture = self._view.picture(camera)
                     if picture is not None and picture[0] != shown.get(camera):
@@ -62,14 +58,23 @@ class Page(Site):
                 await asyncio.sleep(PERIOD)
 
     def _obey(self, message: str, socket: WebSocket) -> None:
-        """An order, {"order": "pause"}, or {"order": "point", "values": […]}; anything else is ignored."""
-        try:
-            said = json.loads(message)
-            order = Order[str(said["order"]).upper()]
-            values = np.array(said.get("values", []), dtype=np.float64)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        """An order, {"order": "pause"}, or {"order": "point", "values": […]}."""
+        said = understood(message)
+        if said.get("order") == "point":
+            self._orders.point(self._values(said.get("values")))
             return
-        if order is not Order.POINT:
-            self._orders.give(order)
-        elif values.shape == (len(self._about["dimensions"]),) and np.isfinite(values).all() and len(values) <= 32:
-            self._orders.give(order, values)
+        try:
+            self._orders.give(Order[str(said["order"]).upper()])
+        except KeyError:
+            raise Nonsense("no such order") from None
+
+    def _values(self, said: Any) -> np.ndarray:
+        """Of a command, [A]."""
+        try:
+            values = np.array(said, dtype=np.float64)
+        except (ValueError, TypeError, OverflowError):
+            raise Nonsense("values are numbers") from None
+        n = len(self._about["dimensions"])
+        if values.shape != (n,) or n > MOST_VALUES or not np.isfinite(values).all():
+            raise Nonsense("a point has a finite value for each dimension")
+        return values

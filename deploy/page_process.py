@@ -1,11 +1,15 @@
-"""The page's process: it reads the run's rings and writes orders. Nobody waits for it, and nobody needs it to stop."""
+"""The page's process: it reads the run's rings and writes orders. Nobody waits for it, and nobody needs it to stop.
+
+Its connections come from `stop_process`, which has the port.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +17,52 @@ from action_diffusion.deploy.access import is_loopback, read_token
 from action_diffusion.deploy.operation import Orders
 from action_diffusion.deploy.page_view import View
 from action_diffusion.deploy.processes import Ending, report, serve
-from action_diffusion.deploy.rings import Moment
 from action_diffusion.errors import InputError
 
+CHANNEL = "connections"
+"""The socket in the run's folder through which they come."""
 MISSING = "the operator's page needs the extra [page]: pip install 'action-diffusion[page]'"
 
 
-def run(*, folder: Path, name: str, host: str, port: int, token_file: str | None, about: Mapping[str, Any]) -> None:
-    """Serve the page at `host` and `port` (0: one that is free) until asked to end, or until the loop is gone.
+def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Mapping[str, Any]) -> None:
+    """Serve the page, of which others know as `host`, until asked to end, or until the loop is gone.
 
     about: task, control_rate, n_obs_steps, cameras, dimensions (a name each), limits and plane: see `onlookers`.
-    Raises `InputError` for an address that cannot be had, a missing token, and a missing extra.
+    Raises `InputError` for a missing token, and a missing extra.
     """
     try:
         from action_diffusion.deploy.page_app import Page
-        from action_diffusion.deploy.site import listen, serve_site
+        from action_diffusion.deploy.site import Admission
     except ModuleNotFoundError:
         raise InputError(MISSING) from None
-    token = page_token(host, token_file)
+    admission = Admission(loopback=is_loopback(host), token=page_token(host, token_file), run=folder.name)
     ending = Ending()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 5)
-    listening = listen(host, port)
     view = View(folder, about)
-    page = Page(
-        view=view,
-        about=about,
-        orders=Orders(folder),
-        emergency=Moment(folder / "emergency"),
-        loopback=is_loopback(host),
-        token=token,
-    )
+    page = Page(view=view, about=about, orders=Orders(folder), admission=admission)
 
     def is_over() -> bool:
         view.look()  # also while nobody is at the page
         return bool(ending)
 
-    report(folder, name, {"port": listening.getsockname()[1]})
-    serve_site(page.app, listening, is_over)
+    serve_page(page.app, folder, name, is_over)
+
+
+def serve_page(app: Any, folder: Path, name: str, is_over: Callable[[], bool]) -> None:
+    """Answer with `app` what comes through `CHANNEL`, and say that it does, until `is_over`."""
+    from action_diffusion.deploy.connections import Server, receive
+
+    async def work() -> None:
+        server = Server(app)
+
+        def ready() -> None:
+            receive(folder / CHANNEL, server.take)
+            report(folder, name, {})
+
+        await server.serve_until(is_over, ready)
+
+    asyncio.run(work())
 
 
 def page_token(host: str, token_file: str | None) -> str | None:

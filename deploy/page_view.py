@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -19,14 +20,17 @@ from action_diffusion.deploy.processes import SILENCE
 from action_diffusion.deploy.rings import Moment, Record, RingReader
 
 TRAIL, WINDOW, EVENTS = 100, 200, 30
-"""Commands that are shown behind the present one; steps that the timings are of; lines of events."""
+"""Commands that are shown behind the present one; steps that the timings are of; kinds of events."""
+SLOW = 0.05
+"""Missed deadlines, as a share of steps, from which on the page says what helps."""
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 
 
 class View:
     """Reads the rings in `folder`.
 
     Args:
-        about: n_obs_steps, control_rate and cameras, as `page_process.run` has them.
+        about: n_obs_steps, control_rate, cameras and plane, as `page_process.run` has them.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -36,7 +40,7 @@ class View:
         self._loop, self._emergency = Moment(folder / "loop.beat"), Moment(folder / "emergency")
         self._trail: deque[list[float]] = deque(maxlen=TRAIL)
         self._recent: deque[Record] = deque(maxlen=WINDOW)
-        self._events: deque[tuple[float, str]] = deque(maxlen=EVENTS)
+        self._events: dict[str, tuple[float, str, int]] = {}
         self._totals = {"steps": 0, "missed": 0, "held": 0, "interventions": 0}
         self._chunk: Record | None = None
         self._encoded: dict[str, tuple[int, bytes]] = {}
@@ -76,7 +80,12 @@ class View:
             "totals": self._totals,
             "trail": list(self._trail),
             "chunk": self._future(),
-            "events": [{"age": round(now - t, 1), "text": line} for t, line in reversed(self._events)],
+            "scene": self._scene(),
+            "advice": self._advice(),
+            "events": [
+                {"age": round(now - t, 1), "text": line, "times": times}
+                for t, line, times in reversed(self._events.values())
+            ],
         }
 
     def look(self) -> None:
@@ -92,12 +101,39 @@ class View:
             self._totals["missed"] += int(values["missed_ticks"])
             self._totals["held"] += int(values["held"])
             self._totals["interventions"] += len([line for line in text(values["interventions"]).split("\n") if line])
-            self._events += [(record.t, line) for line in text(values["refusals"]).split("\n") if line]
+            for line in text(values["refusals"]).split("\n"):
+                if line:
+                    self._happened(record.t, line)
         for record in self._new("events"):
-            self._events.append((record.t, f"{text(record.values['kind'])}: {text(record.values['why'])}"))
+            self._happened(record.t, f"{text(record.values['kind'])}: {text(record.values['why'])}")
         for record in self._new("chunks"):
             if int(record.values["status"]) == 0:
                 self._chunk = record
+
+    def _happened(self, t: float, line: str) -> None:
+        """Lines that differ in their numbers only are one event, which happened several times; the latest is shown."""
+        kind = NUMBER.sub("0", line)
+        _, _, times = self._events.pop(kind, (t, line, 0))
+        self._events[kind] = t, line, times + 1
+        if len(self._events) > EVENTS:
+            del self._events[next(iter(self._events))]
+
+    def _scene(self) -> list[float] | None:
+        """PushT's state, where there is a board to draw it on."""
+        record = self._latest("state") if (self._about["plane"] or {}).get("board") else None
+        return None if record is None or "state" not in record.values else record.values["state"].tolist()
+
+    def _advice(self) -> str | None:
+        """What helps where the machine is too slow; None where deadlines are kept."""
+        missed = sum(int(record.values["missed_ticks"]) for record in self._recent)
+        spread = self._timing()["inference_ms"]
+        if spread is None or missed < SLOW * len(self._recent):
+            return None
+        period = 1e3 / self._about["control_rate"]
+        took = f"a chunk takes {spread['median']:.0f} ms, a control step {period:.0f}"
+        if spread["median"] > period:
+            return f"Too slow: {took}. scheduling=rtc does not wait for chunks; fewer sampler steps take less."
+        return f"Deadlines are missed although {took}: other programs keep this machine busy."
 
     def _step(self) -> dict[str, Any] | None:
         if not self._recent:

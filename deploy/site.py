@@ -1,41 +1,40 @@
-"""What the pages of a run have in common: static files, who may come in, an emergency stop, a socket, one port.
+"""What the pages of a run have in common: static files, who may come in, a socket that has no time for nonsense.
 
     GET /            the page; no secret in it
     POST /session    a token for a cookie, where a token is asked for
     GET /about       what does not change
     WS /live         what changes, and orders
-    POST /emergency  marks the moment that the arm's process looks at: no loop is needed
-    POST /clear      takes it back; its body says that somebody meant it
 
-Whatever another page in the same browser tries is refused: requests that change something come from this page's own
-origin, and on a loopback host only under a loopback name. So it works through an SSH tunnel, whatever its port there.
+The emergency stop is elsewhere, in a process of its own: `stop_process`, which has the port (see `connections`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-import socket
-from collections.abc import Callable, Mapping
+import hmac
+import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from action_diffusion.deploy.access import is_authorized, is_loopback
-from action_diffusion.deploy.rings import Moment
-from action_diffusion.errors import InputError
+from action_diffusion.deploy.access import is_authorized, is_loopback, session
 
 STATIC = Path(__file__).resolve().parent / "static"
 COOKIE = "action-diffusion"
-CLEARED = "the area is safe"
-"""What a request to clear the emergency stop says."""
+MOST_SOCKETS = 100
+"""WebSockets at once, of either process."""
+MESSAGES, BURST = 100.0, 200
+"""A second, that a page may send on a socket, and at once after a silence; one that sends more is cut off."""
+PENALTY = 2.0
+"""Seconds until it is, in which nothing of it is read: who comes back at once costs nothing either."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -43,97 +42,96 @@ _HEADERS = {
 }
 
 
-class Site:
-    """The application, `app`. Subclasses say what the socket brings.
+class Admission:
+    """Who may come in. Whatever another page in the same browser tries is refused.
+
+    Requests come from the page's own origin, and on a loopback host only under a loopback name. So it works through an
+    SSH tunnel, whatever its port there, and behind a proxy with TLS that says so (X-Forwarded-Proto).
 
     Args:
-        files: path → a file in `static/`.
-        about: what does not change.
-        emergency: the moment that the arm's process looks at; None where there is no arm.
         loopback: it listens where only this machine comes in.
         token: what others have to know.
+        run: the name of the run's folder: its processes let in the same browsers.
     """
 
-    def __init__(
-        self,
-        *,
-        files: Mapping[str, str],
-        about: Mapping[str, Any],
-        emergency: Moment | None,
-        loopback: bool,
-        token: str | None,
-    ) -> None:
-        self._files, self._about, self._emergency = files, about, emergency
-        self._loopback, self._token, self._session = loopback, token, secrets.token_urlsafe()
-        routes: list[Any] = [Route(path, self._file) for path in files]
-        routes += [Route("/about", self._tell), Route("/session", self._enter, methods=["POST"])]
-        if emergency is not None:
-            routes += [Route("/emergency", self._stop, methods=["POST"])]
-            routes += [Route("/clear", self._clear, methods=["POST"])]
-        self.app = Starlette(routes=[*routes, WebSocketRoute("/live", self._live)])
+    def __init__(self, *, loopback: bool, token: str | None, run: str) -> None:
+        self._loopback, self.token, self.session = loopback, token, session(token, run)
 
-    def _refusal(self, connection: HTTPConnection, *, known: bool = True) -> int | None:
+    def refusal(self, connection: HTTPConnection, *, known: bool = True) -> int | None:
         """The HTTP status with which a request is turned down; None where it may come in."""
-        host = urlsplit(f"//{connection.headers.get('host', '')}").hostname or ""
-        if self._loopback and not is_loopback(host):
+        host = connection.headers.get("host", "")
+        if self._loopback and not is_loopback(_hostname(host)):
             return 403  # a name that somebody made to point here
         origin = connection.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != connection.headers.get("host"):
+        scheme = "https" if connection.url.scheme in ("https", "wss") else "http"
+        if origin is not None and origin != f"{scheme}://{host}":
             return 403
-        if known and self._token is not None:
-            session = connection.cookies.get(COOKIE, "")
-            if not secrets.compare_digest(session.encode(), self._session.encode()):
-                return 401
+        if origin is None and connection.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            return 403
+        if known and not hmac.compare_digest(connection.cookies.get(COOKIE, "").encode(), self.session.encode()):
+            return 401 if self.token is not None else None
         return None
 
-    async def _file(self, request: Request) -> Response:
-        return FileResponse(STATIC / self._files[request.url.path], headers=_HEADERS)
 
-    async def _tell(self, request: Request) -> Response:
-        refused = self._refusal(request)
-        if refused is not None:
-            return Response(status_code=refused)
-        return JSONResponse(dict(self._about), headers=_HEADERS)
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
-    async def _enter(self, request: Request) -> Response:
-        refused = self._refusal(request, known=False)
-        if refused is None and not is_authorized(request.headers.get("authorization"), self._token):
-            refused = 401
-        if refused is not None:
-            return Response(status_code=refused)
-        answer = Response(status_code=204)
-        answer.set_cookie(COOKIE, self._session, httponly=True, samesite="strict")
-        return answer
 
-    async def _stop(self, request: Request) -> Response:
-        assert self._emergency is not None
-        refused = self._refusal(request)
-        if refused is None:
-            self._emergency.mark()
-        return Response(status_code=refused or 204)
+class Nonsense(ValueError):
+    """A message that no page of ours sends."""
 
-    async def _clear(self, request: Request) -> Response:
-        assert self._emergency is not None
-        refused = self._refusal(request)
-        if refused is None and (await request.body()).decode("utf-8", "replace") != CLEARED:
-            refused = 400
-        if refused is None:
-            self._emergency.clear()
-        return Response(status_code=refused or 204)
 
-    async def _live(self, socket: WebSocket) -> None:
-        refused = self._refusal(socket)
-        if refused is not None:
+class Allowance:
+    """How many messages a socket may bring: `MESSAGES` a second in the long run, `BURST` at once."""
+
+    def __init__(self) -> None:
+        self._left, self._at = float(BURST), time.monotonic()
+
+    def take(self) -> bool:
+        """Whether one more is allowed."""
+        now = time.monotonic()
+        self._left, self._at = min(BURST, self._left + MESSAGES * (now - self._at)), now
+        self._left -= 1
+        return self._left >= 0
+
+
+class Sockets:
+    """WebSockets of those who may come in, `MOST_SOCKETS` at once; subclasses say what they bring."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission, self._n_sockets = admission, 0
+
+    async def live(self, socket: WebSocket) -> None:
+        """One socket, from its handshake to its end. One that brings nonsense, or too much, is closed with a reason."""
+        if self.admission.refusal(socket) is not None:
             await socket.close(1008)
             return
+        if self._n_sockets >= MOST_SOCKETS:
+            await socket.close(1013)
+            return
+        self._n_sockets += 1
+        allowance = Allowance()
         await socket.accept()
         showing = asyncio.create_task(self._show(socket))
         try:
-            while True:
-                self._obey(await socket.receive_text(), socket)
+            while (message := await socket.receive())["type"] == "websocket.receive":
+                if not allowance.take():
+                    await asyncio.sleep(PENALTY)
+                    await socket.close(1008, "too many messages")
+                    break
+                if message.get("text") is None:
+                    await socket.close(1003, "messages are text")
+                    break
+                self._obey(message["text"], socket)
+        except Nonsense as error:
+            await socket.close(1008, str(error))
         except WebSocketDisconnect:
             pass
         finally:
+            self._n_sockets -= 1
             showing.cancel()
             self._left(socket)
 
@@ -142,36 +140,54 @@ class Site:
         raise NotImplementedError
 
     def _obey(self, message: str, socket: WebSocket) -> None:
-        """What a page says; nonsense is ignored."""
+        """What a page says. Raises `Nonsense`."""
         raise NotImplementedError
 
     def _left(self, socket: WebSocket) -> None:
         """Somebody has closed the page, or was cut off."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Raises `InputError` for an address that cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+class Site(Sockets):
+    """The application, `app`.
+
+    Args:
+        files: path → a file in `static/`.
+        about: what does not change.
+    """
+
+    def __init__(self, *, files: Mapping[str, str], about: Mapping[str, Any], admission: Admission) -> None:
+        super().__init__(admission)
+        self._files, self._about = files, about
+        routes: list[Any] = [Route(path, self._file) for path in files]
+        routes += [Route("/about", self._tell), Route("/session", self._enter, methods=["POST"])]
+        self.app = Starlette(routes=[*routes, WebSocketRoute("/live", self.live)])
+
+    async def _file(self, request: Request) -> Response:
+        return FileResponse(STATIC / self._files[request.url.path], headers=_HEADERS)
+
+    async def _tell(self, request: Request) -> Response:
+        refused = self.admission.refusal(request)
+        if refused is not None:
+            return Response(status_code=refused)
+        return JSONResponse(dict(self._about), headers=_HEADERS)
+
+    async def _enter(self, request: Request) -> Response:
+        refused = self.admission.refusal(request, known=False)
+        if refused is None and not is_authorized(request.headers.get("authorization"), self.admission.token):
+            refused = 401
+        if refused is not None:
+            return Response(status_code=refused)
+        answer = Response(status_code=204)
+        answer.set_cookie(COOKIE, self.admission.session, httponly=True, samesite="strict")
+        return answer
+
+
+def understood(message: str) -> dict[str, Any]:
+    """The JSON object that a page says. Raises `Nonsense`."""
     try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise InputError(f"page: cannot listen at {host}:{port}: {error.strerror or error}") from None
-
-
-def serve_site(app: Any, listening: socket.socket, is_over: Callable[[], bool]) -> None:
-    """Serve until `is_over`, which is asked five times a second."""
-
-    async def watch(server: Any) -> None:
-        while not is_over():
-            await asyncio.sleep(0.2)
-        server.should_exit = True
-
-    async def work() -> None:
-        quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "lifespan": "off"}
-        config = uvicorn.Config(app, ws="websockets-sansio", ws_max_size=1 << 16, timeout_graceful_shutdown=1, **quiet)
-        server = uvicorn.Server(config)
-        watching = asyncio.create_task(watch(server))
-        await server.serve(sockets=[listening])
-        watching.cancel()
-
-    asyncio.run(work())
+        said = json.loads(message)
+    except (ValueError, RecursionError):
+        raise Nonsense("no JSON") from None
+    if not isinstance(said, dict):
+        raise Nonsense("no JSON object")
+    return said

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import http.client
 import json
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -18,25 +21,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import TINY
 from test_deploy import save_bundle
-from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
 
 from action_diffusion import cli
 from action_diffusion.datasets.growing import read_table
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm_link import ArmLink, ArmSetup
 from action_diffusion.deploy.arm_loop import Phase
-from action_diffusion.deploy.messages import text
-from action_diffusion.deploy.processes import Child
-from action_diffusion.deploy.rings import RingReader, Segments, shared_folder
+from action_diffusion.deploy.connections import PATIENCE
+from action_diffusion.deploy.messages import EVENTS, text
+from action_diffusion.deploy.operation import Order, Pointer
+from action_diffusion.deploy.page_link import PageLink
+from action_diffusion.deploy.page_view import View
+from action_diffusion.deploy.recording import Recording
+from action_diffusion.deploy.rings import Moment, RingReader, RingWriter, Segments, shared_folder
+from action_diffusion.deploy.robots import Observation
+from action_diffusion.deploy.simulated import board
+from action_diffusion.deploy.steps import Seen, StepRecord
 from action_diffusion.errors import InputError
-from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.build import build_policy
-from action_diffusion.policy.normalizer import fit
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from benchmarks.faults import WITHIN, Person, crowd, untrained
 from benchmarks.kills import child_of
 
 
@@ -69,28 +75,8 @@ def open_page(browser) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny policy that sees pictures, for episodes of 60 s."""
-    path = tmp_path_factory.mktemp("page") / "bundle"
-    corners = np.array([[200.0, 200.0], [300.0, 300.0]])
-    torch.manual_seed(0)
-    config = TINY | {"features": {}}
-    config["encoder"] = {"name": "observation", "backbone": "resnet18", "width": 0.25, "stages": 1}
-    spec = PolicySpec(
-        observations={
-            "image": ObservationSpec(shape=(96, 96, 3), dtype="uint8", kind="image", source="image"),
-            "agent_pos": ObservationSpec(shape=(2,), source="agent_pos"),
-        },
-        action=ActionSpec(shape=(2,), unit="px"),
-        n_obs_steps=2,
-        horizon=16,
-        n_action_steps=8,
-        control_rate=10.0,
-        task="pusht_image",
-        env={"name": "pusht", "max_steps": 600},
-        normalizer={"agent_pos": fit(corners), "action": fit(corners)},
-    )
-    bundles.save(path, build_policy(config, spec), {"policy": config})
-    return path
+    """A tiny policy that sees pictures, for long episodes."""
+    return untrained(tmp_path_factory.mktemp("page") / "bundle")
 
 
 class Deployment:
@@ -152,6 +138,7 @@ def test_an_operator_at_work(deployment, open_page, tmp_path, capsys):
     until(lambda: page.evaluate("document.getElementById('mode').textContent === 'paused'"), 10)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert run.steps.count == 0
+    assert "Pause: it is paused" in page.inner_text("#why")
     page.click("#start")
     until(lambda: run.steps.count > 12)
     until(lambda: page.evaluate("Number(document.getElementById('camera-image').dataset.planned) >= 2"), 10)
@@ -183,6 +170,8 @@ def test_an_operator_at_work(deployment, open_page, tmp_path, capsys):
     until(lambda: any("success" in line for line in run.lines))
     until(lambda: page.evaluate("document.getElementById('mode').textContent === 'paused'"), 10)  # the next one waits
     assert run.end() == 130
+    until(lambda: page.evaluate("document.getElementById('mode').textContent === 'the run is over'"), 10)
+    assert page.evaluate("document.getElementById('lost').hidden && document.getElementById('unreachable').hidden")
     path = tmp_path / "run" / "record.zarr"
     assert ReplayBuffer.open(path).n_episodes == 1
     steps = read_table(path, "steps")
@@ -215,6 +204,7 @@ def stopped_for(run: Deployment, page: Any) -> float:
     assert text(event.values["why"]) == "emergency stop"
     clicked = page.evaluate("window.at") / 1e3 - time.time() + time.monotonic()
     page.wait_for_selector("#stopped", state="visible")
+    page.wait_for_selector("#confirmed:has-text('Stop confirmed: the arm began to stop within')")
     until(lambda: sum("clear it on the page" in line for line in run.lines) > told)
     count = run.steps.count
     time.sleep(0.3)
@@ -252,6 +242,7 @@ def test_a_page_that_dies_or_hangs_changes_nothing_else(deployment, open_page, n
 LIMITS = {"low": [-2.0] * 3, "high": [2.0] * 3, "max_step": [1.0] * 3}
 LIMITS |= {"velocity": [2.0] * 3, "acceleration": [10.0] * 3, "jerk": [200.0] * 3}
 ABOUT = {"n_obs_steps": 2, "control_rate": 10.0, "cameras": [], "dimensions": ["a", "b", "c"], "plane": None}
+ABOUT |= {"task": "a test", "units": ["", "", ""], "low": LIMITS["low"], "high": LIMITS["high"], "teleop": None}
 
 
 class Served:
@@ -261,13 +252,15 @@ class Served:
         self.segments = Segments()
         setup = ArmSetup(driver="ideal", settings={"n_joints": 2}, limits=LIMITS)
         self.arm = ArmLink(folder=self.segments.path, setup=setup)
-        arguments: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "token_file": None, "about": ABOUT}
-        self.page = Child("action_diffusion.deploy.page_process", self.segments.path, "page", arguments | options)
+        arguments = {"page_host": "127.0.0.1", "page_token_file": None} | options
         try:
-            self.port = self.page.wait_ready()["port"]
+            folder, module = self.segments.path, "action_diffusion.deploy.page_process"
+            self.page = PageLink(module, folder, config=arguments, port=0, about=ABOUT, stops=True)
         except InputError:
-            self.close()
+            self.arm.close()
+            self.segments.remove()
             raise
+        self.port = self.page.port
 
     def request(self, method: str, path: str, body: str = "", **headers: str) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
@@ -282,6 +275,14 @@ class Served:
 
 @pytest.fixture
 def served() -> Iterator[Served]:
+    one = Served()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def one_for_all() -> Iterator[Served]:
+    """For tests that do not mind what the others did."""
     one = Served()
     yield one
     one.close()
@@ -314,36 +315,202 @@ def test_the_emergency_stop_needs_no_loop(served):
         ({"Origin": "http://127.0.0.1:{port}"}, 204),
         ({"Origin": "http://elsewhere.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "https://127.0.0.1:{port}"}, 403),
+        ({"Origin": "https://127.0.0.1:{port}", "X-Forwarded-Proto": "https"}, 204),  # a proxy with TLS
+        ({"Origin": "http://127.0.0.1:{port}", "X-Forwarded-Proto": "https"}, 403),
+        ({"Origin": "http://127.0.0.1:{port}", "Sec-Fetch-Site": "same-origin"}, 204),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),  # another port of this machine
+        ({"Sec-Fetch-Site": "same-origin"}, 204),
+        ({"Sec-Fetch-Site": "none"}, 204),
+        ({"Host": "[::1"}, 403),
         ({"Host": "elsewhere.example:{port}"}, 403),
     ],
 )
-def test_other_pages_of_the_browser_do_not_come_in(served, headers, status):
+def test_other_pages_of_the_browser_do_not_come_in(one_for_all, headers, status):
+    served = one_for_all
+    orders = RingReader(served.segments.path / "orders")
+    before = orders.count
     filled = {name: value.format(port=served.port) for name, value in headers.items()}
     assert served.request("POST", "/emergency", **filled).status == status
     assert served.request("GET", "/about", **filled).status == (200 if status == 204 else 403)
-    origin = filled.get("Origin")
-    address = f"ws://127.0.0.1:{served.port}/live"
+    address, rest = f"ws://127.0.0.1:{served.port}", {name: filled[name] for name in filled if name != "Host"}
     if "Host" in filled:
         return
     if status == 204:
-        with connect(address, origin=origin, proxy=None) as socket:
-            assert json.loads(socket.recv())["phase"] in ("STILL", "STOPPING")
-            socket.send("nonsense")
-            socket.send('{"order": "point", "values": [1, 2]}')
-            socket.send('{"order": "pause"}')
-            assert until(lambda: RingReader(served.segments.path / "orders").count) == 1
+        with connect(f"{address}/stop", additional_headers=rest, proxy=None) as page:
+            assert json.loads(page.recv())["emergency"]
+        with connect(f"{address}/live", additional_headers=rest, proxy=None) as page:
+            assert json.loads(page.recv())["phase"] in ("STILL", "STOPPING")
+            page.send('{"order": "pause"}')
+            until(lambda: orders.count == before + 1)
     else:
-        with pytest.raises(InvalidStatus):
-            connect(address, origin=origin, proxy=None)
+        for path in ("/live", "/stop"):
+            with pytest.raises(InvalidStatus):
+                connect(f"{address}{path}", additional_headers=rest, proxy=None)
+
+
+def read_to_the_end(page: ClientConnection) -> None:
+    while True:
+        page.recv(timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("path", "message", "code"),
+    [
+        ("/live", "nonsense", 1008),
+        ("/live", "[" * 50_000, 1008),
+        ("/live", "[]", 1008),
+        ("/live", "{}", 1008),
+        ("/live", '{"order": "fly"}', 1008),
+        ("/live", '{"order": ["pause"]}', 1008),
+        ("/live", '{"order": "point"}', 1008),
+        ("/live", '{"order": "point", "values": [1, 2]}', 1008),
+        ("/live", '{"order": "point", "values": [1, 2, NaN]}', 1008),
+        ("/live", '{"order": "point", "values": [1, 2, 1e999]}', 1008),
+        ("/live", '{"order": "point", "values": [1, 2, "x"]}', 1008),
+        ("/live", b'{"order": "pause"}', 1003),
+        ("/live", "x" * (1 << 17), 1009),
+        ("/stop", "halt", 1008),
+        ("/stop", b"stop", 1003),
+    ],
+)
+def test_a_socket_that_brings_nonsense_is_closed(one_for_all, path, message, code):
+    folder = one_for_all.segments.path
+    orders, emergency = RingReader(folder / "orders"), Moment(folder / "emergency")
+    before = orders.count, emergency.t
+    with connect(f"ws://127.0.0.1:{one_for_all.port}{path}", proxy=None) as page:
+        page.send(message)
+        with pytest.raises(ConnectionClosed) as closed:
+            read_to_the_end(page)
+    assert closed.value.rcvd.code == code
+    assert (orders.count, emergency.t) == before
+
+
+def test_points_that_flood_push_no_order_out_and_end_their_socket(served):
+    orders = RingReader(served.segments.path / "orders")
+    with (
+        connect(f"ws://127.0.0.1:{served.port}/live", proxy=None) as mine,
+        connect(f"ws://127.0.0.1:{served.port}/live", proxy=None) as flooding,
+    ):
+        mine.send('{"order": "pause"}')
+        with contextlib.suppress(ConnectionClosed):
+            for number in range(10**6):
+                flooding.send(f'{{"order": "point", "values": [0, 1, {number}]}}')
+        with pytest.raises(ConnectionClosed, match="too many messages"):
+            read_to_the_end(flooding)
+        mine.send('{"order": "start"}')
+        until(lambda: orders.count == 2)
+    assert [int(record.values["order"]) for record in orders.after(-1)] == [Order.PAUSE, Order.START]
+    pointer = Pointer(served.segments.path)
+    assert pointer.command(time.monotonic() + 60) is None
+    command = pointer.command(0.0)
+    assert command is not None
+    assert list(command[:2]) == [0, 1]
+
+
+@pytest.mark.parametrize("length", [16, 300_000_000])
+def test_no_more_of_a_body_is_read_than_it_takes_to_refuse_it(one_for_all, length):
+    """Though it never comes to its end."""
+    with socket.create_connection(("127.0.0.1", one_for_all.port), timeout=10) as connection:
+        head = f"POST /clear HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode() + b"the area was not")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+def test_whoever_gets_nowhere_is_let_go(one_for_all):
+    """Connections that say nothing, or half of something, to either process; the port goes on."""
+    beginnings = (
+        b"",
+        b"POST",
+        b"GET /about HTTP/1.1\r\n",
+        b"GET /stop HTTP/1.1\r\nHost:",
+        b"POST /emergency HTTP/1.1\r\n",
+    )
+    held = []
+    for beginning in 60 * beginnings:
+        held.append(socket.create_connection(("127.0.0.1", one_for_all.port), timeout=PATIENCE + 10))
+        held[-1].sendall(beginning)
+    assert one_for_all.request("GET", "/about").status == 200
+    for connection in held:
+        with contextlib.suppress(ConnectionError):
+            assert connection.recv(1) == b""
+        connection.close()
+    assert one_for_all.request("POST", "/emergency").status == 204
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_stop_needs_no_page(served, number):
+    """Whose process is dead, or hangs with all that it was given."""
+    person = Person(served.segments.path, served.port, "")
+    os.kill(child_of(os.getpid(), "page_process"), number)
+    waiting = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(500)]
+    for connection in waiting:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET /about HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    for by_request in (False, True):
+        served.arm.begin()
+        seconds = person.stop(by_request=by_request)
+        assert seconds is not None
+        assert seconds < WITHIN
+        person.request("/clear", "the area is safe")
+    for connection in waiting:
+        connection.close()
+
+
+@pytest.mark.alone
+def test_the_stop_waits_for_nobody(tmp_path):
+    """Tabs, floods, and strangers without the token."""
+    secret = "a-token-of-more-than-16-letters"
+    (tmp_path / "token").write_text(secret)
+    served = Served(page_token_file=str(tmp_path / "token"))
+    try:
+        cookie = served.request("POST", "/session", Authorization=f"Api-Key {secret}").getheader("Set-Cookie")
+        assert cookie is not None
+        person = Person(served.segments.path, served.port, cookie.split(";")[0])
+        with crowd(served.port, cookie.split(";")[0], tabs=20, floods=2, strange=1100, busy=0):
+            time.sleep(4)
+            for number in range(10):
+                served.arm.begin()
+                time.sleep(0.2)
+                seconds = person.stop(by_request=number % 2 == 1)
+                assert seconds is not None
+                assert seconds < WITHIN
+                person.request("/clear", "the area is safe")
+    finally:
+        served.close()
+
+
+@pytest.mark.alone
+def test_the_page_says_whether_the_stop_was_confirmed(served, open_page):
+    page = open_page(f"http://127.0.0.1:{served.port}")
+    until(lambda: page.evaluate("document.getElementById('phase').textContent === 'arm still'"), 10)
+    served.arm.begin()
+    page.click("#emergency")
+    page.wait_for_selector("#confirmed:has-text('Stop confirmed: the arm began to stop within')")
+    page.click("#clear")
+    page.click("#confirm")
+    page.wait_for_selector("#stopped", state="hidden")
+    served.arm.begin()
+    os.kill(served.arm.child.process.pid, signal.SIGSTOP)
+    page.click("#emergency")
+    page.wait_for_selector("#confirmed.alarm:has-text('THE STOP IS NOT CONFIRMED: the stop arrived, but the arm')")
+    os.kill(served.arm.child.process.pid, signal.SIGCONT)
+    page.wait_for_selector("#confirmed.bad:has-text('Stop confirmed')")
+    os.kill(child_of(os.getpid(), "stop_process"), signal.SIGKILL)
+    page.wait_for_selector("#unreachable", state="visible")
+    page.click("#emergency")
+    page.wait_for_selector("#confirmed.alarm:has-text('the stop did not arrive')")
 
 
 def test_other_machines_need_the_token(tmp_path, monkeypatch):
     monkeypatch.delenv("ACTION_DIFFUSION_TOKEN", raising=False)
     with pytest.raises(InputError, match=r"page_host=0\.0\.0\.0 lets other machines in"):
-        Served(host="0.0.0.0")
+        Served(page_host="0.0.0.0")
     secret = "a-token-of-more-than-16-letters"
     (tmp_path / "token").write_text(secret)
-    served = Served(host="0.0.0.0", token_file=str(tmp_path / "token"))
+    served = Served(page_host="0.0.0.0", page_token_file=str(tmp_path / "token"))
     try:
         assert served.request("GET", "/").status == 200
         for method, path in (("GET", "/about"), ("POST", "/emergency"), ("POST", "/clear")):
@@ -359,6 +526,63 @@ def test_other_machines_need_the_token(tmp_path, monkeypatch):
         assert served.request("POST", "/emergency", Cookie=cookie.split(";")[0]).status == 204
     finally:
         served.close()
+
+
+def test_what_the_page_shows_of_events_and_of_a_machine_that_is_too_slow(tmp_path):
+    """Lines that differ in their numbers are counted; what helps is said while deadlines are missed."""
+    for name in ("loop.beat", "emergency"):
+        Moment.create(tmp_path / name)
+    spec = PolicySpec(
+        observations={"state": ObservationSpec(shape=(5,), source="state")},
+        action=ActionSpec(shape=(2,)),
+        n_obs_steps=1,
+        horizon=8,
+        n_action_steps=4,
+        control_rate=10.0,
+        normalizer={},
+    )
+    recording = Recording(tmp_path, spec, output=None, attrs={})
+    events = RingWriter(tmp_path / "events", fields=EVENTS, n_slots=64)
+    state = RingWriter(tmp_path / "state", fields={"state": ("f8", (5,))}, n_slots=4)
+    view = View(tmp_path, ABOUT | {"plane": {"camera": None, "size": [512, 512], "board": board()}})
+    assert view.state()["scene"] is None
+    state.append(0.0, {"state": np.arange(5.0)})
+    for number in range(40):
+        why = f"command[0] = {number / 7:g} is outside" if number % 2 else "stale"
+        events.append(float(number), {"kind": b"refused", "why": why.encode()})
+    said = view.state()
+    assert said["scene"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert [(event["text"], event["times"]) for event in said["events"]] == [
+        (f"refused: command[0] = {39 / 7:g} is outside", 20),
+        ("refused: stale", 20),
+    ]
+    assert said["advice"] is None
+    step = StepRecord(
+        seed=0,
+        step=0,
+        t=0.0,
+        action=[0.0, 0.0],
+        reward=None,
+        inference_ms=250.0,
+        delay=0,
+        jump=None,
+        held=False,
+        observation_age_ms=1.0,
+        lateness_ms=150.0,
+        missed_ticks=2,
+        interventions=[],
+        operator=False,
+    )
+    seen = Seen(0.0, 0, 0, Observation(0.0, {"state": np.zeros(5, np.float32)}), False, [])
+    recording.stepped(step, seen)
+    assert view.state()["advice"].startswith("Too slow: a chunk takes 250 ms, a control step 100. scheduling=rtc")
+    recording.stepped(dataclasses.replace(step, inference_ms=5.0), seen)
+    recording.stepped(dataclasses.replace(step, inference_ms=5.0), seen)
+    assert "other programs keep this machine busy" in view.state()["advice"]
+    for _ in range(200):
+        recording.stepped(dataclasses.replace(step, missed_ticks=0), seen)
+        view.look()
+    assert view.state()["advice"] is None
 
 
 @pytest.mark.parametrize(

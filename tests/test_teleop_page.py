@@ -24,6 +24,8 @@ from action_diffusion import cli
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.messages import text
 from action_diffusion.deploy.rings import RingReader, shared_folder
+from action_diffusion.deploy.site import Nonsense
+from action_diffusion.deploy.teleop.page_app import word
 from action_diffusion.envs.pusht import PushT
 from action_diffusion.envs.pusht_expert import PushTExpert
 from benchmarks.kills import child_of
@@ -166,6 +168,8 @@ def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, 
     person.sees("message", "took back episode 3")
     person.page.click("#finish")
     said = run.ended()
+    person.sees("message", "2 episodes saved")
+    assert person.page.evaluate("document.getElementById('lost').hidden")
     assert (said["episodes"], said["discarded"], said["undone"]) == ("2", "1", "1")
     assert person.errors == []
     check(path, 2)
@@ -251,6 +255,14 @@ def last(run: Collecting) -> dict[str, Any]:
     return dict(json.loads(text(record.values["json"])))
 
 
+@pytest.mark.parametrize(
+    "message", ["nonsense", "{}", '{"order": "fly"}', '{"pointer": [1], "down": [], "pressed": []}']
+)
+def test_a_page_that_says_nonsense_is_cut_off(message):
+    with pytest.raises(Nonsense):
+        word(message)
+
+
 def test_who_may_come_in_and_who_drives(collecting, tmp_path):
     run = collecting(f"output={tmp_path}/mine.zarr", "countdown=0")
     address = f"ws://127.0.0.1:{run.port}/live"
@@ -265,7 +277,6 @@ def test_who_may_come_in_and_who_drives(collecting, tmp_path):
         until(lambda: last(run)["mode"] == "RECORDING")
         first.send('{"pointer": [1, 1], "down": [], "pressed": []}')
         second.send('{"pointer": [2, 2], "down": [], "pressed": ["Backspace"]}')
-        second.send("nonsense")
         time.sleep(0.3)
         assert last(run)["mode"] == "RECORDING"
         assert '"drives": false' in [second.recv() for _ in range(3)][-1]

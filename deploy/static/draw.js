@@ -32,11 +32,35 @@ function line(context, points, { stroke, width, dash = [] }) {
   context.setLineDash([]);
 }
 
-function dot(context, [x, y], radius, fill) {
+export function dot(context, [x, y], radius, fill) {
   context.beginPath();
   context.arc(x, y, radius, 0, 2 * Math.PI);
   context.fillStyle = fill;
   context.fill();
+}
+
+function shape(context, polygons, [x, y, angle], fill) {
+  context.fillStyle = fill;
+  const [cos, sin] = [Math.cos(angle), Math.sin(angle)];
+  polygons.forEach((corners) => {
+    context.beginPath();
+    corners.forEach(([u, v], index) => {
+      const at = [x + cos * u - sin * v, y + sin * u + cos * v];
+      if (index) context.lineTo(...at);
+      else context.moveTo(...at);
+    });
+    context.closePath();
+    context.fill();
+  });
+}
+
+export function drawBoard(context, board, world) {
+  // PushT, in its own pixels; world: the finger's place, then the block's pose.
+  context.fillStyle = "#fff";
+  context.fillRect(0, 0, board.size, board.size);
+  shape(context, board.polygons, board.goal, "#9be29b");
+  shape(context, board.polygons, world.slice(2), "#778899");
+  dot(context, world, board.radius, "#4169e1");
 }
 
 export function drawPicture(canvas, picture, plane, state) {
@@ -47,6 +71,12 @@ export function drawPicture(canvas, picture, plane, state) {
   context.imageSmoothingEnabled = false;
   if (picture) context.drawImage(picture, 0, 0, canvas.width, canvas.height);
   if (!plane) return;
+  if (!picture && !plane.camera && plane.board && state.scene) {
+    context.setTransform(canvas.width / plane.board.size, 0, 0, canvas.height / plane.board.size, 0, 0);
+    drawBoard(context, plane.board, state.scene);
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    canvas.dataset.block = state.scene.slice(2); // for whoever cannot see it
+  }
   const place = ([, x, y]) => [(x / plane.size[0]) * canvas.width, (y / plane.size[1]) * canvas.height];
   const trail = state.trail.slice(-20).map(place);
   const planned = future(state).map(place);
@@ -72,4 +102,16 @@ export function drawPlot(canvas, index, { low, high, rate }, state) {
   const place = (row) => [x(row[0]), y(row[index + 1])];
   line(context, state.trail.map(place), { stroke: colour("--accent"), width: 1.5 * scale });
   line(context, future(state).map(place), { stroke: colour("--chunk"), width: 1.5 * scale, dash: [4 * scale, 3 * scale] });
+  context.fillStyle = colour("--faint");
+  context.font = `${11 * scale}px system-ui, sans-serif`;
+  const label = (text, align, baseline, left, top) => {
+    [context.textAlign, context.textBaseline] = [align, baseline];
+    context.fillText(text, left, top);
+  };
+  label(short(high), "left", "top", 0, 2 * scale);
+  label(short(low), "left", "bottom", 0, height);
+  label("now", "left", "bottom", x(now) + 3 * scale, height);
+  label("+2.5 s", "right", "bottom", width, height);
 }
+
+const short = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3));

@@ -1,5 +1,6 @@
-// The operator's page: shows what the socket brings, and sends orders. The emergency stop has a way of its own.
+// The operator's page: shows what the socket brings, and sends orders. The emergency stop has a way of its own: stop.js.
 import { drawPicture, drawPlot } from "./draw.js";
+import { openStop } from "./stop.js";
 
 const $ = (id) => document.getElementById(id);
 const NAMES = {
@@ -10,6 +11,8 @@ const ROWS = [
   ["observation_age_ms", "observation age, ms"], ["inference_ms", "inference, ms"], ["delay", "delay, control steps"],
   ["lateness_ms", "lateness of commands, ms"], ["period_ms", "period, ms"], ["jump", "jump where chunks meet"],
 ];
+const ORDERS = ["start", "pause", "take_over", "success", "failure"];
+const OVER = 1012; // with which a socket is closed when the run is over
 const AGAIN = 500; // ms until a lost connection is tried again
 const POINTS = 33; // ms between two points while a person commands
 const SILENCE = 1500; // ms without a word after which the connection counts as lost
@@ -21,6 +24,7 @@ let pictures = [];
 let canvases = [];
 let pointed = 0;
 let heard = Date.now();
+let over = false;
 
 async function begin() {
   const answer = await fetch("about").catch(() => null);
@@ -31,6 +35,7 @@ async function begin() {
   $("operating").hidden = false;
   build();
   connect();
+  openStop();
 }
 
 function ask() {
@@ -80,10 +85,15 @@ function connect() {
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({ data }) => {
     heard = Date.now();
+    over = false;
     if (typeof data === "string") show(JSON.parse(data));
     else take(data);
   };
-  socket.onclose = () => setTimeout(connect, AGAIN);
+  socket.onclose = ({ code }) => {
+    over = over || code === OVER;
+    if (over) say("mode", "the run is over");
+    setTimeout(connect, AGAIN);
+  };
 }
 
 async function take(data) {
@@ -97,13 +107,13 @@ function show(next) {
   state = next;
   say("mode", NAMES[state.mode]);
   say("phase", NAMES[state.phase]);
+  ["mode", "phase"].forEach((id) => { $(id).dataset.state = state[id]; });
   $("loop").hidden = state.loop;
-  $("stopped").hidden = !state.emergency;
-  if (!state.emergency) $("confirm").hidden = true;
-  $("start").disabled = state.mode === "POLICY";
-  $("pause").disabled = state.mode === "PAUSED";
-  $("take_over").disabled = !(about.plane || about.teleop) || state.mode === "PERSON" || state.mode === "OVER";
-  $("success").disabled = $("failure").disabled = state.mode === "OVER";
+  const why = reasons();
+  ORDERS.forEach((order) => { $(order).disabled = Boolean(why[order]); });
+  const named = (reason) => ORDERS.filter((order) => why[order] === reason).map((order) => $(order).textContent).join(", ");
+  say("why", [...new Set(Object.values(why))].filter(Boolean).map((reason) => `${named(reason)}: ${reason}`).join(" · "));
+  say("advice", state.advice ?? "");
   $("hint").hidden = state.mode !== "PERSON";
   const where = about.teleop ? `as the ${about.teleop} says` : "where you point on the picture";
   $("hint").textContent = `You command: the arm goes ${where}. Start gives it back to the policy.`;
@@ -114,6 +124,19 @@ function show(next) {
     (state.step ? `; seed ${state.step.seed}, step ${state.step.step}` : "") +
     (state.step?.reward != null ? `, reward ${state.step.reward.toFixed(2)}` : "");
   $("events").replaceChildren(...state.events.map(event));
+}
+
+function reasons() {
+  // Why a button is off; nothing where it is not.
+  const over = state.mode === "OVER" && "no episode is under way";
+  const nothing = !(about.plane || about.teleop) && "start deploy with teleop=, there is nothing to point at";
+  return {
+    start: state.mode === "POLICY" && "the policy commands",
+    pause: state.mode === "PAUSED" && "it is paused",
+    take_over: nothing || over || (state.mode === "PERSON" && "you command"),
+    success: over,
+    failure: over,
+  };
 }
 
 function say(id, text) {
@@ -133,16 +156,21 @@ function row(name, values) {
   return line;
 }
 
-function event({ age, text }) {
+function event({ age, text, times }) {
   const line = document.createElement("li");
   const time = document.createElement("time");
   time.textContent = age < 90 ? `${age.toFixed(0)} s ago` : `${(age / 60).toFixed(0)} min ago`;
   line.append(time, text);
+  if (times > 1) {
+    const count = document.createElement("b");
+    count.textContent = ` ×${times}`;
+    line.append(count);
+  }
   return line;
 }
 
 function draw() {
-  $("lost").hidden = !$("enter").hidden || Date.now() - heard < SILENCE;
+  $("lost").hidden = over || !$("enter").hidden || Date.now() - heard < SILENCE;
   if (state) {
     canvases.forEach(({ canvas, plane }, index) => {
       drawPicture(canvas, pictures[index], plane, state);
@@ -168,18 +196,6 @@ function point(event, plane) {
   send("point", inside.map((value, axis) => value * plane.size[axis]));
 }
 
-async function stop() {
-  const answer = await fetch("emergency", { method: "POST" }).catch(() => null);
-  if (!answer?.ok) $("mode").textContent = "the stop did not arrive: use the robot’s own";
-}
-
-["start", "pause", "take_over", "success", "failure"].forEach((order) => { $(order).onclick = () => send(order); });
-$("emergency").onclick = stop;
-document.addEventListener("keydown", (event) => { if (event.key === "Escape" && about) stop(); });
-$("clear").onclick = () => { $("confirm").hidden = false; };
-$("confirm").onclick = async () => {
-  await fetch("clear", { method: "POST", body: "the area is safe" });
-  $("confirm").hidden = true;
-};
+ORDERS.forEach((order) => { $(order).onclick = () => send(order); });
 requestAnimationFrame(draw);
 begin();

@@ -1,10 +1,14 @@
 // A session's page: draws what the socket brings, and says thirty times a second where the pointer is and which keys
 // are down. It decides nothing: the loop on the other end does, and goes on without it.
 
+import { dot, drawBoard } from "./draw.js";
+import { openStop } from "./stop.js";
+
 const $ = (id) => document.getElementById(id);
 const NAMES = { READY: "ready", COUNTDOWN: "get ready", RECORDING: "recording", OVER: "keep or discard?" };
 const AGAIN = 500; // ms until a lost connection is tried again
 const WORDS = 33; // ms between two words to the loop
+const OVER = 1012; // with which a socket is closed when the session is over
 const SILENCE = 1500; // ms without a word after which the connection counts as lost
 const HELD = /^([wasdrfzxtgcv]|Arrow(Up|Down|Left|Right))$/;
 const PRESSED = /^([ku+=_-]| |Enter|Backspace)$/;
@@ -17,6 +21,7 @@ let down = new Set();
 let pressed = [];
 let released = [];
 let heard = Date.now();
+let over = false;
 
 async function begin() {
   const answer = await fetch("about").catch(() => null);
@@ -28,6 +33,7 @@ async function begin() {
   $("task").textContent = about.task;
   $("help").textContent = about.help;
   $("arm").hidden = !about.emergency;
+  if (about.emergency) openStop();
   connect();
 }
 
@@ -47,10 +53,15 @@ function connect() {
   socket.binaryType = "arraybuffer";
   socket.onmessage = ({ data }) => {
     heard = Date.now();
+    over = false;
     if (typeof data === "string") show(JSON.parse(data));
     else picture(data);
   };
-  socket.onclose = () => setTimeout(connect, AGAIN);
+  socket.onclose = ({ code }) => {
+    over = over || code === OVER;
+    if (over && state) say("message", `${state.episodes} ${state.episodes === 1 ? "episode" : "episodes"} saved. This page can be closed.`);
+    setTimeout(connect, AGAIN);
+  };
 }
 
 function show(next) {
@@ -67,7 +78,6 @@ function show(next) {
   $("keep").disabled = !["RECORDING", "OVER"].includes(state.mode);
   $("discard").disabled = state.mode === "READY";
   $("undo").disabled = state.mode !== "READY" || !state.episodes;
-  $("stopped").hidden = !state.emergency;
   $("board").classList.toggle("driven", state.mode === "RECORDING" && state.driven);
   $("board").classList.toggle("paused", state.mode === "RECORDING" && !state.driven);
   if (about.board) draw(about.board, state);
@@ -91,38 +101,12 @@ async function picture(data) {
   image.close();
 }
 
-function shape(context, polygons, [x, y, angle], fill) {
-  context.fillStyle = fill;
-  const [cos, sin] = [Math.cos(angle), Math.sin(angle)];
-  polygons.forEach((corners) => {
-    context.beginPath();
-    corners.forEach(([u, v], index) => {
-      const at = [x + cos * u - sin * v, y + sin * u + cos * v];
-      if (index) context.lineTo(...at);
-      else context.moveTo(...at);
-    });
-    context.closePath();
-    context.fill();
-  });
-}
-
-function disc(context, [x, y], radius, fill) {
-  context.beginPath();
-  context.arc(x, y, radius, 0, 2 * Math.PI);
-  context.fillStyle = fill;
-  context.fill();
-}
-
 function draw(board, { state: world, target }) {
   const context = sized($("board"));
   const scale = $("board").width / board.size;
   context.setTransform(scale, 0, 0, scale, 0, 0);
-  context.fillStyle = "#fff";
-  context.fillRect(0, 0, board.size, board.size);
-  shape(context, board.polygons, board.goal, "#9be29b");
-  shape(context, board.polygons, world.slice(2), "#778899");
-  disc(context, world, board.radius, "#4169e1");
-  if (target) disc(context, target, 4, "#c01f1f");
+  drawBoard(context, board, world);
+  if (target) dot(context, target, 4, "#c01f1f");
   $("board").dataset.finger = world.slice(0, 2); // for whoever cannot see it
   $("board").dataset.block = world.slice(2);
 }
@@ -171,7 +155,6 @@ document.addEventListener("visibilitychange", () => { if (document.hidden) { let
 document.addEventListener("keydown", (event) => {
   if (event.target.tagName === "INPUT" || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  if (key === "Escape" && about?.emergency) stop();
   if (!HELD.test(key) && !PRESSED.test(key)) return;
   event.preventDefault();
   if (HELD.test(key)) {
@@ -184,16 +167,9 @@ document.addEventListener("keyup", (event) => {
   released.push(event.key.length === 1 ? event.key.toLowerCase() : event.key);
 });
 
-async function stop() {
-  const answer = await fetch("emergency", { method: "POST" }).catch(() => null);
-  if (!answer?.ok) $("message").textContent = "the stop did not arrive: use the robot’s own";
-}
-
 ["start", "keep", "discard", "undo", "finish"].forEach((order) => {
   $(order).onclick = () => { $(order).blur(); tell({ order }); };
 });
-$("emergency").onclick = stop;
-$("clear").onclick = () => fetch("clear", { method: "POST", body: "the area is safe" });
 setInterval(word, WORDS);
-setInterval(() => { $("lost").hidden = !$("enter").hidden || Date.now() - heard < SILENCE; }, 200);
+setInterval(() => { $("lost").hidden = over || !$("enter").hidden || Date.now() - heard < SILENCE; }, 200);
 begin();

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.deploy.processes import Child
+from action_diffusion.deploy.page_link import PageLink
 from action_diffusion.deploy.teleop import terminal
 from action_diffusion.deploy.teleop.device import Device, Together
 from action_diffusion.deploy.teleop.gamepad import Gamepad
@@ -58,7 +58,7 @@ def _leader(cell: Mapping[str, Any]) -> Leader:
         raise InputError(f"leader: {error}") from None
 
 
-def everything(driver: Device | None, folder: Path, page: Child | None, *, points: bool) -> Device:
+def everything(driver: Device | None, folder: Path, page: PageLink | None, *, points: bool) -> Device:
     """`driver`, or the page; orders also come from the page and from this process' terminal, where they are there."""
     browser = None if page is None else Browser(folder, page, points=points)
     if driver is None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.deploy.messages import text
-from action_diffusion.deploy.processes import Child
+from action_diffusion.deploy.page_link import PageLink
 from action_diffusion.deploy.rings import Fields, Moment, RingReader, RingWriter
 from action_diffusion.deploy.teleop.device import Order, Signals
 from action_diffusion.deploy.teleop.keys import HELP, Keys
@@ -98,7 +98,7 @@ class Browser:
         points: the pointer shows targets; otherwise keys drive.
     """
 
-    def __init__(self, folder: Path, page: Child, *, points: bool) -> None:
+    def __init__(self, folder: Path, page: PageLink, *, points: bool) -> None:
         self._folder, self._page, self._points = folder, page, points
         self._keys = Keys()
         self.help = "move the pointer to the finger, and lead it" if points else HELP

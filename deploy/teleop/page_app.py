@@ -15,12 +15,15 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from action_diffusion.deploy.messages import text
 from action_diffusion.deploy.rings import Moment, RingReader
-from action_diffusion.deploy.site import Site
+from action_diffusion.deploy.site import Admission, Nonsense, Site, understood
 from action_diffusion.deploy.teleop.device import Order
 from action_diffusion.deploy.teleop.keys import KEYS
 from action_diffusion.deploy.teleop.page import Inputs
 
-FILES = {"/": "teleop.html", "/page.css": "page.css", "/teleop.css": "teleop.css", "/teleop.js": "teleop.js"}
+FILES = {
+    "/": "teleop.html",
+    **{f"/{name}": name for name in ("page.css", "teleop.css", "teleop.js", "draw.js", "stop.js")},
+}
 PERIOD = 0.02
 """How often (s) somebody looks for something new to send."""
 
@@ -31,12 +34,10 @@ class SessionPage(Site):
     Args:
         folder: the run's shared memory.
         about: see `page_process.run`.
-        loopback, token: see `Site`.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], *, loopback: bool, token: str | None) -> None:
-        emergency = Moment(folder / "emergency") if about.get("emergency") else None
-        super().__init__(files=FILES, about=about, emergency=emergency, loopback=loopback, token=token)
+    def __init__(self, folder: Path, about: Mapping[str, Any], admission: Admission) -> None:
+        super().__init__(files=FILES, about=about, admission=admission)
         self._inputs, self._watched = Inputs(folder), Moment(folder / "watched")
         self._sessions, self._pictures = RingReader(folder / "sessions"), RingReader(folder / "pictures")
         self._driver: WebSocket | None = None
@@ -51,7 +52,6 @@ class SessionPage(Site):
                     shown = session.number
                     said = json.loads(text(session.values["json"]))
                     said["drives"] = self._driver is None or self._driver is socket
-                    said["emergency"] = self._emergency is not None and self._emergency.t > 0
                     await socket.send_text(json.dumps(said, allow_nan=False))
                 if picture is not None and picture.number != pictured:
                     pictured = picture.number
@@ -59,9 +59,7 @@ class SessionPage(Site):
                 await asyncio.sleep(PERIOD)
 
     def _obey(self, message: str, socket: WebSocket) -> None:
-        said = understood(message)
-        if said is None:
-            return
+        said = word(message)
         if "order" in said or self._driver is None:
             self._driver = socket
         if self._driver is socket:
@@ -72,19 +70,19 @@ class SessionPage(Site):
             self._driver = None
 
 
-def understood(message: str) -> dict[str, Any] | None:
-    """{"order": "start"} or {"pointer": [x, y] or null, "down": […], "pressed": […]}; None for anything else."""
+def word(message: str) -> dict[str, Any]:
+    """{"order": "start"} or {"pointer": [x, y] or null, "down": […], "pressed": […]}. Raises `Nonsense`."""
+    said = understood(message)
     try:
-        said = json.loads(message)
         if "order" in said:
             return {"order": int(Order[said["order"].upper()])}
         pointer = None if said["pointer"] is None else np.array(said["pointer"], dtype=np.float64)
-        if pointer is not None and (pointer.shape != (2,) or not np.isfinite(pointer).all()):
-            return None
         keys = {name: "\t".join(key for key in said[name][:16] if key in KEYS) for name in ("down", "pressed")}
-        return {"pointer": pointer, **keys}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise Nonsense("neither an order nor a pointer with keys") from None
+    if pointer is not None and (pointer.shape != (2,) or not np.isfinite(pointer).all()):
+        raise Nonsense("a pointer is two numbers")
+    return {"pointer": pointer, **keys}
 
 
 def jpeg(picture: np.ndarray) -> bytes:
