@@ -38,7 +38,7 @@ function connect() {
 }
 
 function stop() {
-  asked ??= performance.now();
+  if (asked == null) [asked, arrived] = [performance.now(), false]; // what was heard before is no answer
   if (socket.readyState === WebSocket.OPEN) socket.send("stop");
   request = new AbortController(); // a browser may keep it waiting: it must not come when the stop has been cleared
   fetch("emergency", { method: "POST", signal: request.signal }).catch(() => null);
