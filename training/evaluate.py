@@ -11,6 +11,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.inference import OPTIONS
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.reading import trained_on
 from action_diffusion.training.comparison import write_comparison, write_seed_summary
 from action_diffusion.training.data import prepare
 from action_diffusion.training.evaluation import evaluate_policy
@@ -68,7 +69,7 @@ def _held_out(
     config: Mapping[str, Any], policy: DiffusionPolicy, path: Path, settings: dict[str, Any], where: dict[str, Any]
 ) -> dict[str, Any]:
     """A task without a simulator: the episodes that training held out, or all of another buffer."""
-    trained = bundles.read_config(path)
+    trained = trained_on(bundles.read_config(path), path)
     own = config["data"] is None
     data_config = {**trained, "data": trained["data"] if own else config["data"]}
     data = prepare(
