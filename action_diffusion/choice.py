@@ -80,12 +80,12 @@ class Table:
         if setting == "on" and any(name in ours for name in allowed):
             allowed = [name for name in allowed if name in ours]
         key = f"{operation} {_written(size)} threads={threads}"
-        if len(allowed) > 1 and set(allowed) - self.seconds.get(key, {}).keys():
-            if self.spent >= BUDGET and not self._measuring:
-                return allowed[0]
+        late = self.spent >= BUDGET and not self._measuring
+        whole = not set(allowed) - self.seconds.get(key, {}).keys()
+        if len(allowed) > 1 and not whole and not late:
             self._measure(key, {name: ways[name] for name in allowed})
         measured = self.seconds.get(key, {})
-        name = min(allowed, key=lambda name: measured.get(name, float("inf"))) if measured else allowed[0]
+        name = min(allowed, key=lambda name: measured.get(name, float("inf")))  # the first where nothing is known
         self.known[operation, size, threads, os.environ.get("ACTION_DIFFUSION_KERNELS")] = name
         return name
 

@@ -27,8 +27,9 @@ from action_diffusion.policy.kernels.time_first import norm_over_time, shifted_c
 
 Run = Callable[[Tensor], Tensor]
 OURS = ("winograd", "one_call")
-MOST_SEQUENCES, MOST_FRAMES = 128, 16
-"""Measured with: the ways differ by as much for more of them."""
+MOST_SEQUENCES, MOST_FRAMES, MOST_OPERATIONS = 128, 16, 2e9
+"""Measured with: the ways differ by as much for more of them. Of large convolutions, as many sequences as take so many
+operations with their gradients, 32 at least, so that all can be measured in time."""
 LEAST_PACKED = 2**16
 """Smaller matrices are never laid out anew: a cache holds them."""
 
@@ -224,10 +225,13 @@ class ConvAlongTime(Kernel):
         if x.ndim != 3 or x.shape[2] != weight.shape[1] or not on_cpu(x, weight):
             return self.plain(x)
         ways: dict[str, Run] = {"windows": self.plain, "shifted": self._shifted}
+        if self._differentiated(x):  # the likelier one first: of many rows, windows are five copies
+            ways = {"shifted": self._shifted, "windows": self.plain}
         if winograd.fits_1d(x, weight):
             ways["winograd"] = self._train_winograd if self._differentiated(x) else self._winograd
-        size = (len(x), min(x.shape[1], MOST_SEQUENCES), *weight.shape[1:], len(weight), _kind(x, weight))
-        return self.fastest("conv1d", size, ways, lambda: x[:, :MOST_SEQUENCES].contiguous())(x)
+        some = min(x.shape[1], MOST_SEQUENCES, max(32, int(MOST_OPERATIONS / (6 * len(x) * weight.numel()))))
+        size = (len(x), some, *weight.shape[1:], len(weight), _kind(x, weight))
+        return self.fastest("conv1d", size, ways, lambda: x[:, :some].contiguous())(x)
 
     def _differentiated(self, x: Tensor) -> bool:
         return self.trained or (torch.is_grad_enabled() and x.requires_grad)
