@@ -81,13 +81,21 @@ class Table:
             allowed = [name for name in allowed if name in ours]
         key = f"{operation} {_written(size)} threads={threads}"
         late = self.spent >= BUDGET and not self._measuring
-        whole = not set(allowed) - self.seconds.get(key, {}).keys()
-        if len(allowed) > 1 and not whole and not late:
+        if len(allowed) > 1 and not late and not self._knows(key, allowed):
             self._measure(key, {name: ways[name] for name in allowed})
         measured = self.seconds.get(key, {})
         name = min(allowed, key=lambda name: measured.get(name, float("inf")))  # the first where nothing is known
         self.known[operation, size, threads, os.environ.get("ACTION_DIFFUSION_KERNELS")] = name
         return name
+
+    def _knows(self, key: str, allowed: Collection[str]) -> bool:
+        """Whether each way was measured: here, or meanwhile by another process, whose word then counts."""
+        if set(allowed) <= self.seconds.get(key, {}).keys():
+            return True
+        found = _read(self.path).get(key, {})
+        if known := set(allowed) <= found.keys():
+            self.seconds[key] = found
+        return known
 
     def _measure(self, key: str, ways: Mapping[str, Callable[[], object]]) -> None:
         began, outer = time.perf_counter(), not self._measuring
@@ -118,8 +126,9 @@ class Table:
             self.path.unlink()
 
     def _write(self) -> None:
-        """Together with what other processes have written. A folder that cannot be written to keeps nothing."""
-        self.seconds = _read(self.path) | self.seconds
+        """With what other processes have written, which stays. A folder that cannot be written to keeps nothing."""
+        theirs = _read(self.path)
+        self.seconds |= {key: ways for key, ways in theirs.items() if ways.keys() >= self.seconds.get(key, {}).keys()}
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

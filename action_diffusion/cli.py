@@ -53,7 +53,6 @@ Options
   task.control_rate=10          Hz
   policy.normalizer.default=minmax|gaussian|identity
   policy.sampler.num_inference_steps=N  policy.sampler.clip=x0|x|null
-  policy.sampler.timestep_spacing=leading|trailing|linspace
   policy.…                      any option of a component, such as policy.denoiser.channels=[48,96,192]
   --config-dir DIR              a folder with your own task/*.yaml, used as task=NAME
 """
@@ -158,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     # OpenMP's threads wait by spinning. With another program on the machine each then waits for a thread that the
     # other keeps from running, and training takes five times as long. Without any spin, a core falls asleep between
-    # two operations, and an evaluation takes twice as long: docs/performance.md.
+    # two operations, and an evaluation takes twice as long: benchmarks/results/history.md.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     memory.keep_freed_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -14,6 +14,7 @@ import math
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -129,7 +130,10 @@ def list_zip(archive: zipfile.ZipFile, path: Path) -> Listing:
 
     def read(place: str) -> bytes:
         _check_metadata_size(sizes[place], place, path)
-        return archive.read(place)
+        try:
+            return archive.read(place)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            raise InputError(f"{path}: {place} in it is damaged: {error}") from None
 
     places = [name for name in sizes if name.rpartition("/")[2] in METADATA]
     return Listing(places, read, lambda: path.stat().st_size)

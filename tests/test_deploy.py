@@ -664,9 +664,9 @@ def test_limits_pass_what_people_demonstrated():
         ),
         ({}, ["robot=sim_push"], "unknown robot 'sim_push': did you mean sim_pusht"),
         ({}, ["n_episodes=0"], "n_episodes=0 must be at least 1"),
-        ({}, ["seed=-1"], "seed=-1 must be at least 0"),
-        ({}, ["limits=5"], r"limits=5: write \{low: "),
-        ({}, ["limits=[1, 2]"], r"limits=\[1, 2\]: write \{low: "),
+        ({}, ["seed=-1"], "seed=-1 must not be negative"),
+        ({}, ["limits=5"], "limits=5: expected a section"),
+        ({}, ["limits=[1, 2]"], r"limits=\[1, 2\]: expected a section"),
         ({}, ["limits={low: [0, 0]}"], "limits.high has no value"),
         ({}, ["limits={low: [nan, 0], high: [512, 512]}"], r"limits.low=\[nan, 0\]: expected numbers"),
         ({}, ["limits={low: [512, 0], high: [0, 512]}"], "limits leave no room"),
@@ -675,21 +675,21 @@ def test_limits_pass_what_people_demonstrated():
         ({}, ["limits={low: [0, 0], high: [512, 512], velocity: [nan, 1]}"], "limits.velocity=.* expected numbers"),
         ({}, ["limits={low: [0, 0], high: [512, 512], jerk: 7}"], "limits.jerk=7: expected numbers"),
         ({}, ["limits={low: [0, 0], high: [512, 512], height: [1, 1]}"], "unknown limit 'height'"),
-        ({}, ["obstacles=5"], r"obstacles=5: write \{workspace: "),
+        ({}, ["obstacles=5"], "obstacles=5: expected a section"),
         ({}, ["obstacles={table: high}"], r"obstacles.table=\['high'\]: expected numbers"),
         ({}, ["obstacles={spheres: [[1, 2]]}"], "obstacles.spheres has shape"),
         ({}, ["server=ws://[::1"], r"server=ws://\[::1: write ws://HOST:PORT"),
         ({}, ["server=ws://127.0.0.1:99999"], "99999: write ws://HOST:PORT, with a port from 1 to 65535"),
         ({}, ["server=http://127.0.0.1:80"], "http://127.0.0.1:80: write ws://HOST:PORT"),
         ({}, ["server='ws://127.0.0.1:1/ a'"], "write ws://HOST:PORT"),
-        ({}, ["server=ws://127.0.0.1:1", "server_timeout=1e300"], "server_timeout=1e[+]300 must be above 0 s"),
-        ({}, ["rtc.beta=inf"], "rtc.beta=inf must be above 0, and finite"),
-        ({}, ["safety.margin=inf"], "safety.margin=inf must be 0 or more, and finite"),
-        ({}, ["safety.margin=-1"], "safety.margin=-1 must be 0 or more"),
+        ({}, ["server=ws://127.0.0.1:1", "server_timeout=1e300"], "server_timeout=1e[+]300: expected a number"),
+        ({}, ["rtc.beta=inf"], "rtc.beta=inf: expected a number"),
+        ({}, ["safety.margin=inf"], "safety.margin=inf: expected a number"),
+        ({}, ["safety.margin=-1"], "safety.margin=-1 must not be negative"),
         ({}, ["sampler.scheduler=flow"], "flow"),
         ({}, ["scheduling=rct"], "unknown scheduling 'rct': did you mean rtc"),
-        ({}, ["delay=-1"], "delay=-1 must be at least 0"),
-        ({}, ["delay=0.5"], "delay=0.5 must be a whole number"),
+        ({}, ["delay=-1"], "delay=-1 must not be negative"),
+        ({}, ["delay=0.5"], "delay=0.5: expected a whole number"),
         ({}, ["scheduling=naive", "delay=4"], "delay=4 uses 8 steps of a chunk.* leaves 7"),
         ({}, ["execution_horizon=0"], "execution_horizon=0 must be at least 1"),
         ({}, ["rtc.beta=0.0"], "rtc.beta=0.0 must be above 0"),
@@ -725,7 +725,7 @@ def test_a_driver_of_ones_own_is_named_on_the_command_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("latency", ["inf", "-1.0", "1e300"])
 def test_a_simulator_that_cannot_be_is_refused(bundle, tmp_path, latency):
-    with pytest.raises(InputError, match=r"simulated\.latency=.* must be from 0 to 10 s"):
+    with pytest.raises(InputError, match=r"simulated\.latency=.*(expected a number|must)"):
         run(deploy(bundle, tmp_path / "run", f"simulated.latency={latency}"))
 
 

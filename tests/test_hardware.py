@@ -128,7 +128,13 @@ def test_the_command_lines_limits_and_dry_run_go_before_the_files():
         ({"seconds": 0}, "seconds=0 must be a number above 0"),
         ({"observations": {"state": 5}}, r"observations\.state=5 must be names of states"),
         ({"observations": {"state": []}}, r"observations\.state=\[\] must be names of states"),
-        ({"limits": {"low": [1.0, 0.0], "high": [0.0, 1.0]}}, "limits leave no room"),
+        (
+            {
+                "limits": {"low": [1.0, 0.0], "high": [0.0, 1.0]},
+                "cameras": {"front": {"driver": "test_hardware:GreyCamera", "size": 24}},
+            },
+            "limits leave no room",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path, changes, message):

@@ -588,8 +588,8 @@ def test_what_the_page_shows_of_events_and_of_a_machine_that_is_too_slow(tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["page=-1"], "page=-1: give true, false or a port"),
-        (["page=maybe"], "page=maybe: give true, false or a port"),
+        (["page=-1"], "page=-1 must be a whole number from 0 to 65535"),
+        (["page=maybe"], "page=maybe: expected true or false or a whole number from 0 to 65535"),
         (["page=false", "wait=true"], "wait=true waits for somebody at the page"),
     ],
 )

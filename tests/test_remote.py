@@ -277,7 +277,7 @@ def test_what_is_wrong_with_a_server_is_said_in_one_line(server, bundle, tmp_pat
     for url, message in (
         (nobody, f"no policy server at {nobody}: .*refused"),
         ("http://x", "server=http://x: write ws://HOST:PORT"),
-        ("ws://", "no policy server at ws://"),
+        ("ws://", "server=ws://: write ws://HOST:PORT"),
     ):
         with pytest.raises(InputError, match=message):
             RemotePolicy(url, patience=0.3)

@@ -62,9 +62,9 @@ def test_without_it_nothing_changes(make_policy):
         plain.sample(observations(3), settled=settled(3, [1, 1, 1]))
 
 
-@pytest.mark.parametrize("max_delay", [-1, 7])
-def test_delays_that_leave_nothing_to_learn_are_refused(make_policy, max_delay):
-    with pytest.raises(InputError, match=rf"max_delay={max_delay} must be between 0 and 6"):
+@pytest.mark.parametrize(("max_delay", "message"), [(-1, "must not be negative"), (7, "must be between 0 and 6")])
+def test_delays_that_leave_nothing_to_learn_are_refused(make_policy, max_delay, message):
+    with pytest.raises(InputError, match=f"max_delay={max_delay} {message}"):
         make_policy(objective={"loss": "mse", "max_delay": max_delay})
 
 

@@ -223,8 +223,8 @@ def test_many_episodes_begin_where_the_expert_went_wrong():
     [
         ("robot=ur", "unknown robot of agent=expert 'ur'"),
         ("task=pusht_state", "robot=sim_arm does lift, can, square; this is pusht"),
-        ("visited_by=a", "visited_by=… is for simulators in step"),
-        ("episodes=0", "episodes=0, seed=0: at least 1"),
+        ("visited_by=a", "no bundle at a"),
+        ("episodes=0", "episodes=0 must be at least 1"),
         ("output=a.zarr.zip", "output=a.zarr.zip exists, or is no folder"),
     ],
 )

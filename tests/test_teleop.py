@@ -31,9 +31,10 @@ from action_diffusion.deploy.onlookers import Onlookers
 from action_diffusion.deploy.process_robot import ProcessRobot
 from action_diffusion.deploy.protocols import Group
 from action_diffusion.deploy.rings import Segments
+from action_diffusion.deploy.site import Nonsense
 from action_diffusion.deploy.teleop.device import Order, Signals, without_drift
 from action_diffusion.deploy.teleop.keys import Keys
-from action_diffusion.deploy.teleop.page_app import understood
+from action_diffusion.deploy.teleop.page_app import word
 from action_diffusion.deploy.teleop.scenes import describe
 from action_diffusion.deploy.teleop.session import Mode, Session
 from action_diffusion.deploy.teleop.steering import HAND, Speeds, steering_of
@@ -310,11 +311,11 @@ def test_a_script_records_and_a_second_run_goes_on(tmp_path, capsys):
         (["device=browser", "page=false"], "device=browser needs its page"),
         (["task=transport_state"], "one person drives one arm"),
         (["task=custom"], "has no simulator: robot=…"),
-        (["episodes=0"], "collect at least one"),
+        (["episodes=0"], "episodes=0 must be at least 1"),
         (["seed=99999"], "demonstrations use the starts 0 to 99999"),
-        (["max_seconds=-1", "device=script"], "max_seconds=-1 must be seconds"),
+        (["max_seconds=-1", "device=script"], "max_seconds=-1 must be above 0"),
         (["output=a.zarr.zip"], "records to a folder"),
-        (["speed=0", "device=script", "script=/dev/null"], "speed=0.0 must be above 0"),
+        (["speed=0", "device=script", "script=/dev/null"], "speed=0 must be above 0"),
     ],
 )
 def test_bad_options(tmp_path, monkeypatch, capsys, words, message):
@@ -402,15 +403,16 @@ def test_drift_is_nothing_and_neither_is_nonsense():
         '{"pointer": null, "down": 3, "pressed": []}',
     ],
 )
-def test_what_a_page_cannot_mean_is_ignored(message):
-    assert understood(message) is None
+def test_what_a_page_cannot_mean_is_nonsense(message):
+    with pytest.raises(Nonsense):
+        word(message)
 
 
 def test_what_a_page_means():
-    assert understood('{"order": "undo"}') == {"order": int(Order.UNDO)}
-    said = understood('{"pointer": [1, 2], "down": ["w", "\\t", "F13", ["x"]], "pressed": [" "]}')
-    assert said is None or said["down"] == "w"
-    said = understood('{"pointer": [1, 2], "down": ["w", "F13"], "pressed": [" "]}')
+    assert word('{"order": "undo"}') == {"order": int(Order.UNDO)}
+    with pytest.raises(Nonsense):
+        word('{"pointer": [1, 2], "down": ["w", "\\t", "F13", ["x"]], "pressed": [" "]}')
+    said = word('{"pointer": [1, 2], "down": ["w", "F13"], "pressed": [" "]}')
     assert said is not None
     assert (said["pointer"].tolist(), said["down"], said["pressed"]) == ([1, 2], "w", " ")
 

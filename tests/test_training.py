@@ -300,7 +300,7 @@ def test_a_named_subset_of_the_episodes_is_trained_on(tmp_path, capsys):
     arrays = {"state": buffer["state"][:], "action": buffer["action"][:], "demo": demo}
     attrs = {"demos": names, "subsets": {"train": ["demo_1", "demo_4", "demo_5"]}}
     ReplayBuffer.from_arrays(arrays, buffer.episode_ends, attrs).save(tmp_path / "demos.zarr")
-    settings = {"n_obs_steps": 2, "horizon": 16, "n_action_steps": 8}
+    settings = {"n_obs_steps": 2, "horizon": 12, "n_action_steps": 8}
     spec = PolicySpec(
         observations={"state": ObservationSpec(shape=(5,), source="state")},
         action=ActionSpec(shape=(2,)),

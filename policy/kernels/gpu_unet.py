@@ -32,7 +32,7 @@ SPREAD = 128
 def works() -> bool:
     """Whether a kernel can be compiled and run on this machine's GPU; a warning says what is in the way."""
     try:
-        from action_diffusion.policy.norm_kernel import between
+        from action_diffusion.policy.kernels.norm_kernel import between
 
         x = torch.ones(2, 4, device="cuda")
         between(x, out := torch.empty(2, 1, 4, device="cuda"), steps=2, group=4)
