@@ -167,7 +167,7 @@ def len_windows(data: Path) -> int:
 
     buffer = ReplayBuffer.open(data)
     train, _ = split_episodes(buffer.n_episodes, 0.2, 0)
-    return len(make_windows(buffer.episode_ends, episodes=train, horizon=16, n_obs_steps=2, n_action_steps=8))
+    return len(make_windows(buffer.episode_ends, episodes=train, horizon=12, n_obs_steps=2, n_action_steps=8))
 
 
 def test_training_from_another_policy_starts_with_its_weights(data, tmp_path):
@@ -300,7 +300,7 @@ def test_a_named_subset_of_the_episodes_is_trained_on(tmp_path, capsys):
     arrays = {"state": buffer["state"][:], "action": buffer["action"][:], "demo": demo}
     attrs = {"demos": names, "subsets": {"train": ["demo_1", "demo_4", "demo_5"]}}
     ReplayBuffer.from_arrays(arrays, buffer.episode_ends, attrs).save(tmp_path / "demos.zarr")
-    settings = {"n_obs_steps": 2, "horizon": 12, "n_action_steps": 8}
+    settings = {"n_obs_steps": 2, "horizon": 16, "n_action_steps": 8}
     spec = PolicySpec(
         observations={"state": ObservationSpec(shape=(5,), source="state")},
         action=ActionSpec(shape=(2,)),
