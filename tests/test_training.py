@@ -18,6 +18,7 @@ from conftest import demonstrations
 from safetensors.torch import load_file
 
 from action_diffusion import policy as policy_package
+from action_diffusion import choice
 from action_diffusion.cli import main
 from action_diffusion.configuration import load
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
@@ -100,6 +101,7 @@ def test_resuming_after_kill_9_is_bit_exact(data, tmp_path):
     """The same weights, EMA, optimiser and metrics as a run that was never stopped."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     extra = ["train.max_steps=60", "train.checkpoint_every=7", "policy.objective.noise_draws=2"]
+    choice.forget()  # each run measures and reads as a process of its own does
     assert main(arguments(data, whole, *extra)) == 0
     command = [sys.executable, "-m", "action_diffusion", *arguments(data, killed, *extra)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -112,6 +114,7 @@ def test_resuming_after_kill_9_is_bit_exact(data, tmp_path):
     assert 0 < stopped_at < 60
     (killed / "metrics.jsonl").open("a").write('{"step": 1')  # a line cut short by the kill
     before = (killed / "metrics.jsonl").read_text()
+    choice.forget()
     # Only the folder is needed: what the run was started with is kept beside it.
     assert main(["train", f"output_dir={killed}", "resume=true"]) == 0
     assert_same_run(whole, killed)
