@@ -498,7 +498,7 @@ def test_the_page_says_whether_the_stop_was_confirmed(served, open_page):
     page.wait_for_selector("#confirmed.alarm:has-text('THE STOP IS NOT CONFIRMED: the stop arrived, but the arm')")
     os.kill(served.arm.child.process.pid, signal.SIGCONT)
     page.wait_for_selector("#confirmed.bad:has-text('Stop confirmed')")
-    os.kill(child_of(os.getpid(), "stop_process"), signal.SIGKILL)
+    served.page._stop.process.kill()  # of this page, not of the one that other tests share
     page.wait_for_selector("#unreachable", state="visible")
     page.click("#emergency")
     page.wait_for_selector("#confirmed.alarm:has-text('the stop did not arrive')")

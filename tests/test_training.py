@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 from conftest import demonstrations
 from safetensors.torch import load_file
 
-from action_diffusion import policy as policy_package
 from action_diffusion import choice
+from action_diffusion import policy as policy_package
 from action_diffusion.cli import main
 from action_diffusion.configuration import load
 from action_diffusion.datasets.replay_buffer import ReplayBuffer
