@@ -20,9 +20,9 @@ __version__ = "0.1.0"
 
 _PACKAGES = ("policy", "datasets", "envs", "training", "deploy", "configs")
 _DATASETS = {
-    "ReplayBuffer": "action_diffusion.datasets.replay_buffer",
-    "Batch": "action_diffusion.datasets.batches",
-    "BatchSource": "action_diffusion.datasets.batches",
+    "ReplayBuffer": "action_diffusion.datasets.storage.replay_buffer",
+    "Batch": "action_diffusion.datasets.batches.loader",
+    "BatchSource": "action_diffusion.datasets.batches.loader",
 }
 
 

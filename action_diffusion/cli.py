@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from action_diffusion import __version__, memory, preflight
+from action_diffusion import __version__, memory
+from action_diffusion.commands import preflight
 from action_diffusion.errors import InputError, unknown
 
 MAIN_HELP = """\
@@ -169,11 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if words[0] == "data":  # has subcommands with options of their own
-            from action_diffusion.data_command import run
+            from action_diffusion.commands.data import run
 
             return run(words[1:])
         if words[0] == "info":
-            from action_diffusion.info import run
+            from action_diffusion.commands.info import run
 
             return run(words[1:])
         if words[0] not in COMMANDS:
@@ -261,7 +262,7 @@ def _evaluate(overrides: list[str], config_dir: str | None) -> int:
 
     config = load("evaluate", overrides, config_dir)
     preflight.evaluate(config)
-    from action_diffusion.training.evaluate import run
+    from action_diffusion.training.evaluation.command import run
 
     for results, folder in run(config):
         print_results(results, folder)
@@ -287,11 +288,11 @@ def _deploy(overrides: list[str], config_dir: str | None) -> int:
     config = load("deploy", overrides, config_dir)
     preflight.deploy(config)
     if config["calibrate"]:
-        from action_diffusion.deploy import calibrate_command
+        from action_diffusion.deploy.calibrate import command as calibrate_command
 
         return calibrate_command.run(config)
     if config["replay"] is not None:
-        from action_diffusion.deploy import replay_command
+        from action_diffusion.deploy.records import command as replay_command
 
         return replay_command.run(config, {word.partition("=")[0] for word in overrides})
     from action_diffusion.deploy.run import run
@@ -304,7 +305,7 @@ def _serve(overrides: list[str], config_dir: str | None) -> int:
 
     config = load("serve", overrides, config_dir)
     preflight.serve(config)
-    from action_diffusion.deploy.serve import run
+    from action_diffusion.deploy.serve.command import run
 
     return run(config)
 

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.arguments import Parser, chosen, guarded, json_path
-from benchmarks.compare import Case
-from benchmarks.peer_environment import NEWER, OLDER
-from benchmarks.rows import ROWS
-from benchmarks.session import run
-from benchmarks.workers import THREADS, instruction_sets
+from benchmarks.peer.arguments import Parser, chosen, guarded, json_path
+from benchmarks.peer.compare import Case
+from benchmarks.peer.peer_environment import NEWER, OLDER
+from benchmarks.peer.rows import ROWS
+from benchmarks.peer.session import run
+from benchmarks.peer.workers import THREADS, instruction_sets
 
 
 def parse(words: Sequence[str]) -> tuple[list[Case], Path | None]:

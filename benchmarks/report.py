@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from action_diffusion.datasets.files import atomic_path
-from benchmarks.compare import Result
+from action_diffusion.files import atomic_path
+from benchmarks.peer.compare import Result
 
 
 def machine() -> dict[str, Any]:

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from action_diffusion.deploy.arm_link import ArmLink
-from action_diffusion.deploy.arm_loop import Phase
-from action_diffusion.deploy.hardware import arm_setup, camera_setups, read_cell
-from action_diffusion.deploy.process_robot import ProcessRobot
-from action_diffusion.deploy.rings import RingReader, Segments
+from action_diffusion.deploy.arm.link import ArmLink
+from action_diffusion.deploy.ipc.channels import Phase
+from action_diffusion.deploy.ipc.rings import RingReader, Segments
+from action_diffusion.deploy.robot.cell import arm_setup, camera_setups, read_cell
+from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.errors import InputError, unknown
 
 OPTIONS: dict[str, Any] = {"robot": "", "hardware": "", "dry_run": False}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.deploy.access import read_token
-from action_diffusion.deploy.client import RemotePolicy
+from action_diffusion.deploy.serve.access import read_token
+from action_diffusion.deploy.serve.client import RemotePolicy
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.inference import OPTIONS

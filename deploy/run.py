@@ -12,26 +12,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from action_diffusion.datasets.progress import progress
-from action_diffusion.deploy import robots
-from action_diffusion.deploy.arm_link import ArmSetup
-from action_diffusion.deploy.client import RemotePolicy
-from action_diffusion.deploy.clock import Clock, MonotonicClock
-from action_diffusion.deploy.gate import Gate, demonstrated
-from action_diffusion.deploy.loop import run_episode
-from action_diffusion.deploy.onlookers import Onlookers
+from action_diffusion.deploy.arm.link import ArmSetup
+from action_diffusion.deploy.loop.action_queue import ChunkScheduler, check_room
+from action_diffusion.deploy.loop.clock import Clock, MonotonicClock
+from action_diffusion.deploy.loop.episode import run_episode
+from action_diffusion.deploy.loop.events import StepRecord
+from action_diffusion.deploy.loop.gate import Gate, demonstrated
+from action_diffusion.deploy.loop.inference_worker import Unavailable
+from action_diffusion.deploy.loop.prediction import Guidance, rehearse
 from action_diffusion.deploy.policies import DeployedPolicy, open_policy
-from action_diffusion.deploy.prediction import Guidance, rehearse
-from action_diffusion.deploy.process_robot import ProcessRobot
-from action_diffusion.deploy.record import RunLog
-from action_diffusion.deploy.robots import Robot
-from action_diffusion.deploy.scheduling import ChunkScheduler, check_room
-from action_diffusion.deploy.steps import StepRecord
-from action_diffusion.deploy.thinking import Unavailable
+from action_diffusion.deploy.records.run_log import RunLog
+from action_diffusion.deploy.robot import robots
+from action_diffusion.deploy.robot.process_robot import ProcessRobot
+from action_diffusion.deploy.robot.robots import Robot
+from action_diffusion.deploy.serve.client import RemotePolicy
+from action_diffusion.deploy.subscribers import Onlookers
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.inference import choose_threads
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.progress import progress
 
 ENDINGS = ("stop: ", "broken: ", "the arm's process")
 """How the reasons begin for which a robot ends an episode by itself."""

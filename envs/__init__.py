@@ -13,12 +13,12 @@ from action_diffusion.envs.base import Env
 from action_diffusion.errors import unknown
 
 REGISTRY = {
-    "pusht": "action_diffusion.envs.pusht:PushT",
-    "lift": "action_diffusion.envs.manipulation:lift",
-    "can": "action_diffusion.envs.manipulation:can",
-    "square": "action_diffusion.envs.manipulation:square",
-    "transport": "action_diffusion.envs.manipulation:transport",
-    "tool_hang": "action_diffusion.envs.manipulation:tool_hang",
+    "pusht": "action_diffusion.envs.pusht.simulator:PushT",
+    "lift": "action_diffusion.envs.robosuite.tasks:lift",
+    "can": "action_diffusion.envs.robosuite.tasks:can",
+    "square": "action_diffusion.envs.robosuite.tasks:square",
+    "transport": "action_diffusion.envs.robosuite.tasks:transport",
+    "tool_hang": "action_diffusion.envs.robosuite.tasks:tool_hang",
 }
 
 

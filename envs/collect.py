@@ -24,14 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion import __version__, envs
-from action_diffusion.datasets import parallel
-from action_diffusion.datasets.demos import pack
-from action_diffusion.datasets.progress import progress
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion import __version__, envs, parallel
+from action_diffusion.datasets.robomimic.attributes import pack
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs import demonstration
 from action_diffusion.envs.demonstration import EXPERTS, Recording, Source
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.progress import progress
 
 FIRST_TEST_SEED = 100_000  # evaluations begin here; no demonstration does
 

@@ -29,10 +29,10 @@ if TYPE_CHECKING:  # importing torch takes longer than an episode, and processes
     from action_diffusion.policy.policy import DiffusionPolicy
 
 EXPERTS = {
-    "pusht": "action_diffusion.envs.pusht_expert:PushTExpert",
-    "lift": "action_diffusion.envs.manipulation_expert:lift",
-    "can": "action_diffusion.envs.manipulation_expert:can",
-    "square": "action_diffusion.envs.manipulation_expert:square",
+    "pusht": "action_diffusion.envs.pusht.expert:PushTExpert",
+    "lift": "action_diffusion.envs.robosuite.expert:lift",
+    "can": "action_diffusion.envs.robosuite.expert:can",
+    "square": "action_diffusion.envs.robosuite.expert:square",
 }
 WANDERED, NEARLY_DONE = 0.4, 0.3  # shares of the episodes that begin so
 STREAM = 13  # of the random numbers that decide where an episode begins

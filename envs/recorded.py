@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from action_diffusion.envs import controllers
-from action_diffusion.envs.headless import RenderSettings
+from action_diffusion.envs.robosuite import controllers
+from action_diffusion.envs.robosuite.headless import RenderSettings
 from action_diffusion.errors import InputError, unknown
 
 

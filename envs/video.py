@@ -10,8 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from action_diffusion.datasets.files import atomic_path
 from action_diffusion.errors import InputError
+from action_diffusion.files import atomic_path
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], *, fps: float) -> None:

@@ -16,10 +16,10 @@ _NAMES = {
     "Sample": "policy",
     "PolicySpec": "spec",
     "Agent": "agent",
-    "Hook": "sampler",
-    "Sampler": "sampler",
-    "StepState": "sampler",
-    "StopSampling": "sampler",
+    "Hook": "diffusion.sampler",
+    "Sampler": "diffusion.sampler",
+    "StepState": "diffusion.sampler",
+    "StopSampling": "diffusion.sampler",
 }
 
 

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from action_diffusion.datasets.memory import free_memory
+from action_diffusion.datasets.batches.placement import free_memory
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import check_policy
-from action_diffusion.policy import normalizer as normalizer_module
-from action_diffusion.policy.estimator import PlanarPose
-from action_diffusion.policy.frames import ActionFrame
-from action_diffusion.policy.normalizer import Normalizer
+from action_diffusion.policy.diffusion.sampler import Sampler
+from action_diffusion.policy.model import normalizer as normalizer_module
+from action_diffusion.policy.model.estimator import PlanarPose
+from action_diffusion.policy.model.frames import ActionFrame
+from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.policy import IN_FRAME, DiffusionPolicy
 from action_diffusion.policy.registry import build
-from action_diffusion.policy.sampler import Sampler
 from action_diffusion.policy.spec import PolicySpec
 
 MOST_WEIGHTS = 2_000_000_000

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.estimator import PlanarPose
-from action_diffusion.policy.features import module_name
-from action_diffusion.policy.frames import ActionFrame
-from action_diffusion.policy.normalizer import Normalizer
-from action_diffusion.policy.process import Process, Step
-from action_diffusion.policy.sampler import ChainStep, Generators, Hook, Sampler, draw_noise
+from action_diffusion.policy.diffusion.process import Process, Step
+from action_diffusion.policy.diffusion.sampler import ChainStep, Generators, Hook, Sampler, draw_noise
+from action_diffusion.policy.model.estimator import PlanarPose
+from action_diffusion.policy.model.features import module_name
+from action_diffusion.policy.model.frames import ActionFrame
+from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.spec import PolicySpec
 
 IN_FRAME = "action_in_frame"

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from action_diffusion.errors import unknown
-from action_diffusion.policy.denoiser import ConditionalUnet1d
-from action_diffusion.policy.encoder import ObservationEncoder
-from action_diffusion.policy.estimator import PlanarPose
-from action_diffusion.policy.features import Magnified, PlanarObject, SinCos
-from action_diffusion.policy.frames import PlanarObject as PlanarObjectFrame
-from action_diffusion.policy.frames import Position
-from action_diffusion.policy.process import Diffusion, Flow
+from action_diffusion.policy.diffusion.process import Diffusion, Flow
+from action_diffusion.policy.model.encoder import ObservationEncoder
+from action_diffusion.policy.model.estimator import PlanarPose
+from action_diffusion.policy.model.features import Magnified, PlanarObject, SinCos
+from action_diffusion.policy.model.frames import PlanarObject as PlanarObjectFrame
+from action_diffusion.policy.model.frames import Position
+from action_diffusion.policy.model.unet import ConditionalUnet1d
 from action_diffusion.policy.reading import refuse_targets
 
 COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {

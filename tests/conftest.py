@@ -24,8 +24,8 @@ import pytest
 import torch
 
 from action_diffusion import native
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.windows import make_windows
+from action_diffusion.datasets.batches.windows import make_windows
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.bundle import versions
 from action_diffusion.policy.policy import DiffusionPolicy

@@ -11,8 +11,8 @@ import pytest
 from conftest import demonstrations
 from elsewhere import fail_at_three, picture, square
 
-from action_diffusion.datasets.parallel import cores, in_order
-from action_diffusion.datasets.sources import with_images
+from action_diffusion.datasets.batches.sources import with_images
+from action_diffusion.parallel import cores, in_order
 
 
 def test_results_come_in_the_order_of_the_items_from_other_processes():
@@ -32,9 +32,9 @@ def test_what_is_raised_there_is_raised_here():
 def test_pictures_are_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
     buffer = demonstrations()
     alone = with_images(buffer, picture, cache_dir=tmp_path / "a")["img"][:]
-    monkeypatch.setattr("action_diffusion.datasets.sources._RENDER_ALONE", 10)
-    monkeypatch.setattr("action_diffusion.datasets.sources._RENDER_ROWS", 50)
-    monkeypatch.setattr("action_diffusion.datasets.sources.cores", lambda: 2)
+    monkeypatch.setattr("action_diffusion.datasets.batches.sources._RENDER_ALONE", 10)
+    monkeypatch.setattr("action_diffusion.datasets.batches.sources._RENDER_ROWS", 50)
+    monkeypatch.setattr("action_diffusion.datasets.batches.sources.cores", lambda: 2)
     np.testing.assert_array_equal(with_images(buffer, picture, cache_dir=tmp_path / "b")["img"][:], alone)
     assert cores() >= 1
 
@@ -42,7 +42,7 @@ def test_pictures_are_the_same_from_any_number_of_processes(tmp_path, monkeypatc
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     (tmp_path / "script.py").write_text(
         "from action_diffusion.datasets import sources\n"
-        "from action_diffusion.envs.pusht import render_states\n"
+        "from action_diffusion.envs.pusht.simulator import render_states\n"
         "sources._RENDER_ALONE, sources.cores = 0, lambda: 2\n"
         "sources.with_images(sources.open_data('pusht_expert'), render_states)\n"
     )

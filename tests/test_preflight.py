@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.policy import bundle as bundles
 
 MISTAKES = {

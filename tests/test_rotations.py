@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from action_diffusion.datasets.rotations import (
+from action_diffusion.errors import InputError
+from action_diffusion.rotations import (
     axis_angle_to_6d,
     matrix_to_6d,
     quaternion_to_6d,
@@ -18,7 +19,6 @@ from action_diffusion.datasets.rotations import (
     six_d_to_quaternion,
     torch_six_d_to_matrix,
 )
-from action_diffusion.errors import InputError
 
 EDGES = [0.0, 1e-300, 1e-12, 1e-8, 1e-4, np.pi / 2, np.pi - 1e-4, np.pi - 1e-8, np.pi - 1e-12, np.pi]
 AXES = [[1, 0, 0], [0, -1, 0], [0, 0, 1], [1, 1, 0], [1, -1, 1], [1e-9, 1, 0], [0.3, -0.2, 0.9]]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from action_diffusion.datasets.batches import Batch
+from action_diffusion.datasets.batches.loader import Batch
 from action_diffusion.errors import InputError
 from action_diffusion.policy.kernels.cuda_graph import Graph
 

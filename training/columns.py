@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.datasets.loading import from_zero_to_one
-from action_diffusion.datasets.pictures import Picture, picture
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.store import Column, ZarrColumn
+from action_diffusion.datasets.batches.columns import from_zero_to_one
+from action_diffusion.datasets.storage.pictures import Picture, picture
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.store import Column, ZarrColumn
 
 _WORDS = {
     "another version of the action": "action actions command commands commanded cmd ctrl setpoint setpoints desired",

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from action_diffusion.datasets.batches import Batch, BatchSource, ObsKey, random_crop_offsets
-from action_diffusion.datasets.checks import check_key
-from action_diffusion.datasets.demos import subset as named_subset
-from action_diffusion.datasets.loading import seen_picture
-from action_diffusion.datasets.pictures import picture
-from action_diffusion.datasets.replay_buffer import ASSUMED_RATE, ReplayBuffer
-from action_diffusion.datasets.windows import batch_indices, make_windows, split_episodes
+from action_diffusion.datasets.batches.columns import seen_picture
+from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, random_crop_offsets
+from action_diffusion.datasets.batches.windows import batch_indices, make_windows, split_episodes
+from action_diffusion.datasets.robomimic.attributes import subset as named_subset
+from action_diffusion.datasets.storage.checks import check_key
+from action_diffusion.datasets.storage.pictures import picture
+from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE, ReplayBuffer
 from action_diffusion.envs import APART
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.policy import IN_FRAME

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.configuration import BUDGETS, GROUPS, load, override
-from action_diffusion.datasets.files import atomic_path
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.files import atomic_path
 from action_diffusion.policy.reading import read_yaml
 
 

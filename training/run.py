@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 
-from action_diffusion.datasets.files import atomic_path
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.sources import resolve, with_images
+from action_diffusion.datasets.batches.sources import resolve, with_images
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.files import atomic_path
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.kernels import winograd
@@ -31,7 +31,7 @@ from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training import checkpoints, resuming
 from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
-from action_diffusion.training.evaluation import evaluate_policy
+from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.settings import TrainSettings
 from action_diffusion.training.trainer import Trainer
@@ -94,7 +94,7 @@ def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
     task = config["task"]
     wanted = {o.get("source") or key for key, o in (task.get("observations") or {}).items() if o.get("kind") == "image"}
     if wanted - set(buffer.keys) and (task.get("env") or {}).get("name") == "pusht" and "state" in buffer.keys:
-        from action_diffusion.envs.pusht import render_states
+        from action_diffusion.envs.pusht.simulator import render_states
 
         for key in wanted - set(buffer.keys):
             buffer = with_images(buffer, render_states, key=key, cache_dir=cache_dir)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from action_diffusion import envs
-from action_diffusion.datasets.batches import BatchSource
+from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.data import held_out_indices
-from action_diffusion.training.offline import evaluate_offline
+from action_diffusion.training.evaluation.offline import evaluate_offline
 
 ROLLOUT_SEED = 50_000
 """First start of the rollouts in training: neither the demonstrations' (from 0) nor the evaluation's (from 100000)."""

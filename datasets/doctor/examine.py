@@ -16,8 +16,8 @@ from action_diffusion.datasets.doctor.motion import jumps_and_outliers
 from action_diffusion.datasets.doctor.skew import skews
 from action_diffusion.datasets.doctor.still import constant, idle, repeated, saturated
 from action_diffusion.datasets.doctor.survey import Survey, survey, temporary_folder
-from action_diffusion.datasets.growing import TIME, read_table
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.growing import TIME, read_table
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 
 _LEAST_SOUND = 0.3

@@ -13,9 +13,9 @@ import numpy as np
 
 from action_diffusion.datasets.doctor.finding import Finding
 from action_diffusion.datasets.doctor.survey import is_image
-from action_diffusion.datasets.files import atomic_path
-from action_diffusion.datasets.progress import progress
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.files import atomic_path
+from action_diffusion.progress import progress
 
 PICTURES = 100
 """Findings with a picture: the first ones."""

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from action_diffusion.datasets.doctor.finding import KINDS, Finding
-from action_diffusion.datasets.pieces import Changed, Piece, write_pieces
-from action_diffusion.datasets.provenance import with_provenance
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.pieces import Changed, Piece, write_pieces
+from action_diffusion.datasets.storage.provenance import with_provenance
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 
 MENDED_ROWS = 5

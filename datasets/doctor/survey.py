@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from action_diffusion.datasets.formats.columns import ChangedColumn
-from action_diffusion.datasets.pictures import Picture, picture
-from action_diffusion.datasets.progress import progress
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.store import Column, blocks
+from action_diffusion.datasets.storage.pictures import Picture, picture
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.store import Column, blocks
+from action_diffusion.progress import progress
 
 POINTS = 8
 DISCRETE = 20

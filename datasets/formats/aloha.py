@@ -3,7 +3,7 @@
     episode_0.hdf5     action [T, A], observations/qpos, qvel, effort [T, A],
                        observations/images/<camera> [T, H, W, 3] uint8, or [T, P] where each row is a JPEG file
 
-What of a file is a column, and under which name, is as for robomimic's demos: `robomimic_demo`. One such file alone is
+What of a file is a column, and under which name, is as for robomimic's demos: `demo`. One such file alone is
 one episode. Episodes are in the order of the numbers in their names.
 """
 
@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.datasets.demos import TASK_INDEX
 from action_diffusion.datasets.formats.columns import Piece, PiecewiseColumn, check_rows
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal
-from action_diffusion.datasets.hdf5 import Budget, check_sound, members, open_hdf5, reading_hdf5
-from action_diffusion.datasets.progress import progress
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.robomimic_demo import (
+from action_diffusion.datasets.hdf5.reading import Budget, check_sound, members, open_hdf5, reading_hdf5
+from action_diffusion.datasets.robomimic.attributes import TASK_INDEX
+from action_diffusion.datasets.robomimic.demo import (
     NAMES,
     Attributes,
     Demo,
@@ -35,8 +33,10 @@ from action_diffusion.datasets.robomimic_demo import (
     task_of,
     tasks_of,
 )
-from action_diffusion.datasets.store import Column
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.store import Column
 from action_diffusion.errors import InputError
+from action_diffusion.progress import progress
 
 SUFFIXES = (".hdf5", ".h5")
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from action_diffusion.datasets.checks import images_to_uint8
-from action_diffusion.datasets.rows import Rows
-from action_diffusion.datasets.store import Column, ZarrColumn, row_bytes
+from action_diffusion.datasets.storage.checks import images_to_uint8
+from action_diffusion.datasets.storage.rows import Rows
+from action_diffusion.datasets.storage.store import Column, ZarrColumn, row_bytes
 from action_diffusion.errors import InputError
 
 BLOCK_BYTES = 8 << 20

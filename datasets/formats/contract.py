@@ -11,8 +11,8 @@ import numpy as np
 
 from action_diffusion.datasets.formats.columns import as_stored, native
 from action_diffusion.datasets.formats.journal import Journal
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.store import Column
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.store import Column
 from action_diffusion.errors import InputError
 
 Quality = Literal["high", "lossless"]

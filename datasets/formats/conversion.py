@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.datasets.files import atomic_path, locked, remove, sync, writing
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal
 from action_diffusion.datasets.formats.verify import Likeness, verified
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.files import atomic_path, locked, remove, sync, writing
 
 _NAME = re.compile(r"(?!\.|__|zarr\.json)[^/\\\0-\x1f]{1,200}")
 """Of a column, which becomes a folder: no path, no name of Zarr's own."""

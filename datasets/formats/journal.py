@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from action_diffusion.datasets.progress import progress
+from action_diffusion.progress import progress
 
 
 class Step(NamedTuple):

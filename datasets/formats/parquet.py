@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from action_diffusion.datasets.formats.columns import BLOCK_BYTES
-from action_diffusion.datasets.formats.images import Picture, decoded
-from action_diffusion.datasets.store import reading
+from action_diffusion.datasets.formats.folder.images import Picture, decoded
+from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from action_diffusion.datasets.formats.columns import SomeRows
 from action_diffusion.datasets.formats.contract import Opened
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 
 _HIGHEST = 1e6

@@ -4,7 +4,7 @@
     data.attrs["env_args"]                                             a stand-in: trains, but cannot be rolled out
     action_diffusion                                                   what the file says of us, beside robomimic's data
 
-A buffer that came from such a file, or from robosuite, goes back by `robomimic_export`; files of robomimic's and
+A buffer that came from such a file, or from robosuite, goes back by `datasets.robomimic.export`; files of robomimic's and
 robosuite's own are read by `robomimic.convert`. Here is the rest. HDF5 that a process was killed over is not reliable,
 so that a conversion that was cut off begins anew.
 """
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.datasets.demos import DEMO
 from action_diffusion.datasets.formats.columns import (
     Piece,
     PiecewiseColumn,
@@ -31,13 +30,14 @@ from action_diffusion.datasets.formats.columns import (
 )
 from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Settings, kept, restored
 from action_diffusion.datasets.formats.journal import Journal
-from action_diffusion.datasets.hdf5 import check_sound, member, open_hdf5, reading_hdf5
-from action_diffusion.datasets.progress import progress
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.robomimic_demo import PLACES, Stored, is_text, read_rows, said
-from action_diffusion.datasets.robomimic_file import Layout, describe
-from action_diffusion.datasets.store import Column, row_bytes
+from action_diffusion.datasets.hdf5.reading import check_sound, member, open_hdf5, reading_hdf5
+from action_diffusion.datasets.robomimic.attributes import DEMO
+from action_diffusion.datasets.robomimic.demo import PLACES, Stored, is_text, read_rows, said
+from action_diffusion.datasets.robomimic.file import Layout, describe
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.store import Column, row_bytes
 from action_diffusion.errors import InputError
+from action_diffusion.progress import progress
 
 _PLACES = PLACES | {DEMO: "demos/index"}
 """obs/demo would be read as the number of the demo in this file."""

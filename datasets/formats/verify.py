@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from action_diffusion.datasets.formats.columns import is_image, native, rows_a_block, spans
-from action_diffusion.datasets.progress import progress
-from action_diffusion.datasets.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.store import row_bytes
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.store import row_bytes
 from action_diffusion.errors import InputError
+from action_diffusion.progress import progress
 
 ENOUGH_DB = 40.0
 

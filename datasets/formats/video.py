@@ -23,8 +23,8 @@ import numpy as np
 
 from action_diffusion.datasets.formats.columns import Piece, PiecewiseColumn
 from action_diffusion.datasets.formats.contract import Quality
-from action_diffusion.datasets.formats.images import MOST_PIXELS
-from action_diffusion.datasets.store import reading
+from action_diffusion.datasets.formats.folder.images import MOST_PIXELS
+from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError
 
 _ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {

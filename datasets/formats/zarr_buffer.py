@@ -20,7 +20,6 @@ import zarr
 from numcodecs import Zstd
 from zarr.storage import LocalStore
 
-from action_diffusion.datasets.files import remove
 from action_diffusion.datasets.formats.columns import (
     BLOCK_BYTES,
     ForwardColumn,
@@ -33,9 +32,9 @@ from action_diffusion.datasets.formats.columns import (
 )
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal, Step
-from action_diffusion.datasets.image_codecs import lossless
-from action_diffusion.datasets.replay_buffer import ENDS, ReplayBuffer
-from action_diffusion.datasets.store import (
+from action_diffusion.datasets.storage.image_codecs import lossless
+from action_diffusion.datasets.storage.replay_buffer import ENDS, ReplayBuffer
+from action_diffusion.datasets.storage.store import (
     CHUNK_BYTES,
     Column,
     ZarrColumn,
@@ -44,8 +43,9 @@ from action_diffusion.datasets.store import (
     open_zarr,
     row_bytes,
 )
-from action_diffusion.datasets.zarr_metadata import COMPLETE
+from action_diffusion.datasets.storage.zarr_metadata import COMPLETE
 from action_diffusion.errors import InputError
+from action_diffusion.files import remove
 
 DTYPES = "original_dtypes"
 """Attribute of a UMI file: of what type its images were, which JPEG XL keeps as uint8."""

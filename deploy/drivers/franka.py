@@ -19,8 +19,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from action_diffusion.deploy.drivers.vendor import RemoteClock, above_zero, attempt, library, numbers, one_line
-from action_diffusion.deploy.limits import Limits
-from action_diffusion.deploy.protocols import ArmState, Group
+from action_diffusion.deploy.hardware.limits import Limits
+from action_diffusion.deploy.hardware.protocols import ArmState, Group
 from action_diffusion.errors import InputError, unknown
 
 MODELS: dict[str, dict[str, list[float]]] = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from action_diffusion.deploy.drivers.images import fitted, image_shape
 from action_diffusion.deploy.drivers.vendor import RemoteClock, above_zero, attempt, library, one_line
-from action_diffusion.deploy.protocols import Frame
+from action_diffusion.deploy.hardware.protocols import Frame
 from action_diffusion.errors import InputError
 
 

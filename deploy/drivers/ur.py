@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.deploy.drivers.vendor import RemoteClock, above_zero, attempt, library, numbers, one_line
-from action_diffusion.deploy.limits import Limits
-from action_diffusion.deploy.protocols import ArmState, Group
+from action_diffusion.deploy.hardware.limits import Limits
+from action_diffusion.deploy.hardware.protocols import ArmState, Group
 from action_diffusion.errors import InputError, unknown
 
 SPEEDS: dict[str, tuple[int, ...]] = {

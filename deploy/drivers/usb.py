@@ -19,7 +19,7 @@ import numpy as np
 
 from action_diffusion.deploy.drivers.images import fitted, image_shape
 from action_diffusion.deploy.drivers.vendor import above_zero, attempt, library
-from action_diffusion.deploy.protocols import Frame
+from action_diffusion.deploy.hardware.protocols import Frame
 from action_diffusion.errors import InputError
 
 OLDEST = 1.0

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion import __version__, envs
-from action_diffusion.datasets.recorder import Recorder
-from action_diffusion.deploy import robots
-from action_diffusion.deploy.clock import Clock, MonotonicClock, VirtualClock
-from action_diffusion.deploy.hardware import read_cell
-from action_diffusion.deploy.process_robot import ProcessRobot
-from action_diffusion.deploy.rings import Segments
-from action_diffusion.deploy.teleop.devices import SHOWS_PLACES, everything, make_device
+from action_diffusion.datasets.record.recorder import Recorder
+from action_diffusion.deploy.ipc.rings import Segments
+from action_diffusion.deploy.loop.clock import Clock, MonotonicClock, VirtualClock
+from action_diffusion.deploy.robot import robots
+from action_diffusion.deploy.robot.cell import read_cell
+from action_diffusion.deploy.robot.process_robot import ProcessRobot
+from action_diffusion.deploy.teleop.devices.registry import SHOWS_PLACES, everything, make_device
 from action_diffusion.deploy.teleop.scenes import describe
 from action_diffusion.deploy.teleop.session import Session
 from action_diffusion.deploy.teleop.showing import open_page, teller

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.datasets.demos import pack, unpack
-from action_diffusion.datasets.files import atomic_path
+from action_diffusion.datasets.robomimic.attributes import pack, unpack
+from action_diffusion.files import atomic_path
 
 KEY = "hdf5_attributes"
 

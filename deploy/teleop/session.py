@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from action_diffusion.deploy.clock import Clock, Pacer
-from action_diffusion.deploy.gate import Gate
-from action_diffusion.deploy.teleop.device import Device, Order, Signals
+from action_diffusion.deploy.loop.clock import Clock, Pacer
+from action_diffusion.deploy.loop.gate import Gate
+from action_diffusion.deploy.teleop.devices.device import Device, Order, Signals
 from action_diffusion.deploy.teleop.steering import Steering
 from action_diffusion.deploy.teleop.world import World
 from action_diffusion.errors import InputError

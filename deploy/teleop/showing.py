@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.deploy.onlookers import page_port
-from action_diffusion.deploy.page_link import PageLink
-from action_diffusion.deploy.simulated import board
-from action_diffusion.deploy.teleop.device import Device
-from action_diffusion.deploy.teleop.keys import HELP
-from action_diffusion.deploy.teleop.page import Pictures, Shown
+from action_diffusion.deploy.page.link import PageLink
+from action_diffusion.deploy.sim.simulated import board
+from action_diffusion.deploy.subscribers import page_port
+from action_diffusion.deploy.teleop.devices.device import Device
+from action_diffusion.deploy.teleop.devices.keys import HELP
+from action_diffusion.deploy.teleop.page.board import Pictures, Shown
 from action_diffusion.deploy.teleop.world import World, is_plane
 
-MODULE = "action_diffusion.deploy.teleop.page_process"
+MODULE = "action_diffusion.deploy.teleop.page.process"
 POINTING = (
     "lead the finger with the mouse, or with your own on a touch screen; Enter start, K keep, Backspace discard, U undo"
 )

@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from action_diffusion.deploy.limits import Limits
-from action_diffusion.deploy.motion import Layout
-from action_diffusion.deploy.protocols import Group
-from action_diffusion.deploy.teleop.device import Signals
+from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.limits import Limits
+from action_diffusion.deploy.hardware.protocols import Group
+from action_diffusion.deploy.teleop.devices.device import Signals
 from action_diffusion.errors import InputError
 
 OSC_STEP = (0.05, 0.5)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.deploy.drivers.vendor import attempt
-from action_diffusion.deploy.hardware import read_cell
-from action_diffusion.deploy.limits import Limits
-from action_diffusion.deploy.operation import STALE
-from action_diffusion.deploy.process_robot import ProcessRobot
-from action_diffusion.deploy.teleop.device import Device
-from action_diffusion.deploy.teleop.devices import make_device
+from action_diffusion.deploy.hardware.limits import Limits
+from action_diffusion.deploy.loop.operator import STALE
+from action_diffusion.deploy.robot.cell import read_cell
+from action_diffusion.deploy.robot.process_robot import ProcessRobot
+from action_diffusion.deploy.teleop.devices.device import Device
+from action_diffusion.deploy.teleop.devices.registry import make_device
 from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
 from action_diffusion.deploy.teleop.world import action_of, command_limits, place_of
 from action_diffusion.errors import unknown
@@ -23,7 +23,7 @@ DEVICES = ("keyboard", "gamepad", "spacemouse", "leader")
 
 
 class DeviceTeleoperator:
-    """See `operation.Teleoperator`: the arm goes on from where it is when the person takes over.
+    """See `operator.Teleoperator`: the arm goes on from where it is when the person takes over.
 
     Args:
         device: connected.

@@ -12,15 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from action_diffusion.datasets.growing_column import Fields
-from action_diffusion.datasets.rotations import axis_angle_to_6d
-from action_diffusion.deploy.gate import Gate
-from action_diffusion.deploy.limits import Limits
-from action_diffusion.deploy.motion import Layout
-from action_diffusion.deploy.process_robot import ProcessRobot
-from action_diffusion.deploy.protocols import Group
-from action_diffusion.deploy.robots import Feedback
+from action_diffusion.datasets.storage.growing_column import Fields
+from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.limits import Limits
+from action_diffusion.deploy.hardware.protocols import Group
+from action_diffusion.deploy.loop.gate import Gate
+from action_diffusion.deploy.robot.process_robot import ProcessRobot
+from action_diffusion.deploy.robot.robots import Feedback
 from action_diffusion.envs.demonstration import Simulator
+from action_diffusion.rotations import axis_angle_to_6d
 
 PUSHT_STEP = 300.0
 """How far one of PushT's targets may be from the one before (px), as for `deploy.sim.PushTArm`."""

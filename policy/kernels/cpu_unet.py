@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from action_diffusion import native
-from action_diffusion.policy.conv import Double, GroupNorm, Halve, Linear
-from action_diffusion.policy.denoiser import ConditionalUnet1d
 from action_diffusion.policy.kernels.layers import Run, UnetKernel
 from action_diffusion.policy.kernels.program import Convolve, Resize, Value, record
+from action_diffusion.policy.model.conv import Double, GroupNorm, Halve, Linear
+from action_diffusion.policy.model.unet import ConditionalUnet1d
 
 PANEL, BLOCK, MOST_ROWS = 32, 512, 2048
 """Channels that lie together, channels of a job at most (as in `unet.c`), rows (T · B) up to which memory is kept."""

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from action_diffusion.policy.conv import Double, Halve
 from action_diffusion.policy.kernels.layers import UnetKernel
 from action_diffusion.policy.kernels.program import Convolve, Program, Resize, Value, record
+from action_diffusion.policy.model.conv import Double, Halve
 
 if TYPE_CHECKING:
-    from action_diffusion.policy.denoiser import ConditionalUnet1d
+    from action_diffusion.policy.model.unet import ConditionalUnet1d
 
 SPREAD = 128
 """Channels that a program takes where nothing is normalised."""

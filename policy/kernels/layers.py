@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from action_diffusion import choice, native
-from action_diffusion.policy.conv import Conv1d, GroupNorm, Product
-from action_diffusion.policy.denoiser import ConditionalUnet1d, Film
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.kernels.time_first import norm_over_time, shifted_conv
+from action_diffusion.policy.model.conv import Conv1d, GroupNorm, Product
+from action_diffusion.policy.model.unet import ConditionalUnet1d, Film
 
 Run = Callable[[Tensor], Tensor]
 OURS = ("winograd", "one_call")

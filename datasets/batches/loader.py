@@ -1,0 +1,226 @@
+"""Batches gathered by index: one numpy call an array, no Python a sample.
+
+    windows.rows(indices)  int64 [B, H]
+    obs    = array[rows[:, :To]]      [B, To, ...]     the last of them is "now"
+    action = array[rows]              [B, H, A]
+    mask   = is it a row of the episode, or padding    [B, H]
+
+Images stay uint8 until the policy has them on its device, and are cropped while they are gathered: only the crop is
+copied.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from action_diffusion.datasets.batches.columns import ObsKey, array_bytes, array_shape, load, load_cached, load_into
+from action_diffusion.datasets.batches.loader import pixels
+from action_diffusion.datasets.batches.placement import Mode, choose_mode, memory_limit
+from action_diffusion.datasets.batches.windows import Windows
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.errors import InputError
+
+__all__ = ["Batch", "BatchSource", "Critic", "ObsKey", "random_crop_offsets"]
+
+
+@dataclass
+class Critic:
+    """What a value function learns from: the outcome of the n executed steps (n = Ta, or up to the end).
+
+    reward: float32 [B], sum of gamma^i r over them; r of a row is what its action earned
+    next_obs: as `Batch.obs`, after them; where the episode is over, its last rows
+    done: bool [B], the episode ends with them
+    discount: float32 [B], gamma^n
+    """
+
+    reward: Tensor
+    next_obs: dict[str, Tensor]
+    done: Tensor
+    discount: Tensor
+
+
+@dataclass
+class Batch:
+    """B windows. On the source's device, in the data's units.
+
+    obs: float32 [B, To, ...] for states, uint8 [B, To, H, W, 3] for images
+    action: float32 [B, horizon, A]
+    mask: bool [B, horizon], False where a step repeats the first or last row of its episode
+    """
+
+    obs: dict[str, Tensor]
+    action: Tensor
+    mask: Tensor
+    critic: Critic | None = None
+
+
+class BatchSource:
+    """The windows of a buffer, in the fastest place that holds the keys they need (`mode`).
+
+    observations: name of the observation -> where it is in the buffer
+    n_obs_steps: To; observations are the first To rows of a window
+    memory_gb: limit (10^9 bytes) of memory for the arrays; None measures what is free. Arrays beyond it are
+        decoded once into files in `cache_dir` (default: the user's cache folder) and read from there.
+    reward_key, gamma: for `gather(critic=True)`
+    mode: None chooses
+
+    Actions of several axes become vectors, the last axis fastest. Images become what `pictures` says.
+
+    Raises `InputError` for keys that do not exist, values that are not finite, and images that cannot be seen.
+    """
+
+    def __init__(
+        self,
+        *,
+        buffer: ReplayBuffer,
+        windows: Windows,
+        observations: Mapping[str, ObsKey],
+        action_key: str,
+        n_obs_steps: int,
+        device: str | torch.device = "cpu",
+        memory_gb: float | None = None,
+        cache_dir: Path | None = None,
+        reward_key: str | None = None,
+        gamma: float = 0.99,
+        mode: Mode | None = None,
+    ) -> None:
+        self.windows = windows
+        self.n_obs_steps = n_obs_steps
+        self.gamma = gamma
+        self.device = torch.device(device)
+        self._observations = dict(observations)
+        self._action = ObsKey(action_key, None, "action")
+        self._reward = ObsKey(reward_key, None, "state") if reward_key else None
+        wanted = {*observations.values(), self._action, *([self._reward] if self._reward else [])}
+        sizes = {key: array_bytes(buffer, key) for key in sorted(wanted, key=repr)}
+        self.n_bytes = sum(sizes.values())
+        self.mode: Mode = mode or choose_mode(self.n_bytes, self.device, memory_gb)
+        self._arrays: dict[ObsKey, np.ndarray] = {}
+        self._tensors: dict[ObsKey, Tensor] = {}
+        if self.mode == "device":
+            self._tensors = {key: _load_on(self.device, buffer, key) for key in sizes}
+        else:
+            limit = memory_limit(memory_gb) if self.mode == "disk" else self.n_bytes
+            self._arrays = _load_arrays(buffer, sizes, limit, cache_dir)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @property
+    def frame_sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width in px of every image observation."""
+        arrays = self._tensors if self.mode == "device" else self._arrays
+        images = {name: key for name, key in self._observations.items() if key.kind == "image"}
+        return {name: (arrays[key].shape[1], arrays[key].shape[2]) for name, key in images.items()}
+
+    def with_windows(self, windows: Windows) -> BatchSource:
+        """Other windows (validation, say) of the same arrays, which are shared."""
+        other = copy.copy(self)
+        other.windows = windows
+        return other
+
+    def values(self, name: str) -> np.ndarray:
+        """All rows of an observation, or of "action": [N, ...] as loaded, for statistics."""
+        key = self._action if name == "action" else self._observations[name]
+        return self._tensors[key].cpu().numpy() if self.mode == "device" else self._arrays[key]
+
+    def gather(
+        self,
+        indices: np.ndarray,
+        *,
+        crop: tuple[int, int] | None = None,
+        offsets: np.ndarray | None = None,
+        critic: bool = False,
+    ) -> Batch:
+        """The windows `indices` int64 [B].
+
+        crop: (height, width) cut from every image; offsets: int64 [B, 2], its top left corner, the same for
+        all steps and images of a window (None: the centre of each image). critic: fill `Batch.critic`.
+        """
+        indices = np.asarray(indices, np.int64)
+        rows, mask = self.windows.rows_and_mask(indices)
+        return Batch(
+            obs=self._observe(rows[:, : self.n_obs_steps], crop, offsets),
+            action=self._take(self._action, rows),
+            mask=torch.from_numpy(mask).to(self.device),
+            critic=self._criticise(indices, crop, offsets) if critic else None,
+        )
+
+    def _observe(self, rows: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> dict[str, Tensor]:
+        return {
+            name: self._crop(key, rows, crop, offsets) if crop and key.kind == "image" else self._take(key, rows)
+            for name, key in self._observations.items()
+        }
+
+    def _shape(self, key: ObsKey) -> tuple[int, ...]:
+        return tuple(self._tensors[key].shape if self.mode == "device" else self._arrays[key].shape)
+
+    def _take(self, key: ObsKey, rows: np.ndarray) -> Tensor:
+        if self.mode == "device":
+            return self._tensors[key][torch.from_numpy(rows).to(self.device)]
+        return torch.from_numpy(np.take(self._arrays[key], rows, axis=0)).to(self.device)
+
+    def _crop(self, key: ObsKey, rows: np.ndarray, crop: tuple[int, int], offsets: np.ndarray | None) -> Tensor:
+        n, height, width, channels = self._shape(key)
+        room = np.array([height - crop[0], width - crop[1]])
+        if (room < 0).any():
+            raise InputError(f"crop {list(crop)} is larger than the {height} x {width} images of {key.source}")
+        corner = np.broadcast_to(room // 2 if offsets is None else np.asarray(offsets), (len(rows), 2))
+        if ((corner < 0) | (corner > room)).any():  # nothing below knows bounds
+            raise ValueError(f"crop offsets must be from 0 to {room.tolist()}")
+        if rows.size and (rows.min() < 0 or rows.max() >= n):
+            raise IndexError(f"windows reach rows {rows.min()} to {rows.max()} of {n}")
+        if self.mode != "device":
+            return pixels.crop(self._arrays[key], rows, corner, crop).to(self.device)
+        view = (n, room[0] + 1, room[1] + 1, crop[0], crop[1] * channels)
+        strides = (height * width * channels, width * channels, channels, width * channels, 1)
+        cuts = self._tensors[key].as_strided([int(size) for size in view], strides)
+        index = (torch.from_numpy(part.copy()).to(self.device) for part in (rows, corner[:, :1], corner[:, 1:]))
+        return cuts[tuple(index)].view(*rows.shape, *crop, channels)
+
+    def _criticise(self, indices: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> Critic:
+        if self._reward is None:
+            raise InputError("a critic needs rewards: name the buffer's reward_key")
+        now, end, first = self.windows.now(indices), self.windows.end[indices], self.windows.first[indices]
+        n = np.minimum(self.windows.n_action_steps, end - now)
+        steps = np.arange(self.windows.n_action_steps)
+        executed = np.minimum(now[:, None] + steps, end[:, None] - 1)
+        weights = np.where(steps < n[:, None], self.gamma**steps, 0).astype(np.float32)
+        after = (now + n)[:, None] + np.arange(1 - self.n_obs_steps, 1)
+        reward = self._take(self._reward, executed)[..., 0]
+        return Critic(
+            reward=(reward * torch.from_numpy(weights).to(self.device)).sum(dim=1),
+            next_obs=self._observe(np.clip(after, first[:, None], end[:, None] - 1), crop, offsets),
+            done=torch.from_numpy(now + n >= end).to(self.device),
+            discount=torch.from_numpy((self.gamma**n).astype(np.float32)).to(self.device),
+        )
+
+
+def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Top left corners of `n` crops (height, width) inside an image (height, width): int64 [n, 2]."""
+    return rng.integers(0, np.array(image) - np.array(crop) + 1, size=(n, 2))
+
+
+def _load_on(device: torch.device, buffer: ReplayBuffer, key: ObsKey) -> Tensor:
+    dtype = torch.uint8 if key.kind == "image" else torch.float32
+    tensor = torch.empty(array_shape(buffer, key), dtype=dtype, device=device)
+    load_into(lambda rows, values: tensor[rows].copy_(torch.tensor(values)), buffer, key)
+    return tensor
+
+
+def _load_arrays(
+    buffer: ReplayBuffer, sizes: Mapping[ObsKey, int], limit: float, cache_dir: Path | None
+) -> dict[ObsKey, np.ndarray]:
+    """Smallest first in memory, as long as the sum stays within `limit` bytes; the others on disk."""
+    arrays, used = {}, 0
+    for key, size in sorted(sizes.items(), key=lambda item: item[1]):
+        used += size
+        arrays[key] = load(buffer, key) if used <= limit else load_cached(buffer, key, cache_dir)
+    return arrays

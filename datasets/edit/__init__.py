@@ -1,0 +1,1 @@
+"""Looking at buffers, and copies of them with other rows."""

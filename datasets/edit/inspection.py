@@ -1,0 +1,206 @@
+"""What a buffer holds, in numbers: `action-diffusion data inspect`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from action_diffusion.datasets.batches.placement import sized
+from action_diffusion.datasets.doctor.examine import control_rate
+from action_diffusion.datasets.storage.pictures import picture
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.store import Column, blocks
+from action_diffusion.datasets.storage.tasks import TASKS, episode_tasks
+from action_diffusion.files import atomic_path
+from action_diffusion.progress import progress
+
+SAMPLE_ROWS = 2000
+"""Frames of a camera that are looked at, evenly over the buffer."""
+_DIMENSIONS = 8
+"""Of a key, that are listed and plotted."""
+
+
+@dataclass
+class Key:
+    """least, most, mean, step: [D] of each dimension, for images of all pixels [1]; step: median difference to the row
+    before. sample: [n, D], rows evenly over the buffer; of images the frames' mean."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    n_bytes: int
+    image: bool
+    least: np.ndarray
+    most: np.ndarray
+    mean: np.ndarray
+    step: np.ndarray
+    sample: np.ndarray
+
+
+@dataclass
+class Inspection:
+    """rate: rows a second, None where the buffer does not say. n_bytes: on disk; None in memory.
+
+    tasks: what was to be done in words, and in which episodes.
+    """
+
+    name: str
+    lengths: np.ndarray
+    rate: float | None
+    n_bytes: int | None
+    attrs: dict[str, str]
+    keys: list[Key]
+    tasks: dict[str, list[int]]
+
+
+def inspect(buffer: ReplayBuffer) -> Inspection:
+    """Reads the low-dimensional keys, and some frames of each camera."""
+    lengths = np.diff(buffer.episode_ends, prepend=0)
+    first = np.zeros(buffer.n_steps, bool)
+    first[buffer.episode_ends - lengths] = True
+    with progress("reading", len(buffer.keys)) as advance:
+        keys = []
+        for key in buffer.keys:
+            shown = picture(buffer[key].shape, buffer[key].dtype)
+            keys.append(_low(key, buffer[key], first) if shown is None else _image(key, buffer[key]))
+            advance(1)
+    time = next((np.ravel(buffer[key][:]) for key in buffer.keys if key.split("_")[-1] in ("time", "timestamp")), None)
+    attrs = {name: _short(value) for name, value in buffer.attrs.items() if name not in ("task", TASKS)}
+    if buffer.left_out:
+        attrs["left out"] = "; ".join(f"{key}: {reason}" for key, reason in buffer.left_out.items())
+    size = _size(buffer.path) if buffer.path else None
+    return Inspection(buffer.name, lengths, control_rate(buffer, time), size, attrs, keys, _tasks(buffer))
+
+
+def _tasks(buffer: ReplayBuffer) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for episode, words in enumerate(episode_tasks(buffer)):
+        if words:
+            found.setdefault(words, []).append(episode)
+    return found
+
+
+def _low(name: str, column: Column, first: np.ndarray) -> Key:
+    rows = np.concatenate([np.asarray(block).reshape(len(block), -1).astype(float) for _, block in blocks(column)])
+    with np.errstate(invalid="ignore"):
+        steps = np.abs(np.diff(rows, axis=0))[~first[1:]]
+        step = np.median(steps, axis=0) if len(steps) else np.zeros(rows.shape[1])
+        every = max(1, len(rows) // SAMPLE_ROWS)
+        least, most, mean = rows.min(axis=0), rows.max(axis=0), rows.mean(axis=0)
+    return Key(name, column.shape, str(column.dtype), _bytes(column), False, least, most, mean, step, rows[::every])
+
+
+def _image(name: str, column: Column) -> Key:
+    n = column.shape[0]
+    starts = np.unique(np.linspace(0, max(0, n - 10), max(1, min(n, SAMPLE_ROWS) // 100)).astype(int))
+    parts = [np.asarray(column[start : start + 10]).astype(np.float32) for start in starts]
+    steps = [np.abs(np.diff(part, axis=0)).mean() for part in parts if len(part) > 1]
+    least, most = np.min([part.min() for part in parts], keepdims=True), np.max([p.max() for p in parts], keepdims=True)
+    brightness = np.concatenate([part.reshape(len(part), -1).mean(axis=1) for part in parts])[:, None]
+    mean, step = brightness.mean(axis=0), np.asarray([np.median(steps) if steps else 0.0])
+    n_bytes = _bytes(column)
+    return Key(name, column.shape, str(column.dtype), n_bytes, True, least, most, mean, step, brightness)
+
+
+def _bytes(column: Column) -> int:
+    return math.prod(column.shape) * column.dtype.itemsize
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [Path(base, file) for base, _, names in os.walk(path) for file in names]
+    return sum(file.stat().st_size for file in files)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def show(found: Inspection) -> None:
+    """The numbers, and a table of the keys."""
+    lengths = found.lengths
+    print(f"{found.name}")
+    print(f"episodes: {len(lengths)}, steps: {lengths.sum()}")
+    print(f"lengths: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}")
+    if found.rate is None:
+        print("rate: not said (attribute control_rate)")
+    else:
+        print(f"rate: {found.rate:g} Hz, {lengths.sum() / found.rate / 60:.1f} minutes")
+    raw = sum(key.n_bytes for key in found.keys)
+    if found.n_bytes is not None:
+        print(f"on disk: {sized(found.n_bytes)}, {sized(raw)} unpacked")
+    for name, text in found.attrs.items():
+        print(f"{name}: {text}")
+    for words, episodes in found.tasks.items():
+        print(f"task {_short(words)!r}: {len(episodes)} of {len(lengths)} episodes ({_short(_ranges(episodes))})")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("key", "shape", "type"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("unpacked", "dimension", "least", "most", "mean", "median step"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for key in found.keys:
+        for d in range(min(len(key.least), _DIMENSIONS)):
+            about = (key.name, _shaped(key), key.dtype, sized(key.n_bytes)) if d == 0 else ("",) * 4
+            place = "pixels" if key.image else str(d) if len(key.least) > 1 else ""
+            figures = [f"{values[d]:.4g}" for values in (key.least, key.most, key.mean, key.step)]
+            table.add_row(*about, place, *figures)
+        if len(key.least) > _DIMENSIONS:
+            table.add_row("", "", "", "", f"… {len(key.least) - 1}", *_overall(key))
+    Console(highlight=False).print(table)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as 0-2, 5."""
+    ends = [n for n, number in enumerate(numbers) if n + 1 == len(numbers) or numbers[n + 1] != number + 1]
+    pairs = zip([0, *(end + 1 for end in ends)], ends, strict=False)
+    return ", ".join(str(numbers[a]) if a == b else f"{numbers[a]}-{numbers[b]}" for a, b in pairs)
+
+
+def _shaped(key: Key) -> str:
+    return "×".join(map(str, key.shape[1:])) or "1"
+
+
+def _overall(key: Key) -> Sequence[str]:
+    """Of the dimensions that have no line of their own."""
+    rest = slice(_DIMENSIONS, None)
+    values = key.least[rest].min(), key.most[rest].max(), key.mean[rest].mean(), np.median(key.step[rest])
+    return [f"{value:.4g}" for value in values]
+
+
+def plot(found: Inspection, path: Path) -> None:
+    """Lengths of the episodes, and how each dimension is spread over its range (images: brightness), as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 3
+    rows = math.ceil((len(found.keys) + 1) / columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(12, 2.8 * rows), squeeze=False, layout="constrained")
+    places = list(axes.flat)
+    places[0].hist(found.lengths, bins=30, color="0.4")
+    places[0].set_title(f"steps of {len(found.lengths)} episodes", fontsize=10)
+    for axis, key in zip(places[1:], found.keys, strict=False):
+        for d in range(min(key.sample.shape[1], _DIMENSIONS)):
+            values = key.sample[np.isfinite(key.sample[:, d]), d]
+            if len(values):
+                spread = np.ptp(values) or 1.0
+                axis.hist((values - values.min()) / spread, bins=40, histtype="step", label=str(d))
+        axis.set_xticks([0, 1], ["least", "most"])
+        axis.set_title(f"{key.name}, brightness of frames" if key.image else key.name, fontsize=10)
+        if key.sample.shape[1] > 1:
+            axis.legend(fontsize=7, ncols=2, title="dimension", title_fontsize=7)
+    for axis in places[len(found.keys) + 1 :]:
+        axis.set_visible(False)
+    for axis in places:
+        axis.set_yticks([])
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    pyplot.close(figure)

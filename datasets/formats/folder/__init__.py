@@ -1,0 +1,1 @@
+"""Folders of CSV files, pictures and videos."""

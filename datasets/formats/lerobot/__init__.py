@@ -1,0 +1,1 @@
+"""LeRobot's data sets, v2 and v3."""

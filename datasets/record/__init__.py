@@ -1,0 +1,1 @@
+"""Demonstrations as they happen, written step by step."""

@@ -1,0 +1,1 @@
+"""The replay buffer and how it lies on disk."""

@@ -1,0 +1,1 @@
+"""How the processes of a run talk: shared-memory rings, the processes themselves, and what is said in the rings."""

@@ -1,0 +1,249 @@
+"""One episode in real time: observe, think, check, command, at every tick of the control rate.
+
+Ticks are the control steps of `action_queue.ChunkScheduler`, which says what each one's command is. Where the loop thinks
+by itself (`inference_worker.Thinker`), a command is late by what the policy took, and ticks that pass meanwhile are missed;
+`lateness_ms` says how late each command was, so that this is measured, not guessed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from action_diffusion.deploy.loop.action_queue import ChunkScheduler, Request, Swap
+from action_diffusion.deploy.loop.clock import Clock, Pacer
+from action_diffusion.deploy.loop.events import Answer, NoWitness, Outcome, Seen, Status, StepRecord, Witness
+from action_diffusion.deploy.loop.gate import Gate
+from action_diffusion.deploy.loop.inference_worker import Thinker, Unavailable
+from action_diffusion.deploy.loop.operator import NoOperator, Operator
+from action_diffusion.deploy.loop.prediction import Guidance, predict_one
+from action_diffusion.deploy.robot.robots import Feedback, Observation, Robot
+from action_diffusion.envs.rollout import Policy, generators
+from action_diffusion.errors import InputError
+from action_diffusion.policy.agent import Agent
+
+
+def run_episode(
+    *,
+    policy: Policy,
+    robot: Robot,
+    agent: Agent,
+    scheduler: ChunkScheduler,
+    gate: Gate,
+    clock: Clock,
+    log: Callable[[StepRecord], None],
+    seed: int,
+    keys: Sequence[str],
+    beside: bool = False,
+    delay: int = 0,
+    guidance: Guidance | None = None,
+    operator: Operator | None = None,
+    witness: Witness | None = None,
+) -> Outcome:
+    """Run `policy` on `robot` until the episode is over, and hand every step to `log`.
+
+    The policy draws its noise as in `envs.rollout` with `policy_batch=1`: on a clock that stands still while it
+    thinks, an episode in a simulator equals the evaluated one. A chunk or a command that must not be executed is
+    not an error: the robot holds, or goes on with the chunk that it has, the log says why, and a refused chunk is
+    replaced at the next tick. The robot is stopped when this returns or raises, Ctrl-C included.
+
+    Args:
+        agent: remembers the observations; which chunk is executed when is the scheduler's.
+        keys: the observations that the policy wants; they are only read where it looks at them.
+        beside: think in a thread, while the loop goes on.
+        delay: control steps after which a chunk arrives at the earliest (>= 0).
+        operator: the person who may pause the policy, command in its place, and end the episode.
+        witness: sees everything, to record it.
+
+    Raises:
+        InputError: for observations that the robot does not have or that the policy does not take.
+    """
+    operator, witness = operator or NoOperator(), witness or NoWitness()
+    thinker: Thinker[np.ndarray] = Thinker(clock=clock, beside=beside, delay=delay)
+    noise_generator, generator = generators(seed)
+    think = functools.partial(
+        predict_one,
+        policy=policy,
+        noise_generator=noise_generator,
+        generator=generator,
+        guidance=guidance or Guidance(),
+    )
+    episode = Episode(
+        robot=robot,
+        agent=agent,
+        scheduler=scheduler,
+        thinker=thinker,
+        think=think,
+        gate=gate,
+        clock=clock,
+        seed=seed,
+        keys=keys,
+        operator=operator,
+        witness=witness,
+    )
+    done, steps, score = False, 0, None
+    try:
+        robot.begin(seed)
+        witness.began(seed)
+        operator.begin()
+        while not done and operator.wait(robot.hold):
+            record, done = episode.step()
+            steps += 1
+            if record.reward is not None:
+                score = record.reward if score is None else max(score, record.reward)
+            log(record)
+    finally:
+        robot.stop()
+        operator.end()
+        witness.ended(seed, operator.mark)
+        thinker.close()
+    return Outcome(steps, score, operator.mark)
+
+
+class _Arrival(NamedTuple):
+    """What came of a chunk: seconds of thinking where it arrived, the swap, or why there was none."""
+
+    seconds: float | None
+    swap: Swap | None
+    refusal: str | None
+
+
+class Episode:
+    """An episode under way: the parts, and where it stands."""
+
+    def __init__(
+        self,
+        *,
+        robot: Robot,
+        agent: Agent,
+        scheduler: ChunkScheduler,
+        thinker: Thinker[np.ndarray],
+        think: Callable[[Request, Mapping[str, np.ndarray]], np.ndarray],
+        gate: Gate,
+        clock: Clock,
+        seed: int,
+        keys: Sequence[str],
+        operator: Operator,
+        witness: Witness,
+    ) -> None:
+        self._robot, self._agent, self._scheduler, self._gate = robot, agent, scheduler, gate
+        self._thinker, self._think, self._clock = thinker, think, clock
+        self._operator, self._witness = operator, witness
+        self._seed, self._keys = seed, keys
+        self._asked: tuple[Request, float, float] | None = None
+        self._pacer = Pacer(clock=clock, rate=robot.control_rate)
+        self._start = 0.0
+        self._control_step = -1
+        self._steps = 0
+        agent.reset()
+        gate.reset()
+        scheduler.reset()
+
+    def step(self) -> tuple[StepRecord, bool]:
+        """Wait for the next tick and live through it; also returns whether the episode is over."""
+        tick, missed = self._pacer.wait()
+        if self._steps == 0:
+            self._start = tick
+        self._control_step += 1 + missed
+        fresh, person = self._operator.begin_step(), self._operator.commands
+        if fresh:
+            self._forget()
+        self._scheduler.begin_step(self._control_step)
+        arrival = self._receive()
+        observation = self._observe(tick) if self._scheduler.will_be_seen else None
+        may_ask = not person and (arrival is None or arrival.refusal is None)
+        if may_ask and observation is not None and self._scheduler.wants_chunk:
+            arrival = self._ask(tick, observation.t) or arrival
+        sent, held, refusal, (reward, done) = self._command(person)
+        if observation is None and self._witness.looks:  # after the command, so that nobody waits for it
+            observation = self._robot.observe(self._keys, tick)
+        swap = None if arrival is None else arrival.swap
+        reasons = [None if arrival is None else arrival.refusal, refusal]
+        refusals = [reason for reason in reasons if reason is not None]
+        record = StepRecord(
+            seed=self._seed,
+            step=self._steps,
+            t=sent - self._start,
+            action=None if self._gate.last is None else self._gate.last.tolist(),
+            reward=None if reward is None else float(reward),
+            inference_ms=None if arrival is None or arrival.seconds is None else 1e3 * arrival.seconds,
+            delay=None if swap is None else swap.delay,
+            jump=None if swap is None else swap.jump,
+            held=held,
+            observation_age_ms=None if observation is None else 1e3 * (tick - observation.t),
+            lateness_ms=1e3 * (sent - tick),
+            missed_ticks=0 if fresh else missed,
+            interventions=refusals + self._robot.events(),
+            operator=person,
+        )
+        command_step = self._scheduler.step
+        self._witness.stepped(record, Seen(tick, self._control_step, command_step, observation, fresh, refusals))
+        self._steps += 1
+        return record, done or self._steps >= self._robot.max_steps
+
+    def _forget(self) -> None:
+        """Somebody else has commanded, or nobody: what the policy saw and said before no longer counts."""
+        if self._thinker.forget():
+            self._tell(Status.DROPPED)
+        self._agent.reset()
+        self._scheduler.reset()
+
+    def _observe(self, tick: float) -> Observation:
+        """What the policy looks at."""
+        observation = self._robot.observe(self._keys, tick)
+        self._agent.observe(observation.values)
+        return observation
+
+    def _ask(self, tick: float, observed: float) -> _Arrival | None:
+        """Ask for a chunk. Where the loop thinks by itself, control steps may pass until it is there."""
+        request, history = self._scheduler.request(), self._agent.history()
+        self._asked = request, tick, observed
+        self._thinker.ask(request.step, functools.partial(self._think, request, history))
+        passed = math.ceil((self._clock.now() - tick) * self._robot.control_rate - 1e-9) - 1
+        self._scheduler.begin_step(self._control_step + max(0, passed))
+        return self._receive()
+
+    def _tell(self, status: Status, chunk: np.ndarray | None = None, seconds: float | None = None) -> None:
+        """What became of the last request."""
+        assert self._asked is not None
+        self._witness.answered(Answer(*self._asked, self._scheduler.step, status, chunk, seconds))
+
+    def _receive(self) -> _Arrival | None:
+        """Hand a chunk that has arrived to the scheduler."""
+        try:
+            thought = self._thinker.answer(self._scheduler.step)
+        except Unavailable as error:
+            self._scheduler.drop()
+            self._tell(Status.UNAVAILABLE)
+            return _Arrival(None, None, str(error))
+        if thought is None:
+            return None
+        self._tell(Status.ARRIVED, thought.answer, thought.seconds)
+        try:
+            swap = self._scheduler.receive(thought.answer)
+        except InputError as error:
+            return _Arrival(thought.seconds, None, str(error))
+        late = None if swap is not None else "the chunk arrived after all of its actions were due"
+        return _Arrival(thought.seconds, swap, late)
+
+    def _command(self, person: bool) -> tuple[float, bool, str | None, Feedback]:
+        """Send this step's command, or hold where there is none or the gate refuses it.
+
+        person: whether a person says what it is. Returns when that was (s), whether the robot held, why the gate
+        refused, and what the robot answers.
+        """
+        if person:
+            shown = self._operator.command(self._clock.now())
+            actions = [] if shown is None else [shown]
+        else:
+            actions = self._scheduler.plan(1 + self._robot.lookahead)
+        refusal = self._gate.refuse(actions[0]) if actions else None
+        sent = self._clock.now()
+        if not actions or refusal is not None:
+            return sent, True, refusal, self._robot.hold()
+        due = self._start + self._scheduler.step / self._robot.control_rate
+        return sent, False, None, self._robot.command([actions[0], *self._gate.ahead(actions[1:])], due)

@@ -1,0 +1,139 @@
+"""The one call of a policy that deployment makes: chunks that, where asked to, continue those that run already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from action_diffusion.deploy.loop.action_queue import Request
+from action_diffusion.deploy.loop.inference_worker import Unavailable
+from action_diffusion.deploy.serve.client import RemotePolicy
+from action_diffusion.envs.rollout import Policy, generators
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.diffusion.rtc import BETA, MASKS, Running, continuing, running_chunks
+from action_diffusion.policy.policy import DiffusionPolicy
+
+METHODS = ("auto", "guidance", "trained", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How a chunk is made to continue the running one, for real-time chunking: see `policy.guidance`.
+
+    method: "guidance"; "trained", by a policy that was trained to go on from settled steps; "both"; or "auto": trained,
+    where the policy is and the delay is one that it was trained for, else guidance. The rest says how guidance is done.
+    """
+
+    method: str = "auto"
+    mask: str = "exponential"
+    beta: float = BETA
+    rounds: int = 0
+    overlap: int | None = None
+    pin: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("rtc.method", self.method, METHODS)
+        if self.mask not in MASKS:
+            raise unknown("rtc.mask", self.mask, MASKS)
+        if not 0 < self.beta < math.inf:
+            raise InputError(f"rtc.beta={self.beta} must be above 0, and finite")
+        if self.rounds < 0:
+            raise InputError(f"rtc.rounds={self.rounds} must be at least 0")
+        if self.overlap is not None and self.overlap < 0:
+            raise InputError(f"rtc.overlap={self.overlap} must be at least 0")
+
+
+def predict(
+    policy: Policy,
+    obs: Mapping[str, np.ndarray],
+    requests: Sequence[Request | None],
+    *,
+    noise_generator: list[torch.Generator],
+    generator: list[torch.Generator],
+    guidance: Guidance,
+) -> np.ndarray:
+    """Chunks [B, H, A] in the data's units for histories `obs`, key → [B, To, …].
+
+    requests: of each row what was asked for; None for a row whose chunk nobody will use. Raises
+    `inference_worker.Unavailable` where the policy is behind a server that does not answer, and `InputError` where the policy
+    fails, or answers anything but numbers.
+    """
+    running = [None if request is None else request.running for request in requests]
+    delay = [0 if request is None else request.delay for request in requests]
+    options: dict[str, Any] = {}
+    if isinstance(policy, RemotePolicy):
+        options = {"running": running, "delay": delay, "guidance": asdict(guidance)}
+    elif any(rest is not None for rest in running):
+        if not isinstance(policy, DiffusionPolicy):
+            raise InputError("scheduling=rtc differentiates through the policy's network, which this policy hides")
+        options = continued(policy, running_chunks(policy, obs, running, delay), max(delay), guidance)
+    try:
+        predicted = policy.predict(obs, noise_generator=noise_generator, generator=generator, **options)
+    except (InputError, Unavailable):
+        raise
+    except Exception as error:  # whatever a policy can fail with: the robot stops, and one line says why
+        raise InputError(f"the policy failed: {type(error).__name__}: {error}".strip()[:500]) from error
+    return _chunks(predicted, len(requests))
+
+
+def _chunks(predicted: Any, n: int) -> np.ndarray:
+    """What a policy answered for `n` rows. Raises `InputError` for what is no chunk; whether it fits is for others."""
+    try:
+        chunks = np.asarray(predicted["action_pred"])
+    except (TypeError, KeyError, IndexError, ValueError):
+        raise InputError(
+            f"the policy answered {type(predicted).__name__}, not {{'action_pred': [B, H, A], …}}"
+        ) from None
+    if chunks.dtype.kind not in "iuf" or chunks.ndim < 1 or len(chunks) != n:
+        given = f"{chunks.dtype} {list(chunks.shape)}"
+        raise InputError(f"the policy's action_pred is {given}, not numbers [{n}, H, A]")
+    return chunks
+
+
+def continued(policy: DiffusionPolicy, running: Running, delay: int, guidance: Guidance) -> dict[str, Any]:
+    """Options of `predict` with which chunks continue running ones; `delay`: the longest."""
+    how = asdict(guidance)
+    method = how.pop("method")
+    if method == "auto":
+        method = "trained" if 1 <= delay <= policy.max_delay else "guidance"
+    if method != "guidance" and not policy.max_delay:
+        raise InputError(f"rtc.method={method} needs a policy that was trained with policy.objective.max_delay above 0")
+    options: dict[str, Any] = {} if method == "guidance" else {"settled": running.settled()}
+    return options if method == "trained" else options | {"hooks": [continuing(policy, running, **how)]}
+
+
+def predict_one(
+    request: Request,
+    history: Mapping[str, np.ndarray],
+    *,
+    policy: Policy,
+    noise_generator: torch.Generator,
+    generator: torch.Generator,
+    guidance: Guidance,
+) -> np.ndarray:
+    """A chunk [H, A] for one history, key → [To, …], by a call with a batch of one."""
+    obs = {key: value[None] for key, value in history.items()}
+    noise: dict[str, Any] = {"noise_generator": [noise_generator], "generator": [generator]}
+    return predict(policy, obs, [request], guidance=guidance, **noise)[0]
+
+
+def rehearse(policy: DiffusionPolicy | RemotePolicy, guidance: Guidance, running: int | None) -> None:
+    """A prediction from observations of zeros, which takes as long as any other, once the first is over.
+
+    running: of how many steps the chunk is that it has to continue; None: of none. Raises `inference_worker.Unavailable`.
+    """
+    spec = policy.spec
+    rest = None if running is None else np.zeros((running, *spec.action.shape))
+    request = Request(step=0, running=rest, delay=1)
+    obs = {
+        key: np.zeros((1, spec.n_obs_steps, *value.shape), dtype=value.dtype)
+        for key, value in spec.observations.items()
+    }
+    noise_generator, generator = generators(0)
+    predict(policy, obs, [request], noise_generator=[noise_generator], generator=[generator], guidance=guidance)

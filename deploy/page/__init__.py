@@ -1,0 +1,1 @@
+"""The operator's page, in two processes: its own, and the one that has the port and stops."""

@@ -1,0 +1,80 @@
+"""The operator's page as a web application: ten times a second the state and new pictures; orders back.
+
+What it shares with other pages, its addresses among it, is in `site`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from action_diffusion.deploy.loop.operator import MOST_VALUES, Order, Orders
+from action_diffusion.deploy.page.site import Admission, Nonsense, Site, understood
+from action_diffusion.deploy.page.view import View
+
+FILES = {"/": "page.html", **{f"/{name}": name for name in ("page.css", "page.js", "draw.js", "stop.js")}}
+PERIOD = 0.1
+
+
+class Page(Site):
+    """The application, `app`.
+
+    Args:
+        view: what it shows.
+        about: what does not change; `cameras`: names of them.
+        orders: to the loop.
+    """
+
+    def __init__(self, *, view: View, about: Mapping[str, Any], orders: Orders, admission: Admission) -> None:
+        super().__init__(files=FILES, about=about, admission=admission)
+        self._view, self._orders = view, orders
+        self._said, self._at = "", -PERIOD
+
+    def _state(self) -> str:
+        """What the view shows, looked at once for all who watch."""
+        now = time.monotonic()
+        if now - self._at > PERIOD / 2:
+            self._said, self._at = json.dumps(self._view.state(), allow_nan=False), now
+        return self._said
+
+    async def _show(self, socket: WebSocket) -> None:
+        """State and pictures, for as long as there is somebody to see them."""
+        shown: dict[str, int] = {}
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+            while True:
+                await socket.send_text(self._state())
+                for index, camera in enumerate(self._about["cameras"]):
+                    picture = self._view.picture(camera)
+                    if picture is not None and picture[0] != shown.get(camera):
+                        shown[camera] = picture[0]
+                        await socket.send_bytes(bytes([index]) + picture[1])
+                await asyncio.sleep(PERIOD)
+
+    def _obey(self, message: str, socket: WebSocket) -> None:
+        """An order, {"order": "pause"}, or {"order": "point", "values": […]}."""
+        said = understood(message)
+        if said.get("order") == "point":
+            self._orders.point(self._values(said.get("values")))
+            return
+        try:
+            self._orders.give(Order[str(said["order"]).upper()])
+        except KeyError:
+            raise Nonsense("no such order") from None
+
+    def _values(self, said: Any) -> np.ndarray:
+        """Of a command, [A]."""
+        try:
+            values = np.array(said, dtype=np.float64)
+        except (ValueError, TypeError, OverflowError):
+            raise Nonsense("values are numbers") from None
+        n = len(self._about["dimensions"])
+        if values.shape != (n,) or n > MOST_VALUES or not np.isfinite(values).all():
+            raise Nonsense("a point has a finite value for each dimension")
+        return values

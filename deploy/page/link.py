@@ -1,0 +1,55 @@
+"""A page, as the run that opens it sees it: two processes, the page's own, and the one that has the port and stops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from action_diffusion.deploy.ipc.processes import Child
+
+
+class PageLink:
+    """Both are ready when this returns.
+
+    Args:
+        module: of the page's process.
+        folder: the run's shared memory.
+        config: page_host and page_token_file.
+        port: 0 for one that is free.
+        about: what the page is told at its start.
+        stops: the run has an arm that can be stopped.
+
+    Attributes:
+        url: where it is.
+
+    Raises:
+        InputError: for an address that cannot be had, a missing token, and a missing extra.
+    """
+
+    def __init__(
+        self, module: str, folder: Path, *, config: Mapping[str, Any], port: int, about: Mapping[str, Any], stops: bool
+    ) -> None:
+        host = str(config["page_host"])
+        common = {"host": host, "token_file": config["page_token_file"]}
+        self._page = Child(module, folder, "page", {**common, "about": dict(about)})
+        self._stop = Child(
+            "action_diffusion.deploy.page.stop_process", folder, "page's port", {**common, "port": port, "stops": stops}
+        )
+        try:
+            self._page.wait_ready()
+            self.port = int(self._stop.wait_ready()["port"])
+        except BaseException:
+            self.end()
+            raise
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody can come to it."""
+        return self._page.alive and self._stop.alive
+
+    def end(self) -> None:
+        """End both."""
+        for child in (self._stop, self._page):
+            child.end()

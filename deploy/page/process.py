@@ -1,0 +1,81 @@
+"""The page's process: it reads the run's rings and writes orders. Nobody waits for it, and nobody needs it to stop.
+
+Its connections come from `stop_process`, which has the port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from action_diffusion.deploy.ipc.processes import Ending, report, serve
+from action_diffusion.deploy.loop.operator import Orders
+from action_diffusion.deploy.page.view import View
+from action_diffusion.deploy.serve.access import is_loopback, read_token
+from action_diffusion.errors import InputError
+
+CHANNEL = "connections"
+"""The socket in the run's folder through which they come."""
+MISSING = "the operator's page needs the extra [page]: pip install 'action-diffusion[page]'"
+
+
+def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Mapping[str, Any]) -> None:
+    """Serve the page, of which others know as `host`, until asked to end, or until the loop is gone.
+
+    about: task, control_rate, n_obs_steps, cameras, dimensions (a name each), limits and plane: see `subscribers`.
+    Raises `InputError` for a missing token, and a missing extra.
+    """
+    try:
+        from action_diffusion.deploy.page.app import Page
+        from action_diffusion.deploy.page.site import Admission
+    except ModuleNotFoundError:
+        raise InputError(MISSING) from None
+    admission = Admission(loopback=is_loopback(host), token=page_token(host, token_file), run=folder.name)
+    ending = Ending()
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 5)
+    view = View(folder, about)
+    page = Page(view=view, about=about, orders=Orders(folder), admission=admission)
+
+    def is_over() -> bool:
+        view.look()  # also while nobody is at the page
+        return bool(ending)
+
+    serve_page(page.app, folder, name, is_over)
+
+
+def serve_page(app: Any, folder: Path, name: str, is_over: Callable[[], bool]) -> None:
+    """Answer with `app` what comes through `CHANNEL`, and say that it does, until `is_over`."""
+    from action_diffusion.deploy.page.connections import Server, receive
+
+    async def work() -> None:
+        server = Server(app)
+
+        def ready() -> None:
+            receive(folder / CHANNEL, server.take)
+            report(folder, name, {})
+
+        await server.serve_until(is_over, ready)
+
+    asyncio.run(work())
+
+
+def page_token(host: str, token_file: str | None) -> str | None:
+    """What others have to know; None where nobody else gets in. Raises `InputError` where they would without one."""
+    token = read_token(token_file) if token_file or not is_loopback(host) else None
+    if token is None and not is_loopback(host):
+        raise InputError(f"page_host={host} lets other machines in: give page_token_file=, or set a token")
+    return token
+
+
+def main() -> int:
+    return serve(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a run leaves behind, and the same run once more from it."""

@@ -1,0 +1,99 @@
+"""`action-diffusion deploy replay=DIR`: what a recorded run commanded, and what it would have, on the same inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from action_diffusion.deploy.loop.action_queue import ChunkScheduler
+from action_diffusion.deploy.loop.prediction import Guidance
+from action_diffusion.deploy.policies import DeployedPolicy, open_policy
+from action_diffusion.deploy.records.reader import open_record
+from action_diffusion.deploy.records.replay import Replayed, replay
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.files import atomic_path
+
+FASTER = ("precision", "compile", "cuda_graph")
+OTHER = ("scheduling", "execution_horizon", "rtc", "sampler", *FASTER)
+"""What may be other than it was. Further options, of which the same holds: none."""
+OPTIONS = ("replay", "bundle", "device", "output_dir", *OTHER)
+
+
+def run(config: Mapping[str, Any], given: Collection[str]) -> int:
+    """Replay the record that `config` names; `given`: the names that were given on the command line.
+
+    Returns 0, or 1 where nothing is other than it was, and commands differ all the same. Raises `InputError` for what
+    is no record, for options without a meaning here, and for a policy that does not fit.
+    """
+    sections = {name.partition(".")[0] for name in given}
+    for name in sections:
+        if name not in OPTIONS:
+            raise unknown("option", name, OPTIONS, "deploy replay=…")
+    attrs, episodes = open_record(Path(config["replay"]))
+    was = attrs["config"]
+    settings = {name: config[name] if name in sections else was[name] for name in OTHER}
+    for name in ("rtc", "sampler"):
+        settings[name] = was[name] | {key: config[name][key] for key in config[name] if f"{name}.{key}" in given}
+    other = any(settings[name] != was[name] for name in OTHER)
+    policy = _policy(config, settings, attrs)
+    scheduler = ChunkScheduler(
+        settings["scheduling"],
+        n_obs_steps=attrs["n_obs_steps"],
+        execution_horizon=settings["execution_horizon"] or attrs["n_action_steps"],
+    )
+    guidance, replayed = Guidance(**settings["rtc"]), []
+    for recorded in episodes:
+        parts: dict[str, Any] = {"scheduler": scheduler, "guidance": guidance, "policy": policy, "other": other}
+        replayed.append(replay(recorded, attrs=attrs, **parts))
+    _print(replayed, other=other, own=policy is not None)
+    if config["output_dir"]:
+        _write(Path(config["output_dir"]), replayed)
+    return int(not other and any(len(episode.differing) for episode in replayed))
+
+
+def _policy(config: Mapping[str, Any], settings: Mapping[str, Any], attrs: Mapping[str, Any]) -> DeployedPolicy | None:
+    if config["bundle"] is None:
+        return None
+    if attrs["config"].get("threads"):
+        torch.set_num_threads(attrs["config"]["threads"])
+    policy = open_policy({**config, **{name: settings[name] for name in ("sampler", *FASTER)}})
+    policy_keys, keys = list(policy.spec.observations), list(attrs["observations"])
+    if policy_keys != keys or policy.spec.n_obs_steps != attrs["n_obs_steps"]:
+        raise InputError(
+            f"bundle={config['bundle']} looks at {', '.join(policy_keys)}; the record has {', '.join(keys)}"
+        )
+    return policy
+
+
+def _print(replayed: list[Replayed], *, other: bool, own: bool) -> None:
+    source = "chunks of the policy" if own else "recorded chunks"
+    table = Table("seed", "steps", "other commands", "from step", "largest distance", title=f"replayed with {source}")
+    for episode in replayed:
+        steps = episode.differing
+        first = str(steps[0]) if len(steps) else "–"
+        distance = f"{episode.distance:.4g}" if len(steps) else "–"
+        table.add_row(str(episode.recorded.seed), str(len(episode.commands)), str(len(steps)), first, distance)
+    Console().print(table)
+    if not any(len(episode.differing) for episode in replayed):
+        print("every command is the recorded one, bit for bit")
+    elif other:
+        print("with these settings other commands would have been sent, from what the robot saw then")
+    else:
+        print("other commands from the same inputs: another machine, device or bundle?")
+
+
+def _write(folder: Path, replayed: list[Replayed]) -> None:
+    """replay.jsonl: a line a step, with what was commanded and what would have been; null where the robot held."""
+    with atomic_path(folder / "replay.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+        for episode in replayed:
+            for record, was in zip(episode.records, episode.before, strict=True):
+                before = None if was[0] != was[0] else was.tolist()
+                action = None if record.held else record.action
+                row = {"seed": record.seed, "step": record.step, "action": action, "recorded": before}
+                file.write(json.dumps(row | {"jump": record.jump, "delay": record.delay}) + "\n")

@@ -1,0 +1,166 @@
+"""What moves: one small protocol for the loop, and PushT behind it, in this process.
+
+Arms in processes of their own are behind the same protocol: `process_robot.ProcessRobot`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from action_diffusion import envs
+from action_diffusion.deploy.hardware.limits import Limits
+from action_diffusion.envs.base import Env
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.spec import PolicySpec
+
+Feedback = tuple[float | None, bool]
+"""The reward in [0, 1], where something measures one, and whether the episode is over."""
+
+
+class Observation(NamedTuple):
+    """values: by key, all as they were at `t` (s on the loop's clock)."""
+
+    t: float
+    values: dict[str, np.ndarray]
+
+
+class Robot(Protocol):
+    """Something that takes commands [A], targets in the units of its demonstrations, and keeps to the last one.
+
+    Attributes:
+        control_rate: commands per second (Hz).
+        max_steps: commands after which an episode is over.
+        limits: what the robot itself allows, where it says so.
+        lookahead: commands beyond the present one that it wants to know, to move smoothly; 0 where it holds each.
+    """
+
+    control_rate: float
+    max_steps: int
+    limits: Limits | None
+    lookahead: int
+
+    def begin(self, seed: int) -> None:
+        """Be ready for an episode; a simulator begins at the start that `seed` stands for."""
+
+    def observe(self, keys: Sequence[str], t: float) -> Observation:
+        """The observations named by `keys`, of one instant: the latest until `t` (s on the loop's clock) of which all
+        are known. Raises `InputError` for one that it does not have."""
+        ...
+
+    def command(self, actions: Sequence[np.ndarray], t: float) -> Feedback:
+        """Go on with `actions`, [A] each: the first is due at `t` (s on the loop's clock), each further one a control
+        period later; there are 1 to 1 + `lookahead`, and the next call replaces what is left of them."""
+        ...
+
+    def hold(self) -> Feedback:
+        """For one control period, keep to the last command, or to the present place where there was none."""
+        ...
+
+    def events(self) -> list[str]:
+        """What the robot's own guards did since the last call, and why; one line each."""
+        ...
+
+    def stop(self) -> None:
+        """Come to a rest and forget the last command. Called whenever an episode ends, however it ends."""
+
+    def close(self) -> None:
+        """Let go of the robot."""
+
+
+class SimPushT:
+    """PushT's finger as a robot: commands are targets in px, [0, 512].
+
+    The simulator moves on by one control period with each command; while it waits for a late one it stands still.
+    """
+
+    def __init__(self, *, env: Env) -> None:
+        self.control_rate = env.control_rate
+        self.max_steps = env.max_steps
+        self.limits: Limits | None = Limits(low=np.zeros(2), high=np.full(2, 512.0))
+        self.lookahead = 0
+        self._env = env
+        self._target: np.ndarray | None = None
+
+    def begin(self, seed: int) -> None:
+        """Begin at the paper's start number `seed`."""
+        self._env.reset(seed)
+        self._target = None
+
+    def observe(self, keys: Sequence[str], t: float) -> Observation:
+        """See `envs.pusht.PushT`. The simulator stands still meanwhile, so that it is as of any `t`."""
+        return Observation(t, self._env.observe(keys))
+
+    def command(self, actions: Sequence[np.ndarray], t: float) -> Feedback:
+        """Move the finger towards the first of `actions` [2] for 0.1 s."""
+        self._target = np.array(actions[0])
+        return self._env.step(self._target)
+
+    def hold(self) -> Feedback:
+        """Keep the finger's target for 0.1 s; without one, stay where the finger is."""
+        target = self._env.observe(["agent_pos"])["agent_pos"] if self._target is None else self._target
+        return self._env.step(target)
+
+    def events(self) -> list[str]:
+        """Nothing guards a simulator."""
+        return []
+
+    def stop(self) -> None:
+        """Forget the target: the finger stays where it is."""
+        self._target = None
+
+    def close(self) -> None:
+        """Release the simulator."""
+        self._env.close()
+
+
+def make(name: str, spec: PolicySpec, options: Mapping[str, Any] | None = None) -> Robot:
+    """The robot called `name`, set up for a policy of `spec`; "module:Class" is an arm's driver of the user's own.
+
+    `options`: of the configuration, for a robot in real time, which runs in processes of its own. Without them: a
+    simulator in this process, for clocks that are not real. Raises `InputError` for an unknown name, and for a robot
+    that does not start.
+    """
+    robots: Mapping[str, Any] = ROBOTS if options is None else REAL_TIME
+    if options is not None and ":" in name:
+        robots = {name: HARDWARE}
+    if name not in robots:
+        if name in REAL_TIME:
+            raise InputError(f"robot={name} is there in real time only")
+        raise unknown("robot", name, robots)
+    if options is None:
+        return ROBOTS[name](spec)
+    module, _, function = str(robots[name]).partition(":")
+    return cast(Robot, getattr(importlib.import_module(module), function)(spec, options))
+
+
+def check_fit(robot: Robot, spec: PolicySpec) -> None:
+    """Raises `InputError` where policy and robot do not fit: number of actions, control rate."""
+    n = spec.action.shape[0]
+    if robot.limits is not None and len(robot.limits.low) != n:
+        raise InputError(f"the bundle's actions have {n} values, the robot takes {len(robot.limits.low)}")
+    if robot.control_rate != spec.control_rate:
+        raise InputError(
+            f"the bundle's actions are meant for {spec.control_rate:g} Hz, "
+            f"the robot takes commands at {robot.control_rate:g} Hz"
+        )
+
+
+def _sim_pusht(spec: PolicySpec) -> Robot:
+    """With the simulator's settings of the bundle, so that deployment shows what evaluation measured."""
+    settings = spec.env if spec.env is not None and spec.env.get("name") == "pusht" else {"name": "pusht"}
+    return SimPushT(env=envs.make(**settings))
+
+
+ROBOTS: dict[str, Callable[[PolicySpec], Robot]] = {"sim_pusht": _sim_pusht}
+
+HARDWARE = "action_diffusion.deploy.robot.cell:robot"
+REAL_TIME: dict[str, str] = {
+    "sim_pusht": "action_diffusion.deploy.sim.simulated:sim_pusht",
+    "sim_arm": "action_diffusion.deploy.sim.simulated:sim_arm",
+    **dict.fromkeys(("ur", "franka", "lerobot"), HARDWARE),
+}
+"""Robots in processes of their own: names → "module:function" of a specification and options."""

@@ -1,0 +1,133 @@
+"""`action-diffusion serve`: a policy for robots that think elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from action_diffusion.deploy.serve.access import read_token
+from action_diffusion.deploy.serve.server import PolicyServer
+from action_diffusion.errors import InputError
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.inference import OPTIONS, choose_threads
+from action_diffusion.policy.policy import DiffusionPolicy
+
+LINE_SECONDS = 60.0
+STATUS_SECONDS = 1.0
+
+
+class Statistics:
+    """What the server did since the last line."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=100_000)
+        self._turned_down = 0
+
+    def answered(self, seconds: float) -> None:
+        self._seconds.append(seconds)
+
+    def turned_down(self, line: str) -> None:
+        self._turned_down += 1
+
+    def line(self, n_connections: int) -> str:
+        """Connections now, chunks and milliseconds since the last `reset`."""
+        text = f"{n_connections} connection{'' if n_connections == 1 else 's'}, {len(self._seconds)} chunks"
+        if self._seconds:
+            median, p95 = 1e3 * np.percentile(self._seconds, [50, 95])
+            text += f", inference {median:.1f} ms median, {p95:.1f} ms 95 %"
+        return text + (f", {self._turned_down} messages refused" if self._turned_down else "")
+
+    def reset(self) -> None:
+        self._seconds.clear()
+        self._turned_down = 0
+
+
+def run(config: Mapping[str, Any]) -> int:
+    """Serve what `configs/serve.yaml` asks for, until SIGTERM (exit code 0) or Ctrl-C (`KeyboardInterrupt`).
+
+    Raises `InputError` for a bundle that cannot be loaded, a host and port that cannot be listened at, a host that
+    other machines reach without a token, and a missing extra.
+    """
+    for name, least, most in (("port", 0, 65535), ("max_connections", 1, 10_000), ("seed", 0, 2**63 - 1)):
+        value = config[name]
+        if value is not None and (not isinstance(value, int) or not least <= value <= most):
+            raise InputError(f"{name}={value} must be a whole number from {least} to {most}")
+    if isinstance(config["bundle"], list):
+        raise InputError(f"bundle={config['bundle']}: one bundle is served at a time")
+    token = read_token(config["token_file"])
+    faster = {name: config[name] for name in OPTIONS}
+    path = Path(config["bundle"])
+    policy = bundles.load(path, config["device"], sampler=config["sampler"], **faster).requires_grad_(False)
+    try:
+        asyncio.run(_serve(config, policy, token))
+    finally:
+        print("stopped")
+    return 0
+
+
+async def _serve(config: Mapping[str, Any], policy: DiffusionPolicy, token: str | None) -> None:
+    statistics = Statistics()
+    server = PolicyServer(
+        policy=policy,
+        host=str(config["host"]),
+        port=config["port"],
+        token=token,
+        max_connections=config["max_connections"],
+        max_message_bytes=int(config["max_message_mb"] * 2**20),
+        seed=config["seed"],
+        remember=config["remember"],
+        say=_once_each(lambda line: print(line, file=sys.stderr, flush=True)),
+        answered=statistics.answered,
+        turned_down=statistics.turned_down,
+    )
+    choose_threads(policy)  # before anyone waits
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
+
+    def ready(port: int) -> None:
+        host = f"[{config['host']}]" if ":" in str(config["host"]) else config["host"]
+        name = policy.spec.task or "a policy"
+        print(f"serving {name} at ws://{host}:{port}{' with a token' if token else ''}, Ctrl-C ends", flush=True)
+
+    reporting = asyncio.create_task(_report(statistics, server))
+    try:
+        await server.serve(ready)
+    finally:
+        reporting.cancel()
+
+
+async def _report(statistics: Statistics, server: PolicyServer) -> None:
+    """A line a minute; in a terminal, the numbers so far below it."""
+    console = Console()
+    with console.status("", refresh_per_second=2) as status:
+        began = time.monotonic()
+        while True:
+            await asyncio.sleep(STATUS_SECONDS)
+            line = statistics.line(server.n_connections)
+            if console.is_terminal:
+                status.update(line)
+            if time.monotonic() - began >= LINE_SECONDS:
+                print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+                statistics.reset()
+                began = time.monotonic()
+
+
+def _once_each(say: Callable[[str], None]) -> Callable[[str], None]:
+    """The same line is not said twice in a row: a client may ask ten times a second."""
+    last = ""
+
+    def once(line: str) -> None:
+        nonlocal last
+        if line != last:
+            say(line)
+        last = line
+
+    return once

@@ -1,0 +1,1 @@
+"""Simulated PushT and Panda behind `Arm` and `Camera`, in real time."""

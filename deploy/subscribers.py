@@ -1,0 +1,162 @@
+"""Who else is there in a run: the recorder, and the operator with a page. The arm is safe without either.
+
+A robot in the loop's own process has no shared memory to look into, and so nobody looks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from action_diffusion import __version__
+from action_diffusion.deploy.hardware.limits import Limits
+from action_diffusion.deploy.ipc.rings import Moment
+from action_diffusion.deploy.loop.events import NoWitness, Witness
+from action_diffusion.deploy.loop.operator import NoOperator, Operator, PageOperator
+from action_diffusion.deploy.page.link import PageLink
+from action_diffusion.deploy.page.process import MISSING
+from action_diffusion.deploy.records.reader import plain_limits
+from action_diffusion.deploy.records.stream import RECORD, Recording
+from action_diffusion.deploy.robot.process_robot import ProcessRobot
+from action_diffusion.deploy.robot.robots import Robot
+from action_diffusion.deploy.teleop.takeover import DeviceTeleoperator, teleoperator
+from action_diffusion.errors import InputError
+from action_diffusion.policy.spec import PolicySpec
+
+_KEPT = (
+    *("robot", "seed", "n_episodes", "scheduling", "delay", "execution_horizon", "rtc", "sampler"),
+    *("device", "precision", "compile", "cuda_graph", "threads", "simulated", "safety", "dry_run"),
+)
+"""Of the configuration, what the record keeps; threads: torch's, on which the last bits of a chunk depend."""
+
+
+class Onlookers:
+    """Starts them; `witness` and `operator` are for the loop.
+
+    Args:
+        config: `configs/deploy.yaml`: page, page_host, page_token_file, wait, teleop, record and what that keeps.
+        limits: of the loop's gate.
+        output_dir: where the record goes.
+        say: takes a line for whoever started the run.
+
+    Raises:
+        InputError: for a page that is asked for and cannot be, and for a record that is there already.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        robot: Robot,
+        spec: PolicySpec,
+        *,
+        limits: Limits,
+        output_dir: Path,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.witness: Witness = NoWitness()
+        self.operator: Operator = NoOperator()
+        self._page: PageLink | None = None
+        self._teleoperator: DeviceTeleoperator | None = None
+        self._recording: Recording | None = None
+        self._say = say
+        if not isinstance(robot, ProcessRobot):
+            return
+        self._emergency = Moment(robot.folder / "emergency")
+        port = page_port(config["page"], say)
+        for name in ("wait", "teleop"):
+            if config[name] and port is None:
+                raise InputError(f"{name}={str(config[name]).lower()} waits for somebody at the page: page=true")
+        if not config["record"] and port is None:
+            return
+        output = output_dir / RECORD if config["record"] else None
+        attrs = _attrs(config, robot, spec, limits)
+        self.witness = self._recording = Recording(robot.folder, spec, output=output, attrs=attrs)
+        try:
+            if port is not None:
+                self._teleoperator = teleoperator(config, robot, limits)
+                self._open(config, robot, _about(robot, spec, limits), port)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: Mapping[str, Any], robot: ProcessRobot, about: Mapping[str, Any], port: int) -> None:
+        module, told = "action_diffusion.deploy.page.process", {**about, "teleop": config["teleop"]}
+        self._page = PageLink(module, robot.folder, config=config, port=port, about=told, stops=True)
+        self.operator = PageOperator(robot.folder, waits=config["wait"], teleoperator=self._teleoperator, say=self._say)
+        self._say(f"the operator's page: {self._page.url}")
+
+    def between(self) -> None:
+        """Between two episodes: after an emergency stop, wait until it is cleared, and for a start after that.
+
+        Raises `InputError` where nobody is there who could clear it.
+        """
+        if self._page is None or not self._emergency.t:
+            return
+        assert isinstance(self.operator, PageOperator)
+        self._say("emergency stop: clear it on the page, then press Start")
+        while self._emergency.t:
+            if not self._page.alive:
+                raise InputError("the emergency stop is set, and the page where it could be cleared is gone")
+            time.sleep(0.05)
+        self.operator.let_next_wait()
+
+    def close(self) -> None:
+        """The run is over: wait until the record is complete."""
+        if self._page is not None:
+            self._page.end()
+        if self._teleoperator is not None:
+            self._teleoperator.close()
+        if self._recording is not None:
+            self._recording.close()
+
+
+def page_port(page: Any, say: Callable[[str], None]) -> int | None:
+    """The page's port, 0 for one that is free; None for no page."""
+    if page is False:
+        return None
+    if page is None and importlib.util.find_spec("uvicorn") is None:
+        say(MISSING)
+        return None
+    if page is None or page is True:
+        return 0
+    if isinstance(page, int) and 0 <= page <= 65535:
+        return page
+    raise InputError(f"page={page}: give true, false or a port")
+
+
+def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits) -> dict[str, Any]:
+    """What the page is told at its start."""
+    parts = robot.layout.groups_of(len(limits.low))
+    names = [name if size == 1 else f"{name}[{index}]" for name, size, _ in parts for index in range(size)]
+    return {
+        "task": spec.task,
+        "control_rate": spec.control_rate,
+        "n_obs_steps": spec.n_obs_steps,
+        "cameras": list(robot.cameras),
+        "dimensions": names,
+        "units": [unit for _, size, unit in parts for _ in range(size)],
+        "low": limits.low.tolist(),
+        "high": limits.high.tolist(),
+        "plane": robot.plane,
+    }
+
+
+def _attrs(config: Mapping[str, Any], robot: Robot, spec: PolicySpec, limits: Limits) -> dict[str, Any]:
+    """What a replay has to know."""
+    return {
+        "kind": "deployment",
+        "format": 1,
+        "version": __version__,
+        "task": spec.task,
+        "observations": {key: value.unit for key, value in spec.observations.items()},
+        "control_rate": spec.control_rate,
+        "n_obs_steps": spec.n_obs_steps,
+        "horizon": spec.horizon,
+        "n_action_steps": spec.n_action_steps,
+        "lookahead": robot.lookahead,
+        "limits": plain_limits(limits),
+        "config": {key: config[key] for key in _KEPT if key in config},
+    }

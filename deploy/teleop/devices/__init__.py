@@ -1,0 +1,1 @@
+"""What people steer with, behind one protocol."""

@@ -1,0 +1,71 @@
+"""The devices by name, from plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from action_diffusion.deploy.page.link import PageLink
+from action_diffusion.deploy.teleop.devices.device import Device, Together
+from action_diffusion.deploy.teleop.devices.gamepad import Gamepad
+from action_diffusion.deploy.teleop.devices.leader import Leader
+from action_diffusion.deploy.teleop.devices.registry import terminal
+from action_diffusion.deploy.teleop.devices.script import Script
+from action_diffusion.deploy.teleop.devices.spacemouse import SpaceMouse
+from action_diffusion.deploy.teleop.devices.terminal import Terminal
+from action_diffusion.deploy.teleop.page.board import Browser
+from action_diffusion.errors import InputError, unknown
+
+DEVICES = ("browser", "keyboard", "gamepad", "spacemouse", "leader", "script")
+SHOWS_PLACES = ("leader", "script")
+"""Devices that give targets, never twists."""
+
+
+def make_device(config: Mapping[str, Any], cell: Mapping[str, Any]) -> Device | None:
+    """What `device=` names; None for the browser, whose page belongs to the run.
+
+    config: device, device_index, clutch, script. cell: a hardware file's sections; `leader` is a leader arm.
+    Raises `InputError` for an unknown name, and where a part of the description is missing.
+    """
+    name = config["device"]
+    if name not in DEVICES:
+        raise unknown("device", str(name), DEVICES)
+    plugged = {"index": config["device_index"], "clutch": config["clutch"]}
+    if name == "leader":
+        return _leader(cell)
+    if name == "script":
+        if not config["script"]:
+            raise InputError("device=script needs script=FILE, or script=- for what is piped in")
+        return Script(config["script"])
+    if name == "gamepad":
+        return Gamepad(**plugged)
+    if name == "spacemouse":
+        return SpaceMouse(**plugged)
+    return Terminal() if name == "keyboard" else None
+
+
+def _leader(cell: Mapping[str, Any]) -> Leader:
+    described = cell.get("leader")
+    if not described:
+        raise InputError(
+            "device=leader needs hardware=FILE.yaml with  leader: {type: so101_leader, config: {port: …, id: …}}"
+        )
+    motors = (cell.get("arm") or {}).get("motors")
+    try:
+        return Leader(**({"motors": motors} if motors else {}), **described)
+    except TypeError as error:
+        raise InputError(f"leader: {error}") from None
+
+
+def everything(driver: Device | None, folder: Path, page: PageLink | None, *, points: bool) -> Device:
+    """`driver`, or the page; orders also come from the page and from this process' terminal, where they are there."""
+    browser = None if page is None else Browser(folder, page, points=points)
+    if driver is None:
+        if browser is None:
+            raise InputError("device=browser needs its page: page=true")
+        driver, browser = browser, None
+    others: list[Device] = [] if browser is None else [browser]
+    if not isinstance(driver, Terminal | Script) and terminal.is_there():
+        others.append(Terminal())
+    return Together(driver, others)

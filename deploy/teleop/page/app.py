@@ -1,0 +1,94 @@
+"""The page of a session as a web application: what the person sees, and what they say. See `page`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from action_diffusion.deploy.ipc.channels import text
+from action_diffusion.deploy.ipc.rings import Moment, RingReader
+from action_diffusion.deploy.page.site import Admission, Nonsense, Site, understood
+from action_diffusion.deploy.teleop.devices.device import Order
+from action_diffusion.deploy.teleop.devices.keys import KEYS
+from action_diffusion.deploy.teleop.page.board import Inputs
+
+FILES = {
+    "/": "teleop.html",
+    **{f"/{name}": name for name in ("page.css", "teleop.css", "teleop.js", "draw.js", "stop.js")},
+}
+PERIOD = 0.02
+"""How often (s) somebody looks for something new to send."""
+
+
+class SessionPage(Site):
+    """One page drives: the first, or the one where somebody pressed a button last. The others watch.
+
+    Args:
+        folder: the run's shared memory.
+        about: see `page.process.run`.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], admission: Admission) -> None:
+        super().__init__(files=FILES, about=about, admission=admission)
+        self._inputs, self._watched = Inputs(folder), Moment(folder / "watched")
+        self._sessions, self._pictures = RingReader(folder / "sessions"), RingReader(folder / "pictures")
+        self._driver: WebSocket | None = None
+
+    async def _show(self, socket: WebSocket) -> None:
+        shown = pictured = -1
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+            while True:
+                self._watched.mark()
+                session, picture = self._sessions.latest(), self._pictures.latest()
+                if session is not None and session.number != shown:
+                    shown = session.number
+                    said = json.loads(text(session.values["json"]))
+                    said["drives"] = self._driver is None or self._driver is socket
+                    await socket.send_text(json.dumps(said, allow_nan=False))
+                if picture is not None and picture.number != pictured:
+                    pictured = picture.number
+                    await socket.send_bytes(jpeg(picture.values["picture"]))
+                await asyncio.sleep(PERIOD)
+
+    def _obey(self, message: str, socket: WebSocket) -> None:
+        said = word(message)
+        if "order" in said or self._driver is None:
+            self._driver = socket
+        if self._driver is socket:
+            self._inputs.write(**said)
+
+    def _left(self, socket: WebSocket) -> None:
+        if self._driver is socket:
+            self._driver = None
+
+
+def word(message: str) -> dict[str, Any]:
+    """{"order": "start"} or {"pointer": [x, y] or null, "down": […], "pressed": […]}. Raises `Nonsense`."""
+    said = understood(message)
+    try:
+        if "order" in said:
+            return {"order": int(Order[said["order"].upper()])}
+        pointer = None if said["pointer"] is None else np.array(said["pointer"], dtype=np.float64)
+        keys = {name: "\t".join(key for key in said[name][:16] if key in KEYS) for name in ("down", "pressed")}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise Nonsense("neither an order nor a pointer with keys") from None
+    if pointer is not None and (pointer.shape != (2,) or not np.isfinite(pointer).all()):
+        raise Nonsense("a pointer is two numbers")
+    return {"pointer": pointer, **keys}
+
+
+def jpeg(picture: np.ndarray) -> bytes:
+    """`picture` uint8 [H, W, 3] as a file of some 15 kB."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=80)
+    return file.getvalue()

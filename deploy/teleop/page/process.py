@@ -1,0 +1,37 @@
+"""The process of a session's page: see `page`. Nobody waits for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from action_diffusion.deploy.ipc.processes import Ending, serve
+from action_diffusion.deploy.page.process import MISSING, page_token, serve_page
+from action_diffusion.deploy.serve.access import is_loopback
+from action_diffusion.errors import InputError
+
+
+def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Mapping[str, Any]) -> None:
+    """Serve the page, of which others know as `host`, until asked to end, or until the loop is gone.
+
+    about: task, device, help; points: the pointer shows targets; board: what is drawn of PushT (`collecting.board`);
+    emergency: there is an arm that can be stopped.
+    """
+    try:
+        from action_diffusion.deploy.page.site import Admission
+        from action_diffusion.deploy.teleop.page.app import SessionPage
+    except ModuleNotFoundError:
+        raise InputError(MISSING) from None
+    admission = Admission(loopback=is_loopback(host), token=page_token(host, token_file), run=folder.name)
+    ending = Ending()
+    serve_page(SessionPage(folder, about, admission).app, folder, name, lambda: bool(ending))
+
+
+def main() -> int:
+    return serve(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""PushT: the simulator, its block, and a scripted expert."""

@@ -1,0 +1,1 @@
+"""robosuite's tasks, as robomimic uses them."""

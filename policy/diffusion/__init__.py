@@ -1,0 +1,1 @@
+"""The diffusion process, the sampler with its hooks, and real-time chunking."""

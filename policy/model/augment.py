@@ -1,0 +1,176 @@
+"""What happens to uint8 frames before the network: crops, colour jitter, and the way to [-1, 1].
+
+Every draw is made once per window and holds for all its To frames: a camera that jumps between two consecutive
+observations would show the policy a motion that did not happen.
+
+    frames [B, To, H, W, 3]       a crop is (top, left) in [0, H - h] x [0, W - w], one per window
+    +---------- W ----------+
+    |   left                |
+    |<------>+-- w --+      |
+    |        h       h      |
+    |        +-------+      |
+    +-----------------------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from action_diffusion.datasets.batches.loader import pixels
+from action_diffusion.errors import InputError, unknown
+
+_GRAY = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue in a gray level (ITU-R BT.601, as torchvision rounds them)."""
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """uint8 [N, h, w, 3], 0 to 255, as float32 [N, 3, h, w], 0 to 1; the memory stays channels-last."""
+    return pixels.to_float(frames).permute(0, 3, 1, 2)
+
+
+def centred(images: Tensor) -> Tensor:
+    """Images in [0, 1] to [-1, 1], in place and in one pass over the memory."""
+    return torch.add(images.new_full((), -1.0), images, alpha=2.0, out=images)
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images [N, 3, H, W] scaled to `size` (h, w): bilinear, and smoothed first where that shrinks them."""
+    return interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def random_corners(n: int, room: tuple[int, int], generator: torch.Generator | None) -> Tensor:
+    """`n` corners (top, left), int64 [n, 2], uniform over 0..room in each direction, on the generator's device."""
+    device = None if generator is None else generator.device
+    draws = [torch.randint(space + 1, (n,), generator=generator, device=device) for space in room]
+    return torch.stack(draws, dim=1)
+
+
+def crop_windows(frames: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut `size` (h, w) at corners [B, 2] out of frames [B, To, H, W, 3]: [B, To, h, w, 3], a copy.
+
+    One indexing operation, whatever B is: rows of pixels are taken from an overlapping view of all the places where
+    one can start, so that each copies w * 3 neighbours.
+    """
+    b, to, height, width, channels = frames.shape
+    h, w = size
+    view = frames.contiguous().as_strided(
+        (b, to, height, width - w + 1, w * channels),
+        (to * height * width * channels, height * width * channels, width * channels, channels, 1),
+    )
+    top, left = corners.to(frames.device).unbind(dim=1)
+    rows = top[:, None] + torch.arange(h, device=frames.device)
+    window = torch.arange(b, device=frames.device).view(b, 1, 1)
+    step = torch.arange(to, device=frames.device).view(1, to, 1)
+    return view[window, step, rows[:, None, :], left.view(b, 1, 1)].view(b, to, h, w, channels)
+
+
+def centre_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle `size` (h, w) of frames [..., H, W, 3], as a view; an odd pixel is left over below and right."""
+    top, left = ((have - want) // 2 for have, want in zip(frames.shape[-3:-1], size, strict=True))
+    return frames[..., top : top + size[0], left : left + size[1], :]
+
+
+class JitterFactors(NamedTuple):
+    """What to do to each image, [N] each: brightness, contrast and saturation multiply, hue is a shift in turns."""
+
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+
+
+class ColorJitter:
+    """Random brightness, contrast, saturation and hue, in this order, for a whole batch at once.
+
+    strength: one number s for brightness, contrast and saturation, or a mapping with any of "brightness", "contrast",
+    "saturation" and "hue". The first three draw a factor from [max(0, 1 - s), 1 + s], hue a shift from [-s, s] turns,
+    s <= 0.5; hue has to be asked for by name, because it changes what a colour says about an object. Each operation
+    does what the `adjust_...` function of `torchvision.transforms.v2.functional` does with the same factor.
+    Raises `InputError` for an unknown name or a strength out of range.
+    """
+
+    def __init__(self, *, strength: float | Mapping[str, float]):
+        if not isinstance(strength, Mapping):
+            strength = dict.fromkeys(("brightness", "contrast", "saturation"), strength)
+        for name, value in strength.items():
+            if name not in JitterFactors._fields:
+                raise unknown("color_jitter", name, JitterFactors._fields)
+            largest = 0.5 if name == "hue" else float("inf")
+            if not (isinstance(value, int | float) and 0 <= value <= largest):
+                raise InputError(f"color_jitter {name}={value!r}: expected a number from 0 to {largest:g}")
+        self.strength = {name: float(strength.get(name, 0.0)) for name in JitterFactors._fields}
+
+    def __bool__(self) -> bool:
+        return any(self.strength.values())
+
+    def draw(self, n: int, generator: torch.Generator | None) -> JitterFactors:
+        """Factors for `n` windows, float32 [n] each, on the generator's device."""
+        device = None if generator is None else generator.device
+        uniform = torch.rand(4, n, generator=generator, device=device)
+        factors = {}
+        for u, (name, s) in zip(uniform, self.strength.items(), strict=True):
+            low, high = (-s, s) if name == "hue" else (max(0.0, 1.0 - s), 1.0 + s)
+            factors[name] = low + (high - low) * u
+        return JitterFactors(**factors)
+
+    def __call__(self, images: Tensor, factors: JitterFactors) -> Tensor:
+        """Images [N, 3, h, w] in [0, 1] with factors [N]; operations of strength 0 are skipped."""
+        for name, adjust in ADJUST.items():
+            if self.strength[name]:
+                factor = getattr(factors, name).to(images.device)
+                images = adjust(images, factor.view(-1, 1, 1, 1))
+        return images
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Images [N, 3, h, w] in [0, 1] times factor [N, 1, 1, 1], clipped to [0, 1]."""
+    return (images * factor).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Images [N, 3, h, w] in [0, 1] moved from their mean gray level by factor [N, 1, 1, 1], clipped."""
+    return torch.lerp(_gray(images).mean(dim=(1, 2, 3), keepdim=True), images, factor).clamp_(0, 1)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Images [N, 3, h, w] in [0, 1], each pixel moved from its gray level by factor [N, 1, 1, 1], clipped."""
+    return torch.lerp(_gray(images), images, factor).clamp_(0, 1)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Images [N, 3, h, w] in [0, 1] with their hue turned by shift [N, 1, 1, 1], in turns."""
+    value, minimum = images.amax(dim=1, keepdim=True), images.amin(dim=1, keepdim=True)
+    chroma = value - minimum
+    hue = (_hue(images, value, chroma) + shift) % 1.0
+    # Back to RGB: a channel is V - C * clip(min(k, 4 - k), 0, 1) with k = (n + 6 hue) mod 6, n = 5, 3, 1 for R, G, B.
+    k = (torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1) + 6.0 * hue) % 6.0
+    return value - chroma * torch.minimum(k, 4.0 - k).clamp_(0, 1)
+
+
+def _hue(images: Tensor, value: Tensor, chroma: Tensor) -> Tensor:
+    """Hue [N, 1, h, w] in turns, 0 for gray: which channel is largest, and where the others lie around it."""
+    r, g, b = images.split(1, dim=1)
+    divisor = torch.where(chroma == 0, 1.0, chroma)
+    from_green = 2.0 + (b - r) / divisor
+    from_blue = 4.0 + (r - g) / divisor
+    sixth = torch.where(value == r, (g - b) / divisor, torch.where(value == g, from_green, from_blue))
+    return sixth / 6.0
+
+
+def _gray(images: Tensor) -> Tensor:
+    """Gray level [N, 1, h, w] of images [N, 3, h, w]."""
+    r, g, b = images.split(1, dim=1)
+    return r * _GRAY[0] + g * _GRAY[1] + b * _GRAY[2]
+
+
+ADJUST = {
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
+}

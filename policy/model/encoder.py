@@ -1,0 +1,230 @@
+"""The observation encoder: the last To observations in, one embedding for the denoiser out.
+
+    states [B, To, n]        ───────────────────────────────────────────────────────────────┐
+    frames [B, To, H, W, 3] ─▶ crop, jitter ─▶ [B*To, 3, h, w] ─▶ ResNet ─▶ pool ─▶ [., F] ──┴▶ [B, To * D]
+
+All To frames of all windows go through the network as one batch. An embedding is its steps one after the other, oldest
+first, and a step is its states, in order, then its cameras, in order: D = sum of n + cameras * F.
+
+Names of weights: `cameras.<i>.` for camera i, or `cameras.0.` when they share a network; in it
+`backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.model import augment, resnet
+
+Size = tuple[int, int]
+
+
+class SpatialSoftmax(nn.Module):
+    """Where in the image each of K learned features is (Levine et al. 2016, "End-to-end training of deep visuomotor
+    policies"): features [N, C, h, w] to expected positions [N, K, 2].
+
+    A 1 x 1 convolution makes K maps; the softmax of a map over all its places is a distribution, and its mean the
+    position (x, y): x from -1 (left) to 1 (right), y from -1 (top) to 1 (bottom), centres of the outermost places.
+    """
+
+    pos_grid: Tensor
+
+    def __init__(self, *, channels: int, size: Size, keypoints: int):
+        super().__init__()
+        self.nets = nn.Conv2d(channels, keypoints, kernel_size=1)
+        y, x = torch.meshgrid(_axis(size[0]), _axis(size[1]), indexing="ij")
+        self.register_buffer("pos_grid", torch.stack([x.flatten(), y.flatten()], dim=1))  # (h * w, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = self.nets(features).flatten(2).float()
+        # A sum, not a matrix product: autocast would do the product in bfloat16, which has eight bits for a position.
+        return (logits.softmax(dim=2).unsqueeze(3) * self.pos_grid).sum(dim=2)
+
+
+class CameraEncoder(nn.Module):
+    """Frames of one camera, float32 [N, 3, h, w] in [-1, 1], to features [N, feature_dim], not negative."""
+
+    def __init__(self, *, backbone: resnet.ResNet, size: Size, pooling: str, keypoints: int, feature_dim: int):
+        super().__init__()
+        if keypoints < 1 or feature_dim < 1:
+            raise InputError(f"encoder.keypoints={keypoints}, encoder.feature_dim={feature_dim}: expected at least 1")
+        self.backbone = backbone
+        self.pool: nn.Module
+        if pooling == "spatial_softmax":
+            height, width = (-(-side // backbone.stride) for side in size)
+            self.pool = SpatialSoftmax(channels=backbone.out_channels, size=(height, width), keypoints=keypoints)
+            pooled = 2 * keypoints
+        elif pooling == "average":
+            self.pool = nn.AdaptiveAvgPool2d(1)
+            pooled = backbone.out_channels
+        else:
+            raise unknown("encoder.pooling", pooling, ("spatial_softmax", "average"))
+        self.out = nn.Linear(pooled, feature_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.out(self.pool(self.backbone(images)).flatten(1)).relu()
+
+
+class ObservationEncoder(nn.Module):
+    """Encodes cameras and states for a diffusion policy (Chi et al. 2023).
+
+    image_keys: cameras, in order. image_shapes: key to (H, W, 3). state_dims: state key to n, in order.
+    backbone: resnet18, resnet34 or resnet50. width, stages: thinner and shorter networks, see `resnet.ResNet`.
+    pooling: "spatial_softmax" (positions of `keypoints` features) or "average". feature_dim: F, per camera.
+    resize: (h, w) that frames are scaled to first. crop: (h, w) cut then, at random in training and from the centre
+    otherwise. color_jitter: see `augment.ColorJitter`; in training only.
+    share: one network for all cameras, or one each.
+    weights: safetensors file with torchvision weights of the backbone, to start from.
+    channels_last: memory layout of the convolutions, faster on CPUs and on tensor cores.
+    group_norm_channels: channels per group of GroupNorm.
+
+    Raises `InputError` for a key without a shape, a shape that is not (H, W, 3), a crop larger than its frame, cameras
+    that share a network but differ in size, and what the parts refuse.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_keys: Sequence[str],
+        image_shapes: Mapping[str, Sequence[int]],
+        state_dims: Mapping[str, int],
+        n_obs_steps: int,
+        backbone: str = "resnet18",
+        width: float = 1.0,
+        stages: int = 4,
+        pooling: str = "spatial_softmax",
+        keypoints: int = 32,
+        feature_dim: int = 64,
+        crop: Sequence[int] | None = None,
+        resize: Sequence[int] | None = None,
+        color_jitter: float | Mapping[str, float] = 0.0,
+        share: bool = False,
+        weights: str | None = None,
+        channels_last: bool = True,
+        group_norm_channels: int = 16,
+    ):
+        super().__init__()
+        self.image_keys = tuple(image_keys)
+        self.state_dims = dict(state_dims)
+        self.n_obs_steps = n_obs_steps
+        self.crop, self.resize = _size("crop", crop), _size("resize", resize)
+        self.jitter = augment.ColorJitter(strength=color_jitter)
+        self.image_shapes = {key: _frame_shape(key, image_shapes) for key in self.image_keys}
+        sizes = [self._input_size(key) for key in self.image_keys]
+        if share and len(set(sizes)) > 1:
+            given = ", ".join(f"{key} {list(size)}" for key, size in zip(self.image_keys, sizes, strict=True))
+            raise InputError(f"encoder.share=true needs frames of one size, found {given}; set encoder.resize or crop")
+
+        def camera(size: Size) -> CameraEncoder:
+            trunk = resnet.ResNet(
+                backbone=backbone, width=width, stages=stages, group_norm_channels=group_norm_channels
+            )
+            if weights is not None:
+                described = f"{backbone} (width {width:g}, {stages} stages)"
+                resnet.load_weights(trunk, weights, described=described)
+            return CameraEncoder(
+                backbone=trunk, size=size, pooling=pooling, keypoints=keypoints, feature_dim=feature_dim
+            )
+
+        self.cameras = nn.ModuleList(camera(size) for size in (sizes[:1] if share else sizes))
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
+        self.step_dim = sum(self.state_dims.values()) + feature_dim * len(self.image_keys)
+        self.output_dim = n_obs_steps * self.step_dim
+
+    def forward(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Embedding [B, To * D], float32.
+
+        obs: a state is a float [B, To, n], normalised already; a camera is uint8 [B, To, H, W, 3], 0 to 255, or in
+        training [B, To, h, w, 3] when the random crop has been cut already (not with `resize`). `generator` draws crops
+        and jitter, camera after camera; the global one does without it. Raises `InputError` for anything else.
+        """
+        parts = [self._state(key, obs) for key in self.state_dims]
+        for i, key in enumerate(self.image_keys):
+            frames = self._frames(key, obs)
+            images = self._prepare(frames, generator).to(memory_format=self.memory_format)
+            features = self.cameras[i % len(self.cameras)](images)
+            parts.append(features.float().unflatten(0, frames.shape[:2]))
+        if len({len(part) for part in parts}) > 1:
+            counts = ", ".join(f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys))
+            raise InputError(f"observations have different numbers of windows: {counts}")
+        return torch.cat(parts, dim=2).flatten(1)
+
+    def _prepare(self, frames: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Frames uint8 [B, To, H, W, 3] to images float32 [B * To, 3, h, w] in [-1, 1], resized, cropped, jittered."""
+        b, to = frames.shape[:2]
+        if self.resize is not None:
+            images = augment.resized(augment.to_float(frames.flatten(0, 1)), self.resize)
+            frames = images.permute(0, 2, 3, 1).unflatten(0, (b, to))
+        if self.crop is not None and frames.shape[2:4] != self.crop:
+            if self.training:
+                room = (frames.shape[2] - self.crop[0], frames.shape[3] - self.crop[1])
+                frames = augment.crop_windows(frames, augment.random_corners(b, room, generator), self.crop)
+            else:
+                frames = augment.centre_crop(frames, self.crop)
+        flat = frames.flatten(0, 1)
+        images = augment.to_float(flat) if self.resize is None else flat.permute(0, 3, 1, 2)
+        if self.training and self.jitter:
+            factors = self.jitter.draw(b, generator)
+            images = self.jitter(images, augment.JitterFactors(*(f.repeat_interleave(to) for f in factors)))
+        return augment.centred(images)
+
+    def _frames(self, key: str, obs: Mapping[str, Tensor]) -> Tensor:
+        frames = _get(key, obs)
+        size = self.image_shapes[key][:2]
+        accepted = [size]
+        if self.training and self.crop is not None and self.resize is None:
+            accepted.append(self.crop)
+        to = self.n_obs_steps
+        if frames.dtype != torch.uint8 or frames.shape[1:] not in [(to, *size, 3) for size in accepted]:
+            expected = " or ".join(f"[B, {to}, {h}, {w}, 3]" for h, w in accepted)
+            raise InputError(f"camera {key!r} is {_describe(frames)}, expected uint8 {expected}")
+        return frames
+
+    def _state(self, key: str, obs: Mapping[str, Tensor]) -> Tensor:
+        state, to, n = _get(key, obs), self.n_obs_steps, self.state_dims[key]
+        if not state.is_floating_point() or state.shape[1:] != (to, n):
+            raise InputError(f"state {key!r} is {_describe(state)}, expected float32 [B, {to}, {n}]")
+        return state.float()
+
+    def _input_size(self, key: str) -> Size:
+        """Height and width that the network sees."""
+        size = self.resize or self.image_shapes[key][:2]
+        if self.crop is not None and (self.crop[0] > size[0] or self.crop[1] > size[1]):
+            raise InputError(f"encoder.crop={list(self.crop)} is larger than the frames of {key!r}, {list(size)}")
+        return self.crop or size
+
+
+def _axis(n: int) -> Tensor:
+    return torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1)
+
+
+def _size(name: str, value: Sequence[int] | None) -> Size | None:
+    if value is None:
+        return None
+    if len(value) != 2 or any(not isinstance(side, int) or side < 1 for side in value):
+        raise InputError(f"encoder.{name}={value}: expected [height, width] in pixels")
+    return value[0], value[1]
+
+
+def _frame_shape(key: str, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
+    if key not in shapes:
+        raise InputError(f"camera {key!r} has no shape; shapes are given for {', '.join(shapes) or 'no camera'}")
+    shape = tuple(shapes[key])
+    if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
+        raise InputError(f"camera {key!r} has shape {list(shape)}, expected [height, width, 3]")
+    return shape[0], shape[1], 3
+
+
+def _get(key: str, obs: Mapping[str, Tensor]) -> Tensor:
+    if key not in obs:
+        raise InputError(f"observation {key!r} is missing; there are {', '.join(obs) or 'none'}")
+    return obs[key]
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,0 +1,276 @@
+"""The doctor finds what is planted, nothing where there is nothing, and repairs a copy."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import demonstrations
+
+from action_diffusion import cli
+from action_diffusion.datasets import ReplayBuffer
+from action_diffusion.datasets.doctor.examine import examine
+from action_diffusion.datasets.doctor.finding import KINDS, Finding, as_json, ordered
+from action_diffusion.datasets.doctor.repair import repair
+from benchmarks.robustness import doctor as benchmark
+
+
+@pytest.fixture(scope="module")
+def buffer() -> ReplayBuffer:
+    return demonstrations()
+
+
+def arrays(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
+    return {key: np.array(buffer[key][:]) for key in buffer.keys}
+
+
+def only(findings: list[Finding]) -> Finding:
+    assert len(findings) == 1, findings
+    return findings[0]
+
+
+def test_nothing_is_found_where_there_is_nothing(buffer: ReplayBuffer) -> None:
+    assert examine(buffer) == []
+
+
+def test_planted_faults_are_found_and_nothing_else(buffer: ReplayBuffer) -> None:
+    result = benchmark.measure(buffer, 100, seed=0)
+    assert {kind: score.planted for kind, score in result.scores.items()} == dict.fromkeys(KINDS_PLANTED, 10)
+    assert result.original == []
+    assert result.false_alarms == []
+    assert result.share >= 0.95
+
+
+KINDS_PLANTED = [kind for kind in KINDS if kind not in ("timing", "leak")]
+
+
+def test_in_the_human_pusht_file_too() -> None:
+    folder = os.environ.get("ACTION_DIFFUSION_DATA")
+    if not folder:
+        pytest.skip("needs ACTION_DIFFUSION_DATA, the folder of pusht_cchi_v7_replay.zarr.zip")
+    whole = ReplayBuffer.open(Path(folder) / benchmark.HUMAN)
+    end = int(whole.episode_ends[79])
+    rows = {key: whole[key][:end] for key in whole.keys}
+    rows["img"] = rows["img"].astype(np.uint8)
+    some = ReplayBuffer.from_arrays(rows, whole.episode_ends[:80])
+    result = benchmark.measure(some, 20, seed=0)
+    assert result.original == []
+    assert result.false_alarms == []
+    assert result.share >= 0.9  # of a part of the file; `python -m benchmarks.robustness.doctor` has all of it
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers(buffer: ReplayBuffer, value: float) -> None:
+    rows = arrays(buffer)
+    rows["state"][200:203, 1] = value
+    found = only(examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)))
+    assert (found.kind, found.key, found.first, found.last, found.dimensions) == ("nan", "state", 200, 202, (1,))
+    assert found.episode == np.searchsorted(buffer.episode_ends, 200, side="right")
+
+
+def test_angles_may_wrap_and_quaternions_change_sign(buffer: ReplayBuffer) -> None:
+    rows = arrays(buffer)
+    assert np.abs(np.diff(rows["state"][:, 2])).max() > 6
+    half = np.cumsum(np.random.default_rng(0).normal(0.02, 0.01, len(rows["state"]))) / 2
+    signs = np.where(np.arange(len(half)) % 7 < 3, 1, -1)
+    rows["eef_quat"] = np.stack([0 * half, 0 * half, np.sin(half), np.cos(half)], axis=1) * signs[:, None]
+    findings = examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends), ("jump", "outlier"))
+    assert findings == []
+
+
+@pytest.mark.parametrize("lag", [-3, 1])
+def test_a_camera_that_is_late_or_early_everywhere(buffer: ReplayBuffer, lag: int) -> None:
+    rows = arrays(buffer)
+    for start, end in zip([0, *buffer.episode_ends[:-1]], buffer.episode_ends, strict=True):
+        shown = np.clip(np.arange(start, end) + lag, start, end - 1)
+        rows["img"][start:end] = rows["img"][shown]
+    late = ReplayBuffer.from_arrays(rows, buffer.episode_ends)
+    found = [finding for finding in examine(late) if finding.kind == "skew"]
+    assert (only(found).episode, only(found).lag) == (None, lag)
+    assert ("late" if lag < 0 else "early") in found[0].how_bad
+
+
+def test_times_that_have_gaps_and_jitter(buffer: ReplayBuffer) -> None:
+    rows = arrays(buffer)
+    random = np.random.default_rng(0)
+    time = np.arange(buffer.n_steps) * 0.1
+    time[300:] += 0.2
+    jittery = slice(int(buffer.episode_ends[9]), int(buffer.episode_ends[10]))
+    time[jittery] += random.uniform(-0.04, 0.04, jittery.stop - jittery.start)
+    time[2000] = time[1999]
+    rows["timestamp"] = time
+    findings = examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends))
+    gap = next(finding for finding in findings if finding.first == 300)
+    assert gap.how_bad == "3.0 periods after the row before: about 2 rows are missing"
+    assert {(finding.kind, finding.first) for finding in findings} >= {("timing", 2000), ("timing", jittery.start)}
+    assert {finding.kind for finding in findings} == {"timing"}
+
+
+def last_actions(buffer: ReplayBuffer) -> np.ndarray:
+    """[N, A]: the action of the row before, in an episode's first row its own."""
+    actions = np.asarray(buffer["action"][:])
+    before = np.concatenate([actions[:1], actions[:-1]])
+    firsts = np.concatenate([[0], buffer.episode_ends[:-1]])
+    before[firsts] = actions[firsts]
+    return before
+
+
+@pytest.mark.parametrize(
+    ("column", "dimensions"),
+    [
+        (lambda actions: actions, (0, 1)),
+        (lambda actions: np.degrees(actions).astype(np.float32) + 3, (0, 1)),
+        (lambda actions: actions[:, 1], (1,)),
+        (lambda actions: actions @ np.array([[1.0, 2, 3], [4, 5, 6]]), (0, 1)),
+        (lambda actions: np.concatenate([np.roll(actions, 1, axis=0), actions], axis=1), (0, 1)),
+    ],
+)
+def test_columns_that_tell_the_action_of_their_own_row(buffer: ReplayBuffer, column: object, dimensions: tuple) -> None:
+    rows = arrays(buffer)
+    rows["told"] = column(rows["action"])  # type: ignore[operator]
+    found = only(examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends), ("leak",)))
+    assert (found.kind, found.key, found.episode, found.dimensions) == ("leak", "told", None, dimensions)
+
+
+@pytest.mark.parametrize(
+    ("smooth", "seen"),
+    [
+        *((False, seen) for seen in ("as it is", "in degrees", "on the way", "with noise")),
+        *((True, seen) for seen in ("as it is", "in degrees", "with noise")),  # on the way it tells the action indeed
+    ],
+)
+def test_states_that_follow_the_action_tell_nothing(buffer: ReplayBuffer, smooth: bool, seen: str) -> None:
+    rows = arrays(buffer)
+    n = buffer.n_steps
+    if smooth:  # what is linear in its own past, so that the action before tells all
+        rows["action"] = np.stack([np.sin(np.arange(n) / 90), np.cos(np.arange(n) / 90)], axis=1)
+    before = last_actions(ReplayBuffer.from_arrays(rows, buffer.episode_ends))
+    rows["follows"] = {
+        "as it is": before,
+        "in degrees": np.degrees(before),
+        "on the way": (before + np.roll(before, 1, axis=0)) / 2,
+        "with noise": before + np.random.default_rng(0).normal(0, 0.05, before.shape),
+    }[seen]
+    assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends), ("leak",)) == []
+
+
+@pytest.mark.parametrize("layout", ["colours first", "grey"])
+def test_pictures_of_other_layouts_are_cameras(buffer: ReplayBuffer, layout: str) -> None:
+    rows = arrays(buffer)
+    rows["img"] = rows["img"].transpose(0, 3, 1, 2) if layout == "colours first" else rows["img"][..., 0]
+    assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)) == []
+
+
+def test_dimensions_that_never_move_are_said_once(buffer: ReplayBuffer) -> None:
+    rows = arrays(buffer) | {"gripper": np.ones((buffer.n_steps, 2), np.float32)}
+    found = only(examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)))
+    assert (found.kind, found.key, found.episode, found.last) == ("constant", "gripper", None, buffer.n_steps - 1)
+
+
+def test_switches_and_rewards_may_jump_and_rest(buffer: ReplayBuffer) -> None:
+    rows = arrays(buffer)
+    rows["gripper_action"] = np.where(np.arange(buffer.n_steps) % 60 < 30, -1.0, 1.0)[:, None]
+    rows["reward"] = (np.arange(buffer.n_steps) % 70 > 50).astype(np.float32)
+    rows["demo"] = np.repeat(np.arange(buffer.n_episodes), np.diff(buffer.episode_ends, prepend=0))
+    assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)) == []
+
+
+@pytest.mark.parametrize("keys", [["img"], ["action"], ["state"], ["img", "action"]])
+def test_any_keys_will_do(buffer: ReplayBuffer, keys: list[str]) -> None:
+    rows = {key: values for key, values in arrays(buffer).items() if key in keys}
+    found = examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends))
+    assert {finding.kind for finding in found} <= ({"idle"} if keys == ["img"] else set())  # it hardly moves
+
+
+@pytest.mark.parametrize("ends", [[1], [1, 2, 3], [7, 9]])
+def test_buffers_may_be_short(buffer: ReplayBuffer, ends: list[int]) -> None:
+    rows = {key: values[: ends[-1]] for key, values in arrays(buffer).items()}
+    examine(ReplayBuffer.from_arrays(rows, ends))
+
+
+def faulty(buffer: ReplayBuffer) -> ReplayBuffer:
+    """NaN in episode 1, a jump in 3, frozen frames in 5, a late camera in 7, idle rows after 9, and 12 is 11 again."""
+    rows, ends = arrays(buffer), buffer.episode_ends
+    rows["state"][ends[0] + 20, 0] = np.nan
+    rows["state"][ends[2] + 30 : ends[3], 0] += 15
+    rows["img"][ends[4] + 20 : ends[4] + 30] = rows["img"][ends[4] + 20]
+    rows["img"][ends[6] + 2 : ends[7]] = rows["img"][ends[6] : ends[7] - 2]
+    for values in rows.values():
+        values[ends[9] - 15 : ends[9]] = values[ends[9] - 15]
+    episodes = [{key: values[a:b] for key, values in rows.items()} for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    episodes[12] = episodes[11]
+    joined = {key: np.concatenate([episode[key] for episode in episodes]) for key in rows}
+    return ReplayBuffer.from_arrays(joined, np.cumsum([len(e["state"]) for e in episodes]), buffer.attrs)
+
+
+def test_a_repaired_copy_has_nothing_left_to_find(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    broken = faulty(buffer)
+    findings = examine(broken)
+    assert {f.kind for f in findings} >= {"nan", "jump", "frozen", "skew", "idle", "duplicate"}
+    lines = repair(broken, findings, tmp_path / "fixed.zarr")
+    fixed = ReplayBuffer.open(tmp_path / "fixed.zarr")
+    assert examine(fixed) == []
+    assert lines[0].startswith(f"{tmp_path / 'fixed.zarr'}: {fixed.n_episodes} episodes, {fixed.n_steps} of ")
+    assert "1 nan" in fixed.attrs["provenance"][0]["what"]
+    ends = buffer.episode_ends
+    np.testing.assert_array_equal(fixed.episode(0)["img"], buffer.episode(0)["img"])
+    was = buffer["state"][ends[0] : ends[1], 0]
+    np.testing.assert_allclose(fixed.episode(1)["state"][20, 0], (was[19] + was[21]) / 2, rtol=1e-6)
+
+
+def test_the_command(buffer: ReplayBuffer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, broken = tmp_path / "demos.zarr.zip", faulty(buffer)
+    buffer.save(path)
+    assert cli.main(["data", "doctor", str(path)]) == 0
+    assert capsys.readouterr().out == "nothing found\n"
+    broken.save(path)
+    before = path.read_bytes()
+    found, page = tmp_path / "found.json", tmp_path / "found.html"
+    words = ["data", "doctor", str(path), "--fix", "--json", str(found), f"page={page}"]
+    assert cli.main(words) == 1
+    out = capsys.readouterr().out
+    assert "findings: " in out
+    assert "NaN" in out
+    assert path.read_bytes() == before
+    assert examine(ReplayBuffer.open(tmp_path / "demos.fixed.zarr")) == []
+    rows = json.loads(found.read_text())
+    assert rows == as_json(ordered(examine(broken)))
+    start = int(buffer.episode_ends[0])
+    expected = {"kind": "nan", "key": "state", "episode": 1, "first": start + 20, "last": start + 20}
+    assert expected.items() <= next(row for row in rows if row["kind"] == "nan").items()
+    assert page.read_text().count("<img") >= 5
+    assert cli.main(words) == 2
+    assert "demos.fixed.zarr exists: choose another path with --fix OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing.zarr"], "nothing.zarr: no such file or folder"),
+        ([], "PATH is required: action-diffusion data doctor PATH"),
+        (["a.zarr", "b.zarr"], "'b.zarr' is not of the form name=value"),
+        (["a.zarr", "--jsn", "x"], "unknown flag '--jsn': did you mean --json?"),
+        (["a.zarr", "--json"], "--json is empty"),
+        (["a.zarr", "--json", "--fix"], "--json is empty"),
+        (["a.zarr", "--fix", "x", "--fix=y"], "--fix is given twice"),
+        (["a.zarr", "kinds=jmp"], "unknown kind 'jmp' in kinds=: did you mean jump?"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "doctor", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_cannot_be_read(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    path = tmp_path / "demos.zarr"
+    buffer.save(path)
+    chunk = next(file for file in (path / "data" / "state" / "c").rglob("*") if file.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:100])
+    assert cli.main(["data", "doctor", str(path)]) == 2

@@ -1,0 +1,219 @@
+"""From a hardware file to processes, and the first motion: on an arm without motors and a camera that is simulated."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from action_diffusion.deploy import bringup
+from action_diffusion.deploy.drivers.vendor import numbers
+from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.limits import Limits
+from action_diffusion.deploy.hardware.protocols import Frame, make_arm, make_camera
+from action_diffusion.deploy.robot import cell as hardware
+from action_diffusion.deploy.robot.robots import REAL_TIME
+from action_diffusion.deploy.sim.pusht import IdealArm
+from action_diffusion.errors import InputError
+
+LIMITS = {"low": [-1.0] * 3, "high": [1.0] * 3, "max_step": [1.0] * 3}
+LIMITS |= {"velocity": [2.0] * 3, "acceleration": [10.0] * 3, "jerk": [200.0] * 3}
+CELL = {"arm": {"n_joints": 2}, "limits": LIMITS, "observations": {"state": ["joints", "gripper"]}, "seconds": 3.0}
+
+
+class StillArm(IdealArm):
+    """Takes setpoints, and stays where it is; has a dry run that says so."""
+
+    def __init__(self, *, dry_run: bool = False) -> None:
+        super().__init__(n_joints=2)
+
+    def send(self, setpoint: np.ndarray) -> None:
+        numbers(setpoint.tolist(), 3, "a setpoint")
+
+
+class BreakingArm(StillArm):
+    """Is gone after half a second."""
+
+    sent = 0
+
+    def send(self, setpoint: np.ndarray) -> None:
+        self.sent += 1
+        if self.sent > 100:
+            raise ConnectionError("the cable is out")
+
+
+class GreyCamera:
+    """So many frames, and no more."""
+
+    def __init__(self, *, size: int, frames: int = 10**9) -> None:
+        self.shape, self.rate, self._left = (size, size, 3), 50.0, frames
+
+    def connect(self) -> None:
+        pass
+
+    def read(self) -> Frame:
+        self._left -= 1
+        if self._left < 0:
+            raise InputError("somebody pulled the cable")
+        time.sleep(1 / self.rate)
+        return Frame(time.monotonic(), np.full(self.shape, 128, np.uint8))
+
+    def close(self) -> None:
+        pass
+
+
+def write(folder: Path, **changes: Any) -> str:
+    path = folder / "cell.yaml"
+    path.write_text(yaml.safe_dump({**CELL, **changes}))
+    return str(path)
+
+
+def spec(**shapes: tuple[int, ...]) -> Any:
+    return SimpleNamespace(
+        observations={key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}, control_rate=10.0
+    )
+
+
+def options(path: str | None, **changes: Any) -> dict[str, Any]:
+    return {"robot": "ideal", "hardware": path, "dry_run": False, "limits": None, "obstacles": None} | changes
+
+
+def test_a_file_becomes_an_arm_and_a_camera(tmp_path):
+    path = write(tmp_path, cameras={"front": {"driver": "test_hardware:GreyCamera", "size": 24}})
+    robot = hardware.robot(spec(state=(2,), front=(24, 24, 3)), options(path))
+    try:
+        assert (robot.max_steps, robot.control_rate) == (30, 10.0)
+        time.sleep(0.2)
+        seen = robot.observe(["state", "front", "gripper"], time.monotonic())
+        assert list(seen.values) == ["state", "front", "gripper"]
+        assert seen.values["state"].tolist() == [0.0, 0.0, 0.0]
+        assert seen.values["front"].shape == (24, 24, 3)
+    finally:
+        robot.close()
+
+
+def test_the_guides_cell_is_complete(tmp_path):
+    guide = (Path(__file__).parents[2] / "docs" / "bringup.md").read_text()
+    (tmp_path / "cell.yaml").write_text(guide.split("```yaml")[1].split("```")[0])
+    cell = hardware.read_cell(str(tmp_path / "cell.yaml"))
+    arm = make_arm("ur", **cell["arm"])
+    Layout(arm.command).check_limits(Limits.of(cell["limits"]).within(arm.limits))
+    assert {group.name for group in arm.state} >= set(cell["observations"]["state"])
+    for setup in hardware.camera_setups(cell).values():
+        assert make_camera(setup.driver, **setup.settings).shape == (96, 96, 3)
+
+
+def test_the_command_lines_limits_and_dry_run_go_before_the_files():
+    setup = hardware.arm_setup("ur", CELL, options(None, dry_run=True, limits={"low": [0.0]}))
+    assert setup.limits == {"low": [0.0]}
+    assert setup.settings == {"n_joints": 2, "dry_run": True}
+    assert hardware.arm_setup("ur", CELL, options(None)).limits == LIMITS
+    assert {"ur", "franka", "lerobot"} <= set(REAL_TIME)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"camera": {}}, "did you mean cameras"),
+        ({"arm": [1]}, "arm must be values by name"),
+        ({"cameras": {"front": {"device": 0}}}, "camera front names no driver"),
+        ({"cameras": {"side": {"driver": "usb", "device": 0}}}, "unknown camera 'front'"),
+        ({"seconds": float("nan")}, "seconds=nan must be a number above 0"),
+        ({"seconds": "long"}, "seconds=long must be a number above 0"),
+        ({"seconds": 0}, "seconds=0 must be a number above 0"),
+        ({"observations": {"state": 5}}, r"observations\.state=5 must be names of states"),
+        ({"observations": {"state": []}}, r"observations\.state=\[\] must be names of states"),
+        (
+            {
+                "limits": {"low": [1.0, 0.0], "high": [0.0, 1.0]},
+                "cameras": {"front": {"driver": "test_hardware:GreyCamera", "size": 24}},
+            },
+            "limits leave no room",
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        hardware.robot(spec(front=(24, 24, 3)), options(write(tmp_path, **changes)))
+
+
+def test_an_observation_that_the_arm_does_not_have_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"unknown state 'joint'.*did you mean joints"):
+        hardware.robot(spec(state=(2,)), options(write(tmp_path, observations={"state": "joint"})))
+
+
+@pytest.mark.parametrize("path", [None, "nowhere.yaml"])
+def test_without_a_file_there_is_no_arm(path):
+    with pytest.raises(InputError, match="hardware="):
+        hardware.read_cell(path)
+
+
+def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path):
+    (tmp_path / "bad.yaml").write_text("arm: {host: [")
+    with pytest.raises(InputError, match=r"bad\.yaml") as error:
+        hardware.read_cell(str(tmp_path / "bad.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_the_first_motion_goes_there_and_back(tmp_path, capsys):
+    path = write(tmp_path, cameras={"front": {"driver": "test_hardware:GreyCamera", "size": 24}})
+    words = ["robot=ideal", f"hardware={path}", "number=1", "distance=0.2", "speed=0.5", "seconds=0.3"]
+    assert bringup.main(words) == 0
+    said = capsys.readouterr().out
+    assert "when our process dies: it has no motors" in said
+    assert "front: " in said
+    assert "number 1 goes from 0.0000 to 0.19" in said
+    told, went = re.search(r"told to go ([\d.]+), and went ([\d.]+)", said).groups()
+    told, went = float(told), float(went)
+    assert told == pytest.approx(0.2, abs=0.02)
+    assert went == pytest.approx(told, abs=0.01)
+
+
+def test_an_arm_that_does_not_follow_is_seen_and_in_a_dry_run_expected(tmp_path, capsys):
+    path = write(tmp_path, arm={})
+    words = ["robot=test_hardware:StillArm", f"hardware={path}", "number=0", "distance=0.05", "speed=1", "seconds=0.1"]
+    assert bringup.main(words) == 1
+    assert bringup.main([*words, "dry_run=true"]) == 0
+    assert "went 0.0000" in capsys.readouterr().out
+
+
+def test_an_arm_that_breaks_while_it_is_looked_at_is_named(tmp_path, capsys):
+    path = write(tmp_path, arm={})
+    assert bringup.main(["robot=test_hardware:BreakingArm", f"hardware={path}", "seconds=9"]) == 2
+    assert "the cable is out" in capsys.readouterr().err
+
+
+def test_a_camera_that_falls_silent_is_named(tmp_path, capsys):
+    cameras = {"front": {"driver": "test_hardware:GreyCamera", "size": 24, "frames": 20}}
+    assert bringup.main(["robot=ideal", f"hardware={write(tmp_path, cameras=cameras)}", "seconds=9"]) == 2
+    assert "camera front: somebody pulled the cable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sped=1"], "did you mean speed"),
+        ([], "robot=NAME is missing"),
+        (["robot=ideal", "speed=2"], "at most 1"),
+        (["robot=ideal", "distance=far"], "above 0"),
+        (["robot=ideal", "number=0.5"], "whole number"),
+        (["robot=ideal"], "hardware=FILE.yaml is missing"),
+    ],
+)
+def test_bad_options_are_refused(words, message, capsys):
+    assert bringup.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_number_that_cannot_move_is_refused(tmp_path, capsys):
+    path = write(tmp_path)
+    assert bringup.main(["robot=ideal", f"hardware={path}", "number=2", "seconds=0.05"]) == 2
+    assert "those are [0, 1]" in capsys.readouterr().err
+    assert bringup.main(["robot=ideal", f"hardware={path}", "number=0", "distance=3", "seconds=0.05"]) == 2
+    assert "no room" in capsys.readouterr().err

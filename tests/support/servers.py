@@ -1,0 +1,100 @@
+"""Real policy servers in real processes, for tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from websockets.sync.client import ClientConnection, connect
+
+from action_diffusion.deploy.serve.command import wire
+
+
+class Server:
+    """`action-diffusion serve` on loopback; `lines` is what it has said so far, on both of its outputs."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        *options: str,
+        env: dict[str, str] | None = None,
+        host: str = "127.0.0.1",
+    ) -> None:
+        words = [f"bundle={bundle}", "device=cpu", "seed=7", f"host={host}", *options]
+        if not any(word.startswith("port=") for word in options):
+            words.append("port=0")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "action_diffusion", "serve", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **(env or {})},
+        )
+        assert self.process.stdout is not None
+        self.lines: list[str] = []
+        self.port = 0
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            found = re.search(r"serving .* at ws://.*:(\d+)", line)
+            if found:
+                self.port = int(found[1])
+                break
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(line.rstrip() for line in self.process.stdout)
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}"
+
+    def connect(self, **options: Any) -> ClientConnection:
+        """A bare connection, with its metadata still to be received."""
+        return connect(self.url, compression=None, max_size=None, proxy=None, **options).__enter__()
+
+    def end(self) -> int:
+        """Ask it to end, and wait. Returns its exit code."""
+        self.process.terminate()
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            self._reader.join(5)
+
+
+@contextmanager
+def serving(bundle: Path, *options: str, **more: Any) -> Iterator[Server]:
+    server = Server(bundle, *options, **more)
+    try:
+        assert server.port, server.lines
+        yield server
+    finally:
+        server.end()
+
+
+def ask(connection: ClientConnection, message: Any) -> dict[str, Any] | str:
+    """One question and its answer: decoded, or the line of text."""
+    connection.send(message if isinstance(message, bytes | str) else wire.pack(message))
+    answer = connection.recv(timeout=20)
+    if isinstance(answer, str):
+        return answer
+    return {key: _decoded(value) for key, value in wire.unpack(answer).items()}
+
+
+def _decoded(value: Any) -> Any:
+    return wire.decode_array(value, "") if isinstance(value, dict) and b"__ndarray__" in value else value
+
+
+def states(n: int, seed: int = 0) -> np.ndarray:
+    """float32 [n, 5] that a tiny PushT policy was normalised for."""
+    return np.random.default_rng(seed).uniform(200, 300, (n, 5)).astype(np.float32)

@@ -1,0 +1,1 @@
+"""What a policy is worth: rollouts, held-out windows, intervals, comparisons, and the report."""

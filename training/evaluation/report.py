@@ -1,0 +1,206 @@
+"""`report.html`: what an evaluation found, on one page that needs nothing else to be read.
+
+Figures (SVG) and small videos are inside the file, larger videos are linked beside it. What is said beside
+the numbers matters as much as they do: which chance the intervals cover, and what an error is not.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from action_diffusion.errors import InputError
+from action_diffusion.training.evaluation.rollouts import page, plots
+
+EMBED_LIMIT = 2 * 1024**2
+"""Videos of at least this many bytes are linked, not embedded."""
+
+CURVES: tuple[tuple[str, dict[str, str], dict[str, bool]], ...] = (
+    ("Loss", {"loss": "training", "validation_loss": "validation"}, {"logarithmic": True}),
+    ("Action error of sampled chunks", {"action_error": "validation"}, {}),
+    ("Score of rollouts", {"rollout_score": "mean score"}, {"unit_range": True}),
+)
+"""Panels of learning curves: title, names in `metrics.jsonl` and their labels, how they are drawn."""
+
+
+_STARTS = (
+    "The intervals cover the choice of starts: where the mean over all starts lies for this trained policy. "
+    "They do not cover training: another training seed gives another policy, and only several trainings "
+    "show how far apart those are."
+)
+_NO_SIMULATOR = (
+    "This task has no simulator, so there is no success rate: the policy's chunks are compared with what "
+    "the demonstrator did from the same observations, in episodes that were not trained on. A small error "
+    "does not prove that the robot succeeds, and where several ways are right a large one does not prove "
+    "that it fails. The numbers count the steps that would be executed; padding is left out."
+)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video in a report: what it stands for ("Best"), its start, its score, and the MP4 file."""
+
+    label: str
+    seed: int
+    score: float
+    path: Path
+
+
+def write_report(
+    path: Path, *, results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], clips: Sequence[Clip]
+) -> None:
+    """Write the page for the `results` of `evaluation.evaluate`; `metrics` as `read_metrics` gives them."""
+    scores, seeds, n = results["scores"], results["seeds"], results["n_episodes"]
+    low, high = results["mean_interval"]
+    least, most = results["success_interval"]
+    cards = [
+        page.card("Mean score", f"{results['mean_score']:.3f}", f"95 % interval {low:.3f} to {high:.3f} (bootstrap)"),
+        page.card(
+            "Success rate",
+            _percent(results["success_rate"]),
+            f"95 % interval {_percent(least)} to {_percent(most)} (Wilson)",
+        ),
+        page.card("Median score", f"{np.median(scores):.3f}", f"from {min(scores):.3f} to {max(scores):.3f}"),
+        page.card("Episodes", str(n), f"starts from seeds {min(seeds)} to {max(seeds)}"),
+    ]
+    starts = sorted(zip(seeds, scores, strict=True), key=lambda start: start[1])
+    table = page.number_table(("seed", "score"), [(str(seed), f"{score:.4f}") for seed, score in starts])
+    histogram = page.figure(plots.plot_scores(scores).decode())
+    body = [
+        page.grid(cards),
+        page.note(f"{results['score_definition']} {_STARTS}"),
+        page.section("Scores", histogram + page.folded("Every episode, the worst first", table)),
+    ]
+    if results.get("simulator_failures"):
+        rows = [(str(one["seed"]), one["reason"]) for one in results["simulator_failures"]]
+        said = page.note("These episodes were begun again; one whose simulator was lost every time counts as 0.")
+        body.append(page.section("Lost simulators", said + page.number_table(("seed", "what happened"), rows)))
+    if clips:
+        body.append(page.section("Episodes", page.grid(_video(clip, path.parent) for clip in clips)))
+    page.write_page(
+        path,
+        title=f"{results['task']}: mean score {results['mean_score']:.3f}",
+        subtitle=f"{n} episodes in simulation, {results['seconds']:.1f} s{_learnt_from(results)}",
+        body=[*body, *_closing(results, metrics)],
+    )
+
+
+def write_offline_report(
+    path: Path, *, results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], chunks: bytes
+) -> None:
+    """Write the page for the `results` of `evaluation.evaluate_offline`; `chunks`: `plot_chunks`."""
+    error, n = _percent(results["action_error_relative"]), results["n_windows"]
+    count = results["n_action_steps"]
+    cards = [
+        page.card("Mean action error", error, "of each dimension's range in the held-out data"),
+        page.card("Held-out windows", str(n), f"{results['n_steps']} executed steps compared"),
+        page.card("Action dimensions", str(len(results["names"])), f"{count} steps of a chunk are executed"),
+    ]
+    rows = (
+        (
+            name,
+            _number(one["mae"]),
+            _number(one["rmse"]),
+            _number(one["range"]),
+            _percent(one["relative_mae"]),
+            _percent(one["relative_rmse"]),
+        )
+        for name, one in results["errors"].items()
+    )
+    heads = ("dimension", "mean error", "RMSE", "range", "mean error / range", "RMSE / range")
+    table = f'<div class="card scroll">{page.number_table(heads, rows)}</div>'
+    body = [page.grid(cards), page.note(_NO_SIMULATOR), page.section("Error by action dimension", table)]
+    ahead = [
+        pair for pair in zip(results["steps_ahead"], results["relative_ahead"], strict=True) if pair[1] is not None
+    ]
+    if ahead:
+        curve = plots.plot_error_ahead(*zip(*ahead, strict=True), n_action_steps=count)
+        body.append(page.section("Error over the steps of a chunk", page.figure(curve.decode())))
+    body.append(page.section("Predicted and demonstrated", page.figure(chunks.decode())))
+    page.write_page(
+        path,
+        title=f"{results['task']}: action error {error} of range",
+        subtitle=f"{n} held-out windows, no simulator, {results['seconds']:.1f} s",
+        body=[*body, *_closing(results, metrics)],
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`: JSON objects with "step". A line that a kill cut short is left out.
+
+    Raises `InputError` where the file cannot be read, or where no line is such an object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the learning curves {path}: {error}") from None
+    found = [entry for entry in map(_entry, lines) if entry is not None]
+    if lines and not found:
+        raise InputError(f'{path} holds no learning curves: its lines are not JSON objects with a "step"')
+    return found
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and _is_number(entry.get("step")) else None
+
+
+def _closing(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    curves = [panel for panel in (_panel(metrics, *panel) for panel in CURVES) if panel]
+    if curves:
+        yield page.section("Learning curves", page.grid(curves, wide=True))
+    settings = page.folded("Settings", page.setting_table(results["settings"]))
+    yield page.section("How it was measured", settings)
+    yield page.folded("Versions", page.setting_table(results["versions"]))
+
+
+def _panel(
+    metrics: Sequence[Mapping[str, Any]], title: str, names: Mapping[str, str], drawn: Mapping[str, bool]
+) -> str:
+    curves = {}
+    for name, label in names.items():
+        # Of a step that was written twice, by a training that was resumed, the later counts.
+        points = {entry["step"]: float(entry[name]) for entry in metrics if _is_number(entry.get(name))}
+        if points:
+            steps = sorted(points)
+            curves[label] = np.array(steps), np.array([points[step] for step in steps])
+    if not curves:
+        return ""
+    last = ", ".join(f"{label} {values[-1]:.4g}" for label, (_, values) in curves.items())
+    return page.figure(plots.plot_curves(curves, **drawn).decode(), title=title, caption=f"Last: {last}")
+
+
+def _video(clip: Clip, folder: Path) -> str:
+    if clip.path.stat().st_size < EMBED_LIMIT:
+        source = "data:video/mp4;base64," + base64.b64encode(clip.path.read_bytes()).decode()
+    else:
+        source = clip.path.relative_to(folder).as_posix()
+    video = f'<video controls loop muted playsinline preload="auto" src="{source}"></video>'
+    return page.figure(video, title=clip.label, caption=f"score {clip.score:.3f}, seed {clip.seed}")
+
+
+def _learnt_from(results: Mapping[str, Any]) -> str:
+    given = results.get("demonstrations")
+    return f"; learnt from: {given}" if given else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _percent(share: float | None) -> str:
+    return "constant" if share is None else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,1 +1,0 @@
-../../action_diffusion/data_command.py
