@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import demonstrations
 from elsewhere import fail_at_three, picture, square
+from tiny import demonstrations
 
 from action_diffusion.datasets.batches.sources import with_images
 from action_diffusion.parallel import cores, in_order

@@ -55,7 +55,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, list]:
     """What came of each mistake, in one process: exit code, words, seconds, whether torch was imported."""
-    from conftest import TINY, demonstrations, tiny_policy
+    from tiny import TINY, demonstrations, tiny_policy
 
     folder = tmp_path_factory.mktemp("mistakes")
     policy = tiny_policy(demonstrations())

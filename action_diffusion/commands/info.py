@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from action_diffusion import __version__, choice, native
-from action_diffusion.datasets.batches.loader import pixels
+from action_diffusion.datasets.batches import pixels
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.kernels import cpu_unet, layers, winograd
 from action_diffusion.policy.model.encoder import ObservationEncoder

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from action_diffusion import envs
-from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, pixels
+from action_diffusion.datasets.batches import pixels
+from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs.rollout import rollout

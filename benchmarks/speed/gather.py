@@ -16,12 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from action_diffusion.datasets.batches.loader import (
-    BatchSource,
-    ObsKey,
-    pixels,
-    random_crop_offsets,
-)
+from action_diffusion.datasets.batches import pixels
+from action_diffusion.datasets.batches.loader import BatchSource, ObsKey, random_crop_offsets
 from action_diffusion.datasets.batches.sources import open_data
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows
 from action_diffusion.errors import InputError

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from action_diffusion import configuration
+from action_diffusion.deploy.serve import wire
 from action_diffusion.deploy.serve.client import RemotePolicy
-from action_diffusion.deploy.serve.command import wire
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path

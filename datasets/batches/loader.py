@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from action_diffusion.datasets.batches import pixels
 from action_diffusion.datasets.batches.columns import ObsKey, array_bytes, array_shape, load, load_cached, load_into
-from action_diffusion.datasets.batches.loader import pixels
 from action_diffusion.datasets.batches.placement import Mode, choose_mode, memory_limit
 from action_diffusion.datasets.batches.windows import Windows
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer

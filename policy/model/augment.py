@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from action_diffusion.datasets.batches.loader import pixels
+from action_diffusion.datasets.batches import pixels
 from action_diffusion.errors import InputError, unknown
 
 _GRAY = (0.2989, 0.587, 0.114)

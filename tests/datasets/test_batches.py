@@ -18,14 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from action_diffusion.datasets import ReplayBuffer
-from action_diffusion.datasets.batches.loader import (
-    Batch,
-    BatchSource,
-    ObsKey,
-    columns,
-    placement,
-    random_crop_offsets,
-)
+from action_diffusion.datasets.batches import columns, placement
+from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, random_crop_offsets
 from action_diffusion.datasets.batches.placement import Mode
 from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.errors import InputError

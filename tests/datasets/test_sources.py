@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from action_diffusion.datasets import ReplayBuffer
-from action_diffusion.datasets.batches.loader import sources
+from action_diffusion.datasets.batches import sources
 from action_diffusion.datasets.batches.sources import content_hash, open_data, resolve, with_images
 from action_diffusion.errors import InputError
 

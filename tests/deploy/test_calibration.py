@@ -261,7 +261,7 @@ def test_injected_latencies_are_found_without_a_policy(tmp_path, capsys):
 
 
 def test_what_was_found_makes_the_stamps_right_and_a_policy_is_timed(tmp_path):
-    from test_deploy import save_bundle
+    from deployments import save_bundle
 
     bundle = save_bundle(tmp_path / "bundle")
     injected = ["simulated.latency=0.07", "simulated.camera.latency=0.085", "simulated.camera.stamped=arrival"]

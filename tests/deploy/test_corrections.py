@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_deploy import save_bundle
-from test_page import Deployment, until
+from deployments import Deployment, save_bundle, until
 from websockets.sync.client import connect
 
 from action_diffusion import cli

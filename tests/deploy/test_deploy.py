@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from deployments import HORIZON, TA, TO, deploy, read_log, save_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,39 +35,8 @@ from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.agent import Agent
-from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.model.normalizer import fit
-from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
-
-TO, TA, HORIZON = 2, 4, 8
-
-
-def save_bundle(path: Path, **changes: Any) -> Path:
-    """A tiny policy with random weights, on PushT's states; `changes` go to its specification."""
-    corners = np.array([[200.0, 200.0, 200.0, 200.0, -3.0], [300.0, 300.0, 300.0, 300.0, 3.0]])
-    values: dict[str, Any] = {
-        "observations": {"state": ObservationSpec(shape=(5,), source="state")},
-        "action": ActionSpec(shape=(2,), unit="px"),
-        "n_obs_steps": TO,
-        "horizon": HORIZON,
-        "n_action_steps": TA,
-        "control_rate": 10.0,
-        "task": "pusht_state",
-        "env": {"name": "pusht", "max_steps": 12},
-        "normalizer": {"state": fit(corners), "action": fit(corners[:, :2])},
-    }
-    torch.manual_seed(0)
-    config = TINY | {"features": {}}
-    bundles.save(path, build_policy(config, PolicySpec(**values | changes)), {"policy": config})
-    return path
-
-
-def deploy(bundle: Path, output_dir: Path, *options: str) -> dict[str, Any]:
-    return configuration.load("deploy", [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", *options])
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deployments import deploy, save_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
-from test_deploy import deploy, save_bundle
 
 from action_diffusion import envs
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_deploy import deploy, read_log, save_bundle
+from deployments import deploy, read_log, save_bundle
 
 from action_diffusion import cli
 from action_diffusion.datasets.storage.growing import read_table

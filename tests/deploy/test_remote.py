@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deployments import TO, deploy, read_log, save_bundle
 from servers import Server, serving
-from test_deploy import TO, deploy, read_log, save_bundle
 
 from action_diffusion import cli
 from action_diffusion.deploy.loop.action_queue import Request
@@ -197,7 +197,7 @@ def test_a_hanging_server_is_given_up_and_found_again(server):
 
 def test_sending_to_a_server_that_does_not_read_ends(tmp_path):
     """More than the buffers of both sides hold."""
-    from test_server import save_image_bundle
+    from deployments import save_image_bundle
 
     from action_diffusion.policy.model.normalizer import fit
     from action_diffusion.policy.spec import ObservationSpec

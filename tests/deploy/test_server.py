@@ -27,17 +27,18 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from deployments import HORIZON, TA, TO, save_bundle, save_image_bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import Server, ask, serving, states
-from test_deploy import HORIZON, TA, TO, save_bundle
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from action_diffusion import cli
+from action_diffusion.deploy.serve import command as serve
+from action_diffusion.deploy.serve import wire
 from action_diffusion.deploy.serve.access import is_loopback, read_token
-from action_diffusion.deploy.serve.command import Statistics, wire
-from action_diffusion.deploy.serve.command import command as serve
+from action_diffusion.deploy.serve.command import Statistics
 from action_diffusion.deploy.serve.server import PolicyServer
 from action_diffusion.deploy.serve.session import EXTRAS, Session
 from action_diffusion.envs.rollout import generators
@@ -161,12 +162,6 @@ def test_images_go_through_openpis_client_as_they_are(tmp_path):
     with serving(path) as server:
         got = openpi(server, tmp_path, image=images, agent_pos=places)
     assert np.array_equal(got["actions"][:2], np.concatenate([first["action"], second["action"]]))
-
-
-def save_image_bundle(path: Path, observations: dict[str, ObservationSpec], normalizer: dict[str, Any]) -> None:
-    save_bundle(
-        path, observations=observations, normalizer=normalizer, task="", env=None, action=ActionSpec(shape=(2,))
-    )
 
 
 @needs_openpi

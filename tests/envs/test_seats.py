@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_rollout import ChaoticEnv, NoisyPolicy, assert_same, run
+from rollouts import ChaoticEnv, NoisyPolicy, assert_same, run
 from trouble import Trouble
 
 from action_diffusion import envs

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from robomimic_files import ENV_ARGS, MODEL, contents, h5py, rows, write_robomimic, write_robosuite
 
 from action_diffusion.datasets import ReplayBuffer
+from action_diffusion.datasets.robomimic import conversion
 from action_diffusion.datasets.robomimic.attributes import attributes, demo_names, subset
-from action_diffusion.datasets.robomimic.conversion import conversion, convert
+from action_diffusion.datasets.robomimic.conversion import convert
 from action_diffusion.datasets.robomimic.export import export
 from action_diffusion.datasets.robomimic.file import describe
 from action_diffusion.datasets.storage import store
@@ -175,7 +176,7 @@ def test_a_next_obs_that_is_another_is_reported(tmp_path: Path) -> None:
 
 _CONVERTER = """
 import sys, time
-from action_diffusion.datasets.robomimic.conversion import conversion
+from action_diffusion.datasets.robomimic import conversion
 from action_diffusion.datasets.storage import store
 store.CHUNK_BYTES, robomimic.BLOCK_BYTES = 2000, 4000
 def unhurried(*arguments):

@@ -18,9 +18,9 @@ from robomimic_files import ENV_ARGS, h5py, rows, write_robomimic
 
 from action_diffusion.datasets import ReplayBuffer
 from action_diffusion.datasets.formats import aloha, robomimic
-from action_diffusion.datasets.hdf5.reading import reading
+from action_diffusion.datasets.hdf5 import reading
+from action_diffusion.datasets.robomimic import attributes as demos
 from action_diffusion.datasets.robomimic.attributes import attributes, demo_names, subset, task_words
-from action_diffusion.datasets.robomimic.conversion import attributes as demos
 from action_diffusion.datasets.robomimic.conversion import convert
 from action_diffusion.datasets.robomimic.demo import read_rows
 from action_diffusion.datasets.robomimic.export import export

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import inputs, unet
 
 from action_diffusion.policy.kernels import cpu_unet
 from action_diffusion.policy.kernels.cpu_unet import LEAST_HALF, CpuUnet
@@ -24,16 +25,6 @@ needs_code = pytest.mark.skipif(
 )
 
 
-def unet(*, channels=(48, 96), seed=0, **options) -> ConditionalUnet1d:
-    torch.manual_seed(seed)
-    net = ConditionalUnet1d(**{"action_dim": 2, "condition_dim": 5, "channels": channels, "time_dim": 8} | options)
-    for module in net.modules():  # norms that do something
-        if type(module).__name__ == "GroupNorm":
-            torch.nn.init.normal_(module.weight, 1.0, 0.3)
-            torch.nn.init.normal_(module.bias, 0.0, 0.3)
-    return net.eval()
-
-
 def in_one_call(net: ConditionalUnet1d, *, half: bool = False) -> ConditionalUnet1d:
     """`net`, whose forward is the code in C and nothing else."""
     kernel = CpuUnet(net, half=half)
@@ -41,11 +32,6 @@ def in_one_call(net: ConditionalUnet1d, *, half: bool = False) -> ConditionalUne
     kernel.plain = None  # what it leaves to the layers fails
     kernel.fastest = lambda operation, size, ways, sample: ways["one_call"]
     return net
-
-
-def inputs(net: ConditionalUnet1d, steps: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    film = net.prepare(torch.randn(batch, 5), torch.tensor([3.0])).at(0)
-    return torch.randn(batch, steps, net.input_dim), film
 
 
 @needs_code

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cpu_unet import inputs, unet
+from networks import inputs, unet
 
 from action_diffusion.policy.kernels import gpu_unet
 from action_diffusion.policy.kernels.gpu_unet import GpuUnet

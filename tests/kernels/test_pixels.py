@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from action_diffusion.datasets.batches.loader import pixels
+from action_diffusion.datasets.batches import pixels
 
 needs_code = pytest.mark.skipif(
     pixels.library() is None, reason="datasets/batches/pixels.c is not compiled: install again where there is gcc"

@@ -11,9 +11,6 @@ import re
 import signal
 import socket
 import statistics
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_deploy import save_bundle
+from deployments import Deployment, save_bundle, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -30,7 +27,7 @@ from action_diffusion.datasets.storage.growing import read_table
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm.link import ArmLink, ArmSetup
 from action_diffusion.deploy.ipc.channels import EVENTS, Phase, text
-from action_diffusion.deploy.ipc.rings import Moment, RingReader, RingWriter, Segments, shared_folder
+from action_diffusion.deploy.ipc.rings import Moment, RingReader, RingWriter, Segments
 from action_diffusion.deploy.loop.events import Seen, StepRecord
 from action_diffusion.deploy.loop.operator import Order, Pointer
 from action_diffusion.deploy.page.connections import PATIENCE
@@ -43,14 +40,6 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from benchmarks.robustness.faults import WITHIN, Person, crowd, untrained
 from benchmarks.robustness.kills import child_of
-
-
-def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found
 
 
 @pytest.fixture
@@ -76,44 +65,6 @@ def open_page(browser) -> Iterator[Callable[..., Any]]:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny policy that sees pictures, for long episodes."""
     return untrained(tmp_path_factory.mktemp("page") / "bundle")
-
-
-class Deployment:
-    """`action-diffusion deploy` in a process of its own, with its page."""
-
-    def __init__(self, bundle: Path, output_dir: Path, *options: str) -> None:
-        words = [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", "page=true", *options]
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "action_diffusion", "deploy", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout or []), daemon=True)
-        self._reader.start()
-        said = until(lambda: [line for line in self.lines if "page: http" in line] or self.process.poll(), 60)
-        assert isinstance(said, list), self.lines
-        self.url = said[0].split()[-1]
-        self.folder = next(shared_folder().glob(f"action-diffusion-{self.process.pid}-*"))
-        self.steps, self.setpoints = RingReader(self.folder / "steps"), RingReader(self.folder / "setpoints")
-
-    @property
-    def phase(self) -> Phase:
-        record = self.setpoints.latest()
-        return Phase(int(record.values["phase"])) if record is not None else Phase.STILL
-
-    def goes_on(self, n: int = 8) -> None:
-        """That many further steps come, all on time."""
-        before = self.steps.count
-        until(lambda: self.steps.count >= before + n, 10)
-
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGINT)
-        code = self.process.wait(30)
-        self._reader.join(5)
-        return code
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from tiny import TINY
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy

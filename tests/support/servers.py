@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from websockets.sync.client import ClientConnection, connect
 
-from action_diffusion.deploy.serve.command import wire
+from action_diffusion.deploy.serve import wire
 
 
 class Server:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from test_rollout import ChaoticEnv
+from rollouts import ChaoticEnv
 
 from action_diffusion.errors import InputError
 

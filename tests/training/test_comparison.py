@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_report import HOSTILE, Page
+from web_pages import HOSTILE, Page
 
 from action_diffusion.cli import main
 from action_diffusion.errors import InputError

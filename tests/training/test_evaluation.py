@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.progress import Progress
-from test_rollout import NoisyPolicy
+from rollouts import NoisyPolicy
 from trouble import Trouble
 
 from action_diffusion.envs import make

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import demonstrations
+from tiny import demonstrations
 
 from action_diffusion.cli import main
 from action_diffusion.configuration import override

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import demonstrations
 from safetensors.torch import load_file
+from tiny import demonstrations
 
 from action_diffusion import choice
 from action_diffusion import policy as policy_package

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.errors import InputError
-from action_diffusion.training.evaluation.rollouts import page, plots
+from action_diffusion.training.evaluation import page, plots
 
 EMBED_LIMIT = 2 * 1024**2
 """Videos of at least this many bytes are linked, not embedded."""

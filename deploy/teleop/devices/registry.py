@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion.deploy.page.link import PageLink
+from action_diffusion.deploy.teleop.devices import terminal
 from action_diffusion.deploy.teleop.devices.device import Device, Together
 from action_diffusion.deploy.teleop.devices.gamepad import Gamepad
 from action_diffusion.deploy.teleop.devices.leader import Leader
-from action_diffusion.deploy.teleop.devices.registry import terminal
 from action_diffusion.deploy.teleop.devices.script import Script
 from action_diffusion.deploy.teleop.devices.spacemouse import SpaceMouse
 from action_diffusion.deploy.teleop.devices.terminal import Terminal
