@@ -13,20 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from action_diffusion.deploy.arm.link import ArmSetup
-from action_diffusion.deploy.loop.action_queue import ChunkScheduler, check_room
+from action_diffusion.deploy.loop.action_queue import ActionQueue, check_room
 from action_diffusion.deploy.loop.clock import Clock, MonotonicClock
 from action_diffusion.deploy.loop.episode import run_episode
 from action_diffusion.deploy.loop.events import StepRecord
 from action_diffusion.deploy.loop.gate import Gate, demonstrated
 from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.deploy.loop.prediction import Guidance, rehearse
-from action_diffusion.deploy.policies import DeployedPolicy, open_policy
 from action_diffusion.deploy.records.run_log import RunLog
 from action_diffusion.deploy.robot import robots
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.robot.robots import Robot
 from action_diffusion.deploy.serve.client import RemotePolicy
-from action_diffusion.deploy.subscribers import Onlookers
+from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
+from action_diffusion.deploy.subscribers import Subscribers
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.inference import choose_threads
@@ -66,13 +66,13 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
         output_dir = Path(config["output_dir"]) if config["output_dir"] else beside / stamp
         with (
             RunLog(output_dir, control_rate=policy.spec.control_rate) as log,
-            closing(Onlookers(config, robot, policy.spec, limits=limits, output_dir=output_dir)) as onlookers,
+            closing(Subscribers(config, robot, policy.spec, limits=limits, output_dir=output_dir)) as subscribers,
         ):
             try:
                 parts = {"scheduler": scheduler, "guidance": guidance, "gate": Gate(limits=limits)}
                 waits = config["scheduling"] == "sync" and not isinstance(policy, RemotePolicy)
                 parts |= {"beside": clock is None and not waits}
-                _episodes(config, policy, robot, log, onlookers, clock=clock or MonotonicClock(), **parts)
+                _episodes(config, policy, robot, log, subscribers, clock=clock or MonotonicClock(), **parts)
                 code = 0
             except KeyboardInterrupt:
                 print("interrupted: the robot is stopped, the log is kept", file=sys.stderr)
@@ -89,10 +89,10 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
     return code
 
 
-def _scheduler(config: Mapping[str, Any], spec: PolicySpec) -> ChunkScheduler:
+def _scheduler(config: Mapping[str, Any], spec: PolicySpec) -> ActionQueue:
     """The scheduler that is asked for, after a check that the policy's chunks are long enough for it."""
     name, n_obs_steps, s = config["scheduling"], spec.n_obs_steps, config["execution_horizon"] or spec.n_action_steps
-    scheduler = ChunkScheduler(name, n_obs_steps=n_obs_steps, execution_horizon=s)
+    scheduler = ActionQueue(name, n_obs_steps=n_obs_steps, execution_horizon=s)
     delay = config["delay"] or 0
     check_room(name, horizon=spec.horizon, n_obs_steps=n_obs_steps, execution_horizon=s, delay=delay)
     return scheduler
@@ -103,7 +103,7 @@ def _episodes(
     policy: DeployedPolicy,
     robot: Robot,
     log: RunLog,
-    onlookers: Onlookers,
+    subscribers: Subscribers,
     **parts: Any,
 ) -> None:
     """One episode after the other, each with a line of its outcome; `parts` go to `run_episode`."""
@@ -118,7 +118,7 @@ def _episodes(
                     print(f"seed {step.seed}, step {step.step}: {reason}", file=sys.stderr)
 
         for seed in range(config["seed"], config["seed"] + config["n_episodes"]):
-            onlookers.between()
+            subscribers.between()
             outcome = run_episode(
                 policy=policy,
                 robot=robot,
@@ -127,8 +127,8 @@ def _episodes(
                 seed=seed,
                 keys=list(spec.observations),
                 delay=config["delay"] or 0,
-                operator=onlookers.operator,
-                witness=onlookers.witness,
+                operator=subscribers.operator,
+                subscriber=subscribers.subscriber,
                 **parts,
             )
             advance(robot.max_steps - outcome.steps)
@@ -137,7 +137,7 @@ def _episodes(
             print(f"seed {seed}: {outcome.steps} steps{score}{mark}")
 
 
-def _warm_up(policy: DeployedPolicy, scheduler: ChunkScheduler, guidance: Guidance) -> None:
+def _warm_up(policy: DeployedPolicy, scheduler: ActionQueue, guidance: Guidance) -> None:
     """The first prediction also allocates memory and picks kernels: have that behind us before the robot moves."""
     try:
         rehearse(policy, guidance, scheduler.execution_horizon if scheduler.scheduling == "rtc" else None)

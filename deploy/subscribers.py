@@ -5,7 +5,6 @@ A robot in the loop's own process has no shared memory to look into, and so nobo
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any
 from action_diffusion import __version__
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.ipc.rings import Moment
-from action_diffusion.deploy.loop.events import NoWitness, Witness
+from action_diffusion.deploy.loop.events import NoSubscriber, Subscriber
 from action_diffusion.deploy.loop.operator import NoOperator, Operator, PageOperator
-from action_diffusion.deploy.page.link import PageLink
-from action_diffusion.deploy.page.process import MISSING
+from action_diffusion.deploy.page.link import PageLink, page_port
 from action_diffusion.deploy.records.reader import plain_limits
-from action_diffusion.deploy.records.stream import RECORD, Recording
+from action_diffusion.deploy.records.stream import RECORD, RunStream
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.robot.robots import Robot
 from action_diffusion.deploy.teleop.takeover import DeviceTeleoperator, teleoperator
@@ -33,8 +31,8 @@ _KEPT = (
 """Of the configuration, what the record keeps; threads: torch's, on which the last bits of a chunk depend."""
 
 
-class Onlookers:
-    """Starts them; `witness` and `operator` are for the loop.
+class Subscribers:
+    """Starts them; `subscriber` and `operator` are for the loop.
 
     Args:
         config: `configs/deploy.yaml`: page, page_host, page_token_file, wait, teleop, record and what that keeps.
@@ -56,11 +54,11 @@ class Onlookers:
         output_dir: Path,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.witness: Witness = NoWitness()
+        self.subscriber: Subscriber = NoSubscriber()
         self.operator: Operator = NoOperator()
         self._page: PageLink | None = None
         self._teleoperator: DeviceTeleoperator | None = None
-        self._recording: Recording | None = None
+        self._recording: RunStream | None = None
         self._say = say
         if not isinstance(robot, ProcessRobot):
             return
@@ -73,7 +71,7 @@ class Onlookers:
             return
         output = output_dir / RECORD if config["record"] else None
         attrs = _attrs(config, robot, spec, limits)
-        self.witness = self._recording = Recording(robot.folder, spec, output=output, attrs=attrs)
+        self.subscriber = self._recording = RunStream(robot.folder, spec, output=output, attrs=attrs)
         try:
             if port is not None:
                 self._teleoperator = teleoperator(config, robot, limits)
@@ -111,20 +109,6 @@ class Onlookers:
             self._teleoperator.close()
         if self._recording is not None:
             self._recording.close()
-
-
-def page_port(page: Any, say: Callable[[str], None]) -> int | None:
-    """The page's port, 0 for one that is free; None for no page."""
-    if page is False:
-        return None
-    if page is None and importlib.util.find_spec("uvicorn") is None:
-        say(MISSING)
-        return None
-    if page is None or page is True:
-        return 0
-    if isinstance(page, int) and 0 <= page <= 65535:
-        return page
-    raise InputError(f"page={page}: give true, false or a port")
 
 
 def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from action_diffusion.envs.robosuite.headless import RenderSettings
 from action_diffusion.errors import InputError, unknown
 
 
-class Task(NamedTuple):
+class RecordedTask(NamedTuple):
     """env_name: robosuite's. steps: after which an episode is over. camera: for people. size: of images, px."""
 
     env_name: str
@@ -37,11 +37,11 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "lift": Task("Lift"),
-    "can": Task("PickPlaceCan"),
-    "square": Task("NutAssemblySquare"),
-    "transport": Task("TwoArmTransport", robots=("Panda", "Panda"), steps=700),
-    "tool_hang": Task("ToolHang", steps=700, camera="sideview", size=240),
+    "lift": RecordedTask("Lift"),
+    "can": RecordedTask("PickPlaceCan"),
+    "square": RecordedTask("NutAssemblySquare"),
+    "transport": RecordedTask("TwoArmTransport", robots=("Panda", "Panda"), steps=700),
+    "tool_hang": RecordedTask("ToolHang", steps=700, camera="sideview", size=240),
 }
 OURS = {
     "has_renderer": False,
@@ -85,7 +85,7 @@ AS_ROBOSUITE = RenderSettings(reflections=True, samples=4)
 """How robosuite renders by itself, and so every file that does not say otherwise."""
 
 
-def task_of(task: str | None, env_args: Mapping[str, Any] | None) -> Task:
+def task_of(task: str | None, env_args: Mapping[str, Any] | None) -> RecordedTask:
     """The task of that name or of that metadata, which must agree. Raises `InputError` for others, and for neither."""
     if task is not None and task not in TASKS:
         raise unknown("manipulation task", task, TASKS)
@@ -102,7 +102,7 @@ def task_of(task: str | None, env_args: Mapping[str, Any] | None) -> Task:
     return named[env_name]
 
 
-def complete(task: Task, env_args: Mapping[str, Any] | None) -> dict[str, Any]:
+def complete(task: RecordedTask, env_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """Metadata in robomimic's form that says all that the simulator depends on, from `env_args` or from nothing.
 
     Beside robomimic's `env_name`, `env_version`, `type` and `env_kwargs` there are `render`, `RenderSettings`, which

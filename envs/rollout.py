@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from action_diffusion.envs.base import Env
-from action_diffusion.envs.seats import Apart, Here, Lost, Outcome, Seat, Start
+from action_diffusion.envs.seats import Apart, Executed, Here, Lost, Seat, Start
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
 
@@ -243,7 +243,7 @@ class _Running:
 
     def take_outcome(self) -> None:
         outcome = self.seat.answer()
-        assert isinstance(outcome, Outcome)
+        assert isinstance(outcome, Executed)
         self.actions += [action for action, _ in self._plan[: len(outcome.rewards)]]
         self.rewards += outcome.rewards
         self.done = outcome.done

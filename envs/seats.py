@@ -42,7 +42,7 @@ class Start(NamedTuple):
     action_shape: tuple[int, ...]
 
 
-class Outcome(NamedTuple):
+class Executed(NamedTuple):
     """Of an executed plan: the reward of every step, the observations that will be seen, and whether it is over."""
 
     rewards: list[float]
@@ -61,7 +61,7 @@ class Seat(Protocol):
 
     def execute(self, plan: Plan, keys: Sequence[str], max_steps: int) -> None: ...
 
-    def answer(self) -> Start | Outcome: ...
+    def answer(self) -> Start | Executed: ...
 
     def close(self) -> None: ...
 
@@ -71,7 +71,7 @@ class Here:
 
     def __init__(self, make_env: Callable[[], Env]) -> None:
         self._env = make_env()
-        self._work: Callable[[], Start | Outcome] | None = None
+        self._work: Callable[[], Start | Executed] | None = None
 
     def begin(self, seed: int, keys: Sequence[str]) -> None:
         self._work = lambda: _begin(self._env, seed, keys)
@@ -79,7 +79,7 @@ class Here:
     def execute(self, plan: Plan, keys: Sequence[str], max_steps: int) -> None:
         self._work = lambda: _execute(self._env, plan, keys, max_steps)
 
-    def answer(self) -> Start | Outcome:
+    def answer(self) -> Start | Executed:
         assert self._work is not None
         return self._work()
 
@@ -128,7 +128,7 @@ class Apart:
         with contextlib.suppress(OSError):  # it is gone, as the answer will say
             self._pipe.send((order, arguments))
 
-    def answer(self) -> Start | Outcome:
+    def answer(self) -> Start | Executed:
         seconds = self._seconds[self._order]
         try:
             if not self._pipe.poll(seconds):
@@ -164,7 +164,7 @@ def _begin(env: Env, seed: int, keys: Sequence[str]) -> Start:
     return Start(env.observe(keys), env.max_steps, env.action_shape)
 
 
-def _execute(env: Env, plan: Plan, keys: Sequence[str], max_steps: int) -> Outcome:
+def _execute(env: Env, plan: Plan, keys: Sequence[str], max_steps: int) -> Executed:
     """At most `max_steps` steps of the plan, until the episode is over."""
     rewards: list[float] = []
     observations = []
@@ -177,7 +177,7 @@ def _execute(env: Env, plan: Plan, keys: Sequence[str], max_steps: int) -> Outco
             break
         if will_be_seen:
             observations.append(env.observe(keys))
-    return Outcome(rewards, observations, done)
+    return Executed(rewards, observations, done)
 
 
 def _serve(pipe: Connection, make_env: Callable[[], Env]) -> None:

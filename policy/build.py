@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from action_diffusion.datasets.batches.placement import free_memory
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.memory import free_memory
 from action_diffusion.options import check_policy
 from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.model import normalizer as normalizer_module

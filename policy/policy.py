@@ -33,7 +33,7 @@ LOSSES = {
 
 
 @dataclass(frozen=True)
-class Seen:
+class Encoded:
     """condition [B, C]; obs: the observations, and an estimated state [B, 1, n]; output: the estimator's."""
 
     condition: Tensor
@@ -42,14 +42,14 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Settled:
+class Prefix:
     """What of a chunk is known before it is predicted: action [B, H, A], normalised, at steps, bool [B, H]."""
 
     action: Tensor
     steps: Tensor
 
     def mark(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """x [R, H, A] for a denoiser that is `marked`: settled steps clean, and a channel that says which these are."""
+        """x [R, H, A] for a denoiser that is `marked`: prefix steps clean, and a channel that says which these are."""
         action, steps = self.action, self.steps.unsqueeze(-1)
         if rows is not None:
             action, steps = action[rows], steps[rows]
@@ -78,7 +78,7 @@ class DiffusionPolicy(nn.Module):
     Visuomotor Learning", Song et al. 2025). noise_draws: denoising examples per encoded observation in training, which
     is cheap where the encoder is the expensive part. loss_on_padding: whether padded steps at the ends of an episode
     count in the loss (they repeat the first or last action). max_delay: learn to go on from up to so many steps, from
-    now on, that are settled already, because a running chunk has them ("Training-Time Action Conditioning for Efficient
+    now on, that are prefix already, because a running chunk has them ("Training-Time Action Conditioning for Efficient
     Real-Time Chunking", Black et al. 2025); 0: from none.
     """
 
@@ -133,7 +133,7 @@ class DiffusionPolicy(nn.Module):
         """Observation history (key → [B, To, …], data's units, images uint8) → condition [B, C]."""
         return self.see(obs, generator).condition
 
-    def see(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Seen:
+    def see(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Encoded:
         """`encode`, and what the rest of the policy takes for the observations: an estimated state is among them."""
         ready = {
             key: self._ready(key, obs[key]) if spec.kind == "state" else obs[key]
@@ -141,11 +141,11 @@ class DiffusionPolicy(nn.Module):
         }
         embedding = self.encoder(ready, generator=generator)
         if self.estimator is None:
-            return Seen(embedding, obs)
+            return Encoded(embedding, obs)
         output = self.estimator(embedding)
         key, state = self.estimator.key, self.estimator.estimate(output.detach(), obs).unsqueeze(1)
         condition = torch.cat([embedding, self._ready(key, state).flatten(1)], dim=1)
-        return Seen(condition, {**obs, key: state}, output)
+        return Encoded(condition, {**obs, key: state}, output)
 
     def _ready(self, key: str, value: Tensor) -> Tensor:
         """A state [B, To, …] as the encoder takes it."""
@@ -196,7 +196,7 @@ class DiffusionPolicy(nn.Module):
         return loss
 
     def _denoising_loss(
-        self, seen: Seen, action: Tensor, mask: Tensor | None, generator: torch.Generator | None
+        self, seen: Encoded, action: Tensor, mask: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         condition = seen.condition
         x0 = self.normalize_action(action, seen.obs)
@@ -209,16 +209,16 @@ class DiffusionPolicy(nn.Module):
         x, target = self.process.add_noise(x0, eps, times), self.process.target(x0, eps, times)
         counts = None if self.loss_on_padding or mask is None else mask.repeat(self.noise_draws, 1)
         if self.max_delay:
-            settled = Settled(x0, self._draw_settled(len(x0), generator, x0.device))
-            x = settled.mark(x)
-            counts = ~settled.steps if counts is None else counts & ~settled.steps
+            prefix = Prefix(x0, self._draw_prefix(len(x0), generator, x0.device))
+            x = prefix.mark(x)
+            counts = ~prefix.steps if counts is None else counts & ~prefix.steps
         output = self.denoiser(x, film.steps + film.condition)
         if counts is None:
             return self.loss(output, target)
         weight = counts.unsqueeze(-1).expand_as(target)
         return (self.loss(output, target, reduction="none") * weight).sum() / weight.sum().clamp_min(1)
 
-    def _draw_settled(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    def _draw_prefix(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Of n training examples, the steps that are given: bool [n, H]; each delay up to `max_delay` as often."""
         delay = torch.randint(self.max_delay + 1, (n, 1), generator=generator, device=device)
         step = torch.arange(self.spec.horizon, device=device) - (self.spec.n_obs_steps - 1)
@@ -232,7 +232,7 @@ class DiffusionPolicy(nn.Module):
         n_samples: int = 1,
         noise_generator: Generators = None,
         generator: Generators = None,
-        settled: Settled | None = None,
+        prefix: Prefix | None = None,
         hooks: Sequence[Hook] = (),
         grad: bool = False,
         return_chain: bool = False,
@@ -241,7 +241,7 @@ class DiffusionPolicy(nn.Module):
 
         The encoder runs once per observation; its embedding is repeated for `n_samples`. noise [B · n, H, A] is the
         initial noise; without it `noise_generator` draws it, and `generator` draws the noise of stochastic steps
-        (each one, or a list with one per row, so that a row does not depend on its neighbours). settled: steps of B
+        (each one, or a list with one per row, so that a row does not depend on its neighbours). prefix: steps of B
         chunks that the others are to go on from; needs `max_delay` > 0. `hooks`: see `sampler.Hook`. grad=True lets
         gradients flow from the chunk to weights, noise and observations; otherwise only what a hook needs is
         differentiated.
@@ -253,38 +253,38 @@ class DiffusionPolicy(nn.Module):
         elif noise.shape != shape:
             raise InputError(f"noise has shape {list(noise.shape)}, expected {list(shape)}")
         drawn = self.sampler.draw_step_noise(noise, generator)
-        settled = self._settled(settled, noise, n_samples)
+        prefix = self._prefix(prefix, noise, n_samples)
         chain: list[ChainStep] = []
         if n_samples == 1 and not (hooks or grad or return_chain or torch.is_grad_enabled()):
             given = [] if drawn is None else [drawn]
-            given += [] if settled is None else [settled.action, settled.steps]
+            given += [] if prefix is None else [prefix.action, prefix.steps]
             action, normalized = self.chunk(noise, *given, *(obs[key] for key in self.spec.observations))
         else:
             options: dict[str, Any] = {"hooks": hooks, "grad": grad, "return_chain": return_chain}
-            action, normalized, chain = self._sample(obs, noise, drawn, settled, n_samples, **options)
+            action, normalized, chain = self._sample(obs, noise, drawn, prefix, n_samples, **options)
         if n_samples > 1:
             normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
         return Sample(action, normalized, chain)
 
-    def _settled(self, given: Settled | None, noise: Tensor, n_samples: int) -> Settled | None:
+    def _prefix(self, given: Prefix | None, noise: Tensor, n_samples: int) -> Prefix | None:
         """For the rows of `noise` [B · n, H, A], no step where none is given; None for a denoiser that has no mark."""
         if not self.max_delay:
             if given is not None:
-                raise InputError("steps are settled, but the policy was trained with policy.objective.max_delay=0")
+                raise InputError("steps are prefix, but the policy was trained with policy.objective.max_delay=0")
             return None
         if given is None:
-            return Settled(torch.zeros_like(noise), noise.new_zeros(noise.shape[:2], dtype=torch.bool))
+            return Prefix(torch.zeros_like(noise), noise.new_zeros(noise.shape[:2], dtype=torch.bool))
         action, steps = (part.repeat_interleave(n_samples, dim=0) for part in (given.action, given.steps))
         if action.shape != noise.shape or steps.shape != noise.shape[:2]:
-            raise InputError(f"settled steps of shape {list(given.action.shape)} for chunks of {list(noise.shape)}")
-        return Settled(action, steps)
+            raise InputError(f"prefix steps of shape {list(given.action.shape)} for chunks of {list(noise.shape)}")
+        return Prefix(action, steps)
 
     def _sample(
         self,
         obs: Mapping[str, Tensor],
         noise: Tensor,
         drawn: Tensor | None,
-        settled: Settled | None,
+        prefix: Prefix | None,
         n_samples: int = 1,
         **options: Any,
     ) -> tuple[Tensor, Tensor, list[ChainStep]]:
@@ -295,24 +295,24 @@ class DiffusionPolicy(nn.Module):
             film = self.denoiser.prepare(condition, self.sampler.times(condition.device))
 
         def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
-            return self.denoiser(x if settled is None else settled.mark(x, rows), film.at(step.index, rows))
+            return self.denoiser(x if prefix is None else prefix.mark(x, rows), film.at(step.index, rows))
 
         normalized, chain = self.sampler.run(denoise, noise, step_noise=drawn, **options)
-        if settled is not None:
-            normalized = torch.where(settled.steps.unsqueeze(-1), settled.action, normalized)
+        if prefix is not None:
+            normalized = torch.where(prefix.steps.unsqueeze(-1), prefix.action, normalized)
         return self.unnormalize_action(normalized, seen.obs), normalized, chain
 
     def chunk(self, noise: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         """Chunks [B, H, A] in the data's units and normalised, as a function of nothing but tensors, without gradients.
 
-        given: the noise of steps that draw some (`Sampler.draw_step_noise`), if any do; action and steps of `Settled`,
+        given: the noise of steps that draw some (`Sampler.draw_step_noise`), if any do; action and steps of `Prefix`,
         with `max_delay`; the observations, in order.
         """
         count = len(given) - len(self.spec.observations)
         obs, others = dict(zip(self.spec.observations, given[count:], strict=True)), list(given[:count])
-        settled = Settled(others[-2], others[-1]) if self.max_delay else None
+        prefix = Prefix(others[-2], others[-1]) if self.max_delay else None
         drawn = others[0] if count % 2 else None
-        action, normalized, _ = self._sample(obs, noise, drawn, settled, grad=False)
+        action, normalized, _ = self._sample(obs, noise, drawn, prefix, grad=False)
         return action, normalized
 
     def predict(
@@ -322,7 +322,7 @@ class DiffusionPolicy(nn.Module):
         noise: np.ndarray | None = None,
         noise_generator: Generators = None,
         generator: Generators = None,
-        settled: Settled | None = None,
+        prefix: Prefix | None = None,
         hooks: Sequence[Hook] = (),
     ) -> dict[str, np.ndarray]:
         """Actions for a dictionary of numpy arrays, [To, …] or [B, To, …] each, in the data's own units.
@@ -340,7 +340,7 @@ class DiffusionPolicy(nn.Module):
         quick = not any(hook.needs_gradient for hook in hooks)
         with torch.inference_mode() if quick else torch.no_grad():
             noises: dict[str, Any] = {"noise": start, "noise_generator": noise_generator, "generator": generator}
-            sample = self.sample(tensors, **noises, settled=settled, hooks=hooks)
+            sample = self.sample(tensors, **noises, prefix=prefix, hooks=hooks)
         chunk = sample.action.float().cpu().numpy()
         now = self.spec.n_obs_steps - 1
         action = chunk[:, now : now + self.spec.n_action_steps]

@@ -33,7 +33,7 @@ from action_diffusion.training.progress import TrainingBar
 from action_diffusion.training.settings import TrainSettings
 
 
-class Source(Protocol):
+class TrainingData(Protocol):
     """Training data: `len()` windows, and the batch [B] of a step of this process."""
 
     def __len__(self) -> int: ...
@@ -79,7 +79,7 @@ class Trainer:
         self,
         *,
         policy: DiffusionPolicy,
-        source: Source,
+        source: TrainingData,
         settings: TrainSettings,
         accelerator: Accelerator,
         output_dir: Path,

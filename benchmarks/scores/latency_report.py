@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from action_diffusion.deploy.loop.virtual import Episode
+from action_diffusion.deploy.loop.virtual import VirtualEpisode
 from action_diffusion.files import atomic_path
 from action_diffusion.training.evaluation.statistics import bootstrap_interval, paired_interval
 from benchmarks.report import machine
@@ -41,7 +41,7 @@ class Result:
     seconds: float
 
     @classmethod
-    def of(cls, cell: Cell, episodes: Sequence[Episode], seconds: float) -> Result:
+    def of(cls, cell: Cell, episodes: Sequence[VirtualEpisode], seconds: float) -> Result:
         held = np.concatenate([np.isnan(episode.commands).any(axis=1) for episode in episodes])
         return cls(
             cell=cell,

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from action_diffusion import envs
-from action_diffusion.deploy.loop.action_queue import ChunkScheduler
+from action_diffusion.deploy.loop.action_queue import ActionQueue
 from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.episode import run_episode
 from action_diffusion.deploy.loop.events import StepRecord
@@ -68,7 +68,7 @@ def deployed(policy: DiffusionPolicy, robot: robots.Robot, seed: int) -> tuple[f
         policy=policy,
         robot=robot,
         agent=Agent(n_obs_steps=spec.n_obs_steps, n_action_steps=spec.n_action_steps),
-        scheduler=ChunkScheduler("sync", **horizon),
+        scheduler=ActionQueue("sync", **horizon),
         gate=Gate(limits=limits),
         clock=VirtualClock(),
         log=steps.append,

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from action_diffusion.datasets.batches import pixels
 from action_diffusion.datasets.batches.columns import ObsKey, array_bytes, array_shape, load, load_cached, load_into
-from action_diffusion.datasets.batches.placement import Mode, choose_mode, memory_limit
 from action_diffusion.datasets.batches.windows import Windows
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.memory import Mode, choose_mode, memory_limit
 
 __all__ = ["Batch", "BatchSource", "Critic", "ObsKey", "random_crop_offsets"]
 

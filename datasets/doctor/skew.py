@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from action_diffusion.datasets.doctor.finding import Finding
-from action_diffusion.datasets.doctor.survey import Camera, Survey, is_action
+from action_diffusion.datasets.doctor.survey import CameraColumn, Survey, is_action
 
 LAGS = 5
 """Rows before and after that are compared."""
@@ -71,7 +71,7 @@ def _inner_rows(survey: Survey) -> np.ndarray:
 
 
 def _of_camera(
-    survey: Survey, key: str, camera: Camera, states: np.ndarray, rows: np.ndarray, sound: np.ndarray
+    survey: Survey, key: str, camera: CameraColumn, states: np.ndarray, rows: np.ndarray, sound: np.ndarray
 ) -> Iterator[Finding]:
     # Episodes in turns; parts of 50 rows where there are few of them.
     folds = survey.episode % 2 if len(survey.ends) >= 4 else np.arange(survey.n_rows) // 50 % 2

@@ -50,7 +50,7 @@ class Values:
 
 
 @dataclass
-class Camera:
+class CameraColumn:
     """repeats, finite: [N]. points: float32 [N, F] in 0 to 1. steps: [N], how far the points are from those before."""
 
     repeats: np.ndarray
@@ -68,7 +68,7 @@ class Survey:
     episode: np.ndarray
     first: np.ndarray
     low: dict[str, Values]
-    cameras: dict[str, Camera]
+    cameras: dict[str, CameraColumn]
 
     @property
     def n_rows(self) -> int:
@@ -211,14 +211,14 @@ class _Camera:
             points = np.tensordot(across, self._down, ([1], [0]))  # n, colours, 8, 8
             self.points[row + i : row + i + len(part)] = points.reshape(len(part), -1)
 
-    def finish(self, first: np.ndarray) -> Camera:
+    def finish(self, first: np.ndarray) -> CameraColumn:
         if self._scale == 1.0 and float(self.points.max()) > 2:  # floats from 0 to 255
             self.points /= 255
         steps = np.zeros(len(self.points))
         for i in range(1, len(self.points), 4096):
             rows = np.asarray(self.points[i - 1 : i + 4096])
             steps[i : i + len(rows) - 1] = np.linalg.norm(np.diff(rows, axis=0), axis=1)
-        return Camera(self.repeats & ~first, self.finite, self.points, np.where(first, 0, steps))
+        return CameraColumn(self.repeats & ~first, self.finite, self.points, np.where(first, 0, steps))
 
 
 def _hats(n: int) -> np.ndarray:

@@ -12,13 +12,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from action_diffusion.datasets.batches.placement import sized
 from action_diffusion.datasets.doctor.examine import control_rate
 from action_diffusion.datasets.storage.pictures import picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, blocks
 from action_diffusion.datasets.storage.tasks import TASKS, episode_tasks
 from action_diffusion.files import atomic_path
+from action_diffusion.memory import sized
 from action_diffusion.progress import progress
 
 SAMPLE_ROWS = 2000

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.datasets.formats.columns import Piece, PiecewiseColumn, check_rows
+from action_diffusion.datasets.formats.columns import PiecewiseColumn, RowRange, check_rows
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal
 from action_diffusion.datasets.hdf5.reading import Budget, check_sound, members, open_hdf5, reading_hdf5
@@ -101,14 +101,14 @@ def _survey(file: Path, kept: Attributes) -> Demo:
         return demo
 
 
-def _read(files: list[Path], stored: Stored, piece: Piece) -> np.ndarray:
+def _read(files: list[Path], stored: Stored, piece: RowRange) -> np.ndarray:
     file = files[piece.number]
     with open_hdf5(file) as root, reading_hdf5(f"{file}: {stored.path}"):
         rows = read_rows(root, stored, piece.first, piece.end, str(file))
     return check_rows(rows, (piece.end - piece.first, *stored.shape), f"{file}: {stored.path}")
 
 
-def _task_index(numbers: np.ndarray, piece: Piece) -> np.ndarray:
+def _task_index(numbers: np.ndarray, piece: RowRange) -> np.ndarray:
     return np.full(piece.end - piece.first, numbers[piece.number])
 
 

@@ -36,7 +36,7 @@ class SlicedColumn(Rows):
         return np.stack([self.read(row, row + 1)[0] for row in rows.tolist()])
 
 
-class Piece(NamedTuple):
+class RowRange(NamedTuple):
     """Rows `first` to `end` of the piece with this number."""
 
     number: int
@@ -44,12 +44,12 @@ class Piece(NamedTuple):
     end: int
 
 
-def pieces(ends: np.ndarray, first: int, end: int) -> Iterator[Piece]:
+def pieces(ends: np.ndarray, first: int, end: int) -> Iterator[RowRange]:
     """What rows `first` to `end` are made of, where pieces end at the rows `ends`."""
     index, row = int(np.searchsorted(ends, first, side="right")), first
     while row < end:
         start, stop = int(ends[index - 1]) if index else 0, min(end, int(ends[index]))
-        yield Piece(index, row - start, stop - start)
+        yield RowRange(index, row - start, stop - start)
         index, row = index + 1, stop
 
 
@@ -57,7 +57,7 @@ class PiecewiseColumn(SlicedColumn):
     """Rows that lie in pieces one after the other. ends: the row after each; read_piece: some of its rows."""
 
     def __init__(
-        self, row: tuple[int, ...], dtype: np.dtype, ends: np.ndarray, read_piece: Callable[[Piece], np.ndarray]
+        self, row: tuple[int, ...], dtype: np.dtype, ends: np.ndarray, read_piece: Callable[[RowRange], np.ndarray]
     ) -> None:
         super().__init__((int(ends[-1]), *row), dtype)
         self._ends, self._read_piece = ends, read_piece

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from action_diffusion.progress import progress
 
 
-class Step(NamedTuple):
+class JournalStep(NamedTuple):
     """name: unique. n_bytes: for the progress bar."""
 
     name: str
@@ -32,7 +32,7 @@ class Journal:
     def empty(self) -> bool:
         return not self._done
 
-    def each(self, steps: Iterable[Step], description: str) -> dict[str, Any]:
+    def each(self, steps: Iterable[JournalStep], description: str) -> dict[str, Any]:
         """Do the steps that are not done, and return what all of them told, which must be plain values."""
         steps = list(steps)
         done = sum(step.n_bytes for step in steps if step.name in self._done)

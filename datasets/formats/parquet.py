@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from action_diffusion.datasets.formats.columns import BLOCK_BYTES
-from action_diffusion.datasets.formats.folder.images import Picture, decoded
+from action_diffusion.datasets.formats.folder.images import ImageFile, decoded
 from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError
 
@@ -66,7 +66,7 @@ def open_parquet(path: Path) -> Any:
         return library.parquet.ParquetFile(path)
 
 
-class Table(NamedTuple):
+class ParquetTable(NamedTuple):
     """What a file holds. types: arrow's, by column; values: numbers of each column in all its rows, lists laid out."""
 
     path: Path
@@ -75,7 +75,7 @@ class Table(NamedTuple):
     values: dict[str, int]
 
 
-def described(path: Path) -> Table:
+def described(path: Path) -> ParquetTable:
     """Read from the file's end, where it says what it holds. Raises `InputError` for a name that comes twice."""
     with open_parquet(path) as file, reading(str(path)):
         schema, data = file.schema_arrow, file.metadata
@@ -88,7 +88,7 @@ def described(path: Path) -> Table:
             # a column of lists is one leaf, "action.list.element"; of pictures two, which nobody counts
             name = max((name for name in schema.names if _is_leaf_of(file.schema.column(index).path, name)), key=len)
             values[name] = values.get(name, 0) + sum(group.column(index).num_values for group in groups)
-        return Table(path, int(data.num_rows), dict(zip(schema.names, schema.types, strict=True)), values)
+        return ParquetTable(path, int(data.num_rows), dict(zip(schema.names, schema.types, strict=True)), values)
 
 
 def _is_leaf_of(path: str, name: str) -> bool:
@@ -140,7 +140,7 @@ def is_picture(kind: Any) -> bool:
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def check_values(table: Table, name: str, row: tuple[int, ...]) -> None:
+def check_values(table: ParquetTable, name: str, row: tuple[int, ...]) -> None:
     """Raises `InputError` unless the file counts as many numbers as rows of this shape have, before any is read."""
     if table.values[name] != table.rows * math.prod(row):
         raise InputError(f"{table.path}: {name}: rows have other lengths than {list(row)}")
@@ -175,6 +175,6 @@ def contents(array: Any, where: str) -> list[bytes]:
     return found
 
 
-def images(array: Any, expected: Picture, where: str, *, colours: bool) -> np.ndarray:
+def images(array: Any, expected: ImageFile, where: str, *, colours: bool) -> np.ndarray:
     """An arrow array of encoded images as [n, H, W, 3], or [n, H, W] of grey and depth."""
     return np.stack([decoded(content, expected, where, colours=colours) for content in contents(array, where)])

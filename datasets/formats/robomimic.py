@@ -4,8 +4,8 @@
     data.attrs["env_args"]                                             a stand-in: trains, but cannot be rolled out
     action_diffusion                                                   what the file says of us, beside robomimic's data
 
-A buffer that came from such a file, or from robosuite, goes back by `datasets.robomimic.export`; files of robomimic's and
-robosuite's own are read by `robomimic.convert`. Here is the rest. HDF5 that a process was killed over is not reliable,
+A buffer that came from such a file, or from robosuite, goes back by `datasets.robomimic.export`; files of robomimic's
+and robosuite's own are read by `robomimic.convert`. Here is the rest. HDF5 that a process was killed over is not reliable,
 so that a conversion that was cut off begins anew.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.formats.columns import (
-    Piece,
     PiecewiseColumn,
+    RowRange,
     as_images,
     check_rows,
     is_image,
@@ -33,7 +33,7 @@ from action_diffusion.datasets.formats.journal import Journal
 from action_diffusion.datasets.hdf5.reading import check_sound, member, open_hdf5, reading_hdf5
 from action_diffusion.datasets.robomimic.attributes import DEMO
 from action_diffusion.datasets.robomimic.demo import PLACES, Stored, is_text, read_rows, said
-from action_diffusion.datasets.robomimic.file import Layout, describe
+from action_diffusion.datasets.robomimic.file import FileLayout, describe
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, row_bytes
 from action_diffusion.errors import InputError
@@ -73,7 +73,7 @@ def _notes(path: Path) -> Any:
         return json.loads(notes[()])
 
 
-def _read(layout: Layout, stored: Stored, piece: Piece) -> np.ndarray:
+def _read(layout: FileLayout, stored: Stored, piece: RowRange) -> np.ndarray:
     where = f"{layout.path}: {layout.group}{layout.demos[piece.number]}"
     with open_hdf5(layout.path) as file, reading_hdf5(f"{where}/{stored.path}"):
         demo = file[f"{layout.group}{layout.demos[piece.number]}"]

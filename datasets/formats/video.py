@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from action_diffusion.datasets.formats.columns import Piece, PiecewiseColumn
+from action_diffusion.datasets.formats.columns import PiecewiseColumn, RowRange
 from action_diffusion.datasets.formats.contract import Quality
 from action_diffusion.datasets.formats.folder.images import MOST_PIXELS
 from action_diffusion.datasets.storage.store import reading
@@ -39,7 +39,7 @@ TOLERANCE = 0.1
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
-class VideoWriter:
+class EncodedVideoWriter:
     """An MP4 file of RGB frames. rate: Hz; keyframe_every: how many frames a reader decodes for a random one."""
 
     def __init__(
@@ -63,7 +63,7 @@ class VideoWriter:
             self._container.mux(self._stream.encode(frame))
             self._count += 1
 
-    def __enter__(self) -> VideoWriter:
+    def __enter__(self) -> EncodedVideoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -79,10 +79,10 @@ class VideoInfo(NamedTuple):
     size: tuple[int, int]
     rate: float
     times: np.ndarray
-    kind: Kind
+    kind: VideoKind
 
 
-class Kind(NamedTuple):
+class VideoKind(NamedTuple):
     """shape: of a frame, [H, W, 3] or [H, W] of depth. alpha: there is one, which is not read."""
 
     shape: tuple[int, ...]
@@ -120,19 +120,19 @@ def _stream(container: Any, path: Path) -> Any:
     return stream
 
 
-def _kind(format: Any, size: tuple[int, int], path: Path, colours: bool) -> Kind:
+def _kind(format: Any, size: tuple[int, int], path: Path, colours: bool) -> VideoKind:
     """Grey of more than 8 bits is depth, and read as its codes."""
     pixels = [part for part in format.components if not part.is_alpha]
     alpha, bits = len(pixels) < len(format.components), max(part.bits for part in pixels)
     grey = format.name.startswith("gray")
     if grey and 8 < bits <= 16:
-        return Kind(size, np.dtype(np.uint16), alpha)
+        return VideoKind(size, np.dtype(np.uint16), alpha)
     if bits > 8:
         raise InputError(
             f"{path}: pixels of {bits} bits ({format.name}), of which 8 would be kept: encode it with "
             "-pix_fmt yuv444p, or depth with gray16le"
         )
-    return Kind(size if grey and not colours else (*size, 3), np.dtype(np.uint8), alpha)
+    return VideoKind(size if grey and not colours else (*size, 3), np.dtype(np.uint8), alpha)
 
 
 class Part(NamedTuple):
@@ -160,11 +160,11 @@ def check_times(info: VideoInfo, part: Part, start: float, rate: float, episode:
 class Videos:
     """Frames of parts of video files, one part after the other. One file is open at a time."""
 
-    def __init__(self, parts: list[Part], kind: Kind) -> None:
+    def __init__(self, parts: list[Part], kind: VideoKind) -> None:
         self._parts, self._kind = parts, kind
         self._decoder: _Decoder | None = None
 
-    def read(self, piece: Piece) -> np.ndarray:
+    def read(self, piece: RowRange) -> np.ndarray:
         """[n, H, W, 3], or [n, H, W] of depth."""
         part = self._parts[piece.number]
         first, end = part.first + piece.first, part.first + piece.end
@@ -175,7 +175,7 @@ class Videos:
         return self._decoder.frames(first, end)
 
 
-def video_column(parts: list[Part], kind: Kind, ends: np.ndarray) -> PiecewiseColumn:
+def video_column(parts: list[Part], kind: VideoKind, ends: np.ndarray) -> PiecewiseColumn:
     """Frames as rows; ends: the row after each part."""
     return PiecewiseColumn(kind.shape, kind.dtype, ends, Videos(parts, kind).read)
 
@@ -183,7 +183,7 @@ def video_column(parts: list[Part], kind: Kind, ends: np.ndarray) -> PiecewiseCo
 class _Decoder:
     """A file, decoded forwards. next: the frame that comes next."""
 
-    def __init__(self, path: Path, kind: Kind) -> None:
+    def __init__(self, path: Path, kind: VideoKind) -> None:
         self.path, self.next, self._kind = path, 0, kind
         with reading(str(path)):
             self._container = _open(path)

@@ -31,7 +31,7 @@ from action_diffusion.datasets.formats.columns import (
     spans,
 )
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
-from action_diffusion.datasets.formats.journal import Journal, Step
+from action_diffusion.datasets.formats.journal import Journal, JournalStep
 from action_diffusion.datasets.storage.image_codecs import lossless
 from action_diffusion.datasets.storage.replay_buffer import ENDS, ReplayBuffer
 from action_diffusion.datasets.storage.store import (
@@ -124,7 +124,7 @@ def _write(
         abandoned.unlink()
     _write_ends(folder, ends)
     if folder != path:
-        journal.each([Step("zip", 1, functools.partial(_zip, folder, path))], "packing the zip")
+        journal.each([JournalStep("zip", 1, functools.partial(_zip, folder, path))], "packing the zip")
 
 
 def _create(folder: Path, columns: Mapping[str, Column], attrs: Mapping[str, Any], version: int, umi: bool) -> None:
@@ -157,13 +157,13 @@ def _write_ends(folder: Path, ends: np.ndarray) -> None:
     array[:] = ends
 
 
-def _steps(folder: Path, key: str, column: Column, umi: bool) -> Iterator[Step]:
+def _steps(folder: Path, key: str, column: Column, umi: bool) -> Iterator[JournalStep]:
     """Blocks of whole chunks."""
     chunk = _array(folder, f"data/{key}").chunks[0]
     rows = chunk * max(1, rows_a_block(column, BLOCK_BYTES) // chunk)
     for first, end in spans(0, column.shape[0], rows):
         fill = functools.partial(_fill_images if umi and is_image(column) else _fill, folder, key, column, first, end)
-        yield Step(f"{first}-{end} {key}", (end - first) * row_bytes(column), fill)
+        yield JournalStep(f"{first}-{end} {key}", (end - first) * row_bytes(column), fill)
 
 
 def _fill(folder: Path, key: str, column: Column, first: int, end: int) -> None:

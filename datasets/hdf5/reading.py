@@ -278,7 +278,7 @@ class Budget:
 def _check_at_once(n_bytes: int, what: str, place: str) -> None:
     most = AT_ONCE_BYTES
     if AT_ONCE_BYTES >> 4 < n_bytes <= AT_ONCE_BYTES:
-        from action_diffusion.datasets.batches.placement import (
+        from action_diffusion.memory import (
             free_memory,  # which imports torch: only where it matters
         )
 

@@ -28,11 +28,11 @@ from zarr.storage import LocalStore
 from action_diffusion.datasets.hdf5.reading import dtype_of, open_hdf5, reading_hdf5
 from action_diffusion.datasets.robomimic.attributes import DEMO, TASK_INDEX
 from action_diffusion.datasets.robomimic.demo import Stored, is_observation, read_rows, said
-from action_diffusion.datasets.robomimic.file import Layout, describe
+from action_diffusion.datasets.robomimic.file import FileLayout, describe
+from action_diffusion.datasets.robomimic.observing import Observer, observed
 from action_diffusion.datasets.storage.checks import check_finite
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import array_at, write_zarr
-from action_diffusion.envs.robosuite.states import Observer, observed
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path, locked, remove, sync, writing
 from action_diffusion.parallel import in_processes
@@ -44,7 +44,7 @@ WORKER_BYTES = 64 << 20
 _VERSION = 1  # of what the work folder holds
 
 
-class Piece(NamedTuple):
+class DemoRows(NamedTuple):
     """Rows `first` to `end` of a demo, named by its group in the file."""
 
     demo: str
@@ -59,7 +59,7 @@ class Block(NamedTuple):
     stored: Stored
     first: int
     end: int
-    pieces: list[Piece]
+    pieces: list[DemoRows]
 
     @property
     def n_bytes(self) -> int:
@@ -71,7 +71,7 @@ class Block(NamedTuple):
 
 
 def convert(
-    source: str | Path | Layout, output: str | Path, *, observer: Observer | None = None, workers: int = 1
+    source: str | Path | FileLayout, output: str | Path, *, observer: Observer | None = None, workers: int = 1
 ) -> dict[str, Any]:
     """Write the demonstrations in `source` to a replay buffer at `output`, a folder that is not there yet.
 
@@ -87,7 +87,7 @@ def convert(
     """
     output = Path(output).expanduser()
     _check_output(output)
-    layout = source if isinstance(source, Layout) else describe(Path(source).expanduser())
+    layout = source if isinstance(source, FileLayout) else describe(Path(source).expanduser())
     work = output.with_name(f".{output.name}.converting")
     with (
         writing(f"{output} (what is converted so far is kept: the same command goes on with it)"),
@@ -112,7 +112,7 @@ def convert(
     return _summary(layout, output, left_out)
 
 
-def default_workers(layout: Layout, *, observing: bool) -> int:
+def default_workers(layout: FileLayout, *, observing: bool) -> int:
     """One a core; fewer where a file is small and nothing is rendered."""
     cores = os.cpu_count() or 1
     n_bytes = sum(stored.n_bytes for stored in layout.columns.values()) * int(layout.ends[-1])
@@ -126,7 +126,7 @@ def _check_output(output: Path) -> None:
         raise InputError(f"{output}: a conversion makes a folder: give it a name without .zip")
 
 
-def _begin(work: Path, layout: Layout, observer: Observer | None) -> None:
+def _begin(work: Path, layout: FileLayout, observer: Observer | None) -> None:
     """Empties the work folder unless it is of the same source, unchanged, and the same settings."""
     stat = layout.path.stat()
     identity = [_VERSION, str(layout.path.resolve()), stat.st_size, stat.st_mtime_ns, observer and observer.settings]
@@ -138,7 +138,7 @@ def _begin(work: Path, layout: Layout, observer: Observer | None) -> None:
             temporary.write_text(text)
 
 
-def _attrs(layout: Layout, observer: Observer | None) -> dict[str, Any]:
+def _attrs(layout: FileLayout, observer: Observer | None) -> dict[str, Any]:
     return {
         "source": layout.path.name,
         "layout": layout.kind,
@@ -151,7 +151,7 @@ def _attrs(layout: Layout, observer: Observer | None) -> dict[str, Any]:
     }
 
 
-def _make_buffer(work: Path, layout: Layout, attrs: dict[str, Any], workers: int) -> int:
+def _make_buffer(work: Path, layout: FileLayout, attrs: dict[str, Any], workers: int) -> int:
     """Fill work/buffer, check it, and flush it; returns how many demos have a next_obs that is not kept."""
     folder, journal = work / "buffer", work / "journal"
     if not journal.exists():
@@ -166,7 +166,7 @@ def _make_buffer(work: Path, layout: Layout, attrs: dict[str, Any], workers: int
     return left_out
 
 
-def _create(folder: Path, layout: Layout, attrs: dict[str, Any]) -> None:
+def _create(folder: Path, layout: FileLayout, attrs: dict[str, Any]) -> None:
     """All arrays at their final size, without their chunks, and no episodes."""
     empty = {column: np.empty((0, *stored.shape), stored.dtype) for column, stored in layout.columns.items()}
     write_zarr(folder, {**empty, **_numbers(layout)}, np.zeros(0, np.int64), attrs)
@@ -174,7 +174,7 @@ def _create(folder: Path, layout: Layout, attrs: dict[str, Any]) -> None:
         _array(folder, f"data/{column}").resize((int(layout.ends[-1]), *stored.shape))
 
 
-def _numbers(layout: Layout) -> dict[str, np.ndarray]:
+def _numbers(layout: FileLayout) -> dict[str, np.ndarray]:
     """Columns that the file does not have: of which demo each row is, and of which task where there are several."""
     lengths = np.diff(layout.ends, prepend=0)
     numbers = {DEMO: np.repeat(np.arange(len(layout.demos), dtype=np.int32), lengths)}
@@ -188,7 +188,7 @@ def _array(folder: Path, name: str) -> zarr.Array:
         return array_at(zarr.open_group(LocalStore(folder), mode="r+", use_consolidated=False), name, str(folder))
 
 
-def _fill(layout: Layout, folder: Path, journal: Path, workers: int) -> None:
+def _fill(layout: FileLayout, folder: Path, journal: Path, workers: int) -> None:
     """Write the blocks that the journal does not name."""
     blocks = [block for column in layout.columns for block in _blocks(layout, folder, column)]
     done = set(journal.read_text().split("\n")[:-1])  # a line without its end was cut off
@@ -202,7 +202,7 @@ def _fill(layout: Layout, folder: Path, journal: Path, workers: int) -> None:
             advance(block.n_bytes)
 
 
-def _blocks(layout: Layout, folder: Path, column: str) -> Iterator[Block]:
+def _blocks(layout: FileLayout, folder: Path, column: str) -> Iterator[Block]:
     """Whole chunks, of about `BLOCK_BYTES` together."""
     chunk, n_bytes = _array(folder, f"data/{column}").chunks[0], layout.columns[column].n_bytes
     rows = chunk * max(1, BLOCK_BYTES // (chunk * n_bytes))
@@ -210,12 +210,12 @@ def _blocks(layout: Layout, folder: Path, column: str) -> Iterator[Block]:
         yield _block(layout, column, first, min(first + rows, int(layout.ends[-1])))
 
 
-def _block(layout: Layout, column: str, first: int, end: int) -> Block:
+def _block(layout: FileLayout, column: str, first: int, end: int) -> Block:
     pieces, row = [], first
     while row < end:
         demo = int(np.searchsorted(layout.ends, row, side="right"))
         start, stop = int(layout.ends[demo - 1]) if demo else 0, min(end, int(layout.ends[demo]))
-        pieces.append(Piece(f"{layout.group}{layout.demos[demo]}", row - start, stop - start))
+        pieces.append(DemoRows(f"{layout.group}{layout.demos[demo]}", row - start, stop - start))
         row = stop
     return Block(column, layout.columns[column], first, end, pieces)
 
@@ -235,12 +235,12 @@ def _write(source: Path, folder: Path, block: Block) -> None:
     array[block.first : block.end] = values
 
 
-def _rows(file: Any, source: Path, piece: Piece, stored: Stored) -> np.ndarray:
+def _rows(file: Any, source: Path, piece: DemoRows, stored: Stored) -> np.ndarray:
     with reading_hdf5(f"{source}: {piece.demo}/{stored.path}"):
         return read_rows(file[piece.demo], stored, piece.first, piece.end, f"{source}: {piece.demo}")
 
 
-def _finish(folder: Path, layout: Layout) -> None:
+def _finish(folder: Path, layout: FileLayout) -> None:
     for abandoned in (folder / "data").rglob("*.partial"):  # chunks that a killed process was writing
         abandoned.unlink()
     ends = _array(folder, "meta/episode_ends")
@@ -248,7 +248,7 @@ def _finish(folder: Path, layout: Layout) -> None:
     ends[:] = layout.ends
 
 
-def _compare(layout: Layout, folder: Path, workers: int) -> int:
+def _compare(layout: FileLayout, folder: Path, workers: int) -> int:
     """Every row of the source against the buffer as it opens for training.
 
     Returns in how many demos `next_obs` is there and is not `obs` one step on, all but its last row. Raises
@@ -289,7 +289,7 @@ def _compare_rows(source: Path, folder: Path, block: Block) -> list[str]:
     return differing
 
 
-def _following(file: Any, source: Path, piece: Piece, stored: Stored) -> np.ndarray | None:
+def _following(file: Any, source: Path, piece: DemoRows, stored: Stored) -> np.ndarray | None:
     """next_obs where there is one: its rows, and none where they are of another form."""
     path = f"next_{stored.path}"
     with reading_hdf5(f"{source}: {piece.demo}/{path}"):
@@ -301,7 +301,7 @@ def _following(file: Any, source: Path, piece: Piece, stored: Stored) -> np.ndar
     return _rows(file, source, piece, stored._replace(path=path))
 
 
-def _summary(layout: Layout, output: Path, left_out: int) -> dict[str, Any]:
+def _summary(layout: FileLayout, output: Path, left_out: int) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "output": str(output),
         "episodes": len(layout.demos),

@@ -51,7 +51,7 @@ _NAME = re.compile(r"([A-Za-z_-]*?)_?([0-9]+)")
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """A file whose demos all have the same columns. demos: names in the order of their numbers; ends: int64 [E].
 
     group: what holds the demos, "data/" or "". left_out: path → why it is no column. tasks: each once, in words;
@@ -76,7 +76,7 @@ class Layout:
         return any(is_observation(stored.path) for stored in self.columns.values())
 
 
-def describe(path: Path, linked: Collection[str] = ()) -> Layout:
+def describe(path: Path, linked: Collection[str] = ()) -> FileLayout:
     """Everything about the file but its rows, of which only the shapes are looked at.
 
     linked: files beside it, of our own making, that its links may lead to. Raises `InputError` for another layout, an
@@ -109,7 +109,7 @@ def describe(path: Path, linked: Collection[str] = ()) -> Layout:
                 [],
                 f"{columns.stored[TASK_INDEX].path} is the column {TASK_INDEX}",
             )
-        return Layout(
+        return FileLayout(
             path=path,
             kind=kind,
             group=group,

@@ -26,7 +26,6 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, ZipStore
 
-from action_diffusion.datasets.batches.placement import sized
 from action_diffusion.datasets.storage.decoding import register_codecs
 from action_diffusion.datasets.storage.rows import Rows
 from action_diffusion.datasets.storage.zarr_metadata import (
@@ -41,6 +40,7 @@ from action_diffusion.datasets.storage.zarr_metadata import (
     open_zip,
 )
 from action_diffusion.errors import InputError
+from action_diffusion.memory import sized
 from action_diffusion.progress import progress
 
 CHUNK_BYTES = 1 << 20

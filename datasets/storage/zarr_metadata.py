@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from action_diffusion.datasets.batches.placement import free_memory, sized
 from action_diffusion.datasets.storage.pictures import picture
 from action_diffusion.errors import InputError
+from action_diffusion.memory import free_memory, sized
 
 MAX_FILES = 1_000_000
 MAX_METADATA = 16 << 20

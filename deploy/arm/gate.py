@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits, outside
 
 STALE = 0.1
@@ -23,7 +23,7 @@ AHEAD = 10.0
 class WaypointGate:
     """Passes messages of timed waypoints that the arm may follow, in coordinates (see `hardware.command`)."""
 
-    def __init__(self, *, layout: Layout, limits: Limits) -> None:
+    def __init__(self, *, layout: CommandLayout, limits: Limits) -> None:
         self._layout, self._limits = layout, limits
         self._sent = -np.inf
 

@@ -17,7 +17,7 @@ import numpy as np
 from action_diffusion.deploy.arm.gate import WaypointGate
 from action_diffusion.deploy.arm.path import Path as Waypoints
 from action_diffusion.deploy.arm.shaper import SetpointCheck, Shaper
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.obstacles import Obstacles
 from action_diffusion.deploy.hardware.protocols import Arm
@@ -60,7 +60,7 @@ class ArmLoop:
             emergency,
             ending,
         )
-        self.layout = Layout(arm.command)
+        self.layout = CommandLayout(arm.command)
         self.layout.check_limits(limits)
         self.period = 1 / arm.rate
         self._gate = WaypointGate(layout=self.layout, limits=limits)
@@ -215,7 +215,7 @@ class ArmLoop:
 class _Obstacles:
     """Why coordinates [A] must not be reached, or None: `Obstacles` where the driver says that the links are."""
 
-    def __init__(self, arm: Arm, layout: Layout, obstacles: Obstacles) -> None:
+    def __init__(self, arm: Arm, layout: CommandLayout, obstacles: Obstacles) -> None:
         spheres = getattr(arm, "spheres", None)
         if spheres is None:
             raise InputError(f"{type(arm).__name__} does not say where its links are, so obstacles cannot be kept off")

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 
 
 @dataclass
 class Path:
     """Waypoints that an arm follows: `times` ascending (monotonic s), coordinates `points` [A] each, at least one."""
 
-    layout: Layout
+    layout: CommandLayout
     times: list[float]
     points: list[np.ndarray]
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion.deploy.arm.loop import ArmLoop
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.obstacles import Obstacles
 from action_diffusion.deploy.hardware.protocols import Arm, check_arm, make_arm
@@ -103,7 +103,7 @@ def _combined(arm: Arm, limits: Mapping[str, Any] | None) -> Limits:
     else:
         raise InputError("limits has no values, and the arm's driver knows none: nothing moves without")
     combined = user.within(arm.limits)
-    Layout(arm.command).check_limits(combined)
+    CommandLayout(arm.command).check_limits(combined)
     return combined
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from ruckig import ControlInterface, InputParameter, Result, Ruckig, RuckigError, Synchronization, Trajectory
 
 from action_diffusion.deploy.arm.path import Path
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 
 _GOOD = (Result.Working, Result.Finished)
@@ -57,7 +57,7 @@ class Shaper:
     """Moves from rest at `reset`; afterwards each `follow` or `brake` gives the setpoint of one period later.
 
     Args:
-        limits: complete, see `Layout.check_limits`; in coordinates.
+        limits: complete, see `CommandLayout.check_limits`; in coordinates.
         period: between setpoints (s).
         blocked: why coordinates [A] must not be reached, or None; called for setpoints and on stops.
 
@@ -68,7 +68,7 @@ class Shaper:
     def __init__(
         self,
         *,
-        layout: Layout,
+        layout: CommandLayout,
         limits: Limits,
         period: float,
         blocked: Callable[[np.ndarray], str | None] | None = None,
@@ -225,7 +225,7 @@ class SetpointCheck:
     It knows nothing of paths and plans, so that a mistake in them does not reach the arm.
     """
 
-    def __init__(self, *, layout: Layout, limits: Limits, period: float) -> None:
+    def __init__(self, *, layout: CommandLayout, limits: Limits, period: float) -> None:
         self._limits, self._smooth, self._held = limits, layout.smooth, layout.held
         self._rates: list[tuple[str, np.ndarray]] = []
         # What floating point adds to a difference grows with its order.

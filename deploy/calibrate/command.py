@@ -26,7 +26,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.spec import ObservationSpec
 
 if TYPE_CHECKING:  # torch is only needed where there is a policy
-    from action_diffusion.deploy.policies import DeployedPolicy
+    from action_diffusion.deploy.serve.policies import DeployedPolicy
 
 N_PREDICTIONS, LONG = 20, 10.0
 """How many predictions are timed, unless they take longer (s) together: at least three."""
@@ -71,8 +71,8 @@ def _policy(config: Mapping[str, Any]) -> DeployedPolicy | None:
     """None where neither a bundle nor a server is given: then nothing thinks."""
     if config["bundle"] is None and config["server"] is None:
         return None
-    from action_diffusion.deploy.policies import open_policy
     from action_diffusion.deploy.serve.client import RemotePolicy
+    from action_diffusion.deploy.serve.policies import open_policy
     from action_diffusion.policy.inference import choose_threads
 
     policy = open_policy(config)

@@ -19,7 +19,7 @@ import numpy as np
 
 from action_diffusion.deploy.arm.link import ArmLink
 from action_diffusion.deploy.calibrate.delays import EARLIEST, LATEST, Signal, small
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import RATES, Limits
 from action_diffusion.deploy.ipc.channels import MOST_WAYPOINTS, Phase
 from action_diffusion.deploy.ipc.rings import RingReader
@@ -101,7 +101,7 @@ def _fade(x: np.ndarray) -> np.ndarray:
 
 def plan(arm: ArmLink, wanted: Wanted) -> Motion:
     """The motion, from where the arm is told to be now. Raises `InputError` where it has no room, or must not move."""
-    layout, limits, number = Layout(arm.command), arm.limits, wanted.number
+    layout, limits, number = CommandLayout(arm.command), arm.limits, wanted.number
     moving = [int(i) for i in (*layout.smooth, *layout.recalled) if int(i) not in _turning(layout)]
     if number not in moving:
         raise InputError(f"calibration.number={number} is none that may move; those are {sorted(moving)}")
@@ -143,7 +143,7 @@ def _least_period(phase: np.ndarray, path: np.ndarray, limits: Limits, number: i
     return least
 
 
-def _turning(layout: Layout) -> set[int]:
+def _turning(layout: CommandLayout) -> set[int]:
     return {i for group, part in layout.slices() if group.kind == "rotation" for i in range(part.start, part.stop)}
 
 

@@ -27,7 +27,7 @@ from scipy.spatial.transform import Rotation
 from action_diffusion import __version__
 from action_diffusion.datasets.record.recorder import Recorder
 from action_diffusion.datasets.storage.growing_column import Fields
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer
 from action_diffusion.deploy.robot import robots
@@ -125,7 +125,7 @@ def goal(hand: np.ndarray, action: np.ndarray) -> np.ndarray:
     return np.concatenate([hand[:3] + STEP * np.float64(action[:3]), turned.as_rotvec(), action[6:]])
 
 
-def within(before: np.ndarray, wanted: np.ndarray, layout: Layout, limits: Limits, rate: float) -> np.ndarray:
+def within(before: np.ndarray, wanted: np.ndarray, layout: CommandLayout, limits: Limits, rate: float) -> np.ndarray:
     """The command that goes from `before` towards `wanted`, all [A], as far as limits allow in a control period."""
     start, end = layout.to_coordinates(before), layout.to_coordinates(wanted)
     step, smooth = end - start, layout.smooth

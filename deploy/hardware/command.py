@@ -20,7 +20,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.rotations import axis_angle_to_6d, six_d_to_axis_angle
 
 
-class Layout:
+class CommandLayout:
     """Where the groups of a command lie, and the way to coordinates and back.
 
     Attributes:

@@ -102,7 +102,7 @@ class _Chunk:
         return self.origin + len(self.actions)
 
 
-class ChunkScheduler:
+class ActionQueue:
     """Turns chunks that arrive late into at most one command a control step.
 
         scheduler.begin_step(step)

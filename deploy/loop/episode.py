@@ -1,7 +1,7 @@
 """One episode in real time: observe, think, check, command, at every tick of the control rate.
 
-Ticks are the control steps of `action_queue.ChunkScheduler`, which says what each one's command is. Where the loop thinks
-by itself (`inference_worker.Thinker`), a command is late by what the policy took, and ticks that pass meanwhile are missed;
+Ticks are the control steps of `action_queue.ActionQueue`, which says what each one's command is. Where the loop thinks
+by itself (`inference_worker`), a command is late by what the policy took, and ticks that pass meanwhile are missed;
 `lateness_ms` says how late each command was, so that this is measured, not guessed.
 """
 
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from action_diffusion.deploy.loop.action_queue import ChunkScheduler, Request, Swap
+from action_diffusion.deploy.loop.action_queue import ActionQueue, Request, Swap
 from action_diffusion.deploy.loop.clock import Clock, Pacer
-from action_diffusion.deploy.loop.events import Answer, NoWitness, Outcome, Seen, Status, StepRecord, Witness
+from action_diffusion.deploy.loop.events import Answer, NoSubscriber, Outcome, Seen, Status, StepRecord, Subscriber
 from action_diffusion.deploy.loop.gate import Gate
-from action_diffusion.deploy.loop.inference_worker import Thinker, Unavailable
+from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Unavailable
 from action_diffusion.deploy.loop.operator import NoOperator, Operator
 from action_diffusion.deploy.loop.prediction import Guidance, predict_one
 from action_diffusion.deploy.robot.robots import Feedback, Observation, Robot
@@ -32,7 +32,7 @@ def run_episode(
     policy: Policy,
     robot: Robot,
     agent: Agent,
-    scheduler: ChunkScheduler,
+    scheduler: ActionQueue,
     gate: Gate,
     clock: Clock,
     log: Callable[[StepRecord], None],
@@ -42,7 +42,7 @@ def run_episode(
     delay: int = 0,
     guidance: Guidance | None = None,
     operator: Operator | None = None,
-    witness: Witness | None = None,
+    subscriber: Subscriber | None = None,
 ) -> Outcome:
     """Run `policy` on `robot` until the episode is over, and hand every step to `log`.
 
@@ -57,13 +57,13 @@ def run_episode(
         beside: think in a thread, while the loop goes on.
         delay: control steps after which a chunk arrives at the earliest (>= 0).
         operator: the person who may pause the policy, command in its place, and end the episode.
-        witness: sees everything, to record it.
+        subscriber: sees everything, to record it.
 
     Raises:
         InputError: for observations that the robot does not have or that the policy does not take.
     """
-    operator, witness = operator or NoOperator(), witness or NoWitness()
-    thinker: Thinker[np.ndarray] = Thinker(clock=clock, beside=beside, delay=delay)
+    operator, subscriber = operator or NoOperator(), subscriber or NoSubscriber()
+    worker: InferenceWorker[np.ndarray] = InferenceWorker(clock=clock, beside=beside, delay=delay)
     noise_generator, generator = generators(seed)
     think = functools.partial(
         predict_one,
@@ -72,23 +72,23 @@ def run_episode(
         generator=generator,
         guidance=guidance or Guidance(),
     )
-    episode = Episode(
+    episode = ControlLoop(
         robot=robot,
         agent=agent,
         scheduler=scheduler,
-        thinker=thinker,
+        worker=worker,
         think=think,
         gate=gate,
         clock=clock,
         seed=seed,
         keys=keys,
         operator=operator,
-        witness=witness,
+        subscriber=subscriber,
     )
     done, steps, score = False, 0, None
     try:
         robot.begin(seed)
-        witness.began(seed)
+        subscriber.began(seed)
         operator.begin()
         while not done and operator.wait(robot.hold):
             record, done = episode.step()
@@ -99,8 +99,8 @@ def run_episode(
     finally:
         robot.stop()
         operator.end()
-        witness.ended(seed, operator.mark)
-        thinker.close()
+        subscriber.ended(seed, operator.mark)
+        worker.close()
     return Outcome(steps, score, operator.mark)
 
 
@@ -112,7 +112,7 @@ class _Arrival(NamedTuple):
     refusal: str | None
 
 
-class Episode:
+class ControlLoop:
     """An episode under way: the parts, and where it stands."""
 
     def __init__(
@@ -120,19 +120,19 @@ class Episode:
         *,
         robot: Robot,
         agent: Agent,
-        scheduler: ChunkScheduler,
-        thinker: Thinker[np.ndarray],
+        scheduler: ActionQueue,
+        worker: InferenceWorker[np.ndarray],
         think: Callable[[Request, Mapping[str, np.ndarray]], np.ndarray],
         gate: Gate,
         clock: Clock,
         seed: int,
         keys: Sequence[str],
         operator: Operator,
-        witness: Witness,
+        subscriber: Subscriber,
     ) -> None:
         self._robot, self._agent, self._scheduler, self._gate = robot, agent, scheduler, gate
-        self._thinker, self._think, self._clock = thinker, think, clock
-        self._operator, self._witness = operator, witness
+        self._worker, self._think, self._clock = worker, think, clock
+        self._operator, self._subscriber = operator, subscriber
         self._seed, self._keys = seed, keys
         self._asked: tuple[Request, float, float] | None = None
         self._pacer = Pacer(clock=clock, rate=robot.control_rate)
@@ -159,7 +159,7 @@ class Episode:
         if may_ask and observation is not None and self._scheduler.wants_chunk:
             arrival = self._ask(tick, observation.t) or arrival
         sent, held, refusal, (reward, done) = self._command(person)
-        if observation is None and self._witness.looks:  # after the command, so that nobody waits for it
+        if observation is None and self._subscriber.looks:  # after the command, so that nobody waits for it
             observation = self._robot.observe(self._keys, tick)
         swap = None if arrival is None else arrival.swap
         reasons = [None if arrival is None else arrival.refusal, refusal]
@@ -181,13 +181,13 @@ class Episode:
             operator=person,
         )
         command_step = self._scheduler.step
-        self._witness.stepped(record, Seen(tick, self._control_step, command_step, observation, fresh, refusals))
+        self._subscriber.stepped(record, Seen(tick, self._control_step, command_step, observation, fresh, refusals))
         self._steps += 1
         return record, done or self._steps >= self._robot.max_steps
 
     def _forget(self) -> None:
         """Somebody else has commanded, or nobody: what the policy saw and said before no longer counts."""
-        if self._thinker.forget():
+        if self._worker.forget():
             self._tell(Status.DROPPED)
         self._agent.reset()
         self._scheduler.reset()
@@ -202,7 +202,7 @@ class Episode:
         """Ask for a chunk. Where the loop thinks by itself, control steps may pass until it is there."""
         request, history = self._scheduler.request(), self._agent.history()
         self._asked = request, tick, observed
-        self._thinker.ask(request.step, functools.partial(self._think, request, history))
+        self._worker.ask(request.step, functools.partial(self._think, request, history))
         passed = math.ceil((self._clock.now() - tick) * self._robot.control_rate - 1e-9) - 1
         self._scheduler.begin_step(self._control_step + max(0, passed))
         return self._receive()
@@ -210,12 +210,12 @@ class Episode:
     def _tell(self, status: Status, chunk: np.ndarray | None = None, seconds: float | None = None) -> None:
         """What became of the last request."""
         assert self._asked is not None
-        self._witness.answered(Answer(*self._asked, self._scheduler.step, status, chunk, seconds))
+        self._subscriber.answered(Answer(*self._asked, self._scheduler.step, status, chunk, seconds))
 
     def _receive(self) -> _Arrival | None:
         """Hand a chunk that has arrived to the scheduler."""
         try:
-            thought = self._thinker.answer(self._scheduler.step)
+            thought = self._worker.answer(self._scheduler.step)
         except Unavailable as error:
             self._scheduler.drop()
             self._tell(Status.UNAVAILABLE)

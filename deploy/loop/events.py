@@ -1,7 +1,7 @@
 """What happened in a run, step by step: what the loop says to its log, and to whoever else wants to know.
 
-request ─▶ Answer (arrived, refused, nobody there, no longer wanted)        `Witness.answered`
-tick    ─▶ Seen, StepRecord                                                 `Witness.stepped`
+request ─▶ Answer (arrived, refused, nobody there, no longer wanted)        `Subscriber.answered`
+tick    ─▶ Seen, StepRecord                                                 `Subscriber.stepped`
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Seen(NamedTuple):
     refusals: Sequence[str]
 
 
-class Witness(Protocol):
+class Subscriber(Protocol):
     """Whoever wants to see everything. Returns at once, whatever is asked of it.
 
     Attributes:
@@ -126,7 +126,7 @@ class Witness(Protocol):
         """The episode is over, however it ended; `mark`: what a person said of it."""
 
 
-class NoWitness:
+class NoSubscriber:
     """Nobody is there to see it."""
 
     looks = False

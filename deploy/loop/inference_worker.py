@@ -30,7 +30,7 @@ class Thought(Generic[Answer]):
     seconds: float
 
 
-class Thinker(Generic[Answer]):
+class InferenceWorker(Generic[Answer]):
     """One piece of work at a time: `ask`, then `answer` at every control step until it gives one.
 
     Ctrl-C may come at any instruction. Between the loop and the thread there are only queues that no exception leaves

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from action_diffusion.deploy.loop.action_queue import Request
 from action_diffusion.deploy.loop.inference_worker import Unavailable
-from action_diffusion.deploy.serve.client import RemotePolicy
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.diffusion.rtc import BETA, MASKS, Running, continuing, running_chunks
@@ -21,11 +20,21 @@ from action_diffusion.policy.policy import DiffusionPolicy
 METHODS = ("auto", "guidance", "trained", "both")
 
 
+@runtime_checkable
+class PolicyElsewhere(Protocol):
+    """A policy whose network is elsewhere: it is told what a chunk continues, and continues it there."""
+
+    def continuing(
+        self, running: Sequence[np.ndarray | None], delay: Sequence[int], guidance: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Options of its `predict`, with which chunks continue the `running` ones [n, A] after `delay` steps."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """How a chunk is made to continue the running one, for real-time chunking: see `policy.guidance`.
 
-    method: "guidance"; "trained", by a policy that was trained to go on from settled steps; "both"; or "auto": trained,
+    method: "guidance"; "trained", by a policy that was trained to go on from prefix steps; "both"; or "auto": trained,
     where the policy is and the delay is one that it was trained for, else guidance. The rest says how guidance is done.
     """
 
@@ -61,14 +70,14 @@ def predict(
     """Chunks [B, H, A] in the data's units for histories `obs`, key → [B, To, …].
 
     requests: of each row what was asked for; None for a row whose chunk nobody will use. Raises
-    `inference_worker.Unavailable` where the policy is behind a server that does not answer, and `InputError` where the policy
-    fails, or answers anything but numbers.
+    `Unavailable` where the policy is behind a server that does not answer, and `InputError` where the policy fails, or
+    answers anything but numbers.
     """
     running = [None if request is None else request.running for request in requests]
     delay = [0 if request is None else request.delay for request in requests]
     options: dict[str, Any] = {}
-    if isinstance(policy, RemotePolicy):
-        options = {"running": running, "delay": delay, "guidance": asdict(guidance)}
+    if isinstance(policy, PolicyElsewhere):
+        options = policy.continuing(running, delay, asdict(guidance))
     elif any(rest is not None for rest in running):
         if not isinstance(policy, DiffusionPolicy):
             raise InputError("scheduling=rtc differentiates through the policy's network, which this policy hides")
@@ -104,7 +113,7 @@ def continued(policy: DiffusionPolicy, running: Running, delay: int, guidance: G
         method = "trained" if 1 <= delay <= policy.max_delay else "guidance"
     if method != "guidance" and not policy.max_delay:
         raise InputError(f"rtc.method={method} needs a policy that was trained with policy.objective.max_delay above 0")
-    options: dict[str, Any] = {} if method == "guidance" else {"settled": running.settled()}
+    options: dict[str, Any] = {} if method == "guidance" else {"prefix": running.prefix()}
     return options if method == "trained" else options | {"hooks": [continuing(policy, running, **how)]}
 
 
@@ -126,7 +135,7 @@ def predict_one(
 def rehearse(policy: DiffusionPolicy | RemotePolicy, guidance: Guidance, running: int | None) -> None:
     """A prediction from observations of zeros, which takes as long as any other, once the first is over.
 
-    running: of how many steps the chunk is that it has to continue; None: of none. Raises `inference_worker.Unavailable`.
+    running: of how many steps the chunk is that it has to continue; None: of none. Raises `Unavailable`.
     """
     spec = policy.spec
     rest = None if running is None else np.zeros((running, *spec.action.shape))

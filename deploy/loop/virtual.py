@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from action_diffusion.deploy.loop.action_queue import ChunkScheduler, DelayEstimator, Request
+from action_diffusion.deploy.loop.action_queue import ActionQueue, DelayEstimator, Request
 from action_diffusion.deploy.loop.prediction import Guidance, predict
 from action_diffusion.deploy.robot.robots import Robot
 from action_diffusion.envs.rollout import Policy, generators
@@ -26,7 +26,7 @@ from action_diffusion.policy.agent import Agent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Episode:
+class VirtualEpisode:
     """One finished episode of T steps.
 
     Attributes:
@@ -55,7 +55,7 @@ def run_episodes(
     guidance: Guidance,
     policy_batch: int = 25,
     progress: Callable[[int], None] = lambda steps: None,
-) -> list[Episode]:
+) -> list[VirtualEpisode]:
     """One episode from every start in `seeds`, in that order, all with a robot of their own.
 
     Args:
@@ -72,7 +72,7 @@ def run_episodes(
     walking: list[_Walk] = []
     try:
         for seed in seeds:
-            scheduler = ChunkScheduler(
+            scheduler = ActionQueue(
                 scheduling,
                 n_obs_steps=policy.spec.n_obs_steps,
                 execution_horizon=execution_horizon,
@@ -121,7 +121,7 @@ def _predict(policy: Policy, asking: Sequence[_Walk], rows: int, guidance: Guida
 class _Walk:
     """One episode under way."""
 
-    def __init__(self, robot: Robot, seed: int, scheduler: ChunkScheduler, keys: Sequence[str], delay: int) -> None:
+    def __init__(self, robot: Robot, seed: int, scheduler: ActionQueue, keys: Sequence[str], delay: int) -> None:
         self.robot, self.seed, self._scheduler, self._keys, self._delay = robot, seed, scheduler, keys, delay
         self.agent = Agent(n_obs_steps=scheduler.n_obs_steps, n_action_steps=scheduler.execution_horizon)
         self.generators = generators(seed)
@@ -172,7 +172,7 @@ class _Walk:
         self._rewards.append(0.0 if reward is None else float(reward))
         self.done = done or len(self._commands) >= self.robot.max_steps
 
-    def episode(self) -> Episode:
+    def episode(self) -> VirtualEpisode:
         shape = next((command.shape for command in self._commands if command is not None), (0,))
         rows = [np.full(shape, np.nan) if command is None else command for command in self._commands]
-        return Episode(seed=self.seed, score=max(self._rewards), commands=np.asarray(rows), jumps=self._jumps)
+        return VirtualEpisode(seed=self.seed, score=max(self._rewards), commands=np.asarray(rows), jumps=self._jumps)

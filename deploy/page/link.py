@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from action_diffusion.deploy.ipc.processes import Child
+from action_diffusion.errors import InputError
+
+MISSING = "the operator's page needs the extra [page]: pip install 'action-diffusion[page]'"
 
 
 class PageLink:
@@ -53,3 +57,17 @@ class PageLink:
         """End both."""
         for child in (self._stop, self._page):
             child.end()
+
+
+def page_port(page: Any, say: Callable[[str], None]) -> int | None:
+    """The page's port, 0 for one that is free; None for no page."""
+    if page is False:
+        return None
+    if page is None and importlib.util.find_spec("uvicorn") is None:
+        say(MISSING)
+        return None
+    if page is None or page is True:
+        return 0
+    if isinstance(page, int) and 0 <= page <= 65535:
+        return page
+    raise InputError(f"page={page}: give true, false or a port")

@@ -15,13 +15,13 @@ from typing import Any
 
 from action_diffusion.deploy.ipc.processes import Ending, report, serve
 from action_diffusion.deploy.loop.operator import Orders
+from action_diffusion.deploy.page.link import MISSING
 from action_diffusion.deploy.page.view import View
 from action_diffusion.deploy.serve.access import is_loopback, read_token
 from action_diffusion.errors import InputError
 
 CHANNEL = "connections"
 """The socket in the run's folder through which they come."""
-MISSING = "the operator's page needs the extra [page]: pip install 'action-diffusion[page]'"
 
 
 def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Mapping[str, Any]) -> None:

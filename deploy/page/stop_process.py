@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from action_diffusion.deploy.ipc.processes import Ending, report, serve
-from action_diffusion.deploy.page.process import CHANNEL, MISSING, page_token
+from action_diffusion.deploy.page.link import MISSING
+from action_diffusion.deploy.page.process import CHANNEL, page_token
 from action_diffusion.deploy.serve.access import is_loopback
 from action_diffusion.errors import InputError
 

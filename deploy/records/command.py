@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from action_diffusion.deploy.loop.action_queue import ChunkScheduler
+from action_diffusion.deploy.loop.action_queue import ActionQueue
 from action_diffusion.deploy.loop.prediction import Guidance
-from action_diffusion.deploy.policies import DeployedPolicy, open_policy
 from action_diffusion.deploy.records.reader import open_record
 from action_diffusion.deploy.records.replay import Replayed, replay
+from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.files import atomic_path
 
@@ -42,7 +42,7 @@ def run(config: Mapping[str, Any], given: Collection[str]) -> int:
         settings[name] = was[name] | {key: config[name][key] for key in config[name] if f"{name}.{key}" in given}
     other = any(settings[name] != was[name] for name in OTHER)
     policy = _policy(config, settings, attrs)
-    scheduler = ChunkScheduler(
+    scheduler = ActionQueue(
         settings["scheduling"],
         n_obs_steps=attrs["n_obs_steps"],
         execution_horizon=settings["execution_horizon"] or attrs["n_action_steps"],

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.storage.growing import TIME, GrowingBuffer
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.protocols import Group
 from action_diffusion.deploy.ipc.processes import Ending, report, serve
 from action_diffusion.deploy.ipc.rings import Record, RingReader
@@ -41,7 +41,7 @@ _LATER = ("interventions", "refusals", "action")
 Rows = dict[str, list[Any]]
 
 
-class Recorder:
+class RunRecorder:
     """Takes new records from the rings in `folder`, and puts them into a buffer at `output`."""
 
     def __init__(self, folder: Path, output: Path, attrs: Mapping[str, Any]) -> None:
@@ -154,11 +154,11 @@ class Recorder:
             print(f"{self._output} lacks {self._lost} steps: the recorder came too late", file=sys.stderr)
 
 
-def _layout(folder: Path) -> Layout:
+def _layout(folder: Path) -> CommandLayout:
     """Of the arm's commands, as its process has reported them."""
     said = folder / "arm.json"
     groups = json.loads(said.read_text(encoding="utf-8"))["command"] if said.exists() else []
-    return Layout([Group(**{**group, "reference": tuple(group["reference"])}) for group in groups])
+    return CommandLayout([Group(**{**group, "reference": tuple(group["reference"])}) for group in groups])
 
 
 def run(*, folder: Path, name: str, output: str, attrs: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ def run(*, folder: Path, name: str, output: str, attrs: Mapping[str, Any]) -> No
     ending = Ending()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 5)  # what records gives way to what moves
-    recorder = Recorder(folder, Path(output), attrs)
+    recorder = RunRecorder(folder, Path(output), attrs)
     report(folder, name, {})
     committed, last = time.monotonic(), float("inf")
     while True:

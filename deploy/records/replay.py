@@ -1,6 +1,6 @@
 """A recorded run once more, offline: the same loop, scheduler and gate, on a clock that does what the real one did.
 
-    record: observations, and when each chunk was there ─▶ `episode.Episode` ─▶ commands ─▶ equal to the recorded ones?
+    record: observations, and when each chunk was there ─▶ `ControlLoop` ─▶ commands ─▶ equal to the recorded ones?
     chunks: those of the record, or, where the bundle is given, the policy's own, from the same observations and noise
 
 The same inputs give the same commands, bit for bit on the same machine. With another scheduling or guidance the
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from action_diffusion.deploy.hardware.limits import Limits
-from action_diffusion.deploy.loop.action_queue import ChunkScheduler, Request
+from action_diffusion.deploy.loop.action_queue import ActionQueue, Request
 from action_diffusion.deploy.loop.clock import VirtualClock
-from action_diffusion.deploy.loop.episode import Episode
-from action_diffusion.deploy.loop.events import NoWitness, Status, StepRecord
+from action_diffusion.deploy.loop.episode import ControlLoop
+from action_diffusion.deploy.loop.events import NoSubscriber, Status, StepRecord
 from action_diffusion.deploy.loop.gate import Gate
-from action_diffusion.deploy.loop.inference_worker import Thinker, Thought, Unavailable
+from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Thought, Unavailable
 from action_diffusion.deploy.loop.operator import NoOperator
 from action_diffusion.deploy.loop.prediction import Guidance, predict_one
 from action_diffusion.deploy.records.reader import Recorded, read_limits
@@ -100,7 +100,7 @@ class ReplayOperator(NoOperator):
         return self._robot.shown()
 
 
-class ReplayThinker(Thinker[np.ndarray]):
+class ReplayWorker(InferenceWorker[np.ndarray]):
     """Answers when the recorded run had its answers: with those, or with what the policy says.
 
     A request that was not made then, under another scheduling, takes as long as the one before it.
@@ -181,7 +181,7 @@ def replay(
     recorded: Recorded,
     *,
     attrs: Mapping[str, Any],
-    scheduler: ChunkScheduler,
+    scheduler: ActionQueue,
     guidance: Guidance,
     policy: Policy | None = None,
     other: bool = False,
@@ -200,18 +200,18 @@ def replay(
         noise = {"noise_generator": noise_generator, "generator": generator}
         return predict_one(request, history, policy=policy, guidance=guidance, **noise)
 
-    episode = Episode(
+    episode = ControlLoop(
         robot=robot,
         agent=Agent(n_obs_steps=attrs["n_obs_steps"], n_action_steps=attrs["n_action_steps"]),
         scheduler=scheduler,
-        thinker=ReplayThinker(recorded, robot, clock, thinks=policy is not None, other=other),
+        worker=ReplayWorker(recorded, robot, clock, thinks=policy is not None, other=other),
         think=_keeping(think, generator, recorded),
         gate=Gate(limits=read_limits(attrs["limits"])),
         clock=clock,
         seed=recorded.seed,
         keys=[key for key in recorded.seen if key != "action"],
         operator=ReplayOperator(robot),
-        witness=NoWitness(),
+        subscriber=NoSubscriber(),
     )
     records = [episode.step()[0] for _ in range(robot.max_steps)]
     action, held = recorded.seen["action"], recorded.steps["held"]

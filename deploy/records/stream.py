@@ -49,8 +49,8 @@ def seen_fields(spec: PolicySpec) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {key: (np.dtype(value.dtype).str, tuple(value.shape)) for key, value in spec.observations.items()}
 
 
-class Recording:
-    """See `events.Witness`. Nothing is on disk before the first step.
+class RunStream:
+    """See `events.Subscriber`. Nothing is on disk before the first step.
 
     Args:
         folder: the run's shared memory, in which the rings are made.

@@ -18,7 +18,7 @@ import numpy as np
 
 from action_diffusion.deploy.arm.link import ArmLink, ArmSetup
 from action_diffusion.deploy.cameras.alignment import interpolated, latest_common, nearest
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.processes import Child
@@ -119,7 +119,7 @@ class ProcessRobot:
         except BaseException:
             self.close()
             raise
-        self.layout = Layout(self._arm.command)
+        self.layout = CommandLayout(self._arm.command)
         self.limits: Limits | None = self._arm.limits if _plain_numbers(self._arm) else None
         self.lookahead = 0 if all(group.kind == "hold" for group in self._arm.command) else 8
 
@@ -196,7 +196,7 @@ class ProcessRobot:
     def command(self, actions: Sequence[np.ndarray], t: float) -> Feedback:
         """See `Robot`. Returns at once, with the reward of now; over where the arm has stopped by itself.
 
-        Rotations may be 6D: see `Layout.from_actions`.
+        Rotations may be 6D: see `CommandLayout.from_actions`.
         """
         try:
             waypoints = self.layout.from_actions(np.stack(actions))

@@ -28,7 +28,7 @@ from action_diffusion.deploy.serve.access import authorization
 from action_diffusion.deploy.serve.wire import EXTRA, decode_array, pack, require, shortened, unpack
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.sampler import Generators, Hook, draw_noise
-from action_diffusion.policy.policy import Settled
+from action_diffusion.policy.policy import Prefix
 from action_diffusion.policy.spec import PolicySpec
 
 FIRST_WAIT, MAX_WAIT = 0.1, 2.0
@@ -84,7 +84,7 @@ class RemotePolicy:
         noise: np.ndarray | None = None,
         noise_generator: Generators = None,
         generator: Generators = None,
-        settled: Settled | None = None,
+        prefix: Prefix | None = None,
         hooks: Sequence[Hook] = (),
         running: Sequence[np.ndarray | None] | None = None,
         delay: Sequence[int] | None = None,
@@ -94,13 +94,13 @@ class RemotePolicy:
 
         The initial noise is `noise`, or is drawn here from `noise_generator`, on a CPU. `generator` draws that of the
         steps: its state travels there and back, row by row; where there is none the server has its own. What is only
-        known to the network's code cannot travel: `hooks` and `settled` are refused, and chunks continue a running one
+        known to the network's code cannot travel: `hooks` and `prefix` are refused, and chunks continue a running one
         by `running` and `delay`, see `policy.guidance.continuing`, with the fields of `prediction.Guidance`.
 
         Raises `Unavailable` where there is no answer, and `InputError` for what the policy does not take.
         """
-        if settled is not None or len(hooks):
-            raise InputError(f"{self._url}: hooks and settled steps do not travel: give running, delay and guidance")
+        if prefix is not None or len(hooks):
+            raise InputError(f"{self._url}: hooks and prefix steps do not travel: give running, delay and guidance")
         batched = self.spec.check(obs)
         rows = {key: np.asarray(obs[key] if batched else np.asarray(obs[key])[None]) for key in self.spec.observations}
         n, shape = len(next(iter(rows.values()))), (self.spec.horizon, *self.spec.action.shape)
@@ -124,6 +124,12 @@ class RemotePolicy:
         return (
             {"action": actions, "action_pred": chunks} if batched else {"action": actions[0], "action_pred": chunks[0]}
         )
+
+    def continuing(
+        self, running: Sequence[np.ndarray | None], delay: Sequence[int], guidance: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Options of `predict` for chunks that continue others: the server does it (`loop.prediction`)."""
+        return {"running": running, "delay": delay, "guidance": guidance}
 
     def _noise(self, given: np.ndarray | None, generator: Generators, shape: tuple[int, ...]) -> np.ndarray:
         """[B, H, A]."""

@@ -25,7 +25,7 @@ LINE_SECONDS = 60.0
 STATUS_SECONDS = 1.0
 
 
-class Statistics:
+class ServerStatistics:
     """What the server did since the last line."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def run(config: Mapping[str, Any]) -> int:
 
 
 async def _serve(config: Mapping[str, Any], policy: DiffusionPolicy, token: str | None) -> None:
-    statistics = Statistics()
+    statistics = ServerStatistics()
     server = PolicyServer(
         policy=policy,
         host=str(config["host"]),
@@ -104,7 +104,7 @@ async def _serve(config: Mapping[str, Any], policy: DiffusionPolicy, token: str 
         reporting.cancel()
 
 
-async def _report(statistics: Statistics, server: PolicyServer) -> None:
+async def _report(statistics: ServerStatistics, server: PolicyServer) -> None:
     """A line a minute; in a terminal, the numbers so far below it."""
     console = Console()
     with console.status("", refresh_per_second=2) as status:

@@ -3,7 +3,7 @@
     client                                server
       │ ── connect, Authorization? ─────▶ │  refused: wrong token, a web page's request, too many connections
       │ ◀──────────── metadata (msgpack) ─ │  the policy's specification: `PolicySpec.to_json`
-      │ ── observation (msgpack) ───────▶ │  Session.take ─▶ one worker thread, first come, first served
+      │ ── observation (msgpack) ───────▶ │  ClientSession.take ─▶ one worker thread, first come, first served
       │ ◀─── {actions, server_timing} ──── │  or a line of text, "refused: …" or "failed: …", and the connection goes on
 
 Every connection is an episode of its own. A client has at most one question under way, so that taking questions in
@@ -23,7 +23,7 @@ from http import HTTPStatus
 from typing import Any
 
 from action_diffusion.deploy.serve.access import TOKEN_VARIABLE, is_authorized, is_loopback
-from action_diffusion.deploy.serve.session import Question, Session
+from action_diffusion.deploy.serve.session import ClientSession, Question
 from action_diffusion.deploy.serve.wire import pack, require, shortened, unpack
 from action_diffusion.errors import InputError
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -44,7 +44,7 @@ class PolicyServer:
         token: that clients must show; required where `host` is not this machine alone.
         max_connections: more are turned away.
         max_message_bytes: of what a client sends; a larger message ends its connection.
-        seed, remember: see `Session`.
+        seed, remember: see `ClientSession`.
         say: takes a line about something that went wrong here.
         answered: is told how many seconds the policy took for an answer.
         turned_down: is told of every line of text that went out instead.
@@ -133,7 +133,7 @@ class PolicyServer:
         if self.n_connections >= self._max_connections:  # several passed `_admit` at once
             await connection.close(1013, "too many connections")
             return
-        session = Session(**self._session)
+        session = ClientSession(**self._session)
         timing: dict[str, float] = {}
         self.n_connections += 1
         try:
@@ -150,7 +150,9 @@ class PolicyServer:
         finally:
             self.n_connections -= 1
 
-    async def _answer(self, connection: Any, session: Session, message: Any, timing: dict[str, float]) -> bytes | str:
+    async def _answer(
+        self, connection: Any, session: ClientSession, message: Any, timing: dict[str, float]
+    ) -> bytes | str:
         try:
             if isinstance(message, str):
                 raise InputError("the message is text, not msgpack")
@@ -171,7 +173,9 @@ class PolicyServer:
         self._turned_down(line)
         return line
 
-    def _think(self, connection: Any, session: Session, question: Question) -> tuple[float, float, dict[str, Any]]:
+    def _think(
+        self, connection: Any, session: ClientSession, question: Question
+    ) -> tuple[float, float, dict[str, Any]]:
         """In the worker thread: when it began and ended, and the answer. Not for a client that has left meanwhile."""
         if connection.close_code is not None:
             raise self._closed(None, None)

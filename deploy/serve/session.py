@@ -50,7 +50,7 @@ class Question:
     """Whether the answer is to have the whole chunk as well."""
 
 
-class Session:
+class ClientSession:
     """One connection: its history, and its noise.
 
     Args:

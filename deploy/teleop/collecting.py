@@ -17,10 +17,10 @@ from action_diffusion.deploy.robot.cell import read_cell
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.teleop.devices.registry import SHOWS_PLACES, everything, make_device
 from action_diffusion.deploy.teleop.scenes import describe
-from action_diffusion.deploy.teleop.session import Session
+from action_diffusion.deploy.teleop.session import TeleopSession
 from action_diffusion.deploy.teleop.showing import open_page, teller
 from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
-from action_diffusion.deploy.teleop.world import RobotWorld, SimulatedWorld, World, gate_of, is_plane
+from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, World, gate_of, is_plane
 from action_diffusion.envs.demonstration import EXPERTS
 from action_diffusion.errors import InputError
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
@@ -49,7 +49,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         device.connect()
         sink = stack.enter_context(_recorder(config, world))
         already = sink.n_episodes
-        session = Session(
+        session = TeleopSession(
             world=world,
             device=device,
             steering=_steering(config, world),
@@ -66,7 +66,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
             print(f"{config['device']}: {device.help}", flush=True)
         with suppress(KeyboardInterrupt):
             session.run()
-        if isinstance(world, SimulatedWorld) and not is_plane(world):
+        if isinstance(world, SteppedWorld) and not is_plane(world):
             seed, known = config["seed"], max(0, already - session.undone)
             describe(sink.path, lambda i: world.scene_of(seed + i), n_episodes=sink.n_episodes, known=known)
         return {"output": str(config["output"]), **session.summary(), **_unfinished(sink)}
@@ -114,7 +114,7 @@ def _world(config: Mapping[str, Any], stack: ExitStack) -> tuple[World, Path]:
     observations: Mapping[str, Mapping[str, Any]] = task["observations"] or {}
     cameras = [key for key, value in observations.items() if value["kind"] == "image" and value["source"] == key]
     simulator: Any = envs.make(env["name"], max_steps=10**9)
-    world = SimulatedWorld(simulator, cameras, plane=env["name"] == "pusht")
+    world = SteppedWorld(simulator, cameras, plane=env["name"] == "pusht")
     stack.callback(world.close)
     return world, segments.path
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from action_diffusion.deploy.loop.clock import Clock, Pacer
 from action_diffusion.deploy.loop.gate import Gate
-from action_diffusion.deploy.teleop.devices.device import Device, Order, Signals
+from action_diffusion.deploy.teleop.devices.device import Device, Request, Signals
 from action_diffusion.deploy.teleop.steering import Steering
 from action_diffusion.deploy.teleop.world import World
 from action_diffusion.errors import InputError
@@ -29,14 +29,14 @@ from action_diffusion.errors import InputError
 MOST_LATENESSES = 1_000_000
 
 
-class Mode(enum.IntEnum):
+class EpisodeMode(enum.IntEnum):
     """Where an episode stands."""
 
     READY, COUNTDOWN, RECORDING, OVER = 0, 1, 2, 3
 
 
 class Sink(Protocol):
-    """Where episodes go: `datasets.recorder.Recorder`."""
+    """Where episodes go: `datasets.recorder.RunRecorder`."""
 
     @property
     def n_episodes(self) -> int: ...
@@ -49,7 +49,7 @@ class Sink(Protocol):
     def undo(self) -> int: ...
 
 
-class Session:
+class TeleopSession:
     """See the module. `run` returns when the person finishes; whatever is kept by then is on disk.
 
     Args:
@@ -89,7 +89,7 @@ class Session:
         left = sink.n_steps
         self._prepare()
         if left:
-            self.mode = Mode.OVER
+            self.mode = EpisodeMode.OVER
             self._say(f"an earlier session was interrupted, and left an episode of {left} steps: keep or discard it")
 
     def run(self) -> None:
@@ -109,16 +109,16 @@ class Session:
         signals = self._device.poll()
         for order in signals.orders:
             self._obey(order)
-        if self.mode is Mode.COUNTDOWN and self._clock.now() >= self._begins:
-            self._become(Mode.RECORDING)
+        if self.mode is EpisodeMode.COUNTDOWN and self._clock.now() >= self._begins:
+            self._become(EpisodeMode.RECORDING)
             self._say("")
-        if self.mode is Mode.RECORDING or (self.mode is Mode.COUNTDOWN and not self._world.waits):
+        if self.mode is EpisodeMode.RECORDING or (self.mode is EpisodeMode.COUNTDOWN and not self._world.waits):
             self._drive(signals, tick)
         for reason in self._world.events():
             self._say(reason)
         self._tell(self.status())
 
-    def _become(self, mode: Mode) -> None:
+    def _become(self, mode: EpisodeMode) -> None:
         self.mode = mode
 
     def _say(self, line: str) -> None:
@@ -126,7 +126,7 @@ class Session:
 
     def _prepare(self) -> None:
         """The next episode: its start is shown, and nothing moves."""
-        self._become(Mode.READY)
+        self._become(EpisodeMode.READY)
         self._world.prepare(self._seed + self._sink.n_episodes)
         self._gate.reset()
         self._steering.reset()
@@ -134,17 +134,17 @@ class Session:
         self._best: float | None = None
         self._target: np.ndarray | None = None
 
-    def _obey(self, order: Order) -> None:
+    def _obey(self, order: Request) -> None:
         """An order that makes no sense now is left alone: a button that is pressed twice keeps one episode."""
-        if order is Order.FINISH:
+        if order is Request.FINISH:
             self._finished = True
-        elif order is Order.START and self.mode is Mode.READY:
+        elif order is Request.START and self.mode is EpisodeMode.READY:
             self._start()
-        elif order is Order.KEEP and self.mode in (Mode.RECORDING, Mode.OVER):
+        elif order is Request.KEEP and self.mode in (EpisodeMode.RECORDING, EpisodeMode.OVER):
             self._keep()
-        elif order is Order.DISCARD and self.mode is not Mode.READY:
+        elif order is Request.DISCARD and self.mode is not EpisodeMode.READY:
             self._discard()
-        elif order is Order.UNDO and self.mode is Mode.READY:
+        elif order is Request.UNDO and self.mode is EpisodeMode.READY:
             self._undo()
 
     def _start(self) -> None:
@@ -155,7 +155,7 @@ class Session:
             self._say(str(error))
             return
         self._begins = self._clock.now() + self._countdown
-        self._become(Mode.COUNTDOWN)
+        self._become(EpisodeMode.COUNTDOWN)
         self._say("")
 
     def _keep(self) -> None:
@@ -219,7 +219,7 @@ class Session:
         self._target = action
         self._say("")
         executed, (reward, done) = self._world.step(action, tick)
-        if self.mode is Mode.RECORDING:
+        if self.mode is EpisodeMode.RECORDING:
             self._record(observation, executed, reward)
             if done:
                 self._over("the task is done: keep it?" if reward == 1.0 else "it is over: keep or discard it")
@@ -237,12 +237,12 @@ class Session:
 
     def _over(self, why: str) -> None:
         self._world.stop()
-        self._become(Mode.OVER)
+        self._become(EpisodeMode.OVER)
         self._say(why)
 
     def status(self) -> dict[str, Any]:
         """What the page shows, plain values: mode, countdown (s), step, score, target, message, counts."""
-        left = max(0.0, self._begins - self._clock.now()) if self.mode is Mode.COUNTDOWN else None
+        left = max(0.0, self._begins - self._clock.now()) if self.mode is EpisodeMode.COUNTDOWN else None
         scores = [score for score in self.scores if score is not None]
         return {
             "mode": self.mode.name,

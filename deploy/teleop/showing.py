@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.deploy.page.link import PageLink
+from action_diffusion.deploy.page.link import PageLink, page_port
 from action_diffusion.deploy.sim.simulated import board
-from action_diffusion.deploy.subscribers import page_port
 from action_diffusion.deploy.teleop.devices.device import Device
 from action_diffusion.deploy.teleop.devices.keys import HELP
 from action_diffusion.deploy.teleop.page.board import Pictures, Shown

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Group
 from action_diffusion.deploy.teleop.devices.device import Signals
@@ -140,7 +140,7 @@ class PlaceSteering:
         arm_limits: Limits,
         gripper: tuple[float, float] | None = None,
     ) -> None:
-        self._layout, self._limits, self._rate, self._speeds = Layout(groups), limits, rate, speeds
+        self._layout, self._limits, self._rate, self._speeds = CommandLayout(groups), limits, rate, speeds
         self._at = np.zeros(self._layout.size)
         self._step = _most_at_once(self._layout, arm_limits, rate)
         self._ends = gripper or _gripper_ends(self._layout, limits)
@@ -189,7 +189,7 @@ def _gripper(at: float, signals: Signals, *, opened: float, closed: float) -> fl
     return {0: at, 1: closed, -1: opened}[signals.gripper]
 
 
-def _gripper_ends(layout: Layout, limits: Limits) -> tuple[float, float]:
+def _gripper_ends(layout: CommandLayout, limits: Limits) -> tuple[float, float]:
     """(open, closed): the ends of the gripper's range."""
     for group, part in layout.slices():
         if group.name == "gripper":
@@ -197,7 +197,7 @@ def _gripper_ends(layout: Layout, limits: Limits) -> tuple[float, float]:
     return 0.0, 0.0
 
 
-def _most_at_once(layout: Layout, limits: Limits, rate: float) -> np.ndarray:
+def _most_at_once(layout: CommandLayout, limits: Limits, rate: float) -> np.ndarray:
     """How far [A] a command may be from the one before: what the arm's velocity and `max_step` allow.
 
     Rotation vectors of one turn may be far apart: those are for the arm's process to slow down.

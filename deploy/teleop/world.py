@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from action_diffusion.datasets.storage.growing_column import Fields
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Group
 from action_diffusion.deploy.loop.gate import Gate
@@ -92,7 +92,7 @@ class World(Protocol):
         """Let go of it."""
 
 
-class SimulatedWorld:
+class SteppedWorld:
     """A simulator in this process. Its clock is the person's: no step, no time.
 
     Args:
@@ -183,7 +183,7 @@ class RobotWorld:
         self._robot, self._keys, self._seed = robot, list(keys), 0
         self.control_rate = robot.control_rate
         self.groups: tuple[Group, ...] | None = robot.arm.command
-        self._layout = Layout(robot.arm.command)
+        self._layout = CommandLayout(robot.arm.command)
         self.limits = command_limits(self._layout, robot.arm.limits)
         self._attrs = {"control_rate": robot.control_rate, **attrs}
         self.attrs = dict(self._attrs)
@@ -252,8 +252,8 @@ def place_of(robot: ProcessRobot) -> np.ndarray:
     return np.concatenate([seen[name].astype(np.float64) for name in names])
 
 
-def action_of(layout: Layout, command: np.ndarray) -> np.ndarray:
-    """`command` [A] as an action float32 [A + 3 each], with 6D rotations: see `Layout.from_actions`."""
+def action_of(layout: CommandLayout, command: np.ndarray) -> np.ndarray:
+    """`command` [A] as an action float32 [A + 3 each], with 6D rotations: see `CommandLayout.from_actions`."""
     parts = [
         axis_angle_to_6d(command[part]) if group.kind == "rotation" else command[part]
         for group, part in layout.slices()
@@ -261,7 +261,7 @@ def action_of(layout: Layout, command: np.ndarray) -> np.ndarray:
     return np.concatenate(parts).astype(np.float32)
 
 
-def command_limits(layout: Layout, limits: Limits) -> Limits:
+def command_limits(layout: CommandLayout, limits: Limits) -> Limits:
     """Limits of commands, from those of coordinates: a rotation's, which count from its reference, are the arm's alone.
 
     The steps of interpolated numbers are those of the arm's process too, which smooths them.

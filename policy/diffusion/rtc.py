@@ -1,6 +1,6 @@
 """Real-time chunking: the next chunk is denoised so that it continues the chunk that is being executed.
 
-While the next chunk is computed the arm goes on with the running one, Y, and what it executes meanwhile is settled. So
+While the next chunk is computed the arm goes on with the running one, Y, and what it executes meanwhile is prefix. So
 the new chunk is guided to agree with Y: fully over the delay d, less and less up to the end of Y, freely after that.
 
     chunk step       0 … To-1        To-1+d                 To-1+end          H
@@ -27,13 +27,13 @@ correction instead: the one along g that comes nearest to the residual,
 and goes on so with what is left of the residual. These are the first steps towards the exact conditional mean of a
 Gaussian, C W (W C W)⁻¹ r with C ∝ the Jacobian, of which the published form is an approximation for C = r² I.
 
-Guidance alone leaves what is settled nearly, but not quite, as it is. `pin` sets it: x̂0 is Y over the delay, in every
+Guidance alone leaves what is prefix nearly, but not quite, as it is. `pin` sets it: x̂0 is Y over the delay, in every
 denoising step, so that the network completes a chunk whose beginning it is given, and a prediction that it has no
 freedom to bend still begins where the arm will be.
 
 All this bends a network that never saw a chunk with a beginning. One that was trained to go on from steps that are
-settled (`policy.objective.max_delay`; Black et al., "Training-Time Action Conditioning for Efficient Real-Time
-Chunking", 2025) is told which these are, and needs no guidance and no gradients: `Running.settled`.
+prefix (`policy.objective.max_delay`; Black et al., "Training-Time Action Conditioning for Efficient Real-Time
+Chunking", 2025) is told which these are, and needs no guidance and no gradients: `Running.prefix`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from torch import Tensor
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.diffusion.process import Step
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
-from action_diffusion.policy.policy import DiffusionPolicy, Settled
+from action_diffusion.policy.policy import DiffusionPolicy, Prefix
 
 MASKS = ("exponential", "linear", "ones", "hard")
 BETA = 5.0
@@ -178,7 +178,7 @@ class Running:
     """What arms execute while new chunks are computed, as these see it. See `running_chunks`.
 
     action: [B, H, A], normalised, in the action frame of the new observations. delay, end: int [B], steps from now on
-    that are settled, and that there are. now: the step of a chunk that is now, To-1.
+    that are prefix, and that there are. now: the step of a chunk that is now, To-1.
     """
 
     action: Tensor
@@ -191,10 +191,10 @@ class Running:
         length = self.action.shape[1] - self.now
         return torch.nn.functional.pad(weights(self.delay, self.end, length, mask, overlap), (self.now, 0))
 
-    def settled(self) -> Settled:
+    def prefix(self) -> Prefix:
         """For a policy that was trained to go on from such steps (`DiffusionPolicy.max_delay`)."""
         steps = self.weights("hard") > 0
-        return Settled(torch.where(steps.unsqueeze(-1), self.action, 0.0), steps)
+        return Prefix(torch.where(steps.unsqueeze(-1), self.action, 0.0), steps)
 
 
 def running_chunks(
@@ -243,7 +243,7 @@ def continuing(
 ) -> RealTimeChunking:
     """The hook for `policy.predict(obs, hooks=[…])` that guides each row to continue its running chunk, if it has one.
 
-    pin: set what is settled, beside guiding towards it.
+    pin: set what is prefix, beside guiding towards it.
     """
     return RealTimeChunking(
         running=running.action,

@@ -90,7 +90,7 @@ class ConditionalUnet1d(nn.Module):
     """The U-Net of Diffusion Policy (Chi et al. 2023), after Janner et al. 2022.
 
     action_dim: A. condition_dim: size of the encoded observation history. marked: the input has one channel more, which
-    marks the steps of a chunk that are given clean (`policy.Settled`). channels: of each level; the time axis is
+    marks the steps of a chunk that are given clean (`policy.Prefix`). channels: of each level; the time axis is
     halved between levels, so the horizon must be divisible by 2^(levels − 1) (`check_horizon`). activation: SiLU where
     the paper has Mish, which costs several times as much on a CPU.
     """

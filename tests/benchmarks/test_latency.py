@@ -17,7 +17,7 @@ import pytest
 from action_diffusion import envs
 from action_diffusion.deploy.loop.action_queue import SCHEDULINGS
 from action_diffusion.deploy.loop.prediction import Guidance
-from action_diffusion.deploy.loop.virtual import Episode, run_episodes
+from action_diffusion.deploy.loop.virtual import VirtualEpisode, run_episodes
 from action_diffusion.deploy.robot.robots import Observation, SimPushT
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
@@ -30,7 +30,7 @@ latency_report = import_module("benchmarks.scores.latency_report")
 STEPS = 14
 
 
-def run(policy, seeds: list[int], scheduling: str = "rtc", delay: int = 2, **changes: Any) -> list[Episode]:
+def run(policy, seeds: list[int], scheduling: str = "rtc", delay: int = 2, **changes: Any) -> list[VirtualEpisode]:
     options = {"execution_horizon": 4, "policy_batch": 4, "guidance": Guidance(beta=20.0)} | changes
     return run_episodes(
         policy=policy,

@@ -17,12 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from action_diffusion import memory
 from action_diffusion.datasets import ReplayBuffer
-from action_diffusion.datasets.batches import columns, placement
+from action_diffusion.datasets.batches import columns
 from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, random_crop_offsets
-from action_diffusion.datasets.batches.placement import Mode
 from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.errors import InputError
+from action_diffusion.memory import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 TO, HORIZON, TA, GAMMA = 2, 8, 4, 0.9
@@ -306,16 +307,16 @@ def test_keys_and_columns_that_do_not_exist_are_named(saved: Path) -> None:
 
 
 def test_the_place_follows_from_the_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "free_memory", lambda: 10_000)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10_000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1_000, 2_000))
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [placement.choose_mode(n, cpu) for n in (7_000, 7_001)] == ["memory", "disk"]
-    assert [placement.choose_mode(n, cuda) for n in (500, 501, 7_001)] == ["device", "memory", "disk"]
-    assert [placement.choose_mode(n, cuda, 2e-6) for n in (2_000, 2_001)] == ["device", "disk"]
+    assert [memory.choose_mode(n, cpu) for n in (7_000, 7_001)] == ["memory", "disk"]
+    assert [memory.choose_mode(n, cuda) for n in (500, 501, 7_001)] == ["device", "memory", "disk"]
+    assert [memory.choose_mode(n, cuda, 2e-6) for n in (2_000, 2_001)] == ["device", "disk"]
 
 
 def test_free_memory_is_a_plausible_number() -> None:
-    assert 1e7 < placement.free_memory() < 1e14
+    assert 1e7 < memory.free_memory() < 1e14
 
 
 def test_a_cache_is_made_once_and_again_when_the_file_changes(saved: Path, tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 
 from action_diffusion import cli, configuration, envs
 from action_diffusion.deploy.hardware.limits import Limits
-from action_diffusion.deploy.loop.action_queue import SCHEDULINGS, ChunkScheduler
+from action_diffusion.deploy.loop.action_queue import SCHEDULINGS, ActionQueue
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer, VirtualClock
 from action_diffusion.deploy.loop.episode import StepRecord, run_episode
 from action_diffusion.deploy.loop.gate import Gate, demonstrated
-from action_diffusion.deploy.loop.inference_worker import Thinker
+from action_diffusion.deploy.loop.inference_worker import InferenceWorker
 from action_diffusion.deploy.records.run_log import RunLog
 from action_diffusion.deploy.robot.robots import Observation, SimPushT
 from action_diffusion.deploy.run import run
@@ -126,7 +126,7 @@ def drive(
         policy=policy,
         robot=robot,
         agent=Agent(n_obs_steps=TO, n_action_steps=TA),
-        scheduler=ChunkScheduler(scheduling, n_obs_steps=TO, execution_horizon=TA),
+        scheduler=ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=TA),
         gate=Gate(limits=limits or Limits(low=np.zeros(2), high=np.full(2, 10.0))),
         clock=policy.clock,
         log=records.append,
@@ -482,13 +482,13 @@ def test_ctrl_c_at_any_instruction_leaves_no_thread_that_waits():
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         for number in range(100):
-            thinker: Thinker[int] = Thinker(clock=MonotonicClock(), beside=True)
-            thinker.ask(0, lambda: time.sleep(0.02) or 0)
+            worker: InferenceWorker[int] = InferenceWorker(clock=MonotonicClock(), beside=True)
+            worker.ask(0, lambda: time.sleep(0.02) or 0)
             signal.setitimer(signal.ITIMER_REAL, 0.001 + 1e-5 * number)
             with contextlib.suppress(KeyboardInterrupt):
                 while True:
-                    thinker.answer(0)
-            closing = threading.Thread(target=thinker.close, daemon=True)
+                    worker.answer(0)
+            closing = threading.Thread(target=worker.close, daemon=True)
             closing.start()
             closing.join(10)
             assert not closing.is_alive()

@@ -18,7 +18,7 @@ from action_diffusion.deploy.drivers.lerobot import LeRobotArm
 from action_diffusion.deploy.drivers.realsense import RealSenseCamera
 from action_diffusion.deploy.drivers.ur import UrArm
 from action_diffusion.deploy.drivers.usb import UsbCamera
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.protocols import ARMS, CAMERAS, check_arm, make_arm, make_camera
 from action_diffusion.errors import InputError
 
@@ -179,7 +179,7 @@ def test_stopping_and_closing_never_raise_nor_hang(ur, monkeypatch):
 def test_franka_holds_by_a_controller_and_says_where_it_is(franka):
     arm = FrankaArm(**FRANKA, hand=True)
     check_arm(arm)
-    Layout(arm.command).check_limits(arm.limits)
+    CommandLayout(arm.command).check_limits(arm.limits)
     arm.connect()
     assert franka.names().index("start_controller") > franka.names().index("robot_mode")
     values = arm.read().values

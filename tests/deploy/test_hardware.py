@@ -14,7 +14,7 @@ import yaml
 
 from action_diffusion.deploy import bringup
 from action_diffusion.deploy.drivers.vendor import numbers
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Frame, make_arm, make_camera
 from action_diffusion.deploy.robot import cell as hardware
@@ -103,7 +103,7 @@ def test_the_guides_cell_is_complete(tmp_path):
     (tmp_path / "cell.yaml").write_text(guide.split("```yaml")[1].split("```")[0])
     cell = hardware.read_cell(str(tmp_path / "cell.yaml"))
     arm = make_arm("ur", **cell["arm"])
-    Layout(arm.command).check_limits(Limits.of(cell["limits"]).within(arm.limits))
+    CommandLayout(arm.command).check_limits(Limits.of(cell["limits"]).within(arm.limits))
     assert {group.name for group in arm.state} >= set(cell["observations"]["state"])
     for setup in hardware.camera_setups(cell).values():
         assert make_camera(setup.driver, **setup.settings).shape == (96, 96, 3)

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation, Slerp
 from action_diffusion.deploy.arm.gate import WaypointGate
 from action_diffusion.deploy.arm.path import Path
 from action_diffusion.deploy.arm.shaper import SetpointCheck, Shaper
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.obstacles import Obstacles
 from action_diffusion.deploy.hardware.protocols import Group
@@ -21,8 +21,8 @@ from action_diffusion.errors import InputError
 
 PERIOD = 0.005
 DOWN = (np.pi, 0.0, 0.0)
-LAYOUT = Layout([Group(name="joints", size=3, kind="linear"), Group(name="gripper", size=1, kind="hold")])
-POSE = Layout(
+LAYOUT = CommandLayout([Group(name="joints", size=3, kind="linear"), Group(name="gripper", size=1, kind="hold")])
+POSE = CommandLayout(
     [
         Group(name="position", size=3, kind="linear", unit="m"),
         Group(name="rotation", size=3, kind="rotation", unit="rad", reference=DOWN),
@@ -44,7 +44,7 @@ def follow(shaper: Shaper, path: Path, n: int, t: float = 0.0) -> np.ndarray:
     return np.array(rows)
 
 
-def make(layout: Layout = LAYOUT, limits: Limits = limits(), **options) -> tuple[Shaper, SetpointCheck]:  # noqa: B008
+def make(layout: CommandLayout = LAYOUT, limits: Limits = limits(), **options) -> tuple[Shaper, SetpointCheck]:  # noqa: B008
     return (
         Shaper(layout=layout, limits=limits, period=PERIOD, **options),
         SetpointCheck(layout=layout, limits=limits, period=PERIOD),
@@ -178,7 +178,7 @@ def test_an_arm_whose_limits_leave_out_zero_moves_up_to_them_and_no_further():
 
 
 def test_a_held_target_is_recalled_to_where_the_arm_is_within_max_step():
-    layout = Layout([Group(name="target", size=2, kind="hold", at_stop="present")])
+    layout = CommandLayout([Group(name="target", size=2, kind="hold", at_stop="present")])
     shaper, check = make(layout, limits(2))
     shaper.reset(np.array([0.9, -0.9]))
     check.reset(shaper.q)

@@ -120,7 +120,7 @@ def test_it_takes_what_the_local_policy_takes(server, bundle):
         remote.predict(single, generator=[torch.Generator(), torch.Generator()])
     with pytest.raises(InputError, match="noise has shape"):
         remote.predict(single, noise=noise)
-    with pytest.raises(InputError, match="hooks and settled steps do not travel"):
+    with pytest.raises(InputError, match="hooks and prefix steps do not travel"):
         remote.predict(single, hooks=[object()])
     remote.close()
 

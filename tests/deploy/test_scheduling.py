@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from action_diffusion.deploy.loop.action_queue import (
     ENSEMBLE_DECAY,
     SCHEDULINGS,
-    ChunkScheduler,
+    ActionQueue,
     DelayEstimator,
     Request,
     Swap,
@@ -56,7 +56,7 @@ def play(
     refuse: Any = lambda number: False,
 ) -> Played:
     """Drive a scheduler through `steps`; chunk number n takes `delays(n)` of them."""
-    scheduler = ChunkScheduler(scheduling, n_obs_steps=TO, execution_horizon=s)
+    scheduler = ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=s)
     played, due = Played(), None
 
     def arrive(step: int) -> None:
@@ -141,7 +141,7 @@ def test_every_command_is_meant_for_its_step_by_a_chunk_that_was_there(data):
             assert scheduling == "rtc"
             assert request.running[:, 0].tolist() == list(
                 range(request.step, request.step + len(request.running))
-            )  # what is settled begins now
+            )  # what is prefix begins now
 
 
 @given(st.sampled_from(SCHEDULINGS), st.integers(0, 8), st.integers(1, 10))
@@ -174,7 +174,7 @@ def test_without_delay_all_but_the_ensemble_execute_what_the_agent_does():
             number += 1
         expected.append(agent.act())
     for scheduling in ("sync", "naive", "rtc"):
-        scheduler = ChunkScheduler(scheduling, n_obs_steps=TO, execution_horizon=4)
+        scheduler = ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=4)
         asked = 0
         for step in range(40):
             scheduler.begin_step(step)
@@ -204,7 +204,7 @@ def test_the_picture():
 
 
 def test_the_ensemble_is_acts():
-    scheduler = ChunkScheduler("ensemble", n_obs_steps=1, execution_horizon=2)
+    scheduler = ActionQueue("ensemble", n_obs_steps=1, execution_horizon=2)
     values = [1.0, 5.0, 11.0]
     for number, step in enumerate([0, 2, 4]):
         scheduler.begin_step(step)
@@ -235,7 +235,7 @@ def test_real_time_chunking_asks_for_what_continues_the_running_chunk():
 
 
 def test_a_jump_is_between_commands_for_the_same_instant():
-    scheduler = ChunkScheduler("naive", n_obs_steps=TO, execution_horizon=4)
+    scheduler = ActionQueue("naive", n_obs_steps=TO, execution_horizon=4)
     scheduler.begin_step(0)
     scheduler.request()
     first = scheduler.receive(np.arange(16.0)[:, None] * [3.0, 4.0])
@@ -255,7 +255,7 @@ def test_a_jump_is_between_commands_for_the_same_instant():
 
 def test_what_will_be_seen_is_known_before_it_is_looked_at():
     for scheduling in SCHEDULINGS:
-        scheduler = ChunkScheduler(scheduling, n_obs_steps=TO, execution_horizon=4)
+        scheduler = ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=4)
         seen, asked = [], []
         for step in range(20):
             scheduler.begin_step(step)
@@ -305,7 +305,7 @@ def test_a_forecast_is_the_smallest_that_covers_its_share_of_the_window(measured
 
 
 def test_the_measured_delay_reaches_the_next_request_and_the_next_episode():
-    scheduler = ChunkScheduler("rtc", n_obs_steps=TO, execution_horizon=4)
+    scheduler = ActionQueue("rtc", n_obs_steps=TO, execution_horizon=4)
     scheduler.begin_step(0)
     scheduler.request()
     scheduler.begin_step(5)
@@ -329,7 +329,7 @@ def test_the_measured_delay_reaches_the_next_request_and_the_next_episode():
     ],
 )
 def test_bad_chunks_are_refused_and_asked_for_again(chunk, message):
-    scheduler = ChunkScheduler("naive", n_obs_steps=TO, execution_horizon=4)
+    scheduler = ActionQueue("naive", n_obs_steps=TO, execution_horizon=4)
     scheduler.begin_step(0)
     scheduler.request()
     with pytest.raises(InputError, match=message):
@@ -345,11 +345,11 @@ def test_bad_chunks_are_refused_and_asked_for_again(chunk, message):
     ("make", "message"),
     [
         (
-            lambda: ChunkScheduler("rct", n_obs_steps=2, execution_horizon=4),
+            lambda: ActionQueue("rct", n_obs_steps=2, execution_horizon=4),
             "unknown scheduling 'rct': did you mean rtc",
         ),
-        (lambda: ChunkScheduler("rtc", n_obs_steps=0, execution_horizon=4), "n_obs_steps is 0"),
-        (lambda: ChunkScheduler("rtc", n_obs_steps=2, execution_horizon=0), "execution_horizon is 0"),
+        (lambda: ActionQueue("rtc", n_obs_steps=0, execution_horizon=4), "n_obs_steps is 0"),
+        (lambda: ActionQueue("rtc", n_obs_steps=2, execution_horizon=0), "execution_horizon is 0"),
         (lambda: DelayEstimator(window=0), "window=0"),
         (lambda: DelayEstimator(quantile=0.0), "quantile=0.0"),
         (
@@ -370,7 +370,7 @@ def test_impossible_values_are_refused(make, message):
 
 
 def test_misuse_is_an_error():
-    scheduler = ChunkScheduler("naive", n_obs_steps=TO, execution_horizon=4)
+    scheduler = ActionQueue("naive", n_obs_steps=TO, execution_horizon=4)
     scheduler.begin_step(3)
     with pytest.raises(ValueError, match="control step 2 after 3"):
         scheduler.begin_step(2)

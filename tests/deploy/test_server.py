@@ -38,9 +38,9 @@ from action_diffusion import cli
 from action_diffusion.deploy.serve import command as serve
 from action_diffusion.deploy.serve import wire
 from action_diffusion.deploy.serve.access import is_loopback, read_token
-from action_diffusion.deploy.serve.command import Statistics
+from action_diffusion.deploy.serve.command import ServerStatistics
 from action_diffusion.deploy.serve.server import PolicyServer
-from action_diffusion.deploy.serve.session import EXTRAS, Session
+from action_diffusion.deploy.serve.session import EXTRAS, ClientSession
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.files import cache_folder
@@ -361,7 +361,7 @@ def messages() -> st.SearchStrategy[bytes]:
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(messages())
 def test_no_message_is_anything_but_a_question_or_refused(data):
-    session = Session(spec=SPEC)
+    session = ClientSession(spec=SPEC)
     try:
         question = session.take(wire.unpack(data))
     except InputError:
@@ -541,7 +541,7 @@ def test_what_is_added_on_the_way_is_measured(bundle, tmp_path, capsys):
 
 
 def test_the_line_of_statistics():
-    statistics = Statistics()
+    statistics = ServerStatistics()
     assert statistics.line(1) == "1 connection, 0 chunks"
     for ms in range(1, 101):
         statistics.answered(ms / 1e3)
@@ -555,7 +555,7 @@ def test_the_line_of_statistics():
 def test_a_line_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(serve, "STATUS_SECONDS", 0.01)
     monkeypatch.setattr(serve, "LINE_SECONDS", 0.05)
-    statistics = Statistics()
+    statistics = ServerStatistics()
     statistics.answered(0.02)
 
     async def watch() -> None:

@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from action_diffusion.cli import main
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.collect.expert import PACE, action_of, goal, within, wrong_beliefs
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.rings import RingReader, shared_folder
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer
@@ -34,7 +34,7 @@ from benchmarks.scores import sim_arm
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
 STATES = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "robot0_joint_pos", "object")
 OPTIONS: dict[str, Any] = {"limits": None, "obstacles": None, "simulated": {"latency": 0.0, "camera": {"rate": 20.0}}}
-LAYOUT = Layout(PandaArm.command)
+LAYOUT = CommandLayout(PandaArm.command)
 
 
 def panda(*keys: str, **env: Any) -> ProcessRobot:

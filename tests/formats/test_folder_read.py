@@ -14,7 +14,7 @@ import pytest
 from action_diffusion.commands import data_convert
 from action_diffusion.datasets.formats.folder.csv_rows import grouped
 from action_diffusion.datasets.formats.folder.format import opened
-from action_diffusion.datasets.formats.video import VideoWriter
+from action_diffusion.datasets.formats.video import EncodedVideoWriter
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 
@@ -186,7 +186,7 @@ def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
 
 def other_video(rate: float) -> Callable[[Path], None]:
     def do(path: Path) -> None:
-        with VideoWriter(path, (16, 16), rate=rate, quality="high", keyframe_every=5) as video:
+        with EncodedVideoWriter(path, (16, 16), rate=rate, quality="high", keyframe_every=5) as video:
             video.add(np.zeros((5, 16, 16, 3), np.uint8))
 
     return do

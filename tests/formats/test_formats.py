@@ -23,9 +23,9 @@ from action_diffusion.commands import data_convert
 from action_diffusion.datasets.formats import conversion, journal
 from action_diffusion.datasets.formats.columns import PiecewiseColumn, pieces
 from action_diffusion.datasets.formats.folder.csv_rows import grouped
-from action_diffusion.datasets.formats.lerobot.stats import Statistics
+from action_diffusion.datasets.formats.lerobot.stats import ColumnStatistics
 from action_diffusion.datasets.formats.registry import NAMES, detected
-from action_diffusion.datasets.formats.video import VideoWriter, video_info
+from action_diffusion.datasets.formats.video import EncodedVideoWriter, video_info
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 
@@ -184,7 +184,9 @@ def somebody_s_folder(root: Path, lengths: list[int]) -> Path:
     for number, length in enumerate(lengths):
         lines = ["time,joint_0,joint_1,gripper"] + [f"{row / 10},{row * 0.5},{-row},{row % 2}" for row in range(length)]
         (root / f"run{number}.csv").write_text("\n".join(lines) + "\n")
-        with VideoWriter(root / f"run{number}_top.mp4", (16, 16), rate=10, quality="high", keyframe_every=5) as video:
+        with EncodedVideoWriter(
+            root / f"run{number}_top.mp4", (16, 16), rate=10, quality="high", keyframe_every=5
+        ) as video:
             video.add(random.integers(0, 256, size=(length, 16, 16, 3)).astype(np.uint8))
     return root
 
@@ -227,7 +229,7 @@ def damage_lerobot(change: Callable[[Path], None]) -> Make:
 def other_video(length: int, rate: float = 12) -> Callable[[Path], None]:
     def change(root: Path) -> None:
         path = root / "videos/chunk-000/observation.images.wrist/episode_000001.mp4"
-        with VideoWriter(path, (16, 16), rate=rate, quality="high", keyframe_every=2) as video:
+        with EncodedVideoWriter(path, (16, 16), rate=rate, quality="high", keyframe_every=2) as video:
             video.add(np.zeros((length, 16, 16, 3), np.uint8))
 
     return change
@@ -326,7 +328,7 @@ def test_a_conversion_that_was_cut_off_goes_on(name: str, tmp_path: Path, monkey
     each = journal.Journal.each
 
     def counting(self: journal.Journal, steps: Any, description: str) -> dict[str, Any]:
-        def counted(step: journal.Step) -> journal.Step:
+        def counted(step: journal.JournalStep) -> journal.JournalStep:
             def do() -> Any:
                 if len(done) == limit:
                     raise KeyboardInterrupt
@@ -457,7 +459,7 @@ def test_statistics_are_those_of_all_rows_together() -> None:
     random = np.random.default_rng(0)
     rows, images = random.normal(size=(50, 3)) + 1e6, random.integers(0, 256, size=(20, 4, 5, 3)).astype(np.uint8)
     for values, image in ((rows, False), (images, True)):
-        found = Statistics(image=image)
+        found = ColumnStatistics(image=image)
         for part in np.array_split(values, 3):
             found.add(part)
         axes, scale = ((0, 1, 2), 255) if image else (0, 1)
@@ -468,7 +470,7 @@ def test_statistics_are_those_of_all_rows_together() -> None:
 
 
 def test_a_video_has_as_many_frames_as_it_was_given(tmp_path: Path) -> None:
-    with VideoWriter(tmp_path / "a.mp4", (10, 12), rate=30, quality="lossless", keyframe_every=3) as video:
+    with EncodedVideoWriter(tmp_path / "a.mp4", (10, 12), rate=30, quality="lossless", keyframe_every=3) as video:
         video.add(np.zeros((7, 10, 12, 3), np.uint8))
     info = video_info(tmp_path / "a.mp4")
     assert info[:3] == (7, (10, 12), 30.0)

@@ -33,7 +33,7 @@ from action_diffusion.deploy.loop.operator import Order, Pointer
 from action_diffusion.deploy.page.connections import PATIENCE
 from action_diffusion.deploy.page.link import PageLink
 from action_diffusion.deploy.page.view import View
-from action_diffusion.deploy.records.stream import Recording
+from action_diffusion.deploy.records.stream import RunStream
 from action_diffusion.deploy.robot.robots import Observation
 from action_diffusion.deploy.sim.simulated import board
 from action_diffusion.errors import InputError
@@ -491,7 +491,7 @@ def test_what_the_page_shows_of_events_and_of_a_machine_that_is_too_slow(tmp_pat
         control_rate=10.0,
         normalizer={},
     )
-    recording = Recording(tmp_path, spec, output=None, attrs={})
+    recording = RunStream(tmp_path, spec, output=None, attrs={})
     events = RingWriter(tmp_path / "events", fields=EVENTS, n_slots=64)
     state = RingWriter(tmp_path / "state", fields={"state": ("f8", (5,))}, n_slots=4)
     view = View(tmp_path, ABOUT | {"plane": {"camera": None, "size": [512, 512], "board": board()}})

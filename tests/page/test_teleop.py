@@ -24,23 +24,23 @@ from action_diffusion import cli, envs
 from action_diffusion.datasets.robomimic.attributes import unpack
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm.link import ArmSetup
-from action_diffusion.deploy.hardware.command import Layout
+from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Group
 from action_diffusion.deploy.ipc.rings import Segments
 from action_diffusion.deploy.loop.clock import MonotonicClock, VirtualClock
 from action_diffusion.deploy.page.site import Nonsense
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
-from action_diffusion.deploy.subscribers import Onlookers
-from action_diffusion.deploy.teleop.devices.device import Order, Signals, without_drift
+from action_diffusion.deploy.subscribers import Subscribers
+from action_diffusion.deploy.teleop.devices.device import Request, Signals, without_drift
 from action_diffusion.deploy.teleop.devices.keys import Keys
 from action_diffusion.deploy.teleop.devices.terminal import names
 from action_diffusion.deploy.teleop.page.app import word
 from action_diffusion.deploy.teleop.scenes import describe
-from action_diffusion.deploy.teleop.session import Mode, Session
+from action_diffusion.deploy.teleop.session import EpisodeMode, TeleopSession
 from action_diffusion.deploy.teleop.steering import HAND, Speeds, steering_of
 from action_diffusion.deploy.teleop.takeover import DeviceTeleoperator, teleoperator
-from action_diffusion.deploy.teleop.world import RobotWorld, SimulatedWorld, action_of, command_limits, gate_of
+from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, action_of, command_limits, gate_of
 from action_diffusion.envs.demonstration import episode
 from action_diffusion.envs.pusht.simulator import PushT
 from action_diffusion.errors import InputError
@@ -56,7 +56,7 @@ def twist(**axes: float) -> Signals:
     return Signals(twist=np.array([axes.get(name, 0.0) for name in order]))
 
 
-def order(*orders: Order) -> Signals:
+def order(*orders: Request) -> Signals:
     return Signals(engaged=False, why="nobody", orders=orders)
 
 
@@ -98,19 +98,19 @@ class Played:
         pass
 
     def poll(self) -> Signals:
-        signals = next(self._signals, order(Order.FINISH))
+        signals = next(self._signals, order(Request.FINISH))
         return signals() if callable(signals) else signals
 
     def close(self) -> None:
         pass
 
 
-def play(signals: list[Any], sink: Any = None, **settings: Any) -> tuple[Session, Any, list[dict[str, Any]]]:
+def play(signals: list[Any], sink: Any = None, **settings: Any) -> tuple[TeleopSession, Any, list[dict[str, Any]]]:
     """A session on PushT that is over: it, where its episodes went, and what it told after each step."""
-    world = SimulatedWorld(PushT(max_steps=10**9), plane=True)
+    world = SteppedWorld(PushT(max_steps=10**9), plane=True)
     told: list[dict[str, Any]] = []
     sink = sink or Sink()
-    session = Session(
+    session = TeleopSession(
         world=world,
         device=Played(signals),
         steering=steering_of(world.groups, world.limits, world.control_rate, SPEEDS),
@@ -133,14 +133,14 @@ def finger(seed: int = 0) -> np.ndarray:
 
 def lead(seed: int, n: int) -> list[Signals]:
     """Start, take hold of the finger, and lead it to the right by 5 px a step, for n steps."""
-    return [order(Order.START), *(Signals(target=finger(seed) + np.array([5.0 * i, 0])) for i in range(n))]
+    return [order(Request.START), *(Signals(target=finger(seed) + np.array([5.0 * i, 0])) for i in range(n))]
 
 
 # The session
 
 
 def test_what_is_recorded_is_what_the_simulator_did():
-    _, sink, _ = play([*lead(3, 12), order(Order.KEEP)], seed=3)
+    _, sink, _ = play([*lead(3, 12), order(Request.KEEP)], seed=3)
     (rows,) = sink.episodes
     assert {key: (row.dtype, row.shape) for key, row in rows[0].items()} == {
         "state": (np.float32, (5,)),
@@ -155,7 +155,7 @@ def test_what_is_recorded_is_what_the_simulator_did():
 
 
 def test_the_columns_are_those_of_the_expert():
-    world = SimulatedWorld(PushT(), plane=True)
+    world = SteppedWorld(PushT(), plane=True)
     expert = episode(PushT(max_steps=300), "pusht", 2)
     assert set(world.fields) == set(expert)
     for key, (dtype, shape) in world.fields.items():
@@ -163,8 +163,8 @@ def test_the_columns_are_those_of_the_expert():
 
 
 def test_keep_goes_on_discard_comes_again_and_undo_goes_back():
-    signals = [*lead(5, 4), order(Order.KEEP), *lead(6, 4), order(Order.DISCARD), *lead(6, 3), order(Order.KEEP)]
-    session, sink, told = play([*signals, order(Order.UNDO), *lead(6, 2), order(Order.KEEP, Order.KEEP)], seed=5)
+    signals = [*lead(5, 4), order(Request.KEEP), *lead(6, 4), order(Request.DISCARD), *lead(6, 3), order(Request.KEEP)]
+    session, sink, told = play([*signals, order(Request.UNDO), *lead(6, 2), order(Request.KEEP, Request.KEEP)], seed=5)
     assert [len(rows) for rows in sink.episodes] == [4, 2]
     starts = [PushT() for _ in range(2)]
     for env, seed, rows in zip(starts, (5, 6), sink.episodes, strict=True):
@@ -175,17 +175,17 @@ def test_keep_goes_on_discard_comes_again_and_undo_goes_back():
 
 
 def test_orders_that_make_no_sense_change_nothing():
-    session, sink, told = play([order(Order.KEEP, Order.DISCARD, Order.UNDO), *lead(0, 3), order(Order.START)])
+    session, sink, told = play([order(Request.KEEP, Request.DISCARD, Request.UNDO), *lead(0, 3), order(Request.START)])
     assert sink.n_episodes == 0
     assert sink.n_steps == 3
-    assert session.mode is Mode.RECORDING
-    _, sink, told = play([order(Order.START), order(Order.KEEP)])
+    assert session.mode is EpisodeMode.RECORDING
+    _, sink, told = play([order(Request.START), order(Request.KEEP)])
     assert sink.n_episodes == 0
     assert "nothing to keep" in told[1]["message"]
 
 
 def test_the_countdown():
-    _, sink, told = play([order(Order.START), *[Signals(target=finger())] * 9], countdown=0.5)
+    _, sink, told = play([order(Request.START), *[Signals(target=finger())] * 9], countdown=0.5)
     assert [said["countdown"] for said in told[:5]] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
     assert [said["mode"] for said in told[:6]] == ["COUNTDOWN"] * 5 + ["RECORDING"]
     assert sink.n_steps == 5
@@ -193,7 +193,7 @@ def test_the_countdown():
 
 def test_a_pointer_takes_hold_before_anything_moves():
     away = Signals(target=finger() + 100)
-    _, sink, told = play([order(Order.START), away, away, *lead(0, 3)[1:]])
+    _, sink, told = play([order(Request.START), away, away, *lead(0, 3)[1:]])
     assert sink.n_steps == 3
     assert told[1]["message"] == HAND
 
@@ -201,7 +201,7 @@ def test_a_pointer_takes_hold_before_anything_moves():
 def test_where_nobody_drives_time_stands_still():
     silent = Signals(engaged=False, why="the page is silent or hidden: paused")
     far = Signals(target=finger() + 90)
-    _, sink, told = play([*lead(0, 4), silent, silent, far, *lead(0, 4)[2:], order(Order.KEEP)])
+    _, sink, told = play([*lead(0, 4), silent, silent, far, *lead(0, 4)[2:], order(Request.KEEP)])
     (rows,) = sink.episodes
     assert len(rows) == 7
     assert [said["driven"] for said in told[1:10]] == [True] * 4 + [False] * 3 + [True] * 2
@@ -223,7 +223,7 @@ def test_where_nobody_drives_time_stands_still():
 )
 def test_what_the_gate_refuses_is_neither_executed_nor_recorded(target, reason):
     bad = Signals(target=np.array(target))
-    session, sink, told = play([*lead(0, 3), bad, *lead(0, 1)[1:], order(Order.KEEP)])
+    session, sink, told = play([*lead(0, 3), bad, *lead(0, 1)[1:], order(Request.KEEP)])
     assert session.refused == 1
     assert len(sink.episodes[0]) == 4
     assert re.search(reason, told[4]["message"])
@@ -231,7 +231,7 @@ def test_what_the_gate_refuses_is_neither_executed_nor_recorded(target, reason):
 
 
 def test_an_episode_that_is_over_waits_for_a_word():
-    _, sink, told = play([*lead(0, 8), order(Order.KEEP)], max_steps=5)
+    _, sink, told = play([*lead(0, 8), order(Request.KEEP)], max_steps=5)
     assert [len(rows) for rows in sink.episodes] == [5]
     assert told[5]["mode"] == "OVER"
 
@@ -239,25 +239,25 @@ def test_an_episode_that_is_over_waits_for_a_word():
 def test_an_interrupted_episode_is_asked_for_first():
     sink = Sink()
     sink.rows = [{}, {}]
-    session, sink, _ = play([order(Order.START), order(Order.KEEP)], sink)
+    session, sink, _ = play([order(Request.START), order(Request.KEEP)], sink)
     assert [len(rows) for rows in sink.episodes] == [2]
-    assert session.mode is Mode.READY
+    assert session.mode is EpisodeMode.READY
 
 
 def test_recording_begins_with_the_first_motion():
-    _, sink, told = play([order(Order.START), STILL, STILL, twist(forward=1.0), STILL, order(Order.KEEP)])
+    _, sink, told = play([order(Request.START), STILL, STILL, twist(forward=1.0), STILL, order(Request.KEEP)])
     (rows,) = sink.episodes
     np.testing.assert_allclose([row["action"] for row in rows], [finger() - [0, 30]] * 2, atol=1e-3)
     assert "begins" in told[1]["message"]
 
 
 def test_a_robot_that_is_not_ready_says_why(monkeypatch):
-    def begin(world: SimulatedWorld) -> None:
+    def begin(world: SteppedWorld) -> None:
         raise InputError("the emergency stop is set")
 
-    monkeypatch.setattr(SimulatedWorld, "begin", begin)
+    monkeypatch.setattr(SteppedWorld, "begin", begin)
     session, sink, told = play([*lead(0, 3)])
-    assert (session.mode, sink.n_steps) == (Mode.READY, 0)
+    assert (session.mode, sink.n_steps) == (EpisodeMode.READY, 0)
     assert told[0]["message"] == "the emergency stop is set"
 
 
@@ -378,7 +378,7 @@ def test_keys_are_held_pressed_and_scale_the_speed():
     assert said.twist is not None
     assert said.twist.tolist() == [1, 1, 0, 0, 0, 0]
     assert said.toggle
-    assert said.orders == (Order.UNDO, Order.KEEP)
+    assert said.orders == (Request.UNDO, Request.KEEP)
     assert keys.signals(["w", "s"], ["+", "+"]).twist.tolist() == [0.0] * 6  # type: ignore[union-attr]
     assert keys.signals([], ["-"]).speed == pytest.approx(1.25)
     assert keys.signals([], ["-"] * 99).speed == pytest.approx(0.1)
@@ -409,7 +409,7 @@ def test_what_a_page_cannot_mean_is_nonsense(message):
 
 
 def test_what_a_page_means():
-    assert word('{"order": "undo"}') == {"order": int(Order.UNDO)}
+    assert word('{"order": "undo"}') == {"order": int(Request.UNDO)}
     with pytest.raises(Nonsense):
         word('{"pointer": [1, 2], "down": ["w", "\\t", "F13", ["x"]], "pressed": [" "]}')
     said = word('{"pointer": [1, 2], "down": ["w", "F13"], "pressed": [" "]}')
@@ -447,7 +447,7 @@ def test_twists_become_relative_actions():
 
 
 def test_twists_move_a_pose_within_its_limits():
-    steering = steering_of(POSE, command_limits(Layout(POSE), ARM), 10.0, SPEEDS, arm_limits=ARM)
+    steering = steering_of(POSE, command_limits(CommandLayout(POSE), ARM), 10.0, SPEEDS, arm_limits=ARM)
     at = np.array([0.4, 0.0, 0.2, 3.1, 0.0, 0.0, 0.0])
     steering.begin(at)
     action = steering.action(twist(forward=1.0, yaw=1.0), at)
@@ -486,9 +486,9 @@ def test_which_end_closes_a_gripper():
 
 def test_actions_of_a_robot_have_6d_rotations():
     command = np.array([0.4, 0.0, 0.2, 3.1, 0.2, 0.0, 1.0])
-    action = action_of(Layout(POSE), command)
+    action = action_of(CommandLayout(POSE), command)
     assert (action.dtype, action.shape) == (np.float32, (10,))
-    np.testing.assert_allclose(Layout(POSE).from_actions(action[None])[0], command, atol=1e-5)
+    np.testing.assert_allclose(CommandLayout(POSE).from_actions(action[None])[0], command, atol=1e-5)
 
 
 # Arms
@@ -497,7 +497,7 @@ def test_actions_of_a_robot_have_6d_rotations():
 def test_lift_by_twists(tmp_path):
     """Down onto the cube, the gripper shut, and up: the person sees the cube, and so does this test."""
     pytest.importorskip("robosuite")
-    world = SimulatedWorld(envs.make("lift", max_steps=10**9), plane=False)
+    world = SteppedWorld(envs.make("lift", max_steps=10**9), plane=False)
     steering = steering_of(world.groups, world.limits, world.control_rate, SPEEDS.scaled(4.0))
 
     def towards(height: float, shut: int) -> Any:
@@ -512,9 +512,9 @@ def test_lift_by_twists(tmp_path):
 
     grasp = [towards(0.1, -1)] * 15 + [towards(0.0, -1)] * 15 + [towards(0.0, 1)] * 8 + [towards(0.2, 1)] * 25
     sink = Sink()
-    session = Session(
+    session = TeleopSession(
         world=world,
-        device=Played([order(Order.START), *grasp, order(Order.KEEP)]),
+        device=Played([order(Request.START), *grasp, order(Request.KEEP)]),
         steering=steering,
         gate=gate_of(world),
         sink=sink,
@@ -551,9 +551,16 @@ def test_an_arm_in_real_time_through_all_gates(robot):
     assert world.groups is not None
     nobody = Signals(engaged=False, why="hold the right bumper to drive")
     turning = [twist(forward=1.0, left=-1.0)] * 10
-    signals = [order(Order.START), *turning, *[nobody] * 4, STILL._replace(toggle=True), *turning, order(Order.KEEP)]
+    signals = [
+        order(Request.START),
+        *turning,
+        *[nobody] * 4,
+        STILL._replace(toggle=True),
+        *turning,
+        order(Request.KEEP),
+    ]
     sink = Sink()
-    session = Session(
+    session = TeleopSession(
         world=world,
         device=Played(signals),
         steering=steering_of(world.groups, world.limits, 20.0, SPEEDS, arm_limits=robot.arm.limits),
@@ -598,4 +605,4 @@ def test_bad_take_overs(robot):
         teleoperator({**config, "teleop": "mouse"}, robot, robot.arm.limits)
     without = {**config, "teleop": "gamepad", "page": False}
     with pytest.raises(InputError, match="teleop=gamepad waits for somebody at the page"):
-        Onlookers(without, robot, None, limits=robot.arm.limits, output_dir=Path())  # type: ignore[arg-type]
+        Subscribers(without, robot, None, limits=robot.arm.limits, output_dir=Path())  # type: ignore[arg-type]

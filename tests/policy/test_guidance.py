@@ -100,7 +100,7 @@ def weight() -> torch.Tensor:
 
 
 @pytest.fixture
-def settled() -> torch.Tensor:
+def prefix() -> torch.Tensor:
     """What will have been executed, of the same rows."""
     return weights(torch.tensor([2, 1, 3]), torch.tensor([6, 8, 5]), HORIZON, "hard") > 0
 
@@ -212,19 +212,19 @@ def test_the_frozen_steps_are_reproduced_and_the_rest_follows(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_what_is_pinned_comes_out_as_it_was_and_the_network_sees_it(case, running, weight, settled):
+def test_what_is_pinned_comes_out_as_it_was_and_the_network_sees_it(case, running, weight, prefix):
     process, sampler = make(case, clip=None)
     watch = Watch()
-    hook = RealTimeChunking(running=running, weight=weight, pinned=settled)
+    hook = RealTimeChunking(running=running, weight=weight, pinned=prefix)
     noise, steps = randn(1), [torch.Generator().manual_seed(0) for _ in range(2)]
     found, _ = sampler.run(network(process, bent), noise, generator=steps[0], hooks=[hook, watch])
     for state in watch.states:
-        assert torch.equal(state.x0_hat[settled], running[settled])
-    torch.testing.assert_close(found[settled], running[settled], atol=1e-6, rtol=0)
+        assert torch.equal(state.x0_hat[prefix], running[prefix])
+    torch.testing.assert_close(found[prefix], running[prefix], atol=1e-6, rtol=0)
     free, _ = sampler.run(
         network(process, bent), noise, generator=steps[1], hooks=[RealTimeChunking(running=running, weight=weight)]
     )
-    assert (found - free)[~settled].abs().max() > 1e-6  # `bent` mixes the steps of a chunk
+    assert (found - free)[~prefix].abs().max() > 1e-6  # `bent` mixes the steps of a chunk
 
 
 def test_a_round_is_the_nearest_point_along_the_pull(running, weight):

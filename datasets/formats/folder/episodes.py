@@ -19,7 +19,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.progress import progress
 
 
-class Kind(NamedTuple):
+class FolderColumn(NamedTuple):
     """Where a key is, and what: the shape and type of a row; of a video also what its frames are."""
 
     path: Path
@@ -29,12 +29,12 @@ class Kind(NamedTuple):
 
 
 @dataclass
-class Episode:
+class FolderEpisode:
     """One CSV file and what lies beside it. columns: key → its columns in the CSV; words: columns that hold none."""
 
     csv: Path
     length: int
-    keys: dict[str, Kind]
+    keys: dict[str, FolderColumn]
     columns: dict[str, list[int]]
     words: list[str]
 
@@ -76,7 +76,9 @@ def description(path: Path) -> dict[str, Any] | None:
     return notes
 
 
-def episodes_of(path: Path, notes: Mapping[str, Any] | None, vectors: Mapping[str, Sequence[str]]) -> list[Episode]:
+def episodes_of(
+    path: Path, notes: Mapping[str, Any] | None, vectors: Mapping[str, Sequence[str]]
+) -> list[FolderEpisode]:
     """Every episode. vectors: key → the columns that make it, in somebody else's CSVs.
 
     Raises `InputError` for lengths that differ within an episode, and keys that differ between them.
@@ -85,7 +87,7 @@ def episodes_of(path: Path, notes: Mapping[str, Any] | None, vectors: Mapping[st
     known = dict(notes["csv"]) if notes else None
     if known is not None and vectors:
         raise InputError(f"{path / 'dataset.json'} says which columns are {next(iter(vectors))}: leave the option out")
-    episodes: list[Episode] = []
+    episodes: list[FolderEpisode] = []
     with progress(f"reading what is in {path.name}", len(files)) as advance:
         for file in files:
             episodes.append(_episode(path, file, known, vectors))
@@ -109,21 +111,23 @@ def _csv_files(path: Path, notes: Mapping[str, Any] | None) -> list[Path]:
     return [inside(path, name, most=TEXT_BYTES) for name in names]
 
 
-def _episode(root: Path, csv: Path, known: Mapping[str, Any] | None, vectors: Mapping[str, Sequence[str]]) -> Episode:
+def _episode(
+    root: Path, csv: Path, known: Mapping[str, Any] | None, vectors: Mapping[str, Sequence[str]]
+) -> FolderEpisode:
     """known: key → its columns in the CSV and its type; None in somebody else's folder."""
     names = read_header(csv)
     columns = _chosen(csv, names, vectors) if known is None else _known(csv, names, known)
     texts = _texts(csv)
     if len(texts) == 0:
         raise InputError(f"{csv}: holds no rows")
-    keys: dict[str, Kind] = {}
+    keys: dict[str, FolderColumn] = {}
     words: list[str] = []
     for key, positions in columns.items():
         single = key not in vectors and [names[position] for position in positions] == [key]
         where = f"{csv}: {key}"
         dtype = np.dtype(known[key]["dtype"]) if known else guessed(texts[:, positions], where)
         if dtype is not None:
-            keys[key] = Kind(csv, () if single else (len(positions),), dtype)
+            keys[key] = FolderColumn(csv, () if single else (len(positions),), dtype)
         elif single:
             words.append(key)
         else:
@@ -138,7 +142,7 @@ def _episode(root: Path, csv: Path, known: Mapping[str, Any] | None, vectors: Ma
             raise InputError(f"{file}: {length} {what}, but {csv.name} has {len(texts)} rows: not one recording")
     if not keys:
         raise InputError(f"{csv}: holds no numbers")
-    return Episode(csv, len(texts), keys, columns, words)
+    return FolderEpisode(csv, len(texts), keys, columns, words)
 
 
 def _chosen(csv: Path, names: list[str], vectors: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
@@ -187,20 +191,20 @@ def _beside(csv: Path, *, ours: bool) -> dict[str, Path]:
     return found
 
 
-def _array(file: Path) -> tuple[Kind, int]:
+def _array(file: Path) -> tuple[FolderColumn, int]:
     with reading(str(file)):
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     if array.ndim == 0 or array.dtype.kind not in "biuf":
         raise InputError(f"{file}: {array.dtype} {list(array.shape)}, expected one row of numbers a step")
-    return Kind(file, array.shape[1:], array.dtype), len(array)
+    return FolderColumn(file, array.shape[1:], array.dtype), len(array)
 
 
-def _video(file: Path) -> tuple[Kind, int]:
+def _video(file: Path) -> tuple[FolderColumn, int]:
     info = video_info(file)
-    return Kind(file, info.kind.shape, info.kind.dtype, info), info.frames
+    return FolderColumn(file, info.kind.shape, info.kind.dtype, info), info.frames
 
 
-def _unify(episodes: list[Episode], *, known: bool) -> None:
+def _unify(episodes: list[FolderEpisode], *, known: bool) -> None:
     """Every episode has the first one's keys and shapes; whole numbers become float64 where another has fractions."""
     first = episodes[0]
     for episode in episodes[1:]:
@@ -215,15 +219,15 @@ def _unify(episodes: list[Episode], *, known: bool) -> None:
                 episode.keys[key] = episode.keys[key]._replace(dtype=np.result_type(*dtypes))
 
 
-def _moves(kind: Kind) -> object:
+def _moves(kind: FolderColumn) -> object:
     return kind.video and kind.video.kind
 
 
-def _words(kind: Kind | None) -> str:
+def _words(kind: FolderColumn | None) -> str:
     return "missing" if kind is None else f"{list(kind.row)} in {kind.path.name}"
 
 
-def unused(path: Path, episodes: list[Episode]) -> list[str]:
+def unused(path: Path, episodes: list[FolderEpisode]) -> list[str]:
     """Columns of words, and videos and arrays that belong to no episode."""
     words = dict.fromkeys(f"{name} (words)" for episode in episodes for name in episode.words)
     used = {kind.path for episode in episodes for kind in episode.keys.values()}

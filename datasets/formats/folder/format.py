@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.formats.columns import (
-    Piece,
     PiecewiseColumn,
+    RowRange,
     as_images,
     check_rows,
     is_image,
@@ -33,9 +33,9 @@ from action_diffusion.datasets.formats.columns import (
 )
 from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Settings, kept, restored
 from action_diffusion.datasets.formats.folder.csv_rows import header, write_csv
-from action_diffusion.datasets.formats.folder.episodes import Episode, description, episodes_of, unused
-from action_diffusion.datasets.formats.journal import Journal, Step
-from action_diffusion.datasets.formats.video import Part, VideoWriter, check_times, video_column
+from action_diffusion.datasets.formats.folder.episodes import FolderEpisode, description, episodes_of, unused
+from action_diffusion.datasets.formats.journal import Journal, JournalStep
+from action_diffusion.datasets.formats.video import EncodedVideoWriter, Part, check_times, video_column
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, reading, row_bytes
 from action_diffusion.errors import InputError
@@ -74,14 +74,14 @@ def opened(path: Path, vectors: Mapping[str, Sequence[str]] | None = None) -> Op
     return Opened(buffer, tuple(unused(path, episodes)), said)
 
 
-def _check_times(episodes: list[Episode], key: str, parts: list[Part], rate: float) -> None:
+def _check_times(episodes: list[FolderEpisode], key: str, parts: list[Part], rate: float) -> None:
     for number, (episode, part) in enumerate(zip(episodes, parts, strict=True)):
         video = episode.keys[key].video
         if video is not None:
             check_times(video, part, 0.0, rate, number)
 
 
-def _read(episodes: list[Episode], key: str, piece: Piece) -> np.ndarray:
+def _read(episodes: list[FolderEpisode], key: str, piece: RowRange) -> np.ndarray:
     episode = episodes[piece.number]
     kind = episode.keys[key]
     where = f"{kind.path}: {key}"
@@ -103,7 +103,7 @@ def _write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Setting
     steps = []
     for index, (first, end) in enumerate(zip(firsts, buffer.episode_ends.tolist(), strict=True)):
         write = functools.partial(_write_episode, buffer, path / f"episode_{index:06d}", first, end, settings)
-        steps.append(Step(f"episode {index}", (end - first) * size, write))
+        steps.append(JournalStep(f"episode {index}", (end - first) * size, write))
     journal.each(steps, "writing the episodes")
     lengths = np.diff(buffer.episode_ends, prepend=0).tolist()
     notes = {
@@ -145,7 +145,9 @@ def _write_episode(buffer: ReplayBuffer, folder: Path, first: int, end: int, set
 
 def _write_video(column: Column, path: Path, first: int, end: int, settings: Settings) -> None:
     size = (column.shape[1], column.shape[2])
-    with VideoWriter(path, size, rate=settings.rate, quality=settings.quality, keyframe_every=KEYFRAME_EVERY) as video:
+    with EncodedVideoWriter(
+        path, size, rate=settings.rate, quality=settings.quality, keyframe_every=KEYFRAME_EVERY
+    ) as video:
         for start, stop in spans(first, end, rows_a_block(column)):
             video.add(np.asarray(column[start:stop]))
 

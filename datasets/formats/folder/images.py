@@ -22,7 +22,7 @@ _ALPHA = {"RGBA": "RGB", "LA": "L", "PA": "RGB"}
 _PLAIN = {"RGB": "RGB", "P": "RGB", "L": "L", "1": "L"}
 
 
-class Picture(NamedTuple):
+class ImageFile(NamedTuple):
     """shape: [H, W, 3], or [H, W] of grey and depth. alpha: it had one, which is not read."""
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Picture(NamedTuple):
     alpha: bool
 
 
-def picture(content: bytes, where: str, *, colours: bool) -> Picture:
+def picture(content: bytes, where: str, *, colours: bool) -> ImageFile:
     """What the bytes hold, told from their head. colours: grey of 8 bits stands for three equal colours.
 
     Raises `InputError` for what is no picture, too large, or cannot be read as it is stored.
@@ -39,7 +39,7 @@ def picture(content: bytes, where: str, *, colours: bool) -> Picture:
         return _picture(_opened(content, where), content, where, colours)
 
 
-def decoded(content: bytes, expected: Picture, where: str, *, colours: bool) -> np.ndarray:
+def decoded(content: bytes, expected: ImageFile, where: str, *, colours: bool) -> np.ndarray:
     """The pixels. Raises `InputError` where they are not of the expected shape and type."""
     with reading(where):
         image = _opened(content, where)
@@ -66,21 +66,21 @@ def _opened(content: bytes, where: str) -> Any:
     return image
 
 
-def _picture(image: Any, content: bytes, where: str, colours: bool) -> Picture:
+def _picture(image: Any, content: bytes, where: str, colours: bool) -> ImageFile:
     size, mode = (image.height, image.width), image.mode
     deep = content.startswith(_PNG) and content[24] == 16  # bits a channel, which PIL cuts to 8 in colours
     if deep and content[25] != 0:  # grey
         raise InputError(f"{where}: colours of 16 bits, which are not read: store 8 bits a colour")
     if mode.startswith("I;16") or (deep and mode == "I"):
-        return Picture(size, np.dtype(np.uint16), False)
+        return ImageFile(size, np.dtype(np.uint16), False)
     if mode in ("I", "F"):
-        return Picture(size, np.dtype(np.int32 if mode == "I" else np.float32), False)
+        return ImageFile(size, np.dtype(np.int32 if mode == "I" else np.float32), False)
     plain = _ALPHA.get(mode) or _PLAIN.get(mode)
     if plain is None:
         raise InputError(f"{where}: a picture in {mode}, expected colours (RGB), grey, or depth of 16 bits")
     shape = (*size, 3) if plain == "RGB" or colours else size
-    return Picture(shape, np.dtype(np.uint8), mode in _ALPHA or "transparency" in image.info)
+    return ImageFile(shape, np.dtype(np.uint8), mode in _ALPHA or "transparency" in image.info)
 
 
-def _words(found: Picture) -> str:
+def _words(found: ImageFile) -> str:
     return f"{found.dtype} {list(found.shape)}{' with alpha' if found.alpha else ''}"

@@ -16,7 +16,7 @@ import numpy as np
 from action_diffusion.datasets.formats.columns import PiecewiseColumn, spans
 from action_diffusion.datasets.formats.lerobot.info import Info
 from action_diffusion.datasets.formats.lerobot.names import V30
-from action_diffusion.datasets.formats.parquet import Table, described, open_parquet
+from action_diffusion.datasets.formats.parquet import ParquetTable, described, open_parquet
 from action_diffusion.datasets.formats.paths import TEXT_BYTES, inside, natural
 from action_diffusion.datasets.formats.video import TOLERANCE
 from action_diffusion.datasets.storage.store import reading
@@ -33,7 +33,7 @@ _FARTHEST = 10  # times the rate of info.json: timestamps in another unit are no
 class Files(NamedTuple):
     """tables: of the rows; ends: the row after each; episode_ends; episodes: what the meta data says of each."""
 
-    tables: list[Table]
+    tables: list[ParquetTable]
     ends: np.ndarray
     episode_ends: np.ndarray
     episodes: list[dict[str, Any]]

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.datasets.formats.columns import Piece, PiecewiseColumn
+from action_diffusion.datasets.formats.columns import PiecewiseColumn, RowRange
 from action_diffusion.datasets.formats.contract import Opened, restored
-from action_diffusion.datasets.formats.folder.images import Picture, picture
+from action_diffusion.datasets.formats.folder.images import ImageFile, picture
 from action_diffusion.datasets.formats.lerobot.episodes import Files, check_rows, files_of
 from action_diffusion.datasets.formats.lerobot.info import Feature, Info, read_info
 from action_diffusion.datasets.formats.lerobot.names import INFO, OWN, keys_for
@@ -125,7 +125,7 @@ def _numbers(info: Info, files: Files, name: str, feature: Feature) -> Piecewise
 
 
 def _read_numbers(
-    files: Files, rows: ParquetRows, name: str, dtype: np.dtype, row: tuple[int, ...], n_bytes: int, piece: Piece
+    files: Files, rows: ParquetRows, name: str, dtype: np.dtype, row: tuple[int, ...], n_bytes: int, piece: RowRange
 ) -> np.ndarray:
     path = files.tables[piece.number].path
     array = rows.read(path, piece.first, piece.end, n_bytes)
@@ -148,7 +148,7 @@ def _pictures(info: Info, files: Files, name: str, feature: Feature) -> Piecewis
 
 
 def _read_pictures(
-    files: Files, rows: ParquetRows, name: str, expected: Picture, colours: bool, piece: Piece
+    files: Files, rows: ParquetRows, name: str, expected: ImageFile, colours: bool, piece: RowRange
 ) -> np.ndarray:
     path = files.tables[piece.number].path
     n_bytes = int(np.prod(expected.shape)) * expected.dtype.itemsize

@@ -14,7 +14,7 @@ import numpy as np
 Stats = dict[str, Any]
 
 
-class Statistics:
+class ColumnStatistics:
     """Of rows that are added one block after the other. image: they are [n, H, W, 3] uint8, else [n, D]."""
 
     def __init__(self, *, image: bool) -> None:

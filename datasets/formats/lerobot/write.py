@@ -18,7 +18,7 @@ import numpy as np
 
 from action_diffusion.datasets.formats.columns import as_images, as_stored, is_image, native, rows_a_block, spans
 from action_diffusion.datasets.formats.contract import Settings
-from action_diffusion.datasets.formats.journal import Journal, Step
+from action_diffusion.datasets.formats.journal import Journal, JournalStep
 from action_diffusion.datasets.formats.lerobot.meta import write_meta21, write_meta30
 from action_diffusion.datasets.formats.lerobot.names import (
     EPISODES_A_CHUNK,
@@ -31,9 +31,9 @@ from action_diffusion.datasets.formats.lerobot.names import (
     vector_length,
     whole_rate,
 )
-from action_diffusion.datasets.formats.lerobot.stats import Statistics
+from action_diffusion.datasets.formats.lerobot.stats import ColumnStatistics
 from action_diffusion.datasets.formats.parquet import ParquetWriter
-from action_diffusion.datasets.formats.video import VideoWriter
+from action_diffusion.datasets.formats.video import EncodedVideoWriter
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, row_bytes
 
@@ -48,13 +48,13 @@ KEYFRAME_EVERY = 2
 """As LeRobot does: training reads frames at random."""
 
 
-class Episode(NamedTuple):
+class WrittenEpisode(NamedTuple):
     number: int
     first: int
     end: int
 
 
-class Task(NamedTuple):
+class WriteTask(NamedTuple):
     """What to write: columns by LeRobot's names, as LeRobot holds them."""
 
     root: Path
@@ -73,12 +73,12 @@ def write(buffer: ReplayBuffer, path: Path, journal: Journal, settings: Settings
     if "task_index" in buffer:
         task_index[:] = np.asarray(buffer["task_index"][:]).ravel()
     columns = {name: _stored(buffer, key) for key, name in names.items()}
-    task = Task(path, version, columns, task_index, settings)
+    task = WriteTask(path, version, columns, task_index, settings)
     size = sum(row_bytes(column) for column in columns.values())
     steps = []
     for number, episodes in enumerate(_files(buffer.episode_ends, size, version)):
         do = functools.partial(_write_file, task, number, episodes)
-        steps.append(Step(f"file {number}", (episodes[-1].end - episodes[0].first) * size, do))
+        steps.append(JournalStep(f"file {number}", (episodes[-1].end - episodes[0].first) * size, do))
     rows = [row for told in journal.each(steps, "writing the episodes").values() for row in told]
     for row in rows:
         row["tasks"] = [tasks[index] for index in row["task_indices"]]
@@ -92,18 +92,18 @@ def _stored(buffer: ReplayBuffer, key: str) -> Column:
     return as_stored(column, (vector_length(column.shape),), native(column.dtype), f"{buffer.name}: {key}")
 
 
-def _files(ends: np.ndarray, size: int, version: str) -> list[list[Episode]]:
+def _files(ends: np.ndarray, size: int, version: str) -> list[list[WrittenEpisode]]:
     """Which episodes share a file: in v3.0 up to about `FILE_BYTES`, at `size` bytes a row."""
     firsts = np.concatenate([[0], ends[:-1]])
-    files: list[list[Episode]] = []
+    files: list[list[WrittenEpisode]] = []
     for index, (first, end) in enumerate(zip(firsts.tolist(), ends.tolist(), strict=True)):
         full = not files or version == V21 or (end - files[-1][0].first) * size > FILE_BYTES
         files += [[]] if full else []
-        files[-1].append(Episode(index, first, end))
+        files[-1].append(WrittenEpisode(index, first, end))
     return files
 
 
-def _write_file(task: Task, number: int, episodes: list[Episode]) -> list[dict[str, Any]]:
+def _write_file(task: WriteTask, number: int, episodes: list[WrittenEpisode]) -> list[dict[str, Any]]:
     """Rows and videos of some episodes; returns what the meta data says of each."""
     place = {"chunk": number // EPISODES_A_CHUNK, "file": number if task.version == V21 else number % EPISODES_A_CHUNK}
     rate = whole_rate(task.settings)
@@ -111,7 +111,7 @@ def _write_file(task: Task, number: int, episodes: list[Episode]) -> list[dict[s
         videos = {}
         for name, column in task.columns.items():
             if is_image(column):
-                writer = VideoWriter(
+                writer = EncodedVideoWriter(
                     task.root / VIDEO[task.version].format(key=name, **place),
                     (column.shape[1], column.shape[2]),
                     rate=rate,
@@ -126,10 +126,10 @@ def _write_file(task: Task, number: int, episodes: list[Episode]) -> list[dict[s
 
 
 def _write_episode(
-    task: Task, episode: Episode, first: int, rows: ParquetWriter, videos: Mapping[str, VideoWriter]
+    task: WriteTask, episode: WrittenEpisode, first: int, rows: ParquetWriter, videos: Mapping[str, EncodedVideoWriter]
 ) -> dict[str, Any]:
     rate = whole_rate(task.settings)
-    stats = {name: Statistics(image=name in videos) for name in (*task.columns, *OWN)}
+    stats = {name: ColumnStatistics(image=name in videos) for name in (*task.columns, *OWN)}
     block = min(rows_a_block(column) for column in task.columns.values())
     for start, end in spans(episode.first, episode.end, block):
         table = {}
@@ -157,7 +157,7 @@ def _write_episode(
     }
 
 
-def _own(episode: Episode, index: np.ndarray, task_index: np.ndarray, rate: int) -> dict[str, np.ndarray]:
+def _own(episode: WrittenEpisode, index: np.ndarray, task_index: np.ndarray, rate: int) -> dict[str, np.ndarray]:
     frame = index - episode.first
     return {
         "timestamp": (frame / rate).astype(np.float32),

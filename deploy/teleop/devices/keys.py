@@ -14,11 +14,11 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from action_diffusion.deploy.teleop.devices.device import Order, Signals
+from action_diffusion.deploy.teleop.devices.device import Request, Signals
 
 AXES = (("w", "s"), ("a", "d"), ("r", "f"), ("z", "x"), ("t", "g"), ("c", "v"))
 ALIKE = {"ArrowUp": "w", "ArrowDown": "s", "ArrowLeft": "a", "ArrowRight": "d"}
-ORDERS = {"Enter": Order.START, "k": Order.KEEP, "Backspace": Order.DISCARD, "u": Order.UNDO}
+ORDERS = {"Enter": Request.START, "k": Request.KEEP, "Backspace": Request.DISCARD, "u": Request.UNDO}
 GRIPPER, FASTER, SLOWER = " ", "+=", "-_"
 KEYS = {*(key for pair in AXES for key in pair), GRIPPER, *FASTER, *SLOWER, *ALIKE, *ORDERS}
 """All that mean something."""

@@ -16,7 +16,7 @@ from typing import TextIO
 
 import numpy as np
 
-from action_diffusion.deploy.teleop.devices.device import Order, Signals
+from action_diffusion.deploy.teleop.devices.device import Request, Signals
 from action_diffusion.errors import InputError
 
 
@@ -54,14 +54,14 @@ class Script:
             if words[0].isalpha() and words[0] not in ("nan", "inf"):
                 return Signals(engaged=False, why="the script gives an order", orders=(self._order(words),))
             return Signals(target=self._numbers(words))
-        return Signals(engaged=False, why="the script is over", orders=(Order.FINISH,))
+        return Signals(engaged=False, why="the script is over", orders=(Request.FINISH,))
 
-    def _order(self, words: list[str]) -> Order:
+    def _order(self, words: list[str]) -> Request:
         try:
             (word,) = words
-            return Order[word.upper()]
+            return Request[word.upper()]
         except (KeyError, ValueError):
-            names = ", ".join(order.name.lower() for order in Order)
+            names = ", ".join(order.name.lower() for order in Request)
             raise InputError(f"script, line {self._line}: {' '.join(words)!r} is none of {names}") from None
 
     def _numbers(self, words: list[str]) -> np.ndarray:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion.deploy.ipc.processes import Ending, serve
-from action_diffusion.deploy.page.process import MISSING, page_token, serve_page
+from action_diffusion.deploy.page.link import MISSING
+from action_diffusion.deploy.page.process import page_token, serve_page
 from action_diffusion.deploy.serve.access import is_loopback
 from action_diffusion.errors import InputError
 

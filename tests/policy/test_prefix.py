@@ -1,4 +1,4 @@
-"""Policies that are trained to go on from steps that are settled already (training-time real-time chunking)."""
+"""Policies that are trained to go on from steps that are prefix already (training-time real-time chunking)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.diffusion.rtc import running_chunks
 from action_diffusion.policy.diffusion.sampler import Hook
 from action_diffusion.policy.kernels import accelerate
-from action_diffusion.policy.policy import Settled
+from action_diffusion.policy.policy import Prefix
 
 OBJECTIVE = {"objective": {"loss": "mse", "max_delay": 3}}
 CASES = [
@@ -38,17 +38,17 @@ def observations(n: int) -> dict[str, torch.Tensor]:
     return {"state": torch.from_numpy(np.stack([STATE + i for i in range(n)]))}
 
 
-def settled(n: int, delays: list[int], seed: int = 0) -> Settled:
+def prefix(n: int, delays: list[int], seed: int = 0) -> Prefix:
     """Of chunks of 8 steps, of which step 1 is now."""
     action = torch.rand(n, 8, 2, generator=torch.Generator().manual_seed(seed)) - 0.5
     step = torch.arange(8) - 1
-    return Settled(action, (step >= 0) & (step < torch.tensor(delays)[:, None]))
+    return Prefix(action, (step >= 0) & (step < torch.tensor(delays)[:, None]))
 
 
-def sample(policy, known: Settled | None, n: int = 3, **options) -> torch.Tensor:
+def sample(policy, known: Prefix | None, n: int = 3, **options) -> torch.Tensor:
     noise = torch.randn(n, 8, 2, generator=torch.Generator().manual_seed(1))
     steps = [torch.Generator().manual_seed(row) for row in range(n)]
-    return policy.sample(observations(n), noise=noise, generator=steps, settled=known, **options).normalized
+    return policy.sample(observations(n), noise=noise, generator=steps, prefix=known, **options).normalized
 
 
 def test_without_it_nothing_changes(make_policy):
@@ -59,7 +59,7 @@ def test_without_it_nothing_changes(make_policy):
         losses.append(policy(observations(4), action, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(*losses)
     with pytest.raises(InputError, match=r"trained with policy\.objective\.max_delay=0"):
-        plain.sample(observations(3), settled=settled(3, [1, 1, 1]))
+        plain.sample(observations(3), prefix=prefix(3, [1, 1, 1]))
 
 
 @pytest.mark.parametrize(("max_delay", "message"), [(-1, "must not be negative"), (7, "must be between 0 and 6")])
@@ -107,22 +107,22 @@ def test_the_loss_is_a_mean_over_what_counts(make_policy):
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_a_chunk_keeps_what_is_settled_and_rows_are_independent(make_policy, case):
     policy = make_policy(**(OBJECTIVE | case)).eval()
-    known = settled(3, [2, 0, 3])
+    known = prefix(3, [2, 0, 3])
     with torch.inference_mode():  # no gradients anywhere
         together = sample(policy, known)
     assert torch.equal(together[known.steps], known.action[known.steps])
-    other = settled(3, [2, 0, 3], seed=5)
-    mixed = Settled(torch.cat([known.action[:2], other.action[2:]]), known.steps)
+    other = prefix(3, [2, 0, 3], seed=5)
+    mixed = Prefix(torch.cat([known.action[:2], other.action[2:]]), known.steps)
     changed = sample(policy, mixed)
     torch.testing.assert_close(changed[:2], together[:2], atol=1e-5, rtol=0)
     assert (changed[2, 4:] - together[2, 4:]).abs().max() > 1e-4  # the rest goes on from it
     torch.testing.assert_close(sample(policy, None)[1], together[1], atol=1e-5, rtol=0)
-    whatever = Settled(torch.where(known.steps[..., None], known.action, torch.nan), known.steps)
+    whatever = Prefix(torch.where(known.steps[..., None], known.action, torch.nan), known.steps)
     torch.testing.assert_close(sample(policy, whatever), together, atol=0, rtol=0)
 
 
 def test_hooks_that_pick_rows_and_several_samples_get_their_own(policy):
-    known = settled(3, [2, 0, 3])
+    known = prefix(3, [2, 0, 3])
 
     class OneByOne(Hook):
         def wrap_denoiser(self, denoise):
@@ -133,17 +133,17 @@ def test_hooks_that_pick_rows_and_several_samples_get_their_own(policy):
 
     torch.testing.assert_close(sample(policy, known, hooks=[OneByOne()]), sample(policy, known), atol=1e-5, rtol=0)
     noise = torch.randn(6, 8, 2, generator=torch.Generator().manual_seed(1))
-    twice = policy.sample(observations(3), noise=noise, n_samples=2, settled=known).normalized
+    twice = policy.sample(observations(3), noise=noise, n_samples=2, prefix=known).normalized
     for copy in range(2):
         assert torch.equal(twice[:, copy][known.steps], known.action[known.steps])
-    with pytest.raises(InputError, match="settled steps of shape"):
-        sample(policy, settled(2, [1, 1]))
+    with pytest.raises(InputError, match="prefix steps of shape"):
+        sample(policy, prefix(2, [1, 1]))
 
 
 def test_a_chunk_as_a_function_of_tensors_takes_them(make_policy):
     for sampler in ({"scheduler": "ddim", "num_inference_steps": 5, "eta": eta} for eta in (0.0, 1.0)):
         policy = make_policy(**(OBJECTIVE | {"sampler": sampler})).eval()
-        known = settled(3, [2, 0, 3])
+        known = prefix(3, [2, 0, 3])
         expected, none = sample(policy, known), sample(policy, None)
         with torch.no_grad():
             torch.testing.assert_close(sample(policy, known), expected, atol=0, rtol=0)
@@ -151,7 +151,7 @@ def test_a_chunk_as_a_function_of_tensors_takes_them(make_policy):
 
 
 def test_prepared_weights_and_bundles_keep_it(policy, tmp_path, tiny_config):
-    known, expected = settled(3, [2, 0, 3]), sample(policy, settled(3, [2, 0, 3]))
+    known, expected = prefix(3, [2, 0, 3]), sample(policy, prefix(3, [2, 0, 3]))
     accelerate(policy, precision="fp32")
     with torch.no_grad():
         torch.testing.assert_close(sample(policy, known), expected, atol=1e-5, rtol=0)
@@ -178,7 +178,7 @@ def test_real_time_chunking_goes_on_from_the_running_chunk(policy, monkeypatch):
     assert np.abs(found - guided).max() > 1e-4
     for delay in (0, 4):  # nothing to go on from; more than was learnt
         np.testing.assert_array_equal(chunk(policy, running, delay), chunk(policy, running, delay, method="guidance"))
-    known = running_chunks(policy, {"state": STATE[None]}, [running], [9]).settled()
+    known = running_chunks(policy, {"state": STATE[None]}, [running], [9]).prefix()
     assert known.steps.sum() == 5  # as many as there are
 
 
@@ -211,7 +211,7 @@ def test_a_trained_policy_continues_what_it_is_given(make_policy):
     up = torch.tensor([1.0, -1.0, 1.0, -1.0]).view(4, 1, 1)
     expected = (up * torch.linspace(0.1, 0.8, 8)[:, None]).expand(4, 8, 2)
     step = torch.arange(8) - 1
-    known = Settled(expected, ((step >= 0) & (step < 2)).expand(4, 8))
+    known = Prefix(expected, ((step >= 0) & (step < 2)).expand(4, 8))
     with torch.no_grad():
         error = (sample(policy, known, 4) - expected)[:, 3:].abs().mean()
         free = (sample(policy, None, 4) - expected)[:, 3:].abs().mean()
