@@ -5,8 +5,8 @@
     action_diffusion                                                   what the file says of us, beside robomimic's data
 
 A buffer that came from such a file, or from robosuite, goes back by `datasets.robomimic.export`; files of robomimic's
-and robosuite's own are read by `robomimic.convert`. Here is the rest. HDF5 that a process was killed over is not reliable,
-so that a conversion that was cut off begins anew.
+and robosuite's own are read by `robomimic.convert`. Here is the rest. HDF5 that a process was killed over is not
+reliable, so that a conversion that was cut off begins anew.
 """
 
 from __future__ import annotations

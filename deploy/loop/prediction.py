@@ -132,7 +132,7 @@ def predict_one(
     return predict(policy, obs, [request], guidance=guidance, **noise)[0]
 
 
-def rehearse(policy: DiffusionPolicy | RemotePolicy, guidance: Guidance, running: int | None) -> None:
+def rehearse(policy: Policy, guidance: Guidance, running: int | None) -> None:
     """A prediction from observations of zeros, which takes as long as any other, once the first is over.
 
     running: of how many steps the chunk is that it has to continue; None: of none. Raises `Unavailable`.
