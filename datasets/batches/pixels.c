@@ -7,7 +7,7 @@ typedef struct {
     void (*scale)(const uint8_t *pixels, int64_t n, float *out); /* 0 to 255 -> 0 to 1 */
 } Kernels; /* pixels_kernels.h */
 
-#define KERNELS "../../datasets/pixels_kernels.h"
+#define KERNELS "../../datasets/batches/pixels_kernels.h"
 #include "../../policy/kernels/sets.h"
 
 /* Changes with the arguments of what follows (native.py). */

@@ -16,13 +16,17 @@ from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.diffusion.rtc import BETA, MASKS, Running, continuing, running_chunks
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.spec import PolicySpec
 
 METHODS = ("auto", "guidance", "trained", "both")
 
 
 @runtime_checkable
-class PolicyElsewhere(Protocol):
+class PolicyElsewhere(Policy, Protocol):
     """A policy whose network is elsewhere: it is told what a chunk continues, and continues it there."""
+
+    @property
+    def spec(self) -> PolicySpec: ...
 
     def continuing(
         self, running: Sequence[np.ndarray | None], delay: Sequence[int], guidance: Mapping[str, Any]
@@ -132,7 +136,7 @@ def predict_one(
     return predict(policy, obs, [request], guidance=guidance, **noise)[0]
 
 
-def rehearse(policy: Policy, guidance: Guidance, running: int | None) -> None:
+def rehearse(policy: DiffusionPolicy | PolicyElsewhere, guidance: Guidance, running: int | None) -> None:
     """A prediction from observations of zeros, which takes as long as any other, once the first is over.
 
     running: of how many steps the chunk is that it has to continue; None: of none. Raises `Unavailable`.
