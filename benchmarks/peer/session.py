@@ -121,10 +121,10 @@ class _Workers(contextlib.AbstractContextManager["_Workers"]):
     def _command(self, name: str) -> tuple[list[str], dict[str, str]]:
         environment = self.environment(name)
         if environment is None:
-            return [sys.executable, "-m", f"benchmarks.{name}"], {}
+            return [sys.executable, "-m", f"benchmarks.peer.{name}"], {}
         if name == RUNTIMES:
             return [sys.executable, "-m", "benchmarks.peer.runtime_worker", str(environment.packages)], {}
-        script = ROOT / "benchmarks" / "peers" / "lerobot_worker.py"
+        script = ROOT / "benchmarks" / "peer" / "peers" / "lerobot_worker.py"
         return [str(environment.python), str(script)], environment.variables
 
     def _say(self, text: str) -> None:

@@ -36,7 +36,7 @@ from action_diffusion.errors import InputError
 from benchmarks.command import command, options, whole
 
 WITHIN = 0.1
-MODULES = {"camera": "camera_process", "recorder": "recorder_process", "page": "page_process"}
+MODULES = {"camera": "cameras.process", "recorder": "records.recorder", "page": "page.process"}
 HARMLESS = ("recorder", "page", "server")
 """Whoever else has these dies or hangs, and nothing happens: seconds are then 0."""
 SIGNALS = {"kill": signal.SIGKILL, "halt": signal.SIGSTOP}

@@ -229,7 +229,7 @@ def test_an_arm_without_a_watchdog_of_its_own_is_refused():
 
 
 def test_the_processes_import_nothing_heavy():
-    modules = ["arm_process", "camera_process", "sim"]
+    modules = ["arm.process", "cameras.process", "sim.pusht"]
     code = ";".join(f"import action_diffusion.deploy.{name}" for name in modules)
     code += ";import sys;print([name for name in ('torch', 'diffusers', 'hydra') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -165,7 +165,7 @@ def running(bundle, tmp_path):
 @pytest.mark.alone
 def test_kill_of_the_loop_leaves_all_of_it(running, tmp_path):
     process, steps = running
-    recorder = child_of(process.pid, "recorder_process")
+    recorder = child_of(process.pid, "records.recorder")
     process.kill()
     process.wait()
     count = steps.count
@@ -183,7 +183,7 @@ def test_kill_of_the_loop_leaves_all_of_it(running, tmp_path):
 @pytest.mark.alone
 def test_kill_of_everything_loses_less_than_a_second(running, tmp_path):
     process, steps = running
-    recorder = child_of(process.pid, "recorder_process")
+    recorder = child_of(process.pid, "records.recorder")
     os.kill(recorder, signal.SIGKILL)
     count, killed = steps.count, time.monotonic()
     process.kill()
@@ -198,7 +198,7 @@ def test_kill_of_everything_loses_less_than_a_second(running, tmp_path):
 @pytest.mark.alone
 def test_the_loop_does_not_mind_what_becomes_of_the_recorder(running, tmp_path, number):
     process, steps = running
-    recorder = child_of(process.pid, "recorder_process")
+    recorder = child_of(process.pid, "records.recorder")
     os.kill(recorder, number)
     before = steps.count
     until(lambda: steps.count > before + 15)

@@ -177,7 +177,7 @@ def test_a_page_that_dies_or_hangs_changes_nothing_else(deployment, open_page, n
     until(lambda: run.steps.count > 5)
     before = run.steps.count
     page = open_page(run.url) if number == signal.SIGSTOP else None
-    os.kill(child_of(run.process.pid, "page_process"), number)
+    os.kill(child_of(run.process.pid, "page.process"), number)
     run.goes_on(15)
     if page is not None:
         page.wait_for_selector("#lost", state="visible")
@@ -394,7 +394,7 @@ def test_whoever_gets_nowhere_is_let_go(one_for_all):
 def test_the_stop_needs_no_page(served, number):
     """Whose process is dead, or hangs with all that it was given."""
     person = Person(served.segments.path, served.port, "")
-    os.kill(child_of(os.getpid(), "page_process"), number)
+    os.kill(child_of(os.getpid(), "page.process"), number)
     waiting = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(500)]
     for connection in waiting:
         with contextlib.suppress(ConnectionError):

@@ -284,6 +284,6 @@ def test_who_may_come_in_and_who_drives(collecting, tmp_path):
         until(lambda: last(run)["mode"] == "READY")
         second.send('{"order": "start"}')
         until(lambda: last(run)["mode"] == "RECORDING")
-        os.kill(child_of(run.process.pid, "page_process"), signal.SIGKILL)
+        os.kill(child_of(run.process.pid, "page.process"), signal.SIGKILL)
     until(lambda: "page's process has died" in last(run)["message"])
     assert run.end()["episodes"] == "0"
