@@ -274,8 +274,8 @@ def _collect(overrides: list[str], config_dir: str | None) -> int:
 
     config = load("collect", overrides, config_dir)
     preflight.collect(config)
-    modules = {"teleop": "deploy.teleop.collecting", "corrections": "deploy.corrections"}
-    expert = "envs.collect" if config["robot"] is None else "deploy.demonstrating"
+    modules = {"teleop": "deploy.teleop.collecting", "corrections": "deploy.collect.corrections"}
+    expert = "envs.collect" if config["robot"] is None else "deploy.collect.expert"
     module = importlib.import_module(f"action_diffusion.{modules.get(config['agent'], expert)}")
     for name, value in module.run(config).items():
         print(f"{name}: {value}")

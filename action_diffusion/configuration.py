@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options import COMMANDS, Address
+from action_diffusion.options import COMMANDS, Address, Plugins
+from action_diffusion.registry import use_plugins
 from action_diffusion.schema import FilePath, alternatives, check, hint_at
 from action_diffusion.training.settings import TrainSettings
 
@@ -43,6 +44,7 @@ def load(name: str, overrides: Sequence[str], config_dir: str | None = None) -> 
     its range (`options`), for a missing one, and for files of the user's own that cannot be read.
     """
     parsed = [_parse(name, word) for word in overrides]
+    _use_plugins(parsed)
     folder = None if config_dir is None else Path(config_dir).resolve()
     if folder is not None and not folder.is_dir():
         raise InputError(f"--config-dir={config_dir}: no such folder")
@@ -68,6 +70,8 @@ def override(name: str, config: Mapping[str, Any], overrides: Sequence[str], whe
     Raises `InputError` as `load` does, and for another choice of a group.
     """
     parsed = [_parse(name, word) for word in overrides]
+    use_plugins(config.get("plugins"))
+    _use_plugins(parsed)
     base = dict(_items(config))
     try:
         check(config, COMMANDS[name])
@@ -88,6 +92,15 @@ def override(name: str, config: Mapping[str, Any], overrides: Sequence[str], whe
             _put(data, budget, None)
     check(data, COMMANDS[name])
     return data
+
+
+def _use_plugins(parsed: Sequence[Override]) -> None:
+    """Before names are checked: a plugin may have them."""
+    for override in parsed:
+        if override.key_or_group == "plugins" and not override.is_sweep_override():
+            value = override.value()
+            check(value, Plugins, "plugins")
+            use_plugins(cast(Any, value))
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:

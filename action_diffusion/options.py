@@ -1,6 +1,7 @@
 """Every option of every command: its type, and what it may be. No torch is imported here.
 
-A component's options are those of its constructor, in `COMPONENTS` by kind and name (`policy.registry` builds them);
+A component's options are those of its constructor, in `COMPONENTS` by kind and name (`policy.registry` builds them; the
+constructors of plugins check their own);
 a test holds the two beside each other, as it does the defaults in `configs/`.
 """
 
@@ -11,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from action_diffusion.envs import REGISTRY
 from action_diffusion.errors import InputError
+from action_diffusion.registry import ENVS, POLICY_PARTS
 from action_diffusion.schema import Above, Between, ByName, FilePath, Matching, OneOf, Section, Sized, check
 from action_diffusion.training.settings import TrainSettings
 
@@ -46,6 +47,8 @@ Finite = Annotated[float, Between(-1e12, 1e12)]
 Place = Annotated[list[Finite], Sized(2, 2)]
 Places = Annotated[list[Place], Sized(0, 1000)]
 Share = Annotated[float, Between(0, 1)]
+Plugins = FilePath | list[FilePath] | None
+"""Python files of the user's own that register parts, see `action_diffusion.registry`."""
 Precision = Annotated[str, OneOf("fp32", "bf16", "fp16")]
 
 # What a policy is made of.
@@ -64,6 +67,7 @@ class Encoder:
     crop: Size | None = None
     resize: Size | None = None
     color_jitter: Share | dict[str, Share] = 0.0
+    augment: list[Section] | None = None
     share: bool = False
     weights: FilePath | None = None
     channels_last: bool = True
@@ -222,12 +226,12 @@ class Objective:
     max_delay: Annotated[int, Between(0, MOST_STEPS)] = 0
 
 
-EncoderSection = Annotated[Section, ByName(COMPONENTS["encoder"])]
-DenoiserSection = Annotated[Section, ByName(COMPONENTS["denoiser"])]
-ProcessSection = Annotated[Section, ByName(COMPONENTS["process"])]
-FeaturesSection = Annotated[Section, ByName(COMPONENTS["features"])]
-FrameSection = Annotated[Section, ByName(COMPONENTS["action_frame"])]
-EstimatorSection = Annotated[Section, ByName(COMPONENTS["estimator"])]
+EncoderSection = Annotated[Section, ByName(COMPONENTS["encoder"], POLICY_PARTS["encoder"])]
+DenoiserSection = Annotated[Section, ByName(COMPONENTS["denoiser"], POLICY_PARTS["denoiser"])]
+ProcessSection = Annotated[Section, ByName(COMPONENTS["process"], POLICY_PARTS["process"])]
+FeaturesSection = Annotated[Section, ByName(COMPONENTS["features"], POLICY_PARTS["features"])]
+FrameSection = Annotated[Section, ByName(COMPONENTS["action_frame"], POLICY_PARTS["action_frame"])]
+EstimatorSection = Annotated[Section, ByName(COMPONENTS["estimator"], POLICY_PARTS["estimator"])]
 
 
 @dataclass
@@ -266,7 +270,7 @@ class Manipulation:
     max_steps: Count | None = None
 
 
-Environment = Annotated[Section, ByName({name: PushT if name == "pusht" else Manipulation for name in REGISTRY})]
+Environment = Annotated[Section, ByName({name: PushT if name == "pusht" else Manipulation for name in ENVS.own}, ENVS)]
 Rate = Annotated[float, Above(0, 10_000)]
 Steps = Annotated[int, Between(1, MOST_STEPS)]
 
@@ -342,6 +346,7 @@ class Train:
     output_dir: FilePath | None = None
     seed: Seed = 0
     device: Device = "auto"
+    plugins: Plugins = None
     resume: bool = False
     init: FilePath | None = None
     dataset: Dataset
@@ -377,6 +382,7 @@ class Evaluate:
     precision: Precision = "fp32"
     compile: bool = False
     cuda_graph: bool = False
+    plugins: Plugins = None
     data: FilePath | None = None
     sampler: AnySampler
 
@@ -432,6 +438,7 @@ class Collect:
     page_host: str = "127.0.0.1"
     page_token_file: FilePath | None = None
     from_: FilePath | None = None
+    plugins: Plugins = None
     min_steps: Count = 5
     task: Task
     policy: Section | None = None
@@ -493,6 +500,7 @@ class Deploy:
     replay: FilePath | None = None
     calibrate: bool = False
     calibration: Calibration
+    plugins: Plugins = None
     output_dir: FilePath | None = None
     device: Device = "auto"
     precision: Precision = "fp32"
@@ -515,6 +523,7 @@ class Serve:
     token_file: FilePath | None = None
     max_connections: Annotated[int, Between(1, 10_000)] = 16
     max_message_mb: Annotated[float, Above(0, 4096)] = 16.0
+    plugins: Plugins = None
     remember: bool = True
     seed: Annotated[int, Between(0, 2**63 - 1)] | None = None
     device: Device = "auto"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from keyword import iskeyword
@@ -104,16 +104,22 @@ class Matching:
 
 
 class ByName:
-    """A section {name, …}: the name says which of the dataclasses `choices` the rest is."""
+    """A section {name, …}: the name says which of the dataclasses `choices` the rest is.
 
-    def __init__(self, choices: Mapping[str, type]):
-        self.choices = choices
+    plugins: names that may be besides, of parts that check their options themselves.
+    """
+
+    def __init__(self, choices: Mapping[str, type], plugins: Container[str] = ()):
+        self.choices, self.plugins = choices, plugins
 
     def check(self, value: Any, where: str) -> None:
         rest = dict(value)
         name = rest.pop("name", None)
         if not isinstance(name, str) or name not in self.choices:
-            raise unknown(f"{where}.name", shown(name), self.choices)
+            if isinstance(name, str) and name in self.plugins:
+                return
+            listed = [*self.choices, *(self.plugins if isinstance(self.plugins, Iterable) else ())]
+            raise unknown(f"{where}.name", shown(name), dict.fromkeys(listed))
         check(rest, self.choices[name], where)
 
 

@@ -5,22 +5,11 @@ A simulator is imported when it is first made, so that nobody pays for the ones 
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any, cast
 
 from action_diffusion.envs.base import Env
-from action_diffusion.errors import unknown
-
-REGISTRY = {
-    "pusht": "action_diffusion.envs.pusht.simulator:PushT",
-    "lift": "action_diffusion.envs.robosuite.tasks:lift",
-    "can": "action_diffusion.envs.robosuite.tasks:can",
-    "square": "action_diffusion.envs.robosuite.tasks:square",
-    "transport": "action_diffusion.envs.robosuite.tasks:transport",
-    "tool_hang": "action_diffusion.envs.robosuite.tasks:tool_hang",
-}
-
+from action_diffusion.registry import ENVS, check_arguments
 
 APART = {"lift", "can", "square", "transport", "tool_hang"}
 """Simulators whose steps take long enough to be worth a process each (`envs.seats`)."""
@@ -37,12 +26,13 @@ def at_once(name: str, n_envs: int) -> int:
 def make(name: str, **settings: Any) -> Env:
     """The simulator registered under `name`, built with `settings` (its constructor's keywords).
 
-    Raises `InputError` for a name that is not registered.
+    Raises `InputError` for a name that is not registered, and for settings that a simulator of somebody else's does
+    not have.
     """
-    if name not in REGISTRY:
-        raise unknown("environment", name, REGISTRY)
-    module, _, attribute = REGISTRY[name].partition(":")
-    return cast(Env, getattr(importlib.import_module(module), attribute)(**settings))
+    part = ENVS.load(name)
+    if name not in ENVS.own:
+        check_arguments(part, settings, f"environment {name}")
+    return cast(Env, part(**settings))
 
 
-__all__ = ["APART", "REGISTRY", "Env", "at_once", "make"]
+__all__ = ["APART", "Env", "at_once", "make"]

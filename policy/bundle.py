@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from action_diffusion.policy.build import build_policy, check_sections, check_st
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import read_config, read_spec, refuse_targets, require
+from action_diffusion.registry import required
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Kinds of devices that hold numbers: torch names some that do not."""
@@ -74,7 +76,8 @@ def save(
         state = {k: v.detach().cpu().contiguous() for k, v in (weights or policy.state_dict()).items()}
         save_file(state, folder / "model.safetensors")
         (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        (folder / "spec.json").write_text(json.dumps(policy.spec.to_json(), indent=1) + "\n")
+        spec = replace(policy.spec, requires=required(config.get("policy") or {}, policy.spec.env))
+        (folder / "spec.json").write_text(json.dumps(spec.to_json(), indent=1) + "\n")
         if golden_obs is not None:
             save_numpy(_golden(policy, state, golden_obs), folder / "golden.safetensors")
         for file in folder.iterdir():
@@ -105,7 +108,7 @@ def load(
     Raises `InputError` naming the file and what is wrong with it.
     """
     path = Path(path)
-    config, spec = read_config(path), read_spec(path)
+    spec, config = read_spec(path), read_config(path)
     policy_config = config.get("policy")
     if not isinstance(policy_config, dict):
         raise InputError(f"{path / 'config.yaml'}: no 'policy' section")

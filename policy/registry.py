@@ -1,4 +1,4 @@
-"""The project's own component names, and the only way that a configuration becomes an object.
+"""The only way that a configuration becomes an object: by names that this package or a plugin registered.
 
 A bundle is somebody else's file. It may name one of these components and give it plain values; it can never name
 code to import, so loading one executes nothing that came with it.
@@ -7,27 +7,12 @@ code to import, so loading one executes nothing that came with it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from action_diffusion.errors import unknown
-from action_diffusion.policy.diffusion.process import Diffusion, Flow
-from action_diffusion.policy.model.encoder import ObservationEncoder
-from action_diffusion.policy.model.estimator import PlanarPose
-from action_diffusion.policy.model.features import Magnified, PlanarObject, SinCos
-from action_diffusion.policy.model.frames import PlanarObject as PlanarObjectFrame
-from action_diffusion.policy.model.frames import Position
-from action_diffusion.policy.model.unet import ConditionalUnet1d
 from action_diffusion.policy.reading import refuse_targets
-
-COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {
-    "encoder": {"observation": ObservationEncoder},
-    "denoiser": {"unet1d": ConditionalUnet1d},
-    "estimator": {"planar_pose": PlanarPose},
-    "process": {"diffusion": Diffusion, "flow": Flow},
-    "features": {"sin_cos": SinCos, "magnified": Magnified, "planar_object": PlanarObject},
-    "action_frame": {"planar_object": PlanarObjectFrame, "position": Position},
-}
+from action_diffusion.registry import POLICY_PARTS
 
 
 def build(kind: str, config: Mapping[str, Any], **parts: Any) -> Any:
@@ -38,9 +23,7 @@ def build(kind: str, config: Mapping[str, Any], **parts: Any) -> Any:
     options = dict(config)
     refuse_targets(options, kind)
     name = options.pop("name", None)
-    if name not in COMPONENTS[kind]:
-        raise unknown(f"{kind}.name", str(name), COMPONENTS[kind])
-    component = COMPONENTS[kind][name]
+    component = POLICY_PARTS[kind].load(str(name), f"{kind}.name")
     accepted = set(inspect.signature(component).parameters)
     for option in options:
         if option not in accepted or option in parts:

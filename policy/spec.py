@@ -11,6 +11,7 @@ import numpy as np
 
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import KINDS, Environment, Rate, Steps, check_steps
+from action_diffusion.registry import check_required
 from action_diffusion.schema import Between, OneOf, Sized, check
 
 FORMAT = 1
@@ -87,7 +88,8 @@ class PolicySpec:
     control_rate: Hz, at which actions are meant to be executed. normalizer: key → statistics (`normalizer.fit`).
     demonstrations: who gave them, in words ("scripted expert"), where their buffer says so. estimates: states that are
     recorded and not observed, which the policy learns to tell. buffer_columns: what became of each column that the
-    demonstrations have, in words.
+    demonstrations have, in words. requires: parts of somebody else's ("encoder mine") → the package and its version, or
+    the file of `plugins=`.
     """
 
     observations: Annotated[dict[str, ObservationSpec], Sized(1, 256)]
@@ -103,6 +105,7 @@ class PolicySpec:
     normalizer: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     buffer_columns: dict[str, str] = field(default_factory=dict)
+    requires: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_steps(self.n_obs_steps, self.horizon, self.n_action_steps)
@@ -131,6 +134,7 @@ class PolicySpec:
         """The inverse of `to_json`; `InputError` names what is missing or unknown. `where`: the file."""
         if data.get("format") != FORMAT:
             raise InputError(f"{where}: bundle format {data.get('format')!r}, this version reads format {FORMAT}")
+        check_required(check(data.get("requires", {}), dict[str, str], f"{where}: requires"), where)
         order = data.get("camera_order")
         try:
             spec = check({key: data[key] for key in data if key not in ("format", "camera_order")}, cls)

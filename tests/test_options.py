@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from action_diffusion.configuration import _items, choices, load, override
 from action_diffusion.errors import InputError
 from action_diffusion.options import COMMANDS, COMPONENTS, Policy, check_policy
-from action_diffusion.policy import registry
 from action_diffusion.policy.bundle import resolve_device
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.registry import POLICY_PARTS
 from action_diffusion.schema import check, hint_at, hints
 from action_diffusion.training.settings import TrainSettings
 
@@ -118,7 +118,7 @@ def test_all_that_ships_is_in_range(task):
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, of in COMPONENTS.items() for name in of])
 def test_a_component_has_the_options_of_its_constructor(kind, name):
     """Beside what is built for it, and with the same defaults."""
-    taken = inspect.signature(registry.COMPONENTS[kind][name]).parameters
+    taken = inspect.signature(POLICY_PARTS[kind].load(name)).parameters
     declared = {field.name: field for field in dataclasses.fields(COMPONENTS[kind][name])}
     built = {"image_keys", "image_shapes", "state_dims", "n_obs_steps", "action_dim", "condition_dim", "marked"}
     assert declared.keys() == taken.keys() - built - {"n", "n_action", "embedding_dim"}

@@ -34,6 +34,8 @@ def evaluate(config: Mapping[str, Any]) -> None:
     bundles = [Path(path) for path in (given if isinstance(given, list) else [given])]
     compare = [] if config["compare"] is None else [Path(config["compare"])]
     for path in (*bundles, *compare):
+        require(path)
+        read_spec(path)
         read_config(path)
     for path in (*bundles, *compare):
         if read_spec(path).env is None and compare:
@@ -44,16 +46,16 @@ def evaluate(config: Mapping[str, Any]) -> None:
 def deploy(config: Mapping[str, Any]) -> None:
     """The bundle, and files that are named."""
     if isinstance(config["bundle"], str):
-        read_config(Path(config["bundle"]))
         read_spec(Path(config["bundle"]))
+        read_config(Path(config["bundle"]))
     _check_exists("hardware", config["hardware"])
 
 
 def serve(config: Mapping[str, Any]) -> None:
     """The token and the bundle."""
     read_token(config["token_file"])
-    read_config(Path(config["bundle"]))
     read_spec(Path(config["bundle"]))
+    read_config(Path(config["bundle"]))
 
 
 def collect(config: Mapping[str, Any]) -> None:

@@ -44,12 +44,14 @@ class Format(NamedTuple):
     open: raises `InputError` for what does not fit together, such as a video with fewer frames than rows.
     write: makes the path, in steps that a journal knows, so that a call after a kill goes on where it was.
     lossy: whether images come back otherwise than they were, with these settings.
+    holds: of a plugin's format: whether a path is of it, told from its content.
     """
 
     name: str
     open: Callable[[Path], Opened]
     write: Callable[[ReplayBuffer, Path, Journal, Settings], None]
     lossy: Callable[[Settings], bool] = lambda settings: False
+    holds: Callable[[Path], bool] = lambda path: False
 
 
 def kept(buffer: ReplayBuffer, names: Mapping[str, str]) -> dict[str, Any]:

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 from action_diffusion.datasets.formats.contract import Format
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.registry import FORMATS
 
-_PLACES = {
-    "zarr": ("zarr_buffer", "ZARR"),
-    "zarr2": ("zarr_buffer", "ZARR2"),
-    "umi": ("zarr_buffer", "UMI"),
-    "robomimic": ("robomimic", "ROBOMIMIC"),
-    "aloha": ("aloha", "ALOHA"),
-    "lerobot": ("lerobot", "LEROBOT"),
-    "lerobot21": ("lerobot", "LEROBOT21"),
-    "folder": ("folder", "FOLDER"),
-}
 _READ_ONLY = ("aloha",)
-NAMES = tuple(name for name in _PLACES if name not in _READ_ONLY)
+NAMES = tuple(name for name in FORMATS.own if name not in _READ_ONLY)
 """Those that are written."""
 _SUFFIXES = {".zarr": "zarr", ".zip": "zarr", ".hdf5": "robomimic", ".h5": "robomimic"}
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -28,10 +18,7 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 def named(name: str) -> Format:
     """The format with this name, whose library is imported now."""
-    if name not in _PLACES:
-        raise unknown("format", name, NAMES)
-    module, attribute = _PLACES[name]
-    found: Format = getattr(import_module(f"action_diffusion.datasets.formats.{module}"), attribute)
+    found: Format = FORMATS.load(name)
     return found
 
 
@@ -45,6 +32,9 @@ def detected(path: Path) -> str:
     for name, holds in _CONTENT.items():
         if holds(path):
             return name
+    for name in FORMATS:
+        if name not in FORMATS.own and named(name).holds(path):
+            return name
     raise InputError(
         f"{path}: no known format: neither a Zarr replay buffer, nor HDF5, nor a LeRobotDataset (meta/info.json), "
         "nor a folder with CSV files"
@@ -54,8 +44,8 @@ def detected(path: Path) -> str:
 def asked_for(output: Path, name: str | None) -> str:
     """The format of the output: as named, or by the ending of its path."""
     if name is not None:
-        if name not in NAMES:
-            raise unknown("format", name, NAMES)
+        if name not in FORMATS or name in _READ_ONLY:
+            raise unknown("format", name, [name for name in FORMATS if name not in _READ_ONLY])
         return name
     if output.suffix not in _SUFFIXES:
         raise InputError(f"out={output}: which format? Add format=, one of {', '.join(NAMES)}")

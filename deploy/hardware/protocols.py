@@ -3,17 +3,16 @@
     arm's process     Arm.connect ─▶ at `rate`: Arm.read ─▶ state ring ;  gate ─▶ interpolation ─▶ check ─▶ Arm.send
     camera's process  Camera.connect ─▶ Camera.read ─▶ frame ring
 
-A driver is built inside its process by its name in `ARMS` or `CAMERAS` and plain keyword values (numbers, strings,
-booleans, lists of them); its constructor checks them and touches no hardware, `connect` does. Hardware libraries are
-imported in `connect` or later, and a missing one is an `InputError` that says what to install. What a driver raises
-after `connect` ends its process: the arm is stopped, and the policy's side is told why.
+A driver is built inside its process by its name (`action_diffusion.registry`) and plain keyword values (numbers,
+strings, booleans, lists of them); its constructor checks them and touches no hardware, `connect` does. Hardware
+libraries are imported in `connect` or later, and a missing one is an `InputError` that says what to install. What a
+driver raises after `connect` ends its process: the arm is stopped, and the policy's side is told why.
 
 Units: m, rad, s, unless a `Group` says otherwise. Times: `time.monotonic()`, which all processes of a machine share.
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.registry import ARMS, CAMERAS, Registry, imported
 
 KINDS = ("linear", "rotation", "hold")
 AT_STOP = ("keep", "present")
@@ -138,42 +138,25 @@ class Camera(Protocol):
         """Let go of the camera."""
 
 
-ARMS: dict[str, str] = {
-    "ideal": "action_diffusion.deploy.sim.pusht:IdealArm",
-    "sim_pusht": "action_diffusion.deploy.sim.pusht:PushTArm",
-    "sim_arm": "action_diffusion.deploy.sim.panda:PandaArm",
-    "ur": "action_diffusion.deploy.drivers.ur:UrArm",
-    "franka": "action_diffusion.deploy.drivers.franka:FrankaArm",
-    "lerobot": "action_diffusion.deploy.drivers.lerobot:LeRobotArm",
-}
-"""Driver names → "module:Class". A name that is not here may itself be of that form, for a driver of your own."""
-
-CAMERAS: dict[str, str] = {
-    "sim_pusht": "action_diffusion.deploy.sim.pusht:PushTCamera",
-    "sim_arm": "action_diffusion.deploy.sim.panda:PandaCamera",
-    "usb": "action_diffusion.deploy.drivers.usb:UsbCamera",
-    "realsense": "action_diffusion.deploy.drivers.realsense:RealSenseCamera",
-}
-
-
 def make_arm(name: str, **settings: Any) -> Arm:
-    """The arm driver called `name`. Raises `InputError` for an unknown name or setting."""
-    return cast(Arm, _make("arm", ARMS, name, settings))
+    """The arm driver called `name`, or "module:Class" of the user's own.
+
+    Raises `InputError` for an unknown name or setting.
+    """
+    return cast(Arm, _make(ARMS, name, settings))
 
 
 def make_camera(name: str, **settings: Any) -> Camera:
     """The camera driver called `name`. Raises `InputError` for an unknown name or setting."""
-    return cast(Camera, _make("camera", CAMERAS, name, settings))
+    return cast(Camera, _make(CAMERAS, name, settings))
 
 
-def _make(kind: str, registry: dict[str, str], name: str, settings: dict[str, Any]) -> object:
-    if name not in registry and ":" not in name:
-        raise unknown(kind, name, registry)
-    module, _, attribute = registry.get(name, name).partition(":")
+def _make(registry: Registry, name: str, settings: dict[str, Any]) -> object:
+    kind = registry.kind
     try:
-        driver = getattr(importlib.import_module(module), attribute)
+        driver = imported(name) if ":" in name else registry.load(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{kind} {name}: {error}") from None
+        raise error if isinstance(error, InputError) else InputError(f"{kind} {name}: {error}") from None
     try:
         return driver(**settings)
     except TypeError as error:

@@ -5,7 +5,6 @@ Arms in processes of their own are behind the same protocol: `process_robot.Proc
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -16,6 +15,8 @@ from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.envs.base import Env
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.registry import ARMS, imported
+from action_diffusion.registry import ROBOTS as REAL_TIME
 
 Feedback = tuple[float | None, bool]
 """The reward in [0, 1], where something measures one, and whether the episode is over."""
@@ -124,17 +125,15 @@ def make(name: str, spec: PolicySpec, options: Mapping[str, Any] | None = None) 
     simulator in this process, for clocks that are not real. Raises `InputError` for an unknown name, and for a robot
     that does not start.
     """
-    robots: Mapping[str, Any] = ROBOTS if options is None else REAL_TIME
-    if options is not None and ":" in name:
-        robots = {name: HARDWARE}
-    if name not in robots:
-        if name in REAL_TIME:
-            raise InputError(f"robot={name} is there in real time only")
-        raise unknown("robot", name, robots)
     if options is None:
+        if name not in ROBOTS and name in REAL_TIME:
+            raise InputError(f"robot={name} is there in real time only")
+        if name not in ROBOTS:
+            raise unknown("robot", name, ROBOTS)
         return ROBOTS[name](spec)
-    module, _, function = str(robots[name]).partition(":")
-    return cast(Robot, getattr(importlib.import_module(module), function)(spec, options))
+    if name not in REAL_TIME and (":" in name or name in ARMS):
+        return cast(Robot, imported("action_diffusion.deploy.robot.cell:robot")(spec, options))
+    return cast(Robot, REAL_TIME.load(name)(spec, options))
 
 
 def check_fit(robot: Robot, spec: PolicySpec) -> None:
@@ -156,11 +155,3 @@ def _sim_pusht(spec: PolicySpec) -> Robot:
 
 
 ROBOTS: dict[str, Callable[[PolicySpec], Robot]] = {"sim_pusht": _sim_pusht}
-
-HARDWARE = "action_diffusion.deploy.robot.cell:robot"
-REAL_TIME: dict[str, str] = {
-    "sim_pusht": "action_diffusion.deploy.sim.simulated:sim_pusht",
-    "sim_arm": "action_diffusion.deploy.sim.simulated:sim_arm",
-    **dict.fromkeys(("ur", "franka", "lerobot"), HARDWARE),
-}
-"""Robots in processes of their own: names → "module:function" of a specification and options."""

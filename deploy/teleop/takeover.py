@@ -18,8 +18,10 @@ from action_diffusion.deploy.teleop.devices.registry import make_device
 from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
 from action_diffusion.deploy.teleop.world import action_of, command_limits, place_of
 from action_diffusion.errors import unknown
+from action_diffusion.registry import DEVICES
 
-DEVICES = ("keyboard", "gamepad", "spacemouse", "leader")
+NOT_FOR_TAKING_OVER = ("browser", "script")
+"""Devices that nobody takes over with."""
 
 
 class DeviceTeleoperator:
@@ -66,8 +68,8 @@ def teleoperator(config: Mapping[str, Any], robot: ProcessRobot, limits: Limits)
     name = config["teleop"]
     if name is None:
         return None
-    if name not in DEVICES:
-        raise unknown("device", str(name), DEVICES, "teleop")
+    if name not in DEVICES or name in NOT_FOR_TAKING_OVER:
+        raise unknown("device", str(name), [name for name in DEVICES if name not in NOT_FOR_TAKING_OVER], "teleop")
     plain = {"device": name, "device_index": 0, "clutch": False, "script": None}
     device = make_device(plain, read_cell(config["hardware"]) if config["hardware"] else {})
     assert device is not None

@@ -15,7 +15,7 @@ observations would show the policy a motion that did not happen.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,6 +73,28 @@ def centre_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """The middle `size` (h, w) of frames [..., H, W, 3], as a view; an odd pixel is left over below and right."""
     top, left = ((have - want) // 2 for have, want in zip(frames.shape[-3:-1], size, strict=True))
     return frames[..., top : top + size[0], left : left + size[1], :]
+
+
+class Augmentation(Protocol):
+    """What may happen to images in training, beside crops and colour jitter."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Images [B, To, 3, h, w] in [0, 1] as others of the same shape; a window's To frames change alike."""
+        ...
+
+
+class Noise:
+    """Gaussian noise of standard deviation `sigma` (0 to 1, of the whole range) on every pixel, clipped to [0, 1]."""
+
+    def __init__(self, *, sigma: float):
+        if not 0 <= sigma <= 1:
+            raise InputError(f"augmentation noise: sigma={sigma} must be from 0 to 1")
+        self.sigma = sigma
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        device = images.device if generator is None else generator.device
+        noise = torch.randn(images.shape, generator=generator, device=device).to(images)
+        return (images + self.sigma * noise).clamp_(0, 1)
 
 
 class JitterFactors(NamedTuple):

@@ -13,12 +13,15 @@ Names of weights: `cameras.<i>.` for camera i, or `cameras.0.` when they share a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.model import augment, resnet
+from action_diffusion.policy.model import augment as augmentation
+from action_diffusion.policy.model import resnet
+from action_diffusion.registry import AUGMENTATIONS, check_arguments
 
 Size = tuple[int, int]
 
@@ -77,6 +80,8 @@ class ObservationEncoder(nn.Module):
     pooling: "spatial_softmax" (positions of `keypoints` features) or "average". feature_dim: F, per camera.
     resize: (h, w) that frames are scaled to first. crop: (h, w) cut then, at random in training and from the centre
     otherwise. color_jitter: see `augment.ColorJitter`; in training only.
+    augment: further augmentations in order, each {name, …} of `registry.AUGMENTATIONS`: called with images
+    [B, To, 3, h, w] in [0, 1] and a generator, in training only.
     share: one network for all cameras, or one each.
     weights: safetensors file with torchvision weights of the backbone, to start from.
     channels_last: memory layout of the convolutions, faster on CPUs and on tensor cores.
@@ -102,6 +107,7 @@ class ObservationEncoder(nn.Module):
         crop: Sequence[int] | None = None,
         resize: Sequence[int] | None = None,
         color_jitter: float | Mapping[str, float] = 0.0,
+        augment: Sequence[Mapping[str, Any]] | None = None,
         share: bool = False,
         weights: str | None = None,
         channels_last: bool = True,
@@ -112,7 +118,8 @@ class ObservationEncoder(nn.Module):
         self.state_dims = dict(state_dims)
         self.n_obs_steps = n_obs_steps
         self.crop, self.resize = _size("crop", crop), _size("resize", resize)
-        self.jitter = augment.ColorJitter(strength=color_jitter)
+        self.jitter = augmentation.ColorJitter(strength=color_jitter)
+        self.augmentations = [_augmentation(options) for options in augment or ()]
         self.image_shapes = {key: _frame_shape(key, image_shapes) for key in self.image_keys}
         sizes = [self._input_size(key) for key in self.image_keys]
         if share and len(set(sizes)) > 1:
@@ -158,20 +165,22 @@ class ObservationEncoder(nn.Module):
         """Frames uint8 [B, To, H, W, 3] to images float32 [B * To, 3, h, w] in [-1, 1], resized, cropped, jittered."""
         b, to = frames.shape[:2]
         if self.resize is not None:
-            images = augment.resized(augment.to_float(frames.flatten(0, 1)), self.resize)
+            images = augmentation.resized(augmentation.to_float(frames.flatten(0, 1)), self.resize)
             frames = images.permute(0, 2, 3, 1).unflatten(0, (b, to))
         if self.crop is not None and frames.shape[2:4] != self.crop:
             if self.training:
                 room = (frames.shape[2] - self.crop[0], frames.shape[3] - self.crop[1])
-                frames = augment.crop_windows(frames, augment.random_corners(b, room, generator), self.crop)
+                frames = augmentation.crop_windows(frames, augmentation.random_corners(b, room, generator), self.crop)
             else:
-                frames = augment.centre_crop(frames, self.crop)
+                frames = augmentation.centre_crop(frames, self.crop)
         flat = frames.flatten(0, 1)
-        images = augment.to_float(flat) if self.resize is None else flat.permute(0, 3, 1, 2)
+        images = augmentation.to_float(flat) if self.resize is None else flat.permute(0, 3, 1, 2)
         if self.training and self.jitter:
             factors = self.jitter.draw(b, generator)
-            images = self.jitter(images, augment.JitterFactors(*(f.repeat_interleave(to) for f in factors)))
-        return augment.centred(images)
+            images = self.jitter(images, augmentation.JitterFactors(*(f.repeat_interleave(to) for f in factors)))
+        for change in self.augmentations if self.training else ():
+            images = change(images.unflatten(0, (b, to)), generator).flatten(0, 1)
+        return augmentation.centred(images)
 
     def _frames(self, key: str, obs: Mapping[str, Tensor]) -> Tensor:
         frames = _get(key, obs)
@@ -197,6 +206,14 @@ class ObservationEncoder(nn.Module):
         if self.crop is not None and (self.crop[0] > size[0] or self.crop[1] > size[1]):
             raise InputError(f"encoder.crop={list(self.crop)} is larger than the frames of {key!r}, {list(size)}")
         return self.crop or size
+
+
+def _augmentation(options: Mapping[str, Any]) -> augmentation.Augmentation:
+    rest = dict(options)
+    name = str(rest.pop("name", None))
+    part = AUGMENTATIONS.load(name, "encoder.augment name")
+    check_arguments(part, rest, f"augmentation {name}")
+    return cast(augmentation.Augmentation, part(**rest))
 
 
 def _axis(n: int) -> Tensor:

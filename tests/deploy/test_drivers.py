@@ -19,8 +19,9 @@ from action_diffusion.deploy.drivers.realsense import RealSenseCamera
 from action_diffusion.deploy.drivers.ur import UrArm
 from action_diffusion.deploy.drivers.usb import UsbCamera
 from action_diffusion.deploy.hardware.command import CommandLayout
-from action_diffusion.deploy.hardware.protocols import ARMS, CAMERAS, check_arm, make_arm, make_camera
+from action_diffusion.deploy.hardware.protocols import check_arm, make_arm, make_camera
 from action_diffusion.errors import InputError
+from action_diffusion.registry import ARMS, CAMERAS
 
 UR = {"host": "10.0.0.2", "model": "ur5e"}
 FRANKA = {"host": "10.0.0.3", "model": "fer"}

@@ -18,9 +18,9 @@ from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Frame, make_arm, make_camera
 from action_diffusion.deploy.robot import cell as hardware
-from action_diffusion.deploy.robot.robots import REAL_TIME
 from action_diffusion.deploy.sim.pusht import IdealArm
 from action_diffusion.errors import InputError
+from action_diffusion.registry import ROBOTS
 
 LIMITS = {"low": [-1.0] * 3, "high": [1.0] * 3, "max_step": [1.0] * 3}
 LIMITS |= {"velocity": [2.0] * 3, "acceleration": [10.0] * 3, "jerk": [200.0] * 3}
@@ -114,7 +114,7 @@ def test_the_command_lines_limits_and_dry_run_go_before_the_files():
     assert setup.limits == {"low": [0.0]}
     assert setup.settings == {"n_joints": 2, "dry_run": True}
     assert hardware.arm_setup("ur", CELL, options(None)).limits == LIMITS
-    assert {"ur", "franka", "lerobot"} <= set(REAL_TIME)
+    assert {"ur", "franka", "lerobot"} <= set(ROBOTS)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from action_diffusion.deploy.page.link import PageLink
 from action_diffusion.deploy.teleop.devices import terminal
@@ -16,8 +16,8 @@ from action_diffusion.deploy.teleop.devices.spacemouse import SpaceMouse
 from action_diffusion.deploy.teleop.devices.terminal import Terminal
 from action_diffusion.deploy.teleop.page.board import Browser
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.registry import DEVICES, check_arguments
 
-DEVICES = ("browser", "keyboard", "gamepad", "spacemouse", "leader", "script")
 SHOWS_PLACES = ("leader", "script")
 """Devices that give targets, never twists."""
 
@@ -25,12 +25,17 @@ SHOWS_PLACES = ("leader", "script")
 def make_device(config: Mapping[str, Any], cell: Mapping[str, Any]) -> Device | None:
     """What `device=` names; None for the browser, whose page belongs to the run.
 
-    config: device, device_index, clutch, script. cell: a hardware file's sections; `leader` is a leader arm.
+    config: device, device_index, clutch, script. cell: a hardware file's sections; `leader` is a leader arm, `device`
+    has the options of a plugin's device.
     Raises `InputError` for an unknown name, and where a part of the description is missing.
     """
     name = config["device"]
     if name not in DEVICES:
         raise unknown("device", str(name), DEVICES)
+    if name not in DEVICES.own:
+        part, options = DEVICES.load(name), cell.get("device") or {}
+        check_arguments(part, options, f"device {name}")
+        return cast(Device, part(**options))
     plugged = {"index": config["device_index"], "clutch": config["clutch"]}
     if name == "leader":
         return _leader(cell)
