@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from action_diffusion.errors import InputError
 from action_diffusion.registry import ENVS, POLICY_PARTS
 from action_diffusion.schema import Above, Between, ByName, FilePath, Matching, OneOf, Section, Sized, check
-from action_diffusion.training.settings import TrainSettings
+from action_diffusion.train_settings import TrainSettings
 
 KINDS = ("state", "image")
 """Of observations."""

@@ -20,7 +20,7 @@ from action_diffusion.policy.bundle import resolve_device
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.registry import POLICY_PARTS
 from action_diffusion.schema import check, hint_at, hints
-from action_diffusion.training.settings import TrainSettings
+from action_diffusion.train_settings import TrainSettings
 
 REQUIRED = {"train": [], "evaluate": ["bundle=x"], "collect": ["output=x"], "deploy": [], "serve": ["bundle=x"]}
 CONFIGS = {name: load(name, words) for name, words in REQUIRED.items()}

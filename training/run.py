@@ -29,11 +29,11 @@ from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.train_settings import TrainSettings
 from action_diffusion.training import checkpoints, resuming
 from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
-from action_diffusion.training.settings import TrainSettings
 from action_diffusion.training.trainer import Trainer
 from action_diffusion.training.validation import Rollouts, Validation, evaluate_held_out
 

@@ -26,11 +26,11 @@ from diffusers.training_utils import EMAModel
 
 from action_diffusion.policy import kernels
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.train_settings import TrainSettings
 from action_diffusion.training import checkpoints
 from action_diffusion.training.capture import CapturedGradient, check_capturable
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.progress import TrainingBar
-from action_diffusion.training.settings import TrainSettings
 
 
 class TrainingData(Protocol):

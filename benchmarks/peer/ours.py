@@ -36,7 +36,7 @@ from action_diffusion.policy.kernels import accelerate, check_precision, cpu_une
 from action_diffusion.policy.model import normalizer
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
-from action_diffusion.training.settings import TrainSettings
+from action_diffusion.train_settings import TrainSettings
 from action_diffusion.training.trainer import Trainer
 from benchmarks.peer.peers.serving import Say, Work, instructions, serve
 from benchmarks.peer.weights import from_lerobot

@@ -45,8 +45,8 @@ from action_diffusion.parallel import cores
 from action_diffusion.policy.bundle import resolve_device, versions
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.train_settings import TrainSettings
 from action_diffusion.training.data import StepBatches
-from action_diffusion.training.settings import TrainSettings
 from action_diffusion.training.trainer import Trainer
 from benchmarks.command import command, options, positive, whole
 from benchmarks.peer.ours import build

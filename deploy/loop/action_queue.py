@@ -11,7 +11,7 @@ instant 3 steps after the observation that it was predicted from):
 
 In all of them a command is what some chunk meant for *this* instant: actions whose instant passed while their chunk was
 computed are dropped, never executed late. naive takes whatever chunk arrives, which may begin elsewhere than the
-running one goes on; rtc asks for one that continues it (`policy.guidance`).
+running one goes on; rtc asks for one that continues it (`policy.rtc`).
 """
 
 from __future__ import annotations

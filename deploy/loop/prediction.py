@@ -14,8 +14,8 @@ from action_diffusion.deploy.loop.action_queue import Request
 from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.diffusion.rtc import BETA, MASKS, Running, continuing, running_chunks
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.rtc import BETA, MASKS, Running, continuing, running_chunks
 from action_diffusion.policy.spec import PolicySpec
 
 METHODS = ("auto", "guidance", "trained", "both")
@@ -36,7 +36,7 @@ class PolicyElsewhere(Policy, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How a chunk is made to continue the running one, for real-time chunking: see `policy.guidance`.
+    """How a chunk is made to continue the running one, for real-time chunking: see `policy.rtc`.
 
     method: "guidance"; "trained", by a policy that was trained to go on from prefix steps; "both"; or "auto": trained,
     where the policy is and the delay is one that it was trained for, else guidance. The rest says how guidance is done.

@@ -95,7 +95,7 @@ class RemotePolicy:
         The initial noise is `noise`, or is drawn here from `noise_generator`, on a CPU. `generator` draws that of the
         steps: its state travels there and back, row by row; where there is none the server has its own. What is only
         known to the network's code cannot travel: `hooks` and `prefix` are refused, and chunks continue a running one
-        by `running` and `delay`, see `policy.guidance.continuing`, with the fields of `prediction.Guidance`.
+        by `running` and `delay`, see `policy.rtc.continuing`, with the fields of `prediction.Guidance`.
 
         Raises `Unavailable` where there is no answer, and `InputError` for what the policy does not take.
         """

@@ -26,8 +26,8 @@ from action_diffusion.deploy.serve.wire import EXTRA, decode_array, shortened
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.agent import Agent
-from action_diffusion.policy.diffusion.rtc import MASKS, running_chunks
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.rtc import MASKS, running_chunks
 from action_diffusion.policy.spec import PolicySpec
 
 EXTRAS = ("reset", "history", "noise", "generator", "running", "delay", "guidance")

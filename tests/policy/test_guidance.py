@@ -14,8 +14,8 @@ from torch.func import vjp
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Process
-from action_diffusion.policy.diffusion.rtc import MASKS, RealTimeChunking, continuing, running_chunks, weights
 from action_diffusion.policy.diffusion.sampler import Hook, Sampler, StepState
+from action_diffusion.policy.rtc import MASKS, RealTimeChunking, continuing, running_chunks, weights
 
 ROWS, HORIZON, ACTIONS, BETA = 3, 8, 2, 5.0
 SHAPE = (ROWS, HORIZON, ACTIONS)

@@ -11,10 +11,10 @@ from action_diffusion.deploy.loop.prediction import Guidance, predict
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.diffusion.rtc import running_chunks
 from action_diffusion.policy.diffusion.sampler import Hook
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import Prefix
+from action_diffusion.policy.rtc import running_chunks
 
 OBJECTIVE = {"objective": {"loss": "mse", "max_delay": 3}}
 CASES = [

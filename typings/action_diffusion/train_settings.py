@@ -1,0 +1,1 @@
+../../action_diffusion/train_settings.py
