@@ -59,7 +59,7 @@ class Registry(Mapping[str, Any]):
         def add(part: T) -> T:
             origin = _origin(part)
             if name in self.own or self._given.get(name, (None, origin))[1] != origin:
-                raise InputError(f"{origin.name}: the name {name!r} of a {self.kind} is taken: choose another one")
+                raise InputError(f"{origin.name}: the name {name!r} ({self.kind}) is taken: choose another one")
             self._given[name] = part, origin
             return part
 

@@ -128,7 +128,8 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
         "state_dims": sizes,
         "n_obs_steps": spec.n_obs_steps,
     }
-    _check_weights(lambda: build("encoder", {**config["encoder"], "weights": None}, **parts))
+    empty = config["encoder"] | ({"weights": None} if config["encoder"].get("weights") else {})
+    _check_weights(lambda: build("encoder", empty, **parts))
     encoder = build("encoder", config["encoder"], **parts)
     estimator = build_estimator(config.get("estimator"), spec, encoder.output_dim)
     condition_dim = encoder.output_dim

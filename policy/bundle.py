@@ -117,7 +117,7 @@ def load(
     if sampler:
         policy_config = policy_config | {"sampler": _merge_sampler(policy_config["sampler"], sampler)}
     encoder = policy_config.get("encoder")
-    if isinstance(encoder, dict):  # initial weights from a file were only for training
+    if isinstance(encoder, dict) and encoder.get("weights"):  # initial weights from a file were only for training
         policy_config = policy_config | {"encoder": encoder | {"weights": None}}
     with _named(path / "config.yaml"):
         policy = build_policy(policy_config, spec)

@@ -29,11 +29,11 @@ def detected(path: Path) -> str:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    for name, holds in _CONTENT.items():
-        if holds(path):
-            return name
     for name in FORMATS:
         if name not in FORMATS.own and named(name).holds(path):
+            return name
+    for name, holds in _CONTENT.items():
+        if holds(path):
             return name
     raise InputError(
         f"{path}: no known format: neither a Zarr replay buffer, nor HDF5, nor a LeRobotDataset (meta/info.json), "

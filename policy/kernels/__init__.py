@@ -134,6 +134,8 @@ def _try(run: Denoise, policy: Any, options: str) -> None:
     from torch._dynamo.exc import TorchDynamoException  # slow to import
 
     denoiser = policy.denoiser
+    if not isinstance(denoiser, ConditionalUnet1d):
+        return  # of what size its input is, the first prediction says
     x = torch.zeros(1, policy.spec.horizon, denoiser.input_dim, device=policy.device)
     film = torch.zeros(1, sum(denoiser.film_sizes), device=policy.device)
     try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -23,22 +22,10 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.model.activations import ACTIVATIONS, Activation
 from action_diffusion.policy.model.conv import Conv1d, Double, GroupNorm, Halve, Linear
+from action_diffusion.policy.model.denoiser import Denoiser, Film
 
 Value = TypeVar("Value")
 """What goes through the U-Net: a tensor, or what stands for one."""
-
-
-@dataclass(frozen=True)
-class Film:
-    """The modulation of all blocks: of each step [K, F] and of each observation [B, F]."""
-
-    steps: Tensor
-    condition: Tensor
-
-    def at(self, index: int, rows: Tensor | None = None) -> Tensor:
-        """The modulation [R, F] for step `index`, for all rows or those named."""
-        condition = self.condition if rows is None else self.condition[rows]
-        return condition + self.steps[index]
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -86,7 +73,7 @@ class ResidualBlock(nn.Module):
         return self.second(hidden) + self.shortcut(x)
 
 
-class ConditionalUnet1d(nn.Module):
+class ConditionalUnet1d(Denoiser):
     """The U-Net of Diffusion Policy (Chi et al. 2023), after Janner et al. 2022.
 
     action_dim: A. condition_dim: size of the encoded observation history. marked: the input has one channel more, which

@@ -1,0 +1,42 @@
+"""What a denoiser is, for the policy and the sampler: whatever shapes noise into a chunk, step by step.
+
+    prepare(condition [B, C], times [K]) ─▶ Film: what depends on the observation only, and what on the step only
+    forward(x [B, H, A], film [B, F])    ─▶ the process' prediction [B, H, A]: noise, clean chunk or velocity
+
+A chunk takes one `prepare` and K calls of `forward`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Film:
+    """The modulation of all blocks: of each step [K, F] and of each observation [B, F]."""
+
+    steps: Tensor
+    condition: Tensor
+
+    def at(self, index: int, rows: Tensor | None = None) -> Tensor:
+        """The modulation [R, F] for step `index`, for all rows or those named."""
+        condition = self.condition if rows is None else self.condition[rows]
+        return condition + self.steps[index]
+
+
+class Denoiser(nn.Module):
+    """Its constructor takes action_dim (A), condition_dim (C: of an encoded history), and options of its own; also
+    `marked` where it is to be trained with policy.objective.max_delay: its input then has one channel more."""
+
+    def check_horizon(self, horizon: int) -> None:
+        """Raises `InputError` for a chunk of a length H that it cannot have. Here: takes any."""
+
+    def prepare(self, condition: Tensor, times: Tensor) -> Film:
+        """What can be computed once per chunk. condition [B, C], times [K] from 0 (clean) to the process' most."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+        """x [B, H, A] and film [B, F], the sum of a row of either part of `Film` → [B, H, A]."""
+        raise NotImplementedError
