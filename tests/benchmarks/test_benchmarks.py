@@ -340,7 +340,7 @@ def stand_ins(tmp_path, monkeypatch):
 
     def _command(self, name):
         script = tmp_path / f"{name}.py"
-        script.write_text(STAND_IN.format(folder=str(ROOT / "benchmarks" / "peers"), side=name, said="avx2"))
+        script.write_text(STAND_IN.format(folder=str(ROOT / "benchmarks" / "peer" / "peers"), side=name, said="avx2"))
         return [sys.executable, str(script)], {}
 
     monkeypatch.setattr(session._Workers, "_command", _command)
@@ -500,7 +500,7 @@ def test_a_process_that_is_restricted_says_so():
     """What torch and our code in C may use follows the variables; the notes of a row say it of OpenVINO's kernels."""
     if "avx2" not in workers.instruction_sets():
         pytest.skip("no AVX2 here")
-    code = "from benchmarks import ours; print(ours.about()['instructions'])"
+    code = "from benchmarks.peer import ours; print(ours.about()['instructions'])"
     variables = {**os.environ, **workers.RESTRICTED["avx2"]}
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert said.stdout.strip() == "avx2"

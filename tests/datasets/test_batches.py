@@ -393,7 +393,7 @@ def test_streaming_stays_within_its_memory(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_runs_on_little(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "gather.py"))
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "speed" / "gather.py"))
     benchmark["main"]([f"data={saved}", "seconds=0.05", "batch_size=8", "crop=6"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["memory:", "uint8", "float32", "resident"]

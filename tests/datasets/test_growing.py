@@ -79,7 +79,7 @@ def test_a_kill_at_any_moment_leaves_what_was_committed(tmp_path):
     for number in range(6):
         path = tmp_path / f"{number}.zarr"
         words = [sys.executable, "-c", WRITER, str(path)]
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "support")}
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         writer = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
         assert writer.stdout is not None
         writer.stdout.readline()

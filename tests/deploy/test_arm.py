@@ -159,7 +159,7 @@ time.sleep(60)
 @pytest.mark.alone
 def test_when_the_loop_dies_or_hangs_the_stop_begins_within_100_ms(segments, sent):
     code = LOOP.replace("tests_arm", "test_arm")
-    paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     loop = subprocess.Popen(
         [sys.executable, "-c", code, str(segments.path)],
         stdout=subprocess.PIPE,

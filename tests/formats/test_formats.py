@@ -393,7 +393,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
         tmp_path / "a.zarr"
     )
     words = ["convert", f"in={tmp_path / 'a.zarr'}", f"out={tmp_path / 'out'}", "format=lerobot21"]
-    code = f"from action_diffusion import data_command; data_command.run({words})"
+    code = f"from action_diffusion.commands import data; data.run({words})"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     lines = tmp_path / ".out.converting/journal"
     while not lines.exists() or lines.read_text().count("\n") < 1:

@@ -178,13 +178,13 @@ _CONVERTER = """
 import sys, time
 from action_diffusion.datasets.robomimic import conversion
 from action_diffusion.datasets.storage import store
-store.CHUNK_BYTES, robomimic.BLOCK_BYTES = 2000, 4000
+store.CHUNK_BYTES, conversion.BLOCK_BYTES = 2000, 4000
 def unhurried(*arguments):
     for done in in_processes(*arguments):
         yield done
         time.sleep(0.01)  # so that the test comes in time to kill it
-in_processes, robomimic.in_processes = robomimic.in_processes, unhurried
-robomimic.convert(sys.argv[1], sys.argv[2], workers=2)
+in_processes, conversion.in_processes = conversion.in_processes, unhurried
+conversion.convert(sys.argv[1], sys.argv[2], workers=2)
 """
 
 
@@ -415,8 +415,8 @@ def test_a_buffer_that_cannot_go_back_is_refused(
 def test_robomimic_reads_what_comes_back(tmp_path: Path, cache: str | None) -> None:
     pytest.importorskip("six", reason="robomimic needs six")
     pytest.importorskip("robomimic", reason="the extra [robomimic] is not installed")
-    from conversion.utils import file_utils, obs_utils
-    from conversion.utils.dataset import SequenceDataset
+    from robomimic.utils import file_utils, obs_utils
+    from robomimic.utils.dataset import SequenceDataset
 
     lengths = [5, 8, 3]
     convert(write_robomimic(tmp_path / "a.hdf5", lengths), tmp_path / "a.zarr")
