@@ -270,28 +270,28 @@ def _evaluate(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _collect(overrides: list[str], config_dir: str | None) -> int:
-    from action_diffusion.configuration import load
+    from action_diffusion.configuration import settings
 
-    config = load("collect", overrides, config_dir)
+    config = settings("collect", overrides, config_dir)
     preflight.collect(config)
     modules = {"teleop": "deploy.teleop.collecting", "corrections": "deploy.collect.corrections"}
-    expert = "envs.collect" if config["robot"] is None else "deploy.collect.expert"
-    module = importlib.import_module(f"action_diffusion.{modules.get(config['agent'], expert)}")
+    expert = "envs.collect" if config.robot is None else "deploy.collect.expert"
+    module = importlib.import_module(f"action_diffusion.{modules.get(config.agent, expert)}")
     for name, value in module.run(config).items():
         print(f"{name}: {value}")
     return 0
 
 
 def _deploy(overrides: list[str], config_dir: str | None) -> int:
-    from action_diffusion.configuration import load
+    from action_diffusion.configuration import settings
 
-    config = load("deploy", overrides, config_dir)
+    config = settings("deploy", overrides, config_dir)
     preflight.deploy(config)
-    if config["calibrate"]:
+    if config.calibrate:
         from action_diffusion.deploy.calibrate import command as calibrate_command
 
         return calibrate_command.run(config)
-    if config["replay"] is not None:
+    if config.replay is not None:
         from action_diffusion.deploy.records import command as replay_command
 
         return replay_command.run(config, {word.partition("=")[0] for word in overrides})
@@ -301,9 +301,9 @@ def _deploy(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _serve(overrides: list[str], config_dir: str | None) -> int:
-    from action_diffusion.configuration import load
+    from action_diffusion.configuration import settings
 
-    config = load("serve", overrides, config_dir)
+    config = settings("serve", overrides, config_dir)
     preflight.serve(config)
     from action_diffusion.deploy.serve.command import run
 

@@ -64,6 +64,11 @@ def load(name: str, overrides: Sequence[str], config_dir: str | None = None) -> 
     return data
 
 
+def settings(name: str, overrides: Sequence[str], config_dir: str | None = None) -> Any:
+    """As `load`, typed: `options.Deploy`, `options.Serve`, … of what the words say."""
+    return check(load(name, overrides, config_dir), COMMANDS[name])
+
+
 def override(name: str, config: Mapping[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
     """A whole configuration of `name` that is there already (in the file `where`), with overrides of single values.
 

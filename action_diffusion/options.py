@@ -311,6 +311,11 @@ class Task:
     def __post_init__(self) -> None:
         check_steps(self.n_obs_steps, self.horizon, self.n_action_steps)
 
+    @property
+    def seen(self) -> dict[str, Observation]:
+        """The observations that the task names."""
+        return self.observations or {}
+
 
 # Commands.
 

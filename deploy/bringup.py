@@ -159,7 +159,7 @@ def _sent_and_measured(arm: ArmLink, number: int) -> tuple[float, float]:
 def run(options: dict[str, Any]) -> int:
     """Look, and move where it was asked for. Returns the exit code."""
     cell = read_cell(options["hardware"])
-    setup, cameras = arm_setup(options["robot"], cell, options), camera_setups(cell)
+    setup, cameras = arm_setup(options["robot"], cell, dry_run=options["dry_run"]), camera_setups(cell)
     segments = Segments()
     robot = ProcessRobot(segments=segments, arm=setup, cameras=cameras, control_rate=1 / STEP, max_steps=1)
     try:

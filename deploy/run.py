@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +27,7 @@ from action_diffusion.deploy.serve.client import RemotePolicy
 from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
 from action_diffusion.deploy.subscribers import Subscribers
 from action_diffusion.errors import InputError
+from action_diffusion.options import Deploy
 from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.inference import choose_threads
 from action_diffusion.policy.spec import PolicySpec
@@ -37,40 +37,36 @@ ENDINGS = ("stop: ", "broken: ", "the arm's process")
 """How the reasons begin for which a robot ends an episode by itself."""
 
 
-def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
+def run(config: Deploy, *, clock: Clock | None = None) -> int:
     """Deploy what `configs/deploy.yaml` asks for; returns the exit code: 0, or 130 after Ctrl-C.
 
     `clock`: real time where none is given; on another the loop thinks by itself, so that a run repeats. Raises
     `InputError` for a bundle that cannot be loaded or does not fit the robot, for a scheduling that its chunks are too
     short for, and for an output folder that holds a log.
     """
-    for name, least in (("n_episodes", 1), ("seed", 0), ("delay", 0), ("execution_horizon", 1)):
-        value = config[name]
-        if value is not None and not isinstance(value, int):
-            raise InputError(f"{name}={value} must be a whole number")
-        if value is not None and value < least:
-            raise InputError(f"{name}={value} must be at least {least}")
-    asked = ArmSetup(driver=str(config["robot"]), limits=config["limits"], obstacles=config["obstacles"])
+    asked = ArmSetup(driver=config.robot, limits=config.limits, obstacles=config.obstacles)
     asked.check()  # before all that takes long
     policy = open_policy(config)
-    config = {**config, "threads": None if isinstance(policy, RemotePolicy) else choose_threads(policy)}
-    guidance = Guidance(**config["rtc"])
+    threads = None if isinstance(policy, RemotePolicy) else choose_threads(policy)
+    guidance = Guidance(**vars(config.rtc))
     scheduler = _scheduler(config, policy.spec)
-    robot = robots.make(config["robot"], policy.spec, config if clock is None else None)
+    robot = robots.make(config.robot, policy.spec, config if clock is None else None)
     try:
         robots.check_fit(robot, policy.spec)
-        limits = demonstrated(policy.spec.normalizer["action"], config["safety"]["margin"]).within(robot.limits)
+        limits = demonstrated(policy.spec.normalizer["action"], config.safety.margin).within(robot.limits)
         _warm_up(policy, scheduler, guidance)
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
-        beside = Path(config["bundle"]).parent if config["bundle"] else Path()
-        output_dir = Path(config["output_dir"]) if config["output_dir"] else beside / stamp
+        beside = Path(config.bundle).parent if config.bundle else Path()
+        output_dir = Path(config.output_dir) if config.output_dir else beside / stamp
         with (
             RunLog(output_dir, control_rate=policy.spec.control_rate) as log,
-            closing(Subscribers(config, robot, policy.spec, limits=limits, output_dir=output_dir)) as subscribers,
+            closing(
+                Subscribers(config, robot, policy.spec, limits=limits, output_dir=output_dir, threads=threads)
+            ) as subscribers,
         ):
             try:
                 parts = {"scheduler": scheduler, "guidance": guidance, "gate": Gate(limits=limits)}
-                waits = config["scheduling"] == "sync" and not isinstance(policy, RemotePolicy)
+                waits = config.scheduling == "sync" and not isinstance(policy, RemotePolicy)
                 parts |= {"beside": clock is None and not waits}
                 _episodes(config, policy, robot, log, subscribers, clock=clock or MonotonicClock(), **parts)
                 code = 0
@@ -89,17 +85,17 @@ def run(config: Mapping[str, Any], *, clock: Clock | None = None) -> int:
     return code
 
 
-def _scheduler(config: Mapping[str, Any], spec: PolicySpec) -> ActionQueue:
+def _scheduler(config: Deploy, spec: PolicySpec) -> ActionQueue:
     """The scheduler that is asked for, after a check that the policy's chunks are long enough for it."""
-    name, n_obs_steps, s = config["scheduling"], spec.n_obs_steps, config["execution_horizon"] or spec.n_action_steps
+    name, n_obs_steps, s = config.scheduling, spec.n_obs_steps, config.execution_horizon or spec.n_action_steps
     scheduler = ActionQueue(name, n_obs_steps=n_obs_steps, execution_horizon=s)
-    delay = config["delay"] or 0
+    delay = config.delay or 0
     check_room(name, horizon=spec.horizon, n_obs_steps=n_obs_steps, execution_horizon=s, delay=delay)
     return scheduler
 
 
 def _episodes(
-    config: Mapping[str, Any],
+    config: Deploy,
     policy: DeployedPolicy,
     robot: Robot,
     log: RunLog,
@@ -108,7 +104,7 @@ def _episodes(
 ) -> None:
     """One episode after the other, each with a line of its outcome; `parts` go to `run_episode`."""
     spec = policy.spec
-    with progress("deploying", config["n_episodes"] * robot.max_steps) as advance:
+    with progress("deploying", config.n_episodes * robot.max_steps) as advance:
 
         def record(step: StepRecord) -> None:
             log.write(step)
@@ -117,7 +113,7 @@ def _episodes(
                 if reason.startswith(ENDINGS):
                     print(f"seed {step.seed}, step {step.step}: {reason}", file=sys.stderr)
 
-        for seed in range(config["seed"], config["seed"] + config["n_episodes"]):
+        for seed in range(config.seed, config.seed + config.n_episodes):
             subscribers.between()
             outcome = run_episode(
                 policy=policy,
@@ -126,7 +122,7 @@ def _episodes(
                 log=record,
                 seed=seed,
                 keys=list(spec.observations),
-                delay=config["delay"] or 0,
+                delay=config.delay or 0,
                 operator=subscribers.operator,
                 subscriber=subscribers.subscriber,
                 **parts,

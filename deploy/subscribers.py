@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.robot.robots import Robot
 from action_diffusion.deploy.teleop.takeover import DeviceTeleoperator, teleoperator
 from action_diffusion.errors import InputError
+from action_diffusion.options import Deploy
 from action_diffusion.policy.spec import PolicySpec
 
 _KEPT = (
@@ -38,6 +40,7 @@ class Subscribers:
         config: `configs/deploy.yaml`: page, page_host, page_token_file, wait, teleop, record and what that keeps.
         limits: of the loop's gate.
         output_dir: where the record goes.
+        threads: torch's, on which the last bits of a chunk depend.
         say: takes a line for whoever started the run.
 
     Raises:
@@ -46,12 +49,13 @@ class Subscribers:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: Deploy,
         robot: Robot,
         spec: PolicySpec,
         *,
         limits: Limits,
         output_dir: Path,
+        threads: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.subscriber: Subscriber = NoSubscriber()
@@ -63,14 +67,14 @@ class Subscribers:
         if not isinstance(robot, ProcessRobot):
             return
         self._emergency = Moment(robot.folder / "emergency")
-        port = page_port(config["page"], say)
-        for name in ("wait", "teleop"):
-            if config[name] and port is None:
-                raise InputError(f"{name}={str(config[name]).lower()} waits for somebody at the page: page=true")
-        if not config["record"] and port is None:
+        port = page_port(config.page, say)
+        for name, value in (("wait", config.wait), ("teleop", config.teleop)):
+            if value and port is None:
+                raise InputError(f"{name}={str(value).lower()} waits for somebody at the page: page=true")
+        if not config.record and port is None:
             return
-        output = output_dir / RECORD if config["record"] else None
-        attrs = _attrs(config, robot, spec, limits)
+        output = output_dir / RECORD if config.record else None
+        attrs = _attrs({**asdict(config), "threads": threads}, robot, spec, limits)
         self.subscriber = self._recording = RunStream(robot.folder, spec, output=output, attrs=attrs)
         try:
             if port is not None:
@@ -80,10 +84,18 @@ class Subscribers:
             self.close()
             raise
 
-    def _open(self, config: Mapping[str, Any], robot: ProcessRobot, about: Mapping[str, Any], port: int) -> None:
-        module, told = "action_diffusion.deploy.page.process", {**about, "teleop": config["teleop"]}
-        self._page = PageLink(module, robot.folder, config=config, port=port, about=told, stops=True)
-        self.operator = PageOperator(robot.folder, waits=config["wait"], teleoperator=self._teleoperator, say=self._say)
+    def _open(self, config: Deploy, robot: ProcessRobot, about: Mapping[str, Any], port: int) -> None:
+        module, told = "action_diffusion.deploy.page.process", {**about, "teleop": config.teleop}
+        self._page = PageLink(
+            module,
+            robot.folder,
+            host=config.page_host,
+            token_file=config.page_token_file,
+            port=port,
+            about=told,
+            stops=True,
+        )
+        self.operator = PageOperator(robot.folder, waits=config.wait, teleoperator=self._teleoperator, say=self._say)
         self._say(f"the operator's page: {self._page.url}")
 
     def between(self) -> None:
@@ -142,5 +154,5 @@ def _attrs(config: Mapping[str, Any], robot: Robot, spec: PolicySpec, limits: Li
         "n_action_steps": spec.n_action_steps,
         "lookahead": robot.lookahead,
         "limits": plain_limits(limits),
-        "config": {key: config[key] for key in _KEPT if key in config},
+        "config": {key: config[key] for key in _KEPT},
     }

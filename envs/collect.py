@@ -30,28 +30,28 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs import demonstration
 from action_diffusion.envs.demonstration import EXPERTS, Recording, Source
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import Collect
 from action_diffusion.progress import progress
 
 FIRST_TEST_SEED = 100_000  # evaluations begin here; no demonstration does
 
 
-def run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`collect` with the values of `configs/collect.yaml` (plain data)."""
-    env = config["task"]["env"]
+def run(config: Collect) -> dict[str, Any]:
+    """`collect` with the values of `configs/collect.yaml`."""
+    env = config.task.env
     if env is None:
-        raise InputError(f"task={config['task']['name']} has no simulator to collect in")
-    observations: Mapping[str, Mapping[str, Any]] = config["task"]["observations"] or {}
+        raise InputError(f"task={config.task.name} has no simulator to collect in")
     return collect(
         env_name=env["name"],
         # A camera whose pictures are kept under another name is rendered from the states when it is trained on.
-        cameras=[key for key, value in observations.items() if value["kind"] == "image" and value["source"] == key],
-        agent_name=config["agent"],
-        episodes=config["episodes"],
-        seed=config["seed"],
-        output=config["output"],
-        min_score=config["min_score"],
-        visited_by=config["visited_by"],
-        workers=config["workers"],
+        cameras=[key for key, value in config.task.seen.items() if value.kind == "image" and value.source == key],
+        agent_name=config.agent,
+        episodes=config.episodes,
+        seed=config.seed,
+        output=config.output,
+        min_score=config.min_score,
+        visited_by=config.visited_by,
+        workers=config.workers,
     )
 
 

@@ -160,8 +160,7 @@ def test_the_other_parts(world, monkeypatch):
     assert named("npz").open(world / "demos.npz").buffer.n_steps == 4
     check_arm(make_arm("two_joints"))
     assert make_camera("grey", rate=1000.0).read().image.shape == (96, 96, 3)
-    config = {"device": "drift", "device_index": 0, "clutch": False, "script": None}
-    device = make_device(config, {"device": {"speed": 0.5}})
+    device = make_device("drift", {"device": {"speed": 0.5}})
     assert device is not None
     twist = device.poll().twist
     assert twist is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 from action_diffusion.deploy.serve.access import read_token
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import Collect, Deploy, Serve
 from action_diffusion.policy.reading import read_config, read_spec, require
 
 
@@ -43,26 +44,26 @@ def evaluate(config: Mapping[str, Any]) -> None:
     _check_exists("data", config["data"])
 
 
-def deploy(config: Mapping[str, Any]) -> None:
+def deploy(config: Deploy) -> None:
     """The bundle, and files that are named."""
-    if isinstance(config["bundle"], str):
-        read_spec(Path(config["bundle"]))
-        read_config(Path(config["bundle"]))
-    _check_exists("hardware", config["hardware"])
+    if config.bundle:
+        read_spec(Path(config.bundle))
+        read_config(Path(config.bundle))
+    _check_exists("hardware", config.hardware)
 
 
-def serve(config: Mapping[str, Any]) -> None:
+def serve(config: Serve) -> None:
     """The token and the bundle."""
-    read_token(config["token_file"])
-    read_spec(Path(config["bundle"]))
-    read_config(Path(config["bundle"]))
+    read_token(config.token_file)
+    read_spec(Path(config.bundle))
+    read_config(Path(config.bundle))
 
 
-def collect(config: Mapping[str, Any]) -> None:
+def collect(config: Collect) -> None:
     """The bundle that episodes begin with, and files that are named."""
-    if config["visited_by"] is not None:
-        require(Path(config["visited_by"]).expanduser())
-    _check_exists("hardware", config["hardware"])
+    if config.visited_by is not None:
+        require(Path(config.visited_by).expanduser())
+    _check_exists("hardware", config.hardware)
 
 
 def _check_exists(name: str, path: str | None) -> None:

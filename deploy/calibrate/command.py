@@ -23,6 +23,7 @@ from action_diffusion.deploy.calibrate.report import SEEN, CameraFound, Found, p
 from action_diffusion.deploy.robot import robots
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.errors import InputError
+from action_diffusion.options import Deploy
 from action_diffusion.policy.spec import ObservationSpec
 
 if TYPE_CHECKING:  # torch is only needed where there is a policy
@@ -34,29 +35,29 @@ FOLLOWS = 0.2
 """An arm that moves by less than this share of the motion does not follow."""
 
 
-def run(config: Mapping[str, Any]) -> int:
+def run(config: Deploy) -> int:
     """Measure what `configs/deploy.yaml` names. Returns the exit code: 0; 1 where the arm's process intervened.
 
     Raises `InputError` for a motion that cannot be, a robot that does not start or does not follow, and an output
     folder that holds latencies.
     """
-    wanted = Wanted(**config["calibration"])
-    if config["dry_run"]:
+    wanted = Wanted(**vars(config.calibration))
+    if config.dry_run:
         raise InputError("calibrate=true moves the arm, which dry_run=true forbids")
-    beside = Path(config["bundle"]).parent if isinstance(config["bundle"], str) else Path()
-    folder = Path(config["output_dir"] or beside / f"calibration-{datetime.now():%Y%m%d-%H%M%S}")
+    beside = Path(config.bundle).parent if config.bundle else Path()
+    folder = Path(config.output_dir or beside / f"calibration-{datetime.now():%Y%m%d-%H%M%S}")
     if (folder / "latency.json").exists():
         raise InputError(f"{folder} already holds latencies: give another output_dir")
     policy = _policy(config)
     try:
         with closing(_robot(config, policy)) as robot:
-            measured = _moved(robot, wanted, config["seed"])
+            measured = _moved(robot, wanted, config.seed)
             if measured.events:
                 for event in measured.events:
                     print(f"the arm's process intervened: {event}", file=sys.stderr)
                 return 1
             seconds = None if policy is None else _inference(policy, config)
-            found = estimate(config["robot"], measured, robot.stamp_latency, seconds)
+            found = estimate(config.robot, measured, robot.stamp_latency, seconds)
     finally:
         close = getattr(policy, "close", None)  # of a policy behind a server
         if close is not None:
@@ -67,9 +68,9 @@ def run(config: Mapping[str, Any]) -> int:
     return 0
 
 
-def _policy(config: Mapping[str, Any]) -> DeployedPolicy | None:
+def _policy(config: Deploy) -> DeployedPolicy | None:
     """None where neither a bundle nor a server is given: then nothing thinks."""
-    if config["bundle"] is None and config["server"] is None:
+    if config.bundle is None and config.server is None:
         return None
     from action_diffusion.deploy.serve.client import RemotePolicy
     from action_diffusion.deploy.serve.policies import open_policy
@@ -81,18 +82,18 @@ def _policy(config: Mapping[str, Any]) -> DeployedPolicy | None:
     return policy
 
 
-def _robot(config: Mapping[str, Any], policy: DeployedPolicy | None) -> ProcessRobot:
+def _robot(config: Deploy, policy: DeployedPolicy | None) -> ProcessRobot:
     """The robot with its cameras; the simulated PushT with one, whatever the policy looks at."""
     spec: Any = SimpleNamespace(env=None, observations={}, control_rate=10.0)
     if policy is not None:
         spec = SimpleNamespace(**{name: getattr(policy.spec, name) for name in vars(spec)})
-    if config["robot"] == "sim_pusht":
+    if config.robot == "sim_pusht":
         seen = ObservationSpec(shape=(96, 96, 3), dtype="uint8", kind="image")
         spec.observations = {"image": seen, **spec.observations}
-    robot = robots.make(config["robot"], spec, config)
+    robot = robots.make(config.robot, spec, config)
     if not isinstance(robot, ProcessRobot):
         robot.close()
-        raise InputError(f"robot={config['robot']} has no processes of its own, and so no latency to measure")
+        raise InputError(f"robot={config.robot} has no processes of its own, and so no latency to measure")
     return robot
 
 
@@ -111,7 +112,7 @@ def _moved(robot: ProcessRobot, wanted: Wanted, seed: int) -> Measured:
         robot.stop()
 
 
-def _inference(policy: DeployedPolicy, config: Mapping[str, Any]) -> list[float]:
+def _inference(policy: DeployedPolicy, config: Deploy) -> list[float]:
     """Seconds of each prediction, as the loop would ask for them, while cameras and arm go on.
 
     Raises `InputError` where a server does not answer.
@@ -119,9 +120,9 @@ def _inference(policy: DeployedPolicy, config: Mapping[str, Any]) -> list[float]
     from action_diffusion.deploy.loop.inference_worker import Unavailable
     from action_diffusion.deploy.loop.prediction import Guidance, rehearse
 
-    guidance = Guidance(**config["rtc"])
-    horizon = config["execution_horizon"] or policy.spec.n_action_steps
-    running = horizon if config["scheduling"] == "rtc" else None
+    guidance = Guidance(**vars(config.rtc))
+    horizon = config.execution_horizon or policy.spec.n_action_steps
+    running = horizon if config.scheduling == "rtc" else None
     seconds: list[float] = []
     try:
         rehearse(policy, guidance, running)

@@ -22,23 +22,24 @@ from action_diffusion.datasets.storage.growing import read_table
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.records.stream import RECORD
 from action_diffusion.errors import InputError
+from action_diffusion.options import Collect, Observation
 
 
-def run(config: Mapping[str, Any]) -> dict[str, Any]:
+def run(config: Collect) -> dict[str, Any]:
     """`collect` with the values of `configs/collect.yaml` (plain data)."""
-    if not config["from"]:
+    if not config.from_:
         raise InputError("agent=corrections needs from=DIR, the output_dir of a deployment in which somebody took over")
     return corrections(
-        record=Path(config["from"]).expanduser(),
-        output=Path(config["output"]).expanduser(),
-        min_steps=config["min_steps"],
-        sources=sources(config["task"]["observations"] or {}),
+        record=Path(config.from_).expanduser(),
+        output=Path(config.output).expanduser(),
+        min_steps=config.min_steps,
+        sources=sources(config.task.seen),
     )
 
 
-def sources(observations: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def sources(observations: Mapping[str, Observation]) -> dict[str, str]:
     """The policy's keys → columns that a task is trained from, for those that are a whole column."""
-    return {key: value["source"] for key, value in observations.items() if not value.get("columns")}
+    return {key: value.source or key for key, value in observations.items() if not value.columns}
 
 
 def corrections(*, record: Path, output: Path, min_steps: int, sources: Mapping[str, str]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from action_diffusion.envs.demonstration import EXPERTS, STREAM, WANDERED, Exper
 from action_diffusion.envs.robosuite.expert import STEP, TURN
 from action_diffusion.envs.robosuite.tasks import RECORDED
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import Collect, Task
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.progress import progress
 from action_diffusion.rotations import axis_angle_to_6d
@@ -140,21 +141,21 @@ def action_of(command: np.ndarray) -> np.ndarray:
     return np.concatenate([command[:3], axis_angle_to_6d(command[3:6]), command[6:]]).astype(np.float32)
 
 
-def run(config: Mapping[str, Any]) -> dict[str, Any]:
+def run(config: Collect) -> dict[str, Any]:
     """`collect` with a robot, and the values of `configs/collect.yaml`; returns the numbers to report.
 
     Episodes begin at the starts `seed`, `seed` + 1, …; one that does not succeed is discarded. Ctrl-C ends early, and
     keeps what there is. Raises `InputError` for another robot or task, and for an output that exists.
     """
-    env, wanted, output = _checked(config), int(config["episodes"]), Path(config["output"]).expanduser()
-    robot = robots.make(config["robot"], _spec(config["task"], env), config)
+    env, wanted, output = _checked(config), config.episodes, Path(config.output).expanduser()
+    robot = robots.make(str(config.robot), _spec(config.task, env), config)
     assert isinstance(robot, ProcessRobot)
     began = time.monotonic()
     try:
         keys = [*(f"robot0_{name}" for name in RECORDED), "object", *robot.cameras]
         demonstrator = Demonstrator(robot=robot, env_name=env["name"], keys=keys)
         with Recorder.open(output, demonstrator.fields, _attrs(config, robot)) as recorder:
-            counts = _record(demonstrator, recorder, config["seed"], wanted, config["min_score"])
+            counts = _record(demonstrator, recorder, config.seed, wanted, config.min_score)
         lost = 0.0 if robot.scene is None else robot.scene.lost
     finally:
         robot.close()
@@ -199,39 +200,37 @@ def _record(
     }
 
 
-def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked(config: Collect) -> Mapping[str, Any]:
     """The task's simulator, of absolute poses. Raises `InputError`."""
-    if config["robot"] != "sim_arm":
-        raise unknown("robot of agent=expert", str(config["robot"]), ["sim_arm"])
-    env = {**check_task(config["task"]["env"], absolute=True), "absolute": True}
-    if config["visited_by"] is not None:
+    if config.robot != "sim_arm":
+        raise unknown("robot of agent=expert", str(config.robot), ["sim_arm"])
+    env = {**check_task(config.task.env, absolute=True), "absolute": True}
+    if config.visited_by is not None:
         raise InputError("visited_by=… is for simulators in step, without robot=…")
-    if config["episodes"] < 1 or config["seed"] < 0:
-        raise InputError(f"episodes={config['episodes']}, seed={config['seed']}: at least 1, and at least 0")
-    output = Path(config["output"]).expanduser()
+    output = Path(config.output).expanduser()
     if output.exists() or output.suffix == ".zip":
         raise InputError(f"output={output} exists, or is no folder: give a new DIR.zarr")
     return env
 
 
-def _spec(task: Mapping[str, Any], env: Mapping[str, Any]) -> PolicySpec:
+def _spec(task: Task, env: Mapping[str, Any]) -> PolicySpec:
     """What the robot wants to know of a task."""
-    images = [key for key, value in (task["observations"] or {}).items() if value["kind"] == "image"]
+    images = [key for key, value in task.seen.items() if value.kind == "image"]
     seen = {key: ObservationSpec(shape=(1, 1, 3), dtype="uint8", kind="image") for key in images}
-    rate = float(task["control_rate"])
+    rate = float(task.control_rate or 0)
     action = ActionSpec(shape=(ACTION,))
     return PolicySpec(seen, action, n_obs_steps=1, horizon=1, n_action_steps=1, control_rate=rate, env=dict(env))
 
 
-def _attrs(config: Mapping[str, Any], robot: ProcessRobot) -> dict[str, Any]:
+def _attrs(config: Collect, robot: ProcessRobot) -> dict[str, Any]:
     scene = robot.scene
     assert isinstance(scene, SimulatedScene)
     return {
-        "task": config["task"]["env"]["name"],
+        "task": (config.task.env or {})["name"],
         "source": "scripted expert, in real time",
-        "robot": config["robot"],
+        "robot": config.robot,
         "version": __version__,
-        "seed": config["seed"],
+        "seed": config.seed,
         "control_rate": robot.control_rate,
         "env_args": scene.said["env_args"],
     }

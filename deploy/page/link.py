@@ -19,7 +19,7 @@ class PageLink:
     Args:
         module: of the page's process.
         folder: the run's shared memory.
-        config: page_host and page_token_file.
+        host, token_file: where it listens, and the file of its token, where that is not this machine only.
         port: 0 for one that is free.
         about: what the page is told at its start.
         stops: the run has an arm that can be stopped.
@@ -32,10 +32,17 @@ class PageLink:
     """
 
     def __init__(
-        self, module: str, folder: Path, *, config: Mapping[str, Any], port: int, about: Mapping[str, Any], stops: bool
+        self,
+        module: str,
+        folder: Path,
+        *,
+        host: str,
+        token_file: str | None,
+        port: int,
+        about: Mapping[str, Any],
+        stops: bool,
     ) -> None:
-        host = str(config["page_host"])
-        common = {"host": host, "token_file": config["page_token_file"]}
+        common = {"host": host, "token_file": token_file}
         self._page = Child(module, folder, "page", {**common, "about": dict(about)})
         self._stop = Child(
             "action_diffusion.deploy.page.stop_process", folder, "page's port", {**common, "port": port, "stops": stops}

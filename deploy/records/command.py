@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from action_diffusion.deploy.records.replay import Replayed, replay
 from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.files import atomic_path
+from action_diffusion.options import AnySampler, Deploy
 
 FASTER = ("precision", "compile", "cuda_graph")
 OTHER = ("scheduling", "execution_horizon", "rtc", "sampler", *FASTER)
@@ -25,7 +27,7 @@ OTHER = ("scheduling", "execution_horizon", "rtc", "sampler", *FASTER)
 OPTIONS = ("replay", "bundle", "device", "output_dir", *OTHER)
 
 
-def run(config: Mapping[str, Any], given: Collection[str]) -> int:
+def run(config: Deploy, given: Collection[str]) -> int:
     """Replay the record that `config` names; `given`: the names that were given on the command line.
 
     Returns 0, or 1 where nothing is other than it was, and commands differ all the same. Raises `InputError` for what
@@ -35,11 +37,12 @@ def run(config: Mapping[str, Any], given: Collection[str]) -> int:
     for name in sections:
         if name not in OPTIONS:
             raise unknown("option", name, OPTIONS, "deploy replay=…")
-    attrs, episodes = open_record(Path(config["replay"]))
+    attrs, episodes = open_record(Path(config.replay or ""))
     was = attrs["config"]
-    settings = {name: config[name] if name in sections else was[name] for name in OTHER}
+    now = asdict(config)
+    settings = {name: now[name] if name in sections else was[name] for name in OTHER}
     for name in ("rtc", "sampler"):
-        settings[name] = was[name] | {key: config[name][key] for key in config[name] if f"{name}.{key}" in given}
+        settings[name] = was[name] | {key: now[name][key] for key in now[name] if f"{name}.{key}" in given}
     other = any(settings[name] != was[name] for name in OTHER)
     policy = _policy(config, settings, attrs)
     scheduler = ActionQueue(
@@ -52,22 +55,22 @@ def run(config: Mapping[str, Any], given: Collection[str]) -> int:
         parts: dict[str, Any] = {"scheduler": scheduler, "guidance": guidance, "policy": policy, "other": other}
         replayed.append(replay(recorded, attrs=attrs, **parts))
     _print(replayed, other=other, own=policy is not None)
-    if config["output_dir"]:
-        _write(Path(config["output_dir"]), replayed)
+    if config.output_dir:
+        _write(Path(config.output_dir), replayed)
     return int(not other and any(len(episode.differing) for episode in replayed))
 
 
-def _policy(config: Mapping[str, Any], settings: Mapping[str, Any], attrs: Mapping[str, Any]) -> DeployedPolicy | None:
-    if config["bundle"] is None:
+def _policy(config: Deploy, settings: Mapping[str, Any], attrs: Mapping[str, Any]) -> DeployedPolicy | None:
+    if config.bundle is None:
         return None
     if attrs["config"].get("threads"):
         torch.set_num_threads(attrs["config"]["threads"])
-    policy = open_policy({**config, **{name: settings[name] for name in ("sampler", *FASTER)}})
+    policy = open_policy(
+        replace(config, sampler=AnySampler(**settings["sampler"]), **{name: settings[name] for name in FASTER})
+    )
     policy_keys, keys = list(policy.spec.observations), list(attrs["observations"])
     if policy_keys != keys or policy.spec.n_obs_steps != attrs["n_obs_steps"]:
-        raise InputError(
-            f"bundle={config['bundle']} looks at {', '.join(policy_keys)}; the record has {', '.join(keys)}"
-        )
+        raise InputError(f"bundle={config.bundle} looks at {', '.join(policy_keys)}; the record has {', '.join(keys)}")
     return policy
 
 

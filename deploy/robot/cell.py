@@ -7,6 +7,7 @@
       front: {driver: usb, device: /dev/video0, image_size: [96, 96], stamp_latency: 0.03}
     observations: {state: [joints, gripper]}          optional: keys of the policy → states, one after the other
     leader: {type: so101_leader, config: {…}}         optional: the arm that a person leads it with (`collect`)
+    device: {…}                                       optional: options of a plugin's device
     seconds: 60.0                                     optional: of an episode
 
 docs/bringup.md shows a whole one.
@@ -25,12 +26,12 @@ import yaml
 from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.ipc.rings import Segments
 from action_diffusion.deploy.robot.process_robot import CameraSetup, ProcessRobot
-from action_diffusion.deploy.robot.robots import Observation
+from action_diffusion.deploy.robot.robots import Observation, RobotOptions
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec
 
 MOST_SECONDS = 86_400.0
-SECTIONS = ("arm", "limits", "obstacles", "cameras", "observations", "leader", "seconds")
+SECTIONS = ("arm", "limits", "obstacles", "cameras", "observations", "leader", "device", "seconds")
 
 
 def read_cell(path: str | None) -> dict[str, Any]:
@@ -58,12 +59,17 @@ def read_cell(path: str | None) -> dict[str, Any]:
     return cell
 
 
-def arm_setup(driver: str, cell: Mapping[str, Any], options: Mapping[str, Any]) -> ArmSetup:
-    """The arm of a cell. `options`: of the configuration: dry_run, limits and obstacles, which go before the cell's."""
-    settings = dict(cell.get("arm") or {})
-    if options.get("dry_run"):
-        settings["dry_run"] = True
-    limits, obstacles = (options.get(name) or cell.get(name) for name in ("limits", "obstacles"))
+def arm_setup(
+    driver: str,
+    cell: Mapping[str, Any],
+    *,
+    dry_run: bool = False,
+    limits: Mapping[str, Any] | None = None,
+    obstacles: Mapping[str, Any] | None = None,
+) -> ArmSetup:
+    """The arm of a cell. limits, obstacles: of the command, which go before the cell's."""
+    settings = dict(cell.get("arm") or {}) | ({"dry_run": True} if dry_run else {})
+    limits, obstacles = limits or cell.get("limits"), obstacles or cell.get("obstacles")
     return ArmSetup(driver=driver, settings=settings, limits=limits, obstacles=obstacles)
 
 
@@ -111,19 +117,25 @@ class CellRobot(ProcessRobot):
         return Observation(seen.t, values)
 
 
-def robot(spec: PolicySpec, options: Mapping[str, Any]) -> CellRobot:
+def robot(spec: PolicySpec, options: RobotOptions) -> CellRobot:
     """The robot that `options` name, with the file's settings. Raises `InputError` for one that does not start."""
-    cell = read_cell(options["hardware"])
+    cell = read_cell(options.hardware)
     cameras = camera_setups(cell)
     for key, value in spec.observations.items():
         if len(value.shape) == 3 and key not in cameras:
-            raise unknown("camera", key, cameras, f"hardware={options['hardware']}, and the policy needs it")
+            raise unknown("camera", key, cameras, f"hardware={options.hardware}, and the policy needs it")
     given = cell.get("observations") or {}
     segments = Segments()
     try:
         return CellRobot(
             segments=segments,
-            arm=arm_setup(options["robot"], cell, options),
+            arm=arm_setup(
+                str(options.robot),
+                cell,
+                dry_run=options.dry_run,
+                limits=options.limits,
+                obstacles=options.obstacles,
+            ),
             cameras=cameras,
             control_rate=spec.control_rate,
             max_steps=math.ceil(float(cell.get("seconds", 60.0)) * spec.control_rate),

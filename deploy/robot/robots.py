@@ -14,6 +14,7 @@ from action_diffusion import envs
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.envs.base import Env
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import Simulated
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.registry import ARMS, imported
 from action_diffusion.registry import ROBOTS as REAL_TIME
@@ -27,6 +28,23 @@ class Observation(NamedTuple):
 
     t: float
     values: dict[str, np.ndarray]
+
+
+class RobotOptions(Protocol):
+    """What a robot in real time is made of, beside the policy's specification: options of `deploy` and `collect`."""
+
+    @property
+    def robot(self) -> str | None: ...
+    @property
+    def hardware(self) -> str | None: ...
+    @property
+    def dry_run(self) -> bool: ...
+    @property
+    def limits(self) -> Mapping[str, Any] | None: ...
+    @property
+    def obstacles(self) -> Mapping[str, Any] | None: ...
+    @property
+    def simulated(self) -> Simulated: ...
 
 
 class Robot(Protocol):
@@ -118,7 +136,7 @@ class SimPushT:
         self._env.close()
 
 
-def make(name: str, spec: PolicySpec, options: Mapping[str, Any] | None = None) -> Robot:
+def make(name: str, spec: PolicySpec, options: RobotOptions | None = None) -> Robot:
     """The robot called `name`, set up for a policy of `spec`; "module:Class" is an arm's driver of the user's own.
 
     `options`: of the configuration, for a robot in real time, which runs in processes of its own. Without them: a

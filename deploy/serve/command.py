@@ -7,16 +7,15 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from action_diffusion.deploy.serve.access import read_token
 from action_diffusion.deploy.serve.server import PolicyServer
-from action_diffusion.errors import InputError
+from action_diffusion.options import Serve
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.inference import OPTIONS, choose_threads
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -51,22 +50,16 @@ class ServerStatistics:
         self._turned_down = 0
 
 
-def run(config: Mapping[str, Any]) -> int:
+def run(config: Serve) -> int:
     """Serve what `configs/serve.yaml` asks for, until SIGTERM (exit code 0) or Ctrl-C (`KeyboardInterrupt`).
 
     Raises `InputError` for a bundle that cannot be loaded, a host and port that cannot be listened at, a host that
     other machines reach without a token, and a missing extra.
     """
-    for name, least, most in (("port", 0, 65535), ("max_connections", 1, 10_000), ("seed", 0, 2**63 - 1)):
-        value = config[name]
-        if value is not None and (not isinstance(value, int) or not least <= value <= most):
-            raise InputError(f"{name}={value} must be a whole number from {least} to {most}")
-    if isinstance(config["bundle"], list):
-        raise InputError(f"bundle={config['bundle']}: one bundle is served at a time")
-    token = read_token(config["token_file"])
-    faster = {name: config[name] for name in OPTIONS}
-    path = Path(config["bundle"])
-    policy = bundles.load(path, config["device"], sampler=config["sampler"], **faster).requires_grad_(False)
+    token = read_token(config.token_file)
+    faster = {name: getattr(config, name) for name in OPTIONS}
+    path = Path(config.bundle)
+    policy = bundles.load(path, str(config.device), sampler=vars(config.sampler), **faster).requires_grad_(False)
     try:
         asyncio.run(_serve(config, policy, token))
     finally:
@@ -74,17 +67,17 @@ def run(config: Mapping[str, Any]) -> int:
     return 0
 
 
-async def _serve(config: Mapping[str, Any], policy: DiffusionPolicy, token: str | None) -> None:
+async def _serve(config: Serve, policy: DiffusionPolicy, token: str | None) -> None:
     statistics = ServerStatistics()
     server = PolicyServer(
         policy=policy,
-        host=str(config["host"]),
-        port=config["port"],
+        host=config.host,
+        port=config.port,
         token=token,
-        max_connections=config["max_connections"],
-        max_message_bytes=int(config["max_message_mb"] * 2**20),
-        seed=config["seed"],
-        remember=config["remember"],
+        max_connections=config.max_connections,
+        max_message_bytes=int(config.max_message_mb * 2**20),
+        seed=config.seed,
+        remember=config.remember,
         say=_once_each(lambda line: print(line, file=sys.stderr, flush=True)),
         answered=statistics.answered,
         turned_down=statistics.turned_down,
@@ -93,7 +86,7 @@ async def _serve(config: Mapping[str, Any], policy: DiffusionPolicy, token: str 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
 
     def ready(port: int) -> None:
-        host = f"[{config['host']}]" if ":" in str(config["host"]) else config["host"]
+        host = f"[{config.host}]" if ":" in config.host else config.host
         name = policy.spec.task or "a policy"
         print(f"serving {name} at ws://{host}:{port}{' with a token' if token else ''}, Ctrl-C ends", flush=True)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from action_diffusion.deploy.serve.access import read_token
 from action_diffusion.deploy.serve.client import RemotePolicy
 from action_diffusion.errors import InputError
+from action_diffusion.options import Deploy
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.inference import OPTIONS
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -16,26 +15,26 @@ from action_diffusion.policy.policy import DiffusionPolicy
 DeployedPolicy = DiffusionPolicy | RemotePolicy
 
 
-def open_policy(config: Mapping[str, Any]) -> DeployedPolicy:
+def open_policy(config: Deploy) -> DeployedPolicy:
     """What `configs/deploy.yaml` names by bundle=, by server=, or by both, which then have to be the same policy.
 
     Raises `InputError` for neither, for a bundle that cannot be loaded, for a server that is not there, and for
     options that are the server's to choose.
     """
-    bundle, server = config["bundle"], config["server"]
-    if isinstance(bundle, list):
-        raise InputError(f"bundle={bundle}: one bundle is deployed at a time")
+    bundle, server = config.bundle, config.server
     if server is None:
         if bundle is None:
             raise InputError("bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT")
-        faster = {name: config[name] for name in OPTIONS}
-        return bundles.load(Path(bundle), config["device"], sampler=config["sampler"], **faster).requires_grad_(False)
-    chosen = [f"sampler.{name}" for name, value in config["sampler"].items() if value is not None]
-    chosen += [name for name in ("compile", "cuda_graph") if config[name]]
+        faster = {name: getattr(config, name) for name in OPTIONS}
+        return bundles.load(Path(bundle), str(config.device), sampler=vars(config.sampler), **faster).requires_grad_(
+            False
+        )
+    chosen = [f"sampler.{name}" for name, value in vars(config.sampler).items() if value is not None]
+    chosen += [name for name in ("compile", "cuda_graph") if getattr(config, name)]
     if chosen:
         raise InputError(f"{chosen[0]} is for whoever predicts: give it to action-diffusion serve")
     spec = None if bundle is None else bundles.read_spec(Path(bundle))
-    remote = RemotePolicy(str(server), token=read_token(config["token_file"]), timeout=config["server_timeout"])
+    remote = RemotePolicy(str(server), token=read_token(config.token_file), timeout=config.server_timeout)
     if spec is not None and spec != remote.spec:
         remote.close()
         raise InputError(f"server={server} serves another policy than bundle={bundle}")

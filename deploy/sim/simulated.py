@@ -10,7 +10,7 @@ from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.ipc.processes import Child
 from action_diffusion.deploy.ipc.rings import RingReader, RingWriter, Segments
 from action_diffusion.deploy.robot.process_robot import CameraSetup, ProcessRobot
-from action_diffusion.deploy.robot.robots import Feedback
+from action_diffusion.deploy.robot.robots import Feedback, RobotOptions
 from action_diffusion.deploy.sim.world import MOST_LATENCY, PATIENCE, STARTS
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.spec import PolicySpec
@@ -104,22 +104,22 @@ def _camera(driver: str, settings: Mapping[str, Any]) -> CameraSetup:
     return CameraSetup(driver=driver, settings=rest, stamp_latency=late)
 
 
-def sim_pusht(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
+def sim_pusht(spec: PolicySpec, options: RobotOptions) -> ProcessRobot:
     """PushT in real time, with the bundle's settings of the simulator, and the configuration's `simulated`."""
     from action_diffusion.envs.pusht.simulator import IMAGE_SIZE, keypoints
 
     env = spec.env if spec.env is not None and spec.env.get("name") == "pusht" else {}
-    simulated = options["simulated"]
+    simulated = options.simulated
 
     def put_together(segments: Segments, scene: SimulatedScene) -> ProcessRobot:
         world = {"world": str(segments.path)}
         cameras = {}
         if "image" in spec.observations:
             size = {"image_size": env.get("image_size", IMAGE_SIZE)}
-            cameras["image"] = _camera("sim_pusht", world | size | simulated["camera"])
+            cameras["image"] = _camera("sim_pusht", world | size | vars(simulated.camera))
         made = ProcessRobot(
             segments=segments,
-            arm=ArmSetup(driver="sim_pusht", settings=world, limits=options["limits"], obstacles=options["obstacles"]),
+            arm=ArmSetup(driver="sim_pusht", settings=world, limits=options.limits, obstacles=options.obstacles),
             cameras=cameras,
             control_rate=10.0,
             max_steps=int(env.get("max_steps", 300)),
@@ -129,10 +129,10 @@ def sim_pusht(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
         made.plane = {"camera": "image" if cameras else None, "size": [512.0, 512.0], "board": board()}
         return made
 
-    return _assembled("action_diffusion.deploy.sim.pusht", {"latency": simulated["latency"]}, put_together)
+    return _assembled("action_diffusion.deploy.sim.pusht", {"latency": simulated.latency}, put_together)
 
 
-def sim_arm(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
+def sim_arm(spec: PolicySpec, options: RobotOptions) -> ProcessRobot:
     """robosuite's Panda in real time on the bundle's task, with the images that it looks at as cameras.
 
     Raises `InputError` for a policy of another robot, and for one of relative actions.
@@ -144,17 +144,17 @@ def sim_arm(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
     images = [key for key, value in spec.observations.items() if len(value.shape) == 3]
     if images:
         headless.choose()  # once, for all cameras
-    simulated = options["simulated"]
+    simulated = options.simulated
 
     def put_together(segments: Segments, scene: SimulatedScene) -> ProcessRobot:
         said, world = scene.said, {"world": str(segments.path)}
         for key in images:
             if key not in said["cameras"]:
                 raise unknown("camera", key, said["cameras"], f"robot=sim_arm on {env['name']}")
-        look = {"image_size": said["image_size"], "render": said["env_args"]["render"], **simulated["camera"]}
+        look = {"image_size": said["image_size"], "render": said["env_args"]["render"], **vars(simulated.camera)}
         return ProcessRobot(
             segments=segments,
-            arm=ArmSetup(driver="sim_arm", settings=world, limits=options["limits"], obstacles=options["obstacles"]),
+            arm=ArmSetup(driver="sim_arm", settings=world, limits=options.limits, obstacles=options.obstacles),
             cameras={
                 key: _camera("sim_arm", {**world, "camera": key.removesuffix("_image"), **look}) for key in images
             },
@@ -163,5 +163,5 @@ def sim_arm(spec: PolicySpec, options: Mapping[str, Any]) -> ProcessRobot:
             scene=scene,
         )
 
-    settings = {"env": dict(env), "latency": simulated["latency"]}
+    settings = {"env": dict(env), "latency": simulated.latency}
     return _assembled("action_diffusion.deploy.sim.panda", settings, put_together)

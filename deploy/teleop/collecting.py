@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,21 @@ from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_o
 from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, World, gate_of, is_plane
 from action_diffusion.envs.demonstration import EXPERTS
 from action_diffusion.errors import InputError
+from action_diffusion.options import Collect
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
 FIRST_TEST_SEED = 100_000
 
 
-def run(config: Mapping[str, Any]) -> dict[str, Any]:
+def run(config: Collect) -> dict[str, Any]:
     """A session with the values of `configs/collect.yaml`; returns the numbers to report.
 
     Ctrl-C finishes: what is kept is on disk. Raises `InputError` for a device, a robot or a page that cannot be had,
     for an output with other columns, and where another process records to it.
     """
     _check(config)
-    cell = read_cell(config["hardware"]) if config["hardware"] else {}
-    driver = make_device(config, cell)
+    cell = read_cell(config.hardware) if config.hardware else {}
+    driver = make_device(config.device, cell, index=config.device_index, clutch=config.clutch, script=config.script)
     with ExitStack() as stack:
         world, folder = _world(config, stack)
         _check_device(config, world)
@@ -56,133 +56,124 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
             gate=gate_of(world),
             sink=sink,
             clock=clock,
-            seed=config["seed"],
+            seed=config.seed,
             countdown=countdown,
-            max_steps=math.ceil(config["max_seconds"] * world.control_rate),
-            wanted=config["episodes"],
+            max_steps=math.ceil(config.max_seconds * world.control_rate),
+            wanted=config.episodes,
             tell=teller(config, world, shown),
         )
-        if config["device"] != "script":
-            print(f"{config['device']}: {device.help}", flush=True)
+        if config.device != "script":
+            print(f"{config.device}: {device.help}", flush=True)
         with suppress(KeyboardInterrupt):
             session.run()
         if isinstance(world, SteppedWorld) and not is_plane(world):
-            seed, known = config["seed"], max(0, already - session.undone)
+            seed, known = config.seed, max(0, already - session.undone)
             describe(sink.path, lambda i: world.scene_of(seed + i), n_episodes=sink.n_episodes, known=known)
-        return {"output": str(config["output"]), **session.summary(), **_unfinished(sink)}
+        return {"output": config.output, **session.summary(), **_unfinished(sink)}
 
 
-def _check(config: Mapping[str, Any]) -> None:
+def _check(config: Collect) -> None:
     """Raises `InputError` for values that make no sense."""
-    if config["episodes"] < 1:
-        raise InputError(f"episodes={config['episodes']}: collect at least one")
-    last = config["seed"] + config["episodes"]
-    if config["seed"] < 0 or last > FIRST_TEST_SEED:
-        raise InputError(f"seed={config['seed']}: demonstrations use the starts 0 to {FIRST_TEST_SEED - 1}")
-    for name in ("countdown", "max_seconds"):
-        if not (isinstance(config[name], int | float) and 0 <= config[name] < math.inf):
-            raise InputError(f"{name}={config[name]} must be seconds")
-    if str(config["output"]).endswith(".zip"):
+    last = config.seed + config.episodes
+    if last > FIRST_TEST_SEED:
+        raise InputError(f"seed={config.seed}: demonstrations use the starts 0 to {FIRST_TEST_SEED - 1}")
+    if config.output.endswith(".zip"):
         raise InputError("agent=teleop records to a folder, step by step: output=DIR.zarr")
 
 
-def _check_device(config: Mapping[str, Any], world: World) -> None:
-    if world.groups is None and config["device"] == "leader":
+def _check_device(config: Collect, world: World) -> None:
+    if world.groups is None and config.device == "leader":
         raise InputError("a leader arm shows joints, and this simulator takes steps of the hand: robot=lerobot")
-    if world.groups is None and config["device"] in SHOWS_PLACES:
+    if world.groups is None and config.device in SHOWS_PLACES:
         raise InputError("device=script gives places, and this simulator takes steps of the hand; it is for PushT")
-    if config["device"] == "leader" and config["robot"] is None:
+    if config.device == "leader" and config.robot is None:
         raise InputError("device=leader drives a robot: robot=lerobot hardware=FILE.yaml")
 
 
-def _world(config: Mapping[str, Any], stack: ExitStack) -> tuple[World, Path]:
+def _world(config: Collect, stack: ExitStack) -> tuple[World, Path]:
     """What is driven, and the run's shared memory."""
-    task = config["task"]
-    if config["robot"] is not None:
-        robot = robots.make(config["robot"], _spec(config), config)
+    task = config.task
+    if config.robot is not None:
+        robot = robots.make(config.robot, _spec(config), config)
         stack.callback(robot.close)
         assert isinstance(robot, ProcessRobot)
         world: World = RobotWorld(robot, _keys(config, robot), {})
         return world, robot.folder
-    env = task["env"]
+    env = task.env
     if env is None:
-        raise InputError(f"task={task['name']} has no simulator: robot=… and hardware=FILE.yaml drive a real arm")
+        raise InputError(f"task={task.name} has no simulator: robot=… and hardware=FILE.yaml drive a real arm")
     if env["name"] not in ("pusht", *EXPERTS):
-        raise InputError(f"task={task['name']}: one person drives one arm, and only PushT, Lift, Can and Square are so")
+        raise InputError(f"task={task.name}: one person drives one arm, and only PushT, Lift, Can and Square are so")
     segments = Segments()
     stack.callback(segments.remove)
-    observations: Mapping[str, Mapping[str, Any]] = task["observations"] or {}
-    cameras = [key for key, value in observations.items() if value["kind"] == "image" and value["source"] == key]
+    cameras = [key for key, value in task.seen.items() if value.kind == "image" and value.source == key]
     simulator: Any = envs.make(env["name"], max_steps=10**9)
     world = SteppedWorld(simulator, cameras, plane=env["name"] == "pusht")
     stack.callback(world.close)
     return world, segments.path
 
 
-def _spec(config: Mapping[str, Any]) -> PolicySpec:
+def _spec(config: Collect) -> PolicySpec:
     """What a robot wants to know of a task; there is no policy."""
-    task = config["task"]
-    env, rate = task["env"], float(task["control_rate"])
-    observations: Mapping[str, Mapping[str, Any]] = (task["observations"] or {}) if config["robot"] == "sim_arm" else {}
-    images = [key for key, value in observations.items() if value["kind"] == "image"]
+    task = config.task
+    env, rate = task.env, float(task.control_rate or 0)
+    images = [key for key, value in task.seen.items() if value.kind == "image"] if config.robot == "sim_arm" else []
     seen = {key: ObservationSpec(shape=(1, 1, 3), dtype="uint8", kind="image") for key in images}
-    if config["robot"] == "sim_arm":
+    if config.robot == "sim_arm":
         env = {**(env or {}), "absolute": True}
     action = ActionSpec(shape=(1,))
     return PolicySpec(seen, action, n_obs_steps=1, horizon=1, n_action_steps=1, control_rate=rate, env=env)
 
 
-def _keys(config: Mapping[str, Any], robot: ProcessRobot) -> list[str]:
+def _keys(config: Collect, robot: ProcessRobot) -> list[str]:
     """What is recorded of a robot: the keys that its hardware's file names, else all states; and all cameras.
 
     Of simulated ones what is recorded of their simulators.
     """
     states = [group.name for group in robot.arm.state]
-    if config["robot"] == "sim_pusht":
+    if config.robot == "sim_pusht":
         states = ["state"]
-    elif config["robot"] == "sim_arm":
+    elif config.robot == "sim_arm":
         states = [name for name in states if name == "object" or name.startswith("robot0_")]
-    elif config["hardware"]:
-        states = list(read_cell(config["hardware"]).get("observations") or {}) or states
+    elif config.hardware:
+        states = list(read_cell(config.hardware).get("observations") or {}) or states
     return [*states, *robot.cameras]
 
 
-def _recorder(config: Mapping[str, Any], world: World) -> Recorder:
+def _recorder(config: Collect, world: World) -> Recorder:
     attrs = {
-        "task": config["task"]["name"] if config["robot"] else config["task"]["env"]["name"],
+        "task": config.task.name if config.robot else (config.task.env or {})["name"],
         "source": "teleoperation",
-        "robot": config["robot"] or "simulator",
-        "seed": config["seed"],
+        "robot": config.robot or "simulator",
+        "seed": config.seed,
         **world.attrs,
     }
-    if not Path(config["output"]).expanduser().exists():  # of the first session; later ones may differ in these
-        attrs |= {"device": config["device"], "version": __version__}
+    if not Path(config.output).expanduser().exists():  # of the first session; later ones may differ in these
+        attrs |= {"device": config.device, "version": __version__}
     images = [key for key, (_, shape) in world.fields.items() if len(shape) == 3]
-    return Recorder.open(config["output"], world.fields, attrs, video=images if config["video"] else ())
+    return Recorder.open(config.output, world.fields, attrs, video=images if config.video else ())
 
 
-def _clock(config: Mapping[str, Any], world: World) -> tuple[Clock, float]:
+def _clock(config: Collect, world: World) -> tuple[Clock, float]:
     """Real time, but for a script in a simulator, which nobody watches; and the countdown."""
-    if config["device"] == "script":
+    if config.device == "script":
         return (VirtualClock() if world.waits else MonotonicClock()), 0.0
-    return MonotonicClock(), float(config["countdown"])
+    return MonotonicClock(), float(config.countdown)
 
 
-def _steering(config: Mapping[str, Any], world: World) -> Steering:
-    speeds = Speeds().scaled(float(config["speed"]))
-    options: dict[str, Any] = {"grab": config["device"] != "script"}
+def _steering(config: Collect, world: World) -> Steering:
+    speeds = Speeds().scaled(float(config.speed))
+    options: dict[str, Any] = {"grab": config.device != "script"}
     if isinstance(world, RobotWorld):
         options |= {"arm_limits": world.robot.arm.limits, "gripper": _gripper(config)}
     return steering_of(world.groups, world.limits, world.control_rate, speeds, **options)
 
 
-def _gripper(config: Mapping[str, Any]) -> tuple[float, float] | None:
-    """(open, closed). Raises `InputError` for anything but two numbers."""
-    given = config["gripper"] or ([-1.0, 1.0] if config["robot"] == "sim_arm" else None)
+def _gripper(config: Collect) -> tuple[float, float] | None:
+    """(open, closed)."""
+    given = config.gripper or ([-1.0, 1.0] if config.robot == "sim_arm" else None)
     if given is None:
         return None
-    if len(given) != 2 or not all(isinstance(value, int | float) for value in given):
-        raise InputError(f"gripper={given} must be [open, closed]")
     return float(given[0]), float(given[1])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from action_diffusion.deploy.teleop.devices.device import Device
 from action_diffusion.deploy.teleop.devices.keys import HELP
 from action_diffusion.deploy.teleop.page.board import Pictures, Shown
 from action_diffusion.deploy.teleop.world import World, is_plane
+from action_diffusion.options import Collect
 
 MODULE = "action_diffusion.deploy.teleop.page.process"
 POINTING = (
@@ -22,30 +23,38 @@ Status = dict[str, Any]
 
 
 def open_page(
-    config: Mapping[str, Any], world: World, driver: Device | None, folder: Path
+    config: Collect, world: World, driver: Device | None, folder: Path
 ) -> tuple[Shown | None, PageLink | None]:
     """The page's process, ready, and what it shows; None where there is to be none.
 
     driver: None for the page itself. Raises `InputError` for an address that cannot be had, and a missing extra.
     """
-    wanted = config["page"]
-    if wanted is None and (driver is None or config["device"] == "script"):
+    wanted = config.page
+    if wanted is None and (driver is None or config.device == "script"):
         wanted = driver is None
     port = page_port(wanted, print)
     if port is None:
         return None, None
     shown, about = Shown(folder), _about(config, world, driver)
-    page = PageLink(MODULE, folder, config=config, port=port, about=about, stops=about["emergency"])
+    page = PageLink(
+        MODULE,
+        folder,
+        host=config.page_host,
+        token_file=config.page_token_file,
+        port=port,
+        about=about,
+        stops=about["emergency"],
+    )
     print(f"page: {page.url}", flush=True)
     print("from another machine: ssh -L PORT:localhost:PORT HOST, then http://localhost:PORT", flush=True)
     return shown, page
 
 
-def _about(config: Mapping[str, Any], world: World, driver: Device | None) -> dict[str, Any]:
+def _about(config: Collect, world: World, driver: Device | None) -> dict[str, Any]:
     """What the page is told at its start."""
     points = driver is None and is_plane(world)
     return {
-        "task": config["task"]["name"],
+        "task": config.task.name,
         "help": driver.help if driver is not None else POINTING if points else HELP,
         "points": points,
         "emergency": not world.waits,
@@ -53,10 +62,10 @@ def _about(config: Mapping[str, Any], world: World, driver: Device | None) -> di
     }
 
 
-def teller(config: Mapping[str, Any], world: World, shown: Shown | None) -> Callable[[Status], None]:
+def teller(config: Collect, world: World, shown: Shown | None) -> Callable[[Status], None]:
     """Takes a session's status after every tick."""
-    if config["device"] == "script" and shown is None:
-        if config["script"] != "-":
+    if config.device == "script" and shown is None:
+        if config.script != "-":
             return lambda status: None
         return lambda status: print(json.dumps({**status, **world.scene()}), flush=True)
     say = Lines(print)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from action_diffusion.deploy.teleop.devices.registry import make_device
 from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
 from action_diffusion.deploy.teleop.world import action_of, command_limits, place_of
 from action_diffusion.errors import unknown
+from action_diffusion.options import Deploy
 from action_diffusion.registry import DEVICES
 
 NOT_FOR_TAKING_OVER = ("browser", "script")
@@ -59,24 +59,23 @@ class DeviceTeleoperator:
         attempt(self._device.close)
 
 
-def teleoperator(config: Mapping[str, Any], robot: ProcessRobot, limits: Limits) -> DeviceTeleoperator | None:
+def teleoperator(config: Deploy, robot: ProcessRobot, limits: Limits) -> DeviceTeleoperator | None:
     """What `teleop=` names, ready; None where it names nothing.
 
     config: `configs/deploy.yaml`: teleop, hardware. limits: of the loop's gate, which nothing is to be refused by.
     Raises `InputError` for a device that cannot be had.
     """
-    name = config["teleop"]
+    name = config.teleop
     if name is None:
         return None
     if name not in DEVICES or name in NOT_FOR_TAKING_OVER:
         raise unknown("device", str(name), [name for name in DEVICES if name not in NOT_FOR_TAKING_OVER], "teleop")
-    plain = {"device": name, "device_index": 0, "clutch": False, "script": None}
-    device = make_device(plain, read_cell(config["hardware"]) if config["hardware"] else {})
+    device = make_device(name, read_cell(config.hardware) if config.hardware else {})
     assert device is not None
     layout, arm = robot.layout, robot.arm.limits
     as_commanded = len(limits.low) == layout.size
     within = limits if as_commanded else command_limits(layout, arm)
-    gripper = (-1.0, 1.0) if config["robot"] == "sim_arm" else None
+    gripper = (-1.0, 1.0) if config.robot == "sim_arm" else None
     steering = steering_of(layout.groups, within, robot.control_rate, Speeds(), arm_limits=arm, gripper=gripper)
     device.connect()
     action = np.asarray if as_commanded else functools.partial(action_of, layout)

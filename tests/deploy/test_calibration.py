@@ -22,6 +22,7 @@ from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Group, make_camera
 from action_diffusion.deploy.robot import cell
 from action_diffusion.errors import InputError
+from action_diffusion.options import Deploy
 
 PERIOD, N = 1.719, 6
 EDGES = PERIOD * np.arange(1, N)
@@ -239,8 +240,8 @@ def test_a_motion_that_cannot_be_is_refused(wanted, message):
 # In processes.
 
 
-def config(folder: Path, *options: str) -> dict[str, Any]:
-    return configuration.load("deploy", ["calibrate=true", f"output_dir={folder}", *options])
+def config(folder: Path, *options: str) -> Deploy:
+    return configuration.settings("deploy", ["calibrate=true", f"output_dir={folder}", *options])
 
 
 def test_injected_latencies_are_found_without_a_policy(tmp_path, capsys):

@@ -577,7 +577,7 @@ def test_real_time_and_what_it_leaves_behind(bundle, tmp_path, capsys):
 
 def test_the_default_folder_is_beside_the_bundle(tmp_path):
     save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 2})
-    config = configuration.load("deploy", [f"bundle={tmp_path / 'bundle'}", "device=cpu"])
+    config = configuration.settings("deploy", [f"bundle={tmp_path / 'bundle'}", "device=cpu"])
     assert run(config, clock=VirtualClock()) == 0
     assert len(read_log(next(tmp_path.glob("deployment-*")))) == 2
 

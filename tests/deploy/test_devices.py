@@ -24,8 +24,6 @@ from action_diffusion.deploy.teleop.devices.registry import make_device
 from action_diffusion.deploy.teleop.devices.spacemouse import SILENT, SpaceMouse
 from action_diffusion.errors import InputError
 
-CONFIG = {"device": "browser", "device_index": 0, "clutch": False, "script": None}
-
 # SpaceMouse
 
 
@@ -308,14 +306,14 @@ def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, device, m
 
 
 def test_devices_by_name():
-    assert make_device(CONFIG, {}) is None
-    assert isinstance(make_device({**CONFIG, "device": "gamepad", "clutch": True}, {}), Gamepad)
+    assert make_device("browser", {}) is None
+    assert isinstance(make_device("gamepad", {}, clutch=True), Gamepad)
     cell = {"arm": {"motors": ["a", "b"]}, "leader": {"type": "koch_leader", "config": {}}}
-    leader = make_device({**CONFIG, "device": "leader"}, cell)
+    leader = make_device("leader", cell)
     assert isinstance(leader, Leader)
     assert leader._motors == ["a.pos", "b.pos"]
     with pytest.raises(InputError, match=r"leader: .*unexpected keyword argument 'port'"):
-        make_device({**CONFIG, "device": "leader"}, {"leader": {"type": "x", "config": {}, "port": 1}})
+        make_device("leader", {"leader": {"type": "x", "config": {}, "port": 1}})
 
 
 def test_orders_come_from_everywhere_and_one_drives():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from action_diffusion import configuration
 from action_diffusion.deploy import bringup
 from action_diffusion.deploy.drivers.vendor import numbers
 from action_diffusion.deploy.hardware.command import CommandLayout
@@ -20,6 +21,7 @@ from action_diffusion.deploy.hardware.protocols import Frame, make_arm, make_cam
 from action_diffusion.deploy.robot import cell as hardware
 from action_diffusion.deploy.sim.pusht import IdealArm
 from action_diffusion.errors import InputError
+from action_diffusion.options import Deploy
 from action_diffusion.registry import ROBOTS
 
 LIMITS = {"low": [-1.0] * 3, "high": [1.0] * 3, "max_step": [1.0] * 3}
@@ -80,8 +82,8 @@ def spec(**shapes: tuple[int, ...]) -> Any:
     )
 
 
-def options(path: str | None, **changes: Any) -> dict[str, Any]:
-    return {"robot": "ideal", "hardware": path, "dry_run": False, "limits": None, "obstacles": None} | changes
+def options(path: str) -> Deploy:
+    return configuration.settings("deploy", ["robot=ideal", f"hardware={path}"])
 
 
 def test_a_file_becomes_an_arm_and_a_camera(tmp_path):
@@ -110,10 +112,10 @@ def test_the_guides_cell_is_complete(tmp_path):
 
 
 def test_the_command_lines_limits_and_dry_run_go_before_the_files():
-    setup = hardware.arm_setup("ur", CELL, options(None, dry_run=True, limits={"low": [0.0]}))
+    setup = hardware.arm_setup("ur", CELL, dry_run=True, limits={"low": [0.0]})
     assert setup.limits == {"low": [0.0]}
     assert setup.settings == {"n_joints": 2, "dry_run": True}
-    assert hardware.arm_setup("ur", CELL, options(None)).limits == LIMITS
+    assert hardware.arm_setup("ur", CELL).limits == LIMITS
     assert {"ur", "franka", "lerobot"} <= set(ROBOTS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import dataclasses
 import itertools
 import os
 import re
@@ -253,7 +254,7 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
         other = threading.Thread(target=interfere)
         other.start()
         try:
-            assert run(config | {"bundle": None}) == 130
+            assert run(dataclasses.replace(config, bundle=None)) == 130
         finally:
             other.join()
             servers[1].end()

@@ -202,10 +202,10 @@ class Served:
         self.segments = Segments()
         setup = ArmSetup(driver="ideal", settings={"n_joints": 2}, limits=LIMITS)
         self.arm = ArmLink(folder=self.segments.path, setup=setup)
-        arguments = {"page_host": "127.0.0.1", "page_token_file": None} | options
+        arguments = {"host": "127.0.0.1", "token_file": None} | options
         try:
             folder, module = self.segments.path, "action_diffusion.deploy.page.process"
-            self.page = PageLink(module, folder, config=arguments, port=0, about=ABOUT, stops=True)
+            self.page = PageLink(module, folder, **arguments, port=0, about=ABOUT, stops=True)
         except InputError:
             self.arm.close()
             self.segments.remove()
@@ -414,7 +414,7 @@ def test_the_stop_waits_for_nobody(tmp_path):
     """Tabs, floods, and strangers without the token."""
     secret = "a-token-of-more-than-16-letters"
     (tmp_path / "token").write_text(secret)
-    served = Served(page_token_file=str(tmp_path / "token"))
+    served = Served(token_file=str(tmp_path / "token"))
     try:
         cookie = served.request("POST", "/session", Authorization=f"Api-Key {secret}").getheader("Set-Cookie")
         assert cookie is not None
@@ -457,10 +457,10 @@ def test_the_page_says_whether_the_stop_was_confirmed(served, open_page):
 def test_other_machines_need_the_token(tmp_path, monkeypatch):
     monkeypatch.delenv("ACTION_DIFFUSION_TOKEN", raising=False)
     with pytest.raises(InputError, match=r"page_host=0\.0\.0\.0 lets other machines in"):
-        Served(page_host="0.0.0.0")
+        Served(host="0.0.0.0")
     secret = "a-token-of-more-than-16-letters"
     (tmp_path / "token").write_text(secret)
-    served = Served(page_host="0.0.0.0", page_token_file=str(tmp_path / "token"))
+    served = Served(host="0.0.0.0", token_file=str(tmp_path / "token"))
     try:
         assert served.request("GET", "/").status == 200
         for method, path in (("GET", "/about"), ("POST", "/emergency"), ("POST", "/clear")):

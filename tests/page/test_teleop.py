@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from action_diffusion import cli, envs
+from action_diffusion import cli, configuration, envs
 from action_diffusion.datasets.robomimic.attributes import unpack
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm.link import ArmSetup
@@ -600,9 +600,8 @@ def test_taking_over_from_a_policy_with_a_device(robot):
 
 
 def test_bad_take_overs(robot):
-    config: dict[str, Any] = {"hardware": None, "wait": False, "record": True}
     with pytest.raises(InputError, match="unknown device 'mouse' in teleop"):
-        teleoperator({**config, "teleop": "mouse"}, robot, robot.arm.limits)
-    without = {**config, "teleop": "gamepad", "page": False}
+        teleoperator(configuration.settings("deploy", ["teleop=mouse"]), robot, robot.arm.limits)
+    without = configuration.settings("deploy", ["teleop=gamepad", "page=false"])
     with pytest.raises(InputError, match="teleop=gamepad waits for somebody at the page"):
         Subscribers(without, robot, None, limits=robot.arm.limits, output_dir=Path())  # type: ignore[arg-type]

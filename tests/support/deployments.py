@@ -19,6 +19,7 @@ from tiny import TINY
 from action_diffusion import configuration
 from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.rings import RingReader, shared_folder
+from action_diffusion.options import Deploy
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.model.normalizer import fit
@@ -47,8 +48,8 @@ def save_bundle(path: Path, **changes: Any) -> Path:
     return path
 
 
-def deploy(bundle: Path, output_dir: Path, *options: str) -> dict[str, Any]:
-    return configuration.load("deploy", [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", *options])
+def deploy(bundle: Path, output_dir: Path, *options: str) -> Deploy:
+    return configuration.settings("deploy", [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", *options])
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -22,31 +22,31 @@ SHOWS_PLACES = ("leader", "script")
 """Devices that give targets, never twists."""
 
 
-def make_device(config: Mapping[str, Any], cell: Mapping[str, Any]) -> Device | None:
+def make_device(
+    name: str, cell: Mapping[str, Any], *, index: int = 0, clutch: bool = False, script: str | None = None
+) -> Device | None:
     """What `device=` names; None for the browser, whose page belongs to the run.
 
-    config: device, device_index, clutch, script. cell: a hardware file's sections; `leader` is a leader arm, `device`
-    has the options of a plugin's device.
+    cell: a hardware file's sections; `leader` is a leader arm, `device` has the options of a plugin's device.
+    index: of several gamepads. clutch: it drives only while a button is held. script: a file, or "-".
     Raises `InputError` for an unknown name, and where a part of the description is missing.
     """
-    name = config["device"]
     if name not in DEVICES:
         raise unknown("device", str(name), DEVICES)
     if name not in DEVICES.own:
         part, options = DEVICES.load(name), cell.get("device") or {}
         check_arguments(part, options, f"device {name}")
         return cast(Device, part(**options))
-    plugged = {"index": config["device_index"], "clutch": config["clutch"]}
     if name == "leader":
         return _leader(cell)
     if name == "script":
-        if not config["script"]:
+        if not script:
             raise InputError("device=script needs script=FILE, or script=- for what is piped in")
-        return Script(config["script"])
+        return Script(script)
     if name == "gamepad":
-        return Gamepad(**plugged)
+        return Gamepad(index=index, clutch=clutch)
     if name == "spacemouse":
-        return SpaceMouse(**plugged)
+        return SpaceMouse(index=index, clutch=clutch)
     return Terminal() if name == "keyboard" else None
 
 
