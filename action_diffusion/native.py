@@ -35,7 +35,8 @@ class Library:
     def instruction_set(self) -> str:
         """Which of `SETS` it uses."""
         self.code.instruction_set.restype = ctypes.c_char_p
-        return self.code.instruction_set().decode()
+        result: str = self.code.instruction_set().decode()
+        return result
 
     def __call__(self, name: str, *values: Tensor | np.ndarray | int | None) -> None:
         """Arrays are given as pointers, numbers as int64. Nothing is checked."""
@@ -72,7 +73,7 @@ def libraries() -> list[Path]:
 
 def traced() -> bool:
     """Whether torch only looks at what is computed now: it traces, compiles or transforms."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def computes(x: Tensor) -> bool:

@@ -50,7 +50,8 @@ def six_d_to_matrix(six_d: np.ndarray) -> np.ndarray:
 
 def six_d_to_axis_angle(six_d: np.ndarray) -> np.ndarray:
     """[..., 6] -> axis times angle [..., 3], angles from 0 to pi rad. Raises `InputError` as `six_d_to_matrix`."""
-    return _rotation(six_d).as_rotvec().reshape(*np.shape(six_d)[:-1], 3).astype(_dtype(six_d))
+    result: np.ndarray = _rotation(six_d).as_rotvec().reshape(*np.shape(six_d)[:-1], 3).astype(_dtype(six_d))
+    return result
 
 
 def axis_angle_to_6d(axis_angle: np.ndarray) -> np.ndarray:
@@ -61,7 +62,10 @@ def axis_angle_to_6d(axis_angle: np.ndarray) -> np.ndarray:
 
 def six_d_to_quaternion(six_d: np.ndarray) -> np.ndarray:
     """[..., 6] -> unit quaternions x, y, z, w [..., 4] with w >= 0. Raises `InputError` as `six_d_to_matrix`."""
-    return _rotation(six_d).as_quat(canonical=True).reshape(*np.shape(six_d)[:-1], 4).astype(_dtype(six_d))
+    result: np.ndarray = (
+        _rotation(six_d).as_quat(canonical=True).reshape(*np.shape(six_d)[:-1], 4).astype(_dtype(six_d))
+    )
+    return result
 
 
 def quaternion_to_6d(quaternion: np.ndarray) -> np.ndarray:
@@ -108,7 +112,7 @@ def _floating(values: np.ndarray, last: tuple[int, ...]) -> np.ndarray:
 
 def _lengths(vectors: np.ndarray, shortest: float = 1e-12) -> np.ndarray:
     """Lengths [..., 1] of vectors [..., n], all of them above `shortest`."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    lengths: np.ndarray = np.linalg.norm(vectors, axis=-1, keepdims=True)
     bad = ~((lengths > shortest) & np.isfinite(lengths))
     if bad.any():
         row = tuple(int(i) for i in np.argwhere(bad)[0][:-1])

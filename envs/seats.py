@@ -144,7 +144,8 @@ class Apart:
             raise InputError(failed)
         if failed:
             raise self._lost(str(value))
-        return value
+        answer: Start | Executed = value
+        return answer
 
     def _lost(self, reason: str) -> Lost:
         self.close()

@@ -295,7 +295,8 @@ class DiffusionPolicy(nn.Module):
             film = self.denoiser.prepare(condition, self.sampler.times(condition.device))
 
         def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
-            return self.denoiser(x if prefix is None else prefix.mark(x, rows), film.at(step.index, rows))
+            result: Tensor = self.denoiser(x if prefix is None else prefix.mark(x, rows), film.at(step.index, rows))
+            return result
 
         normalized, chain = self.sampler.run(denoise, noise, step_noise=drawn, **options)
         if prefix is not None:

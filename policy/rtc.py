@@ -272,4 +272,5 @@ def _at_most(bound: Tensor, value: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(value, dim=(1, 2), keepdim=True)
     limit = torch.linalg.vector_norm(bound, dim=(1, 2), keepdim=True)
     tiny = torch.finfo(value.dtype).tiny
-    return value * (limit / length.clamp_min(tiny)).clamp_max(1.0)
+    result: Tensor = value * (limit / length.clamp_min(tiny)).clamp_max(1.0)
+    return result

@@ -137,7 +137,7 @@ class PolicySpec:
         check_required(check(data.get("requires", {}), dict[str, str], f"{where}: requires"), where)
         order = data.get("camera_order")
         try:
-            spec = check({key: data[key] for key in data if key not in ("format", "camera_order")}, cls)
+            spec: PolicySpec = check({key: data[key] for key in data if key not in ("format", "camera_order")}, cls)
             check(spec.normalizer, dict[str, Statistics], "normalizer")
         except InputError as error:
             raise InputError(f"{where}: not a complete policy specification: {error}") from None

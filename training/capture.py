@@ -49,7 +49,8 @@ class CapturedGradient:
 
             self._graph = Graph(loss, tensors, generator=self._generator, before=self._forget)
         self._generator.manual_seed(seed)
-        return self._graph(*tensors)
+        result: Tensor = self._graph(*tensors)
+        return result
 
     def _forget(self) -> None:
         """So that the graph writes gradients instead of adding to them."""

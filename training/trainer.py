@@ -188,7 +188,8 @@ class Trainer:
         with self.accelerator.autocast():
             loss = self.model(batch.obs, batch.action, batch.mask, generator=generator)
             self.accelerator.backward(loss)
-        return loss.detach()
+        result: torch.Tensor = loss.detach()
+        return result
 
     def _clip(self) -> None:
         if self.accelerator.sync_gradients and self.settings.max_grad_norm > 0:
@@ -212,7 +213,8 @@ class Trainer:
     @property
     def _samples_per_step(self) -> int:
         settings = self.settings
-        return settings.batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
+        result: int = settings.batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
+        return result
 
     # -- budget -----------------------------------------------------------------------------------------------
 

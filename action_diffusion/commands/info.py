@@ -105,7 +105,8 @@ def measure_defaults() -> None:
 
 def _step(unet: ConditionalUnet1d, batch: int) -> torch.Tensor:
     film = unet.prepare(torch.randn(batch, 64), torch.rand(batch))
-    return unet(torch.randn(batch, 16, 2), film.steps + film.condition).square().mean()
+    result: torch.Tensor = unet(torch.randn(batch, 16, 2), film.steps + film.condition).square().mean()
+    return result
 
 
 @torch.no_grad()

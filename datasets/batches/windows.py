@@ -58,7 +58,8 @@ class Windows:
 
     def now(self, indices: np.ndarray) -> np.ndarray:
         """The row that each window's policy acts at: int64 [B]. It is always inside the episode."""
-        return self.start[indices] + self.n_obs_steps - 1
+        result: np.ndarray = self.start[indices] + self.n_obs_steps - 1
+        return result
 
 
 def make_windows(

@@ -129,7 +129,8 @@ def number_type(kind: Any) -> np.dtype | None:
         kind = kind.value_type
     if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
         return None
-    return np.dtype(kind.to_pandas_dtype())
+    result: np.dtype | None = np.dtype(kind.to_pandas_dtype())
+    return result
 
 
 def is_picture(kind: Any) -> bool:

@@ -59,4 +59,5 @@ def _lower(opened: Opened, was: float, rate: float) -> Opened:
 def _nearest(length: int, step: float) -> np.ndarray:
     """Of rows 0 to `length` those nearest to 0, step, 2 step, …"""
     rows = np.floor(np.arange(math.ceil(length / step)) * step + 0.5).astype(np.int64)
-    return rows[rows < length]
+    result: np.ndarray = rows[rows < length]
+    return result

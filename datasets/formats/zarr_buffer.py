@@ -181,7 +181,7 @@ def _fill_images(folder: Path, key: str, column: Column, first: int, end: int) -
         list(pool.map(write, range(first, end), np.asarray(column[first:end])))
 
 
-def _array(folder: Path, name: str) -> zarr.Array:
+def _array(folder: Path, name: str) -> zarr.Array[Any]:
     with zarr.config.set({"array.write_empty_chunks": True}):  # so that a missing chunk is a lost one
         return array_at(zarr.open_group(LocalStore(folder), mode="r+", use_consolidated=False), name, str(folder))
 

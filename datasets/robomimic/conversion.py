@@ -183,7 +183,7 @@ def _numbers(layout: FileLayout) -> dict[str, np.ndarray]:
     return numbers
 
 
-def _array(folder: Path, name: str) -> zarr.Array:
+def _array(folder: Path, name: str) -> zarr.Array[Any]:
     with zarr.config.set({"array.write_empty_chunks": True}):  # so that a missing chunk is a lost one
         return array_at(zarr.open_group(LocalStore(folder), mode="r+", use_consolidated=False), name, str(folder))
 

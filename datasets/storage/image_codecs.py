@@ -21,7 +21,7 @@ CHUNK_SHAPE: ContextVar[tuple[int, ...] | None] = ContextVar("CHUNK_SHAPE", defa
 """Of what is being decoded, where that is known: an image of another size is refused before there is room for it."""
 
 
-class JpegXl(Codec):
+class JpegXl(Codec):  # type: ignore[misc]
     """One image [H, W, 3] uint8 a chunk. settings: as in the file, such as lossless, effort, distance, level."""
 
     codec_id = "imagecodecs_jpegxl"
@@ -42,7 +42,7 @@ class JpegXl(Codec):
         return {"id": self.codec_id, **self.settings}
 
 
-class Jpeg2000(Codec):
+class Jpeg2000(Codec):  # type: ignore[misc]
     """One image [H, W, 3] uint8 a chunk, only to be read. settings: as in the file, such as level, codecformat."""
 
     codec_id = "imagecodecs_jpeg2k"

@@ -82,7 +82,14 @@ class ZarrColumn(Rows):
     """
 
     def __init__(
-        self, array: zarr.Array, info: ArrayInfo, *, place: str, n_rows: int, exists: Callable[[str], bool], where: str
+        self,
+        array: zarr.Array[Any],
+        info: ArrayInfo,
+        *,
+        place: str,
+        n_rows: int,
+        exists: Callable[[str], bool],
+        where: str,
     ) -> None:
         self.array, self.place, self.where = array, place, where
         self.shape = (n_rows, *array.shape[1:])
@@ -137,7 +144,7 @@ def row_bytes(column: Column) -> int:
     return max(1, math.prod(column.shape[1:]) * column.dtype.itemsize)
 
 
-def array_at(group: zarr.Group, name: str, where: str) -> zarr.Array:
+def array_at(group: zarr.Group, name: str, where: str) -> zarr.Array[Any]:
     """The array `name` of the group, or an `InputError` where that is something else."""
     array = group.get(name)
     if not isinstance(array, zarr.Array) or array.ndim == 0:
@@ -264,7 +271,7 @@ def write_zarr(path: Path, columns: Mapping[str, Column], episode_ends: np.ndarr
 
 def create_array(
     group: zarr.Group, key: str, shape: tuple[int, ...], dtype: np.dtype, chunk_bytes: int | None = None
-) -> zarr.Array:
+) -> zarr.Array[Any]:
     """An array of ours at `key`, one row a step, in chunks of about `chunk_bytes` (default: `CHUNK_BYTES`)."""
     rows = max(1, (chunk_bytes or CHUNK_BYTES) // max(1, math.prod(shape[1:]) * dtype.itemsize))
     return group.create_array(

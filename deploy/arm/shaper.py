@@ -112,7 +112,8 @@ class Shaper:
             return np.zeros_like(target)
         assert self._limits.velocity is not None
         most = _PACE * self._limits.velocity
-        return np.clip((target - path.at(t - self._period)) / self._period, -most, most)
+        result: np.ndarray = np.clip((target - path.at(t - self._period)) / self._period, -most, most)
+        return result
 
     def brake(self, present: np.ndarray) -> None:
         """Go on with a controlled stop; `present` [A]: where the arm is, for what is commanded to be there."""

@@ -109,7 +109,8 @@ def small(image: np.ndarray) -> np.ndarray:
     block = -(-max(height, width) // CELLS)
     rows, columns = height // block, width // block
     cut = image[: rows * block, : columns * block].astype(np.float32)
-    return cut.reshape(rows, block, columns, block, -1).mean(axis=(1, 3, 4)).ravel()
+    result: np.ndarray = cut.reshape(rows, block, columns, block, -1).mean(axis=(1, 3, 4)).ravel()
+    return result
 
 
 def actuation(sent: Signal, state: Signal, periods: Sequence[float]) -> Actuation:
@@ -133,7 +134,8 @@ def actuation(sent: Signal, state: Signal, periods: Sequence[float]) -> Actuatio
         return float(np.log(np.mean((measured - scaled(lag, smooth)) ** 2) + _FLOOR * np.var(measured)))
 
     def residual(x: np.ndarray) -> np.ndarray:
-        return scaled(x[0], _followed(held, x[1], x[2] * x[1] ** 2)) - measured
+        result: np.ndarray = scaled(x[0], _followed(held, x[1], x[2] * x[1] ** 2)) - measured
+        return result
 
     total, _, _ = _least(left)
     bounds = ([0.0, 0.0, 0.0], [LATEST, LATEST, LEAST_DAMPED])
@@ -167,7 +169,8 @@ def _followed(path: np.ndarray, b: float, a: float) -> np.ndarray:
     """`path`, every FINE seconds, as 1 / (1 + b s + a s²) follows it from rest (Tustin)."""
     first, second = 2 * b / FINE, 4 * a / FINE**2
     below = [1 + first + second, 2 - 2 * second, 1 - first + second]
-    return path[0] + lfilter([1.0, 2.0, 1.0], below, path - path[0])
+    result: np.ndarray = path[0] + lfilter([1.0, 2.0, 1.0], below, path - path[0])
+    return result
 
 
 def camera(frames: Signal, state: Signal, periods: Sequence[float]) -> Sight:

@@ -90,7 +90,10 @@ class Measured:
 def shape(phase: np.ndarray, n_periods: int) -> np.ndarray:
     """The motion for a distance of 1: phase in periods, from 0 to `n_periods`."""
     slow = 1 - np.cos(2 * np.pi * phase)
-    return 0.5 * _fade(phase) * _fade(n_periods - phase) * (slow + SHARE * np.sin(2 * np.pi * QUICK * phase))
+    result: np.ndarray = (
+        0.5 * _fade(phase) * _fade(n_periods - phase) * (slow + SHARE * np.sin(2 * np.pi * QUICK * phase))
+    )
+    return result
 
 
 def _fade(x: np.ndarray) -> np.ndarray:

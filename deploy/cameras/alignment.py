@@ -58,6 +58,10 @@ def _between(group: Group, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarr
     if group.kind == "hold":
         return start if share < 1 else end
     if group.kind == "linear":
-        return start + share * (end - start)
+        result: np.ndarray = start + share * (end - start)
+        return result
     first = Rotation.from_rotvec(start)
-    return (first * Rotation.from_rotvec(share * (first.inv() * Rotation.from_rotvec(end)).as_rotvec())).as_rotvec()
+    result: np.ndarray = (
+        first * Rotation.from_rotvec(share * (first.inv() * Rotation.from_rotvec(end)).as_rotvec())
+    ).as_rotvec()
+    return result

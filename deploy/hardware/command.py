@@ -105,7 +105,7 @@ class CommandLayout:
 
     def between(self, a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
         """What lies between coordinates `a` and `b`, both [A], at `share` in [0, 1) of the way."""
-        q = a + share * (b - a)
+        q: np.ndarray = a + share * (b - a)
         q[self.held] = a[self.held]
         for group, part in self.slices():
             if group.kind == "rotation":

@@ -231,7 +231,8 @@ class ActionQueue:
             return None
         actions = np.stack([chunk.actions[step - chunk.origin] for chunk in chunks])
         if len(actions) == 1:
-            return actions[0]
+            result: np.ndarray | None = actions[0]
+            return result
         weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(actions)))
         return np.average(actions, axis=0, weights=weights)
 

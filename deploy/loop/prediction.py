@@ -133,7 +133,8 @@ def predict_one(
     """A chunk [H, A] for one history, key → [To, …], by a call with a batch of one."""
     obs = {key: value[None] for key, value in history.items()}
     noise: dict[str, Any] = {"noise_generator": [noise_generator], "generator": [generator]}
-    return predict(policy, obs, [request], guidance=guidance, **noise)[0]
+    result: np.ndarray = predict(policy, obs, [request], guidance=guidance, **noise)[0]
+    return result
 
 
 def rehearse(policy: DiffusionPolicy | PolicyElsewhere, guidance: Guidance, running: int | None) -> None:

@@ -118,7 +118,8 @@ class RelativeSteering:
             return "this task's actions are relative: a device that shows places cannot give them"
         self._gripper = _gripper(self._gripper, signals, opened=-1.0, closed=1.0)
         action = np.append(signals.twist * self._scale * signals.speed, self._gripper)
-        return np.clip(action, self._limits.low, self._limits.high)
+        result: np.ndarray | str = np.clip(action, self._limits.low, self._limits.high)
+        return result
 
 
 class PlaceSteering:

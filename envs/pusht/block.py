@@ -66,7 +66,8 @@ class Pose(NamedTuple):
 
     def to_world(self, points: np.ndarray) -> np.ndarray:
         """`points` [..., 2] of the block's frame, in the world's."""
-        return self.centre + rotated(points, self.angle)
+        result: np.ndarray = self.centre + rotated(points, self.angle)
+        return result
 
     def to_block(self, points: np.ndarray) -> np.ndarray:
         """`points` [..., 2] of the world, in the block's frame."""
@@ -84,7 +85,8 @@ class Contacts:
     @property
     def lever(self) -> np.ndarray:
         """Lever arms r x n [...], px; positive ones turn the block by positive angles."""
-        return self.at[..., 0] * self.push[..., 1] - self.at[..., 1] * self.push[..., 0]
+        result: np.ndarray = self.at[..., 0] * self.push[..., 1] - self.at[..., 1] * self.push[..., 0]
+        return result
 
     def __getitem__(self, index: Any) -> Contacts:
         return Contacts(self.at[index], self.push[index], self.face[index])
@@ -128,12 +130,14 @@ def pushed(pose: Pose, contacts: Contacts, travel: np.ndarray) -> Pose:
 def _offsets(points: np.ndarray) -> np.ndarray:
     """From the nearest point of each part to `points` [..., 2]: [..., 2 parts, 2]."""
     points = points[..., None, :]
-    return points - np.clip(points, PARTS[:, :2], PARTS[:, 2:])
+    result: np.ndarray = points - np.clip(points, PARTS[:, :2], PARTS[:, 2:])
+    return result
 
 
 def room(points: np.ndarray) -> np.ndarray:
     """How far a square round each of `points` [..., 2] may reach to every side without touching the T, px."""
-    return np.abs(_offsets(points)).max(axis=-1).min(axis=-1)
+    result: np.ndarray = np.abs(_offsets(points)).max(axis=-1).min(axis=-1)
+    return result
 
 
 def backed_off(point: np.ndarray, distance: float) -> np.ndarray:
@@ -157,13 +161,15 @@ def crosses(start: np.ndarray, end: np.ndarray, margin: np.ndarray) -> np.ndarra
     low, high = (PARTS[:, :2] - margin - start) / step, (PARTS[:, 2:] + margin - start) / step
     enters = np.minimum(low, high).max(axis=-1)
     leaves = np.maximum(low, high).min(axis=-1)
-    return (np.maximum(enters, 0) < np.minimum(leaves, 1)).any(axis=-1)
+    result: np.ndarray = (np.maximum(enters, 0) < np.minimum(leaves, 1)).any(axis=-1)
+    return result
 
 
 def _lengths(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Lengths [...] of straight legs; one that comes nearer to the T than 19 px, or than its ends, is FAR longer."""
     margin = np.minimum(_MARGIN, np.minimum(room(start), room(end)) - 0.5)
-    return np.linalg.norm(end - start, axis=-1) + FAR * crosses(start, end, margin)
+    result: np.ndarray = np.linalg.norm(end - start, axis=-1) + FAR * crosses(start, end, margin)
+    return result
 
 
 def _walks(edges: np.ndarray) -> np.ndarray:

@@ -49,7 +49,8 @@ TRAVELS = 280.0 * (np.arange(1, 41) / 40) ** 2  # lengths of push that are compa
 
 def _unfinished(error: np.ndarray, tolerance: np.ndarray | float) -> np.ndarray:
     """From 0 (done) to 1: whether an error still needs a push of its own."""
-    return 1 - np.exp(-np.maximum(error, 0) / tolerance)
+    result: np.ndarray = 1 - np.exp(-np.maximum(error, 0) / tolerance)
+    return result
 
 
 def cost_to_go(pose: Pose) -> np.ndarray:
@@ -64,7 +65,8 @@ def cost_to_go(pose: Pose) -> np.ndarray:
     settled = np.exp(-turn / 0.3)[..., None]
     shifts_open = 1 - settled * (1 - _unfinished(shift - 1.0, 4.0 + 0.15 * shift[..., ::-1]))
     turn_open = _unfinished(turn - 0.015, 0.08 + 0.15 * shift.sum(axis=-1) / TURN)
-    return (shift + OVERHEAD * shifts_open).sum(axis=-1) + TURN * turn + OVERHEAD * turn_open
+    result: np.ndarray = (shift + OVERHEAD * shifts_open).sum(axis=-1) + TURN * turn + OVERHEAD * turn_open
+    return result
 
 
 class PushTExpert:
@@ -95,7 +97,8 @@ class PushTExpert:
         pace = min(GENTLE + 0.25 * (reached[-1] - reached[contact]), PUSHING)
         ahead = min(pace + 0.4 * reached[contact], WALKING, reached[-1])
         target = [np.interp(ahead, reached, path[:, axis]) for axis in range(2)]
-        return np.clip(target, 0.0, 512.0).astype(np.float32)
+        result: np.ndarray = np.clip(target, 0.0, 512.0).astype(np.float32)
+        return result
 
     def misbelief(self, random: np.random.Generator) -> np.ndarray:
         """An error [5] of the believed state: the block's place (sd 35 px) and angle (sd 0.5 rad)."""
@@ -158,7 +161,8 @@ def _worth(pose: Pose, contacts: Contacts, travels: np.ndarray, ways: np.ndarray
     allowed = ((finger > ARENA[0]) & (finger < ARENA[1])).all(axis=(0, -1))
     if _within_walls(pose):
         allowed &= _within_walls(after)
-    return np.where(allowed, gain, -np.inf) / (travels + ways + 60.0)
+    result: np.ndarray = np.where(allowed, gain, -np.inf) / (travels + ways + 60.0)
+    return result
 
 
 def _within_walls(pose: Pose) -> np.ndarray:

@@ -87,7 +87,7 @@ def render_states(states: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
     return images
 
 
-class _Simulator(PushTEnv):
+class _Simulator(PushTEnv):  # type: ignore[misc]
     """gym-pusht, with one thing settled: a body's shapes are a set in memory order, and areas summed in another order
     differ in the last bit, so the same episode would be rewarded differently from run to run. And what need not be
     computed again is not: the goal, and the coverage by a block that did not move."""
@@ -107,7 +107,8 @@ class _Simulator(PushTEnv):
             pull_y = self.k_p * (y - at_y) + self.k_v * (0 - vy)
             agent.velocity = vx + pull_x * dt, vy + pull_y * dt
             self.space.step(dt)
-        return min(max(self._get_coverage() / self.success_threshold, 0.0), 1.0)
+        result: float = min(max(self._get_coverage() / self.success_threshold, 0.0), 1.0)
+        return result
 
     def _get_coverage(self) -> float:
         at = (*self.block.position, self.block.angle, *self.goal_pose)
@@ -212,7 +213,8 @@ class PushT:
             raise unknown("PushT observation", key, OBSERVATIONS)
         state = np.asarray(self._sim.get_obs(), dtype=np.float64)
         if key == "keypoint":
-            return keypoints(state[None])[0]
+            result: np.ndarray = keypoints(state[None])[0]
+            return result
         return state.astype(np.float32)[: 2 if key == "agent_pos" else 5]
 
     def render(self, size: int = 256) -> np.ndarray:

@@ -64,7 +64,8 @@ def _of_one_robot(config: Any, robot: str, arms: Sequence[str], where: str) -> C
         part["input_type"] = "delta" if config["control_delta"] else "absolute"
     if part["type"].startswith("OSC"):
         part.setdefault("input_ref_frame", "world")
-    return refactor_composite_controller_config(part, robot, arms)
+    result: dict[str, Any] = refactor_composite_controller_config(part, robot, arms)
+    return result
 
 
 def _composite(config: Mapping[str, Any], where: str) -> Config:

@@ -213,7 +213,8 @@ def _carry(scene: Sight, plan: Plan) -> Step:
 def _upright(scene: Sight, yaw: float) -> np.ndarray:
     """The turn [3] that lets the hand point straight down, its x axis at `yaw` from the world's."""
     down = Rotation.from_euler("z", yaw) * Rotation.from_euler("x", np.pi)
-    return (down * Rotation.from_matrix(scene.rotation).inv()).as_rotvec()
+    result: np.ndarray = (down * Rotation.from_matrix(scene.rotation).inv()).as_rotvec()
+    return result
 
 
 def _yaw(rotation: np.ndarray) -> float:

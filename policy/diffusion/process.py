@@ -176,14 +176,16 @@ class Diffusion:
         return times.float()
 
     def add_noise(self, x0: Tensor, eps: Tensor, times: Tensor) -> Tensor:
-        return self._scheduler.add_noise(x0, eps, times.long())
+        result: Tensor = self._scheduler.add_noise(x0, eps, times.long())
+        return result
 
     def target(self, x0: Tensor, eps: Tensor, times: Tensor) -> Tensor:
         if self.prediction == "epsilon":
             return eps
         if self.prediction == "sample":
             return x0
-        return self._scheduler.get_velocity(x0, eps, times.long())
+        result: Tensor = self._scheduler.get_velocity(x0, eps, times.long())
+        return result
 
     def x0_from_output(self, output: Tensor, x: Tensor, step: Step) -> Tensor:
         if self.prediction == "epsilon":

@@ -259,4 +259,5 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
         if len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} rows; give one, or one per row")
         generator = list(generator)
-    return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
+    result: Tensor = randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
+    return result

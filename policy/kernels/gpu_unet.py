@@ -88,7 +88,8 @@ class GpuUnet(UnetKernel):
 
     def _matrix(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """What rows are multiplied by, [K, N], and the bias [N]: float32, where a kernel adds it."""
-        return self.made(layer, lambda: _laid_out(layer, self._dtype))
+        result: tuple[Tensor, Tensor] = self.made(layer, lambda: _laid_out(layer, self._dtype))
+        return result
 
 
 def _laid_out(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

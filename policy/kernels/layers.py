@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from action_diffusion import choice, native
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.kernels.time_first import norm_over_time, shifted_conv
 from action_diffusion.policy.model.conv import Conv1d, GroupNorm, Product
-from action_diffusion.policy.model.unet import ConditionalUnet1d, Film
+from action_diffusion.policy.model.denoiser import Film
+from action_diffusion.policy.model.unet import ConditionalUnet1d
 
 Run = Callable[[Tensor], Tensor]
 OURS = ("winograd", "one_call")
@@ -94,7 +95,7 @@ class Kernel:
 
     def __init__(self, layer: nn.Module, *, keep: bool = False) -> None:
         self.layer, self.keep, self.copies = layer, keep, Copies()
-        self.plain = getattr(type(layer), self.replaces).__get__(layer)
+        self.plain: Callable[..., Tensor] = getattr(type(layer), self.replaces).__get__(layer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernel:
         return type(self)(copy.deepcopy(self.layer, memo), keep=self.keep)
@@ -189,15 +190,18 @@ class ProductKernel(Kernel):
             out = _PackedProduct.apply(flat, packed, *layer.matrix(index))
         else:
             out = _multiply(flat, packed, layer.bias)
-        return out.view(*rows.shape[:2], -1)
+        result: Tensor = out.view(*rows.shape[:2], -1)
+        return result
 
 
 def _reorder(matrix: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), MOST_SEQUENCES)
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), MOST_SEQUENCES)
+    return result
 
 
 def _multiply(rows: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return result
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -294,7 +298,8 @@ class ConvInImages(Kernel):
         shape = [*map(list, (layer.padding, layer.stride, layer.dilation)), layer.groups]
         reorder = torch.ops.mkldnn._reorder_convolution_weight
         packed = self.made("onednn", lambda: reorder(layer.weight.detach(), *shape, list(x.shape)))
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *shape, "none", [], "")
+        result: Tensor = torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *shape, "none", [], "")
+        return result
 
     def _train_winograd(self, x: Tensor) -> Tensor:
         return winograd.conv2d(x, self.layer.weight)
@@ -351,7 +356,7 @@ class Beginning(Kernel):
         kernel = self.layer.__dict__.get("forward")
         if isinstance(kernel, UnetKernel):
             kernel.begin()
-        return self.plain(condition, times)
+        return cast(Film, self.plain(condition, times))
 
 
 def _is_3x3(layer: nn.Conv2d) -> bool:

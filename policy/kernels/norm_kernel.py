@@ -22,8 +22,8 @@ MOST = 2**15
 """Values of a program at most: the steps of a chunk times the channels of a group, each rounded up to a power of 2."""
 
 
-@triton.jit
-def _activate(x, name: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _activate(x, name: tl.constexpr):  # type: ignore[no-untyped-def]
     if name == "silu":
         x = x * tl.sigmoid(x)
     elif name == "mish":  # tanh(log(1 + e)) = n / (n + 2) with n = e² + 2 e; 1 within rounding from 20 on
@@ -37,8 +37,8 @@ def _activate(x, name: tl.constexpr):
     return x
 
 
-@triton.jit
-def _spread(
+@triton.jit  # type: ignore[untyped-decorator]
+def _spread(  # type: ignore[no-untyped-def]
     out,
     value,
     row,
@@ -58,8 +58,8 @@ def _spread(
         tl.store(out + place, tl.where(within, value, 0.0), mask=inside)
 
 
-@triton.jit
-def _between(
+@triton.jit  # type: ignore[untyped-decorator]
+def _between(  # type: ignore[no-untyped-def]
     y,
     bias,
     gamma,

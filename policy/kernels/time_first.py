@@ -21,13 +21,15 @@ from torch.autograd.function import once_differentiable
 
 def shifted_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [T, B, C_in], weight [K, C_in, C_out], bias [C_out] → [T, B, C_out], in the type that autocast asks for."""
-    return ShiftedConv.apply(*_autocast(x, weight, bias))
+    result: Tensor = ShiftedConv.apply(*_autocast(x, weight, bias))
+    return result
 
 
 def norm_over_time(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """x [T, B, C], weight, bias [C] → [T, B, C], float32, normalised over time and the channels of a group."""
     with torch.autocast(x.device.type, enabled=False):
-        return NormOverTime.apply(x.float(), weight, bias, groups, eps)
+        result: Tensor = NormOverTime.apply(x.float(), weight, bias, groups, eps)
+        return result
 
 
 def _spans(tap: int, kernel: int, steps: int) -> tuple[slice, slice]:

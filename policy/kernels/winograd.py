@@ -127,7 +127,8 @@ def conv2d(x: Tensor, weight: Tensor) -> Tensor:
 
     weight [C_out, C_in, 3, 3]; numbers of channels are multiples of 32.
     """
-    return _Conv2d.apply(x, weight)
+    result: Tensor = _Conv2d.apply(x, weight)
+    return result
 
 
 def conv2d_packed(x: Tensor, packed: Tensor) -> Tensor:
@@ -181,7 +182,8 @@ def pack_1d(weight: Tensor) -> Tensor:
 
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A convolution along time that keeps its length: x [T, B, C_in], weight [5, C_in, C_out] → [T, B, C_out]."""
-    return _Conv1d.apply(x, weight, bias)
+    result: Tensor = _Conv1d.apply(x, weight, bias)
+    return result
 
 
 def conv1d_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -187,7 +187,8 @@ def _hue(images: Tensor, value: Tensor, chroma: Tensor) -> Tensor:
 def _gray(images: Tensor) -> Tensor:
     """Gray level [N, 1, h, w] of images [N, 3, h, w]."""
     r, g, b = images.split(1, dim=1)
-    return r * _GRAY[0] + g * _GRAY[1] + b * _GRAY[2]
+    result: Tensor = r * _GRAY[0] + g * _GRAY[1] + b * _GRAY[2]
+    return result
 
 
 ADJUST = {

@@ -45,7 +45,8 @@ class SpatialSoftmax(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         logits = self.nets(features).flatten(2).float()
         # A sum, not a matrix product: autocast would do the product in bfloat16, which has eight bits for a position.
-        return (logits.softmax(dim=2).unsqueeze(3) * self.pos_grid).sum(dim=2)
+        result: Tensor = (logits.softmax(dim=2).unsqueeze(3) * self.pos_grid).sum(dim=2)
+        return result
 
 
 class CameraEncoder(nn.Module):
@@ -69,7 +70,8 @@ class CameraEncoder(nn.Module):
         self.out = nn.Linear(pooled, feature_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.out(self.pool(self.backbone(images)).flatten(1)).relu()
+        result: Tensor = self.out(self.pool(self.backbone(images)).flatten(1)).relu()
+        return result
 
 
 class ObservationEncoder(nn.Module):

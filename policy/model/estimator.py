@@ -60,7 +60,8 @@ class PlanarPose(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """[B, C] → [B, 4]: x and y, −1 at `low` and 1 at `high`, and the angle's sine and cosine, not of length 1."""
-        return self.network(embedding)
+        result: Tensor = self.network(embedding)
+        return result
 
     def loss(self, output: Tensor, state: Tensor) -> Tensor:
         """How far `output` [B, 4] is from the recorded `state` [B, n], a scalar."""

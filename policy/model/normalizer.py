@@ -107,7 +107,8 @@ def _buffer(key: str, name: str) -> str:
 
 
 def _constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    return (high - low) <= CONSTANT * np.maximum(1.0, np.abs(high))
+    result: np.ndarray = (high - low) <= CONSTANT * np.maximum(1.0, np.abs(high))
+    return result
 
 
 def _varies(statistics: Mapping[str, Any]) -> Tensor:

@@ -70,7 +70,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         scale, shift = film.chunk(2, dim=-1)
         hidden = torch.addcmul(shift, self.first(x), scale)
-        return self.second(hidden) + self.shortcut(x)
+        result: Tensor = self.second(hidden) + self.shortcut(x)
+        return result
 
 
 class ConditionalUnet1d(Denoiser):

@@ -97,4 +97,5 @@ def without_drift(values: np.ndarray, dead: float) -> np.ndarray:
     """
     values = np.where(np.isfinite(values), values, 0.0)
     beyond = (np.abs(values) - dead) / (1 - dead)
-    return np.sign(values) * np.clip(beyond, 0.0, 1.0)
+    result: np.ndarray = np.sign(values) * np.clip(beyond, 0.0, 1.0)
+    return result
