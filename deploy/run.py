@@ -12,23 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from action_diffusion.deploy.arm.link import ArmSetup
-from action_diffusion.deploy.loop.action_queue import ActionQueue, check_room
 from action_diffusion.deploy.loop.clock import Clock, MonotonicClock
 from action_diffusion.deploy.loop.episode import run_episode
 from action_diffusion.deploy.loop.events import StepRecord
 from action_diffusion.deploy.loop.gate import Gate, demonstrated
 from action_diffusion.deploy.loop.inference_worker import Unavailable
-from action_diffusion.deploy.loop.prediction import Guidance, rehearse
+from action_diffusion.deploy.loop.prediction import Guidance, PolicyElsewhere, rehearse
 from action_diffusion.deploy.records.run_log import RunLog
 from action_diffusion.deploy.robot import robots
-from action_diffusion.deploy.robot.process_robot import ProcessRobot
-from action_diffusion.deploy.robot.robots import Robot
-from action_diffusion.deploy.serve.client import RemotePolicy
+from action_diffusion.deploy.robot.robots import Robot, RobotTask
 from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
 from action_diffusion.deploy.subscribers import Subscribers
 from action_diffusion.errors import InputError
 from action_diffusion.options import Deploy
-from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.action_queue import ActionQueue, check_room
+from action_diffusion.policy.history import History
 from action_diffusion.policy.inference import choose_threads
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.progress import progress
@@ -47,14 +45,14 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
     asked = ArmSetup(driver=config.robot, limits=config.limits, obstacles=config.obstacles)
     asked.check()  # before all that takes long
     policy = open_policy(config)
-    threads = None if isinstance(policy, RemotePolicy) else choose_threads(policy)
+    threads = None if isinstance(policy, PolicyElsewhere) else choose_threads(policy)
     guidance = Guidance(**vars(config.rtc))
-    scheduler = _scheduler(config, policy.spec)
-    robot = robots.make(config.robot, policy.spec, config if clock is None else None)
+    queue = _queue(config, policy.spec)
+    robot = robots.make(config.robot, RobotTask.of(policy.spec), config if clock is None else None)
     try:
         robots.check_fit(robot, policy.spec)
         limits = demonstrated(policy.spec.normalizer["action"], config.safety.margin).within(robot.limits)
-        _warm_up(policy, scheduler, guidance)
+        _warm_up(policy, queue, guidance)
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
         beside = Path(config.bundle).parent if config.bundle else Path()
         output_dir = Path(config.output_dir) if config.output_dir else beside / stamp
@@ -65,8 +63,8 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
             ) as subscribers,
         ):
             try:
-                parts = {"scheduler": scheduler, "guidance": guidance, "gate": Gate(limits=limits)}
-                waits = config.scheduling == "sync" and not isinstance(policy, RemotePolicy)
+                parts = {"queue": queue, "guidance": guidance, "gate": Gate(limits=limits)}
+                waits = config.scheduling == "sync" and not isinstance(policy, PolicyElsewhere)
                 parts |= {"beside": clock is None and not waits}
                 _episodes(config, policy, robot, log, subscribers, clock=clock or MonotonicClock(), **parts)
                 code = 0
@@ -74,24 +72,24 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
                 print("interrupted: the robot is stopped, the log is kept", file=sys.stderr)
                 code = 130
             finally:
-                if isinstance(robot, ProcessRobot) and robot.scene is not None:
-                    log.notes["simulator_lost_s"] = robot.scene.lost
+                if robot.processes is not None and robot.processes.scene is not None:
+                    log.notes["simulator_lost_s"] = robot.processes.scene.lost
     finally:
         robot.close()
-        if isinstance(policy, RemotePolicy):
+        if isinstance(policy, PolicyElsewhere):
             policy.close()
     if log.path.exists():
         _print(log)
     return code
 
 
-def _scheduler(config: Deploy, spec: PolicySpec) -> ActionQueue:
-    """The scheduler that is asked for, after a check that the policy's chunks are long enough for it."""
+def _queue(config: Deploy, spec: PolicySpec) -> ActionQueue:
+    """The queue that is asked for, after a check that the policy's chunks are long enough for it."""
     name, n_obs_steps, s = config.scheduling, spec.n_obs_steps, config.execution_horizon or spec.n_action_steps
-    scheduler = ActionQueue(name, n_obs_steps=n_obs_steps, execution_horizon=s)
+    queue = ActionQueue(name, n_obs_steps=n_obs_steps, execution_horizon=s)
     delay = config.delay or 0
     check_room(name, horizon=spec.horizon, n_obs_steps=n_obs_steps, execution_horizon=s, delay=delay)
-    return scheduler
+    return queue
 
 
 def _episodes(
@@ -118,7 +116,7 @@ def _episodes(
             outcome = run_episode(
                 policy=policy,
                 robot=robot,
-                agent=Agent(n_obs_steps=spec.n_obs_steps, n_action_steps=spec.n_action_steps),
+                history=History(spec.n_obs_steps),
                 log=record,
                 seed=seed,
                 keys=list(spec.observations),
@@ -133,10 +131,10 @@ def _episodes(
             print(f"seed {seed}: {outcome.steps} steps{score}{mark}")
 
 
-def _warm_up(policy: DeployedPolicy, scheduler: ActionQueue, guidance: Guidance) -> None:
+def _warm_up(policy: DeployedPolicy, queue: ActionQueue, guidance: Guidance) -> None:
     """The first prediction also allocates memory and picks kernels: have that behind us before the robot moves."""
     try:
-        rehearse(policy, guidance, scheduler.execution_horizon if scheduler.scheduling == "rtc" else None)
+        rehearse(policy, guidance, queue.execution_horizon if queue.scheduling == "rtc" else None)
     except Unavailable as error:
         raise InputError(str(error)) from None
 

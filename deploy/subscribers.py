@@ -64,9 +64,10 @@ class Subscribers:
         self._teleoperator: DeviceTeleoperator | None = None
         self._recording: RunStream | None = None
         self._say = say
-        if not isinstance(robot, ProcessRobot):
+        processes = robot.processes
+        if processes is None:
             return
-        self._emergency = Moment(robot.folder / "emergency")
+        self._emergency = Moment(processes.folder / "emergency")
         port = page_port(config.page, say)
         for name, value in (("wait", config.wait), ("teleop", config.teleop)):
             if value and port is None:
@@ -75,11 +76,11 @@ class Subscribers:
             return
         output = output_dir / RECORD if config.record else None
         attrs = _attrs({**asdict(config), "threads": threads}, robot, spec, limits)
-        self.subscriber = self._recording = RunStream(robot.folder, spec, output=output, attrs=attrs)
+        self.subscriber = self._recording = RunStream(processes.folder, spec, output=output, attrs=attrs)
         try:
             if port is not None:
-                self._teleoperator = teleoperator(config, robot, limits)
-                self._open(config, robot, _about(robot, spec, limits), port)
+                self._teleoperator = teleoperator(config, processes, limits)
+                self._open(config, processes, _about(processes, spec, limits), port)
         except BaseException:
             self.close()
             raise

@@ -1,6 +1,4 @@
-"""The only thing that keeps state between control steps: the observation history and the current chunk.
-
-Simulated evaluation and a real arm drive a policy through the same `Agent`: what was measured is what runs.
+"""A policy's history and its current chunk, for whoever drives it step by step: simulators, servers, your own loop.
 
 The timeline for To = 2 observation steps, Ta = 4 executed steps and a horizon of H = 8:
 
@@ -13,16 +11,19 @@ The timeline for To = 2 observation steps, Ta = 4 executed steps and a horizon o
 A chunk predicts To-1 steps that are already past; steps [To-1 : To-1+Ta] are executed, the rest is dropped.
 Only the last To observations before the next chunk are ever looked at (`will_be_seen`), so a simulator needs
 to render no others.
+
+Which action is due is the action queue's to say, here as on a real arm: what was evaluated is what runs.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
 
 from action_diffusion.errors import InputError
+from action_diffusion.policy.action_queue import ActionQueue
+from action_diffusion.policy.history import History
 
 
 class Agent:
@@ -47,38 +48,29 @@ class Agent:
     """
 
     def __init__(self, *, n_obs_steps: int, n_action_steps: int) -> None:
-        for name, value in (("n_obs_steps", n_obs_steps), ("n_action_steps", n_action_steps)):
-            if value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
-        self.n_obs_steps = n_obs_steps
-        self.n_action_steps = n_action_steps
-        self.reset()
+        if n_action_steps < 1:
+            raise InputError(f"n_action_steps is {n_action_steps}; it must be at least 1")
+        self.n_obs_steps, self.n_action_steps = n_obs_steps, n_action_steps
+        self._history = History(n_obs_steps)
+        self._queue = ActionQueue("sync", n_obs_steps=n_obs_steps, execution_horizon=n_action_steps)
 
     def reset(self) -> None:
         """Forget everything: a new episode begins."""
-        self._observations: deque[dict[str, np.ndarray]] = deque(maxlen=self.n_obs_steps)
-        self._actions: deque[np.ndarray] = deque()
+        self._history.reset()
+        self._queue.reset()
 
     def observe(self, observation: Mapping[str, np.ndarray]) -> None:
         """Add the newest observation: arrays of any shape by key, the same keys and shapes throughout."""
-        # Copied, because simulators and cameras reuse their buffers.
-        observation = {key: np.array(value) for key, value in observation.items()}
-        if self._observations:
-            _check_same(observation, self._observations[-1])
-        self._observations.append(observation)
+        self._history.observe(observation)
 
     def history(self) -> dict[str, np.ndarray]:
         """The last To observations by key, [To, ...]; a younger episode repeats its first one in front."""
-        if not self._observations:
-            raise RuntimeError("history() before the first observe()")
-        missing = self.n_obs_steps - len(self._observations)
-        steps = [self._observations[0]] * missing + list(self._observations)
-        return {key: np.stack([step[key] for step in steps]) for key in steps[0]}
+        return self._history.stacked()
 
     @property
     def needs_chunk(self) -> bool:
         """Whether every step of the current chunk that should be executed has been."""
-        return not self._actions
+        return self._queue.wants_chunk
 
     @property
     def will_be_seen(self) -> bool:
@@ -86,36 +78,17 @@ class Agent:
 
         Asked before the first `observe`, or after `act`.
         """
-        return len(self._actions) < self.n_obs_steps
+        return self._queue.will_be_seen
 
     def accept(self, chunk: np.ndarray) -> None:
         """Take a predicted chunk [H, A] in the data's units; it replaces what is left of the one before."""
-        chunk = np.asarray(chunk)
-        first, end = self.n_obs_steps - 1, self.n_obs_steps - 1 + self.n_action_steps
-        if chunk.ndim != 2 or len(chunk) < end:
-            raise InputError(
-                f"the chunk has shape {list(chunk.shape)}; {self.n_obs_steps} observation steps and "
-                f"{self.n_action_steps} action steps need [H >= {end}, A]"
-            )
-        bad = ~np.isfinite(chunk[first:end]).all(axis=1)
-        if bad.any():
-            raise InputError(
-                f"the chunk holds NaN or infinity at step {first + int(bad.argmax())}; "
-                "a policy that has diverged cannot be executed"
-            )
-        self._actions = deque(np.array(action) for action in chunk[first:end])
+        self._queue.request()
+        self._queue.receive(chunk)
 
     def act(self) -> np.ndarray:
         """The next action [A] to execute, in the data's units."""
-        if not self._actions:
+        command = None if self._queue.wants_chunk else self._queue.command()
+        if command is None:
             raise RuntimeError("act() without a chunk: call accept() whenever needs_chunk is true")
-        return self._actions.popleft()
-
-
-def _check_same(new: Mapping[str, np.ndarray], old: Mapping[str, np.ndarray]) -> None:
-    if new.keys() != old.keys():
-        raise InputError(f"the observation has the keys {sorted(new)}, the one before had {sorted(old)}")
-    for key, value in new.items():
-        if value.shape != old[key].shape:
-            was = list(old[key].shape)
-            raise InputError(f"observation {key!r} has shape {list(value.shape)}, the one before had {was}")
+        self._queue.begin_step(self._queue.step + 1)
+        return command

@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,13 +57,12 @@ class Trial:
 
 def drive() -> None:
     """The scripted loop: seeded targets at 10 Hz and a picture each, for ever. It runs in a process of its own."""
+    from action_diffusion import configuration
     from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer
-    from action_diffusion.deploy.robot.robots import make
+    from action_diffusion.deploy.robot.robots import RobotTask, make
 
-    camera = {"rate": 20.0, "latency": 0.0, "jitter": 0.0, "drop": 0.0, "die_after": 0.0}
-    options = {"limits": None, "obstacles": None, "simulated": {"latency": 0.0, "camera": camera}}
-    spec: Any = SimpleNamespace(env={"name": "pusht"}, observations=["image"])
-    robot = make("sim_pusht", spec, options)
+    task = RobotTask(env={"name": "pusht"}, cameras=("image",))
+    robot = make("sim_pusht", task, configuration.settings("deploy", []))
     random, clock = np.random.default_rng(0), MonotonicClock()
     robot.begin(100000)
     pacer = Pacer(clock=clock, rate=robot.control_rate)

@@ -30,13 +30,13 @@ from typing import Any
 import torch
 import yaml
 
-from action_diffusion.deploy.loop.action_queue import SCHEDULINGS, check_room
 from action_diffusion.deploy.loop.prediction import Guidance
 from action_diffusion.deploy.loop.virtual import run_episodes
 from action_diffusion.deploy.robot import robots
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.parallel import cores
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.action_queue import SCHEDULINGS, check_room
 from action_diffusion.progress import progress
 from benchmarks.command import command, whole
 from benchmarks.scores.latency_report import Cell, Result, show, write
@@ -165,7 +165,9 @@ class Bench:
         self._settings = settings
         # Nothing is trained, and guidance differentiates with respect to chunks alone.
         self._policy = bundles.load(settings.bundle, sampler=settings.sampler or None).requires_grad_(False)
-        self._robot = functools.partial(robots.make, _robot_name(self._policy.spec.env), self._policy.spec)
+        self._robot = functools.partial(
+            robots.make, _robot_name(self._policy.spec.env), robots.RobotTask.of(self._policy.spec)
+        )
 
     def run(self, cell: Cell, advance: Callable[[int], None]) -> Result:
         settings = self._settings

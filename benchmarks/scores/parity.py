@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from action_diffusion import envs
-from action_diffusion.deploy.loop.action_queue import ActionQueue
 from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.episode import run_episode
 from action_diffusion.deploy.loop.events import StepRecord
@@ -31,7 +30,8 @@ from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.action_queue import ActionQueue
+from action_diffusion.policy.history import History
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.progress import progress
 from benchmarks.command import command, options, whole
@@ -67,8 +67,8 @@ def deployed(policy: DiffusionPolicy, robot: robots.Robot, seed: int) -> tuple[f
     outcome = run_episode(
         policy=policy,
         robot=robot,
-        agent=Agent(n_obs_steps=spec.n_obs_steps, n_action_steps=spec.n_action_steps),
-        scheduler=ActionQueue("sync", **horizon),
+        history=History(spec.n_obs_steps),
+        queue=ActionQueue("sync", **horizon),
         gate=Gate(limits=limits),
         clock=VirtualClock(),
         log=steps.append,
@@ -89,7 +89,7 @@ def main(words: Sequence[str]) -> int:
     policy = bundles.load(Path(given["bundle"]))
     if policy.spec.env is None:
         raise InputError(f"{given['bundle']}: {policy.spec.task} has no simulator to evaluate in")
-    robot, pairs = robots.make("sim_pusht", policy.spec), list[Pair]()
+    robot, pairs = robots.make("sim_pusht", robots.RobotTask.of(policy.spec)), list[Pair]()
     robots.check_fit(robot, policy.spec)
     with progress("parity", n) as advance:
         for start in range(seed, seed + n):

@@ -10,21 +10,20 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from action_diffusion.deploy.calibrate.delays import actuation, camera
 from action_diffusion.deploy.calibrate.motion import Measured, Wanted, move, plan
 from action_diffusion.deploy.calibrate.report import SEEN, CameraFound, Found, print_table, write
-from action_diffusion.deploy.robot import robots
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
+from action_diffusion.deploy.robot.robots import RobotTask, in_processes
 from action_diffusion.errors import InputError
 from action_diffusion.options import Deploy
-from action_diffusion.policy.spec import ObservationSpec
 
 if TYPE_CHECKING:  # torch is only needed where there is a policy
     from action_diffusion.deploy.serve.policies import DeployedPolicy
@@ -72,29 +71,22 @@ def _policy(config: Deploy) -> DeployedPolicy | None:
     """None where neither a bundle nor a server is given: then nothing thinks."""
     if config.bundle is None and config.server is None:
         return None
-    from action_diffusion.deploy.serve.client import RemotePolicy
+    from action_diffusion.deploy.loop.prediction import PolicyElsewhere
     from action_diffusion.deploy.serve.policies import open_policy
     from action_diffusion.policy.inference import choose_threads
 
     policy = open_policy(config)
-    if not isinstance(policy, RemotePolicy):
+    if not isinstance(policy, PolicyElsewhere):
         choose_threads(policy)
     return policy
 
 
 def _robot(config: Deploy, policy: DeployedPolicy | None) -> ProcessRobot:
     """The robot with its cameras; the simulated PushT with one, whatever the policy looks at."""
-    spec: Any = SimpleNamespace(env=None, observations={}, control_rate=10.0)
-    if policy is not None:
-        spec = SimpleNamespace(**{name: getattr(policy.spec, name) for name in vars(spec)})
+    task = RobotTask() if policy is None else RobotTask.of(policy.spec)
     if config.robot == "sim_pusht":
-        seen = ObservationSpec(shape=(96, 96, 3), dtype="uint8", kind="image")
-        spec.observations = {"image": seen, **spec.observations}
-    robot = robots.make(config.robot, spec, config)
-    if not isinstance(robot, ProcessRobot):
-        robot.close()
-        raise InputError(f"robot={config.robot} has no processes of its own, and so no latency to measure")
-    return robot
+        task = replace(task, cameras=("image",))
+    return in_processes(config.robot, task, config)
 
 
 def _moved(robot: ProcessRobot, wanted: Wanted, seed: int) -> Measured:

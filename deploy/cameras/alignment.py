@@ -61,7 +61,6 @@ def _between(group: Group, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarr
         result: np.ndarray = start + share * (end - start)
         return result
     first = Rotation.from_rotvec(start)
-    result: np.ndarray = (
-        first * Rotation.from_rotvec(share * (first.inv() * Rotation.from_rotvec(end)).as_rotvec())
-    ).as_rotvec()
-    return result
+    turn = share * (first.inv() * Rotation.from_rotvec(end)).as_rotvec()
+    turned: np.ndarray = (first * Rotation.from_rotvec(turn)).as_rotvec()
+    return turned

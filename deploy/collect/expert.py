@@ -27,19 +27,19 @@ from scipy.spatial.transform import Rotation
 from action_diffusion import __version__
 from action_diffusion.datasets.record.recorder import Recorder
 from action_diffusion.datasets.storage.growing_column import Fields
+from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE
 from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer
-from action_diffusion.deploy.robot import robots
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
+from action_diffusion.deploy.robot.robots import RobotTask, in_processes
 from action_diffusion.deploy.sim.panda import check_task
 from action_diffusion.deploy.sim.simulated import SimulatedScene
 from action_diffusion.envs.demonstration import EXPERTS, STREAM, WANDERED, Expert
 from action_diffusion.envs.robosuite.expert import STEP, TURN
 from action_diffusion.envs.robosuite.tasks import RECORDED
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options import Collect, Task
-from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.options import Collect
 from action_diffusion.progress import progress
 from action_diffusion.rotations import axis_angle_to_6d
 
@@ -148,8 +148,9 @@ def run(config: Collect) -> dict[str, Any]:
     keeps what there is. Raises `InputError` for another robot or task, and for an output that exists.
     """
     env, wanted, output = _checked(config), config.episodes, Path(config.output).expanduser()
-    robot = robots.make(str(config.robot), _spec(config.task, env), config)
-    assert isinstance(robot, ProcessRobot)
+    images = tuple(key for key, value in config.task.seen.items() if value.kind == "image")
+    task = RobotTask(control_rate=float(config.task.control_rate or ASSUMED_RATE), env=env, cameras=images)
+    robot = in_processes(str(config.robot), task, config)
     began = time.monotonic()
     try:
         keys = [*(f"robot0_{name}" for name in RECORDED), "object", *robot.cameras]
@@ -211,15 +212,6 @@ def _checked(config: Collect) -> Mapping[str, Any]:
     if output.exists() or output.suffix == ".zip":
         raise InputError(f"output={output} exists, or is no folder: give a new DIR.zarr")
     return env
-
-
-def _spec(task: Task, env: Mapping[str, Any]) -> PolicySpec:
-    """What the robot wants to know of a task."""
-    images = [key for key, value in task.seen.items() if value.kind == "image"]
-    seen = {key: ObservationSpec(shape=(1, 1, 3), dtype="uint8", kind="image") for key in images}
-    rate = float(task.control_rate or 0)
-    action = ActionSpec(shape=(ACTION,))
-    return PolicySpec(seen, action, n_obs_steps=1, horizon=1, n_action_steps=1, control_rate=rate, env=dict(env))
 
 
 def _attrs(config: Collect, robot: ProcessRobot) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from action_diffusion.deploy.loop.action_queue import ActionQueue, Request, Swap
 from action_diffusion.deploy.loop.clock import Clock, Pacer
 from action_diffusion.deploy.loop.events import Answer, NoSubscriber, Outcome, Seen, Status, StepRecord, Subscriber
 from action_diffusion.deploy.loop.gate import Gate
@@ -24,15 +23,16 @@ from action_diffusion.deploy.loop.prediction import Guidance, predict_one
 from action_diffusion.deploy.robot.robots import Feedback, Observation, Robot
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
-from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.action_queue import ActionQueue, Request, Swap
+from action_diffusion.policy.history import History
 
 
 def run_episode(
     *,
     policy: Policy,
     robot: Robot,
-    agent: Agent,
-    scheduler: ActionQueue,
+    history: History,
+    queue: ActionQueue,
     gate: Gate,
     clock: Clock,
     log: Callable[[StepRecord], None],
@@ -52,7 +52,7 @@ def run_episode(
     replaced at the next tick. The robot is stopped when this returns or raises, Ctrl-C included.
 
     Args:
-        agent: remembers the observations; which chunk is executed when is the scheduler's.
+        history: of the observations; which chunk is executed when is the queue's.
         keys: the observations that the policy wants; they are only read where it looks at them.
         beside: think in a thread, while the loop goes on.
         delay: control steps after which a chunk arrives at the earliest (>= 0).
@@ -74,8 +74,8 @@ def run_episode(
     )
     episode = ControlLoop(
         robot=robot,
-        agent=agent,
-        scheduler=scheduler,
+        history=history,
+        queue=queue,
         worker=worker,
         think=think,
         gate=gate,
@@ -119,8 +119,8 @@ class ControlLoop:
         self,
         *,
         robot: Robot,
-        agent: Agent,
-        scheduler: ActionQueue,
+        history: History,
+        queue: ActionQueue,
         worker: InferenceWorker[np.ndarray],
         think: Callable[[Request, Mapping[str, np.ndarray]], np.ndarray],
         gate: Gate,
@@ -130,7 +130,7 @@ class ControlLoop:
         operator: Operator,
         subscriber: Subscriber,
     ) -> None:
-        self._robot, self._agent, self._scheduler, self._gate = robot, agent, scheduler, gate
+        self._robot, self._history, self._queue, self._gate = robot, history, queue, gate
         self._worker, self._think, self._clock = worker, think, clock
         self._operator, self._subscriber = operator, subscriber
         self._seed, self._keys = seed, keys
@@ -139,9 +139,9 @@ class ControlLoop:
         self._start = 0.0
         self._control_step = -1
         self._steps = 0
-        agent.reset()
+        history.reset()
         gate.reset()
-        scheduler.reset()
+        queue.reset()
 
     def step(self) -> tuple[StepRecord, bool]:
         """Wait for the next tick and live through it; also returns whether the episode is over."""
@@ -152,11 +152,11 @@ class ControlLoop:
         fresh, person = self._operator.begin_step(), self._operator.commands
         if fresh:
             self._forget()
-        self._scheduler.begin_step(self._control_step)
+        self._queue.begin_step(self._control_step)
         arrival = self._receive()
-        observation = self._observe(tick) if self._scheduler.will_be_seen else None
+        observation = self._observe(tick) if self._queue.will_be_seen else None
         may_ask = not person and (arrival is None or arrival.refusal is None)
-        if may_ask and observation is not None and self._scheduler.wants_chunk:
+        if may_ask and observation is not None and self._queue.wants_chunk:
             arrival = self._ask(tick, observation.t) or arrival
         sent, held, refusal, (reward, done) = self._command(person)
         if observation is None and self._subscriber.looks:  # after the command, so that nobody waits for it
@@ -180,7 +180,7 @@ class ControlLoop:
             interventions=refusals + self._robot.events(),
             operator=person,
         )
-        command_step = self._scheduler.step
+        command_step = self._queue.step
         self._subscriber.stepped(record, Seen(tick, self._control_step, command_step, observation, fresh, refusals))
         self._steps += 1
         return record, done or self._steps >= self._robot.max_steps
@@ -189,42 +189,42 @@ class ControlLoop:
         """Somebody else has commanded, or nobody: what the policy saw and said before no longer counts."""
         if self._worker.forget():
             self._tell(Status.DROPPED)
-        self._agent.reset()
-        self._scheduler.reset()
+        self._history.reset()
+        self._queue.reset()
 
     def _observe(self, tick: float) -> Observation:
         """What the policy looks at."""
         observation = self._robot.observe(self._keys, tick)
-        self._agent.observe(observation.values)
+        self._history.observe(observation.values)
         return observation
 
     def _ask(self, tick: float, observed: float) -> _Arrival | None:
         """Ask for a chunk. Where the loop thinks by itself, control steps may pass until it is there."""
-        request, history = self._scheduler.request(), self._agent.history()
+        request, history = self._queue.request(), self._history.stacked()
         self._asked = request, tick, observed
         self._worker.ask(request.step, functools.partial(self._think, request, history))
         passed = math.ceil((self._clock.now() - tick) * self._robot.control_rate - 1e-9) - 1
-        self._scheduler.begin_step(self._control_step + max(0, passed))
+        self._queue.begin_step(self._control_step + max(0, passed))
         return self._receive()
 
     def _tell(self, status: Status, chunk: np.ndarray | None = None, seconds: float | None = None) -> None:
         """What became of the last request."""
         assert self._asked is not None
-        self._subscriber.answered(Answer(*self._asked, self._scheduler.step, status, chunk, seconds))
+        self._subscriber.answered(Answer(*self._asked, self._queue.step, status, chunk, seconds))
 
     def _receive(self) -> _Arrival | None:
-        """Hand a chunk that has arrived to the scheduler."""
+        """Hand a chunk that has arrived to the queue."""
         try:
-            thought = self._worker.answer(self._scheduler.step)
+            thought = self._worker.answer(self._queue.step)
         except Unavailable as error:
-            self._scheduler.drop()
+            self._queue.drop()
             self._tell(Status.UNAVAILABLE)
             return _Arrival(None, None, str(error))
         if thought is None:
             return None
         self._tell(Status.ARRIVED, thought.answer, thought.seconds)
         try:
-            swap = self._scheduler.receive(thought.answer)
+            swap = self._queue.receive(thought.answer)
         except InputError as error:
             return _Arrival(thought.seconds, None, str(error))
         late = None if swap is not None else "the chunk arrived after all of its actions were due"
@@ -240,10 +240,10 @@ class ControlLoop:
             shown = self._operator.command(self._clock.now())
             actions = [] if shown is None else [shown]
         else:
-            actions = self._scheduler.plan(1 + self._robot.lookahead)
+            actions = self._queue.plan(1 + self._robot.lookahead)
         refusal = self._gate.refuse(actions[0]) if actions else None
         sent = self._clock.now()
         if not actions or refusal is not None:
             return sent, True, refusal, self._robot.hold()
-        due = self._start + self._scheduler.step / self._robot.control_rate
+        due = self._start + self._queue.step / self._robot.control_rate
         return sent, False, None, self._robot.command([actions[0], *self._gate.ahead(actions[1:])], due)

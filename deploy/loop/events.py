@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from action_diffusion.deploy.loop.action_queue import Request
 from action_diffusion.deploy.robot.robots import Observation
+from action_diffusion.policy.action_queue import Request
 
 
 @dataclass(frozen=True, kw_only=True)

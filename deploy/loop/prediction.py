@@ -10,10 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from action_diffusion.deploy.loop.action_queue import Request
 from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.action_queue import Request
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.rtc import BETA, MASKS, Running, continuing, running_chunks
 from action_diffusion.policy.spec import PolicySpec
@@ -32,6 +32,10 @@ class PolicyElsewhere(Policy, Protocol):
         self, running: Sequence[np.ndarray | None], delay: Sequence[int], guidance: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Options of its `predict`, with which chunks continue the `running` ones [n, A] after `delay` steps."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the connection."""
 
 
 @dataclass(frozen=True, kw_only=True)

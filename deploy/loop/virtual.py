@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from action_diffusion.deploy.loop.action_queue import ActionQueue, DelayEstimator, Request
 from action_diffusion.deploy.loop.prediction import Guidance, predict
 from action_diffusion.deploy.robot.robots import Robot
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
-from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.action_queue import ActionQueue, DelayEstimator, Request
+from action_diffusion.policy.history import History
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,13 @@ def run_episodes(
     walking: list[_Walk] = []
     try:
         for seed in seeds:
-            scheduler = ActionQueue(
+            queue = ActionQueue(
                 scheduling,
                 n_obs_steps=policy.spec.n_obs_steps,
                 execution_horizon=execution_horizon,
                 delays=DelayEstimator(first=delay),
             )
-            walking.append(_Walk(make_robot(), seed, scheduler, keys, delay))
+            walking.append(_Walk(make_robot(), seed, queue, keys, delay))
         running, step = list(walking), 0
         while running:
             for walk in running:
@@ -101,7 +101,7 @@ def _predict(policy: Policy, asking: Sequence[_Walk], rows: int, guidance: Guida
     """One policy call for as many as have different rows; returns the others. Free rows repeat an observation."""
     seated: dict[int, _Walk] = {}
     left = [walk for walk in asking if seated.setdefault(walk.seed % rows, walk) is not walk]
-    histories = {row: walk.agent.history() for row, walk in seated.items()}
+    histories = {row: walk.history.stacked() for row, walk in seated.items()}
     padding = next(iter(histories.values()))
     obs = {key: np.stack([histories.get(row, padding)[key] for row in range(rows)]) for key in padding}
     pairs = [seated[row].generators if row in seated else generators(row) for row in range(rows)]
@@ -121,9 +121,9 @@ def _predict(policy: Policy, asking: Sequence[_Walk], rows: int, guidance: Guida
 class _Walk:
     """One episode under way."""
 
-    def __init__(self, robot: Robot, seed: int, scheduler: ActionQueue, keys: Sequence[str], delay: int) -> None:
-        self.robot, self.seed, self._scheduler, self._keys, self._delay = robot, seed, scheduler, keys, delay
-        self.agent = Agent(n_obs_steps=scheduler.n_obs_steps, n_action_steps=scheduler.execution_horizon)
+    def __init__(self, robot: Robot, seed: int, queue: ActionQueue, keys: Sequence[str], delay: int) -> None:
+        self.robot, self.seed, self._queue, self._keys, self._delay = robot, seed, queue, keys, delay
+        self.history = History(queue.n_obs_steps)
         self.generators = generators(seed)
         self.request: Request | None = None
         self.done = False
@@ -137,11 +137,11 @@ class _Walk:
     def begin_step(self, step: int) -> None:
         """Take what arrives now, and observe; afterwards `request` is what to predict, if anything."""
         self._step = step
-        self._scheduler.begin_step(step)
+        self._queue.begin_step(step)
         self._receive()
-        if self._scheduler.will_be_seen:
-            self.agent.observe(self.robot.observe(self._keys, self._time).values)
-        self.request = self._scheduler.request() if self._scheduler.wants_chunk else None
+        if self._queue.will_be_seen:
+            self.history.observe(self.robot.observe(self._keys, self._time).values)
+        self.request = self._queue.request() if self._queue.wants_chunk else None
 
     @property
     def _time(self) -> float:
@@ -158,7 +158,7 @@ class _Walk:
             return
         chunk, self._arriving = self._arriving[1], None
         try:
-            swap = self._scheduler.receive(chunk)
+            swap = self._queue.receive(chunk)
         except InputError as error:
             raise InputError(f"seed {self.seed}, control step {self._step}: {error}") from None
         if swap is not None and swap.jump is not None:
@@ -166,7 +166,7 @@ class _Walk:
 
     def act(self) -> None:
         """Send the command of this step, or hold."""
-        command = self._scheduler.command()
+        command = self._queue.command()
         reward, done = self.robot.hold() if command is None else self.robot.command([command], self._time)
         self._commands.append(command)
         self._rewards.append(0.0 if reward is None else float(reward))

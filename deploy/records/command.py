@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from action_diffusion.deploy.loop.action_queue import ActionQueue
 from action_diffusion.deploy.loop.prediction import Guidance
 from action_diffusion.deploy.records.reader import open_record
 from action_diffusion.deploy.records.replay import Replayed, replay
@@ -20,6 +19,7 @@ from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.files import atomic_path
 from action_diffusion.options import AnySampler, Deploy
+from action_diffusion.policy.action_queue import ActionQueue
 
 FASTER = ("precision", "compile", "cuda_graph")
 OTHER = ("scheduling", "execution_horizon", "rtc", "sampler", *FASTER)
@@ -45,14 +45,14 @@ def run(config: Deploy, given: Collection[str]) -> int:
         settings[name] = was[name] | {key: now[name][key] for key in now[name] if f"{name}.{key}" in given}
     other = any(settings[name] != was[name] for name in OTHER)
     policy = _policy(config, settings, attrs)
-    scheduler = ActionQueue(
+    queue = ActionQueue(
         settings["scheduling"],
         n_obs_steps=attrs["n_obs_steps"],
         execution_horizon=settings["execution_horizon"] or attrs["n_action_steps"],
     )
     guidance, replayed = Guidance(**settings["rtc"]), []
     for recorded in episodes:
-        parts: dict[str, Any] = {"scheduler": scheduler, "guidance": guidance, "policy": policy, "other": other}
+        parts: dict[str, Any] = {"queue": queue, "guidance": guidance, "policy": policy, "other": other}
         replayed.append(replay(recorded, attrs=attrs, **parts))
     _print(replayed, other=other, own=policy is not None)
     if config.output_dir:

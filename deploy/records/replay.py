@@ -1,4 +1,4 @@
-"""A recorded run once more, offline: the same loop, scheduler and gate, on a clock that does what the real one did.
+"""A recorded run once more, offline: the same loop, queue and gate, on a clock that does what the real one did.
 
     record: observations, and when each chunk was there ─▶ `ControlLoop` ─▶ commands ─▶ equal to the recorded ones?
     chunks: those of the record, or, where the bundle is given, the policy's own, from the same observations and noise
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from action_diffusion.deploy.hardware.limits import Limits
-from action_diffusion.deploy.loop.action_queue import ActionQueue, Request
 from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.episode import ControlLoop
 from action_diffusion.deploy.loop.events import NoSubscriber, Status, StepRecord
@@ -30,13 +29,15 @@ from action_diffusion.deploy.records.reader import Recorded, read_limits
 from action_diffusion.deploy.robot.robots import Feedback, Observation
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
-from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.action_queue import ActionQueue, Request
+from action_diffusion.policy.history import History
 
 
 class ReplayRobot:
     """Shows what was seen, and takes commands without a consequence."""
 
     limits: Limits | None = None
+    processes = None
 
     def __init__(self, recorded: Recorded, clock: VirtualClock, *, control_rate: float, lookahead: int) -> None:
         self._recorded, self._clock = recorded, clock
@@ -181,14 +182,14 @@ def replay(
     recorded: Recorded,
     *,
     attrs: Mapping[str, Any],
-    scheduler: ActionQueue,
+    queue: ActionQueue,
     guidance: Guidance,
     policy: Policy | None = None,
     other: bool = False,
 ) -> Replayed:
     """The episode once more, with the recorded chunks, or those of `policy`.
 
-    `scheduler`: the same for all episodes of a run, since it remembers how long chunks took. `other`: it, or the
+    `queue`: the same for all episodes of a run, since it remembers how long chunks took. `other`: it, or the
     guidance, is not as it was. Raises `InputError` where a chunk is asked for that was not recorded.
     """
     clock = VirtualClock()
@@ -202,8 +203,8 @@ def replay(
 
     episode = ControlLoop(
         robot=robot,
-        agent=Agent(n_obs_steps=attrs["n_obs_steps"], n_action_steps=attrs["n_action_steps"]),
-        scheduler=scheduler,
+        history=History(attrs["n_obs_steps"]),
+        queue=queue,
         worker=ReplayWorker(recorded, robot, clock, thinks=policy is not None, other=other),
         think=_keeping(think, generator, recorded),
         gate=Gate(limits=read_limits(attrs["limits"])),

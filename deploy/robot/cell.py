@@ -26,9 +26,8 @@ import yaml
 from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.ipc.rings import Segments
 from action_diffusion.deploy.robot.process_robot import CameraSetup, ProcessRobot
-from action_diffusion.deploy.robot.robots import Observation, RobotOptions
+from action_diffusion.deploy.robot.robots import Observation, RobotOptions, RobotTask
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.spec import PolicySpec
 
 MOST_SECONDS = 86_400.0
 SECTIONS = ("arm", "limits", "obstacles", "cameras", "observations", "leader", "device", "seconds")
@@ -117,12 +116,12 @@ class CellRobot(ProcessRobot):
         return Observation(seen.t, values)
 
 
-def robot(spec: PolicySpec, options: RobotOptions) -> CellRobot:
+def robot(task: RobotTask, options: RobotOptions) -> CellRobot:
     """The robot that `options` name, with the file's settings. Raises `InputError` for one that does not start."""
     cell = read_cell(options.hardware)
     cameras = camera_setups(cell)
-    for key, value in spec.observations.items():
-        if len(value.shape) == 3 and key not in cameras:
+    for key in task.cameras:
+        if key not in cameras:
             raise unknown("camera", key, cameras, f"hardware={options.hardware}, and the policy needs it")
     given = cell.get("observations") or {}
     segments = Segments()
@@ -137,8 +136,8 @@ def robot(spec: PolicySpec, options: RobotOptions) -> CellRobot:
                 obstacles=options.obstacles,
             ),
             cameras=cameras,
-            control_rate=spec.control_rate,
-            max_steps=math.ceil(float(cell.get("seconds", 60.0)) * spec.control_rate),
+            control_rate=task.control_rate,
+            max_steps=math.ceil(float(cell.get("seconds", 60.0)) * task.control_rate),
             joined={key: [states] if isinstance(states, str) else list(states) for key, states in given.items()},
         )
     except BaseException:

@@ -124,6 +124,11 @@ class ProcessRobot:
         self.lookahead = 0 if all(group.kind == "hold" for group in self._arm.command) else 8
 
     @property
+    def processes(self) -> ProcessRobot:
+        """Itself."""
+        return self
+
+    @property
     def folder(self) -> Path:
         """Of the run's shared memory."""
         return self._segments.path

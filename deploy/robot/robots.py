@@ -6,7 +6,8 @@ Arms in processes of their own are behind the same protocol: `process_robot.Proc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.registry import ARMS, imported
 from action_diffusion.registry import ROBOTS as REAL_TIME
 
+if TYPE_CHECKING:
+    from action_diffusion.deploy.robot.process_robot import ProcessRobot
+
 Feedback = tuple[float | None, bool]
 """The reward in [0, 1], where something measures one, and whether the episode is over."""
 
@@ -30,8 +34,26 @@ class Observation(NamedTuple):
     values: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RobotTask:
+    """What a robot must know of what it is for, with or without a policy.
+
+    control_rate: commands per second (Hz). env: the simulator of the task, its name and settings, if it has one.
+    cameras: keys of the images that are looked at.
+    """
+
+    control_rate: float = 10.0
+    env: Mapping[str, Any] | None = None
+    cameras: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, spec: PolicySpec) -> RobotTask:
+        """For a policy."""
+        return cls(control_rate=spec.control_rate, env=spec.env, cameras=tuple(spec.camera_order))
+
+
 class RobotOptions(Protocol):
-    """What a robot in real time is made of, beside the policy's specification: options of `deploy` and `collect`."""
+    """What a robot in real time is made of: options of `deploy` and `collect`."""
 
     @property
     def robot(self) -> str | None: ...
@@ -55,12 +77,16 @@ class Robot(Protocol):
         max_steps: commands after which an episode is over.
         limits: what the robot itself allows, where it says so.
         lookahead: commands beyond the present one that it wants to know, to move smoothly; 0 where it holds each.
+        processes: itself, where arm and cameras are processes of their own, whose shared memory others may look into.
     """
 
     control_rate: float
     max_steps: int
     limits: Limits | None
     lookahead: int
+
+    @property
+    def processes(self) -> ProcessRobot | None: ...
 
     def begin(self, seed: int) -> None:
         """Be ready for an episode; a simulator begins at the start that `seed` stands for."""
@@ -101,6 +127,7 @@ class SimPushT:
         self.max_steps = env.max_steps
         self.limits: Limits | None = Limits(low=np.zeros(2), high=np.full(2, 512.0))
         self.lookahead = 0
+        self.processes: ProcessRobot | None = None
         self._env = env
         self._target: np.ndarray | None = None
 
@@ -136,8 +163,8 @@ class SimPushT:
         self._env.close()
 
 
-def make(name: str, spec: PolicySpec, options: RobotOptions | None = None) -> Robot:
-    """The robot called `name`, set up for a policy of `spec`; "module:Class" is an arm's driver of the user's own.
+def make(name: str, task: RobotTask, options: RobotOptions | None = None) -> Robot:
+    """The robot called `name`, set up for `task`; "module:Class" is an arm's driver of the user's own.
 
     `options`: of the configuration, for a robot in real time, which runs in processes of its own. Without them: a
     simulator in this process, for clocks that are not real. Raises `InputError` for an unknown name, and for a robot
@@ -148,10 +175,10 @@ def make(name: str, spec: PolicySpec, options: RobotOptions | None = None) -> Ro
             raise InputError(f"robot={name} is there in real time only")
         if name not in ROBOTS:
             raise unknown("robot", name, ROBOTS)
-        return ROBOTS[name](spec)
+        return ROBOTS[name](task)
     if name not in REAL_TIME and (":" in name or name in ARMS):
-        return cast(Robot, imported("action_diffusion.deploy.robot.cell:robot")(spec, options))
-    return cast(Robot, REAL_TIME.load(name)(spec, options))
+        return cast(Robot, imported("action_diffusion.deploy.robot.cell:robot")(task, options))
+    return cast(Robot, REAL_TIME.load(name)(task, options))
 
 
 def check_fit(robot: Robot, spec: PolicySpec) -> None:
@@ -166,10 +193,19 @@ def check_fit(robot: Robot, spec: PolicySpec) -> None:
         )
 
 
-def _sim_pusht(spec: PolicySpec) -> Robot:
+def in_processes(name: str, task: RobotTask, options: RobotOptions) -> ProcessRobot:
+    """As `make`, and `InputError` for a robot without processes of its own."""
+    robot = make(name, task, options)
+    if robot.processes is None:
+        robot.close()
+        raise InputError(f"robot={name} has no processes of its own, which this needs")
+    return robot.processes
+
+
+def _sim_pusht(task: RobotTask) -> Robot:
     """With the simulator's settings of the bundle, so that deployment shows what evaluation measured."""
-    settings = spec.env if spec.env is not None and spec.env.get("name") == "pusht" else {"name": "pusht"}
+    settings = task.env if task.env is not None and task.env.get("name") == "pusht" else {"name": "pusht"}
     return SimPushT(env=envs.make(**settings))
 
 
-ROBOTS: dict[str, Callable[[PolicySpec], Robot]] = {"sim_pusht": _sim_pusht}
+ROBOTS: dict[str, Callable[[RobotTask], Robot]] = {"sim_pusht": _sim_pusht}

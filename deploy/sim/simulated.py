@@ -10,10 +10,9 @@ from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.ipc.processes import Child
 from action_diffusion.deploy.ipc.rings import RingReader, RingWriter, Segments
 from action_diffusion.deploy.robot.process_robot import CameraSetup, ProcessRobot
-from action_diffusion.deploy.robot.robots import Feedback, RobotOptions
+from action_diffusion.deploy.robot.robots import Feedback, RobotOptions, RobotTask
 from action_diffusion.deploy.sim.world import MOST_LATENCY, PATIENCE, STARTS
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.spec import PolicySpec
 
 T = ([[-60, 0], [60, 0], [60, 30], [-60, 30]], [[-15, 30], [15, 30], [15, 120], [-15, 120]])
 """PushT's block in its own frame (px)."""
@@ -104,17 +103,17 @@ def _camera(driver: str, settings: Mapping[str, Any]) -> CameraSetup:
     return CameraSetup(driver=driver, settings=rest, stamp_latency=late)
 
 
-def sim_pusht(spec: PolicySpec, options: RobotOptions) -> ProcessRobot:
+def sim_pusht(task: RobotTask, options: RobotOptions) -> ProcessRobot:
     """PushT in real time, with the bundle's settings of the simulator, and the configuration's `simulated`."""
     from action_diffusion.envs.pusht.simulator import IMAGE_SIZE, keypoints
 
-    env = spec.env if spec.env is not None and spec.env.get("name") == "pusht" else {}
+    env = task.env if task.env is not None and task.env.get("name") == "pusht" else {}
     simulated = options.simulated
 
     def put_together(segments: Segments, scene: SimulatedScene) -> ProcessRobot:
         world = {"world": str(segments.path)}
         cameras = {}
-        if "image" in spec.observations:
+        if "image" in task.cameras:
             size = {"image_size": env.get("image_size", IMAGE_SIZE)}
             cameras["image"] = _camera("sim_pusht", world | size | vars(simulated.camera))
         made = ProcessRobot(
@@ -132,7 +131,7 @@ def sim_pusht(spec: PolicySpec, options: RobotOptions) -> ProcessRobot:
     return _assembled("action_diffusion.deploy.sim.pusht", {"latency": simulated.latency}, put_together)
 
 
-def sim_arm(spec: PolicySpec, options: RobotOptions) -> ProcessRobot:
+def sim_arm(task: RobotTask, options: RobotOptions) -> ProcessRobot:
     """robosuite's Panda in real time on the bundle's task, with the images that it looks at as cameras.
 
     Raises `InputError` for a policy of another robot, and for one of relative actions.
@@ -140,8 +139,8 @@ def sim_arm(spec: PolicySpec, options: RobotOptions) -> ProcessRobot:
     from action_diffusion.deploy.sim.panda import check_task
     from action_diffusion.envs.robosuite import headless
 
-    env = check_task(spec.env, absolute=bool((spec.env or {}).get("absolute")))
-    images = [key for key, value in spec.observations.items() if len(value.shape) == 3]
+    env = check_task(task.env, absolute=bool((task.env or {}).get("absolute")))
+    images = task.cameras
     if images:
         headless.choose()  # once, for all cameras
     simulated = options.simulated

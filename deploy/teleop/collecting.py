@@ -9,11 +9,12 @@ from typing import Any
 
 from action_diffusion import __version__, envs
 from action_diffusion.datasets.record.recorder import Recorder
+from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE
 from action_diffusion.deploy.ipc.rings import Segments
 from action_diffusion.deploy.loop.clock import Clock, MonotonicClock, VirtualClock
-from action_diffusion.deploy.robot import robots
 from action_diffusion.deploy.robot.cell import read_cell
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
+from action_diffusion.deploy.robot.robots import RobotTask, in_processes
 from action_diffusion.deploy.teleop.devices.registry import SHOWS_PLACES, everything, make_device
 from action_diffusion.deploy.teleop.scenes import describe
 from action_diffusion.deploy.teleop.session import TeleopSession
@@ -23,7 +24,6 @@ from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, World
 from action_diffusion.envs.demonstration import EXPERTS
 from action_diffusion.errors import InputError
 from action_diffusion.options import Collect
-from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
 FIRST_TEST_SEED = 100_000
 
@@ -94,9 +94,8 @@ def _world(config: Collect, stack: ExitStack) -> tuple[World, Path]:
     """What is driven, and the run's shared memory."""
     task = config.task
     if config.robot is not None:
-        robot = robots.make(config.robot, _spec(config), config)
+        robot = in_processes(config.robot, _task(config), config)
         stack.callback(robot.close)
-        assert isinstance(robot, ProcessRobot)
         world: World = RobotWorld(robot, _keys(config, robot), {})
         return world, robot.folder
     env = task.env
@@ -113,16 +112,12 @@ def _world(config: Collect, stack: ExitStack) -> tuple[World, Path]:
     return world, segments.path
 
 
-def _spec(config: Collect) -> PolicySpec:
+def _task(config: Collect) -> RobotTask:
     """What a robot wants to know of a task; there is no policy."""
-    task = config.task
-    env, rate = task.env, float(task.control_rate or 0)
-    images = [key for key, value in task.seen.items() if value.kind == "image"] if config.robot == "sim_arm" else []
-    seen = {key: ObservationSpec(shape=(1, 1, 3), dtype="uint8", kind="image") for key in images}
-    if config.robot == "sim_arm":
-        env = {**(env or {}), "absolute": True}
-    action = ActionSpec(shape=(1,))
-    return PolicySpec(seen, action, n_obs_steps=1, horizon=1, n_action_steps=1, control_rate=rate, env=env)
+    task, simulated = config.task, config.robot == "sim_arm"
+    images = [key for key, value in task.seen.items() if value.kind == "image"] if simulated else []
+    env = {**(task.env or {}), "absolute": True} if simulated else task.env
+    return RobotTask(control_rate=float(task.control_rate or ASSUMED_RATE), env=env, cameras=tuple(images))
 
 
 def _keys(config: Collect, robot: ProcessRobot) -> list[str]:

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from action_diffusion import envs
-from action_diffusion.deploy.loop.action_queue import SCHEDULINGS
 from action_diffusion.deploy.loop.prediction import Guidance
 from action_diffusion.deploy.loop.virtual import VirtualEpisode, run_episodes
 from action_diffusion.deploy.robot.robots import Observation, SimPushT
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.action_queue import SCHEDULINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 latency = import_module("benchmarks.scores.latency")

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from action_diffusion import cli, configuration, envs
 from action_diffusion.deploy.hardware.limits import Limits
-from action_diffusion.deploy.loop.action_queue import SCHEDULINGS, ActionQueue
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer, VirtualClock
 from action_diffusion.deploy.loop.episode import StepRecord, run_episode
 from action_diffusion.deploy.loop.gate import Gate, demonstrated
@@ -34,7 +33,8 @@ from action_diffusion.deploy.run import run
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.agent import Agent
+from action_diffusion.policy.action_queue import SCHEDULINGS, ActionQueue
+from action_diffusion.policy.history import History
 from action_diffusion.policy.model.normalizer import fit
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec
 
@@ -53,6 +53,7 @@ class FakeRobot:
     control_rate = 10.0
     limits: Limits | None = None
     lookahead = 0
+    processes = None
 
     def __init__(self, *, max_steps: int = 12) -> None:
         self.max_steps = max_steps
@@ -125,8 +126,8 @@ def drive(
     run_episode(
         policy=policy,
         robot=robot,
-        agent=Agent(n_obs_steps=TO, n_action_steps=TA),
-        scheduler=ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=TA),
+        history=History(TO),
+        queue=ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=TA),
         gate=Gate(limits=limits or Limits(low=np.zeros(2), high=np.full(2, 10.0))),
         clock=policy.clock,
         log=records.append,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Frame, make_arm, make_camera
 from action_diffusion.deploy.robot import cell as hardware
+from action_diffusion.deploy.robot.robots import RobotTask
 from action_diffusion.deploy.sim.pusht import IdealArm
 from action_diffusion.errors import InputError
 from action_diffusion.options import Deploy
@@ -76,19 +76,13 @@ def write(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
-def spec(**shapes: tuple[int, ...]) -> Any:
-    return SimpleNamespace(
-        observations={key: SimpleNamespace(shape=shape) for key, shape in shapes.items()}, control_rate=10.0
-    )
-
-
 def options(path: str) -> Deploy:
     return configuration.settings("deploy", ["robot=ideal", f"hardware={path}"])
 
 
 def test_a_file_becomes_an_arm_and_a_camera(tmp_path):
     path = write(tmp_path, cameras={"front": {"driver": "test_hardware:GreyCamera", "size": 24}})
-    robot = hardware.robot(spec(state=(2,), front=(24, 24, 3)), options(path))
+    robot = hardware.robot(RobotTask(cameras=("front",)), options(path))
     try:
         assert (robot.max_steps, robot.control_rate) == (30, 10.0)
         time.sleep(0.2)
@@ -142,12 +136,12 @@ def test_the_command_lines_limits_and_dry_run_go_before_the_files():
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        hardware.robot(spec(front=(24, 24, 3)), options(write(tmp_path, **changes)))
+        hardware.robot(RobotTask(cameras=("front",)), options(write(tmp_path, **changes)))
 
 
 def test_an_observation_that_the_arm_does_not_have_is_named(tmp_path):
     with pytest.raises(InputError, match=r"unknown state 'joint'.*did you mean joints"):
-        hardware.robot(spec(state=(2,)), options(write(tmp_path, observations={"state": "joint"})))
+        hardware.robot(RobotTask(), options(write(tmp_path, observations={"state": "joint"})))
 
 
 @pytest.mark.parametrize("path", [None, "nowhere.yaml"])

@@ -9,8 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from action_diffusion import envs
+from action_diffusion import configuration, envs
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm.loop import ArmLoop
 from action_diffusion.deploy.cameras.alignment import interpolated, latest_common, nearest
@@ -28,26 +26,17 @@ from action_diffusion.deploy.ipc.channels import CommandWriter, Phase
 from action_diffusion.deploy.ipc.rings import RingReader, RingWriter, shared_folder
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer, VirtualClock
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
-from action_diffusion.deploy.robot.robots import make
+from action_diffusion.deploy.robot.robots import RobotTask, in_processes
 from action_diffusion.deploy.run import run
 from action_diffusion.deploy.sim.pusht import PushTArm, PushTCamera
 from action_diffusion.errors import InputError
 from benchmarks.robustness.kills import child_of
 
-CAMERA = {"rate": 20.0, "latency": 0.0, "jitter": 0.0, "drop": 0.0, "die_after": 0.0}
-
-
-def options(**camera: float) -> dict[str, Any]:
-    return {"limits": None, "obstacles": None, "simulated": {"latency": 0.0, "camera": CAMERA | camera}}
-
 
 def pusht(*keys: str, latency: float = 0.0, **camera: float) -> ProcessRobot:
-    spec: Any = SimpleNamespace(env={"name": "pusht", "max_steps": 300}, observations=dict.fromkeys(keys))
-    chosen = options(**camera)
-    chosen["simulated"]["latency"] = latency
-    robot = make("sim_pusht", spec, chosen)
-    assert isinstance(robot, ProcessRobot)
-    return robot
+    task = RobotTask(env={"name": "pusht", "max_steps": 300}, cameras=tuple(key for key in keys if key == "image"))
+    said = [f"simulated.camera.{name}={value}" for name, value in camera.items()]
+    return in_processes("sim_pusht", task, configuration.settings("deploy", [f"simulated.latency={latency}", *said]))
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from action_diffusion.datasets.storage.growing import read_table
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.ipc.rings import RingReader, shared_folder
-from action_diffusion.deploy.loop.action_queue import SCHEDULINGS
 from action_diffusion.deploy.records.reader import open_record, plain_limits, read_limits
 from action_diffusion.deploy.run import run
 from action_diffusion.errors import InputError
+from action_diffusion.policy.action_queue import SCHEDULINGS
 from benchmarks.robustness.kills import child_of
 
 

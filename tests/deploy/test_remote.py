@@ -21,7 +21,6 @@ from deployments import TO, deploy, read_log, save_bundle
 from servers import Server, serving
 
 from action_diffusion import cli
-from action_diffusion.deploy.loop.action_queue import Request
 from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.deploy.loop.prediction import Guidance, predict
@@ -30,6 +29,7 @@ from action_diffusion.deploy.serve.client import RemotePolicy
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.action_queue import Request
 
 TOKEN = "a-token-of-more-than-16-characters"
 
@@ -88,7 +88,7 @@ def test_a_deployment_through_a_server_is_the_local_one(server, bundle, tmp_path
 
 def test_the_noise_of_stochastic_steps_is_the_local_one(bundle):
     """Chunk after chunk from one generator, as an episode draws it."""
-    ddpm = {"scheduler": "ddpm", "num_inference_steps": 5}
+    ddpm = {"queue": "ddpm", "num_inference_steps": 5}
     with serving(bundle, "sampler.scheduler=ddpm", "sampler.num_inference_steps=5") as server:
         remote = RemotePolicy(server.url)
         answers = []

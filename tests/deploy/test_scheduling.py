@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from action_diffusion.deploy.loop.action_queue import (
+from action_diffusion.errors import InputError
+from action_diffusion.policy.action_queue import (
     ENSEMBLE_DECAY,
     SCHEDULINGS,
     ActionQueue,
@@ -22,7 +23,6 @@ from action_diffusion.deploy.loop.action_queue import (
     Swap,
     check_room,
 )
-from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
 
 TO = 2
@@ -55,8 +55,8 @@ def play(
     horizon: int = 16,
     refuse: Any = lambda number: False,
 ) -> Played:
-    """Drive a scheduler through `steps`; chunk number n takes `delays(n)` of them."""
-    scheduler = ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=s)
+    """Drive a queue through `steps`; chunk number n takes `delays(n)` of them."""
+    queue = ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=s)
     played, due = Played(), None
 
     def arrive(step: int) -> None:
@@ -69,21 +69,21 @@ def play(
         if refuse(number):
             chunk[-1] = np.nan
             with pytest.raises(InputError, match="NaN or infinity"):
-                scheduler.receive(chunk)
+                queue.receive(chunk)
             played.refused.append(number)
             return
-        played.swaps.append((step, scheduler.receive(chunk)))
+        played.swaps.append((step, queue.receive(chunk)))
         played.arrived[number] = step
 
     for step in steps:
-        scheduler.begin_step(step)
+        queue.begin_step(step)
         arrive(step)
-        if scheduler.wants_chunk:
-            played.requests.append(scheduler.request())
+        if queue.wants_chunk:
+            played.requests.append(queue.request())
             due = step + delays(len(played.requests) - 1)
             arrive(step)
         played.steps.append(step)
-        played.commands.append(scheduler.command())
+        played.commands.append(queue.command())
         played.waiting.append(due is not None)
     return played
 
@@ -174,15 +174,15 @@ def test_without_delay_all_but_the_ensemble_execute_what_the_agent_does():
             number += 1
         expected.append(agent.act())
     for scheduling in ("sync", "naive", "rtc"):
-        scheduler = ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=4)
+        queue = ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=4)
         asked = 0
         for step in range(40):
-            scheduler.begin_step(step)
-            if scheduler.wants_chunk:
-                scheduler.request()
-                scheduler.receive(chunks[asked])
+            queue.begin_step(step)
+            if queue.wants_chunk:
+                queue.request()
+                queue.receive(chunks[asked])
                 asked += 1
-            command = scheduler.command()
+            command = queue.command()
             assert command is not None
             assert np.array_equal(command, expected[step])
 
@@ -204,22 +204,22 @@ def test_the_picture():
 
 
 def test_the_ensemble_is_acts():
-    scheduler = ActionQueue("ensemble", n_obs_steps=1, execution_horizon=2)
+    queue = ActionQueue("ensemble", n_obs_steps=1, execution_horizon=2)
     values = [1.0, 5.0, 11.0]
     for number, step in enumerate([0, 2, 4]):
-        scheduler.begin_step(step)
-        scheduler.request()
-        swap = scheduler.receive(np.full((8, 1), values[number]))
+        queue.begin_step(step)
+        queue.request()
+        swap = queue.receive(np.full((8, 1), values[number]))
     weights = np.exp(-ENSEMBLE_DECAY * np.arange(3))
     mean = weights @ values / weights.sum()
-    assert scheduler.command() == pytest.approx([mean])
+    assert queue.command() == pytest.approx([mean])
     before = weights[:2] @ values[:2] / weights[:2].sum()
     assert swap is not None
     assert swap.jump == pytest.approx(mean - before)
-    scheduler.begin_step(8)  # the first has ended
-    assert scheduler.command() == pytest.approx([weights[:2] @ values[1:] / weights[:2].sum()])
-    scheduler.begin_step(12)
-    assert scheduler.command() is None
+    queue.begin_step(8)  # the first has ended
+    assert queue.command() == pytest.approx([weights[:2] @ values[1:] / weights[:2].sum()])
+    queue.begin_step(12)
+    assert queue.command() is None
 
 
 def test_real_time_chunking_asks_for_what_continues_the_running_chunk():
@@ -235,16 +235,16 @@ def test_real_time_chunking_asks_for_what_continues_the_running_chunk():
 
 
 def test_a_jump_is_between_commands_for_the_same_instant():
-    scheduler = ActionQueue("naive", n_obs_steps=TO, execution_horizon=4)
-    scheduler.begin_step(0)
-    scheduler.request()
-    first = scheduler.receive(np.arange(16.0)[:, None] * [3.0, 4.0])
+    queue = ActionQueue("naive", n_obs_steps=TO, execution_horizon=4)
+    queue.begin_step(0)
+    queue.request()
+    first = queue.receive(np.arange(16.0)[:, None] * [3.0, 4.0])
     assert first is not None
     assert first.jump is None
-    scheduler.begin_step(4)
-    scheduler.request()
-    scheduler.begin_step(6)
-    swap = scheduler.receive(np.arange(16.0)[:, None] * [3.0, 4.0])
+    queue.begin_step(4)
+    queue.request()
+    queue.begin_step(6)
+    swap = queue.receive(np.arange(16.0)[:, None] * [3.0, 4.0])
     assert swap is not None
     assert swap.delay == 2
     assert swap.new.tolist() == [9.0, 12.0]  # step 3 of it, 2 after its observation
@@ -255,16 +255,16 @@ def test_a_jump_is_between_commands_for_the_same_instant():
 
 def test_what_will_be_seen_is_known_before_it_is_looked_at():
     for scheduling in SCHEDULINGS:
-        scheduler = ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=4)
+        queue = ActionQueue(scheduling, n_obs_steps=TO, execution_horizon=4)
         seen, asked = [], []
         for step in range(20):
-            scheduler.begin_step(step)
-            if scheduler.will_be_seen:
+            queue.begin_step(step)
+            if queue.will_be_seen:
                 seen.append(step)
-            if scheduler.wants_chunk:
-                scheduler.request()
+            if queue.wants_chunk:
+                queue.request()
                 asked.append(step)
-                scheduler.receive(telling(step, 0, 16))
+                queue.receive(telling(step, 0, 16))
         assert seen == [0, 3, 4, 7, 8, 11, 12, 15, 16, 19]
         assert asked == [0, 4, 8, 12, 16]
 
@@ -305,16 +305,16 @@ def test_a_forecast_is_the_smallest_that_covers_its_share_of_the_window(measured
 
 
 def test_the_measured_delay_reaches_the_next_request_and_the_next_episode():
-    scheduler = ActionQueue("rtc", n_obs_steps=TO, execution_horizon=4)
-    scheduler.begin_step(0)
-    scheduler.request()
-    scheduler.begin_step(5)
-    scheduler.receive(telling(0, 0, 16))
-    assert scheduler.request().delay == 5
-    scheduler.reset()
-    scheduler.begin_step(0)
-    assert scheduler.request().delay == 5
-    assert scheduler.command() is None
+    queue = ActionQueue("rtc", n_obs_steps=TO, execution_horizon=4)
+    queue.begin_step(0)
+    queue.request()
+    queue.begin_step(5)
+    queue.receive(telling(0, 0, 16))
+    assert queue.request().delay == 5
+    queue.reset()
+    queue.begin_step(0)
+    assert queue.request().delay == 5
+    assert queue.command() is None
 
 
 # What is refused.
@@ -329,16 +329,16 @@ def test_the_measured_delay_reaches_the_next_request_and_the_next_episode():
     ],
 )
 def test_bad_chunks_are_refused_and_asked_for_again(chunk, message):
-    scheduler = ActionQueue("naive", n_obs_steps=TO, execution_horizon=4)
-    scheduler.begin_step(0)
-    scheduler.request()
+    queue = ActionQueue("naive", n_obs_steps=TO, execution_horizon=4)
+    queue.begin_step(0)
+    queue.request()
     with pytest.raises(InputError, match=message):
-        scheduler.receive(chunk)
-    assert scheduler.wants_chunk
-    assert scheduler.command() is None
-    scheduler.request()
-    scheduler.drop()
-    assert scheduler.wants_chunk
+        queue.receive(chunk)
+    assert queue.wants_chunk
+    assert queue.command() is None
+    queue.request()
+    queue.drop()
+    assert queue.wants_chunk
 
 
 @pytest.mark.parametrize(
@@ -370,13 +370,13 @@ def test_impossible_values_are_refused(make, message):
 
 
 def test_misuse_is_an_error():
-    scheduler = ActionQueue("naive", n_obs_steps=TO, execution_horizon=4)
-    scheduler.begin_step(3)
+    queue = ActionQueue("naive", n_obs_steps=TO, execution_horizon=4)
+    queue.begin_step(3)
     with pytest.raises(ValueError, match="control step 2 after 3"):
-        scheduler.begin_step(2)
+        queue.begin_step(2)
     with pytest.raises(RuntimeError, match="without a request"):
-        scheduler.receive(telling(0, 0, 16))
-    scheduler.request()
-    assert not scheduler.wants_chunk
+        queue.receive(telling(0, 0, 16))
+    queue.request()
+    assert not queue.wants_chunk
     with pytest.raises(RuntimeError, match="under way"):
-        scheduler.request()
+        queue.request()

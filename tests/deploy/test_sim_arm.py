@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
+from action_diffusion import configuration
 from action_diffusion.cli import main
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.collect.expert import PACE, action_of, goal, within, wrong_beliefs
@@ -23,7 +23,7 @@ from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.rings import RingReader, shared_folder
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
-from action_diffusion.deploy.robot.robots import make
+from action_diffusion.deploy.robot.robots import RobotTask, in_processes
 from action_diffusion.deploy.sim.panda import LIMITS, PandaArm, check_task
 from action_diffusion.envs.robosuite.expert import lift as lift_expert
 from action_diffusion.envs.robosuite.tasks import Manipulation
@@ -33,16 +33,12 @@ from benchmarks.scores import sim_arm
 
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
 STATES = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "robot0_joint_pos", "object")
-OPTIONS: dict[str, Any] = {"limits": None, "obstacles": None, "simulated": {"latency": 0.0, "camera": {"rate": 20.0}}}
 LAYOUT = CommandLayout(PandaArm.command)
 
 
 def panda(*keys: str, **env: Any) -> ProcessRobot:
-    image = SimpleNamespace(shape=(84, 84, 3))
-    spec: Any = SimpleNamespace(env={"name": "lift", "absolute": True, **env}, observations=dict.fromkeys(keys, image))
-    robot = make("sim_arm", spec, OPTIONS)
-    assert isinstance(robot, ProcessRobot)
-    return robot
+    task = RobotTask(env={"name": "lift", "absolute": True, **env}, cameras=keys)
+    return in_processes("sim_arm", task, configuration.settings("deploy", []))
 
 
 @pytest.fixture(scope="module")

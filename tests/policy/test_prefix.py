@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from action_diffusion.deploy.loop.action_queue import Request
 from action_diffusion.deploy.loop.prediction import Guidance, predict
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.action_queue import Request
 from action_diffusion.policy.diffusion.sampler import Hook
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import Prefix

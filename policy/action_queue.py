@@ -105,12 +105,12 @@ class _Chunk:
 class ActionQueue:
     """Turns chunks that arrive late into at most one command a control step.
 
-        scheduler.begin_step(step)
-        if scheduler.wants_chunk:
-            request = scheduler.request()       # predict from the observation of this step
+        queue.begin_step(step)
+        if queue.wants_chunk:
+            request = queue.request()       # predict from the observation of this step
         if …:                                   # the chunk that was asked for is there
-            scheduler.receive(chunk)
-        command = scheduler.command()           # None: hold
+            queue.receive(chunk)
+        command = queue.command()           # None: hold
 
     Args:
         scheduling: one of `SCHEDULINGS`.
@@ -244,7 +244,8 @@ class ActionQueue:
                 f"the chunk has shape {list(chunk.shape)}; {self.n_obs_steps} observation steps and an execution "
                 f"horizon of {self.execution_horizon} need [H >= {now + self.execution_horizon}, A]"
             )
-        bad = ~np.isfinite(chunk[now:]).all(axis=1)
+        used = chunk[now : now + self.execution_horizon] if self.scheduling == "sync" else chunk[now:]
+        bad = ~np.isfinite(used).all(axis=1)
         if bad.any():
             raise InputError(
                 f"the chunk holds NaN or infinity at step {now + int(bad.argmax())}; "
