@@ -41,7 +41,7 @@ def test_pictures_are_the_same_from_any_number_of_processes(tmp_path, monkeypatc
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     (tmp_path / "script.py").write_text(
-        "from action_diffusion.datasets import sources\n"
+        "from action_diffusion.datasets.batches import sources\n"
         "from action_diffusion.envs.pusht.simulator import render_states\n"
         "sources._RENDER_ALONE, sources.cores = 0, lambda: 2\n"
         "sources.with_images(sources.open_data('pusht_expert'), render_states)\n"

@@ -714,5 +714,5 @@ def test_a_log_is_never_overwritten(bundle, tmp_path):
 
 
 def test_several_bundles_are_refused(bundle, tmp_path):
-    with pytest.raises(InputError, match="one bundle"):
-        run(deploy(bundle, tmp_path) | {"bundle": [str(bundle), str(bundle)]}, clock=VirtualClock())
+    with pytest.raises(InputError, match="bundle"):
+        deploy(bundle, tmp_path, f"bundle=[{bundle},{bundle}]")

@@ -79,7 +79,8 @@ def test_a_deployment_through_a_server_is_the_local_one(server, bundle, tmp_path
     logs = []
     for name, where in (("local", [f"bundle={bundle}"]), ("remote", [f"server={server.url}"])):
         config = deploy(bundle, tmp_path / name, "seed=3", "n_episodes=2", *options)
-        config |= {"bundle": None, "server": None} | dict(word.split("=", 1) for word in where)
+        where = {"bundle": None, "server": None} | dict(word.split("=", 1) for word in where)
+        config = dataclasses.replace(config, **where)
         assert run(config, clock=VirtualClock()) == 0
         logs.append(read_log(tmp_path / name))
     assert [row["action"] for row in logs[0]] == [row["action"] for row in logs[1]]
@@ -88,7 +89,7 @@ def test_a_deployment_through_a_server_is_the_local_one(server, bundle, tmp_path
 
 def test_the_noise_of_stochastic_steps_is_the_local_one(bundle):
     """Chunk after chunk from one generator, as an episode draws it."""
-    ddpm = {"queue": "ddpm", "num_inference_steps": 5}
+    ddpm = {"scheduler": "ddpm", "num_inference_steps": 5}
     with serving(bundle, "sampler.scheduler=ddpm", "sampler.num_inference_steps=5") as server:
         remote = RemotePolicy(server.url)
         answers = []

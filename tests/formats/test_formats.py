@@ -413,7 +413,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_buffer(tmp_path: Path) -> None:
     """Many more rows, in about the same memory, of which 20 MB depend on how the threads meet."""
     code = (
-        "import sys; from action_diffusion import data_convert;"
+        "import sys; from action_diffusion.commands import data_convert;"
         "data_convert.run({'in': sys.argv[1], 'out': sys.argv[2], 'format': 'zarr'});"
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

@@ -34,7 +34,11 @@ NETS = (
 def test_a_step_is_what_the_layers_give(dtype, error):
     """In a process of its own: whether triton interprets is prefix when it is imported."""
     code = f"import test_gpu_unet; test_gpu_unet.compare({dtype!r}, {error})"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
