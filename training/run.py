@@ -177,9 +177,7 @@ def _policy(
     """A new policy, or one with the weights and the statistics of `checkpoint` or of `init`."""
     torch.manual_seed(config["seed"])
     if config["init"] is None and checkpoint is None:
-        statistics = fit_normalizer(
-            config["policy"], spec, lambda key: data.train.values(key)[data.train_rows], data.chunks
-        )
+        statistics = fit_normalizer(config["policy"], spec, data.statistics_rows, data.chunks)
         spec = replace(spec, normalizer=statistics)
         return spec, build_policy(config["policy"], spec)
     path = Path(config["init"]) if checkpoint is None else checkpoint / "bundle"

@@ -78,10 +78,11 @@ Options
   merge=PATH,…          the episodes of these buffers behind those of PATH; they need the same keys
   relabel=EPISODES:NAME     these are in the subset NAME and in no other: dataset.subset=NAME trains on it
   rename=KEY:NAME,…     give columns other names
+  rotations=KEY:KIND,…  which columns are rotations: eef_quat:quaternion_xyzw, action:rotation_vector@3 from value 3 on
   out=PATH              a folder, or a zip where it ends in .zip; must not exist
 """
 
-EDIT_OPTIONS = ("out", "drop", "trim", "split", "merge", "relabel", "rename")
+EDIT_OPTIONS = ("out", "drop", "trim", "split", "merge", "relabel", "rename", "rotations")
 
 
 def inspect(options: Mapping[str, str]) -> int:

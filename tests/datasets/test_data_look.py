@@ -167,6 +167,9 @@ def test_rename(buffer: ReplayBuffer) -> None:
         (["out=a.zarr", "rename=image:x"], "demos.zarr: no key 'image' in data/; it has action, img, state"),
         (["out=a.zarr", "rename=img:state"], "two columns would have the same name"),
         (["out=a.zarr", "rename=img"], "rename=img: expected KEY:NAME"),
+        (["out=a.zarr", "rotations=state"], "rotations=state: expected KEY:KIND"),
+        (["out=a.zarr", "rotations=stat:angle"], "unknown column of the buffer for a rotation 'stat'"),
+        (["out=a.zarr", "rotations=state:angel"], "unknown rotation 'angel'"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -190,6 +193,14 @@ def test_columns_in_pieces_read_like_arrays(buffer: ReplayBuffer) -> None:
     expected[[2, 5]] = 7
     np.testing.assert_array_equal(changed[:], expected)
     np.testing.assert_array_equal(changed[4:9], expected[4:9])
+
+
+def test_rotations_are_said_and_keep_with_their_column(buffer: ReplayBuffer) -> None:
+    assert run("edit", "demos.zarr", "out=a.zarr", "rotations=state:angle@2,action:angle,action:angle@1") == 0
+    said = {"state": ["angle@2"], "action": ["angle@0", "angle@1"]}
+    assert ReplayBuffer.open("a.zarr").attrs["rotations"] == said
+    assert run("edit", "a.zarr", "out=b.zarr", "rename=state:pose", "rotations=action:angle@1") == 0
+    assert ReplayBuffer.open("b.zarr").attrs["rotations"] == {"pose": ["angle@2"], "action": ["angle@1"]}
 
 
 def test_numbers() -> None:
