@@ -148,15 +148,17 @@ def valid(values: Tensor, rotations: Sequence[RotationColumns]) -> Tensor:
 
 
 def continuous_rows(rows: np.ndarray, rotation: RotationColumns) -> np.ndarray:
-    """float64 [N, n] of an episode's `rows` [N, D], each as near to the one before as it gets."""
+    """float64 [N, n] of an episode's `rows` [N, D]: `continuous` along them. What is not finite stays as it is."""
     part = np.array(rows[:, rotation.columns], np.float64)
-    before = np.asarray(rotation.origin)
+    finite = np.flatnonzero(np.isfinite(part).all(axis=1))
+    chain = np.concatenate([[rotation.origin], part[finite]])
     if SIZES[rotation.representation] == 4:
-        chain = np.concatenate([before[None], part])
         flips = np.cumsum((chain[1:] * chain[:-1]).sum(axis=1) < 0) % 2
-        return np.asarray(part * (1 - 2 * flips[:, None]))
-    for row, values in enumerate(part):
-        before = part[row] = nearest(values, before, rotation.representation)
+        part[finite] *= 1 - 2 * flips[:, None]
+    elif (nearest(chain[1:], chain[:-1], rotation.representation) != chain[1:]).any():
+        for place in range(1, len(chain)):
+            chain[place] = nearest(chain[place], chain[place - 1], rotation.representation)
+        part[finite] = chain[1:]
     return part
 
 

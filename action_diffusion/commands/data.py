@@ -123,7 +123,7 @@ SUBCOMMANDS = {
     "inspect": Subcommand(data_look.inspect, data_look.INSPECT_HELP, ("plot",), (), ("path",)),
     "view": Subcommand(data_look.view, data_look.VIEW_HELP, ("episodes", "output"), (), ("path",)),
     "doctor": Subcommand(
-        data_look.doctor, data_look.DOCTOR_HELP, ("page", "kinds"), (), ("path",), ("json", "fix"), ("fix",)
+        data_look.doctor, data_look.DOCTOR_HELP, ("page", "kinds", "details"), (), ("path",), ("json", "fix"), ("fix",)
     ),
     "edit": Subcommand(data_look.edit, data_look.EDIT_HELP, data_look.EDIT_OPTIONS, ("out",), ("path",)),
 }

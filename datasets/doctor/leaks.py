@@ -64,7 +64,7 @@ def _told(values: np.ndarray, commands: np.ndarray, survey: Survey) -> np.ndarra
         model = np.linalg.lstsq(inputs[fold != part], commands[inner[fold != part]], rcond=None)[0]
         wrong[fold == part] = commands[inner[fold == part]] - inputs[fold == part] @ model
     error = np.mean(wrong**2, axis=0)
-    step = np.mean((commands[inner] - commands[inner - 1]) ** 2, axis=0)
+    step = np.var(commands[inner] - commands[inner - 1], axis=0)  # what moves evenly is told by the row before
     return same | ((error < TOLD * commands[inner].var(axis=0)) & (error < TOLD * step))
 
 

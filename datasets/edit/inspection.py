@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from action_diffusion.datasets.doctor.examine import control_rate
+from action_diffusion.datasets.doctor.finding import spans
 from action_diffusion.datasets.storage.pictures import picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, blocks
@@ -139,7 +140,7 @@ def show(found: Inspection) -> None:
     for name, text in found.attrs.items():
         print(f"{name}: {text}")
     for words, episodes in found.tasks.items():
-        print(f"task {_short(words)!r}: {len(episodes)} of {len(lengths)} episodes ({_short(_ranges(episodes))})")
+        print(f"task {_short(words)!r}: {len(episodes)} of {len(lengths)} episodes ({_short(spans(episodes))})")
     table = Table(box=None, pad_edge=False)
     for heading in ("key", "shape", "type"):
         table.add_column(heading, no_wrap=True)
@@ -154,13 +155,6 @@ def show(found: Inspection) -> None:
         if len(key.least) > _DIMENSIONS:
             table.add_row("", "", "", "", f"… {len(key.least) - 1}", *_overall(key))
     Console(highlight=False).print(table)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
-    ends = [n for n, number in enumerate(numbers) if n + 1 == len(numbers) or numbers[n + 1] != number + 1]
-    pairs = zip([0, *(end + 1 for end in ends)], ends, strict=False)
-    return ", ".join(str(numbers[a]) if a == b else f"{numbers[a]}-{numbers[b]}" for a, b in pairs)
 
 
 def _shaped(key: Key) -> str:
