@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from action_diffusion.progress import progress
 
 SAMPLE_ROWS = 2000
 """Frames of a camera that are looked at, evenly over the buffer."""
+_BYTES = re.compile(r"[A-Za-z0-9+/_-]{70,}={0,2}")
+"""Base64, which no hash or word is as long as."""
 _DIMENSIONS = 8
 """Of a key, that are listed and plotted."""
 
@@ -120,7 +123,8 @@ def _size(path: Path) -> int:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    """For one line; bytes that are written as text are only counted."""
+    text = _BYTES.sub(lambda found: f"({len(found[0])} characters of base64)", " ".join(str(value).split()))
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
@@ -141,20 +145,44 @@ def show(found: Inspection) -> None:
         print(f"{name}: {text}")
     for words, episodes in found.tasks.items():
         print(f"task {_short(words)!r}: {len(episodes)} of {len(lengths)} episodes ({_short(spans(episodes))})")
+    console = Console(highlight=False)
+    console.print(_key_table(found.keys))
+    print()
+    console.print(_range_table(found.keys))
+
+
+def _key_table(keys: Sequence[Key]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("key", "shape", "type"):
+    table.add_column("key", overflow="fold")
+    for heading in ("shape", "type"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("unpacked", "dimension", "least", "most", "mean", "median step"):
+    table.add_column("unpacked", justify="right", no_wrap=True)
+    for key in keys:
+        table.add_row(key.name, _shaped(key), key.dtype, sized(key.n_bytes))
+    return table
+
+
+def _range_table(keys: Sequence[Key]) -> Table:
+    """Where a line is short the names of keys are folded, and numbers stay whole."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("key", overflow="fold")
+    for heading in ("dimension", "least", "most", "mean", "median step"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for key in found.keys:
-        for d in range(min(len(key.least), _DIMENSIONS)):
-            about = (key.name, _shaped(key), key.dtype, sized(key.n_bytes)) if d == 0 else ("",) * 4
-            place = "pixels" if key.image else str(d) if len(key.least) > 1 else ""
-            figures = [f"{values[d]:.4g}" for values in (key.least, key.most, key.mean, key.step)]
-            table.add_row(*about, place, *figures)
-        if len(key.least) > _DIMENSIONS:
-            table.add_row("", "", "", "", f"… {len(key.least) - 1}", *_overall(key))
-    Console(highlight=False).print(table)
+    for key in keys:
+        for number, cells in enumerate(ranges_of(key)):
+            table.add_row("" if number else key.name, *cells)
+    return table
+
+
+def ranges_of(key: Key) -> list[tuple[str, ...]]:
+    """Of the first dimensions, and of all others together: place, least, most, mean and median step in words."""
+    rows = []
+    for d in range(min(len(key.least), _DIMENSIONS)):
+        place = "pixels" if key.image else str(d) if len(key.least) > 1 else ""
+        rows.append((place, *(f"{values[d]:.4g}" for values in (key.least, key.most, key.mean, key.step))))
+    if len(key.least) > _DIMENSIONS:
+        rows.append((f"… {len(key.least) - 1}", *_overall(key)))
+    return rows
 
 
 def _shaped(key: Key) -> str:

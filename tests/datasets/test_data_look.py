@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def test_inspect(buffer: ReplayBuffer, capsys: pytest.CaptureFixture[str], monke
     row = next(line.split() for line in out.splitlines() if line.startswith("img"))
     assert row[:3] == ["img", "24×24×3", "uint8"]
     state = buffer["state"][:]
-    row = next(line.split() for line in out.splitlines() if line.startswith("state"))
+    row = [line.split() for line in out.splitlines() if line.startswith("state")][-1]
     assert row[-4:-1] == [f"{value:.4g}" for value in (state[:, 0].min(), state[:, 0].max(), state[:, 0].mean())]
     assert Path("plot.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -55,6 +56,28 @@ def test_inspect_many_dimensions_and_what_is_not_finite(tmp_path: Path, capsys: 
     assert "… 11" in out
     assert "nan" in out
     assert "rate: not said (attribute control_rate)" in out
+
+
+def test_inspect_keeps_numbers_and_names_whole_in_narrow_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    keys = [f"observation.of_the_left_arm.joint_velocities_{side}" for side in ("one", "other")]
+    arrays = {key: np.asarray([[-1.2341e-12, 1.7e38], [5.4321e-12, -0.55512]]) for key in keys}
+    bytes_ = base64.b64encode(bytes(range(256)) * 4).decode()
+    attrs = {"task": "x", "thumbnail": bytes_, "made": {"by": f"me {bytes_}", "sha256": "a1" * 32}}
+    ReplayBuffer.from_arrays(arrays, [2], attrs).save(tmp_path / "a.zarr")
+    assert run("inspect", str(tmp_path / "a.zarr")) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100  # the path
+    words = out.split()
+    for number in ("-1.234e-12", "5.432e-12", "-0.5551", "1.7e+38", "float64"):
+        assert words.count(number) == 2, number
+    for key in keys:
+        assert "".join(line.split(" ")[0] for line in out.splitlines() if not line.startswith("  ")).count(key) == 2
+    assert bytes_[:40] not in out
+    assert "thumbnail: (1368 characters of base64)" in out
+    assert "a1" * 32 in out
 
 
 def test_view_writes_a_recording(buffer: ReplayBuffer, capsys: pytest.CaptureFixture[str]) -> None:

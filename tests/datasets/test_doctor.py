@@ -136,6 +136,13 @@ def test_columns_that_tell_the_action_of_their_own_row(buffer: ReplayBuffer, col
     assert (found.kind, found.key, found.episode, found.dimensions) == ("leak", "told", None, dimensions)
 
 
+def test_an_action_that_goes_on_as_it_did_is_told_by_nothing_else() -> None:
+    angle = 0.02 * np.arange(1200) + np.repeat([0.0, 1.0, 2.0], 400)
+    turning = np.stack([np.cos(angle), np.sin(angle)], axis=1) + np.random.default_rng(0).normal(0, 1e-6, (1200, 2))
+    rows = {"state": turning, "action": np.stack([np.cos(angle + 0.02), np.sin(angle + 0.02)], axis=1)}
+    assert examine(ReplayBuffer.from_arrays(rows, [400, 800, 1200]), ("leak",)) == []
+
+
 @pytest.mark.parametrize(
     ("smooth", "seen"),
     [
@@ -210,8 +217,17 @@ def flipped(buffer: ReplayBuffer, kind: str) -> np.ndarray:
     return np.roll(quaternion, 1, axis=1) * signs[:, None] if kind == "w first" else quaternion * signs[:, None]
 
 
-@pytest.mark.parametrize("kind", ["w first", "w last", "one episode", "rotation vector", "euler", "degrees"])
-@pytest.mark.parametrize("key", ["eef", "pose"])
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("w first", "eef"),
+        ("w last", "pose"),
+        ("one episode", "eef"),
+        ("rotation vector", "pose"),
+        ("euler", "pose"),
+        ("degrees", "eef"),
+    ],
+)
 def test_rotations_that_change_their_name_are_found_and_mended(
     buffer: ReplayBuffer, kind: str, key: str, tmp_path: Path
 ) -> None:
