@@ -18,7 +18,8 @@ action-diffusion data inspect PATH [name=value …]     what a buffer holds
 Episodes and their lengths, rate, size on disk; of every key shape, type, range, and how far it moves in a step.
 
 Options
-  plot=FILE.png     lengths of episodes, and what every key's values are spread over
+  plot=FILE.png     an episode's numbers over time and frames of its cameras, lengths of episodes, how values are spread
+  episode=3         the one that is drawn, counted from 0. Default: 0
 """
 
 VIEW_HELP = """\
@@ -90,13 +91,20 @@ EDIT_OPTIONS = ("out", "drop", "trim", "split", "merge", "relabel", "rename", "r
 
 def inspect(options: Mapping[str, str]) -> int:
     from action_diffusion.datasets.batches.sources import open_data
-    from action_diffusion.datasets.edit.inspection import inspect, plot, show
+    from action_diffusion.datasets.edit.editing import numbers
+    from action_diffusion.datasets.edit.inspection import inspect, show
+    from action_diffusion.datasets.edit.plotting import plot
 
     buffer = open_data(options["path"])
+    if "episode" in options and "plot" not in options:
+        raise InputError("episode= says which one is drawn: give plot=FILE.png as well")
+    episode = numbers(options.get("episode", "0"), "episode", buffer.n_episodes)
+    if len(episode) > 1:
+        raise InputError(f"episode={options['episode']}: expected one number")
     found = inspect(buffer)
     show(found)
     if "plot" in options:
-        plot(found, Path(options["plot"]).expanduser())
+        plot(buffer, found, episode[0], Path(options["plot"]).expanduser())
     return 0
 
 

@@ -69,17 +69,18 @@ def recognised(
     found: list[RotationColumns] = []
     n = values.shape[1]
     for size, kind in ((4, "quaternion"), (3, "rotation_vector")):
-        scores = {
-            first: _jumps(key, values[:, first : first + size], inner, kind, first) for first in range(n - size + 1)
-        }
-        for first in sorted((first for first in scores if scores[first] is not None), key=lambda first: scores[first]):
-            if all(abs(first - other.first) >= max(size, SIZES[other.representation]) for other in found):
+        scores = []
+        for first in range(n - size + 1):
+            score = _jumps(key, values[:, first : first + size], inner, kind, first)
+            scores += [] if score is None else [(score, first)]
+        for _, first in sorted(scores):
+            if all(first + size <= other.first or other.columns.stop <= first for other in found):
                 found.append(RotationColumns(first, kind))
     taken = {column for one in found for column in range(one.first, one.columns.stop)}
     for column in sorted(set(range(n)) - taken):
-        kind = next((kind for kind, period in _PERIODS.items() if period == periods[column]), None)
-        if kind and (_ANGLES.search(key) or _among_angles(values, column, _PERIODS[kind])):
-            found.append(RotationColumns(column, kind))
+        for kind, period in _PERIODS.items():
+            if period == periods[column] and (_ANGLES.search(key) or _among_angles(values, column, period)):
+                found.append(RotationColumns(column, kind))
     return sorted(found, key=lambda rotation: rotation.first)
 
 

@@ -19,7 +19,6 @@ from action_diffusion.datasets.storage.pictures import picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, blocks
 from action_diffusion.datasets.storage.tasks import TASKS, episode_tasks
-from action_diffusion.files import atomic_path
 from action_diffusion.memory import sized
 from action_diffusion.progress import progress
 
@@ -27,7 +26,7 @@ SAMPLE_ROWS = 2000
 """Frames of a camera that are looked at, evenly over the buffer."""
 _BYTES = re.compile(r"[A-Za-z0-9+/_-]{70,}={0,2}")
 """Base64, which no hash or word is as long as."""
-_DIMENSIONS = 8
+DIMENSIONS = 8
 """Of a key, that are listed and plotted."""
 
 
@@ -158,7 +157,7 @@ def _key_table(keys: Sequence[Key]) -> Table:
         table.add_column(heading, no_wrap=True)
     table.add_column("unpacked", justify="right", no_wrap=True)
     for key in keys:
-        table.add_row(key.name, _shaped(key), key.dtype, sized(key.n_bytes))
+        table.add_row(key.name, shaped(key), key.dtype, sized(key.n_bytes))
     return table
 
 
@@ -177,52 +176,20 @@ def _range_table(keys: Sequence[Key]) -> Table:
 def ranges_of(key: Key) -> list[tuple[str, ...]]:
     """Of the first dimensions, and of all others together: place, least, most, mean and median step in words."""
     rows = []
-    for d in range(min(len(key.least), _DIMENSIONS)):
+    for d in range(min(len(key.least), DIMENSIONS)):
         place = "pixels" if key.image else str(d) if len(key.least) > 1 else ""
         rows.append((place, *(f"{values[d]:.4g}" for values in (key.least, key.most, key.mean, key.step))))
-    if len(key.least) > _DIMENSIONS:
+    if len(key.least) > DIMENSIONS:
         rows.append((f"… {len(key.least) - 1}", *_overall(key)))
     return rows
 
 
-def _shaped(key: Key) -> str:
+def shaped(key: Key) -> str:
     return "×".join(map(str, key.shape[1:])) or "1"
 
 
 def _overall(key: Key) -> Sequence[str]:
     """Of the dimensions that have no line of their own."""
-    rest = slice(_DIMENSIONS, None)
+    rest = slice(DIMENSIONS, None)
     values = key.least[rest].min(), key.most[rest].max(), key.mean[rest].mean(), np.median(key.step[rest])
     return [f"{value:.4g}" for value in values]
-
-
-def plot(found: Inspection, path: Path) -> None:
-    """Lengths of the episodes, and how each dimension is spread over its range (images: brightness), as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = 3
-    rows = math.ceil((len(found.keys) + 1) / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(12, 2.8 * rows), squeeze=False, layout="constrained")
-    places = list(axes.flat)
-    places[0].hist(found.lengths, bins=30, color="0.4")
-    places[0].set_title(f"steps of {len(found.lengths)} episodes", fontsize=10)
-    for axis, key in zip(places[1:], found.keys, strict=False):
-        for d in range(min(key.sample.shape[1], _DIMENSIONS)):
-            values = key.sample[np.isfinite(key.sample[:, d]), d]
-            if len(values):
-                spread = np.ptp(values) or 1.0
-                axis.hist((values - values.min()) / spread, bins=40, histtype="step", label=str(d))
-        axis.set_xticks([0, 1], ["least", "most"])
-        axis.set_title(f"{key.name}, brightness of frames" if key.image else key.name, fontsize=10)
-        if key.sample.shape[1] > 1:
-            axis.legend(fontsize=7, ncols=2, title="dimension", title_fontsize=7)
-    for axis in places[len(found.keys) + 1 :]:
-        axis.set_visible(False)
-    for axis in places:
-        axis.set_yticks([])
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    pyplot.close(figure)
