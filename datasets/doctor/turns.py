@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _MOST = 0.99
 """Of the rows that must look like a rotation."""
-_CLEAR = 0.9
-"""Of the jumps that must be a change of name."""
+_CLEAR = 0.5
+"""Of the large steps that must be a change of name: others are faults, or noise."""
 _ANGLES = re.compile(r"euler|rpy|roll|pitch|yaw|orient|(^|_)rot", re.IGNORECASE)
 _WORDS = {4: "the quaternion changes its sign", 3: "the rotation vector goes to the other end of its axis"}
 _PERIODS = {"angle": 2 * np.pi, "angle_degrees": 360.0}
@@ -79,7 +79,11 @@ def recognised(
     taken = {column for one in found for column in range(one.first, one.columns.stop)}
     for column in sorted(set(range(n)) - taken):
         for kind, period in _PERIODS.items():
-            if period == periods[column] and (_ANGLES.search(key) or _among_angles(values, column, period)):
+            if (
+                period == periods[column]
+                and _wraps(values[:, column], inner, period)
+                and (_ANGLES.search(key) or _among_angles(values, column, period))
+            ):
                 found.append(RotationColumns(column, kind))
     return sorted(found, key=lambda rotation: rotation.first)
 
@@ -113,6 +117,12 @@ def _jumps(key: str, part: np.ndarray, inner: np.ndarray, kind: str, first: int)
     left = np.linalg.norm(nearest(part[rows], part[rows - 1], kind) - part[rows - 1], axis=1)
     share = left / np.linalg.norm(part[rows] - part[rows - 1], axis=1)
     return float(share.mean()) if np.mean(share < 0.5) >= _CLEAR else None
+
+
+def _wraps(angle: np.ndarray, inner: np.ndarray, period: float) -> bool:
+    steps = np.abs(angle[1:] - angle[:-1])[inner[1:]]
+    large = steps[steps > period / 2]
+    return bool(np.mean(np.abs(large - period) < 0.1 * period) >= _CLEAR)
 
 
 def _among_angles(values: np.ndarray, column: int, period: float) -> bool:

@@ -256,6 +256,15 @@ def test_rotations_that_change_their_name_are_found_and_mended(
     np.testing.assert_array_equal(fixed["state"][:], buffer["state"][:])
 
 
+@pytest.mark.parametrize("size", [3, 4, 6])
+@pytest.mark.parametrize("unit", [False, True])
+def test_noise_is_no_rotation(size: int, unit: bool) -> None:
+    noise = np.random.default_rng(3).normal(size=(1500, size))
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True) if unit else 1.0
+    found = examine(ReplayBuffer.from_arrays({"state": noise, "quat": noise}, [500, 1000, 1500]), ("rotation",))
+    assert found == []
+
+
 def test_rotations_that_the_buffer_says(buffer: ReplayBuffer) -> None:
     angle = np.arange(buffer.n_steps) * 0.3 % (2 * np.pi)
     rows = {"yaw_of_it": angle, "other": np.stack([100 * angle, angle], axis=1)}
