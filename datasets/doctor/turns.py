@@ -69,11 +69,11 @@ def recognised(
     found: list[RotationColumns] = []
     n = values.shape[1]
     for size, kind in ((4, "quaternion"), (3, "rotation_vector")):
-        scores = []
+        gains = []
         for first in range(n - size + 1):
-            score = _jumps(key, values[:, first : first + size], inner, kind, first)
-            scores += [] if score is None else [(score, first)]
-        for _, first in sorted(scores):
+            gain = _gain(key, values[:, first : first + size], inner, kind, first)
+            gains += [] if gain is None else [(gain, first)]
+        for _, first in sorted(gains, reverse=True):
             if all(first + size <= other.first or other.columns.stop <= first for other in found):
                 found.append(RotationColumns(first, kind))
     taken = {column for one in found for column in range(one.first, one.columns.stop)}
@@ -98,25 +98,31 @@ def placed(rotation: RotationColumns, values: np.ndarray, starts: np.ndarray) ->
     return fitted
 
 
-def _jumps(key: str, part: np.ndarray, inner: np.ndarray, kind: str, first: int) -> float | None:
-    """How far from continuous `part` [N, n] would be with other names, [0, 1]; None where it is no rotation, or its
-    numbers do not jump."""
+def _gain(key: str, part: np.ndarray, inner: np.ndarray, kind: str, first: int) -> float | None:
+    """By how much the square of a large step of `part` [N, n] shrinks with another name for the rotation, in the mean;
+    None where it is no rotation.
+
+    It is most for the right columns: beside them is one that changes its sign and is left out, or one that need not.
+    """
     length = np.linalg.norm(part, axis=1)
     quaternion = kind == "quaternion"
     fits = np.abs(length - 1) < 1e-3 if quaternion else length < np.pi + 0.01
-    if fits.mean() < _MOST and not (quaternion and "quat" in key.lower() and first % 4 == 0):
+    named = quaternion and "quat" in key.lower() and first % 4 == 0
+    if fits.mean() < _MOST and not named:
         return None
     rows = np.flatnonzero(inner)
-    if quaternion:
-        rows = rows[(part[rows] * part[rows - 1]).sum(axis=1) < 0]
-    else:
-        rows = rows[np.linalg.norm(part[rows] - part[rows - 1], axis=1) > np.pi]
+    steps = part[rows] - part[rows - 1]
+    large = (part[rows] * part[rows - 1]).sum(axis=1) < 0 if quaternion else np.linalg.norm(steps, axis=1) > np.pi
+    rows, steps = rows[large], steps[large]
     if not len(rows):
-        named = quaternion and "quat" in key.lower() and fits.mean() >= _MOST
-        return 1.0 if named or (quaternion and (np.ptp(part, axis=0) > 0).sum() >= 3) else None
-    left = np.linalg.norm(nearest(part[rows], part[rows - 1], kind) - part[rows - 1], axis=1)
-    share = left / np.linalg.norm(part[rows] - part[rows - 1], axis=1)
-    return float(share.mean()) if np.mean(share < 0.5) >= _CLEAR else None
+        return 0.0 if named or (quaternion and (np.ptp(part, axis=0) > 0).sum() >= 3) else None
+    left = nearest(part[rows], part[rows - 1], kind) - part[rows - 1]
+    if np.mean(np.linalg.norm(left, axis=1) < np.linalg.norm(steps, axis=1) / 2) < _CLEAR:
+        return None
+    gain = float(np.mean((steps**2 - left**2).sum(axis=1)))
+    unwrapped = nearest(part[rows], part[rows - 1], "angle") - part[rows - 1]
+    as_angle = np.mean(steps**2 - unwrapped**2, axis=0).max()
+    return gain if quaternion or gain >= as_angle else None
 
 
 def _wraps(angle: np.ndarray, inner: np.ndarray, period: float) -> bool:

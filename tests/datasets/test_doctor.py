@@ -224,16 +224,18 @@ def flipped(buffer: ReplayBuffer, kind: str) -> np.ndarray:
         ("w last", "pose"),
         ("one episode", "eef"),
         ("rotation vector", "pose"),
+        ("rotation vector", "pose near the origin"),
         ("euler", "pose"),
+        ("euler", "pose near the origin"),
         ("degrees", "eef"),
     ],
 )
-def test_rotations_that_change_their_name_are_found_and_mended(
-    buffer: ReplayBuffer, kind: str, key: str, tmp_path: Path
-) -> None:
+def test_rotations_that_change_their_name_are_found_and_mended(kind: str, key: str, tmp_path: Path) -> None:
+    buffer = demonstrations(6)
     values = flipped(buffer, kind)
-    first = 3 if key == "pose" else 0
-    values = np.concatenate([arrays(buffer)["state"][:, [0, 1, 1]] / 50, values], axis=1) if first else values
+    first = 0 if key == "eef" else 3
+    place = buffer["state"][:, [0, 1, 1]] / (50 if key == "pose" else 1e5)
+    values = np.concatenate([place, values], axis=1) if first else values
     rows = {"state": buffer["state"][:], "action": buffer["action"][:], key: values.astype(np.float32)}
     broken = ReplayBuffer.from_arrays(rows, buffer.episode_ends)
     findings = examine(broken)
@@ -243,6 +245,7 @@ def test_rotations_that_change_their_name_are_found_and_mended(
     fixed = ReplayBuffer.open(tmp_path / "fixed.zarr")
     assert examine(fixed) == []
     assert key in fixed.attrs["rotations"]
+    np.testing.assert_array_equal(fixed[key][:, :first], place[:, :first].astype(np.float32))
     made = fixed[key][:, first:]
     inner = np.setdiff1d(np.arange(1, buffer.n_steps), buffer.episode_ends)
     assert np.abs(made[inner] - made[inner - 1]).max() < (15 if kind == "degrees" else 0.25)
@@ -256,6 +259,23 @@ def test_rotations_that_change_their_name_are_found_and_mended(
     np.testing.assert_array_equal(fixed["state"][:], buffer["state"][:])
 
 
+@pytest.mark.parametrize(("case", "keys"), [("zarr_quat_flip", 2), ("zarr_rotvec_few", 1)])
+def test_in_what_people_have(case: str, keys: int, tmp_path: Path) -> None:
+    path = Path(os.environ.get("ACTION_DIFFUSION_DATA", "")).parent / "cases" / case / "d.zarr"
+    if not path.exists():
+        pytest.skip("no cases beside ACTION_DIFFUSION_DATA")
+    buffer = ReplayBuffer.open(path)
+    findings = [finding for finding in examine(buffer) if finding.kind == "rotation"]
+    assert len({finding.key for finding in findings}) == keys
+    repair(buffer, findings, tmp_path / "fixed.zarr")
+    fixed = ReplayBuffer.open(tmp_path / "fixed.zarr")
+    assert examine(fixed, ("rotation",)) == []
+    assert fixed.n_episodes == buffer.n_episodes
+    inner = np.setdiff1d(np.arange(1, buffer.n_steps), buffer.episode_ends)
+    for key in fixed.attrs["rotations"]:
+        assert np.abs(fixed[key][:][inner] - fixed[key][:][inner - 1]).max() < 0.2
+
+
 @pytest.mark.parametrize("size", [3, 4, 6])
 @pytest.mark.parametrize("unit", [False, True])
 def test_noise_is_no_rotation(size: int, unit: bool) -> None:
@@ -265,7 +285,8 @@ def test_noise_is_no_rotation(size: int, unit: bool) -> None:
     assert found == []
 
 
-def test_rotations_that_the_buffer_says(buffer: ReplayBuffer) -> None:
+def test_rotations_that_the_buffer_says() -> None:
+    buffer = demonstrations(6)
     angle = np.arange(buffer.n_steps) * 0.3 % (2 * np.pi)
     rows = {"yaw_of_it": angle, "other": np.stack([100 * angle, angle], axis=1)}
     attrs = {"rotations": {"other": "angle@1"}}
