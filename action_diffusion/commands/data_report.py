@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def _body(buffer: ReplayBuffer, found: Inspection, findings: Sequence[Finding]) 
     )
     if found.tasks:
         rows = [(words, f"{len(episodes)}") for words, episodes in found.tasks.items()]
-        yield section("Tasks", number_table(("in words", "episodes"), rows))
+        yield section("Tasks", _table(("in words", "episodes"), rows))
     yield section("Findings", _findings(findings))
     columns = [(key.name, shaped(key), key.dtype, *cells) for key in found.keys for cells in ranges_of(key)]
     heads = ("column", "shape", "type", "dimension", "least", "most", "mean", "median step")
@@ -85,7 +86,7 @@ def _body(buffer: ReplayBuffer, found: Inspection, findings: Sequence[Finding]) 
 
 def _findings(findings: Sequence[Finding]) -> str:
     from action_diffusion.datasets.doctor.finding import grouped, rows_of
-    from action_diffusion.training.evaluation.page import folded, note, number_table
+    from action_diffusion.training.evaluation.page import folded, note
 
     if not findings:
         return note("Nothing found.")
@@ -96,9 +97,9 @@ def _findings(findings: Sequence[Finding]) -> str:
         for group in groups
         for f in group.findings
     ]
-    table = number_table(("kind", "column", "episode", "rows", "how bad"), each[:MOST_ROWS])
+    table = _table(("kind", "column", "episode", "rows", "how bad"), each[:MOST_ROWS])
     title = "each of them" if len(each) <= MOST_ROWS else f"the first {MOST_ROWS} of {len(each)}"
-    return number_table(("kind", "column", "found", "episodes", "the worst", "what to do"), rows) + folded(title, table)
+    return _table(("kind", "column", "found", "episodes", "the worst", "what to do"), rows) + folded(title, table)
 
 
 def _episodes(buffer: ReplayBuffer, found: Inspection, findings: Sequence[Finding]) -> str:
@@ -106,7 +107,7 @@ def _episodes(buffer: ReplayBuffer, found: Inspection, findings: Sequence[Findin
     from action_diffusion.datasets.edit.plotting import small_png
     from action_diffusion.datasets.storage.tasks import episode_tasks
     from action_diffusion.progress import progress
-    from action_diffusion.training.evaluation.page import figure, folded, grid, number_table
+    from action_diffusion.training.evaluation.page import figure, folded, grid
 
     counts = Counter(finding.episode for finding in findings)
     starts = buffer.episode_ends - found.lengths
@@ -135,9 +136,16 @@ def _episodes(buffer: ReplayBuffer, found: Inspection, findings: Sequence[Findin
             )
             advance(1)
     heads = ("episode", "rows", "steps", "length", "findings", "task")
-    return grid(cards) + folded("all episodes", number_table(heads, rows[:MOST_ROWS]))
+    return grid(cards) + folded("all episodes", _table(heads, rows[:MOST_ROWS]))
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Words under `heads`; `number_table` is for numbers."""
+    top = "".join(f'<th style="min-width:5.5em">{escape(head)}</th>' for head in heads)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{top}</tr>{body}</table>"
 
 
 def _image(png: bytes) -> str:
     data = base64.b64encode(png).decode()
-    return f'<img alt="" style="max-width:100%" src="data:image/png;base64,{data}">'
+    return f'<img alt="" style="width:100%;image-rendering:pixelated" src="data:image/png;base64,{data}">'
