@@ -15,6 +15,7 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy, fit_normalizer, with_statistics
+from action_diffusion.policy.bundle import read_spec
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.rotations import SIZES, RotationColumns, continuous, continuous_rows, parse_rotations, valid
 from action_diffusion.training.data import describe, prepare
@@ -153,6 +154,21 @@ def test_from_a_buffer_to_an_arm(saved: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(chunk[:, 3:], axis=1), 1, atol=1e-5)
     flipped = obs | {"quat": obs["quat"] * [[-1], [1]]}  # what an arm says of the same rotations
     np.testing.assert_allclose(predict(flipped), chunk, atol=1e-5)
+
+
+def test_a_run_from_another_s_weights_keeps_its_references(saved: Path, tmp_path: Path) -> None:
+    short = ("train.max_steps=2", "train.batch_size=8", "evaluation.n_episodes=0")
+    words = ["train", "task=custom", f"data={saved}", *SMALL, *short]
+    assert main([*words, f"output_dir={tmp_path / 'one'}"]) == 0
+    buffer = ReplayBuffer.open(saved)
+    turned = buffer["quat"][:].copy()[:, [1, 0, 2, 3]]
+    arrays = {key: buffer[key][:] for key in buffer.keys} | {"quat": turned}
+    ReplayBuffer.from_arrays(arrays, buffer.episode_ends, buffer.attrs).save(tmp_path / "b.zarr")
+    words[2] = f"data={tmp_path / 'b.zarr'}"
+    assert main([*words, f"output_dir={tmp_path / 'two'}", f"init={tmp_path / 'one' / 'bundle'}"]) == 0
+    one, two = (read_spec(tmp_path / run / "bundle") for run in ("one", "two"))
+    assert one.observations["quat"].rotations == two.observations["quat"].rotations
+    assert one.observations["quat"].rotations[0].reference
 
 
 def test_chosen_columns_keep_their_rotation(saved: Path) -> None:
