@@ -126,7 +126,7 @@ def continuous(values: Tensor, rotations: Sequence[RotationColumns]) -> Tensor:
 
     for rotation in rotations:
         part = values[..., rotation.columns]
-        before, steps = part.new_tensor(rotation.origin), []
+        before, steps = _filled(part[..., 0, :], rotation.origin), []
         for step in part.unbind(-2):
             before = nearest(step, before, rotation.representation)
             steps.append(before)
@@ -142,7 +142,7 @@ def valid(values: Tensor, rotations: Sequence[RotationColumns]) -> Tensor:
         if SIZES[rotation.representation] == 4:
             part = values[..., rotation.columns]
             length = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
-            unit = torch.where(length > _SHORTEST, part / length.clamp_min(_SHORTEST), part.new_tensor(rotation.origin))
+            unit = torch.where(length > _SHORTEST, part / length.clamp_min(_SHORTEST), _filled(part, rotation.origin))
             values = _with_part(values, rotation, unit)
     return values
 
@@ -160,6 +160,13 @@ def continuous_rows(rows: np.ndarray, rotation: RotationColumns) -> np.ndarray:
             chain[place] = nearest(chain[place], chain[place - 1], rotation.representation)
         part[finite] = chain[1:]
     return part
+
+
+def _filled(like: Tensor, values: Sequence[float]) -> Tensor:
+    """`values` [n] in the shape of `like` [..., n], made on its device: a copy from the host would wait for a GPU."""
+    import torch
+
+    return torch.stack([torch.full_like(like[..., 0], value) for value in values], dim=-1)
 
 
 def _with_part(values: Tensor, rotation: RotationColumns, part: Tensor) -> Tensor:
