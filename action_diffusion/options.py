@@ -272,6 +272,8 @@ class Manipulation:
 
 Environment = Annotated[Section, ByName({name: PushT if name == "pusht" else Manipulation for name in ENVS.own}, ENVS)]
 Rate = Annotated[float, Above(0, 10_000)]
+Rotation = Annotated[str, Matching("a rotation, such as quaternion_xyzw or rotation_vector@3", bool)]
+"""Of a column of the buffer: its representation (`action_diffusion.rotations.SIZES`), and @ where it begins."""
 Steps = Annotated[int, Between(1, MOST_STEPS)]
 
 
@@ -307,6 +309,7 @@ class Task:
     env: Environment | None = None
     observations: dict[str, Observation] | None = None
     estimates: dict[str, Observation] | None = None
+    rotations: dict[str, Rotation | Annotated[list[Rotation], Sized(1, 100)]] | None = None
 
     def __post_init__(self) -> None:
         check_steps(self.n_obs_steps, self.horizon, self.n_action_steps)

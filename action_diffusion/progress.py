@@ -16,7 +16,10 @@ _LINE_SECONDS = 10.0
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the amount just done, of `total`, of which `done` is there already."""
+    """Gives a function to call with the amount just done, of `total`, of which `done` is there already.
+
+    What goes beyond the total, an estimate maybe, is shown as all of it.
+    """
     meter = _Meter(description, total, done)
     try:
         yield meter.advance
@@ -31,7 +34,7 @@ class _Meter:
         self._bar: Progress | None = None
 
     def advance(self, amount: int) -> None:
-        self._done += amount
+        self._done = min(self._done + amount, self._total)
         now = time.monotonic()
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=self._done)

@@ -9,22 +9,187 @@ writes columns; the inverse rotation's 6D has those):
         | r3 r4 r5 |  ─▶  [r0 r1 r2 r3 r4 r5]
         |  .  .  . |      (row 0 × row 1)
 
-All functions take any leading dimensions, compute in float64 and give the floating type that they were given (float64
-for whole numbers). Axis-angle [..., 3]: axis times angle in rad. Quaternions [..., 4] are x, y, z, w, as in robosuite
-and scipy.
+In three or four numbers a rotation has several names: q and −q, a vector and the one that is 2π longer on its axis, an
+angle and a turn more. `nearest` chooses among them, so that `continuous` windows have no jumps where nothing jumps.
+
+The functions of 6D take any leading dimensions, compute in float64 and give the floating type that they were given
+(float64 for whole numbers). Axis-angle [..., 3]: axis times angle in rad. Quaternions [..., 4] are x, y, z, w there, as
+in robosuite and scipy.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from action_diffusion.errors import InputError
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.schema import Between, OneOf, Sized
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SIZES = {
+    "quaternion": 4,
+    "quaternion_xyzw": 4,
+    "quaternion_wxyz": 4,
+    "rotation_vector": 3,
+    "euler": 3,
+    "euler_degrees": 3,
+    "angle": 1,
+    "angle_degrees": 1,
+}
+"""Representation that has several numbers for one rotation → how many values it takes. Signs of a quaternion do not
+depend on its order; Euler angles and single ones are right but for whole turns."""
+_TINY = 1e-6
+_SHORTEST = 1e-3
+"""Of a quaternion that still says something of a rotation."""
+
+
+@dataclass(frozen=True)
+class RotationColumns:
+    """The columns of a vector, from `first` on, that are a rotation.
+
+    reference: the rotation whose neighbourhood the first step of a window is written in; none for the identity.
+    """
+
+    first: Annotated[int, Between(0, 100_000)]
+    representation: Annotated[str, OneOf(*SIZES)]
+    reference: Annotated[tuple[Annotated[float, Between(-1e4, 1e4)], ...], Sized(0, 4)] = ()
+
+    def __post_init__(self) -> None:
+        if self.representation in SIZES and len(self.reference) not in (0, SIZES[self.representation]):
+            raise InputError(f"rotation {self.representation}: its reference has {len(self.reference)} values")
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.first, self.first + SIZES[self.representation])
+
+    @property
+    def origin(self) -> tuple[float, ...]:
+        """The reference, or the identity: (0, 0, 0, 1), or (1, 0, 0, 0) where w comes first."""
+        zeros = (0.0,) * SIZES[self.representation]
+        if self.reference or len(zeros) < 4:
+            return self.reference or zeros
+        return (1.0, *zeros[1:]) if self.representation == "quaternion_wxyz" else (*zeros[1:], 1.0)
+
+    def fitted(self, values: np.ndarray) -> RotationColumns:
+        """With the mean rotation of rows [N, D] for its reference, so that few of them lie half a turn from it."""
+        rows = np.asarray(values, np.float64)[:, self.columns]
+        rows = rows[np.isfinite(rows).all(axis=1)]
+        return replace(self, reference=_mean(rows, self.representation)) if len(rows) else self
+
+
+def parse_rotations(texts: Sequence[str], n: int, where: str) -> tuple[RotationColumns, ...]:
+    """["quaternion_xyzw@3"] → columns 3 to 6 of n; without @ from column 0 on. Raises `InputError` naming `where`."""
+    found = []
+    for text in texts:
+        name, _, first = text.partition("@")
+        if name not in SIZES:
+            raise unknown("rotation", name, SIZES, where)
+        if not (first or "0").isdecimal() or int(first or 0) + SIZES[name] > n:
+            raise InputError(f"{where}={text}: expected {name}@COLUMN, whose {SIZES[name]} columns are among {n}")
+        found.append(RotationColumns(int(first or 0), name))
+    found.sort(key=lambda rotation: rotation.first)
+    for one, other in pairwise(found):
+        if one.columns.stop > other.first:
+            raise InputError(f"{where}: {one.representation} and {other.representation} share column {other.first}")
+    return tuple(found)
+
+
+def check_rotations(rotations: Sequence[RotationColumns], n: int) -> None:
+    """Raises `InputError` unless they lie in a vector of `n` values, one behind the other."""
+    parse_rotations([f"{rotation.representation}@{rotation.first}" for rotation in rotations], n, "rotations")
+
+
+def nearest(values: Any, before: Any, representation: str) -> Any:
+    """Of all numbers for the rotations `values` [..., n], those nearest to `before` [..., n]: arrays or tensors."""
+    if SIZES[representation] == 4:
+        return values * (1 - 2 * ((values * before).sum(-1, keepdims=True) < 0))
+    if representation != "rotation_vector":
+        turn = 360.0 if representation.endswith("degrees") else 2 * np.pi
+        return values - turn * ((values - before) / turn).round()
+    angle, far = _length(values), _length(before)
+    none = angle < _TINY  # any axis will do
+    axis = values / (angle + none) + none * before / (far + _TINY)
+    return values + 2 * np.pi * (((before * axis).sum(-1, keepdims=True) - angle) / (2 * np.pi)).round() * axis
+
+
+def continuous(values: Tensor, rotations: Sequence[RotationColumns]) -> Tensor:
+    """Windows [..., T, D] in which each step takes the numbers nearest to those of the step before, and the first one
+    those nearest to the reference. The same where it is done twice; differentiable."""
+    import torch
+
+    for rotation in rotations:
+        part = values[..., rotation.columns]
+        before, steps = _filled(part[..., 0, :], rotation.origin), []
+        for step in part.unbind(-2):
+            before = nearest(step, before, rotation.representation)
+            steps.append(before)
+        values = _with_part(values, rotation, torch.stack(steps, dim=-2))
+    return values
+
+
+def valid(values: Tensor, rotations: Sequence[RotationColumns]) -> Tensor:
+    """What a network says [..., D] as rotations: quaternions of unit length, the reference where nearly zero."""
+    import torch
+
+    for rotation in rotations:
+        if SIZES[rotation.representation] == 4:
+            part = values[..., rotation.columns]
+            length = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+            unit = torch.where(length > _SHORTEST, part / length.clamp_min(_SHORTEST), _filled(part, rotation.origin))
+            values = _with_part(values, rotation, unit)
+    return values
+
+
+def continuous_rows(rows: np.ndarray, rotation: RotationColumns) -> np.ndarray:
+    """float64 [N, n] of an episode's `rows` [N, D]: `continuous` along them. What is not finite stays as it is."""
+    part = np.array(rows[:, rotation.columns], np.float64)
+    finite = np.flatnonzero(np.isfinite(part).all(axis=1))
+    chain = np.concatenate([[rotation.origin], part[finite]])
+    if SIZES[rotation.representation] == 4:
+        flips = np.cumsum((chain[1:] * chain[:-1]).sum(axis=1) < 0) % 2
+        part[finite] *= 1 - 2 * flips[:, None]
+    elif (nearest(chain[1:], chain[:-1], rotation.representation) != chain[1:]).any():
+        for place in range(1, len(chain)):
+            chain[place] = nearest(chain[place], chain[place - 1], rotation.representation)
+        part[finite] = chain[1:]
+    return part
+
+
+def _filled(like: Tensor, values: Sequence[float]) -> Tensor:
+    """`values` [n] in the shape of `like` [..., n], made on its device: a copy from the host would wait for a GPU."""
+    import torch
+
+    return torch.stack([torch.full_like(like[..., 0], value) for value in values], dim=-1)
+
+
+def _with_part(values: Tensor, rotation: RotationColumns, part: Tensor) -> Tensor:
+    import torch
+
+    columns = rotation.columns
+    return torch.cat([values[..., : columns.start], part, values[..., columns.stop :]], dim=-1)
+
+
+def _length(vectors: Any) -> Any:
+    return (vectors * vectors).sum(-1, keepdims=True) ** 0.5
+
+
+def _mean(rows: np.ndarray, representation: str) -> tuple[float, ...]:
+    """Of rotations [N, n]. Of a quaternion's two signs the one that makes its largest number positive."""
+    if representation == "rotation_vector":
+        rows = Rotation.from_rotvec(rows).as_quat()
+    elif SIZES[representation] != 4:
+        scale = 180 / np.pi if representation.endswith("degrees") else 1.0
+        return tuple((scale * np.arctan2(np.sin(rows / scale).sum(0), np.cos(rows / scale).sum(0))).tolist())
+    mean = np.linalg.eigh(rows.T @ rows)[1][:, -1]
+    mean *= np.sign(mean[np.argmax(np.abs(mean))])
+    return tuple((Rotation.from_quat(mean).as_rotvec() if representation == "rotation_vector" else mean).tolist())
 
 
 def matrix_to_6d(matrix: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.rotations import continuous, valid
 
 IN_FRAME = "action_in_frame"
 """The normaliser's key for actions in the policy's action frame; "action" is always for those in the data's units."""
@@ -149,7 +150,7 @@ class DiffusionPolicy(nn.Module):
 
     def _ready(self, key: str, value: Tensor) -> Tensor:
         """A state [B, To, …] as the encoder takes it."""
-        value = value.float().flatten(2)
+        value = continuous(value.float().flatten(2), self.spec.states[key].rotations)
         if module_name(key) in self.features:
             value = self.features[module_name(key)](value)
         return self.normalizer.normalize(key, value)
@@ -160,16 +161,19 @@ class DiffusionPolicy(nn.Module):
         obs: key → [B, To, …], of `see` where a state is estimated; a frame moves with it, so a running chunk has other
         normalised values at every step.
         """
+        action = continuous(action, self.spec.action.rotations)
         if self.action_frame is None:
             return self.normalizer.normalize("action", action)
         return self.normalizer.normalize(IN_FRAME, self.action_frame.enter(action, self._now(obs, len(action))))
 
     def unnormalize_action(self, normalized: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of `normalize_action`."""
+        """The inverse of `normalize_action`; what is a rotation is a valid one."""
         if self.action_frame is None:
-            return self.normalizer.unnormalize("action", normalized)
-        in_frame = self.normalizer.unnormalize(IN_FRAME, normalized)
-        return self.action_frame.leave(in_frame, self._now(obs, len(normalized)))
+            action = self.normalizer.unnormalize("action", normalized)
+        else:
+            in_frame = self.normalizer.unnormalize(IN_FRAME, normalized)
+            action = self.action_frame.leave(in_frame, self._now(obs, len(normalized)))
+        return valid(action, self.spec.action.rotations)
 
     def _now(self, obs: Mapping[str, Tensor], rows: int) -> Tensor:
         assert self.action_frame is not None

@@ -223,6 +223,7 @@ def running_chunks(
             continue
         rest = rest[:length]
         end[row] = len(rest)
+        padded[row, :now] = rest[0]  # what is past: rotations go on from it
         padded[row, now : now + len(rest)] = rest
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in obs.items()}
     with torch.no_grad():

@@ -12,6 +12,7 @@ import numpy as np
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import KINDS, Environment, Rate, Steps, check_steps
 from action_diffusion.registry import check_required
+from action_diffusion.rotations import RotationColumns, check_rotations
 from action_diffusion.schema import Between, OneOf, Sized, check
 
 FORMAT = 1
@@ -24,6 +25,7 @@ MOST_ACTION = 1e30
 DTYPES = ("float16", "float32", "float64", "uint8", "uint16", "int16", "int32", "int64", "bool")
 Side = Annotated[int, Between(1, MOST_VALUES)]
 Dtype = Annotated[str, OneOf(*DTYPES)]
+Rotations = Annotated[tuple[RotationColumns, ...], Sized(0, 100)]
 Vector = Annotated[tuple[Annotated[float, Between(-3e38, 3e38)], ...], Sized(1, MOST_VALUES)]
 
 
@@ -31,7 +33,8 @@ Vector = Annotated[tuple[Annotated[float, Between(-3e38, 3e38)], ...], Sized(1, 
 class ObservationSpec:
     """One observation key. shape: of one step; images are uint8 [H, W, 3]. unit: of the values, for people.
 
-    source and columns: the replay buffer's key and the columns of it that this key was trained on.
+    source and columns: the replay buffer's key and the columns of it that this key was trained on. rotations: the
+    values that are some, of which the policy takes any sign and any turn.
     """
 
     shape: Annotated[tuple[Side, ...], Sized(0, 4)]
@@ -40,6 +43,7 @@ class ObservationSpec:
     kind: Annotated[str, OneOf(*KINDS)] = "state"
     source: str = ""
     columns: tuple[Annotated[int, Between(0)], ...] | None = None
+    rotations: Rotations = ()
 
     def __post_init__(self) -> None:
         values = math.prod(self.shape)
@@ -47,16 +51,21 @@ class ObservationSpec:
             raise InputError(f"an image of shape {list(self.shape)}: images are [height, width, 3]")
         if self.kind != "image" and values > MOST_VALUES:
             raise InputError(f"a state of shape {list(self.shape)} has {values:,} values, more than {MOST_VALUES:,}")
+        check_rotations(self.rotations, values)
 
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """The action of one step: shape [A], unit, and the replay buffer's key."""
+    """The action of one step: shape [A], unit, the replay buffer's key, and the values that are rotations."""
 
     shape: Annotated[tuple[Annotated[int, Between(1, 4096)], ...], Sized(1, 1)]
     dtype: Dtype = "float32"
     unit: str = ""
     source: str = "action"
+    rotations: Rotations = ()
+
+    def __post_init__(self) -> None:
+        check_rotations(self.rotations, self.shape[0])
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from action_diffusion import progress as meters
 from action_diffusion.training import progress
 from action_diffusion.training.progress import TrainingBar, spoken
 
@@ -54,3 +55,23 @@ def test_a_terminal_has_a_bar_instead_of_lines(monkeypatch):
 
 def test_another_process_says_nothing(monkeypatch):
     assert run(monkeypatch, terminal=False, enabled=False) == ""
+
+
+def test_a_budget_that_is_overrun_leaves_no_time_below_none(monkeypatch):
+    out, now = io.StringIO(), 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with TrainingBar(console=Console(file=out, width=200)) as bar:
+        for step, share in ((10, 0.5), (20, 1.0), (31, 1.54)):
+            now += 40
+            bar.update(share=share, step=step, loss=0.5, rate=64, step_seconds=4.0)
+    assert "step 31 of about 31, loss 0.5000, 0 s left" in out.getvalue()
+
+
+def test_more_than_was_expected_is_all_of_it(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(meters.time, "monotonic", lambda: now)
+    with meters.progress("reading", 100) as advance:
+        for amount in (20, 60, 74):
+            now += 20
+            advance(amount)
+    assert capsys.readouterr().err == "reading: 20%, 80 s left\nreading: 80%, 10 s left\nreading: 100%, 0 s left\n"

@@ -7,7 +7,7 @@ by the words in their names, and by values that only count. Whoever means one na
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from action_diffusion.datasets.batches.columns import from_zero_to_one
 from action_diffusion.datasets.storage.pictures import Picture, picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, ZarrColumn
+from action_diffusion.rotations import RotationColumns
 
 _WORDS = {
     "another version of the action": "action actions command commands commanded cmd ctrl setpoint setpoints desired",
@@ -85,7 +86,12 @@ def _counts(values: np.ndarray, ends: np.ndarray) -> bool:
     return step != 0 and bool((np.abs(within - step) <= _STRAIGHT * abs(step)).all())
 
 
-def became(buffer: ReplayBuffer, action: str, sources: Mapping[str, str]) -> dict[str, str]:
+def became(
+    buffer: ReplayBuffer,
+    action: str,
+    sources: Mapping[str, str],
+    rotations: Mapping[str, Sequence[RotationColumns]] | None = None,
+) -> dict[str, str]:
     """What a policy makes of each column of a buffer, in words. sources: observation → its column."""
     words = {}
     for key in buffer.keys:
@@ -97,6 +103,9 @@ def became(buffer: ReplayBuffer, action: str, sources: Mapping[str, str]) -> dic
             words[key] = f"observed{alias}: {_what(buffer[key])}"
         else:
             words[key] = f"left out: {why_not(buffer, key) or 'the task does not name it'}"
+        for rotation in (rotations or {}).get(key, ()):
+            last = rotation.columns.stop - 1
+            words[key] += f", {rotation.first} to {last} a rotation ({rotation.representation})"
         words[key] += _absent(buffer[key])
     return words | {key: f"left out: {reason}" for key, reason in buffer.left_out.items()}
 

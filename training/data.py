@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from action_diffusion.datasets.robomimic.attributes import subset as named_subse
 from action_diffusion.datasets.storage.checks import check_key
 from action_diffusion.datasets.storage.pictures import picture
 from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE, ReplayBuffer
+from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.envs import APART
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.policy import IN_FRAME
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.rotations import RotationColumns
 from action_diffusion.training import columns
 
+_WINDOWS = 10_000
+"""That are looked at at once."""
 _SAME_RATE = 0.005
 """Share by which two rates may differ that mean the same, such as 29.97 and 30."""
 
@@ -44,14 +48,21 @@ def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, 
     if not named:
         reasons = ", ".join(f"{key} ({columns.why_not(buffer, key)})" for key in buffer.keys if key != source)
         raise InputError(f"{buffer.name} holds no observations beside {source!r}: {reasons or 'no other key'}")
-    observations = {key: _observation(key, dict(options), buffer) for key, options in named.items()}
+    rotations = declared_rotations(buffer, task.get("rotations") or {})
+    observations = {key: _observation(key, dict(options), buffer, rotations) for key, options in named.items()}
     estimates = {
-        key: _observation(key, dict(options), buffer) for key, options in (task.get("estimates") or {}).items()
+        key: _observation(key, dict(options), buffer, rotations)
+        for key, options in (task.get("estimates") or {}).items()
     }
     sources = {key: spec.source for key, spec in (observations | estimates).items()}
     return PolicySpec(
         observations=observations,
-        action=ActionSpec(shape=(math.prod(buffer[source].shape[1:]),), unit=action.get("unit") or "", source=source),
+        action=ActionSpec(
+            shape=(math.prod(buffer[source].shape[1:]),),
+            unit=action.get("unit") or "",
+            source=source,
+            rotations=_fitted(rotations.get(source, ()), buffer, source),
+        ),
         n_obs_steps=task["n_obs_steps"],
         horizon=task["horizon"],
         n_action_steps=task["n_action_steps"],
@@ -61,7 +72,7 @@ def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, 
         demonstrations=str(buffer.attrs.get("source", "")),
         estimates=estimates,
         versions=versions,
-        buffer_columns=columns.became(buffer, source, sources),
+        buffer_columns=columns.became(buffer, source, sources, rotations),
     )
 
 
@@ -82,7 +93,9 @@ def _environment(env: Mapping[str, Any] | None, buffer: ReplayBuffer) -> dict[st
     return recorded | dict(env)
 
 
-def _observation(key: str, options: dict[str, Any], buffer: ReplayBuffer) -> ObservationSpec:
+def _observation(
+    key: str, options: dict[str, Any], buffer: ReplayBuffer, declared: Mapping[str, Sequence[RotationColumns]]
+) -> ObservationSpec:
     check_key(key, "task.observations")
     if key in ("action", IN_FRAME):
         raise InputError(f"task.observations: {key!r} is what the action is called: give the observation another name")
@@ -91,7 +104,7 @@ def _observation(key: str, options: dict[str, Any], buffer: ReplayBuffer) -> Obs
         raise unknown(f"key of the buffer for observation {key!r}", source, buffer.keys, buffer.name)
     shape = tuple(buffer[source].shape[1:]) or (1,)
     kind = options.get("kind") or columns.kind_of(buffer[source])
-    chosen = options.get("columns")
+    chosen, rotations = options.get("columns"), tuple(declared.get(source, ()))
     if kind == "image":
         shape = (*seen_picture(buffer, source).size, 3)
     elif kind == "state":
@@ -109,7 +122,27 @@ def _observation(key: str, options: dict[str, Any], buffer: ReplayBuffer) -> Obs
         kind=kind,
         source=source,
         columns=None if chosen is None else tuple(chosen),
+        rotations=_fitted(rotations, buffer, source, chosen) if kind == "state" else (),
     )
+
+
+def _fitted(
+    rotations: Sequence[RotationColumns], buffer: ReplayBuffer, source: str, chosen: Sequence[int] | None = None
+) -> tuple[RotationColumns, ...]:
+    """Around the mean rotation that the buffer has, in places among the `chosen` columns, if all of them are there."""
+    if not rotations:
+        return ()
+    rows = np.asarray(buffer[source][:]).reshape(buffer.n_steps, -1)
+    fitted = [rotation.fitted(rows) for rotation in rotations]
+    if chosen is None:
+        return tuple(fitted)
+    places = {column: place for place, column in enumerate(chosen)}
+    kept = []
+    for rotation in fitted:
+        found = [places.get(column, -1) for column in range(rotation.columns.start, rotation.columns.stop)]
+        if found[0] >= 0 and found == list(range(found[0], found[0] + len(found))):
+            kept.append(replace(rotation, first=found[0]))
+    return tuple(kept)
 
 
 def _check_state(buffer: ReplayBuffer, source: str, what: str) -> None:
@@ -134,7 +167,22 @@ class TrainingData:
         """For every training window: the observation `key` now [W, ...] and the chunk [W, H, A]."""
         indices = np.arange(len(self.train))
         now, rows = self.train.windows.now(indices), self.train.windows.rows(indices)
-        return self.train.values(key)[now], self.train.values("action")[rows]
+        return self.train.values(key)[now], self.train.windowed("action", rows).cpu().numpy()
+
+    def statistics_rows(self, key: str) -> np.ndarray:
+        """What the training windows hold of an observation, or of "action": [n, ...], each row at least once.
+
+        A rotation's row is there for each of the numbers that windows have for it.
+        """
+        rows = self.train.windowed(key, self.train_rows[:, None])[:, 0].cpu().numpy()
+        if not self.train.has_rotations(key):
+            return rows
+        parts = [rows]
+        for indices in np.array_split(np.arange(len(self.train)), 1 + len(self.train) // _WINDOWS):
+            steps = self.train.windows.rows(indices)[:, : None if key == "action" else self.train.n_obs_steps]
+            values = self.train.windowed(key, steps).cpu().numpy()
+            parts.append(values[(values != rows[np.searchsorted(self.train_rows, steps)]).any(axis=-1)])
+        return np.concatenate(parts)
 
 
 def prepare(
@@ -176,6 +224,7 @@ def prepare(
         device=device,
         memory_gb=memory_gb,
         cache_dir=cache_dir,
+        rotations={k: v.rotations for k, v in spec.states.items()} | {"action": spec.action.rotations},
     )
     ends = buffer.episode_ends
     starts = np.concatenate([[0], ends[:-1]])

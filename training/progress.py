@@ -51,7 +51,7 @@ class TrainingBar:
         """Show where the run stands. share: 0 to 1 of the budget; rate: samples per second."""
         self._updates += 1
         self._bar.update(self._task, completed=share, step=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
-        steps = step / max(share, 1e-9)
+        steps = max(step, step / max(share, 1e-9))  # a budget of time ends a little late
         left = spoken((steps - step) * step_seconds)
         if self._enabled and self._updates == 2:  # the first steps also choose the fastest kernels
             said = f"{step_seconds:.2g} s a step: about {steps:,.0f} steps in all, {left} left"

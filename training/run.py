@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -28,7 +28,7 @@ from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.train_settings import TrainSettings
 from action_diffusion.training import checkpoints, resuming
 from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
@@ -171,15 +171,22 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
     return spec, data
 
 
+_Turned = TypeVar("_Turned", ActionSpec, ObservationSpec)
+
+
+def _turned(ours: _Turned, theirs: _Turned) -> _Turned:
+    """With rotations about the references that `theirs` has, where it has the same."""
+    known = {(one.first, one.representation): one for one in theirs.rotations}
+    return replace(ours, rotations=tuple(known.get((one.first, one.representation), one) for one in ours.rotations))
+
+
 def _policy(
     config: Mapping[str, Any], spec: PolicySpec, data: TrainingData, checkpoint: Path | None
 ) -> tuple[PolicySpec, DiffusionPolicy]:
     """A new policy, or one with the weights and the statistics of `checkpoint` or of `init`."""
     torch.manual_seed(config["seed"])
     if config["init"] is None and checkpoint is None:
-        statistics = fit_normalizer(
-            config["policy"], spec, lambda key: data.train.values(key)[data.train_rows], data.chunks
-        )
+        statistics = fit_normalizer(config["policy"], spec, data.statistics_rows, data.chunks)
         spec = replace(spec, normalizer=statistics)
         return spec, build_policy(config["policy"], spec)
     path = Path(config["init"]) if checkpoint is None else checkpoint / "bundle"
@@ -196,7 +203,12 @@ def _policy(
         if ours != other:
             raise InputError(f"{what_is_it}: its {what} {other} differ from those of this run, {ours}")
     # The weights mean what they mean only together with the statistics that they were trained with.
-    spec = replace(spec, normalizer=theirs.normalizer)
+    spec = replace(
+        spec,
+        normalizer=theirs.normalizer,
+        observations={key: _turned(value, theirs.observations[key]) for key, value in spec.observations.items()},
+        action=_turned(spec.action, theirs.action),
+    )
     policy = build_policy(config["policy"], spec)
     bundles.load_weights(policy, path)
     return spec, policy

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from action_diffusion.commands import data_convert, data_look
+from action_diffusion.commands import data_convert, data_look, data_report
 from action_diffusion.errors import InputError, unknown
 
 DATA_HELP = """\
@@ -17,6 +17,7 @@ action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at th
 
   action-diffusion data inspect PATH      episodes, lengths, keys, shapes, rates, ranges, size on disk
   action-diffusion data view PATH         cameras, state and actions on one timeline
+  action-diffusion data report PATH       all of that, first frames and what the doctor finds, on one page
   action-diffusion data doctor PATH       what is wrong, where, and what to do; --fix repairs a copy
   action-diffusion data edit PATH out=OTHER.zarr drop=3,7     drop, trim, split, merge, relabel
   action-diffusion data convert in=PATH out=PATH     LeRobot, UMI, robomimic, Zarr v2 and v3, folders: there and back
@@ -120,10 +121,11 @@ def _absolute(options: Mapping[str, str]) -> Mapping[str, Any]:
 SUBCOMMANDS = {
     "convert": Subcommand(data_convert.run, data_convert.HELP, data_convert.OPTIONS, ("in", "out")),
     "absolute": Subcommand(_absolute, ABSOLUTE_HELP, ("in", "out"), ("in", "out")),
-    "inspect": Subcommand(data_look.inspect, data_look.INSPECT_HELP, ("plot",), (), ("path",)),
+    "inspect": Subcommand(data_look.inspect, data_look.INSPECT_HELP, ("plot", "episode"), (), ("path",)),
+    "report": Subcommand(data_report.run, data_report.HELP, ("out",), (), ("path",)),
     "view": Subcommand(data_look.view, data_look.VIEW_HELP, ("episodes", "output"), (), ("path",)),
     "doctor": Subcommand(
-        data_look.doctor, data_look.DOCTOR_HELP, ("page", "kinds"), (), ("path",), ("json", "fix"), ("fix",)
+        data_look.doctor, data_look.DOCTOR_HELP, ("page", "kinds", "details"), (), ("path",), ("json", "fix"), ("fix",)
     ),
     "edit": Subcommand(data_look.edit, data_look.EDIT_HELP, data_look.EDIT_OPTIONS, ("out",), ("path",)),
 }

@@ -18,7 +18,8 @@ action-diffusion data inspect PATH [name=value …]     what a buffer holds
 Episodes and their lengths, rate, size on disk; of every key shape, type, range, and how far it moves in a step.
 
 Options
-  plot=FILE.png     lengths of episodes, and what every key's values are spread over
+  plot=FILE.png     an episode's numbers over time and frames of its cameras, lengths of episodes, how values are spread
+  episode=3         the one that is drawn, counted from 0. Default: 0
 """
 
 VIEW_HELP = """\
@@ -42,14 +43,16 @@ action-diffusion data doctor PATH [--json FILE] [--fix [OUT]] [name=value …]  
   action-diffusion data doctor demos.zarr --json findings.json page=findings.html
   action-diffusion data doctor demos.zarr --fix mended.zarr
 
-A row for each finding: kind, key, episode, first and last row (of the buffer, from 0, both included), how bad, what to
-do. Exit code: 0 where nothing is found, 1 with findings, 2 where the buffer cannot be read. More: docs/doctor.md.
+A line for each kind and key: how many findings, in which episodes, and the worst of them; details=true has a row for
+each: episode, first and last row (of the buffer, from 0, both included), how bad. Below, what to do. Exit code: 0 where
+nothing is found, 1 with findings, 2 where the buffer cannot be read. More: docs/doctor.md.
 
   nan        values that are NaN or infinite          skew       a camera that is early or late beside the states
   dropped    a step or a frame is missing             constant   a dimension that does not move
   frozen     rows that repeat while others move       saturated  a dimension that stays at its limit
   jump       a step that is far too large             duplicate  an episode that is there twice
   outlier    a row off its neighbours                 idle       nothing happens at an episode's beginning or end
+  rotation   numbers that jump where nothing turns    leak       a column that tells the action of its own row
   timing     gaps and jitter of the time stamps
 
 Options
@@ -57,6 +60,7 @@ Options
   --fix OUT         a repaired copy; without OUT beside the original, as NAME.fixed.zarr. The original is not touched
   page=FILE.html    the findings with a picture of each
   kinds=nan,jump    look for some only
+  details=true      a row for each finding
 """
 
 EDIT_HELP = """\
@@ -78,21 +82,29 @@ Options
   merge=PATH,…          the episodes of these buffers behind those of PATH; they need the same keys
   relabel=EPISODES:NAME     these are in the subset NAME and in no other: dataset.subset=NAME trains on it
   rename=KEY:NAME,…     give columns other names
+  rotations=KEY:KIND,…  which columns are rotations: eef_quat:quaternion_xyzw, action:rotation_vector@3 from value 3 on
   out=PATH              a folder, or a zip where it ends in .zip; must not exist
 """
 
-EDIT_OPTIONS = ("out", "drop", "trim", "split", "merge", "relabel", "rename")
+EDIT_OPTIONS = ("out", "drop", "trim", "split", "merge", "relabel", "rename", "rotations")
 
 
 def inspect(options: Mapping[str, str]) -> int:
     from action_diffusion.datasets.batches.sources import open_data
-    from action_diffusion.datasets.edit.inspection import inspect, plot, show
+    from action_diffusion.datasets.edit.editing import numbers
+    from action_diffusion.datasets.edit.inspection import inspect, show
+    from action_diffusion.datasets.edit.plotting import plot
 
     buffer = open_data(options["path"])
+    if "episode" in options and "plot" not in options:
+        raise InputError("episode= says which one is drawn: give plot=FILE.png as well")
+    episode = numbers(options.get("episode", "0"), "episode", buffer.n_episodes)
+    if len(episode) > 1:
+        raise InputError(f"episode={options['episode']}: expected one number")
     found = inspect(buffer)
     show(found)
     if "plot" in options:
-        plot(found, Path(options["plot"]).expanduser())
+        plot(buffer, found, episode[0], Path(options["plot"]).expanduser())
     return 0
 
 
@@ -121,10 +133,13 @@ def doctor(options: Mapping[str, str]) -> int:
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("kind", kind, KINDS, where="kinds=")
+    details = options.get("details", "false")
+    if details not in ("true", "false"):
+        raise InputError(f"details={details}: expected true or false")
     repaired = _repaired_path(resolve(options["path"]), options["fix"]) if "fix" in options else None
     buffer = open_data(options["path"])
     findings = examine(buffer, kinds)
-    show(findings)
+    show(findings, details=details == "true")
     if "json" in options:
         with atomic_path(Path(options["json"]).expanduser()) as temporary:
             temporary.write_text(json.dumps(as_json(findings), indent=1))

@@ -12,7 +12,7 @@ copied.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from action_diffusion.datasets.batches.windows import Windows
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.memory import Mode, choose_mode, memory_limit
+from action_diffusion.rotations import RotationColumns, continuous
 
 __all__ = ["Batch", "BatchSource", "Critic", "ObsKey", "random_crop_offsets"]
 
@@ -68,6 +69,7 @@ class BatchSource:
     n_obs_steps: To; observations are the first To rows of a window
     memory_gb: limit (10^9 bytes) of memory for the arrays; None measures what is free. Arrays beyond it are
         decoded once into files in `cache_dir` (default: the user's cache folder) and read from there.
+    rotations: name of the observation, or "action" -> its rotations, which are continuous in every window
     reward_key, gamma: for `gather(critic=True)`
     mode: None chooses
 
@@ -87,6 +89,7 @@ class BatchSource:
         device: str | torch.device = "cpu",
         memory_gb: float | None = None,
         cache_dir: Path | None = None,
+        rotations: Mapping[str, Sequence[RotationColumns]] | None = None,
         reward_key: str | None = None,
         gamma: float = 0.99,
         mode: Mode | None = None,
@@ -96,6 +99,7 @@ class BatchSource:
         self.gamma = gamma
         self.device = torch.device(device)
         self._observations = dict(observations)
+        self._rotations = dict(rotations or {})
         self._action = ObsKey(action_key, None, "action")
         self._reward = ObsKey(reward_key, None, "state") if reward_key else None
         wanted = {*observations.values(), self._action, *([self._reward] if self._reward else [])}
@@ -131,6 +135,9 @@ class BatchSource:
         key = self._action if name == "action" else self._observations[name]
         return self._tensors[key].cpu().numpy() if self.mode == "device" else self._arrays[key]
 
+    def has_rotations(self, name: str) -> bool:
+        return bool(self._rotations.get(name))
+
     def gather(
         self,
         indices: np.ndarray,
@@ -148,16 +155,21 @@ class BatchSource:
         rows, mask = self.windows.rows_and_mask(indices)
         return Batch(
             obs=self._observe(rows[:, : self.n_obs_steps], crop, offsets),
-            action=self._take(self._action, rows),
+            action=self.windowed("action", rows),
             mask=torch.from_numpy(mask).to(self.device),
             critic=self._criticise(indices, crop, offsets) if critic else None,
         )
 
     def _observe(self, rows: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> dict[str, Tensor]:
         return {
-            name: self._crop(key, rows, crop, offsets) if crop and key.kind == "image" else self._take(key, rows)
+            name: self._crop(key, rows, crop, offsets) if crop and key.kind == "image" else self.windowed(name, rows)
             for name, key in self._observations.items()
         }
+
+    def windowed(self, name: str, rows: np.ndarray) -> Tensor:
+        """An observation, or "action", of windows with the `rows` [B, T]: [B, T, ...], rotations continuous."""
+        key = self._action if name == "action" else self._observations[name]
+        return continuous(self._take(key, rows), self._rotations.get(name, ()))
 
     def _shape(self, key: ObsKey) -> tuple[int, ...]:
         return tuple(self._tensors[key].shape if self.mode == "device" else self._arrays[key].shape)

@@ -16,6 +16,7 @@ from action_diffusion.datasets.doctor.motion import jumps_and_outliers
 from action_diffusion.datasets.doctor.skew import skews
 from action_diffusion.datasets.doctor.still import constant, idle, repeated, saturated
 from action_diffusion.datasets.doctor.survey import Survey, survey, temporary_folder
+from action_diffusion.datasets.doctor.turns import renamed
 from action_diffusion.datasets.storage.growing import TIME, read_table
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
@@ -37,6 +38,7 @@ def _all(buffer: ReplayBuffer, surveyed: Survey) -> list[Finding]:
     found = [
         *values.not_finite(surveyed),
         *jumps_and_outliers(surveyed),
+        *renamed(surveyed),
         *repeated(surveyed),
         *constant(surveyed),
         *saturated(surveyed),
@@ -51,7 +53,7 @@ def _all(buffer: ReplayBuffer, surveyed: Survey) -> list[Finding]:
 
 def _sound(surveyed: Survey, found: Sequence[Finding]) -> np.ndarray:
     """[N]: rows that models may learn from: of episodes in which nothing was found, unless hardly any are left."""
-    with_findings = [finding.episode for finding in found if finding.episode is not None]
+    with_findings = [finding.episode for finding in found if finding.episode is not None and finding.kind != "rotation"]
     sound = ~np.isin(surveyed.episode, with_findings)
     return sound if sound.mean() >= _LEAST_SOUND else np.ones(surveyed.n_rows, bool)
 

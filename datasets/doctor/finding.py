@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +15,7 @@ KINDS = {
     "dropped": "split the episode there: a window must not span the gap",
     "frozen": "cut these rows out and split the episode there",
     "jump": "split the episode there; look whether tracking was lost",
+    "rotation": "take one name along each episode (--fix), and say what it is: docs/data.md, Rotations",
     "outlier": "replace by its neighbours' mean, or cut it out",
     "skew": "shift the camera's frames by the lag; mend the clock or the latency setting",
     "constant": "drop the episode, or leave the dimension out of training",
@@ -40,6 +41,7 @@ class Finding:
         advice: what to do.
         dimensions: of the key; empty for all of them.
         lag: of a skew: the frame in row t shows what the states say in row t + lag.
+        rotation: of one, what it is and where it begins: "quaternion@3".
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Finding:
     advice: str = ""
     dimensions: tuple[int, ...] = ()
     lag: int = 0
+    rotation: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "severity", round(float(self.severity), 3))
@@ -69,20 +72,80 @@ def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     return [asdict(finding) | {"dimensions": list(finding.dimensions)} for finding in findings]
 
 
-def show(findings: Sequence[Finding]) -> None:
-    """A row for each, and how many of each kind."""
+class Group(NamedTuple):
+    """All findings of a kind and key. worst: that of the greatest severity."""
+
+    kind: str
+    key: str
+    findings: list[Finding]
+
+    @property
+    def worst(self) -> Finding:
+        return max(self.findings, key=lambda finding: finding.severity)
+
+    @property
+    def episodes(self) -> str:
+        """Numbers and ranges, the first ones; "all" for the buffer as a whole."""
+        numbers = sorted({finding.episode for finding in self.findings if finding.episode is not None})
+        return spans(numbers, 6) or "all"
+
+
+def grouped(findings: Sequence[Finding]) -> list[Group]:
+    """By kind, in the order of `KINDS`, and key."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.kind, finding.key), []).append(finding)
+    place = list(KINDS)
+    return [Group(*name, groups[name]) for name in sorted(groups, key=lambda name: (place.index(name[0]), name[1]))]
+
+
+def spans(numbers: Sequence[int], most: int = 1000) -> str:
+    """Increasing [0, 1, 2, 5] as 0-2, 5; only the first `most` of them."""
+    ends = [n for n, number in enumerate(numbers) if n + 1 == len(numbers) or numbers[n + 1] != number + 1]
+    pairs = list(zip([0, *(end + 1 for end in ends)], ends, strict=False))
+    shown = [str(numbers[a]) if a == b else f"{numbers[a]}-{numbers[b]}" for a, b in pairs[:most]]
+    return ", ".join([*shown, *(["…"] if len(pairs) > most else [])])
+
+
+def counted(findings: Sequence[Finding]) -> str:
+    """How many there are of each kind, in words."""
+    counts = Counter(finding.kind for finding in findings)
+    return ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+
+
+def show(findings: Sequence[Finding], *, details: bool = False) -> None:
+    """A row for each kind and key, or with `details` for each finding; and how many of each kind."""
     if not findings:
         print("nothing found")
         return
     table = Table(box=None, pad_edge=False)
-    for heading, justify in (("kind", "left"), ("key", "left"), ("episode", "right"), ("rows", "right")):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("how bad", overflow="fold")
-    table.add_column("what to do", overflow="fold")
-    for finding in findings:
-        episode = "all" if finding.episode is None else str(finding.episode)
-        rows = f"{finding.first}-{finding.last}" if finding.last != finding.first else str(finding.first)
-        table.add_row(finding.kind, finding.key, episode, rows, finding.how_bad, finding.advice)
-    Console(highlight=False).print(table)
-    counts = Counter(finding.kind for finding in findings)
-    print(f"{len(findings)} findings: " + ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]))
+    table.add_column("kind", no_wrap=True)
+    table.add_column("key", overflow="fold")
+    if details:
+        for heading in ("episode", "rows"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("how bad", overflow="fold")
+        for finding in findings:
+            episode = "all" if finding.episode is None else str(finding.episode)
+            table.add_row(finding.kind, finding.key, episode, rows_of(finding), finding.how_bad)
+    else:
+        table.add_column("found", justify="right", no_wrap=True)
+        table.add_column("episodes", overflow="fold")
+        table.add_column("the worst", overflow="fold")
+        for group in grouped(findings):
+            worst = f"rows {rows_of(group.worst)}: {group.worst.how_bad}"
+            table.add_row(group.kind, group.key, str(len(group.findings)), group.episodes, worst)
+    console = Console(highlight=False)
+    console.print(table)
+    print()
+    advice = Table(box=None, pad_edge=False, show_header=False)
+    for pair in dict.fromkeys(
+        (finding.kind, finding.advice) for group in grouped(findings) for finding in group.findings
+    ):
+        advice.add_row(*pair)
+    console.print(advice)
+    print(f"{len(findings)} findings: {counted(findings)}" + ("" if details else "; each of them: details=true"))
+
+
+def rows_of(finding: Finding) -> str:
+    return f"{finding.first}-{finding.last}" if finding.last != finding.first else str(finding.first)

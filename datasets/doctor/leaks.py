@@ -56,16 +56,25 @@ def _told(values: np.ndarray, commands: np.ndarray, survey: Survey) -> np.ndarra
         return same & (before.max(axis=0) <= _SAME)
     # Episodes in turns; parts of rows where there is one.
     fold = survey.episode[inner] % 2 if len(survey.ends) > 1 else np.arange(len(inner)) * 10 // len(inner) % 2
-    inputs = np.concatenate([_standardised(values)[inner], np.ones((len(inner), 1))], axis=1)
-    if min(np.sum(fold == 0), np.sum(fold == 1)) < _LEAST_ROWS * inputs.shape[1]:
+    if min(np.sum(fold == 0), np.sum(fold == 1)) < _LEAST_ROWS * (1 + max(values.shape[1], commands.shape[1])):
         return same
-    wrong = np.zeros((len(inner), commands.shape[1]))
-    for part in (0, 1):
-        model = np.linalg.lstsq(inputs[fold != part], commands[inner[fold != part]], rcond=None)[0]
-        wrong[fold == part] = commands[inner[fold == part]] - inputs[fold == part] @ model
-    error = np.mean(wrong**2, axis=0)
     step = np.mean((commands[inner] - commands[inner - 1]) ** 2, axis=0)
-    return same | ((error < TOLD * commands[inner].var(axis=0)) & (error < TOLD * step))
+    least = TOLD * np.minimum(commands[inner].var(axis=0), step)
+    error, before_error = (
+        _error(rows, commands[inner], fold)
+        for rows in (_standardised(values)[inner], _standardised(commands)[inner - 1])
+    )
+    return same | ((error < least) & ~(before_error < least))
+
+
+def _error(rows: np.ndarray, commands: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Mean squares [A] of what a linear model of `rows` [n, D] errs by, fitted on one part and asked on the other."""
+    inputs = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+    wrong = np.zeros_like(commands)
+    for part in (0, 1):
+        model = np.linalg.lstsq(inputs[fold != part], commands[fold != part], rcond=None)[0]
+        wrong[fold == part] = commands[fold == part] - inputs[fold == part] @ model
+    return np.asarray(np.mean(wrong**2, axis=0))
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -4,8 +4,9 @@
                     otherwise cut out like frozen rows
     dropped, jump, timing     the episode is split there: windows must not span a gap
     frozen          the rows are cut out, and the episode is split there
+    rotation        one name along each episode; the copy says what it is
     skew            the camera's frames are shifted by the lag, and the ends without a frame cut off
-    constant        in one episode: the episode is dropped. In all of them: left alone
+    constant        the episode is dropped
     saturated       left alone: what lies beyond the limit is lost, and the rest is right
     duplicate       the copied rows are dropped
     idle            the rows are trimmed
@@ -15,17 +16,20 @@ What is left of an episode in pieces of less than 10 rows is dropped, unless it 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from action_diffusion.datasets.doctor.finding import KINDS, Finding
+from action_diffusion.datasets.doctor.finding import Finding, counted
+from action_diffusion.datasets.doctor.turns import placed
 from action_diffusion.datasets.storage.pieces import Changed, Piece, write_pieces
 from action_diffusion.datasets.storage.provenance import with_provenance
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.rotations import ROTATIONS, as_attribute, declared_rotations
 from action_diffusion.errors import InputError
+from action_diffusion.rotations import continuous_rows, parse_rotations
 
 MENDED_ROWS = 5
 LEAST_ROWS = 10
@@ -42,17 +46,16 @@ def repair(buffer: ReplayBuffer, findings: Sequence[Finding], output: Path) -> l
     mended = [finding for finding in findings if _interpolates(buffer, finding)]
     rest = [finding for finding in findings if finding not in mended and _treatable(finding)]
     left = [finding for finding in findings if finding not in mended and finding not in rest]
-    counts = Counter(finding.kind for finding in (*mended, *rest))
-    what = "doctor --fix: " + (", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind]) or "nothing")
-    pieces = list(_pieces(_mended(buffer, mended), rest))
+    what = f"doctor --fix: {counted((*mended, *rest)) or 'nothing'}"
+    turned, said = _turned(buffer, [finding for finding in rest if finding.kind == "rotation"])
+    pieces = list(_pieces(_mended(turned, mended), rest))
     if not pieces:
         raise InputError(f"{buffer.name}: nothing would be left of it")
-    write_pieces(output, pieces, with_provenance(buffer, what))
+    write_pieces(output, pieces, with_provenance(buffer, what) | said)
     steps = sum(map(len, pieces))
     lines = [f"{output}: {len(pieces)} episodes, {steps} of {buffer.n_steps} rows; {what}"]
     if left:
-        kinds = Counter(finding.kind for finding in left)
-        lines.append("left alone: " + ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind]))
+        lines.append(f"left alone: {counted(left)}")
     return lines
 
 
@@ -65,6 +68,24 @@ def _interpolates(buffer: ReplayBuffer, finding: Finding) -> bool:
     few = finding.last - finding.first < MENDED_ROWS
     low = finding.key in buffer and len(buffer[finding.key].shape) < 4 and buffer[finding.key].dtype.kind == "f"
     return finding.kind in ("nan", "outlier") and few and low
+
+
+def _turned(buffer: ReplayBuffer, findings: Sequence[Finding]) -> tuple[ReplayBuffer, dict[str, Any]]:
+    """The same with rotations that are continuous along each episode, and the attribute that says which these are."""
+    starts = np.concatenate([[0], buffer.episode_ends[:-1]])
+    rotations = dict(declared_rotations(buffer))
+    for key in sorted({finding.key for finding in findings}):
+        column = buffer[key]
+        values = np.array(column[:])
+        flat = values.reshape(len(values), -1)
+        texts = sorted({finding.rotation for finding in findings if finding.key == key})
+        rotations[key] = rotations.get(key) or parse_rotations(texts, flat.shape[1], key)
+        for rotation in rotations[key]:
+            around = placed(rotation, flat, starts)
+            for start, end in zip(starts, buffer.episode_ends, strict=True):
+                flat[start:end, rotation.columns] = continuous_rows(flat[start:end], around)
+        buffer = buffer.with_column(key, values)
+    return buffer, {ROTATIONS: as_attribute(rotations)} if rotations else {}
 
 
 def _mended(buffer: ReplayBuffer, findings: Sequence[Finding]) -> ReplayBuffer:

@@ -2,8 +2,8 @@
 
 frozen      4 or more rows that repeat the one before them (5 alike), while something else moves
 dropped     1 to 3 of them in a camera: a frame that did not come in time
-constant    a dimension that never changes; or not in one episode, though in nearly all others
-saturated   a dimension at the very limit of its range for 5 rows or more
+constant    a dimension that does not change in one episode, though in nearly all others
+saturated   a dimension at the very limit of its range for 5 rows or more, where it seldom is
 idle        nothing moves at an episode's beginning or end, for a second and 10 rows or more
 """
 
@@ -25,6 +25,10 @@ RARE = 0.02
 MOVED = 0.25
 """Of the median motion: from there on something moves, and a frame should show it."""
 SATURATED = 5
+AT_ENDS = 0.2
+"""Share of rows at the limits, beyond which a dimension lives there."""
+USUAL_EPISODES = 0.15
+"""Share of episodes with such stays, beyond which they are usual."""
 IDLE_ROWS = 10
 IDLE = 0.05
 """Of what 99 % of the steps stay below."""
@@ -71,21 +75,27 @@ def repeated(survey: Survey) -> Iterator[Finding]:
                 yield Finding("dropped", key, episode, first, last, float(n), words, advice)
 
 
+def _lives_at_ends(low: Values) -> np.ndarray:
+    """[D]: whether a dimension usually is at its smallest or largest value, as a gripper that opens and closes."""
+    with np.errstate(invalid="ignore"):
+        finite = np.where(np.isfinite(low.raw), low.raw, low.values)
+        return np.asarray(((finite == finite.min(axis=0)) | (finite == finite.max(axis=0))).mean(axis=0) > AT_ENDS)
+
+
 def constant(survey: Survey) -> Iterator[Finding]:
+    """A dimension that never moves at all is meant so: a height that is kept, a gripper that nobody used."""
     for key, low in survey.low.items():
         still = np.stack([(low.steps[s:e] == 0).all(axis=0) for s, e in zip(survey.starts, survey.ends, strict=True)])
-        same = (low.raw == low.raw[:1]).all(axis=0)
-        if same.any() and survey.n_rows > 1:
-            dimensions = np.flatnonzero(same)
-            words = f"{named(dimensions, len(same))}always {low.raw[0, dimensions[0]]:g}"
-            advice = "harmless if it is meant so; else look at the sensor, or leave it out of training"
-            yield Finding("constant", key, None, 0, survey.n_rows - 1, 1.0, words, advice, tuple(map(int, dimensions)))
         long = survey.ends - survey.starts >= 10
-        usually_moves = low.motion & (still[long].mean(axis=0) <= 1 - MOVES_ELSEWHERE if long.any() else False)
+        usually_moves = (
+            low.motion
+            & ~_lives_at_ends(low)
+            & (still[long].mean(axis=0) <= 1 - MOVES_ELSEWHERE if long.any() else False)
+        )
         for episode in np.flatnonzero(long & (still & usually_moves).any(axis=1)):
             dimensions = np.flatnonzero(still[episode] & usually_moves)
             start, end = int(survey.starts[episode]), int(survey.ends[episode])
-            words = f"{named(dimensions, len(same))}{low.raw[start, dimensions[0]]:g} in the whole episode"
+            words = f"{named(dimensions, len(low.motion))}{low.raw[start, dimensions[0]]:g} in the whole episode"
             dims = tuple(map(int, dimensions))
             yield Finding("constant", key, int(episode), start, end - 1, 1.0, words, dimensions=dims)
 
@@ -94,7 +104,7 @@ def saturated(survey: Survey) -> Iterator[Finding]:
     for key, low in survey.low.items():
         found: dict[tuple[int, int, int], list[int]] = {}
         jumped = too_large(survey, low)
-        for d in np.flatnonzero(low.motion):
+        for d in np.flatnonzero(low.motion & ~_lives_at_ends(low)):
             sound = np.isfinite(low.raw[:, d]) & ~np.isin(survey.episode, survey.episode[jumped[:, d]])
             for place in _at_limit(survey, low, int(d), sound) if sound.any() else ():
                 found.setdefault(place, []).append(int(d))
@@ -107,13 +117,14 @@ def saturated(survey: Survey) -> Iterator[Finding]:
 
 def _at_limit(survey: Survey, low: Values, d: int, sound: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """Long stays at the smallest or largest value. A thing that often rests is believed only if it does so there in
-    three episodes: it rests somewhere, and one such place is the outermost. sound: [N], where no jump has moved
-    the values."""
+    three episodes: it rests somewhere, and one such place is the outermost. A limit that many episodes stay at is no
+    fault. sound: [N], where no jump has moved the values."""
     raw = low.raw[:, d]
     rests = np.mean(low.steps[~survey.first, d] == 0) > 0.2 if (~survey.first).any() else True
     for limit in (raw[sound].min(), raw[sound].max()):
         stays = [stay for stay in runs_in_episodes(raw == limit, survey) if stay[2] - stay[1] + 1 >= SATURATED]
-        if not rests or len({episode for episode, _, _ in stays}) > 2:
+        n_episodes = len({episode for episode, _, _ in stays})
+        if n_episodes > (2 if rests else 0) and n_episodes <= max(2, USUAL_EPISODES * len(survey.ends)):
             yield from stays
 
 

@@ -1,6 +1,6 @@
 """One stream over a buffer: what the checks need of every row, in memory that images do not fill.
 
-    low-dimensional keys   values [N, D]: finite, angles unwrapped, quaternions without changes of sign
+    low-dimensional keys   values [N, D]: finite, angles unwrapped, rotations without jumps of their numbers
     cameras                of each frame, whether it repeats the one before, and a picture of 8 × 8 points
 
 Each of the 8 × 8 points weighs pixels by a hat over its neighbourhood, twice as wide as their distance. The centre of
@@ -10,16 +10,20 @@ a thing that moves is then a linear function of the points (hats interpolate lin
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from action_diffusion.datasets.doctor.turns import placed, recognised
 from action_diffusion.datasets.formats.columns import ChangedColumn
 from action_diffusion.datasets.storage.pictures import Picture, picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.datasets.storage.store import Column, blocks
 from action_diffusion.progress import progress
+from action_diffusion.rotations import RotationColumns, continuous_rows
 
 POINTS = 8
 DISCRETE = 20
@@ -35,6 +39,7 @@ class Values:
     Args:
         raw: [N, D] as recorded.
         values: float64 [N, D] for differences: what is not finite is interpolated, angles are unwrapped.
+        rotations: that the buffer says, or whose numbers jump.
         finite: [N].
         motion: [D] whether the dimension is a measure of motion: continuous, and no reward or time.
         steps: float64 [N, D] absolute difference to the row before, 0 in an episode's first.
@@ -47,6 +52,7 @@ class Values:
     motion: np.ndarray
     steps: np.ndarray
     repeats: np.ndarray
+    rotations: Sequence[RotationColumns] = ()
 
 
 @dataclass
@@ -100,10 +106,10 @@ def survey(buffer: ReplayBuffer, folder: Path) -> Survey:
     pictures = {key: picture(buffer[key].shape, buffer[key].dtype) for key in buffer.keys}
     images = [key for key in buffer.keys if is_image(buffer[key]) or pictures[key] is not None]
     with progress("reading", buffer.n_steps * (1 + len(images))) as advance:
-        low = {}
+        low, declared = {}, declared_rotations(buffer)
         for key in buffer.keys:
             if key not in images:
-                low[key] = _values(key, np.asarray(buffer[key][:]), first, starts, ends)
+                low[key] = _values(key, np.asarray(buffer[key][:]), first, starts, ends, declared.get(key, ()))
         advance(buffer.n_steps)
         cameras = {}
         for key in images:
@@ -127,31 +133,43 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="action-diffusion-doctor-")
 
 
-def _values(key: str, rows: np.ndarray, first: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Values:
+def _values(
+    key: str,
+    rows: np.ndarray,
+    first: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    rotations: Sequence[RotationColumns],
+) -> Values:
     raw = rows.reshape(len(rows), -1)
     values = raw.astype(np.float64)
     finite = np.isfinite(values)
     few = min(DISCRETE, max(2, len(raw) // 10))
     motion = np.asarray([_n_different(raw[:, d], few) > few for d in range(raw.shape[1])])
-    if raw.dtype == bool or any(word in key for word in _NO_MOTION):
+    no_motion = raw.dtype == bool or any(word in key for word in _NO_MOTION)
+    if no_motion:
         motion[:] = False
-    for d in range(values.shape[1]):
-        column, bad = values[:, d], ~finite[:, d]
-        if bad.all():
+    for column, good in zip(values.T, finite.T, strict=True):
+        if not good.any():
             column[:] = 0
-        elif bad.any():
-            column[bad] = np.interp(np.flatnonzero(bad), np.flatnonzero(~bad), column[~bad])
-        period = _period(column, first) if motion[d] else None
-        if period is not None:
-            for start, end in zip(starts, ends, strict=True):
-                column[start:end] = np.unwrap(column[start:end], period=period)
-    if "quat" in key and values.shape[1] % 4 == 0:
-        _align_quaternions(values, starts, ends)
+        elif not good.all():
+            column[~good] = np.interp(np.flatnonzero(~good), np.flatnonzero(good), column[good])
+    periods = [_period(column, first) if moves else None for column, moves in zip(values.T, motion, strict=True)]
+    if not rotations and not no_motion and raw.dtype.kind == "f":
+        rotations = recognised(key, values, ~first, periods)
+    rotations = [placed(rotation, values, starts) for rotation in rotations]
+    turning = {column for rotation in rotations for column in range(rotation.first, rotation.columns.stop)}
+    for start, end in zip(starts, ends, strict=True):
+        for rotation in rotations:
+            values[start:end, rotation.columns] = continuous_rows(values[start:end], rotation)
+        for d, period in enumerate(periods):
+            if period is not None and d not in turning:
+                values[start:end, d] = np.unwrap(values[start:end, d], period=period)
     steps = np.abs(np.diff(values, axis=0, prepend=values[:1]))
     steps[first] = 0
     repeats = np.zeros(len(raw), bool)
     repeats[1:] = (raw[1:] == raw[:-1]).all(axis=1)
-    return Values(raw, values, np.asarray(finite.all(axis=1)), motion, steps, repeats & ~first)
+    return Values(raw, values, np.asarray(finite.all(axis=1)), motion, steps, repeats & ~first, rotations)
 
 
 def _n_different(column: np.ndarray, few: int) -> int:
@@ -169,15 +187,6 @@ def _period(column: np.ndarray, first: np.ndarray) -> float | None:
             if inside and np.any(np.abs(steps - period) < 0.1 * period):
                 return period
     return None
-
-
-def _align_quaternions(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
-    """q and −q are the same rotation: give each the sign that is nearer to the row before, in place."""
-    for part in range(0, values.shape[1], 4):
-        q = values[:, part : part + 4]
-        for start, end in zip(starts, ends, strict=True):
-            flips = (q[start + 1 : end] * q[start : end - 1]).sum(axis=1) < 0
-            q[start + 1 : end] *= np.where(np.cumsum(flips) % 2, -1.0, 1.0)[:, None]
 
 
 class _Camera:

@@ -15,9 +15,11 @@ from action_diffusion.datasets.storage.checks import check_key
 from action_diffusion.datasets.storage.pieces import Piece, check_alike, write_pieces
 from action_diffusion.datasets.storage.provenance import with_provenance
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.rotations import ROTATIONS, as_attribute, declared_rotations
 from action_diffusion.datasets.storage.store import Column
 from action_diffusion.datasets.storage.tasks import TASK, TASKS, joined_tasks, task_words
 from action_diffusion.errors import InputError
+from action_diffusion.rotations import RotationColumns
 
 
 def edit(source: Path, output: Path, wanted: Mapping[str, str]) -> dict[str, Any]:
@@ -52,7 +54,11 @@ def edit(source: Path, output: Path, wanted: Mapping[str, str]) -> dict[str, Any
         columns[DEMO] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
     if any(task_words(source.attrs) != task_words(buffer.attrs) for source in others):
         attrs[TASKS], columns[TASK] = joined_tasks([(piece.buffer, piece.first, piece.stop) for piece in pieces])
-    _write(output, pieces, attrs, columns, _renames(buffer, wanted.get("rename")))
+    renames = _renames(buffer, wanted.get("rename"))
+    rotations = _rotations(buffer, wanted.get("rotations"))
+    if rotations:
+        attrs[ROTATIONS] = as_attribute({renames.get(key, key): own for key, own in rotations.items()})
+    _write(output, pieces, attrs, columns, renames)
     result = ReplayBuffer.open(output)
     summary: dict[str, Any] = {"output": str(output), "episodes": result.n_episodes, "steps": result.n_steps}
     left_out = {f"{key} ({reason})": None for source in (buffer, *others) for key, reason in source.left_out.items()}
@@ -86,6 +92,17 @@ def _renames(buffer: ReplayBuffer, text: str | None) -> dict[str, str]:
     if len(set(keys)) < len(keys):
         raise InputError(f"rename={text}: two columns would have the same name")
     return renames
+
+
+def _rotations(buffer: ReplayBuffer, text: str | None) -> dict[str, tuple[RotationColumns, ...]]:
+    """Those that the buffer says, but for columns that `text` (KEY:KIND,…) says something of."""
+    given: dict[str, list[str]] = {}
+    for pair in text.split(",") if text else ():
+        key, _, kind = pair.rpartition(":")
+        if not key:
+            raise InputError(f"rotations={pair}: expected KEY:KIND, such as eef_quat:quaternion_xyzw")
+        given.setdefault(key, []).append(kind)
+    return declared_rotations(buffer, given)
 
 
 def _kept(buffer: ReplayBuffer, episode: int, trimmed: np.ndarray, splits: Sequence[int]) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from action_diffusion.datasets.doctor.examine import control_rate
+from action_diffusion.datasets.doctor.finding import spans
 from action_diffusion.datasets.storage.pictures import picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, blocks
 from action_diffusion.datasets.storage.tasks import TASKS, episode_tasks
-from action_diffusion.files import atomic_path
 from action_diffusion.memory import sized
 from action_diffusion.progress import progress
 
 SAMPLE_ROWS = 2000
 """Frames of a camera that are looked at, evenly over the buffer."""
-_DIMENSIONS = 8
+_BYTES = re.compile(r"[A-Za-z0-9+/_-]{70,}={0,2}")
+"""Base64, which no hash or word is as long as."""
+DIMENSIONS = 8
 """Of a key, that are listed and plotted."""
 
 
@@ -119,7 +122,8 @@ def _size(path: Path) -> int:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    """For one line; bytes that are written as text are only counted."""
+    text = _BYTES.sub(lambda found: f"({len(found[0])} characters of base64)", " ".join(str(value).split()))
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
@@ -139,68 +143,53 @@ def show(found: Inspection) -> None:
     for name, text in found.attrs.items():
         print(f"{name}: {text}")
     for words, episodes in found.tasks.items():
-        print(f"task {_short(words)!r}: {len(episodes)} of {len(lengths)} episodes ({_short(_ranges(episodes))})")
+        print(f"task {_short(words)!r}: {len(episodes)} of {len(lengths)} episodes ({_short(spans(episodes))})")
+    console = Console(highlight=False)
+    console.print(_key_table(found.keys))
+    print()
+    console.print(_range_table(found.keys))
+
+
+def _key_table(keys: Sequence[Key]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("key", "shape", "type"):
+    table.add_column("key", overflow="fold")
+    for heading in ("shape", "type"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("unpacked", "dimension", "least", "most", "mean", "median step"):
+    table.add_column("unpacked", justify="right", no_wrap=True)
+    for key in keys:
+        table.add_row(key.name, shaped(key), key.dtype, sized(key.n_bytes))
+    return table
+
+
+def _range_table(keys: Sequence[Key]) -> Table:
+    """Where a line is short the names of keys are folded, and numbers stay whole."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("key", overflow="fold")
+    for heading in ("dimension", "least", "most", "mean", "median step"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for key in found.keys:
-        for d in range(min(len(key.least), _DIMENSIONS)):
-            about = (key.name, _shaped(key), key.dtype, sized(key.n_bytes)) if d == 0 else ("",) * 4
-            place = "pixels" if key.image else str(d) if len(key.least) > 1 else ""
-            figures = [f"{values[d]:.4g}" for values in (key.least, key.most, key.mean, key.step)]
-            table.add_row(*about, place, *figures)
-        if len(key.least) > _DIMENSIONS:
-            table.add_row("", "", "", "", f"… {len(key.least) - 1}", *_overall(key))
-    Console(highlight=False).print(table)
+    for key in keys:
+        for number, cells in enumerate(ranges_of(key)):
+            table.add_row("" if number else key.name, *cells)
+    return table
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
-    ends = [n for n, number in enumerate(numbers) if n + 1 == len(numbers) or numbers[n + 1] != number + 1]
-    pairs = zip([0, *(end + 1 for end in ends)], ends, strict=False)
-    return ", ".join(str(numbers[a]) if a == b else f"{numbers[a]}-{numbers[b]}" for a, b in pairs)
+def ranges_of(key: Key) -> list[tuple[str, ...]]:
+    """Of the first dimensions, and of all others together: place, least, most, mean and median step in words."""
+    rows = []
+    for d in range(min(len(key.least), DIMENSIONS)):
+        place = "pixels" if key.image else str(d) if len(key.least) > 1 else ""
+        rows.append((place, *(f"{values[d]:.4g}" for values in (key.least, key.most, key.mean, key.step))))
+    if len(key.least) > DIMENSIONS:
+        rows.append((f"… {len(key.least) - 1}", *_overall(key)))
+    return rows
 
 
-def _shaped(key: Key) -> str:
+def shaped(key: Key) -> str:
     return "×".join(map(str, key.shape[1:])) or "1"
 
 
 def _overall(key: Key) -> Sequence[str]:
     """Of the dimensions that have no line of their own."""
-    rest = slice(_DIMENSIONS, None)
+    rest = slice(DIMENSIONS, None)
     values = key.least[rest].min(), key.most[rest].max(), key.mean[rest].mean(), np.median(key.step[rest])
     return [f"{value:.4g}" for value in values]
-
-
-def plot(found: Inspection, path: Path) -> None:
-    """Lengths of the episodes, and how each dimension is spread over its range (images: brightness), as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = 3
-    rows = math.ceil((len(found.keys) + 1) / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(12, 2.8 * rows), squeeze=False, layout="constrained")
-    places = list(axes.flat)
-    places[0].hist(found.lengths, bins=30, color="0.4")
-    places[0].set_title(f"steps of {len(found.lengths)} episodes", fontsize=10)
-    for axis, key in zip(places[1:], found.keys, strict=False):
-        for d in range(min(key.sample.shape[1], _DIMENSIONS)):
-            values = key.sample[np.isfinite(key.sample[:, d]), d]
-            if len(values):
-                spread = np.ptp(values) or 1.0
-                axis.hist((values - values.min()) / spread, bins=40, histtype="step", label=str(d))
-        axis.set_xticks([0, 1], ["least", "most"])
-        axis.set_title(f"{key.name}, brightness of frames" if key.image else key.name, fontsize=10)
-        if key.sample.shape[1] > 1:
-            axis.legend(fontsize=7, ncols=2, title="dimension", title_fontsize=7)
-    for axis in places[len(found.keys) + 1 :]:
-        axis.set_visible(False)
-    for axis in places:
-        axis.set_yticks([])
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    pyplot.close(figure)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from synthetic import demonstrations
 
 from action_diffusion import cli
 from action_diffusion.datasets import ReplayBuffer
+from action_diffusion.datasets.edit import plotting
 from action_diffusion.datasets.edit.editing import numbers
 from action_diffusion.datasets.robomimic.attributes import demo_names, subset
 from action_diffusion.datasets.storage.pieces import Changed, Joined, Piece
@@ -41,7 +46,7 @@ def test_inspect(buffer: ReplayBuffer, capsys: pytest.CaptureFixture[str], monke
     row = next(line.split() for line in out.splitlines() if line.startswith("img"))
     assert row[:3] == ["img", "24×24×3", "uint8"]
     state = buffer["state"][:]
-    row = next(line.split() for line in out.splitlines() if line.startswith("state"))
+    row = [line.split() for line in out.splitlines() if line.startswith("state")][-1]
     assert row[-4:-1] == [f"{value:.4g}" for value in (state[:, 0].min(), state[:, 0].max(), state[:, 0].mean())]
     assert Path("plot.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -55,6 +60,109 @@ def test_inspect_many_dimensions_and_what_is_not_finite(tmp_path: Path, capsys: 
     assert "… 11" in out
     assert "nan" in out
     assert "rate: not said (attribute control_rate)" in out
+
+
+def test_inspect_keeps_numbers_and_names_whole_in_narrow_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    keys = [f"observation.of_the_left_arm.joint_velocities_{side}" for side in ("one", "other")]
+    arrays = {key: np.asarray([[-1.2341e-12, 1.7e38], [5.4321e-12, -0.55512]]) for key in keys}
+    bytes_ = base64.b64encode(bytes(range(256)) * 4).decode()
+    attrs = {"task": "x", "thumbnail": bytes_, "made": {"by": f"me {bytes_}"}, "sha256": "a1" * 32}
+    ReplayBuffer.from_arrays(arrays, [2], attrs).save(tmp_path / "a.zarr")
+    assert run("inspect", str(tmp_path / "a.zarr")) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100  # the path
+    words = out.split()
+    for number in ("-1.234e-12", "5.432e-12", "-0.5551", "1.7e+38", "float64"):
+        assert words.count(number) >= 2, number
+    for key in keys:
+        assert "".join(line.split(" ")[0] for line in out.splitlines() if not line.startswith("  ")).count(key) == 2
+    assert bytes_[:40] not in out
+    assert "thumbnail: (1368 characters of base64)" in out
+    assert "a1" * 32 in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["episode=2"], "give plot=FILE.png as well"),
+        (["plot=a.png", "episode=5"], "episode=5: expected numbers from 0 to 4"),
+        (["plot=a.png", "episode=1-2"], "episode=1-2: expected one number"),
+    ],
+)
+def test_inspect_draws_one_episode(
+    buffer: ReplayBuffer, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", "demos.zarr", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("a.png").exists()
+
+
+def test_an_episode_is_drawn_over_time(buffer: ReplayBuffer) -> None:
+    """By what is handed to the curves and the strip of frames."""
+    figure = Figure()
+    axes = figure.subplots(1, 3)
+    start, end = (int(end) for end in buffer.episode_ends[1:3])
+    plotting._series(axes[0], buffer["state"], start, end, 10.0)
+    plotting._series(axes[1], buffer["state"], start, end, None)
+    for line, values in zip(axes[0].lines, buffer["state"][start:end].T, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), values)
+        np.testing.assert_allclose(line.get_xdata(), np.arange(end - start) / 10)
+    np.testing.assert_array_equal(axes[1].lines[0].get_xdata(), np.arange(start, end))
+    plotting._strip(axes[2], buffer["img"], start, end)
+    strip = np.asarray(axes[2].images[0].get_array())
+    assert strip.shape == (24, 24 * plotting.FRAMES, 3)
+    np.testing.assert_array_equal(strip[:, :24], buffer["img"][start])
+    np.testing.assert_array_equal(strip[:, -24:], buffer["img"][end - 1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "seen"),
+    [
+        (np.full((1, 3, 9, 8), 7, np.uint8), 7),
+        (np.full((1, 9, 8), 7, np.uint8), 7),
+        (np.full((1, 9, 8, 3), 0.2, np.float32), 51),
+        (np.full((1, 9, 8), 500, np.uint16), 255),
+        (np.full((1, 9, 8, 5), 7, np.uint8), None),
+    ],
+)
+def test_frames_of_every_layout_are_shown(rows: np.ndarray, seen: int | None) -> None:
+    frame = plotting.shown_frame(rows, 0)
+    if seen is None:
+        assert frame is None
+        assert plotting.small_png(rows, 0) is None
+    else:
+        np.testing.assert_array_equal(frame, np.full((9, 8, 3), seen))
+
+
+def test_report_is_one_page_that_stands_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = demonstrations(3, 20)
+    state = made["state"][:].copy()
+    state[30, 0] = np.nan
+    hostile = "<script>alert('x')</script>$x_1$"
+    arrays = {"state": state, "action": made["action"][:], "img": made["img"][:]}
+    demos = ReplayBuffer.create("demos.zarr", attrs={"control_rate": 10.0, hostile: hostile})
+    for episode, (a, b) in enumerate(zip([0, *made.episode_ends[:-1]], made.episode_ends, strict=True)):
+        task = "push the cube" if episode else f"pull {hostile}"
+        rows = {key: values[a:b] for key, values in arrays.items()}
+        demos.append({"state": np.nan_to_num(rows["state"]), "action": rows["action"], "img": rows["img"]}, task=task)
+    demos = ReplayBuffer.open("demos.zarr").with_column("state", state)
+    ReplayBuffer.from_arrays(
+        {key: demos[key][:] for key in demos.keys} | {"x<b>": np.zeros(demos.n_steps)}, demos.episode_ends, demos.attrs
+    ).save("odd.zarr")
+    assert run("report", "odd.zarr") == 0
+    assert "output: odd.report.html\nepisodes: 3\n" in capsys.readouterr().out
+    page = Path("odd.report.html").read_text()
+    assert hostile not in page
+    assert "x<b>" not in page
+    assert page.count("data:image/png;base64,") == 1 + 3  # an episode over time, and first frames
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", page)
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+|http-equiv", "", page)
+    for words in ("push the cube", "nan", "NaN", ">30<", f"0-{made.episode_ends[0] - 1}", f"{state[:, 1].max():.4g}"):
+        assert words in page, words
 
 
 def test_view_writes_a_recording(buffer: ReplayBuffer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +275,9 @@ def test_rename(buffer: ReplayBuffer) -> None:
         (["out=a.zarr", "rename=image:x"], "demos.zarr: no key 'image' in data/; it has action, img, state"),
         (["out=a.zarr", "rename=img:state"], "two columns would have the same name"),
         (["out=a.zarr", "rename=img"], "rename=img: expected KEY:NAME"),
+        (["out=a.zarr", "rotations=state"], "rotations=state: expected KEY:KIND"),
+        (["out=a.zarr", "rotations=stat:angle"], "unknown column of the buffer for a rotation 'stat'"),
+        (["out=a.zarr", "rotations=state:angel"], "unknown rotation 'angel'"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -190,6 +301,14 @@ def test_columns_in_pieces_read_like_arrays(buffer: ReplayBuffer) -> None:
     expected[[2, 5]] = 7
     np.testing.assert_array_equal(changed[:], expected)
     np.testing.assert_array_equal(changed[4:9], expected[4:9])
+
+
+def test_rotations_are_said_and_keep_with_their_column(buffer: ReplayBuffer) -> None:
+    assert run("edit", "demos.zarr", "out=a.zarr", "rotations=state:angle@2,action:angle,action:angle@1") == 0
+    said = {"state": ["angle@2"], "action": ["angle@0", "angle@1"]}
+    assert ReplayBuffer.open("a.zarr").attrs["rotations"] == said
+    assert run("edit", "a.zarr", "out=b.zarr", "rename=state:pose", "rotations=action:angle@1") == 0
+    assert ReplayBuffer.open("b.zarr").attrs["rotations"] == {"pose": ["angle@2"], "action": ["angle@1"]}
 
 
 def test_numbers() -> None:

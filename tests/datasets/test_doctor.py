@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from synthetic import demonstrations
 
 from action_diffusion import cli
 from action_diffusion.datasets import ReplayBuffer
 from action_diffusion.datasets.doctor.examine import examine
-from action_diffusion.datasets.doctor.finding import KINDS, Finding, as_json, ordered
+from action_diffusion.datasets.doctor.finding import KINDS, Finding, as_json, ordered, show
 from action_diffusion.datasets.doctor.repair import repair
 from benchmarks.robustness import doctor as benchmark
 
@@ -44,7 +45,7 @@ def test_planted_faults_are_found_and_nothing_else(buffer: ReplayBuffer) -> None
     assert result.share >= 0.95
 
 
-KINDS_PLANTED = [kind for kind in KINDS if kind not in ("timing", "leak")]
+KINDS_PLANTED = [kind for kind in KINDS if kind not in ("timing", "leak", "rotation")]  # they have their own tests
 
 
 def test_in_the_human_pusht_file_too() -> None:
@@ -135,6 +136,13 @@ def test_columns_that_tell_the_action_of_their_own_row(buffer: ReplayBuffer, col
     assert (found.kind, found.key, found.episode, found.dimensions) == ("leak", "told", None, dimensions)
 
 
+def test_an_action_that_goes_on_as_it_did_is_told_by_nothing_else() -> None:
+    angle = 0.02 * np.arange(1200) + np.repeat([0.0, 1.0, 2.0], 400)
+    turning = np.stack([np.cos(angle), np.sin(angle)], axis=1) + np.random.default_rng(0).normal(0, 1e-6, (1200, 2))
+    rows = {"state": turning, "action": np.stack([np.cos(angle + 0.02), np.sin(angle + 0.02)], axis=1)}
+    assert examine(ReplayBuffer.from_arrays(rows, [400, 800, 1200]), ("leak",)) == []
+
+
 @pytest.mark.parametrize(
     ("smooth", "seen"),
     [
@@ -164,10 +172,126 @@ def test_pictures_of_other_layouts_are_cameras(buffer: ReplayBuffer, layout: str
     assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)) == []
 
 
-def test_dimensions_that_never_move_are_said_once(buffer: ReplayBuffer) -> None:
+def test_dimensions_that_never_move_are_no_fault(buffer: ReplayBuffer) -> None:
     rows = arrays(buffer) | {"gripper": np.ones((buffer.n_steps, 2), np.float32)}
-    found = only(examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)))
-    assert (found.kind, found.key, found.episode, found.last) == ("constant", "gripper", None, buffer.n_steps - 1)
+    rows["state"] = np.concatenate([rows["state"], np.full((buffer.n_steps, 1), 0.3, np.float32)], axis=1)
+    assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)) == []
+
+
+@pytest.mark.parametrize("n_episodes", [1, 2, 40])
+def test_ends_of_a_gripper_are_no_fault(n_episodes: int) -> None:
+    """It opens and closes within some rows in every episode but one, and is at an end at other times."""
+    buffer = demonstrations(n_episodes)
+    random = np.random.default_rng(0)
+    wanted = (np.arange(buffer.n_steps) // 33 % 2).astype(float)
+    if n_episodes > 1:
+        wanted[: buffer.episode_ends[0]] = 0
+    slow = np.convolve(wanted, np.full(7, 1 / 7), mode="same")
+    width = np.where((slow > 0) & (slow < 1), slow + random.normal(0, 0.01, len(slow)), slow).clip(0, 1)
+    rows = arrays(buffer) | {"gripper": (0.08 * width).astype(np.float32)[:, None]}
+    found = examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends))
+    assert [finding for finding in found if finding.key == "gripper"] == []
+
+
+def turning(buffer: ReplayBuffer) -> np.ndarray:
+    """[N, 4], x, y, z, w: a hand that points down, half a turn from the identity, and sways."""
+    time = 0.1 * np.arange(buffer.n_steps) + np.random.default_rng(1).normal(0, 0.01, buffer.n_steps)
+    sway = np.stack([0.4 * np.sin(time), 0.3 * np.cos(0.7 * time), 0.5 * np.sin(0.6 * time)], axis=1)
+    return (Rotation.from_rotvec(sway) * Rotation.from_rotvec([0, np.pi, 0])).as_quat()
+
+
+def flipped(buffer: ReplayBuffer, kind: str) -> np.ndarray:
+    """The same as a column of a file that changes the rotation's name within episodes."""
+    quaternion = turning(buffer)
+    rotation = Rotation.from_quat(quaternion)
+    if kind == "rotation vector":
+        return rotation.as_rotvec()
+    if kind == "euler":
+        return rotation.as_euler("xyz")
+    if kind == "degrees":
+        return rotation.as_euler("xyz", degrees=True) % 360
+    if kind == "one episode":
+        signs = np.where(np.arange(buffer.n_steps) < buffer.episode_ends[0], -1.0, 1.0)
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], buffer.n_steps)
+    return np.roll(quaternion, 1, axis=1) * signs[:, None] if kind == "w first" else quaternion * signs[:, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("w first", "eef"),
+        ("w last", "pose"),
+        ("one episode", "eef"),
+        ("rotation vector", "pose"),
+        ("rotation vector", "pose near the origin"),
+        ("euler", "pose"),
+        ("euler", "pose near the origin"),
+        ("degrees", "eef"),
+    ],
+)
+def test_rotations_that_change_their_name_are_found_and_mended(kind: str, key: str, tmp_path: Path) -> None:
+    buffer = demonstrations(6)
+    values = flipped(buffer, kind)
+    first = 0 if key == "eef" else 3
+    place = buffer["state"][:, [0, 1, 1]] / (50 if key == "pose" else 1e5)
+    values = np.concatenate([place, values], axis=1) if first else values
+    rows = {"state": buffer["state"][:], "action": buffer["action"][:], key: values.astype(np.float32)}
+    broken = ReplayBuffer.from_arrays(rows, buffer.episode_ends)
+    findings = examine(broken)
+    assert {(finding.kind, finding.key) for finding in findings} == {("rotation", key)}
+    assert min(finding.dimensions[0] for finding in findings) >= first
+    repair(broken, findings, tmp_path / "fixed.zarr")
+    fixed = ReplayBuffer.open(tmp_path / "fixed.zarr")
+    assert examine(fixed) == []
+    assert key in fixed.attrs["rotations"]
+    np.testing.assert_array_equal(fixed[key][:, :first], place[:, :first].astype(np.float32))
+    made = fixed[key][:, first:]
+    inner = np.setdiff1d(np.arange(1, buffer.n_steps), buffer.episode_ends)
+    assert np.abs(made[inner] - made[inner - 1]).max() < (15 if kind == "degrees" else 0.25)
+    if kind in ("euler", "degrees"):
+        made = Rotation.from_euler("xyz", made, degrees=kind == "degrees")
+    elif kind == "rotation vector":
+        made = Rotation.from_rotvec(made)
+    else:
+        made = Rotation.from_quat(made, scalar_first=kind == "w first")
+    assert (made.inv() * Rotation.from_quat(turning(buffer))).magnitude().max() < 1e-5
+    np.testing.assert_array_equal(fixed["state"][:], buffer["state"][:])
+
+
+@pytest.mark.parametrize(("case", "keys"), [("zarr_quat_flip", 2), ("zarr_rotvec_few", 1)])
+def test_in_what_people_have(case: str, keys: int, tmp_path: Path) -> None:
+    path = Path(os.environ.get("ACTION_DIFFUSION_DATA", "")).parent / "cases" / case / "d.zarr"
+    if not path.exists():
+        pytest.skip("no cases beside ACTION_DIFFUSION_DATA")
+    buffer = ReplayBuffer.open(path)
+    findings = [finding for finding in examine(buffer) if finding.kind == "rotation"]
+    assert len({finding.key for finding in findings}) == keys
+    repair(buffer, findings, tmp_path / "fixed.zarr")
+    fixed = ReplayBuffer.open(tmp_path / "fixed.zarr")
+    assert examine(fixed, ("rotation",)) == []
+    assert fixed.n_episodes == buffer.n_episodes
+    inner = np.setdiff1d(np.arange(1, buffer.n_steps), buffer.episode_ends)
+    for key in fixed.attrs["rotations"]:
+        assert np.abs(fixed[key][:][inner] - fixed[key][:][inner - 1]).max() < 0.2
+
+
+@pytest.mark.parametrize("size", [3, 4, 6])
+@pytest.mark.parametrize("unit", [False, True])
+def test_noise_is_no_rotation(size: int, unit: bool) -> None:
+    noise = np.random.default_rng(3).normal(size=(1500, size))
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True) if unit else 1.0
+    found = examine(ReplayBuffer.from_arrays({"state": noise, "quat": noise}, [500, 1000, 1500]), ("rotation",))
+    assert found == []
+
+
+def test_rotations_that_the_buffer_says() -> None:
+    buffer = demonstrations(6)
+    angle = np.arange(buffer.n_steps) * 0.3 % (2 * np.pi)
+    rows = {"yaw_of_it": angle, "other": np.stack([100 * angle, angle], axis=1)}
+    attrs = {"rotations": {"other": "angle@1"}}
+    found = examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends, attrs), ("rotation",))
+    assert {(finding.key, finding.rotation) for finding in found} == {("yaw_of_it", "angle@0"), ("other", "angle@1")}
 
 
 def test_switches_and_rewards_may_jump_and_rest(buffer: ReplayBuffer) -> None:
@@ -234,6 +358,10 @@ def test_the_command(buffer: ReplayBuffer, tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "findings: " in out
     assert "NaN" in out
+    assert [line.split()[:4] for line in out.splitlines() if line.startswith(("nan", "idle"))][:2] == [
+        ["nan", "state", "1", "1"],
+        ["idle", "all", "1", "9"],
+    ]
     assert path.read_bytes() == before
     assert examine(ReplayBuffer.open(tmp_path / "demos.fixed.zarr")) == []
     rows = json.loads(found.read_text())
@@ -246,6 +374,23 @@ def test_the_command(buffer: ReplayBuffer, tmp_path: Path, capsys: pytest.Captur
     assert "demos.fixed.zarr exists: choose another path with --fix OUT" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("details", [False, True])
+def test_many_findings_are_a_line_unless_each_is_asked_for(
+    details: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "observation.gripper_width_of_the_left_arm"
+    many = [Finding("jump", long, e, 70 * e + 3, 70 * e + 3, 1.0 + e, f"a step of {e}.5") for e in range(40)]
+    show(many, details=details)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("jump") for line in lines) == (41 if details else 2)  # and what to do
+    text = "".join(line[11:].rstrip() for line in lines)
+    assert "0-39" in text or details
+    assert "39.5" in " ".join(lines)
+    assert lines[-1].startswith("40 findings: 40 jump")
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -256,6 +401,7 @@ def test_the_command(buffer: ReplayBuffer, tmp_path: Path, capsys: pytest.Captur
         (["a.zarr", "--json"], "--json is empty"),
         (["a.zarr", "--json", "--fix"], "--json is empty"),
         (["a.zarr", "--fix", "x", "--fix=y"], "--fix is given twice"),
+        (["a.zarr", "details=yes"], "details=yes: expected true or false"),
         (["a.zarr", "kinds=jmp"], "unknown kind 'jmp' in kinds=: did you mean jump?"),
     ],
 )
