@@ -45,6 +45,9 @@ th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var
 th { font-weight: 500; }
 .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums; }
 .numbers th:first-child, .numbers td:first-child { text-align: left; }
+.broad svg { min-width: 620px; }
+.verdict { font-weight: 600; border-left: 4px solid var(--first); padding: 2px 0 2px 12px; overflow-wrap: anywhere; }
+.warning { border-color: var(--second); }
 tr:last-child td, tr:last-child th { border-bottom: 0; }
 .scroll { overflow-x: auto; }
 details { margin-top: 12px; }
@@ -62,10 +65,11 @@ def card(label: str, value: str, below: str) -> str:
     )
 
 
-def figure(content: str, *, title: str = "", caption: str = "") -> str:
-    """A picture or video on a card, with a line above it and one below."""
+def figure(content: str, *, title: str = "", caption: str = "", wide: bool = False) -> str:
+    """A picture or video on a card, with a line above it and one below; a `wide` one scrolls where there is no room."""
     above = f"<h3>{escape(title)}</h3>" if title else ""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    content = f'<div class="scroll broad">{content}</div>' if wide else content
     return f'<figure class="card">{above}{content}{below}</figure>'
 
 
@@ -76,6 +80,11 @@ def grid(cells: Iterable[str], *, wide: bool = False) -> str:
 
 def note(text: str) -> str:
     return f'<p class="soft">{escape(text)}</p>'
+
+
+def verdict(text: str, *, warning: bool = False) -> str:
+    """What the numbers say, or what they do not, in a sentence that is not overlooked."""
+    return f'<p class="verdict{" warning" if warning else ""}">{escape(text)}</p>'
 
 
 def section(title: str, content: str) -> str:
@@ -92,6 +101,11 @@ def number_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     top = "".join(f"<th>{escape(head)}</th>" for head in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table class="numbers"><tr>{top}</tr>{body}</table>'
+
+
+def word_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same with words in it."""
+    return number_table(heads, rows).replace(' class="numbers"', "", 1)
 
 
 def setting_table(settings: Mapping[str, Any]) -> str:

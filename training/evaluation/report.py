@@ -37,9 +37,9 @@ _STARTS = (
 )
 _NO_SIMULATOR = (
     "This task has no simulator, so there is no success rate: the policy's chunks are compared with what "
-    "the demonstrator did from the same observations, in episodes that were not trained on. A small error "
-    "does not prove that the robot succeeds, and where several ways are right a large one does not prove "
-    "that it fails. The numbers count the steps that would be executed; padding is left out."
+    "the demonstrator did from the same observations. A small error does not prove that the robot succeeds, and "
+    "where several ways are right a large one does not prove that it fails. The numbers count the steps that would "
+    "be executed; padding is left out."
 )
 
 
@@ -72,7 +72,7 @@ def write_report(
     ]
     starts = sorted(zip(seeds, scores, strict=True), key=lambda start: start[1])
     table = page.number_table(("seed", "score"), [(str(seed), f"{score:.4f}") for seed, score in starts])
-    histogram = page.figure(plots.plot_scores(scores).decode())
+    histogram = page.figure(plots.plot_scores(scores).decode(), wide=True)
     body = [
         page.grid(cards),
         page.note(f"{results['score_definition']} {_STARTS}"),
@@ -93,43 +93,89 @@ def write_report(
 
 
 def write_offline_report(
-    path: Path, *, results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], chunks: bytes
+    path: Path,
+    *,
+    results: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    chunks: bytes,
+    episode: bytes = b"",
 ) -> None:
-    """Write the page for the `results` of `evaluation.evaluate_offline`; `chunks`: `plot_chunks`."""
+    """Write the page for the `results` of `evaluation.evaluate_offline`; `chunks`: `plot_chunks`, `episode`:
+    `plot_episode`."""
     error, n = _percent(results["action_error_relative"]), results["n_windows"]
-    count = results["n_action_steps"]
+    count, interval = results["n_action_steps"], results.get("action_error_relative_interval")
+    sure = "of each dimension's range in the data"
+    if interval:
+        sure = f"95 % interval {_percent(interval[0])} to {_percent(interval[1])} (bootstrap over episodes)"
     cards = [
-        page.card("Mean action error", error, "of each dimension's range in the held-out data"),
-        page.card("Held-out windows", str(n), f"{results['n_steps']} executed steps compared"),
+        page.card("Mean action error, of range", error, sure),
+        page.card("Windows", str(n), f"{results['n_steps']} executed steps compared"),
         page.card("Action dimensions", str(len(results["names"])), f"{count} steps of a chunk are executed"),
     ]
+    if "origin" in results:
+        words = {"held_out": "not trained on", "trained": "trained on!", "unknown": "trained on or not: unknown"}
+        cards.insert(1, page.card("Episodes", str(results["n_episodes"]), words[results["origin_kind"]]))
+    body = [page.grid(cards)]
+    if "origin" in results:
+        body.append(page.verdict(f"Measured on {results['origin']}.", warning=results["origin_kind"] != "held_out"))
+    body.append(page.note(_NO_SIMULATOR))
+    if "baselines" in results:
+        body.append(page.section("Beside what needs no policy", _baseline_table(results)))
+    body.append(page.section("Error by action dimension", _dimension_table(results)))
+    ahead = [
+        pair for pair in zip(results["steps_ahead"], results["relative_ahead"], strict=True) if pair[1] is not None
+    ]
+    if ahead:
+        curve = plots.plot_error_ahead(*zip(*ahead, strict=True), n_action_steps=count)
+        body.append(page.section("Error over the steps of a chunk", page.figure(curve.decode(), wide=True)))
+    body.append(page.section("Predicted and demonstrated", page.figure(chunks.decode(), wide=True)))
+    if episode:
+        caption = (
+            "The episode whose error is the median. Each mark begins a chunk, sampled from what was recorded there: "
+            "errors do not add up as they may on the robot."
+        )
+        body.append(page.section("Along an episode", page.figure(episode.decode(), caption=caption, wide=True)))
+    page.write_page(
+        path,
+        title=f"{results['task']}: action error {error} of range",
+        subtitle=f"{n} windows, no simulator, {results['seconds']:.1f} s",
+        body=[*body, *_closing(results, metrics)],
+    )
+
+
+def _baseline_table(results: Mapping[str, Any]) -> str:
+    rows = [("the policy", _percent(results["action_error_relative"]), "")]
+    for name, one in results["baselines"].items():
+        rows.append((name.replace("_", " "), _percent(one["action_error_relative"]), one.get("verdict", "")))
+    positions = {name: made for name, made in results["baselines"]["hold_still"]["made_of"].items() if "[" in made}
+    how = "Hold still repeats the position that was measured now"
+    how += (
+        f" ({', '.join(f'{name}: {made}' for name, made in positions.items())}), "
+        if positions
+        else ", where it is seen, "
+    )
+    how += "and in other dimensions the action before; repeat last action does that in all."
+    return (
+        f'<div class="card scroll">{page.word_table(("", "mean error / range", "the policy beside it"), rows)}</div>'
+        + (page.note(how))
+    )
+
+
+def _dimension_table(results: Mapping[str, Any]) -> str:
+    units = results.get("units") or [""] * len(results["errors"])
     rows = (
         (
-            name,
+            f"{name} [{unit}]" if unit else name,
             _number(one["mae"]),
             _number(one["rmse"]),
             _number(one["range"]),
             _percent(one["relative_mae"]),
             _percent(one["relative_rmse"]),
         )
-        for name, one in results["errors"].items()
+        for (name, one), unit in zip(results["errors"].items(), units, strict=True)
     )
     heads = ("dimension", "mean error", "RMSE", "range", "mean error / range", "RMSE / range")
-    table = f'<div class="card scroll">{page.number_table(heads, rows)}</div>'
-    body = [page.grid(cards), page.note(_NO_SIMULATOR), page.section("Error by action dimension", table)]
-    ahead = [
-        pair for pair in zip(results["steps_ahead"], results["relative_ahead"], strict=True) if pair[1] is not None
-    ]
-    if ahead:
-        curve = plots.plot_error_ahead(*zip(*ahead, strict=True), n_action_steps=count)
-        body.append(page.section("Error over the steps of a chunk", page.figure(curve.decode())))
-    body.append(page.section("Predicted and demonstrated", page.figure(chunks.decode())))
-    page.write_page(
-        path,
-        title=f"{results['task']}: action error {error} of range",
-        subtitle=f"{n} held-out windows, no simulator, {results['seconds']:.1f} s",
-        body=[*body, *_closing(results, metrics)],
-    )
+    return f'<div class="card scroll">{page.number_table(heads, rows)}</div>'
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

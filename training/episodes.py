@@ -1,0 +1,115 @@
+"""Which episodes a policy was trained on: kept in its bundle as hashes, so that none of them is taken for a new one.
+
+    episodes.safetensors    trained, held_out    uint64 [E, 16], a row for each episode
+
+The numbers of an episode (action and states, as float32) are hashed in pieces of 8 rows each, of which the 16 smallest
+hashes are kept: a bottom-k sketch (Broder, "On the resemblance and containment of documents", 1997). So an episode is
+known again in another order, file or format, beside other episodes, and when a part of its rows was cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors
+from safetensors.numpy import load_file
+
+from action_diffusion.datasets.batches.columns import ObsKey, load
+from action_diffusion.datasets.batches.loader import BatchSource
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.errors import InputError
+from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.training.data import TrainingData
+
+FILE = "episodes.safetensors"
+PIECE, KEPT = 8, 16
+SHARE = 0.25
+"""Of the pieces kept of an episode, that another one must hold to be the same: what all begin with is less."""
+
+TRAINED, HELD_OUT, NEW = "trained", "held_out", "new"
+
+
+class Known(NamedTuple):
+    """Hashes of episodes, uint64 [E, KEPT] each: those whose windows were trained on, and those held out meanwhile."""
+
+    trained: np.ndarray
+    held_out: np.ndarray
+
+
+def record(buffer: ReplayBuffer, spec: PolicySpec, data: TrainingData, earlier: Path | None) -> Known | None:
+    """What to keep of a training; None where it is not known.
+
+    earlier: the bundle whose weights training began with, and whose episodes count as well.
+    """
+    before = None if earlier is None else read(earlier)
+    if earlier is not None and before is None:
+        return None
+    pieces = _pieces(buffer, spec)
+    trained, held_out = (
+        np.array([_sketch(pieces[e]) for e in _episodes(buffer, source)], np.uint64).reshape(-1, KEPT)
+        for source in (data.train, data.held_out)
+    )
+    if before is not None:
+        trained = np.unique(np.concatenate([before.trained, trained]), axis=0)
+    return Known(trained, held_out)
+
+
+def read(bundle: Path) -> Known | None:
+    """What a bundle keeps; None of one from before it did. Raises `InputError` for a file that is damaged."""
+    file = Path(bundle) / FILE
+    if not file.is_file():
+        return None
+    try:
+        found = load_file(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable safetensors file: {error}") from None
+    for name in Known._fields:
+        if name not in found or found[name].dtype != np.uint64 or found[name].shape[1:] != (KEPT,):
+            raise InputError(f"{file}: no {name!r} of shape [E, {KEPT}] and type uint64, hashes of episodes")
+    return Known(found["trained"], found["held_out"])
+
+
+def recognise(buffer: ReplayBuffer, spec: PolicySpec, known: Known) -> np.ndarray:
+    """Of each episode in `buffer` whether the policy was TRAINED on it, or it was HELD_OUT meanwhile, or is NEW."""
+    return np.array([_kind(pieces, known) for pieces in _pieces(buffer, spec)])
+
+
+def _kind(pieces: np.ndarray, known: Known) -> str:
+    if _holds(pieces, known.trained):
+        return TRAINED
+    return HELD_OUT if _holds(pieces, known.held_out) else NEW
+
+
+def _holds(pieces: np.ndarray, sketches: np.ndarray) -> bool:
+    """Whether `pieces` has its share of one of the `sketches` [E, KEPT]."""
+    return bool((np.isin(sketches, pieces).mean(axis=1) >= SHARE).any())
+
+
+def _sketch(pieces: np.ndarray) -> np.ndarray:
+    """The smallest hashes, uint64 [KEPT]; fewer are repeated, each as often as the others or once more."""
+    return np.resize(pieces[:KEPT], KEPT)
+
+
+def _pieces(buffer: ReplayBuffer, spec: PolicySpec) -> list[np.ndarray]:
+    """Of each episode: the different hashes of its pieces, uint64 in order; one of a whole episode that is shorter."""
+    wanted = [ObsKey(value.source, value.columns, "state") for _, value in sorted(spec.states.items())]
+    wanted.append(ObsKey(spec.action.source, None, "action"))
+    columns = [load(buffer, key).reshape(buffer.n_steps, -1) for key in wanted]
+    rows = np.concatenate(columns, axis=1, dtype="<f4") + np.float32(0)  # of -0 and 0, one
+    bounds = zip(np.concatenate([[0], buffer.episode_ends[:-1]]), buffer.episode_ends, strict=True)
+    return [_hashes(rows[first:end]) for first, end in bounds]
+
+
+def _hashes(rows: np.ndarray) -> np.ndarray:
+    data, width = rows.tobytes(), rows[:1].nbytes
+    starts = range(0, max(1, len(rows) - PIECE + 1) * width, width)
+    digests = (hashlib.blake2b(data[at : at + PIECE * width], digest_size=8).digest() for at in starts)
+    return np.unique(np.frombuffer(b"".join(digests), "<u8")).astype(np.uint64)
+
+
+def _episodes(buffer: ReplayBuffer, source: BatchSource | None) -> np.ndarray:
+    """Indices of the episodes that have windows in `source`."""
+    return np.searchsorted(buffer.episode_ends, [] if source is None else np.unique(source.windows.end))
