@@ -310,3 +310,28 @@ def test_baselines_stand_beside_the_policy(folder, tmp_path, kinds, capsys):
     for name in ("hold still", "repeat last action"):
         assert f"policy minus {name}: " in out
         assert f"policy minus {name}: " in page
+
+
+def test_the_report_of_an_image_policy_shows_what_it_saw_and_a_whole_episode(tmp_path):
+    """Names and units come from the buffer; large pictures are made small."""
+    old = demonstrations(n_episodes=4, length=30)
+    arrays = {key: old[key][:] for key in ("state", "action")}
+    arrays["front"] = np.random.default_rng(0).integers(0, 256, (120, 200, 220, 3), dtype=np.uint8)
+    attrs = {"names": {"action": ["pan", "<b>tilt</b>"]}, "units": {"action": "deg, rad"}, "control_rate": 15}
+    ReplayBuffer.from_arrays(arrays, old.episode_ends, attrs).save(tmp_path / "demos.zarr")
+    words = [
+        "policy.encoder.crop=[32,32]",
+        "policy.encoder.resize=[40,44]",
+        "policy.encoder.width=0.25",
+        "policy.encoder.stages=1",
+        "policy.encoder.keypoints=4",
+    ]
+    train(tmp_path / "demos.zarr", tmp_path / "run", *words)
+    page = Page(tmp_path / "run" / "evaluation" / "report.html")
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    assert page.tags.count("image") == 4  # the camera's, of four windows
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    assert len(page.source) < 1_000_000
+    assert page.text.count("pan [deg]") == page.text.count("<b>tilt</b> [rad]") == 3  # the table and two plots
+    assert "Along an episode" in page.text

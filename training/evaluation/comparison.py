@@ -66,7 +66,9 @@ def _compared_scores(
     scores = zip(first["seeds"], first["scores"], second["scores"], strict=True)
     rows = [(str(seed), f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}") for seed, a, b in sorted(scores, key=_difference)]
     table = page.number_table(("seed", *names, f"{names[0]} minus {names[1]}"), rows)
-    scatter = page.figure(plots.plot_pairs(second["scores"], first["scores"], labels=names[::-1]).decode())
+    scatter = page.figure(
+        plots.plot_pairs(second["scores"], first["scores"], labels=names[::-1]).decode(), shape="square"
+    )
     return (
         f"{found['mean_difference']:+.3f}",
         cards,
@@ -81,7 +83,9 @@ def _compared_errors(
 ) -> tuple[str, list[str], str, str, str]:
     first, second = results
     difference, interval = f"{100 * found['error_difference']:+.1f} %", found["error_interval"]
-    sure = "a single episode, no interval" if interval is None else _between([100 * end for end in interval])
+    sure = (
+        "a single episode, no interval" if interval is None else " to ".join(f"{100 * end:+.1f} %" for end in interval)
+    )
     cards = [
         page.card("Difference of mean errors, of range", difference, sure),
         page.card("Larger, equal, smaller", f"{found['higher']} · {found['equal']} · {found['lower']}", "episodes"),
@@ -92,7 +96,7 @@ def _compared_errors(
     rows = [(name, *(f"{100 * value:.2f} %" for value in (a, b)), f"{100 * (a - b):+.2f} %") for name, a, b in ordered]
     table = page.number_table(("episode (hash)", *names, f"{names[0]} minus {names[1]}"), rows)
     scatter = plots.plot_error_pairs(second["episode_errors"], first["episode_errors"], labels=names[::-1])
-    pairs = page.figure(scatter.decode()) + page.folded("Every episode, the largest loss first", table)
+    pairs = page.figure(scatter.decode(), shape="square") + page.folded("Every episode, the largest loss first", table)
     return difference, cards, _PAIRED_ERRORS, "episodes", pairs
 
 

@@ -36,7 +36,10 @@ p { margin: 12px 0; max-width: 84ch; }
 .value { font-size: 30px; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .card h3 { font-size: 13.5px; margin: 0 0 8px; }
 figcaption { margin-top: 8px; font-size: 13.5px; }
-video { display: block; width: 100%; border-radius: 6px; background: var(--line); }
+.film { position: relative; margin-bottom: 76px; }
+.film video { position: absolute; top: 0; width: 100%; height: calc(100% + 72px); object-fit: contain;
+  object-position: top; border-radius: 6px; background: #1f2328; }
+video::-webkit-media-controls-panel { background-image: none !important; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit !important; }
 table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
@@ -46,6 +49,9 @@ th { font-weight: 500; }
 .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums; }
 .numbers th:first-child, .numbers td:first-child { text-align: left; }
 .broad svg { min-width: 620px; }
+.square svg { max-width: 480px; }
+.numbers td:not(:first-child) { white-space: nowrap; }
+.words td, .words th { overflow-wrap: break-word; }
 .verdict { font-weight: 600; border-left: 4px solid var(--first); padding: 2px 0 2px 12px; overflow-wrap: anywhere; }
 .warning { border-color: var(--second); }
 tr:last-child td, tr:last-child th { border-bottom: 0; }
@@ -65,11 +71,12 @@ def card(label: str, value: str, below: str) -> str:
     )
 
 
-def figure(content: str, *, title: str = "", caption: str = "", wide: bool = False) -> str:
-    """A picture or video on a card, with a line above it and one below; a `wide` one scrolls where there is no room."""
+def figure(content: str, *, title: str = "", caption: str = "", shape: str = "") -> str:
+    """A picture or video on a card, with a line above it and one below. shape: "broad" ones scroll where there is no
+    room, "square" ones are not as large as there is room."""
     above = f"<h3>{escape(title)}</h3>" if title else ""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    content = f'<div class="scroll broad">{content}</div>' if wide else content
+    content = f'<div class="scroll {shape}">{content}</div>' if shape else content
     return f'<figure class="card">{above}{content}{below}</figure>'
 
 
@@ -105,7 +112,7 @@ def number_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def word_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The same with words in it."""
-    return number_table(heads, rows).replace(' class="numbers"', "", 1)
+    return number_table(heads, rows).replace('class="numbers"', 'class="words"', 1)
 
 
 def setting_table(settings: Mapping[str, Any]) -> str:

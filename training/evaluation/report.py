@@ -7,6 +7,7 @@ the numbers matters as much as they do: which chance the intervals cover, and wh
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.image import imsave
 
 from action_diffusion.errors import InputError
 from action_diffusion.training.evaluation import page, plots
@@ -45,12 +47,20 @@ _NO_SIMULATOR = (
 
 @dataclass(frozen=True)
 class Clip:
-    """A video in a report: what it stands for ("Best"), its start, its score, and the MP4 file."""
+    """A video in a report: what it stands for ("Best"), its start, its score, and the MP4 file.
+
+    last: uint8 [H, W, 3], its last picture, in which the outcome is seen before it is played.
+    """
 
     label: str
     seed: int
     score: float
     path: Path
+    last: np.ndarray | None = None
+
+    @property
+    def outcome(self) -> str:
+        return f"{'success' if self.score >= 1 else 'no success'}, score {self.score:.3f}, seed {self.seed}"
 
 
 def write_report(
@@ -72,7 +82,7 @@ def write_report(
     ]
     starts = sorted(zip(seeds, scores, strict=True), key=lambda start: start[1])
     table = page.number_table(("seed", "score"), [(str(seed), f"{score:.4f}") for seed, score in starts])
-    histogram = page.figure(plots.plot_scores(scores).decode(), wide=True)
+    histogram = page.figure(plots.plot_scores(scores).decode(), shape="broad")
     body = [
         page.grid(cards),
         page.note(f"{results['score_definition']} {_STARTS}"),
@@ -81,7 +91,7 @@ def write_report(
     if results.get("simulator_failures"):
         rows = [(str(one["seed"]), one["reason"]) for one in results["simulator_failures"]]
         said = page.note("These episodes were begun again; one whose simulator was lost every time counts as 0.")
-        body.append(page.section("Lost simulators", said + page.number_table(("seed", "what happened"), rows)))
+        body.append(page.section("Lost simulators", said + page.word_table(("seed", "what happened"), rows)))
     if clips:
         body.append(page.section("Episodes", page.grid(_video(clip, path.parent) for clip in clips)))
     page.write_page(
@@ -127,14 +137,14 @@ def write_offline_report(
     ]
     if ahead:
         curve = plots.plot_error_ahead(*zip(*ahead, strict=True), n_action_steps=count)
-        body.append(page.section("Error over the steps of a chunk", page.figure(curve.decode(), wide=True)))
-    body.append(page.section("Predicted and demonstrated", page.figure(chunks.decode(), wide=True)))
+        body.append(page.section("Error over the steps of a chunk", page.figure(curve.decode(), shape="broad")))
+    body.append(page.section("Predicted and demonstrated", page.figure(chunks.decode(), shape="broad")))
     if episode:
         caption = (
             "The episode whose error is the median. Each mark begins a chunk, sampled from what was recorded there: "
             "errors do not add up as they may on the robot."
         )
-        body.append(page.section("Along an episode", page.figure(episode.decode(), caption=caption, wide=True)))
+        body.append(page.section("Along an episode", page.figure(episode.decode(), caption=caption, shape="broad")))
     page.write_page(
         path,
         title=f"{results['task']}: action error {error} of range",
@@ -231,8 +241,29 @@ def _video(clip: Clip, folder: Path) -> str:
         source = "data:video/mp4;base64," + base64.b64encode(clip.path.read_bytes()).decode()
     else:
         source = clip.path.relative_to(folder).as_posix()
-    video = f'<video controls loop muted playsinline preload="auto" src="{source}"></video>'
-    return page.figure(video, title=clip.label, caption=f"score {clip.score:.3f}, seed {clip.seed}")
+    height, width = (1, 1) if clip.last is None else clip.last.shape[:2]
+    return page.figure(
+        f'<div class="film" style="aspect-ratio:{width}/{height}"><video controls loop muted playsinline preload="auto"'
+        f' poster="{_poster(clip, height / width)}" src="{source}"></video></div>',
+        title=clip.label,
+        caption=clip.outcome,
+    )
+
+
+def _poster(clip: Clip, aspect: float) -> str:
+    """The outcome in words over the last picture: an SVG as a data URI, 320 wide and `aspect` times as high."""
+    height, picture = 320 * aspect, ""
+    if clip.last is not None:
+        file = io.BytesIO()
+        imsave(file, clip.last, format="jpeg", pil_kwargs={"quality": 85})
+        data = base64.b64encode(file.getvalue()).decode()
+        picture = f'<image width="320" height="{height:g}" href="data:image/jpeg;base64,{data}"/>'
+    drawn = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 {height:g}">{picture}'
+        f'<rect width="320" height="30" fill="#1f2328" fill-opacity="0.8"/>'
+        f'<text x="10" y="20" font-family="sans-serif" font-size="15" fill="#ffffff">{clip.outcome}</text></svg>'
+    )
+    return "data:image/svg+xml;base64," + base64.b64encode(drawn.encode()).decode()
 
 
 def _learnt_from(results: Mapping[str, Any]) -> str:
