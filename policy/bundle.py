@@ -4,7 +4,7 @@
     config.yaml          the resolved configuration; its `policy` part is built from registered names only
     spec.json            observations, cameras, action, rates, normaliser statistics, versions
     golden.safetensors   an input and the chunk it gave, to verify a copy on another machine
-    episodes.safetensors hashes of the episodes that it was trained on, and of those held out (`training.episodes`)
+    episodes.safetensors hashes of the episodes that it was trained on, and of those held out: `training.episodes`
 
 Loading executes nothing that came with the folder.
 """

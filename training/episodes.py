@@ -1,10 +1,11 @@
 """Which episodes a policy was trained on: kept in its bundle as hashes, so that none of them is taken for a new one.
 
-    episodes.safetensors    trained, held_out    uint64 [E, 16], a row for each episode
+    episodes.safetensors    trained, held_out    uint32 [n], increasing
 
-The numbers of an episode (action and states, as float32) are hashed in pieces of 8 rows each, of which the 16 smallest
-hashes are kept: a bottom-k sketch (Broder, "On the resemblance and containment of documents", 1997). So an episode is
-known again in another order, file or format, beside other episodes, and when a part of its rows was cut off.
+The numbers of an episode (states and action, as float32) are hashed in pieces of 8 rows that overlap, one from each row
+on. An episode is one of those that were trained on where half of its pieces are theirs: in another order, file or
+format, beside other episodes, as a part of one, and with some rows cut out. Four bytes a row are small beside the
+weights.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training.data import TrainingData
 
 FILE = "episodes.safetensors"
-PIECE, KEPT = 8, 16
-SHARE = 0.25
-"""Of the pieces kept of an episode, that another one must hold to be the same: what all begin with is less."""
+PIECE = 8
+"""Rows: so many that episodes of few different actions, such as of a keyboard, still differ."""
+SHARE = 0.5
+"""Of an episode's different pieces: what all episodes begin with is less."""
 
 TRAINED, HELD_OUT, NEW = "trained", "held_out", "new"
+_NONE = np.zeros(0, np.uint32)
 
 
 class Known(NamedTuple):
-    """Hashes of episodes, uint64 [E, KEPT] each: those whose windows were trained on, and those held out meanwhile."""
+    """Hashes of the pieces, uint32 [n] each, increasing, of episodes trained on, and of those held out meanwhile."""
 
     trained: np.ndarray
     held_out: np.ndarray
@@ -47,13 +50,13 @@ def record(buffer: ReplayBuffer, spec: PolicySpec, data: TrainingData, earlier: 
     before = None if earlier is None else read(earlier)
     if earlier is not None and before is None:
         return None
-    pieces = _pieces(buffer, spec)
+    hashes = pieces(buffer, spec)
     trained, held_out = (
-        np.array([_sketch(pieces[e]) for e in _episodes(buffer, source)], np.uint64).reshape(-1, KEPT)
+        np.unique(np.concatenate([_NONE, *(hashes[e] for e in _episodes(buffer, source))]))
         for source in (data.train, data.held_out)
     )
     if before is not None:
-        trained = np.unique(np.concatenate([before.trained, trained]), axis=0)
+        trained = np.union1d(before.trained, trained)
     return Known(trained, held_out)
 
 
@@ -67,14 +70,16 @@ def read(bundle: Path) -> Known | None:
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a readable safetensors file: {error}") from None
     for name in Known._fields:
-        if name not in found or found[name].dtype != np.uint64 or found[name].shape[1:] != (KEPT,):
-            raise InputError(f"{file}: no {name!r} of shape [E, {KEPT}] and type uint64, hashes of episodes")
+        if name not in found or found[name].dtype != np.uint32 or found[name].ndim != 1:
+            raise InputError(f"{file}: no {name!r} of shape [n] and type uint32, the hashes of episodes")
+        if (np.diff(found[name].astype(np.int64)) <= 0).any():
+            raise InputError(f"{file}: {name!r} does not increase, so it is not the hashes of episodes")
     return Known(found["trained"], found["held_out"])
 
 
 def recognise(buffer: ReplayBuffer, spec: PolicySpec, known: Known) -> np.ndarray:
     """Of each episode in `buffer` whether the policy was TRAINED on it, or it was HELD_OUT meanwhile, or is NEW."""
-    return np.array([_kind(pieces, known) for pieces in _pieces(buffer, spec)])
+    return np.array([_kind(hashes, known) for hashes in pieces(buffer, spec)])
 
 
 def _kind(pieces: np.ndarray, known: Known) -> str:
@@ -83,18 +88,15 @@ def _kind(pieces: np.ndarray, known: Known) -> str:
     return HELD_OUT if _holds(pieces, known.held_out) else NEW
 
 
-def _holds(pieces: np.ndarray, sketches: np.ndarray) -> bool:
-    """Whether `pieces` has its share of one of the `sketches` [E, KEPT]."""
-    return bool((np.isin(sketches, pieces).mean(axis=1) >= SHARE).any())
+def _holds(pieces: np.ndarray, hashes: np.ndarray) -> bool:
+    """Whether the share of `pieces` is in `hashes`, which increase."""
+    place = np.searchsorted(hashes, pieces)
+    there = place < len(hashes)
+    return bool((hashes[place[there]] == pieces[there]).sum() >= SHARE * len(pieces))
 
 
-def _sketch(pieces: np.ndarray) -> np.ndarray:
-    """The smallest hashes, uint64 [KEPT]; fewer are repeated, each as often as the others or once more."""
-    return np.resize(pieces[:KEPT], KEPT)
-
-
-def _pieces(buffer: ReplayBuffer, spec: PolicySpec) -> list[np.ndarray]:
-    """Of each episode: the different hashes of its pieces, uint64 in order; one of a whole episode that is shorter."""
+def pieces(buffer: ReplayBuffer, spec: PolicySpec) -> list[np.ndarray]:
+    """Of each episode: the different hashes of its pieces, uint32 [n]; one of a whole episode that is shorter."""
     wanted = [ObsKey(value.source, value.columns, "state") for _, value in sorted(spec.states.items())]
     wanted.append(ObsKey(spec.action.source, None, "action"))
     columns = [load(buffer, key).reshape(buffer.n_steps, -1) for key in wanted]
@@ -106,8 +108,8 @@ def _pieces(buffer: ReplayBuffer, spec: PolicySpec) -> list[np.ndarray]:
 def _hashes(rows: np.ndarray) -> np.ndarray:
     data, width = rows.tobytes(), rows[:1].nbytes
     starts = range(0, max(1, len(rows) - PIECE + 1) * width, width)
-    digests = (hashlib.blake2b(data[at : at + PIECE * width], digest_size=8).digest() for at in starts)
-    return np.unique(np.frombuffer(b"".join(digests), "<u8")).astype(np.uint64)
+    digests = (hashlib.blake2b(data[at : at + PIECE * width], digest_size=4).digest() for at in starts)
+    return np.unique(np.frombuffer(b"".join(digests), "<u4")).astype(np.uint32)
 
 
 def _episodes(buffer: ReplayBuffer, source: BatchSource | None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -95,7 +96,12 @@ def test_in_another_order_type_and_company_and_when_they_were_cut(kinds):
     cut = {key: np.concatenate([old.episode(e)[key][5:32] for e in range(6)]) for key in ("state", "action")}
     assert kinds(ReplayBuffer.from_arrays(cut, np.arange(1, 7) * 27)) == before
     whole = {key: old[key][:] for key in ("state", "action")}
-    assert set(kinds(ReplayBuffer.from_arrays(whole, [240]))) == {"trained"}  # some of its rows were
+    assert kinds(ReplayBuffer.from_arrays(whole, [240])) == ["trained"]  # two thirds of its rows were
+    parts = kinds(ReplayBuffer.from_arrays(whole, np.arange(1, 25) * 10))
+    assert parts == [kind for kind in before for _ in range(4)]
+    keep = np.arange(240) % 40 != 20
+    thinned = ReplayBuffer.from_arrays({key: column[keep] for key, column in whole.items()}, np.arange(1, 7) * 39)
+    assert kinds(thinned) == before
 
 
 def test_a_common_beginning_does_not_make_episodes_the_same(kinds):
@@ -104,6 +110,25 @@ def test_a_common_beginning_does_not_make_episodes_the_same(kinds):
     for key in ("state", "action"):
         new[key][0:40][:10] = old[key][0:10]
     assert kinds(new)[0] == "new"
+
+
+def test_few_different_actions_do_not_make_episodes_the_same(folder, kinds):
+    """As of a keyboard, to a policy that sees cameras only: pieces of 8 rows still differ."""
+    random = np.random.default_rng(0)
+    walks = [random.integers(-1, 2, (400, 2)).astype(np.float32) for _ in range(2)]
+    spec = dataclasses.replace(read_spec(folder / "a" / "bundle"), observations={}, estimates={})
+    first, second = (ReplayBuffer.from_arrays({"action": walk}, [400]) for walk in walks)
+    known = episodes.Known(episodes.pieces(first, spec)[0], np.zeros(0, np.uint32))
+    assert episodes.recognise(first, spec, known).tolist() == ["trained"]
+    assert episodes.recognise(second, spec, known).tolist() == ["new"]
+
+
+def test_copies_of_trained_episodes_are_not_held_out(tmp_path):
+    """Every episode is the same one: what training holds out it was trained on, and the run still ends well."""
+    joined((demonstrations(), [0, 0, 0, 0])).save(tmp_path / "copies.zarr")
+    bundle = train(tmp_path / "copies.zarr", tmp_path / "run")
+    ended = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    assert ended["origin_kind"] == evaluate(tmp_path / "out", f"bundle={bundle}")["origin_kind"] == "trained"
 
 
 def test_only_trained_episodes_are_never_called_held_out(folder, tmp_path, kinds, capsys):
@@ -151,7 +176,7 @@ def test_what_a_run_began_with_counts_as_trained_on(folder, tmp_path):
     tuned = train(tmp_path / "new.zarr", tmp_path / "tuned", f"init={folder}/a/bundle", "evaluation.n_episodes=0")
     known = episodes.read(tuned)
     assert known is not None
-    assert (len(known.trained), len(known.held_out)) == (8, 2)
+    assert (len(known.trained), len(known.held_out)) == (8 * 33, 2 * 33)  # pieces of 8 of 40 rows
     kinds = episodes.recognise(demonstrations(), read_spec(tuned), known)
     assert sorted(kinds) == ["new"] * 2 + ["trained"] * 4
     (folder / "a" / "bundle").joinpath(episodes.FILE).rename(tmp_path / "kept")
@@ -166,9 +191,10 @@ def test_what_a_run_began_with_counts_as_trained_on(folder, tmp_path):
     ("change", "message"),
     [
         (lambda file: file.write_bytes(b"hello"), "not a readable safetensors file"),
-        (lambda file: save_file({"trained": np.zeros((2, 16), np.uint64)}, file), "no 'held_out' of shape"),
-        (lambda file: save_file({k: v[:, :3].copy() for k, v in load_file(file).items()}, file), "no 'trained' of"),
-        (lambda file: save_file({k: v.astype(np.int64) for k, v in load_file(file).items()}, file), "type uint64"),
+        (lambda file: save_file({"trained": np.arange(2, dtype=np.uint32)}, file), "no 'held_out' of shape"),
+        (lambda file: save_file({k: v[None] for k, v in load_file(file).items()}, file), "no 'trained' of"),
+        (lambda file: save_file({k: v.astype(np.int64) for k, v in load_file(file).items()}, file), "type uint32"),
+        (lambda file: save_file({k: v[::-1].copy() for k, v in load_file(file).items()}, file), "does not increase"),
     ],
 )
 def test_hashes_that_are_damaged(folder, tmp_path, change, message):

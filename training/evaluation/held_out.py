@@ -51,21 +51,23 @@ def choose(buffer: ReplayBuffer, bundles: Sequence[tuple[Path, PolicySpec]], *, 
     """Windows, the same for all `bundles`, of the episodes in `buffer` that none of them was trained on.
 
     own_data: the `data` of the training, where `buffer` is that: of the episodes that it held out, and `InputError`
-    where there is none. Of another buffer: where each episode was trained on, of all of them, and `origin` says so.
+    where there is none. Where each episode was trained on, or is a copy of one that was, of all of them, and `origin`
+    says so.
     """
     specs = [spec for _, spec in bundles]
     if len({(spec.action.source, spec.action.shape) for spec in specs}) > 1:
         raise InputError(f"policies of other actions do not compare: {', '.join(str(path) for path, _ in bundles)}")
-    kinds, unknown = [], []
+    kinds, unknown, held_out_some = [], [], False
     for path, spec in bundles:
         known = episodes.read(path)
         if known is None:
             unknown.append(str(path))
         kinds.append(_by_split(buffer, path, own_data) if known is None else episodes.recognise(buffer, spec, known))
+        held_out_some |= bool(episodes.HELD_OUT in kinds[-1] if known is None else len(known.held_out))
     trained = (np.array(kinds) == episodes.TRAINED).any(axis=0)
     held_out = (np.array(kinds) == episodes.HELD_OUT).any(axis=0) & ~trained
     asked = held_out if own_data is not None and held_out.any() else ~trained
-    if own_data is not None and not asked.any():
+    if own_data is not None and not asked.any() and not held_out_some:
         raise InputError(
             f"{', '.join(str(path) for path, _ in bundles)}: training held out no episode; give data=PATH, "
             "demonstrations to compare with"

@@ -188,7 +188,7 @@ def _sample(policy: Policy, batches: Batches, seed: int, progress: Progress | No
     n = 0
     with showing(progress) as bars:
         total = len(batches) if isinstance(batches, Sized) else None
-        for obs, action, mask in bars.track(batches, total=total, description="held-out windows"):
+        for obs, action, mask in bars.track(batches, total=total, description="windows"):
             pairs = [generators(seed, window) for window in range(n, n + len(action))]
             chunk = policy.predict(
                 obs, noise_generator=[noise for noise, _ in pairs], generator=[steps for _, steps in pairs]
@@ -196,7 +196,9 @@ def _sample(policy: Policy, batches: Batches, seed: int, progress: Progress | No
             _check(chunk, action, mask)
             parts.append((chunk.astype(np.float64), action.astype(np.float64), mask.astype(bool)))
             for key, values in obs.items():
-                seen.setdefault(key, []).append(_thumbnails(values[:, -1]) if _is_image(values) else values[:, -1])
+                seen.setdefault(key, []).append(
+                    _thumbnails(values[:, -1].copy()) if _is_image(values) else values[:, -1]
+                )
             n += len(action)
     if not n:
         raise InputError("no held-out windows: keep some episodes for validation")
