@@ -21,7 +21,7 @@ _PAIRED_ERRORS = (
 _SUMMARISED = {
     "mean_score": "Mean score",
     "success_rate": "Success rate",
-    "action_error_relative": "Mean action error, of range",
+    "action_error_relative": "Mean action error / range",
 }
 _SEEDS = (
     "One training gives one policy; the spread over training seeds is what the intervals of a single evaluation "

@@ -47,7 +47,7 @@ th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var
   overflow-wrap: anywhere; }
 th { font-weight: 500; }
 .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums; }
-.numbers th:first-child, .numbers td:first-child { text-align: left; }
+.numbers th:first-child, .numbers td:first-child { text-align: left; min-width: 9em; }
 .broad svg { min-width: 620px; }
 .square svg { max-width: 480px; }
 .numbers td:not(:first-child) { white-space: nowrap; }
