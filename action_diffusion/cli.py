@@ -312,12 +312,17 @@ def _serve(overrides: list[str], config_dir: str | None) -> int:
 
 def print_results(results: dict[str, object], folder: object) -> None:
     """The headline numbers of an evaluation, and where the rest is."""
-    for name in ("task", "n_episodes", "mean_score", "mean_interval", "success_rate", "success_interval"):
+    for name in ("task", "n_episodes", "origin", "mean_score", "mean_interval", "success_rate", "success_interval"):
         if name in results:
             print(f"{name}: {_rounded(results[name])}")
     for name, value in results.items():
-        if name.startswith("action_") or name.endswith("_difference"):
+        if name.startswith(("action_", "error_")) or name.endswith("_difference"):
             print(f"{name}: {_rounded(value)}")
+    baselines = results.get("baselines")
+    for name, baseline in baselines.items() if isinstance(baselines, dict) else ():
+        print(f"{name}: {_rounded(baseline['action_error_relative'])}. {baseline.get('verdict', '')}")
+    if "verdict" in results:
+        print(results["verdict"])
     print(f"report: {folder}/report.html")
 
 

@@ -4,6 +4,7 @@
     config.yaml          the resolved configuration; its `policy` part is built from registered names only
     spec.json            observations, cameras, action, rates, normaliser statistics, versions
     golden.safetensors   an input and the chunk it gave, to verify a copy on another machine
+    episodes.safetensors hashes of the episodes that it was trained on, and of those held out: `training.episodes`
 
 Loading executes nothing that came with the folder.
 """
@@ -62,10 +63,12 @@ def save(
     *,
     weights: Mapping[str, torch.Tensor] | None = None,
     golden_obs: Mapping[str, np.ndarray] | None = None,
+    episodes: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write a bundle, atomically: a reader sees the old folder or the new one.
 
     weights: to write instead of the policy's own (the EMA). golden_obs: key → [To, …], the input of the golden pair.
+    episodes: see above.
     Raises `InputError` when the disk is full; what was there before stays.
     """
     path = Path(path)
@@ -80,6 +83,8 @@ def save(
         (folder / "spec.json").write_text(json.dumps(spec.to_json(), indent=1) + "\n")
         if golden_obs is not None:
             save_numpy(_golden(policy, state, golden_obs), folder / "golden.safetensors")
+        if episodes is not None:
+            save_numpy(dict(episodes), folder / "episodes.safetensors")
         for file in folder.iterdir():
             _sync(file)
         folder.chmod(0o755)

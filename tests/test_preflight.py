@@ -29,7 +29,9 @@ MISTAKES = {
     "train policy.action_frame={name:position,observation:state}": "policy.action_frame.columns is missing",
     "evaluate bundle=nowhere": "no bundle at nowhere",
     "evaluate bundle=own compare=nowhere": "no bundle at nowhere",
-    "evaluate bundle=own compare=own": "own is for a task without a simulator to compare in",
+    "evaluate bundle=own compare=own": "own/config.yaml: data is missing",
+    "evaluate bundle=own compare=simulated": "simulated is for a task with a simulator, own is not",
+    "evaluate bundle=[own,simulated]": "simulated is for a task with a simulator, own is not",
     "evaluate bundle=own data=nowhere.zarr": "data=nowhere.zarr: no such file or folder",
     "evaluate bundle=own sampler.timestep_spacing=karras": "sampler.timestep_spacing=karras: choose from leading,",
     "deploy bundle=nowhere": "no bundle at nowhere",
@@ -59,6 +61,7 @@ def found(tmp_path_factory) -> dict[str, list]:
 
     folder = tmp_path_factory.mktemp("mistakes")
     policy = tiny_policy(demonstrations())
+    bundles.save(folder / "simulated", policy, {"policy": TINY})
     object.__setattr__(policy.spec, "env", None)
     bundles.save(folder / "own", policy, {"policy": TINY})
     columns = {"front": np.zeros((20, 32, 48, 3), np.uint8), "state": np.zeros((20, 5), np.float32)}
@@ -66,7 +69,7 @@ def found(tmp_path_factory) -> dict[str, list]:
     words = json.dumps(list(MISTAKES))
     done = subprocess.run([sys.executable, "-c", EACH], input=words, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in Path(folder).iterdir()} <= {"own", "own.zarr", "said", "outputs"}
+    assert {path.name for path in Path(folder).iterdir()} <= {"own", "own.zarr", "simulated", "said", "outputs"}
     return json.loads(done.stdout)
 
 

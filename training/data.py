@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -272,6 +272,6 @@ class StepBatches:
         return self.source.gather(indices, crop=self.crop, offsets=offsets)
 
 
-def held_out_indices(source: BatchSource, count: int) -> np.ndarray:
+def held_out_indices(source: Sized, count: int) -> np.ndarray:
     """Up to `count` window indices, spread evenly over the held-out episodes."""
     return np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64))

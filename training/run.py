@@ -30,12 +30,13 @@ from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.train_settings import TrainSettings
-from action_diffusion.training import checkpoints, resuming
+from action_diffusion.training import checkpoints, episodes, resuming
 from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
+from action_diffusion.training.evaluation.held_out import choose, evaluate_held_out
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.trainer import Trainer
-from action_diffusion.training.validation import Rollouts, Validation, evaluate_held_out
+from action_diffusion.training.validation import Rollouts, Validation
 
 console = Console(stderr=True, highlight=False)
 
@@ -70,7 +71,9 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     if accelerator.device.type == "cpu" and winograd.library() is None:
         say("no C compiler was at hand at installation: training takes longer than it could (action-diffusion info)")
     say("\n".join(map(escape, learnt_from(spec, buffer))))
-    trainer = _trainer(config, settings, policy, data, accelerator, output_dir)
+    earlier = newest[0] / "bundle" if newest else _path(config["init"])
+    known = episodes.record(buffer, spec, data, earlier)
+    trainer = _trainer(config, settings, policy, data, known, accelerator, output_dir)
     if newest:
         trainer.resume(newest[0])
         say(f"going on from step {trainer.progress.step} ({newest[0].name})")
@@ -81,7 +84,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
         say(f"{done.step:,} steps in {done.seconds / 60:.1f} minutes; bundle in {output_dir / 'bundle'}")
         if trainer.metrics is not None:
             trainer.metrics.close()
-        results = final_evaluation(config, output_dir, data)
+        results = final_evaluation(config, output_dir, buffer, data)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results
@@ -101,7 +104,9 @@ def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
     return buffer
 
 
-def final_evaluation(config: Mapping[str, Any], output_dir: Path, data: TrainingData) -> dict[str, Any]:
+def final_evaluation(
+    config: Mapping[str, Any], output_dir: Path, buffer: ReplayBuffer, data: TrainingData
+) -> dict[str, Any]:
     """Evaluate DIR/bundle: in the task's simulator, or else on held-out episodes."""
     options = dict(config["evaluation"])
     if not options["n_episodes"]:
@@ -117,7 +122,8 @@ def final_evaluation(config: Mapping[str, Any], output_dir: Path, data: Training
     if data.held_out is None:
         console.print("one episode only, none held out: no evaluation")
         return {}
-    return evaluate_held_out(policy, data.held_out, settings=settings, **where)
+    chosen = choose(buffer, [(output_dir / "bundle", policy.spec)], own_data=str(config["data"]))
+    return evaluate_held_out(policy, data.train, chosen, settings=settings, **where)
 
 
 def _output_dir(config: Mapping[str, Any]) -> Path:
@@ -229,6 +235,7 @@ def _trainer(
     settings: TrainSettings,
     policy: DiffusionPolicy,
     data: TrainingData,
+    known: episodes.Known | None,
     accelerator: Accelerator,
     output_dir: Path,
 ) -> Trainer:
@@ -266,7 +273,9 @@ def _trainer(
         output_dir=output_dir,
         seed=config["seed"],
         metrics=metrics,
-        write_bundle=lambda path, weights: bundles.save(path, policy, config, weights=weights, golden_obs=golden),
+        write_bundle=lambda path, weights: bundles.save(
+            path, policy, config, weights=weights, golden_obs=golden, episodes=known and known._asdict()
+        ),
         validate=validation if settings.validate_every else None,
         rollout=rollouts,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.data import held_out_indices
-from action_diffusion.training.evaluation.offline import evaluate_offline
 
 ROLLOUT_SEED = 50_000
 """First start of the rollouts in training: neither the demonstrations' (from 0) nor the evaluation's (from 100000)."""
@@ -67,30 +65,3 @@ class Rollouts:
             in_processes=name in envs.APART,
         )
         return {"rollout_score": float(np.mean([episode.score for episode in episodes]))}
-
-
-def evaluate_held_out(
-    policy: DiffusionPolicy,
-    source: BatchSource,
-    *,
-    output_dir: Path,
-    settings: dict[str, Any],
-    metrics_file: Path | None,
-) -> dict[str, Any]:
-    """Held-out action error with plots, for tasks without a simulator (`evaluation.evaluate_offline`)."""
-    indices = held_out_indices(source, 512)
-
-    def batches() -> Any:
-        for part in np.array_split(indices, max(1, len(indices) // 64)):
-            batch = source.gather(part)
-            obs = {key: batch.obs[key].cpu().numpy() for key in policy.spec.observations}
-            yield obs, batch.action.cpu().numpy(), batch.mask.cpu().numpy()
-
-    return evaluate_offline(
-        policy=policy,
-        task=policy.spec.task,
-        batches=batches(),
-        output_dir=output_dir,
-        settings=settings,
-        metrics_file=metrics_file,
-    )

@@ -12,7 +12,7 @@ from typing import Any
 from action_diffusion.deploy.serve.access import read_token
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Serve
-from action_diffusion.policy.reading import read_config, read_spec, require
+from action_diffusion.policy.reading import read_config, read_spec, require, trained_on
 
 
 def train(config: Mapping[str, Any]) -> None:
@@ -38,10 +38,13 @@ def evaluate(config: Mapping[str, Any]) -> None:
         require(path)
         read_spec(path)
         read_config(path)
-    for path in (*bundles, *compare):
-        if read_spec(path).env is None and compare:
-            raise InputError(f"compare={config['compare']}: {path} is for a task without a simulator to compare in")
+    simulated = [path for path in (*bundles, *compare) if read_spec(path).env is not None]
+    others = [path for path in (*bundles, *compare) if path not in simulated]
+    if simulated and others:
+        raise InputError(f"{simulated[0]} is for a task with a simulator, {others[0]} is not: they do not compare")
     _check_exists("data", config["data"])
+    for path in others:
+        trained_on(read_config(path), path)
 
 
 def deploy(config: Deploy) -> None:

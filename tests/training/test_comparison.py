@@ -29,7 +29,7 @@ def measured(scores: list[float]) -> dict:
 
 def test_a_comparison_shows_every_start_and_what_the_interval_covers(tmp_path):
     first, second = measured([1.0, 0.9, 0.5]), measured([0.9, 0.95, 0.5])
-    found = compare(first, second)
+    found = compare(first, second, ("ours", HOSTILE))
     write_comparison(tmp_path / "report.html", names=("ours", HOSTILE), results=(first, second), found=found)
     page = Page(tmp_path / "report.html")
     assert "script" not in page.tags
@@ -38,6 +38,8 @@ def test_a_comparison_shows_every_start_and_what_the_interval_covers(tmp_path):
     assert "1 · 1 · 1" in page.text
     assert page.text.index("-0.0500") < page.text.index("+0.0000") < page.text.index("+0.1000")  # worst first
     assert "not training" in page.text
+    assert f"ours minus {HOSTILE}: " in page.text
+    assert found["verdict"] in page.text
 
 
 def test_a_summary_of_seeds_shows_each_training_and_the_spread(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from web_pages import HOSTILE, Page
 
+from action_diffusion.envs.video import write_video
 from action_diffusion.errors import InputError
 from action_diffusion.training.evaluation import plots
 from action_diffusion.training.evaluation.report import (
@@ -87,6 +89,46 @@ def test_small_videos_are_inside_and_large_ones_beside(tmp_path: Path) -> None:
     assert "score 0.600, seed 6" in page.text
 
 
+def poster_of(page: Page) -> str:
+    encoded = re.findall(r'poster="data:image/svg\+xml;base64,([^"]+)"', page.source)
+    return base64.b64decode(encoded[0]).decode()
+
+
+@pytest.mark.parametrize(("score", "outcome"), [(1.0, "success"), (0.6, "no success")])
+def test_a_video_shows_its_outcome_before_it_is_played(tmp_path: Path, score: float, outcome: str) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    last = np.zeros((48, 96, 3), np.uint8)
+    page = write(tmp_path, clips=[Clip("Best", 5, score, tmp_path / "a.mp4", last)])
+    poster = poster_of(page)
+    drawn = ElementTree.fromstring(poster)
+    assert "".join(drawn.itertext()) == f"{outcome}, score {score:.3f}, seed 5"
+    assert "data:image/jpeg;base64," in poster
+    assert 'style="aspect-ratio:96/48"' in page.source
+
+
+def test_a_page_fits_a_telephone_and_videos_have_their_controls_below(tmp_path: Path, browser: Any) -> None:
+    (tmp_path / "videos").mkdir()
+    last, clips = np.full((48, 96, 3), 200, np.uint8), []
+    for seed in (5, 6):
+        clips.append(Clip("Best", seed, 1.0, tmp_path / "videos" / f"seed_{seed}.mp4", last))
+        write_video(clips[-1].path, [last] * 4, fps=10)
+    write(tmp_path, clips=clips, task="a-task-of-a-name-that-is-longer-than-the-screen-of-a-telephone-is-wide-" * 2)
+    for width in (1200, 400):
+        shown = browser.new_page(viewport={"width": width, "height": 800})
+        asked: list[str] = []
+        shown.on("request", lambda request, asked=asked: asked.append(request.url))
+        shown.goto((tmp_path / "report.html").as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth") == width
+        film, video = (shown.locator(what).first.bounding_box() for what in (".film", "video"))
+        assert film["height"] == pytest.approx(film["width"] / 2, abs=1)  # the picture, and beneath it
+        assert video["height"] - film["height"] >= 70  # room for chromium's two rows of controls
+        below = shown.locator("figcaption").first.bounding_box()
+        assert below["y"] >= video["y"] + video["height"]
+        assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
+        assert [url for url in asked if url.startswith("file:")] == [(tmp_path / "report.html").as_uri()]
+        shown.close()
+
+
 def test_learning_curves_that_there_are(tmp_path: Path) -> None:
     metrics: list[dict[str, Any]] = [{"step": step, "loss": 1 / step, "lr": 1e-3} for step in range(1, 2000)]
     metrics += [
@@ -130,6 +172,45 @@ def test_offline_report(tmp_path: Path) -> None:
     still_results = found | {"action_error_relative": None, "relative_ahead": [None] * 4}
     write_offline_report(tmp_path / "report.html", results=still_results, metrics=[], chunks=chunks)
     assert Page(tmp_path / "report.html").tags.count("svg") == 1
+
+
+def test_an_offline_report_says_first_what_was_measured_on(tmp_path: Path) -> None:
+    one = {"mae": 0.1, "rmse": 0.2, "range": 2.0, "relative_mae": 0.05, "relative_rmse": 0.1}
+    baseline = {"action_error_relative": 0.5, "verdict": HOSTILE, "made_of": {HOSTILE: "state[0]"}}
+    found = {
+        "task": "custom",
+        "n_windows": 9,
+        "n_steps": 72,
+        "n_action_steps": 2,
+        "names": [HOSTILE],
+        "units": ["<deg>"],
+        "action_error_relative": 0.05,
+        "action_error_relative_interval": [0.04, 0.0625],
+        "errors": {HOSTILE: one},
+        "steps_ahead": [0],
+        "relative_ahead": [0.05],
+        "origin": HOSTILE,
+        "origin_kind": "trained",
+        "n_episodes": 3,
+        "baselines": {"hold_still": baseline, "repeat_last_action": baseline},
+        "settings": {},
+        "versions": {},
+        "seconds": 1.0,
+    }
+    episode = plots.plot_episode(
+        predicted=np.zeros((5, 1)), demonstrated=np.ones((5, 1)), names=[HOSTILE], control_rate=10.0, n_action_steps=2
+    )
+    chunks = plots.plot_scores([1.0])
+    write_offline_report(tmp_path / "report.html", results=found, metrics=[], chunks=chunks, episode=episode)
+    page = Page(tmp_path / "report.html")
+    assert "script" not in page.tags
+    assert page.text.index(f"Measured on {HOSTILE}.") < page.text.index("no success rate")
+    assert 'class="verdict warning"' in page.source
+    assert f"{HOSTILE} [<deg>]" in page.text
+    assert "95 % interval 4.0\N{NO-BREAK SPACE}% to 6.2\N{NO-BREAK SPACE}%" in page.text
+    assert f"({HOSTILE}: state[0])" in page.text
+    assert "Along an episode" in page.text
+    assert page.tags.count("svg") == 3
 
 
 def test_metrics_survive_a_killed_training(tmp_path: Path) -> None:
@@ -182,6 +263,27 @@ def test_figures_are_svg_in_the_colours_of_the_page() -> None:
         assert not any("mathdefault" in text for text in texts(svg))
     assert texts(figures[0]).count(HOSTILE) == 2
     assert dict(mpl.rcParams) == before
+
+
+def test_what_the_cameras_saw_stands_above_the_chunks() -> None:
+    frames = {camera: np.zeros((2, 24, 32, 3), np.uint8) for camera in ("front", HOSTILE)}
+    svg = plots.plot_chunks(**chunk_arguments(), frames=frames)
+    images = [element for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("}image")]
+    assert len(images) == 4
+    assert all(value.startswith("data:image/png") for image in images for key, value in image.items() if "href" in key)
+    assert {"front", HOSTILE} <= set(texts(svg))
+
+
+def test_an_episode_is_drawn_in_seconds() -> None:
+    """Twenty steps at 2 Hz end at 9.5 s."""
+    walk = np.arange(20.0)[:, None] * [0.01, -0.01]
+    svg = plots.plot_episode(
+        predicted=walk, demonstrated=walk, names=["x [m]", HOSTILE], control_rate=2.0, n_action_steps=8
+    )
+    shown = texts(svg)
+    assert {"x [m]", HOSTILE, "seconds", "predicted", "demonstrated"} <= set(shown)
+    assert "8" in shown
+    assert "10" not in shown
 
 
 def test_padding_is_left_out_of_the_demonstration() -> None:

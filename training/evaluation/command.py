@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.inference import OPTIONS
-from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import trained_on
 from action_diffusion.training.data import prepare
 from action_diffusion.training.evaluation.comparison import write_comparison, write_seed_summary
+from action_diffusion.training.evaluation.held_out import Chosen, choose, evaluate_held_out
 from action_diffusion.training.evaluation.results import compare, summarise_seeds, write_results
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.run import open_data
-from action_diffusion.training.validation import evaluate_held_out
 
 
 def run(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Path]]:
@@ -31,65 +32,73 @@ def run(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Path]]:
         raise InputError("bundle=[] names no bundle")
     stamp = f"evaluation-{datetime.now():%Y%m%d-%H%M%S}"
     root = Path(config["output_dir"]) if config["output_dir"] else paths[0].parent / stamp
-    several = len(paths) > 1
+    several, other = len(paths) > 1, None if config["compare"] is None else Path(config["compare"])
+    asked = _windows(config, paths if other is None else [*paths, other])
     results = []
     for number, path in enumerate(paths):
         folder = root / f"bundle_{number}" if several else root
-        results.append(_evaluate_one(config, path, folder))
+        results.append(_evaluate_one(config, path, folder, asked))
         yield results[-1], folder
     if several:
         summary = summarise_seeds(results)
+        names = [str(path) for path in paths]
+        if asked is not None:
+            pairs = zip(names[1:], results[1:], strict=True)
+            summary["differences"] = [compare(one, results[0], (name, names[0])) for name, one in pairs]
         write_results(root / "summary.json", summary)
-        write_seed_summary(root / "report.html", names=[str(path) for path in paths], results=results, summary=summary)
+        write_seed_summary(root / "report.html", names=names, results=results, summary=summary)
         yield _headlines(summary), root
-    if config["compare"] is not None:
-        other = _evaluate_one(config, Path(config["compare"]), root / "compare")
-        yield other, root / "compare"
-        difference, folder = compare(results[0], other), root / "comparison"
+    if other is not None:
+        theirs = _evaluate_one(config, other, root / "compare", asked)
+        yield theirs, root / "compare"
+        names, folder = [str(paths[0]), str(other)], root / "comparison"
+        difference = compare(results[0], theirs, names)
         write_results(folder / "results.json", difference)
-        names = (str(paths[0]), str(config["compare"]))
-        write_comparison(folder / "report.html", names=names, results=(results[0], other), found=difference)
+        write_comparison(folder / "report.html", names=names, results=(results[0], theirs), found=difference)
         yield difference, folder
 
 
-def _evaluate_one(config: Mapping[str, Any], path: Path, folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Asked:
+    """A task without a simulator: the windows that all bundles are asked about, and where they are from."""
+
+    data: str
+    buffer: ReplayBuffer
+    chosen: Chosen
+
+
+def _windows(config: Mapping[str, Any], paths: Sequence[Path]) -> _Asked | None:
+    """None for tasks with a simulator. Without `data` the episodes are those of the first bundle's training."""
+    specs = [bundles.read_spec(path) for path in paths]
+    if specs[0].env is not None:
+        return None
+    trained = trained_on(bundles.read_config(paths[0]), paths[0])
+    data = str(config["data"] or trained["data"])
+    buffer = open_data({**trained, "data": data})
+    own = data if config["data"] is None else None
+    return _Asked(data, buffer, choose(buffer, list(zip(paths, specs, strict=True)), own_data=own))
+
+
+def _evaluate_one(config: Mapping[str, Any], path: Path, folder: Path, asked: _Asked | None) -> dict[str, Any]:
     faster = {name: config[name] for name in OPTIONS}
     policy = bundles.load(path, config["device"], sampler=config["sampler"], **faster)
     metrics = path.parent / "metrics.jsonl"
     where: dict[str, Any] = {"output_dir": folder, "metrics_file": metrics if metrics.exists() else None}
     settings = {"bundle": str(path), "sampler": bundles.read_config(path)["policy"]["sampler"], **faster}
     settings["sampler"] |= {key: value for key, value in config["sampler"].items() if value is not None}
-    if policy.spec.env is None:
-        return _held_out(config, policy, path, settings, where)
+    if asked is not None:
+        memory_gb = trained_on(bundles.read_config(path), path)["dataset"]["memory_gb"]
+        data = prepare(asked.buffer, policy.spec, device=policy.device, val_fraction=0.0, seed=0, memory_gb=memory_gb)
+        return evaluate_held_out(policy, data.train, asked.chosen, settings={**settings, "data": asked.data}, **where)
     options = {name: config[name] for name in ("n_episodes", "seed", "n_envs", "policy_batch", "n_videos")}
     return evaluate_policy(policy, settings=settings, **options, **where)
-
-
-def _held_out(
-    config: Mapping[str, Any], policy: DiffusionPolicy, path: Path, settings: dict[str, Any], where: dict[str, Any]
-) -> dict[str, Any]:
-    """A task without a simulator: the episodes that training held out, or all of another buffer."""
-    trained = trained_on(bundles.read_config(path), path)
-    own = config["data"] is None
-    data_config = {**trained, "data": trained["data"] if own else config["data"]}
-    data = prepare(
-        open_data(data_config),
-        policy.spec,
-        device=policy.device,
-        val_fraction=trained["dataset"]["val_fraction"] if own else 0.0,
-        seed=trained["seed"],
-        subset=trained["dataset"].get("subset") if own else None,
-        memory_gb=trained["dataset"]["memory_gb"],
-    )
-    source = data.held_out if own else data.train
-    if source is None:
-        raise InputError(f"{path}: training held out no episode; give data=PATH, demonstrations to compare with")
-    return evaluate_held_out(policy, source, settings={**settings, "data": str(data_config["data"])}, **where)
 
 
 def _headlines(summary: Mapping[str, Any]) -> dict[str, Any]:
     """A summary over training seeds, flat for printing."""
     flat: dict[str, Any] = {"task": summary["task"], "n_episodes": summary["n_episodes"]}
-    for name in ("mean_score", "success_rate"):
-        flat[name] = [summary[name]["mean"], summary[name]["sd"]]
-    return flat
+    for name in ("mean_score", "success_rate", "action_error_relative"):
+        if name in summary:
+            flat[name] = [summary[name]["mean"], summary[name]["sd"]]
+    verdicts = [one["verdict"] for one in summary.get("differences", ())]
+    return flat | ({"verdict": " ".join(verdicts)} if verdicts else {})

@@ -1,4 +1,4 @@
-"""How far sampled chunks are from what the demonstrator did, on episodes that were not trained on.
+"""How far sampled chunks are from what the demonstrator did, on episodes that were not trained on where there are.
 
 This is all that can be said of a policy whose task has no simulator, which is the usual case for an arm. It
 is not a success rate, and is never called one.
@@ -7,9 +7,10 @@ is not a success rate, and is never called one.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.progress import Progress
@@ -17,11 +18,43 @@ from rich.progress import Progress
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.bundle import versions
-from action_diffusion.training.evaluation.plots import plot_chunks
+from action_diffusion.training.evaluation import baselines
+from action_diffusion.training.evaluation.plots import plot_chunks, plot_episode
 from action_diffusion.training.evaluation.report import read_metrics, write_offline_report
-from action_diffusion.training.evaluation.results import plain, ranks, showing, write_results
+from action_diffusion.training.evaluation.results import against_baseline, plain, ranks, showing, write_results
+from action_diffusion.training.evaluation.statistics import paired_interval
 
 Batches = Iterable[tuple[Mapping[str, np.ndarray], np.ndarray, np.ndarray]]
+
+
+_THUMBNAIL = 160
+"""Rows of pixels, at most, of the camera frames in a report."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the episodes are to the policy, and the same in a sentence."""
+
+    kind: Literal["held_out", "trained", "unknown"]
+    words: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Which episodes the N windows are of, and what these hold beside them.
+
+    ids: a hash of each of the E episodes. episode: int [N], which one each window is of. before: float [N, A], the
+    action of the row before now (now's own in an episode's first row). span: float [A], the range of the actions in
+    these episodes. along: episode → its windows, in which the executed steps follow one another. control_rate: Hz.
+    """
+
+    origin: Origin
+    ids: Sequence[str]
+    episode: np.ndarray
+    before: np.ndarray
+    span: np.ndarray
+    along: Callable[[int], Batches]
+    control_rate: float
 
 
 def evaluate_offline(
@@ -30,76 +63,96 @@ def evaluate_offline(
     batches: Batches,
     output_dir: str | Path,
     settings: Mapping[str, Any],
+    reference: Reference | None = None,
     task: str = "held-out data",
     names: Sequence[str] = (),
+    units: Sequence[str] = (),
+    n_action_steps: int | None = None,
     n_plots: int = 4,
     seed: int = 0,
     metrics_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compare a sampled chunk with the demonstrated one for every held-out window, and write what came of it.
+    """Compare a sampled chunk with the demonstrated one for every window, and write what came of it.
 
     Writes results.json (what is returned) and report.html into `output_dir`. Errors count the steps that
     would be executed and are not padding; `relative` ones are shares of each dimension's range in the
-    held-out data.
+    data that is compared with.
 
     Args:
         batches: (observations {key: [B, To, ...]}, action [B, H, A], mask bool [B, H]: False where padded),
             in the data's units.
         settings: plain data for the report and results.json.
-        names: of the A action dimensions; "action 0" and so on without.
+        reference: for what is said of episodes: where they come from, the error of each, baselines, a curve along one.
+        names, units: of the A action dimensions; "action 0" and so on, and none, without.
+        n_action_steps: that count as executed; the policy's own without.
         n_plots: windows to plot, from the lowest error to the highest.
         seed: of the noise; each window draws its own.
         metrics_file: a `metrics.jsonl`, for learning curves in the report.
         progress: a bar is added to this one; without it, one is shown on stderr.
 
     Returns:
-        `task`, `n_windows`, `n_steps`, `n_action_steps`, `names`, `action_error` (mean absolute error, in the
+        `task`, `n_windows`, `n_steps`, `n_action_steps`, `names`, `units`, `action_error` (mean absolute error, in the
         data's units, averaged over dimensions), `action_error_relative` (the same as a share of range; None
         where every dimension is constant), `errors` (by name: `mae`, `rmse`, `range`, `relative_mae`,
         `relative_rmse`), `steps_ahead` [H], `mae_ahead` [H][A], `relative_ahead` [H] (None where no step is
         left or every dimension is constant), `settings`, `versions`, `seconds`.
+        With a `reference` also `origin`, `origin_kind`, `n_episodes`, `episode_ids`, `episode_errors` (relative; None
+        where every dimension is constant), `episode_steps`, `action_error_relative_interval` (95 %, bootstrap over
+        episodes; None where there is but one) and `baselines` (`baselines.chunks`, `results.against_baseline`).
 
     Raises:
         InputError: for no windows or plots, names that are not one for each dimension, shapes that do not fit
             together, actions or chunks that are not finite, unreadable metrics, or a disk that does not take
             the files.
     """
-    folder, spec = Path(output_dir), policy.spec
+    folder, now = Path(output_dir), policy.spec.n_obs_steps - 1
+    count = n_action_steps or policy.spec.n_action_steps
     if n_plots < 1:
         raise InputError(f"n_plots is {n_plots}; it must be at least 1")
     settings = plain({**settings, "noise_seed": seed})
     metrics = read_metrics(Path(metrics_file)) if metrics_file is not None else []
     began = time.perf_counter()
-    predicted, demonstrated, mask = _sample(policy, batches, seed, progress)
+    sampled = _sample(policy, batches, seed, progress)
+    predicted, demonstrated, mask = sampled.predicted, sampled.demonstrated, sampled.mask
     names = _names(names, demonstrated.shape[2])
-    executed = _executed(mask, spec.n_obs_steps - 1, spec.n_action_steps)
-    error, span = np.abs(predicted - demonstrated), np.ptp(demonstrated[mask], axis=0)
+    executed = _executed(mask, now, count)
+    error = np.abs(predicted - demonstrated)
+    span = np.ptp(demonstrated[mask], axis=0) if reference is None else reference.span
     results = {
         "task": task,
         "n_windows": len(predicted),
         "n_steps": int(executed.sum()),
-        "n_action_steps": spec.n_action_steps,
+        "n_action_steps": count,
         "names": names,
+        "units": list(units) or [""] * len(names),
         **_by_dimension(error[executed], span, names),
-        **_by_step(error, mask, span, spec.n_obs_steps - 1),
-        "settings": settings,
-        "versions": versions(),
-        "seconds": time.perf_counter() - began,
+        **_by_step(error, mask, span, now),
     }
+    if reference is not None:
+        results |= _by_episode(error, executed, span, reference)
+        constant = baselines.chunks(sampled.states, reference.before, demonstrated[:, now], span, names)
+        for name, (chunk, made_of) in constant.items():
+            off = np.abs(chunk[:, None] - demonstrated)
+            one = _by_dimension(off[executed], span, names) | _by_episode(off, executed, span, reference)
+            results.setdefault("baselines", {})[name] = against_baseline(results, one, name) | {"made_of": made_of}
+    results |= {"settings": settings, "versions": versions(), "seconds": time.perf_counter() - began}
     write_results(folder / "results.json", results)
     chosen = _choose(error, executed, span, n_plots)
     rows = [index for _, index in chosen]
+    labels = [f"{name} [{unit}]" if unit else name for name, unit in zip(names, results["units"], strict=True)]
     chunks = plot_chunks(
         predicted=predicted[rows],
         demonstrated=demonstrated[rows],
         mask=mask[rows],
-        now=spec.n_obs_steps - 1,
-        names=names,
-        n_action_steps=spec.n_action_steps,
+        now=now,
+        names=labels,
+        n_action_steps=count,
         titles=[label for label, _ in chosen],
+        frames={key: frames[rows] for key, frames in sampled.frames.items()},
     )
-    write_offline_report(folder / "report.html", results=results, metrics=metrics, chunks=chunks)
+    whole = b"" if reference is None else _along(policy, reference, results, labels, count, seed, progress)
+    write_offline_report(folder / "report.html", results=results, metrics=metrics, chunks=chunks, episode=whole)
     return results
 
 
@@ -119,29 +172,55 @@ def _executed(mask: np.ndarray, now: int, count: int) -> np.ndarray:
     return executed
 
 
-def _sample(
-    policy: Policy, batches: Batches, seed: int, progress: Progress | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predicted and demonstrated chunks, float64 [N, H, A] each, and the mask [N, H]."""
-    chunks: list[np.ndarray] = []
-    actions: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
+class _Sampled(NamedTuple):
+    """float64 [N, H, A] twice, bool [N, H], and what was seen now: states [N, D] and small frames [N, h, w, 3]."""
+
+    predicted: np.ndarray
+    demonstrated: np.ndarray
+    mask: np.ndarray
+    states: dict[str, np.ndarray]
+    frames: dict[str, np.ndarray]
+
+
+def _sample(policy: Policy, batches: Batches, seed: int, progress: Progress | None) -> _Sampled:
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    seen: dict[str, list[np.ndarray]] = {}
     n = 0
     with showing(progress) as bars:
         total = len(batches) if isinstance(batches, Sized) else None
-        for obs, action, mask in bars.track(batches, total=total, description="held-out windows"):
+        for obs, action, mask in bars.track(batches, total=total, description="windows"):
             pairs = [generators(seed, window) for window in range(n, n + len(action))]
             chunk = policy.predict(
                 obs, noise_generator=[noise for noise, _ in pairs], generator=[steps for _, steps in pairs]
             )["action_pred"]
             _check(chunk, action, mask)
-            chunks.append(chunk.astype(np.float64))
-            actions.append(action.astype(np.float64))
-            masks.append(mask.astype(bool))
+            parts.append((chunk.astype(np.float64), action.astype(np.float64), mask.astype(bool)))
+            for key, values in obs.items():
+                seen.setdefault(key, []).append(
+                    _thumbnails(values[:, -1].copy()) if _is_image(values) else values[:, -1]
+                )
             n += len(action)
     if not n:
         raise InputError("no held-out windows: keep some episodes for validation")
-    return np.concatenate(chunks), np.concatenate(actions), np.concatenate(masks)
+    chunks, actions, masks = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    now = {key: np.concatenate(values) for key, values in seen.items()}
+    frames = {key: values for key, values in now.items() if values.dtype == np.uint8 and values.ndim == 4}
+    states = {key: values.reshape(n, -1).astype(np.float64) for key, values in now.items() if key not in frames}
+    return _Sampled(chunks, actions, masks, states, frames)
+
+
+def _is_image(values: np.ndarray) -> bool:
+    return values.dtype == np.uint8 and values.ndim == 5
+
+
+def _thumbnails(frames: np.ndarray) -> np.ndarray:
+    """uint8 [B, H, W, 3] → [B, h, w, 3], means of squares of pixels."""
+    size = -(-frames.shape[1] // _THUMBNAIL)
+    if size == 1 or min(frames.shape[1:3]) < size:
+        return frames
+    height, width = (length // size for length in frames.shape[1:3])
+    squares = frames[:, : height * size, : width * size].reshape(len(frames), height, size, width, size, 3)
+    return squares.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
 
 
 def _check(chunk: np.ndarray, action: np.ndarray, mask: np.ndarray) -> None:
@@ -184,6 +263,54 @@ def _by_step(error: np.ndarray, mask: np.ndarray, span: np.ndarray, now: int) ->
             None if row is None or not varies.any() else float((row[varies] / span[varies]).mean()) for row in mae
         ],
     }
+
+
+def _by_episode(error: np.ndarray, executed: np.ndarray, span: np.ndarray, reference: Reference) -> dict[str, Any]:
+    """Mean relative error of each episode, and the interval over episodes of their mean, each step counted once."""
+    episode, n = np.repeat(reference.episode, executed.sum(axis=1)), len(reference.ids)
+    steps = np.bincount(episode, minlength=n)
+    found: dict[str, Any] = {
+        "origin": reference.origin.words,
+        "origin_kind": reference.origin.kind,
+        "n_episodes": n,
+        "episode_ids": list(reference.ids),
+        "episode_steps": steps.tolist(),
+        "episode_errors": None,
+        "action_error_relative_interval": None,
+    }
+    varies = span > 0
+    if varies.any():
+        relative = (error[executed][:, varies] / span[varies]).mean(axis=1)
+        errors = np.bincount(episode, weights=relative, minlength=n) / steps
+        interval = list(paired_interval(errors, np.zeros(n), weights=steps)) if n > 1 else None
+        found |= {"episode_errors": errors.tolist(), "action_error_relative_interval": interval}
+    return found
+
+
+def _along(
+    policy: Policy,
+    reference: Reference,
+    results: Mapping[str, Any],
+    labels: Sequence[str],
+    count: int,
+    seed: int,
+    progress: Progress | None,
+) -> bytes:
+    """The executed steps along the episode whose error is the median, as a plot."""
+    errors = results["episode_errors"] or [0.0] * len(reference.ids)
+    typical = int(np.argsort(errors, kind="stable")[(len(errors) - 1) // 2])
+    sampled, now = _sample(policy, reference.along(typical), seed, progress), policy.spec.n_obs_steps - 1
+    steps, real = slice(now, now + count), sampled.mask[:, now : now + count].ravel()
+    predicted, demonstrated = (
+        chunks[:, steps].reshape(-1, len(labels))[real] for chunks in (sampled.predicted, sampled.demonstrated)
+    )
+    return plot_episode(
+        predicted=predicted,
+        demonstrated=demonstrated,
+        names=labels,
+        control_rate=reference.control_rate,
+        n_action_steps=count,
+    )
 
 
 def _choose(error: np.ndarray, executed: np.ndarray, span: np.ndarray, count: int) -> list[tuple[str, int]]:

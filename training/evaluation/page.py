@@ -36,7 +36,10 @@ p { margin: 12px 0; max-width: 84ch; }
 .value { font-size: 30px; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .card h3 { font-size: 13.5px; margin: 0 0 8px; }
 figcaption { margin-top: 8px; font-size: 13.5px; }
-video { display: block; width: 100%; border-radius: 6px; background: var(--line); }
+.film { position: relative; margin-bottom: 76px; }
+.film video { position: absolute; top: 0; width: 100%; height: calc(100% + 72px); object-fit: contain;
+  object-position: top; border-radius: 6px; background: #1f2328; }
+video::-webkit-media-controls-panel { background-image: none !important; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit !important; }
 table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
@@ -44,7 +47,13 @@ th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var
   overflow-wrap: anywhere; }
 th { font-weight: 500; }
 .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums; }
-.numbers th:first-child, .numbers td:first-child { text-align: left; }
+.numbers th:first-child, .numbers td:first-child { text-align: left; min-width: 9em; }
+.broad svg { min-width: 620px; }
+.square svg { max-width: 480px; }
+.numbers td:not(:first-child) { white-space: nowrap; }
+.words td, .words th { overflow-wrap: break-word; }
+.verdict { font-weight: 600; border-left: 4px solid var(--first); padding: 2px 0 2px 12px; overflow-wrap: anywhere; }
+.warning { border-color: var(--second); }
 tr:last-child td, tr:last-child th { border-bottom: 0; }
 .scroll { overflow-x: auto; }
 details { margin-top: 12px; }
@@ -62,10 +71,12 @@ def card(label: str, value: str, below: str) -> str:
     )
 
 
-def figure(content: str, *, title: str = "", caption: str = "") -> str:
-    """A picture or video on a card, with a line above it and one below."""
+def figure(content: str, *, title: str = "", caption: str = "", shape: str = "") -> str:
+    """A picture or video on a card, with a line above it and one below. shape: "broad" ones scroll where there is no
+    room, "square" ones are not as large as there is room."""
     above = f"<h3>{escape(title)}</h3>" if title else ""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    content = f'<div class="scroll {shape}">{content}</div>' if shape else content
     return f'<figure class="card">{above}{content}{below}</figure>'
 
 
@@ -76,6 +87,11 @@ def grid(cells: Iterable[str], *, wide: bool = False) -> str:
 
 def note(text: str) -> str:
     return f'<p class="soft">{escape(text)}</p>'
+
+
+def verdict(text: str, *, warning: bool = False) -> str:
+    """What the numbers say, or what they do not, in a sentence that is not overlooked."""
+    return f'<p class="verdict{" warning" if warning else ""}">{escape(text)}</p>'
 
 
 def section(title: str, content: str) -> str:
@@ -92,6 +108,11 @@ def number_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     top = "".join(f"<th>{escape(head)}</th>" for head in heads)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<table class="numbers"><tr>{top}</tr>{body}</table>'
+
+
+def word_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same with words in it."""
+    return number_table(heads, rows).replace('class="numbers"', 'class="words"', 1)
 
 
 def setting_table(settings: Mapping[str, Any]) -> str:

@@ -107,15 +107,7 @@ def plot_scores(scores: Sequence[float]) -> bytes:
 
 def plot_pairs(first: Sequence[float], second: Sequence[float], *, labels: Sequence[str]) -> bytes:
     """Scores in [0, 1] of two policies on the same starts, a point a start, above the line where `second` wins: SVG."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 4.4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot([0, 1], [0, 1], color=INK, linewidth=1.0, linestyle="--")
-        axes.scatter(first, second, s=16, color=FIRST, alpha=0.7)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-        axes.set_xlabel(f"score of {labels[0]}")
-        axes.set_ylabel(f"score of {labels[1]}")
-        return _svg(figure)
+    return _pairs(np.asarray(first), np.asarray(second), (-0.02, 1.02), [f"score of {label}" for label in labels])
 
 
 def plot_error_ahead(steps_ahead: Sequence[int], errors: Sequence[float], *, n_action_steps: int) -> bytes:
@@ -143,17 +135,19 @@ def plot_chunks(
     names: Sequence[str],
     n_action_steps: int,
     titles: Sequence[str] = (),
+    frames: Mapping[str, np.ndarray] | None = None,
 ) -> bytes:
     """Predicted against demonstrated chunks: a row of panels for each action dimension, a column for each
-    window.
+    window, and above them what each camera saw.
 
     Args:
         predicted, demonstrated: [N, H, A] in the data's units.
         mask: bool [N, H]; padded steps (False) of the demonstration are left out.
         now: the chunk's step that is executed first (To - 1); the horizontal axis counts from it.
-        names: of the A action dimensions.
+        names: of the A action dimensions, with units.
         n_action_steps: the executed steps [now : now + n_action_steps] are shaded.
         titles: one for each window, or none.
+        frames: camera → uint8 [N, h, w, 3], at now.
 
     Returns:
         An SVG document.
@@ -164,22 +158,81 @@ def plot_chunks(
     n, horizon, size = _checked_chunks(predicted, demonstrated, mask, names, titles)
     shown = np.where(mask[..., None], demonstrated, np.nan)
     ahead = np.arange(horizon) - now
+    cameras = frames or {}
+    heights = [2.1 * seen.shape[1] / seen.shape[2] for seen in cameras.values()] + [1.3] * size
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(max(4.8, 2.4 * n), 0.6 + 1.3 * size), layout="constrained")
-        grid = figure.subplots(size, n, sharex=True, sharey="row", squeeze=False)
+        figure = Figure(figsize=(max(4.8, 2.4 * n), 0.6 + sum(heights)), layout="constrained")
+        grid = figure.subplots(len(heights), n, squeeze=False, height_ratios=heights)
+        for row, (camera, seen) in enumerate(cameras.items()):
+            grid[row, 0].set_ylabel(camera)
+            for axes, picture in zip(grid[row], seen, strict=True):
+                axes.imshow(picture, interpolation="none")
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+        panels = grid[len(cameras) :]
         for row, name in enumerate(names):
-            grid[row, 0].set_ylabel(name)
+            panels[row, 0].set_ylabel(name)
             for column in range(n):
-                axes = grid[row, column]
+                axes = panels[row, column]
+                axes.sharex(panels[0, 0])
+                axes.sharey(panels[row, 0])
+                axes.label_outer()
                 _shade(axes, n_action_steps)
                 axes.plot(ahead, shown[column, :, row], color=INK, label="demonstrated")
                 axes.plot(ahead, predicted[column, :, row], color=FIRST, label="predicted", marker="o", ms=2.5)
         for axes, title in zip(grid[0], titles, strict=False):
             axes.set_title(title, fontsize=9)
-        for axes in grid[-1]:
+        for axes in panels[-1]:
             axes.set_xlabel("steps from now")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
+        handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3)
+        return _svg(figure)
+
+
+def plot_episode(
+    *,
+    predicted: np.ndarray,
+    demonstrated: np.ndarray,
+    names: Sequence[str],
+    control_rate: float,
+    n_action_steps: int,
+) -> bytes:
+    """Along an episode: the steps that would be executed, chunk after chunk, each from what was recorded there.
+
+    predicted, demonstrated: [T, A] in the data's units. names: of the A dimensions, with units. control_rate: Hz. A
+    mark is where a chunk of n_action_steps begins. Returns an SVG.
+    """
+    time = np.arange(len(predicted)) / control_rate
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9.6, 0.7 + 1.4 * len(names)), layout="constrained")
+        grid = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+        for index, (axes, name) in enumerate(zip(grid, names, strict=True)):
+            axes.set_ylabel(name)
+            axes.plot(time, demonstrated[:, index], color=INK, label="demonstrated")
+            axes.plot(
+                time, predicted[:, index], color=FIRST, label="predicted", marker="o", ms=2.5, markevery=n_action_steps
+            )
+        grid[-1].set_xlabel("seconds")
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=2)
+        return _svg(figure)
+
+
+def plot_error_pairs(first: Sequence[float], second: Sequence[float], *, labels: Sequence[str]) -> bytes:
+    """Relative errors of two policies on the same episodes, a point an episode, below the line where `second` errs
+    less: SVG."""
+    most = 100 * max(*first, *second) * 1.05 or 1.0
+    x, y = (100 * np.asarray(values) for values in (first, second))
+    return _pairs(x, y, (0.0, most), [f"error of {label}, % of range" for label in labels])
+
+
+def _pairs(x: np.ndarray, y: np.ndarray, limits: tuple[float, float], labels: Sequence[str]) -> bytes:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(limits, limits, color=INK, linewidth=1.0, linestyle="--")
+        axes.scatter(x, y, s=16, color=FIRST, alpha=0.7)
+        axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel=labels[0], ylabel=labels[1])
         return _svg(figure)
 
 

@@ -1,7 +1,7 @@
 """What both kinds of evaluation share, and what is done with several results: comparing and summarising them.
 
-Differences are taken start by start: how hard a start is then cancels, and a small one can be told from
-chance.
+Differences are taken start by start, or episode by episode where there is no simulator: how hard one is then cancels,
+and a small difference can be told from chance.
 """
 
 from __future__ import annotations
@@ -23,48 +23,75 @@ from action_diffusion.training.evaluation.statistics import paired_interval, spr
 _NAMES = ("task", "n_episodes", "mean_score", "success_rate", "scores", "seeds")
 
 
-def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Results `a` minus results `b`, start by start, with paired bootstrap 95 % intervals over starts.
+def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str] = ("A", "B")) -> dict[str, Any]:
+    """Results `a` minus results `b`, called `names`, pair by pair, with paired bootstrap 95 % intervals.
 
-    Returns `task`, `n_episodes`, `mean_difference`, `mean_interval`, `success_difference`, `success_interval`
-    and the number of starts on which a's score is `higher`, `equal` and `lower`.
+    Of rollouts, over starts: `task`, `n_episodes`, `mean_difference`, `mean_interval`, `success_difference`,
+    `success_interval` and the number of starts on which a's score is `higher`, `equal` and `lower`. Without a
+    simulator, over episodes: `task`, `n_episodes`, `n_windows`, `error_difference` and `error_interval` (relative
+    errors; None for a single episode), `higher`, `equal`, `lower`, `origin`. Of both, `verdict`: which minus which,
+    in a sentence.
 
     Raises:
         InputError: where tasks or starts differ: then the difference would measure the starts too.
     """
+    if all("episode_ids" in result for result in (a, b)):
+        return _compare_errors(a, b, names)
     _require_same_starts([a, b])
     first, second = np.array(a["scores"]), np.array(b["scores"])
     won, other = (first >= 1).astype(float), (second >= 1).astype(float)
+    difference, interval = float((first - second).mean()), paired_interval(first, second)
     return {
         "task": a["task"],
         "n_episodes": len(first),
-        "mean_difference": float((first - second).mean()),
-        "mean_interval": paired_interval(first, second),
+        "mean_difference": difference,
+        "mean_interval": interval,
         "success_difference": float((won - other).mean()),
         "success_interval": paired_interval(won, other),
-        "higher": int((first > second).sum()),
-        "equal": int((first == second).sum()),
-        "lower": int((first < second).sum()),
+        **_counts(first, second),
+        "verdict": _verdict(
+            names,
+            f"{_signed(difference, 3)} in mean score",
+            None if len(first) == 1 else [_signed(end, 3) for end in interval],
+            0 if interval[0] <= 0 <= interval[1] else interval[0],
+            words=("scores higher", "scores lower"),
+            pairs="starts",
+        ),
     }
+
+
+def against_baseline(results: Mapping[str, Any], baseline: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The errors of a `baseline` on the windows of `results`, and the policy's minus those, if any dimension varies."""
+    kept = {key: baseline[key] for key in ("action_error", "action_error_relative", "errors")}
+    if results["episode_errors"] is None:  # every dimension is constant
+        return kept
+    found = _compare_errors(results, baseline, ("the policy", name.replace("_", " ")))
+    return kept | {key: found[key] for key in ("error_difference", "error_interval", "verdict")}
 
 
 def summarise_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Several trainings of one task, evaluated on the same starts: how much the training seed matters.
 
-    Returns `task`, `n_seeds`, `n_episodes` and, for `mean_score` and `success_rate`, a dictionary of `mean`,
-    `sd` (n - 1; None for one training), `min` and `max` over the trainings.
+    Returns `task`, `n_seeds`, `n_episodes` and, for `mean_score` and `success_rate`, or else for
+    `action_error_relative`, a dictionary of `mean`, `sd` (n - 1; None for one training), `min` and `max` over the
+    trainings.
 
     Raises:
         InputError: for no results, or where tasks or starts differ.
     """
     if not results:
         raise InputError("no results to summarise: give one for each training seed")
-    _require_same_starts(results)
+    if all("episode_ids" in result for result in results):
+        _require_same_windows(results)
+        measured = ["action_error_relative"]
+    else:
+        _require_same_starts(results)
+        measured = ["mean_score", "success_rate"]
     return {
         "task": results[0]["task"],
         "n_seeds": len(results),
         "n_episodes": results[0]["n_episodes"],
-        **{name: spread([result[name] for result in results]) for name in ("mean_score", "success_rate")},
+        **{name: spread([result[name] for result in results]) for name in measured},
     }
 
 
@@ -110,6 +137,73 @@ def showing(progress: Progress | None) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
         yield bars
+
+
+def _compare_errors(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    _require_same_windows([a, b])
+    first, second, steps = (
+        np.array(values) for values in (a["episode_errors"], b["episode_errors"], a["episode_steps"])
+    )
+    difference = float(((first - second) * steps).sum() / steps.sum())
+    interval = paired_interval(first, second, weights=steps) if len(first) > 1 else None
+    verdict = _verdict(
+        names,
+        f"{_signed(100 * difference, 1)} % of range in mean action error",
+        interval and [_signed(100 * end, 1) for end in interval],
+        0 if interval is None or interval[0] <= 0 <= interval[1] else interval[0],
+        words=("errs more", "errs less"),
+        pairs="episodes",
+    )
+    if a["origin_kind"] != "held_out":
+        verdict += f" They are {a['origin']}."
+    return {
+        "task": a["task"],
+        "n_episodes": len(first),
+        "n_windows": a["n_windows"],
+        "error_difference": difference,
+        "error_interval": interval,
+        **_counts(first, second),
+        "origin": a["origin"],
+        "verdict": verdict,
+    }
+
+
+def _verdict(
+    names: Sequence[str],
+    difference: str,
+    interval: Sequence[str] | None,
+    sign: float,
+    *,
+    words: tuple[str, str],
+    pairs: str,
+) -> str:
+    """Which minus which, and what it says. interval: None of a single pair. sign: 0 where the interval holds 0."""
+    begin = f"{names[0]} minus {names[1]}: {difference}"
+    if interval is None:
+        return f"{begin}; one of the {pairs} alone does not say what others would give."
+    begin += f", 95 % interval {interval[0]} to {interval[1]}. On these {pairs} "
+    if sign == 0:
+        return f"{begin}the two cannot be told apart."
+    return f"{begin}{names[0]} {words[sign < 0]}."
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:+.{digits}f}"  # of -0 and 0, one
+
+
+def _counts(first: np.ndarray, second: np.ndarray) -> dict[str, int]:
+    pairs = {"higher": first > second, "equal": first == second, "lower": first < second}
+    return {name: int(where.sum()) for name, where in pairs.items()}
+
+
+def _require_same_windows(results: Sequence[Mapping[str, Any]]) -> None:
+    names = ("episode_ids", "episode_steps", "n_windows", "n_action_steps")
+    if any(other[name] != results[0][name] for other in results for name in names if name in other):
+        raise InputError(f"results on other episodes than those of {results[0]['task']} do not compare")
+    if any(result["episode_errors"] is None for result in results):
+        raise InputError(
+            f"{results[0]['task']}: every dimension of the action is constant: there is nothing to compare"
+        )
 
 
 def _require_same_starts(results: Sequence[Mapping[str, Any]]) -> None:

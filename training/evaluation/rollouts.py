@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,21 +199,24 @@ def _film(
     task = bars.add_task("videos", total=sum(episode.n_steps // every + 1 for _, episode in chosen))
     try:
         for label, episode in chosen:
-            clip = Clip(label, episode.seed, episode.score, folder / f"seed_{episode.seed}.mp4")
-            frames = _counted(replay(env=env, episode=episode, every=every), bars, task)
+            path, last = folder / f"seed_{episode.seed}.mp4", deque[np.ndarray](maxlen=1)
+            frames = _counted(replay(env=env, episode=episode, every=every), bars, task, last)
             try:
-                write_video(clip.path, frames, fps=env.control_rate / every)
+                write_video(path, frames, fps=env.control_rate / every)
             except RuntimeError as error:  # a simulator that does not repeat itself: no video beats a wrong one
                 warnings.warn(f"no video of seed {episode.seed}: {error}", stacklevel=2)
                 continue
-            clips.append(clip)
+            clips.append(Clip(label, episode.seed, episode.score, path, last[0]))
     finally:
         env.close()
     return clips
 
 
-def _counted(frames: Iterable[np.ndarray], bars: Progress, task: TaskID) -> Iterator[np.ndarray]:
+def _counted(
+    frames: Iterable[np.ndarray], bars: Progress, task: TaskID, last: deque[np.ndarray]
+) -> Iterator[np.ndarray]:
     for frame in frames:
+        last.append(frame)
         yield frame
         bars.advance(task)
 

@@ -6,17 +6,17 @@ policy; they say nothing about what another training seed would give, which only
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from statistics import NormalDist
+from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
 from action_diffusion.errors import InputError
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
-_BLOCK = 2**21  # resampled values held at once (16 MB)
+_BLOCK = 2**21
+"""Resampled values held at once (16 MB)."""
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
@@ -30,13 +30,8 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= successes <= n:
         raise InputError(f"{successes} successes in {n} trials; need at least one trial and 0 <= successes <= n")
-    z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
-    centre = (successes + z2 / 2) / (n + z2)
-    half = math.sqrt(z2 * (successes * (n - successes) / n + z2 / 4)) / (n + z2)
-    # The ends are exact where nothing, or everything, succeeded; rounding alone would miss them.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return low, high
+    found = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def bootstrap_interval(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tuple[float, float]:
@@ -50,27 +45,47 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, *, seed: int = 0) -
     Source: B. Efron, "Bootstrap methods: another look at the jackknife" (1979).
     """
     data = _checked(values)
-    if (data == data[0]).all():
-        return float(data[0]), float(data[0])
-    means = np.concatenate(list(_resampled_means(data, np.random.default_rng(seed))))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    return paired_interval(data, np.zeros_like(data), seed=seed)
 
 
 def paired_interval(
-    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, seed: int = 0
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    *,
+    weights: Sequence[float] | np.ndarray | None = None,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """The bootstrap's 95 % interval of mean(a - b), where a[i] and b[i] [N] were measured on the same start.
+    """The percentile bootstrap's 95 % interval of mean(a - b), where a[i] and b[i] [N] belong to one start or episode.
 
-    Pairing takes away how hard each start is, so the interval is narrower than that of two separate means.
+    Pairing takes away how hard each start is, so the interval is narrower than that of two separate means. weights:
+    [N], above 0, of a weighted mean.
 
     Raises `InputError` where the lengths differ, and as `bootstrap_interval` does.
     """
     first, second = _checked(a), _checked(b)
-    if len(first) != len(second):
+    weight = np.ones_like(first) if weights is None else _checked(weights)
+    if not len(first) == len(second) == len(weight):
         raise InputError(f"a paired interval needs the same starts: {len(first)} values against {len(second)}")
-    return bootstrap_interval(first - second, seed=seed)
+    difference = first - second
+    if (difference == difference[0]).all():
+        return float(difference[0]), float(difference[0])
+
+    def mean(difference: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
+        whole = (difference * weight).sum(axis=axis) / weight.sum(axis=axis)
+        return np.asarray(whole)
+
+    found = stats.bootstrap(
+        (difference, weight),
+        mean,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, _BLOCK // len(difference)),
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def spread(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
@@ -88,13 +103,6 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
         "min": float(data.min()),
         "max": float(data.max()),
     }
-
-
-def _resampled_means(data: np.ndarray, random: np.random.Generator) -> Iterator[np.ndarray]:
-    rows = max(1, _BLOCK // len(data))
-    for start in range(0, RESAMPLES, rows):
-        count = min(rows, RESAMPLES - start)
-        yield data[random.integers(len(data), size=(count, len(data)))].mean(axis=1)
 
 
 def _checked(values: Sequence[float] | np.ndarray) -> np.ndarray:
