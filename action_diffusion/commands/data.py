@@ -112,9 +112,12 @@ def _next(name: str, rest: list[str], options: Mapping[str, str]) -> tuple[str, 
 
 
 def _absolute(options: Mapping[str, str]) -> Mapping[str, Any]:
+    from action_diffusion.datasets.batches.sources import open_data
     from action_diffusion.envs.robosuite.absolute import add_absolute
 
-    return add_absolute(Path(options["in"]).expanduser(), Path(options["out"]).expanduser())
+    source = open_data(options["in"]).path
+    assert source is not None  # what is opened lies somewhere
+    return add_absolute(source, Path(options["out"]).expanduser())
 
 
 SUBCOMMANDS = {
