@@ -23,6 +23,7 @@ def train(config: Mapping[str, Any]) -> None:
     if weights is not None and not Path(weights).expanduser().is_file():
         raise InputError(f"policy.encoder.weights={weights}: no such file")
     _check_data(config)
+    _check_dropped(config["drop"] or (), config["policy"])
 
 
 def evaluate(config: Mapping[str, Any]) -> None:
@@ -86,6 +87,15 @@ def _check_data(config: Mapping[str, Any]) -> None:
         if len(shape) == 3 and shape[-1] == 3:
             encoder = config["policy"]["encoder"]
             _check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"))
+
+
+def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:
+    """That no part of the policy is made for what it is not to see."""
+    frame = policy.get("action_frame") or {}
+    features = [key for key, options in (policy.get("features") or {}).items() if options is not None]
+    for name in drop:
+        for part in ["features"] * (name in features) + ["action_frame"] * (name == frame.get("observation")):
+            raise InputError(f"drop=[{name}]: policy.{part} is made from it; give policy.{part}=null, or keep {name}")
 
 
 def _check_held_out(data: Any, bundles: Sequence[Path]) -> None:
