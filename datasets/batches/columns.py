@@ -217,7 +217,14 @@ class SeenColumn(SlicedColumn):
         self._scaled = functools.cache(functools.partial(from_zero_to_one, self._column))  # which reads all of it
 
     def read(self, first: int, end: int) -> np.ndarray:
-        rows = np.asarray(self._column[first:end])
+        return self._see(np.asarray(self._column[first:end]), first)
+
+    def blocks(self, n_bytes: int, first: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows in blocks of the stored column's own chunks: `store.blocks`."""
+        for row, rows in blocks(self._column, n_bytes, first, stop):
+            yield row, self._see(rows, row)
+
+    def _see(self, rows: np.ndarray, first: int) -> np.ndarray:
         return _seen(rows, self._found, self._scaled(), self._key, self._where, first)
 
 

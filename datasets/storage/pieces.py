@@ -7,7 +7,7 @@ episodes of B    | 0 1 2 |                     makes     | 1 2 3 | 5 6 7 | 0 1 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.storage.store import Column, write_zarr
+from action_diffusion.datasets.storage.store import Column, blocks, write_zarr
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 
@@ -59,6 +59,13 @@ class Joined:
             found.append(np.asarray(column[start + offset : end + offset]))
             start, place = end, place + 1
         return np.concatenate(found, dtype=self.dtype)[::step]
+
+    def blocks(self, n_bytes: int, first: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows in blocks of each piece's own chunks: `store.blocks`."""
+        for (column, begin, length), start in zip(self._parts, self._starts.tolist(), strict=False):
+            shift = begin - start
+            for row, rows in blocks(column, n_bytes, max(first, start) + shift, min(stop, start + length) + shift):
+                yield row - shift, rows.astype(self.dtype, copy=False)
 
 
 class Changed:

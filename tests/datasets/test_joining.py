@@ -12,6 +12,7 @@ from action_diffusion.datasets import ReplayBuffer
 from action_diffusion.datasets.batches.columns import ObsKey, load, load_cached
 from action_diffusion.datasets.batches.joining import joined
 from action_diffusion.datasets.robomimic.attributes import subset
+from action_diffusion.datasets.storage.store import ZarrColumn, blocks
 from action_diffusion.datasets.storage.tasks import episode_tasks
 from action_diffusion.errors import InputError
 
@@ -131,6 +132,25 @@ def test_pictures_that_are_stored_otherwise_become_what_is_seen_of_them(tmp_path
     both = joined(buffers, ["img"])
     assert both["img"].dtype == np.uint8
     np.testing.assert_array_equal(both["img"][:], np.concatenate([pixels] * 4))
+
+
+def test_each_chunk_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces whose chunks begin anywhere, one of them seen otherwise than it is stored."""
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 9, 12, 3), np.uint8)
+    pair = [saved(tmp_path / "a.zarr", [23], img=pixels), saved(tmp_path / "bb.zarr", [23], img=np.float32(pixels))]
+    monkeypatch.setattr(ZarrColumn, "chunk_rows", 7)
+    both = joined(pair, ["img"])["img"]
+    found = list(blocks(both, 1))
+    assert [first for first, _ in found] == [0, 7, 14, 21, 23, 30, 37, 44]
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in found]), np.concatenate([pixels, pixels]))
+    assert [(first, len(rows)) for first, rows in blocks(both, 1, 5, 32)] == [
+        (5, 2),
+        (7, 7),
+        (14, 7),
+        (21, 2),
+        (23, 7),
+        (30, 2),
+    ]
 
 
 def test_names_subsets_and_tasks_stay_those_of_their_episodes(tmp_path: Path) -> None:
