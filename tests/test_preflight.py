@@ -26,6 +26,7 @@ MISTAKES = {
     "train data=own.zarr task=custom drop=[fron]": "unknown observation 'fron' in drop of own.zarr: did you mean front",
     "train data=own.zarr task=custom drop=[front,state]": "drop=[front,state] leaves no observation of own.zarr",
     "train drop=[state] data=pusht_expert": "drop=[state]: policy.features is made from it; give policy.features=null",
+    "train drop=[stat]": "unknown observation 'stat' in drop of ",
     "train data=own.zarr task=custom task.observations.wrist=null": "unknown observation 'wrist' in drop of own.zarr",
     "train data=junk task=custom": "junk: no known format",
     "train data=runs task=custom": "data convert in=runs out=runs.zarr action=COLUMN,COLUMN state=COLUMN,COLUMN",

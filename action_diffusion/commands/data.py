@@ -22,6 +22,7 @@ action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at th
   action-diffusion data convert in=PATH out=PATH     LeRobot, UMI, robomimic, Zarr v2 and v3, folders: there and back
   action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     a column of absolute actions, from relative ones
 
+PATH is a replay buffer, or a LeRobot folder, HDF5 or a folder of CSV and MP4, which is converted into the cache once.
 `--help` after a subcommand explains it.
 """
 

@@ -22,8 +22,8 @@ def train(config: Mapping[str, Any]) -> None:
     weights = encoder.get("weights")
     if weights is not None and not Path(weights).expanduser().is_file():
         raise InputError(f"policy.encoder.weights={weights}: no such file")
-    _check_data(config)
     _check_dropped(config["drop"] or (), config["policy"])
+    _check_data(config)
 
 
 def evaluate(config: Mapping[str, Any]) -> None:
@@ -68,12 +68,12 @@ def _check_exists(name: str, path: str | None) -> None:
 
 def _check_data(config: Mapping[str, Any]) -> None:
     """Of what training reads: named columns, that buffers go together, that crops are no larger than images."""
-    from action_diffusion.datasets.batches.sources import NAMES, look_at, names
+    from action_diffusion.datasets.batches.sources import HUMAN, look_at, names
     from action_diffusion.training import columns
 
     data, task, drop = config["data"], config["task"], config["drop"]
-    if data in NAMES:
-        return
+    if data == HUMAN:
+        return  # it may have to be downloaded
     cache_dir = config["dataset"]["cache_dir"]
     buffers = [look_at(name, cache_dir=cache_dir and Path(cache_dir)) for name in names(data)]
     buffer = columns.together(buffers, task, drop)

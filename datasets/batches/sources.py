@@ -24,7 +24,8 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.files import cache_folder, locked
 from action_diffusion.parallel import cores, in_order, refuse_while_importing
 
-NAMES = ("pusht_expert", "pusht_human")
+HUMAN = "pusht_human"
+NAMES = ("pusht_expert", HUMAN)
 HUMAN_URL = "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip"
 # SHA-256 of the bytes of state (float32), action (float32) and episode_ends (int64), all little-endian
 HUMAN_CONTENT = "e5f0b2b088fb60d8a8d412c2694e7241283a552e2cf21192ecbc44249189869b"
@@ -68,7 +69,7 @@ def resolve(data: str | Path, *, cache_dir: Path | None = None) -> Path:
     name, path = str(data), Path(data).expanduser()
     if name == "pusht_expert":
         return Path(__file__).parents[1] / "embedded" / "pusht_expert.zarr.zip"
-    if name == "pusht_human":
+    if name == HUMAN:
         return _human_file(cache_dir or cache_folder())
     looks_like_path = os.sep in name or path.suffix or name.startswith(("~", "."))
     if not path.exists() and not looks_like_path:
