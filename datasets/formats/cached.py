@@ -175,7 +175,8 @@ def _opened(kind: str, path: Path, layout: FileLayout | None) -> Opened:
             f"{path} holds states of a simulator and no observations, which it has to render: {command}, and with "
             "observations=object,agentview_image,… those that you name"
         )
-    buffer = ReplayBuffer(columns=columns_of(layout), episode_ends=layout.ends, attrs={}, path=path)
+    attrs = {"control_rate": layout.control_rate} if layout.control_rate else {}
+    buffer = ReplayBuffer(columns=columns_of(layout), episode_ends=layout.ends, attrs=attrs, path=path)
     return Opened(buffer, tuple(said(layout.left_out)))
 
 

@@ -195,6 +195,12 @@ def test_states_of_a_simulator_need_a_decision(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("cache/converted/*.zarr"))
 
 
+def test_the_rate_of_a_simulator_is_that_of_the_file(tmp_path: Path) -> None:
+    source = write_robomimic(tmp_path / "demo.hdf5")
+    assert look_at(source, cache_dir=tmp_path / "cache").rate == 20
+    assert open_data(source, cache_dir=tmp_path / "cache", say=lambda _: None).rate == 20
+
+
 def test_what_is_no_format_is_refused_with_the_command_for_one_that_is(tmp_path: Path) -> None:
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "a.npy").write_bytes(b"x")
