@@ -33,6 +33,8 @@ action-diffusion train [name=value …]     from demonstrations to a policy bund
   action-diffusion train task=pusht_image                           the same from camera images
   action-diffusion train data=pusht_human train.max_minutes=8       demonstrations by people (downloaded once)
   action-diffusion train task=custom data=my_robot.zarr             your own robot: keys and cameras from the buffer
+  action-diffusion train task=custom data=lerobot_folder            LeRobot, HDF5, CSV and MP4 the same way
+  action-diffusion train task=custom data=[demos.zarr,more.zarr]    several together
   action-diffusion train output_dir=runs/a resume=true              go on with a run that was stopped
 
 Options
@@ -40,7 +42,9 @@ Options
   encoder=…                     {encoders}
   denoiser=…                    {denoisers}
   scheduler=…                   {schedulers}
-  data=PATH|NAME                a replay buffer (Zarr folder or zip), or pusht_expert, pusht_human
+  data=PATH|NAME|[…,…]          a replay buffer (Zarr), LeRobot folder, HDF5 or folder of CSV files; pusht_expert,
+                                pusht_human; several are trained on together
+  drop=[NAME,…]                 observations that are not learnt from
   output_dir=DIR                where bundle/, metrics.jsonl, checkpoints/ and evaluation/ go
   seed=0  device=auto|cpu|cuda|cuda:N  init=DIR/bundle
   resume=true                   goes on with the run in output_dir, with its own configuration and statistics

@@ -61,7 +61,7 @@ def load(name: str, overrides: Sequence[str], config_dir: str | None = None) -> 
     if "task" in data:
         _check_task(data["task"])
     check(data, COMMANDS[name])
-    return data
+    return _without_nulls(data)
 
 
 def settings(name: str, overrides: Sequence[str], config_dir: str | None = None) -> Any:
@@ -96,7 +96,19 @@ def override(name: str, config: Mapping[str, Any], overrides: Sequence[str], whe
         if budget not in given:
             _put(data, budget, None)
     check(data, COMMANDS[name])
-    return data
+    return _without_nulls(data)
+
+
+def _without_nulls(data: dict[str, Any]) -> dict[str, Any]:
+    """`task.observations.NAME=null` as what it means: the task names the others; where it names none, drop=[NAME]."""
+    task = data.get("task") or {}
+    observations = task.get("observations") or {}
+    nulls = [key for key, options in observations.items() if options is None]
+    if not nulls:
+        return data
+    named = {key: options for key, options in observations.items() if options is not None}
+    dropped = {"drop": [*(data["drop"] or ()), *nulls]} if "drop" in data and not named else {}
+    return data | dropped | {"task": task | {"observations": named or None}}
 
 
 def _use_plugins(parsed: Sequence[Override]) -> None:
@@ -181,13 +193,18 @@ def _check_value(name: str, key: str, value: Any, base: Mapping[str, Any]) -> No
     """Refuse an option that is not there, or another type or range; what is not plain yet is checked when it is."""
     if key not in base and not (OPEN.match(key) and key.rpartition(".")[0] in base):
         raise _unknown_option(name, key, base)
+    section, _, word = key.rpartition(".")
+    if section == "task.observations" and value is None and base[section] and key not in base:
+        raise unknown("observation", word, base[section], section)
     default = base.get(key)
     if isinstance(default, dict) and not key.startswith(("policy.", "task.")) and hint_at(COMMANDS[name], key):
         inside = next((path for path in base if path.startswith(f"{key}.")), f"{key}.…")
         raise InputError(f"{key} is a section: give its values one by one, such as {inside}=…")
     hint = hint_at(COMMANDS[name], key)
     if hint is not None and not isinstance(value, Mapping) and "${" not in str(value):
-        check(value, hint, key, example=None if isinstance(default, str) and hint == FilePath else default)
+        check(
+            value, hint, key, example=None if isinstance(default, str) and FilePath in alternatives(hint) else default
+        )
 
 
 def _unknown_option(name: str, key: str, base: Mapping[str, Any]) -> InputError:

@@ -305,9 +305,9 @@ class Task:
     n_action_steps: Steps
     action: Action
     control_rate: Rate | None = None  # the buffer's
-    data: str | None = None
+    data: str | list[str] | None = None
     env: Environment | None = None
-    observations: dict[str, Observation] | None = None
+    observations: dict[str, Observation | None] | None = None  # null: not this one
     estimates: dict[str, Observation] | None = None
     rotations: dict[str, Rotation | Annotated[list[Rotation], Sized(1, 100)]] | None = None
 
@@ -317,10 +317,17 @@ class Task:
     @property
     def seen(self) -> dict[str, Observation]:
         """The observations that the task names."""
-        return self.observations or {}
+        return {key: value for key, value in (self.observations or {}).items() if value is not None}
 
 
 # Commands.
+
+MOST_BUFFERS = 64
+"""Together."""
+Data = FilePath | Annotated[list[FilePath], Sized(1, MOST_BUFFERS)]
+"""What `data=` names, see `datasets.batches.sources`; several are trained on together."""
+Drop = Annotated[list[Word], Matching("names in brackets, such as [wrist,front]", bool)]
+"""Names of observations that are not learnt from."""
 
 
 @dataclass
@@ -350,7 +357,8 @@ class Evaluation:
 class Train:
     """`action-diffusion train`."""
 
-    data: FilePath
+    data: Data
+    drop: Drop | None = None
     output_dir: FilePath | None = None
     seed: Seed = 0
     device: Device = "auto"
@@ -368,10 +376,11 @@ class Train:
 class BundleConfig:
     """What evaluation takes of a bundle's `config.yaml`, beside the policy: the data that it was trained on."""
 
-    data: FilePath
+    data: Data
     seed: Seed
     dataset: Dataset
     task: Task
+    drop: Drop | None = None
 
 
 @dataclass(kw_only=True)
@@ -391,7 +400,7 @@ class Evaluate:
     compile: bool = False
     cuda_graph: bool = False
     plugins: Plugins = None
-    data: FilePath | None = None
+    data: Data | None = None
     sampler: AnySampler
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from keyword import iskeyword
 from pathlib import Path
@@ -112,6 +112,15 @@ class ByName:
     def __init__(self, choices: Mapping[str, type], plugins: Container[str] = ()):
         self.choices, self.plugins = choices, plugins
 
+    @property
+    def words(self) -> str:
+        """What such a section looks like: each choice with the options that it needs."""
+        options = (
+            ", ".join([f"name: {name}", *(f"{field.name}: …" for field in fields(cls) if _is_needed(field))])
+            for name, cls in self.choices.items()
+        )
+        return "a section, " + " or ".join(f"{{{shown}}}" for shown in options)
+
     def check(self, value: Any, where: str) -> None:
         rest = dict(value)
         name = rest.pop("name", None)
@@ -201,7 +210,7 @@ def shown(value: Any) -> str:
 def described(hint: Any) -> str:
     """A type in words: "a whole number", "a path or null"."""
     if get_origin(hint) is Annotated:
-        words = [rule.words for rule in get_args(hint)[1:] if isinstance(rule, Matching)]
+        words = [rule.words for rule in get_args(hint)[1:] if isinstance(rule, Matching | ByName)]
         return words[0] if words else described(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(described(part) for part in get_args(hint) if part is not type(None))
@@ -247,10 +256,14 @@ def _dataclass(value: Mapping[str, Any], cls: Any, where: str) -> Any:
             raise unknown("option", key, known, where)
     for field in fields(cls):
         key = field.name.rstrip("_")
-        if key not in value and field.default is MISSING and field.default_factory is MISSING:
+        if key not in value and _is_needed(field):
             raise InputError(f"{_join(where, key)} is missing")
     found = {key: check(inside, known[key], _join(where, key)) for key, inside in value.items()}
     return cls(**{f"{key}_" if iskeyword(key) else key: inside for key, inside in found.items()})
+
+
+def _is_needed(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _tuple(value: Any, parts: tuple[Any, ...], where: str) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from robomimic_files import write_robomimic, write_robosuite
 
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.policy import bundle as bundles
@@ -19,6 +20,20 @@ MISTAKES = {
     "train data=own.zarr task=custom policy.encoder.crop=[64,64]": "encoder.crop=[64, 64] is larger than the frames",
     "train data=own.zarr task=custom policy.encoder.crop=[8,64]": "encoder.crop=[8, 64] is larger than the frames",
     "train data=own.zarr task=lift_state": "unknown key of the buffer for observation 'object'",
+    "train data=[own.zarr,nowhere.zarr] task=custom": "nowhere.zarr: no such file or folder",
+    "train data=[own.zarr,own.zarr] task=custom": "data= names own.zarr twice",
+    "train data=[own.zarr,other.zarr] task=custom": "other.zarr has no column front, which own.zarr has",
+    "train data=own.zarr task=custom drop=[fron]": "unknown observation 'fron' in drop of own.zarr: did you mean front",
+    "train data=own.zarr task=custom drop=[front,state]": "drop=[front,state] leaves no observation of own.zarr",
+    "train drop=[state] data=pusht_expert": "drop=[state]: policy.features is made from it; give policy.features=null",
+    "train drop=[stat]": "unknown observation 'stat' in drop of ",
+    "train data=own.zarr task=custom task.observations.wrist=null": "unknown observation 'wrist' in drop of own.zarr",
+    "train data=junk task=custom": "junk: no known format",
+    "train data=runs task=custom": "data convert in=runs out=runs.zarr action=COLUMN,COLUMN state=COLUMN,COLUMN",
+    "train data=own.hdf5 task=lift_state": "'robot0_eef_pos' in own.hdf5: did you mean robot0_gripper_qpos?",
+    "train data=states.hdf5 task=lift_state": "action-diffusion data convert in=states.hdf5 out=states.zarr",
+    "train data=own.zarr task=custom task.action.source=absolute_action": "action-diffusion data absolute in=own.zarr",
+    "train policy.action_frame=position": "{name: position, observation: …, columns: …, action_columns: …}",
     "train task.env.name=pushd": "unknown task.env.name 'pushd': did you mean pusht?",
     "train task.env.max_steps=-1": "task.env.max_steps=-1 must be at least 1",
     "train task.env.max_step=3": "unknown option 'max_step' in task.env: did you mean max_steps?",
@@ -33,6 +48,8 @@ MISTAKES = {
     "evaluate bundle=own compare=simulated": "simulated is for a task with a simulator, own is not",
     "evaluate bundle=[own,simulated]": "simulated is for a task with a simulator, own is not",
     "evaluate bundle=own data=nowhere.zarr": "data=nowhere.zarr: no such file or folder",
+    "evaluate bundle=own data=other.zarr": "unknown key of the buffer for 'state' of own",
+    "evaluate bundle=own data=[other.zarr,nowhere.zarr]": "unknown key of the buffer for 'state' of own",
     "evaluate bundle=own sampler.timestep_spacing=karras": "sampler.timestep_spacing=karras: choose from leading,",
     "deploy bundle=nowhere": "no bundle at nowhere",
     "deploy bundle=own hardware=nowhere.yaml": "hardware=nowhere.yaml: no such file or folder",
@@ -66,10 +83,18 @@ def found(tmp_path_factory) -> dict[str, list]:
     bundles.save(folder / "own", policy, {"policy": TINY})
     columns = {"front": np.zeros((20, 32, 48, 3), np.uint8), "state": np.zeros((20, 5), np.float32)}
     ReplayBuffer.from_arrays(columns | {"action": np.zeros((20, 2), np.float32)}, [10, 20]).save(folder / "own.zarr")
+    del columns["front"], columns["state"]
+    ReplayBuffer.from_arrays(columns | {"action": np.zeros((20, 2), np.float32)}, [10, 20]).save(folder / "other.zarr")
+    for name in ("junk", "runs"):
+        (folder / name).mkdir()
+    (folder / "runs" / "run_0.csv").write_text("x,target_x\n0,1\n1,2\n")
+    write_robomimic(folder / "own.hdf5")
+    write_robosuite(folder / "states.hdf5")
+    there = {path.name for path in folder.iterdir()}
     words = json.dumps(list(MISTAKES))
     done = subprocess.run([sys.executable, "-c", EACH], input=words, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in Path(folder).iterdir()} <= {"own", "own.zarr", "simulated", "said", "outputs"}
+    assert {path.name for path in Path(folder).iterdir()} <= {*there, "said", "outputs"}
     return json.loads(done.stdout)
 
 

@@ -7,15 +7,21 @@ by the words in their names, and by values that only count. Whoever means one na
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from action_diffusion.datasets.batches.columns import from_zero_to_one
+from action_diffusion.datasets.batches.joining import joined
+from action_diffusion.datasets.formats.cached import CONVERTED, convert_command
 from action_diffusion.datasets.storage.pictures import Picture, picture
+from action_diffusion.datasets.storage.pieces import Joined
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, ZarrColumn
+from action_diffusion.envs.robosuite.absolute import COLUMN as ABSOLUTE
+from action_diffusion.errors import InputError, unknown
 from action_diffusion.rotations import RotationColumns
 
 _WORDS = {
@@ -35,6 +41,48 @@ _NAMES = {
 _STRAIGHT = 1e-4
 """Of its step from row to row, by which what counts may be off."""
 UMI = re.compile(r"robot\d+_(eef_pos|eef_rot_axis_angle|gripper_width)")
+
+
+def action_source(task: Mapping[str, Any]) -> str:
+    """The column that holds the action."""
+    return task["action"].get("source") or "action"
+
+
+def observed(task: Mapping[str, Any], drop: Sequence[str] | None, buffer: ReplayBuffer) -> dict[str, dict[str, Any]]:
+    """The observations of a policy, name → options: those of the task, or else those of `found`, without `drop`.
+
+    Raises `InputError` for a name in `drop` that is not there, and where nothing is left.
+    """
+    named, action = task.get("observations"), action_source(task)
+    known = list(named) if named else [key for key in buffer.keys if key != action]
+    for name in drop or ():
+        if name not in known:
+            raise unknown("observation", name, known, f"drop of {buffer.name}")
+    seen = {key: dict(options) for key, options in (named or found(buffer, action)).items() if key not in (drop or ())}
+    if drop and not seen:
+        raise InputError(f"drop=[{','.join(drop)}] leaves no observation of {buffer.name}")
+    return seen
+
+
+def drawn(task: Mapping[str, Any], drop: Sequence[str] | None, buffer: ReplayBuffer) -> list[str]:
+    """Columns of pictures that the task names and the buffer lacks, and that PushT draws from its states."""
+    if (task.get("env") or {}).get("name") != "pusht" or "state" not in buffer.keys:
+        return []
+    named = {key: options for key, options in (task.get("observations") or {}).items() if key not in (drop or ())}
+    images = [options.get("source") or key for key, options in named.items() if options.get("kind") == "image"]
+    return [key for key in dict.fromkeys(images) if key not in buffer.keys]
+
+
+def together(buffers: Sequence[ReplayBuffer], task: Mapping[str, Any], drop: Sequence[str] | None) -> ReplayBuffer:
+    """The buffers as one. Raises `InputError` where what the policy learns from is not in all of them: `joined`."""
+    if len(buffers) == 1:
+        return buffers[0]
+    action, named = action_source(task), task.get("observations")
+    seen = [named] if named else [found(buffer, action) for buffer in buffers]
+    wanted = {key: options for some in seen for key, options in some.items() if key not in (drop or ())}
+    wanted |= task.get("estimates") or {}
+    needed = {action, *(options.get("source") or key for key, options in wanted.items())}
+    return joined(buffers, sorted(needed - {key for buffer in buffers for key in drawn(task, drop, buffer)}))
 
 
 def kind_of(column: Column) -> str:
@@ -91,8 +139,9 @@ def became(
     action: str,
     sources: Mapping[str, str],
     rotations: Mapping[str, Sequence[RotationColumns]] | None = None,
+    dropped: Collection[str] = (),
 ) -> dict[str, str]:
-    """What a policy makes of each column of a buffer, in words. sources: observation → its column."""
+    """What a policy makes of each column of a buffer, in words. sources: observation → its column; dropped: columns."""
     words = {}
     for key in buffer.keys:
         seen_as = [name for name, source in sources.items() if source == key]
@@ -101,6 +150,8 @@ def became(
         elif seen_as:
             alias = "" if seen_as == [key] else f" (as {', '.join(seen_as)})"
             words[key] = f"observed{alias}: {_what(buffer[key])}"
+        elif key in dropped:
+            words[key] = "left out: drop"
         else:
             words[key] = f"left out: {why_not(buffer, key) or 'the task does not name it'}"
         for rotation in (rotations or {}).get(key, ()):
@@ -131,12 +182,27 @@ def _camera(column: Column, shown: Picture) -> str:
 
 
 def _absent(column: Column) -> str:
-    missing, n_chunks = column.absent() if isinstance(column, ZarrColumn) else ([], 0)
-    return f"; {len(missing)} of {n_chunks} chunks are not in the file, which means the fill value" if missing else ""
+    parts = column.columns if isinstance(column, Joined) else [column]
+    found = [part.absent() for part in parts if isinstance(part, ZarrColumn)]
+    n_missing, n_chunks = sum(len(missing) for missing, _ in found), sum(n_chunks for _, n_chunks in found)
+    return f"; {n_missing} of {n_chunks} chunks are not in the file, which means the fill value" if n_missing else ""
 
 
-def without_action(buffer: ReplayBuffer) -> str:
+def check_action(buffer: ReplayBuffer, action: str) -> None:
+    """Raises `InputError` where the buffer does not have it."""
+    if action not in buffer.keys:
+        error = unknown("key of the buffer for task.action.source", action, buffer.keys, buffer.name)
+        raise InputError(f"{error}{_without_action(buffer, action)}")
+
+
+def _without_action(buffer: ReplayBuffer, action: str) -> str:
     """What to do about a buffer without the action, in words; empty where there is nothing particular to say."""
+    if action == ABSOLUTE:
+        return f"; action-diffusion data absolute in={buffer.name} out=NAME.zarr makes it"
+    converted = buffer.attrs.get(CONVERTED, {})
+    if converted.get("format") == "folder":
+        command = convert_command(Path(converted["from"]), "action=COLUMN,COLUMN", "state=COLUMN,COLUMN")
+        return f"; say which columns of the CSV files it is: {command}"
     parts = [key for key in sorted(buffer.keys) if UMI.fullmatch(key)]
     if not parts:
         return ""

@@ -17,6 +17,7 @@ from action_diffusion.datasets.batches.windows import batch_indices, make_window
 from action_diffusion.datasets.robomimic.attributes import subset as named_subset
 from action_diffusion.datasets.storage.checks import check_key
 from action_diffusion.datasets.storage.pictures import picture
+from action_diffusion.datasets.storage.pieces import SAME_RATE
 from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE, ReplayBuffer
 from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.envs import APART
@@ -28,23 +29,23 @@ from action_diffusion.training import columns
 
 _WINDOWS = 10_000
 """That are looked at at once."""
-_SAME_RATE = 0.005
-"""Share by which two rates may differ that mean the same, such as 29.97 and 30."""
+_MOST_WIDTH = 40
+"""Characters of a name; what was left out together has longer ones."""
 
 
-def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, str]) -> PolicySpec:
+def describe(
+    task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, str], drop: Sequence[str] | None = None
+) -> PolicySpec:
     """The specification of a policy for `task` and the shapes of `buffer`, without normaliser statistics.
 
-    Where the task names no observations, those of `columns.found` are seen. Where it says no control_rate, it is the
-    buffer's.
+    Where the task names no observations, those of `columns.found` are seen; drop: leave out these. Where it says no
+    control_rate, it is the buffer's.
     """
     action = dict(task["action"])
-    source = action.get("source") or "action"
-    if source not in buffer.keys:
-        error = unknown("key of the buffer for task.action.source", source, buffer.keys, buffer.name)
-        raise InputError(f"{error}{columns.without_action(buffer)}")
+    source = columns.action_source(task)
+    columns.check_action(buffer, source)
     _check_state(buffer, source, "the action")
-    named = task.get("observations") or columns.found(buffer, source)
+    named = columns.observed(task, drop, buffer)
     if not named:
         reasons = ", ".join(f"{key} ({columns.why_not(buffer, key)})" for key in buffer.keys if key != source)
         raise InputError(f"{buffer.name} holds no observations beside {source!r}: {reasons or 'no other key'}")
@@ -72,13 +73,19 @@ def describe(task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, 
         demonstrations=str(buffer.attrs.get("source", "")),
         estimates=estimates,
         versions=versions,
-        buffer_columns=columns.became(buffer, source, sources, rotations),
+        buffer_columns=columns.became(buffer, source, sources, rotations, _dropped(task, drop)),
     )
+
+
+def _dropped(task: Mapping[str, Any], drop: Sequence[str] | None) -> list[str]:
+    """The columns of the observations in `drop`."""
+    named = task.get("observations") or {}
+    return [named.get(name, {}).get("source") or name for name in drop or ()]
 
 
 def learnt_from(spec: PolicySpec, buffer: ReplayBuffer) -> list[str]:
     """Lines to print before the first step: what becomes of each column, and the rate."""
-    width = max(map(len, ("rate", *spec.buffer_columns)))
+    width = min(_MOST_WIDTH, max(map(len, ("rate", *spec.buffer_columns))))
     rate = f"{spec.control_rate:g} steps a second"
     if buffer.rate is None:
         rate += ", which the buffer does not say: task.control_rate=HZ"
@@ -202,7 +209,7 @@ def prepare(
     Raises `InputError` where the buffer has another rate than the policy.
     subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys).
     """
-    if buffer.rate is not None and not math.isclose(buffer.rate, spec.control_rate, rel_tol=_SAME_RATE):
+    if buffer.rate is not None and not math.isclose(buffer.rate, spec.control_rate, rel_tol=SAME_RATE):
         raise InputError(
             f"{buffer.name} has {buffer.rate:g} steps a second, the policy's control_rate is {spec.control_rate:g}: "
             "leave task.control_rate out, or take demonstrations of that rate"

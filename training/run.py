@@ -19,8 +19,9 @@ import yaml
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
-from action_diffusion.datasets.batches.sources import resolve, with_images
+from action_diffusion.datasets.batches import sources
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
@@ -30,7 +31,7 @@ from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.train_settings import TrainSettings
-from action_diffusion.training import checkpoints, episodes, resuming
+from action_diffusion.training import checkpoints, columns, episodes, resuming
 from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
 from action_diffusion.training.evaluation.held_out import choose, evaluate_held_out
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
@@ -51,14 +52,14 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     if settings.num_processes > 1 and "RANK" not in os.environ:
         return _spawn(dict(config, output_dir=str(output_dir)), settings.num_processes)
     accelerator = _accelerator(config, settings)
-    say = console.print if accelerator.is_main_process else (lambda *_: None)
+    say = console.print if accelerator.is_main_process else (lambda *_, **__: None)
 
     buffer = open_data(config)
     spec, data = _load(config, buffer, accelerator.device)
     newest = checkpoints.checkpoint_folders(output_dir)[-1:] if config["resume"] else []
     if accelerator.is_main_process:
-        columns = [value.source or key for key, value in spec.states.items()] + [spec.action.source]
-        changed = resuming.changed_data(output_dir, buffer, columns)
+        states = [value.source or key for key, value in spec.states.items()] + [spec.action.source]
+        changed = resuming.changed_data(output_dir, buffer, states)
         if newest and changed:
             say(changed)
     spec, policy = _policy(config, spec, data, newest[0] if newest else None)
@@ -70,7 +71,7 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     if accelerator.device.type == "cpu" and winograd.library() is None:
         say("no C compiler was at hand at installation: training takes longer than it could (action-diffusion info)")
-    say("\n".join(map(escape, learnt_from(spec, buffer))))
+    say("\n".join(map(escape, learnt_from(spec, buffer))), soft_wrap=True)
     earlier = newest[0] / "bundle" if newest else _path(config["init"])
     known = episodes.record(buffer, spec, data, earlier)
     trainer = _trainer(config, settings, policy, data, known, accelerator, output_dir)
@@ -91,17 +92,20 @@ def train(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
-    """The replay buffer that `data=` names; images that only a simulator can give are rendered once."""
+    """The replay buffer that `data=` names, or all of them as one; images that only a simulator can give are rendered
+    once."""
+    task, drop = config["task"], config.get("drop")
     cache_dir = _path(config["dataset"]["cache_dir"])
-    buffer = ReplayBuffer.open(resolve(config["data"], cache_dir=cache_dir))
-    task = config["task"]
-    wanted = {o.get("source") or key for key, o in (task.get("observations") or {}).items() if o.get("kind") == "image"}
-    if wanted - set(buffer.keys) and (task.get("env") or {}).get("name") == "pusht" and "state" in buffer.keys:
-        from action_diffusion.envs.pusht.simulator import render_states
+    say = sources.tell if os.environ.get("RANK", "0") == "0" else (lambda _: None)  # one of the processes does
+    buffers = []
+    for name in sources.names(config["data"]):
+        buffer = sources.open_data(name, cache_dir=cache_dir, say=say)
+        for key in columns.drawn(task, drop, buffer):
+            from action_diffusion.envs.pusht.simulator import render_states
 
-        for key in wanted - set(buffer.keys):
-            buffer = with_images(buffer, render_states, key=key, cache_dir=cache_dir)
-    return buffer
+            buffer = sources.with_images(buffer, render_states, key=key, cache_dir=cache_dir)
+        buffers.append(buffer)
+    return columns.together(buffers, task, drop)
 
 
 def final_evaluation(
@@ -116,7 +120,8 @@ def final_evaluation(
         "output_dir": output_dir / "evaluation",
         "metrics_file": output_dir / "metrics.jsonl",
     }
-    settings = {"data": str(config["data"]), "train": config["train"], "sampler": config["policy"]["sampler"]}
+    data_names = " and ".join(sources.names(config["data"]))
+    settings = {"data": data_names, "train": config["train"], "sampler": config["policy"]["sampler"]}
     if policy.spec.env is not None:
         return evaluate_policy(policy, settings=settings, **options, **where)
     if data.held_out is None:
@@ -162,7 +167,7 @@ def _device(config: Mapping[str, Any]) -> torch.device:
 
 def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device) -> tuple[PolicySpec, TrainingData]:
     dataset = config["dataset"]
-    spec = describe(config["task"], buffer, bundles.versions())
+    spec = describe(config["task"], buffer, bundles.versions(), config.get("drop"))
     data = prepare(
         buffer,
         spec,
@@ -291,8 +296,8 @@ def _spawn(config: dict[str, Any], processes: int) -> dict[str, Any]:
     failures: Any = torch.multiprocessing.get_context("spawn").SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says what it ends
     try:
-        torch.multiprocessing.spawn(_process, args=(config, processes, port, failures), nprocs=processes)
-    except torch.multiprocessing.ProcessExitedException:
+        spawn(_process, args=(config, processes, port, failures), nprocs=processes)
+    except ProcessExitedException:
         if failures.empty():
             raise
         kind, message = failures.get()

@@ -23,6 +23,7 @@ action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at th
   action-diffusion data convert in=PATH out=PATH     LeRobot, UMI, robomimic, Zarr v2 and v3, folders: there and back
   action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     a column of absolute actions, from relative ones
 
+PATH is a replay buffer, or a LeRobot folder, HDF5 or a folder of CSV and MP4, which is converted into the cache once.
 `--help` after a subcommand explains it.
 """
 
@@ -113,9 +114,12 @@ def _next(name: str, rest: list[str], options: Mapping[str, str]) -> tuple[str, 
 
 
 def _absolute(options: Mapping[str, str]) -> Mapping[str, Any]:
+    from action_diffusion.datasets.batches.sources import open_data
     from action_diffusion.envs.robosuite.absolute import add_absolute
 
-    return add_absolute(Path(options["in"]).expanduser(), Path(options["out"]).expanduser())
+    source = open_data(options["in"]).path
+    assert source is not None  # what is opened lies somewhere
+    return add_absolute(source, Path(options["out"]).expanduser())
 
 
 SUBCOMMANDS = {

@@ -23,10 +23,8 @@ def train(config: Mapping[str, Any]) -> None:
     weights = encoder.get("weights")
     if weights is not None and not Path(weights).expanduser().is_file():
         raise InputError(f"policy.encoder.weights={weights}: no such file")
-    from action_diffusion.datasets.batches.sources import NAMES
-
-    if config["data"] not in NAMES:
-        _check_data(config["data"], config["task"], encoder)
+    _check_dropped(config["drop"] or (), config["policy"])
+    _check_data(config)
 
 
 def evaluate(config: Mapping[str, Any]) -> None:
@@ -42,7 +40,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
     others = [path for path in (*bundles, *compare) if path not in simulated]
     if simulated and others:
         raise InputError(f"{simulated[0]} is for a task with a simulator, {others[0]} is not: they do not compare")
-    _check_exists("data", config["data"])
+    _check_held_out(config["data"], [*bundles, *compare])
     for path in others:
         trained_on(read_config(path), path)
 
@@ -74,28 +72,54 @@ def _check_exists(name: str, path: str | None) -> None:
         raise InputError(f"{name}={path}: no such file or folder")
 
 
-def _check_data(data: str, task: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
-    """Of a replay buffer: columns that are named, and that crops are no larger than images."""
-    from action_diffusion.datasets.batches.sources import resolve
-    from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+def _check_data(config: Mapping[str, Any]) -> None:
+    """Of what training reads: named columns, that buffers go together, that crops are no larger than images."""
+    from action_diffusion.datasets.batches.sources import HUMAN, look_at, names
+    from action_diffusion.training import columns
 
-    path = resolve(data)
-    if not path.exists():
-        raise InputError(f"{data}: no such file or folder")
-    if not (path.suffix == ".zip" or any((path / name).exists() for name in ("zarr.json", ".zgroup"))):
-        return  # no replay buffer; whoever reads it says what it is
-    buffer = ReplayBuffer.open(path)
-    named = task.get("observations") or {}
-    drawn = (task.get("env") or {}).get("name") == "pusht"  # images that its simulator draws from states
-    for key, options in named.items():
-        source = (options or {}).get("source") or key
-        if source not in buffer.keys and not (drawn and (options or {}).get("kind") == "image"):
+    data, task, drop = config["data"], config["task"], config["drop"]
+    if data == HUMAN:
+        return  # it may have to be downloaded
+    cache_dir = config["dataset"]["cache_dir"]
+    buffers = [look_at(name, cache_dir=cache_dir and Path(cache_dir)) for name in names(data)]
+    buffer = columns.together(buffers, task, drop)
+    columns.check_action(buffer, columns.action_source(task))
+    drawn = {key for one in buffers for key in columns.drawn(task, drop, one)}
+    for key, options in columns.observed(task, drop, buffer).items():
+        source = options.get("source") or key
+        if source not in buffer.keys and source not in drawn:
             raise unknown(f"key of the buffer for observation {key!r}", source, buffer.keys, buffer.name)
-    sources = [(key, (options or {}).get("source") or key) for key, options in named.items()]
-    for key, source in sources or [(key, key) for key in buffer.keys]:
         shape = tuple(buffer[source].shape[1:]) if source in buffer.keys else ()
         if len(shape) == 3 and shape[-1] == 3:
+            encoder = config["policy"]["encoder"]
             _check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"))
+
+
+def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:
+    """That no part of the policy is made for what it is not to see."""
+    frame = policy.get("action_frame") or {}
+    features = [key for key, options in (policy.get("features") or {}).items() if options is not None]
+    for name in drop:
+        for part in ["features"] * (name in features) + ["action_frame"] * (name == frame.get("observation")):
+            raise InputError(f"drop=[{name}]: policy.{part} is made from it; give policy.{part}=null, or keep {name}")
+
+
+def _check_held_out(data: Any, bundles: Sequence[Path]) -> None:
+    """Of what predictions are held against: that it is there, and has what the policies observe."""
+    if data is None:
+        return
+    from action_diffusion.datasets.batches.sources import NAMES, look_at, names
+
+    for name in names(data):
+        if name not in NAMES:
+            _check_exists("data", name)
+        buffer = look_at(name)
+        for path in bundles:
+            spec = read_spec(path)
+            seen = {key: value.source or key for key, value in (spec.observations | spec.estimates).items()}
+            for key, source in (seen | {"action": spec.action.source}).items() if spec.env is None else ():
+                if source not in buffer.keys:
+                    raise unknown(f"key of the buffer for {key!r} of {path}", source, buffer.keys, buffer.name)
 
 
 def _check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None) -> None:

@@ -10,16 +10,19 @@ the cache folder and read from there through the page cache.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from action_diffusion.datasets.formats.columns import SlicedColumn
 from action_diffusion.datasets.storage.checks import check_finite, images_to_uint8
 from action_diffusion.datasets.storage.pictures import Picture, picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
@@ -115,13 +118,13 @@ def load_into(write: Callable[[slice, np.ndarray], object], buffer: ReplayBuffer
 
 def load_cached(buffer: ReplayBuffer, wanted: ObsKey, folder: Path | None = None) -> np.ndarray:
     """The array as a read-only memory map of a file in `folder` (default: the cache), made if not there."""
-    if buffer.path is None or isinstance(buffer[wanted.source], np.ndarray):
+    if not buffer.paths or isinstance(buffer[wanted.source], np.ndarray):
         return load(buffer, wanted)  # it is in memory, or mapped, already
-    path = buffer.path.resolve()
-    identity = digest(str(path), *wanted)
+    paths = [path.resolve() for path in buffer.paths]
+    identity = digest(*map(str, paths), *wanted)
     return cached_array(
-        f"{path.stem}-{wanted.source}-{identity}",
-        digest(_CACHE_VERSION, *_state_of(path)),
+        f"{paths[0].stem}-{wanted.source}-{identity}",
+        digest(_CACHE_VERSION, *chain.from_iterable(map(_state_of, paths))),
         shape=array_shape(buffer, wanted),
         dtype=np.dtype(np.uint8 if wanted.kind == "image" else np.float32),
         parts=lambda: _converted(buffer, wanted),
@@ -193,10 +196,36 @@ def _converted(buffer: ReplayBuffer, wanted: ObsKey) -> Iterator[np.ndarray]:
 def _converted_images(column: Column, found: Picture, key: str, where: str) -> Iterator[np.ndarray]:
     scaled = from_zero_to_one(column)
     for first, rows in blocks(column):
-        if scaled:
-            check_finite(rows, key, where, first)
-            rows = np.rint(rows * np.float32(255))
-        yield images_to_uint8(found.pixels(rows), key, where, first)
+        yield _seen(rows, found, scaled, key, where, first)
+
+
+def _seen(rows: np.ndarray, found: Picture, scaled: bool, key: str, where: str, first: int) -> np.ndarray:
+    """Rows from `first` on as uint8 [n, H, W, 3]. scaled: they are floats from 0 to 1."""
+    if scaled:
+        check_finite(rows, key, where, first)
+        rows = np.rint(rows * np.float32(255))
+    return images_to_uint8(found.pixels(rows), key, where, first)
+
+
+class SeenColumn(SlicedColumn):
+    """Pictures as a policy sees them, uint8 [N, H, W, 3], whatever they are stored as."""
+
+    def __init__(self, buffer: ReplayBuffer, key: str) -> None:
+        self._found = seen_picture(buffer, key)
+        self._column, self._key, self._where = buffer[key], key, buffer.name
+        super().__init__((self._column.shape[0], *self._found.size, 3), np.dtype(np.uint8))
+        self._scaled = functools.cache(functools.partial(from_zero_to_one, self._column))  # which reads all of it
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        return self._see(np.asarray(self._column[first:end]), first)
+
+    def blocks(self, n_bytes: int, first: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows in blocks of the stored column's own chunks: `store.blocks`."""
+        for row, rows in blocks(self._column, n_bytes, first, stop):
+            yield row, self._see(rows, row)
+
+    def _see(self, rows: np.ndarray, first: int) -> np.ndarray:
+        return _seen(rows, self._found, self._scaled(), self._key, self._where, first)
 
 
 def _state_of(path: Path) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """What `data=` may say: a path, or the name of a data set that ships with the package or is downloaded.
 
+What lies at a path is a replay buffer, or any format of `datasets.formats`, which is converted into the cache.
+
 pusht_expert   in the package: states and actions of the scripted expert
 pusht_human    206 demonstrations by people, 30 MB, from the authors of "Diffusion Policy" (RSS 2023)
 """
@@ -8,19 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from action_diffusion.datasets.batches.columns import cached_array, digest
 from action_diffusion.datasets.batches.download import download
+from action_diffusion.datasets.formats.cached import as_buffer, look
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.files import cache_folder, locked
 from action_diffusion.parallel import cores, in_order, refuse_while_importing
 
-NAMES = ("pusht_expert", "pusht_human")
+HUMAN = "pusht_human"
+NAMES = ("pusht_expert", HUMAN)
 HUMAN_URL = "https://diffusion-policy.cs.columbia.edu/data/training/pusht.zip"
 # SHA-256 of the bytes of state (float32), action (float32) and episode_ends (int64), all little-endian
 HUMAN_CONTENT = "e5f0b2b088fb60d8a8d412c2694e7241283a552e2cf21192ecbc44249189869b"
@@ -28,9 +33,31 @@ HUMAN_EPISODES, HUMAN_STEPS = 206, 25650
 _RENDER_ROWS, _RENDER_ALONE = 256, 5000
 
 
-def open_data(data: str | Path, *, cache_dir: Path | None = None) -> ReplayBuffer:
-    """The buffer that `data` names or lies at; see `resolve`."""
-    return ReplayBuffer.open(resolve(data, cache_dir=cache_dir))
+def names(data: str | Sequence[str]) -> list[str]:
+    """The names and paths that `data=` says: one, or several that are trained on together."""
+    return [data] if isinstance(data, str) else list(data)
+
+
+def tell(text: str) -> None:
+    """A line for the user, beside what a program reads."""
+    print(text, file=sys.stderr)
+
+
+def open_data(data: str | Path, *, cache_dir: Path | None = None, say: Callable[[str], None] = tell) -> ReplayBuffer:
+    """The buffer that `data` names or lies at, or the copy of what lies there; see `resolve` and `formats.cached`.
+
+    say: gets a line about a conversion.
+    """
+    return as_buffer(resolve(data, cache_dir=cache_dir), _converted(cache_dir), say)
+
+
+def look_at(data: str | Path, *, cache_dir: Path | None = None) -> ReplayBuffer:
+    """The same without converting anything: for what is told from columns and episodes."""
+    return look(resolve(data, cache_dir=cache_dir), _converted(cache_dir))
+
+
+def _converted(cache_dir: Path | None) -> Path:
+    return (cache_dir or cache_folder()) / "converted"
 
 
 def resolve(data: str | Path, *, cache_dir: Path | None = None) -> Path:
@@ -42,7 +69,7 @@ def resolve(data: str | Path, *, cache_dir: Path | None = None) -> Path:
     name, path = str(data), Path(data).expanduser()
     if name == "pusht_expert":
         return Path(__file__).parents[1] / "embedded" / "pusht_expert.zarr.zip"
-    if name == "pusht_human":
+    if name == HUMAN:
         return _human_file(cache_dir or cache_folder())
     looks_like_path = os.sep in name or path.suffix or name.startswith(("~", "."))
     if not path.exists() and not looks_like_path:

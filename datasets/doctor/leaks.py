@@ -50,10 +50,11 @@ def _told(values: np.ndarray, commands: np.ndarray, survey: Survey) -> np.ndarra
     inner = inner[:: 1 + len(inner) // _FIT_ROWS]
     if not len(inner):
         return np.zeros(commands.shape[1], bool)
-    same = _correlation(values[inner], commands[inner]).max(axis=0) > _SAME
+    same: np.ndarray = _correlation(values[inner], commands[inner]).max(axis=0) > _SAME
     before = _correlation(values[inner], commands[inner - 1])
     if (before.max(axis=1) > _SAME).all():  # every dimension is one of the action before: the same now, or still
-        return same & (before.max(axis=0) <= _SAME)
+        repeated: np.ndarray = same & (before.max(axis=0) <= _SAME)
+        return repeated
     # Episodes in turns; parts of rows where there is one.
     fold = survey.episode[inner] % 2 if len(survey.ends) > 1 else np.arange(len(inner)) * 10 // len(inner) % 2
     if min(np.sum(fold == 0), np.sum(fold == 1)) < _LEAST_ROWS * (1 + max(values.shape[1], commands.shape[1])):
@@ -64,7 +65,8 @@ def _told(values: np.ndarray, commands: np.ndarray, survey: Survey) -> np.ndarra
         _error(rows, commands[inner], fold)
         for rows in (_standardised(values)[inner], _standardised(commands)[inner - 1])
     )
-    return same | ((error < least) & ~(before_error < least))
+    told: np.ndarray = same | ((error < least) & ~(before_error < least))
+    return told
 
 
 def _error(rows: np.ndarray, commands: np.ndarray, fold: np.ndarray) -> np.ndarray:

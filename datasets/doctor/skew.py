@@ -67,7 +67,8 @@ def _inner_rows(survey: Survey) -> np.ndarray:
     """Rows whose episode goes on for `LAGS` rows before and after."""
     rows = np.arange(survey.n_rows)
     after = rows - survey.starts[survey.episode] >= LAGS
-    return rows[after & (survey.ends[survey.episode] - rows > LAGS)]
+    chosen: np.ndarray = rows[after & (survey.ends[survey.episode] - rows > LAGS)]
+    return chosen
 
 
 def _of_camera(

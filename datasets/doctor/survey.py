@@ -234,4 +234,7 @@ def _hats(n: int) -> np.ndarray:
     """Weights [n, POINTS] of pixels; those of a point sum to about 1."""
     centres = np.linspace(0, n - 1, POINTS)
     distance = centres[1] - centres[0]
-    return (np.maximum(0, 1 - np.abs(np.arange(n)[:, None] - centres) / distance) / distance).astype(np.float32)
+    weights: np.ndarray = np.maximum(0, 1 - np.abs(np.arange(n)[:, None] - centres) / distance) / distance
+        np.float32
+    )
+    return weights.astype(np.float32)

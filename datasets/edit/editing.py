@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from action_diffusion.datasets.batches.sources import open_data
-from action_diffusion.datasets.robomimic.attributes import DEMO, demo_names
+from action_diffusion.datasets.robomimic.attributes import DEMO, demo_names, unique_names
 from action_diffusion.datasets.storage.checks import check_key
 from action_diffusion.datasets.storage.pieces import Piece, check_alike, write_pieces
 from action_diffusion.datasets.storage.provenance import with_provenance
@@ -29,7 +29,7 @@ def edit(source: Path, output: Path, wanted: Mapping[str, str]) -> dict[str, Any
     """
     if output.exists():
         raise InputError(f"{output} exists: choose another path, or remove it")
-    buffer = ReplayBuffer.open(source)
+    buffer = open_data(source)
     others = [open_data(path) for path in wanted["merge"].split(",")] if "merge" in wanted else []
     check_alike([buffer, *others])
     n, n_rows = buffer.n_episodes, buffer.n_steps
@@ -49,7 +49,7 @@ def edit(source: Path, output: Path, wanted: Mapping[str, str]) -> dict[str, Any
     if DEMO in buffer or "relabel" in wanted:
         names = [demo_names(buffer)[episode] for episode, _ in parts]
         names += [name for other in others for name in demo_names(other)]
-        names = _unique(names)
+        names = unique_names(names)
         attrs |= {"demos": names, "subsets": _subsets(buffer, others, names, [e for e, _ in parts], wanted)}
         columns[DEMO] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
     if any(task_words(source.attrs) != task_words(buffer.attrs) for source in others):
@@ -126,15 +126,6 @@ def _check_trim(buffer: ReplayBuffer, first: int, last: int) -> None:
             f"trim={first}-{last}: expected rows at the beginning or the end of an episode; episode {episode} has "
             f"rows {start} to {end - 1} (split= makes two of it)"
         )
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """Names as they are, with _2, _3, … behind those that were there before."""
-    unique: dict[str, None] = {}
-    for name in names:
-        candidates = (f"{name}_{number}" for number in count(2))
-        unique[name if name not in unique else next(new for new in candidates if new not in unique)] = None
-    return list(unique)
 
 
 def _subsets(

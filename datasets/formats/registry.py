@@ -35,9 +35,12 @@ def detected(path: Path) -> str:
     for name, holds in _CONTENT.items():
         if holds(path):
             return name
+    if path.suffix.lower() == ".csv":
+        raise InputError(f"{path} is one file of a folder of CSV files: give the folder, {path.parent}")
     raise InputError(
         f"{path}: no known format: neither a Zarr replay buffer, nor HDF5, nor a LeRobotDataset (meta/info.json), "
-        "nor a folder with CSV files"
+        "nor a folder with CSV files or HDF5 episodes; a CSV an episode is read by: action-diffusion data convert "
+        "in=FOLDER out=NAME.zarr state=COLUMN,… action=COLUMN,…"
     )
 
 
@@ -52,9 +55,12 @@ def asked_for(output: Path, name: str | None) -> str:
     return _SUFFIXES[output.suffix]
 
 
-def _is_zarr(path: Path) -> bool:
+def is_zarr(path: Path) -> bool:
+    """Whether a replay buffer, or at least Zarr, lies at `path`."""
     if path.is_file():
         return _begins(path, b"PK")
+    if any((path / name).is_file() for name in ("zarr.json", ".zgroup")):
+        return True
     markers = [f"{depth}meta/episode_ends/{name}" for depth in ("", "*/", "*/*/") for name in (".zarray", "zarr.json")]
     return path.suffix == ".zarr" or any(next(path.glob(marker), None) for marker in markers)
 
@@ -84,5 +90,5 @@ _CONTENT: dict[str, Callable[[Path], bool]] = {
     "aloha": _is_aloha,
     "robomimic": lambda path: path.is_file() and _begins(path, _HDF5),
     "folder": _is_folder,
-    "zarr": _is_zarr,
+    "zarr": is_zarr,
 }

@@ -55,13 +55,18 @@ def is_ours(path: Path) -> bool:
 
 def opened(path: Path) -> Opened:
     layout = describe(path)
-    columns: dict[str, Column] = {
-        stored.path: PiecewiseColumn(stored.shape, stored.dtype, layout.ends, functools.partial(_read, layout, stored))
-        for stored in layout.columns.values()
-    }
+    columns = {layout.columns[key].path: column for key, column in columns_of(layout).items()}
     restored_columns, attrs = restored(columns, _notes(path), str(path))
     buffer = ReplayBuffer(columns=restored_columns, episode_ends=layout.ends, attrs=attrs, path=path)
     return Opened(buffer, tuple(said(layout.left_out)))
+
+
+def columns_of(layout: FileLayout) -> dict[str, Column]:
+    """By key; rows are read from the file when they are asked for."""
+    return {
+        key: PiecewiseColumn(stored.shape, stored.dtype, layout.ends, functools.partial(_read, layout, stored))
+        for key, stored in layout.columns.items()
+    }
 
 
 def _notes(path: Path) -> Any:

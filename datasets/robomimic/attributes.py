@@ -16,7 +16,8 @@ from __future__ import annotations
 import base64
 import json
 import lzma
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,27 @@ def subset(buffer: ReplayBuffer, name: str) -> np.ndarray:
     if name not in subsets:
         raise unknown("subset", name, subsets, where=buffer.name)
     return np.flatnonzero(np.isin(demo_names(buffer), subsets[name]))
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names as they are, with _2, _3, … behind those that were there before."""
+    unique: dict[str, None] = {}
+    for name in names:
+        candidates = (f"{name}_{number}" for number in count(2))
+        unique[name if name not in unique else next(new for new in candidates if new not in unique)] = None
+    return list(unique)
+
+
+def joined_demos(buffers: Sequence[ReplayBuffer]) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of the episodes of all, each once, and the subsets that they are in, by these names."""
+    owners = [(buffer, name) for buffer in buffers for name in demo_names(buffer)]
+    names = unique_names([name for _, name in owners])
+    subsets: dict[str, list[str]] = {}
+    for name, (buffer, old) in zip(names, owners, strict=True):
+        for subset, members in subsets_of(buffer).items():
+            if old in members:
+                subsets.setdefault(subset, []).append(name)
+    return names, subsets
 
 
 def attributes(buffer: ReplayBuffer) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -143,6 +143,7 @@ def _attrs(layout: FileLayout, observer: Observer | None) -> dict[str, Any]:
         "source": layout.path.name,
         "layout": layout.kind,
         **({"env_args": layout.env_args} if "env_name" in layout.env_args else {}),
+        **({"control_rate": layout.control_rate} if layout.control_rate else {}),
         **({"tasks": layout.tasks} if layout.tasks else {}),
         "demos": layout.demos,
         "subsets": layout.subsets,

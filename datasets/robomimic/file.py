@@ -13,6 +13,7 @@ robosuite's, MimicGen's, LIBERO's, Isaac Lab's and ManiSkill's documentation of 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,13 @@ class FileLayout:
     @property
     def has_observations(self) -> bool:
         return any(is_observation(stored.path) for stored in self.columns.values())
+
+    @property
+    def control_rate(self) -> float | None:
+        """Steps a second (Hz), where the simulator's arguments say it."""
+        said = self.env_args.get("env_kwargs", {}).get("control_freq")
+        known = isinstance(said, int | float) and not isinstance(said, bool) and 0 < said < math.inf
+        return float(said) if known else None
 
 
 def describe(path: Path, linked: Collection[str] = ()) -> FileLayout:

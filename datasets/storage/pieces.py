@@ -6,7 +6,8 @@ episodes of B    | 0 1 2 |                     makes     | 1 2 3 | 5 6 7 | 0 1 2
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.storage.store import Column, write_zarr
+from action_diffusion.datasets.storage.store import Column, blocks, write_zarr
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
+
+SAME_RATE = 0.005
+"""Share by which two rates may differ that mean the same, such as 29.97 and 30."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class Joined:
     def __init__(self, key: str, pieces: Sequence[Piece]) -> None:
         self._parts = [(p.buffer[key], p.first + p.shifts.get(key, 0), len(p)) for p in pieces]
         self._starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
-        column = self._parts[0][0]
-        self.shape = (int(self._starts[-1]), *column.shape[1:])
-        self.dtype = column.dtype
+        self.columns = [column for column, _, _ in self._parts]
+        self.shape = (int(self._starts[-1]), *self.columns[0].shape[1:])
+        self.dtype = np.result_type(*{column.dtype for column in self.columns})
 
     def __getitem__(self, rows: Any, /) -> np.ndarray:
         if not isinstance(rows, slice):
@@ -54,7 +58,14 @@ class Joined:
             offset = first - int(self._starts[place])
             found.append(np.asarray(column[start + offset : end + offset]))
             start, place = end, place + 1
-        return np.concatenate(found)[::step]
+        return np.concatenate(found, dtype=self.dtype)[::step]
+
+    def blocks(self, n_bytes: int, first: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows in blocks of each piece's own chunks: `store.blocks`."""
+        for (column, begin, length), start in zip(self._parts, self._starts.tolist(), strict=False):
+            shift = begin - start
+            for row, rows in blocks(column, n_bytes, max(first, start) + shift, min(stop, start + length) + shift):
+                yield row - shift, rows.astype(self.dtype, copy=False)
 
 
 class Changed:
@@ -76,17 +87,9 @@ class Changed:
 def check_alike(buffers: Sequence[ReplayBuffer]) -> None:
     """Raises `InputError` unless all have the same keys, with rows of the same shape and type, and neither say other
     rates nor other units of a key."""
+    check_rates_and_units(buffers)
     first = buffers[0]
     for other in buffers[1:]:
-        if None not in (first.rate, other.rate) and first.rate != other.rate:
-            raise InputError(
-                f"{other.name} has {other.rate:g} steps a second, {first.name} has {first.rate:g}: what is merged must "
-                "have one rate"
-            )
-        ours, theirs = _units(first), _units(other)
-        for key in ours.keys() & theirs.keys():
-            if ours[key] != theirs[key]:
-                raise InputError(f"{other.name}: {key} is in {theirs[key]!r}, {first.name} has it in {ours[key]!r}")
         missing = sorted(set(first.keys) ^ set(other.keys))
         if missing:
             raise InputError(f"{other.name} and {first.name} do not have the same keys: {', '.join(missing)}")
@@ -99,7 +102,22 @@ def check_alike(buffers: Sequence[ReplayBuffer]) -> None:
                 )
 
 
-def _units(buffer: ReplayBuffer) -> Mapping[str, Any]:
+def check_rates_and_units(buffers: Sequence[ReplayBuffer]) -> None:
+    """Raises `InputError` where two say other rates, or other units of a key."""
+    for number, first in enumerate(buffers):
+        for other in buffers[number + 1 :]:
+            if first.rate and other.rate and not math.isclose(first.rate, other.rate, rel_tol=SAME_RATE):
+                raise InputError(
+                    f"{other.name} has {other.rate:g} steps a second, {first.name} has {first.rate:g}: what is put "
+                    "together must have one rate (data convert has rate=HZ, for a lower one)"
+                )
+            ours, theirs = units_of(first), units_of(other)
+            for key in ours.keys() & theirs.keys():
+                if ours[key] != theirs[key]:
+                    raise InputError(f"{other.name}: {key} is in {theirs[key]!r}, {first.name} has it in {ours[key]!r}")
+
+
+def units_of(buffer: ReplayBuffer) -> Mapping[str, Any]:
     """By key; a list is of the actions."""
     units = buffer.attrs.get("units") or {}
     return units if isinstance(units, Mapping) else {"action": units}

@@ -54,7 +54,8 @@ class ReplayBuffer:
 
     Made by `open`, `create` or `from_arrays`. `buffer[key]` has `shape` and `dtype`, and gives numpy arrays
     when indexed by rows, in the type they are stored in. `path` is None for a buffer in memory. `left_out`: what lies
-    beside the columns in data/ and is none, with the reason.
+    beside the columns in data/ and is none, with the reason. `name`: what messages call it, by default its path.
+    `paths`: where its columns lie, by default at its path.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class ReplayBuffer:
         attrs: Mapping[str, Any],
         path: Path | None,
         left_out: Mapping[str, str] | None = None,
+        name: str | None = None,
+        paths: Sequence[Path] | None = None,
     ) -> None:
         for key in columns:
             check_key(key, str(path or "a buffer in memory"))
@@ -73,6 +76,8 @@ class ReplayBuffer:
         self.attrs = dict(attrs)
         self.path = path
         self.left_out = dict(left_out or {})
+        self.name = name or (str(path) if path else "the buffer in memory")
+        self.paths = tuple(([path] if path else []) if paths is None else paths)
 
     @classmethod
     def open(cls, path: str | Path) -> ReplayBuffer:
@@ -159,11 +164,6 @@ class ReplayBuffer:
             raise InputError(f"{self.name}: no key {key!r} in data/; it has {', '.join(self.keys) or 'none'}")
         return self._columns[key]
 
-    @property
-    def name(self) -> str:
-        """What messages call this buffer."""
-        return str(self.path) if self.path else "the buffer in memory"
-
     def with_column(self, key: str, column: Column) -> ReplayBuffer:
         """The same buffer with one more column [N, ...], which stays where it is (nothing is written)."""
         check_lengths({key: column.shape[0]}, self.n_steps, self.name)
@@ -173,6 +173,8 @@ class ReplayBuffer:
             attrs=self.attrs,
             path=self.path,
             left_out=self.left_out,
+            name=self.name,
+            paths=self.paths,
         )
 
     def episode(self, index: int) -> dict[str, np.ndarray]:

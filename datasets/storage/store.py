@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import zarr
@@ -132,12 +132,28 @@ class ZarrColumn(Rows):
         self._complete = True
 
 
-def blocks(column: Column, n_bytes: int = READ_BYTES) -> Iterator[tuple[int, np.ndarray]]:
-    """The column from end to end as (first row, rows), whole chunks of about `n_bytes` at a time."""
+@runtime_checkable
+class InBlocks(Protocol):
+    """A column that knows which rows are best read together, because it is made of others."""
+
+    def blocks(self, n_bytes: int, first: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `blocks`."""
+
+
+def blocks(
+    column: Column, n_bytes: int = READ_BYTES, first: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows `first` to `stop` (all) as (first row, rows), whole chunks of about `n_bytes` at a time."""
+    stop = column.shape[0] if stop is None else stop
+    if isinstance(column, InBlocks):
+        yield from column.blocks(n_bytes, first, stop)
+        return
     unit = column.chunk_rows if isinstance(column, ZarrColumn) else 1
     rows = unit * max(1, n_bytes // (unit * row_bytes(column)))
-    for first in range(0, column.shape[0], rows):
-        yield first, np.asarray(column[first : first + rows])
+    while first < stop:
+        end = min(stop, (first // rows + 1) * rows)
+        yield first, np.asarray(column[first:end])
+        first = end
 
 
 def row_bytes(column: Column) -> int:

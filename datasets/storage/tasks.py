@@ -82,5 +82,5 @@ def joined_tasks(pieces: Sequence[tuple[ReplayBuffer, int, int]]) -> tuple[list[
         numbers, place = np.unique(rows, return_inverse=True)
         names = [words[n] if 0 <= n < len(words) else f"task {n}" for n in numbers.tolist()]
         new = np.array([tasks.setdefault(name, len(tasks)) for name in names], np.int64)
-        indices.append(new[place].reshape(rows.shape))
+        indices.append(new[place].ravel())
     return list(tasks), np.concatenate(indices)

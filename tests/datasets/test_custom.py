@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from action_diffusion import policy as policy_package
 from action_diffusion.cli import main
+from action_diffusion.configuration import load
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy.model.features import module_name
@@ -82,6 +84,70 @@ def test_keys_cameras_and_shapes_come_from_the_buffer(data, tmp_path, capsys):
     assert main(["evaluate", f"bundle={output / 'bundle'}", f"output_dir={tmp_path / 'again'}"]) == 0
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert again["action_error"] == pytest.approx(results["action_error"])
+
+
+@pytest.mark.parametrize("words", [["drop=[wrist,reward]"], ["task.observations.wrist=null"]])
+def test_an_observation_that_is_dropped_is_not_learnt_from(words, data, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main(["train", "task=custom", f"data={data}", f"output_dir={output}", *SMALL, *words]) == 0
+    spec = json.loads((output / "bundle" / "spec.json").read_text())
+    assert set(spec["observations"]) == {"front", "joints"}
+    assert spec["buffer_columns"]["wrist"] == "left out: drop"
+    assert "wrist   left out: drop\n" in capsys.readouterr().err
+    assert main(["evaluate", f"bundle={output / 'bundle'}", f"output_dir={tmp_path / 'again'}"]) == 0
+
+
+def test_an_observation_that_a_task_names_is_dropped_by_its_name(data):
+    task = {**load("train", ["task=custom", f"data={data}"])["task"]}
+    task["observations"] = {"hand": {"source": "wrist", "kind": "image"}, "joints": {"kind": "state"}}
+    spec = describe(task, ReplayBuffer.open(data), {}, ["hand"])
+    assert set(spec.observations) == {"joints"}
+    assert spec.buffer_columns["wrist"] == "left out: drop"
+    with pytest.raises(InputError, match=r"unknown observation 'wrist' in drop of .*: choose from hand, joints"):
+        describe(task, ReplayBuffer.open(data), {}, ["wrist"])
+
+
+def test_a_null_in_a_task_of_named_observations_leaves_the_others():
+    config = load("train", ["task=lift_image", "data=x.zarr", "task.observations.robot0_eef_pos=null"])
+    assert config["drop"] is None
+    assert "robot0_eef_pos" not in config["task"]["observations"]
+    assert "robot0_eef_quat" in config["task"]["observations"]
+
+
+def test_several_buffers_are_trained_on_together(data, tmp_path, monkeypatch, capsys):
+    """One of them is LeRobot's; the held-out episodes are the same when the policy is evaluated again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    more, lerobot, output = tmp_path / "more.zarr", tmp_path / "more", tmp_path / "run"
+    ReplayBuffer.from_arrays({**two_episodes(), "extra": np.zeros(2 * LENGTH)}, [LENGTH, 2 * LENGTH]).save(more)
+    assert main(["data", "convert", f"in={more}", f"out={lerobot}", "format=lerobot", "video=lossless"]) == 0
+    both = f"data=[{data},{lerobot}]"
+    words = ["task=custom", both, f"output_dir={output}", *SMALL]
+    assert main(["train", *words]) == 2
+    assert f"{data} has no column extra, which {lerobot} has" in capsys.readouterr().err
+    assert main(["train", *words, "drop=[extra]"]) == 2  # it is not there in both
+    assert main(["train", *words, "task.observations={joints:{kind:state},wrist:{kind:image}}"]) == 0
+    said = capsys.readouterr().err
+    assert f"{EPISODES + 2} episodes, {(EPISODES + 2) * LENGTH} steps" in said
+    assert f"extra   left out: {data} has no column extra, which {lerobot} has" in said
+    results = json.loads((output / "evaluation" / "results.json").read_text())
+    assert main(["evaluate", f"bundle={output / 'bundle'}", f"output_dir={tmp_path / 'again'}"]) == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["action_error"] == pytest.approx(results["action_error"])
+    config = yaml.safe_load((output / "bundle" / "config.yaml").read_text())
+    assert config["data"] == [str(data), str(lerobot)]
+    one = json.loads((output / "bundle" / "spec.json").read_text())["demonstrations"]
+    assert one == f"{data} and {lerobot}"
+
+
+def two_episodes() -> dict[str, np.ndarray]:
+    """Two episodes with the columns of `data`."""
+    random, n = np.random.default_rng(1), 2 * LENGTH
+    joints = random.normal(size=(n, 7)).astype(np.float32)
+    pictures = {
+        key: random.integers(0, 256, (n, *size, 3), dtype=np.uint8)
+        for key, size in {"front": (24, 32), "wrist": (16, 16)}.items()
+    }
+    return {**pictures, "joints": joints, "action": joints, "reward": np.zeros(n, np.float32)}
 
 
 def test_a_user_s_task_chooses_keys_and_units(data, tmp_path):

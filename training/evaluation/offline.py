@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from einops import reduce
 from rich.progress import Progress
 
 from action_diffusion.envs.rollout import Policy, generators
@@ -219,8 +220,9 @@ def _thumbnails(frames: np.ndarray) -> np.ndarray:
     if size == 1 or min(frames.shape[1:3]) < size:
         return frames
     height, width = (length // size for length in frames.shape[1:3])
-    squares = frames[:, : height * size, : width * size].reshape(len(frames), height, size, width, size, 3)
-    return squares.mean(axis=(2, 4), dtype=np.float32).round().astype(np.uint8)
+    squares = frames[:, : height * size, : width * size].astype(np.float32)
+    means: np.ndarray = reduce(squares, "b (h s) (w t) c -> b h w c", "mean", s=size, t=size)
+    return means.round().astype(np.uint8)
 
 
 def _check(chunk: np.ndarray, action: np.ndarray, mask: np.ndarray) -> None:

@@ -98,7 +98,7 @@ def summarise_seeds(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def read_results(path: str | Path) -> dict[str, Any]:
     """The results.json of an earlier evaluation in simulation. Raises `InputError` where it is not one."""
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         missing = [name for name in _NAMES if name not in results]
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"cannot read results from {path}: {error}") from None
@@ -116,7 +116,8 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` as JSON keeps them. Raises `InputError` for what is not plain data."""
     try:
-        return json.loads(json.dumps(settings, allow_nan=False))
+        copied: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
+        return copied
     except (TypeError, ValueError) as error:
         raise InputError(f"the settings must be plain data (numbers, strings, lists, dictionaries): {error}") from None
 
