@@ -235,6 +235,4 @@ def _hats(n: int) -> np.ndarray:
     centres = np.linspace(0, n - 1, POINTS)
     distance = centres[1] - centres[0]
     weights: np.ndarray = np.maximum(0, 1 - np.abs(np.arange(n)[:, None] - centres) / distance) / distance
-        np.float32
-    )
     return weights.astype(np.float32)
