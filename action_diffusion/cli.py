@@ -26,137 +26,6 @@ action-diffusion: demonstrations in, a diffusion policy that works on a real arm
 Each takes name=value options; `action-diffusion train --help` explains them.
 """
 
-TRAIN_HELP = """\
-action-diffusion train [name=value …]     from demonstrations to a policy bundle, evaluated
-
-  action-diffusion train                                            PushT from states, embedded demonstrations
-  action-diffusion train task=pusht_image                           the same from camera images
-  action-diffusion train data=pusht_human train.max_minutes=8       demonstrations by people (downloaded once)
-  action-diffusion train task=custom data=my_robot.zarr             your own robot: keys and cameras from the buffer
-  action-diffusion train task=custom data=lerobot_folder            LeRobot, HDF5, CSV and MP4 the same way
-  action-diffusion train task=custom data=[demos.zarr,more.zarr]    several together
-  action-diffusion train output_dir=runs/a resume=true              go on with a run that was stopped
-
-Options
-  task=…                        {tasks}
-  encoder=…                     {encoders}
-  denoiser=…                    {denoisers}
-  scheduler=…                   {schedulers}
-  data=PATH|NAME|[…,…]          a replay buffer (Zarr), LeRobot folder, HDF5 or folder of CSV files; pusht_expert,
-                                pusht_human; several are trained on together
-  drop=[NAME,…]                 observations that are not learnt from
-  output_dir=DIR                where bundle/, metrics.jsonl, checkpoints/ and evaluation/ go
-  seed=0  device=auto|cpu|cuda|cuda:N  init=DIR/bundle
-  resume=true                   goes on with the run in output_dir, with its own configuration and statistics
-  train.max_minutes=M | train.max_steps=N | train.max_epochs=E      the budget
-  train.batch_size=B  train.lr=…  train.mixed_precision=no|bf16|fp16|auto  train.num_processes=2
-  train.checkpoint_every=N  train.validate_every=N  train.rollout_every=N
-  evaluation.n_episodes=50      0 turns the final evaluation off
-  dataset.memory_gb=G           memory for the data; what does not fit is read from disk
-  dataset.max_episodes=N        train on the first N only, at least 1;  dataset.val_windows=128  at least 1
-  task.horizon=16               steps of a chunk, 1 to 1024;  task.n_obs_steps=2  task.n_action_steps=8
-  task.control_rate=10          Hz
-  policy.normalizer.default=minmax|gaussian|identity
-  policy.sampler.num_inference_steps=N  policy.sampler.clip=x0|x|null
-  policy.…                      any option of a component, such as policy.denoiser.channels=[48,96,192]
-  --config-dir DIR              a folder with your own task/*.yaml, used as task=NAME
-"""
-
-EVALUATE_HELP = """\
-action-diffusion evaluate bundle=DIR [name=value …]     how good is a policy, with intervals, videos and a report
-
-  action-diffusion evaluate bundle=outputs/a/bundle n_episodes=50
-  action-diffusion evaluate bundle=A/bundle compare=B/bundle         paired, on the same starts
-  action-diffusion evaluate bundle=[A/bundle,B/bundle,C/bundle]      several training seeds, summarised
-
-Options
-  n_episodes=50  seed=100000    the starts: seed, seed + 1, …
-  n_envs=null                   environments that run at once (scores do not depend on it)
-  output_dir=DIR                where results.json, report.html and videos/ go
-  sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
-  precision=fp32|fp16|bf16  compile=true  cuda_graph=true    denoise faster
-  n_videos=6  policy_batch=null  device=auto|cpu|cuda  data=PATH (tasks without a simulator)
-"""
-
-COLLECT_HELP = """\
-action-diffusion collect output=PATH [name=value …]     demonstrations into a replay buffer
-
-  action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
-  action-diffusion collect task=lift_image agent=expert robot=sim_arm episodes=40 output=arm.zarr    in real time
-  action-diffusion collect task=pusht_state agent=teleop output=mine.zarr              you drive, in a browser
-  action-diffusion collect task=lift_state agent=teleop device=gamepad output=lift.zarr
-  action-diffusion collect agent=teleop robot=lerobot hardware=cell.yaml device=leader task=custom output=arm.zarr
-  action-diffusion collect agent=corrections from=DIR/record.zarr output=more.zarr     what a person mended in deploy
-
-Options
-  episodes=20  seed=0           starts from seed upward; the expert's failures are discarded and counted
-  min_score=0.98                what counts as a failure of the expert
-  visited_by=DIR/bundle         episodes begin where this policy gets to, to show it the way back
-
-Options of agent=teleop: docs/teleoperation.md
-  device=browser|keyboard|gamepad|spacemouse|leader|script      what you drive with
-  speed=1  clutch=false  countdown=3  max_seconds=120
-  script=FILE|-                 device=script: a line of numbers a step, or start, keep, discard, undo
-  robot=ur|franka|lerobot|sim_pusht  hardware=cell.yaml  dry_run=true      a robot instead of the task's simulator
-  page=true|PORT|false          the page beside other devices; page_host=…  page_token_file=PATH
-  video=true                    images as video
-  output=DIR.zarr               goes on where it exists: episodes are kept one by one, and a kill loses none
-
-Options of agent=corrections
-  from=DIR                      a deployment's record, or the folder that it is in
-  min_steps=5                   shorter corrections are left out
-"""
-
-DEPLOY_HELP = """\
-action-diffusion deploy bundle=DIR|server=URL [name=value …]     run a bundle in real time
-
-  action-diffusion deploy bundle=outputs/a/bundle robot=sim_pusht
-  action-diffusion deploy server=ws://HOST:8000 scheduling=rtc        another machine thinks: action-diffusion serve
-  action-diffusion deploy replay=DIR [bundle=…] [scheduling=…]        a recorded run once more, offline: docs/deploy.md
-  action-diffusion deploy calibrate=true robot=ur hardware=cell.yaml [bundle=DIR]   how late cameras, arm, policy are
-
-Options
-  server_timeout=5              seconds; where no answer comes the robot holds, and the loop connects again
-  token_file=PATH               the server's token; otherwise the environment's ACTION_DIFFUSION_TOKEN
-  robot=sim_pusht|sim_arm       PushT, or a Panda, in real time, in processes of their own: docs/deploy.md
-  robot=ur|franka|lerobot|module:Class  hardware=cell.yaml  dry_run=true     a real arm, its cameras: docs/bringup.md
-  limits=…  obstacles=…         of the arm, beside its vendor's
-  simulated.latency=0  simulated.camera.rate=20  …      how slow and unreliable a simulated robot is
-  n_episodes=1  seed=100000     the starts: seed, seed + 1, …
-  output_dir=DIR                where log.jsonl (a line a step), record.zarr and latency.json go
-  calibration.number=0  calibration.distance=D     what moves slowly, and how far: docs/bringup.md
-  page=true|PORT|false          the operator's page, on this machine; by default where the extra [page] is installed
-  page_host=…  page_token_file=PATH     let other machines in, with a token
-  wait=true                     episodes begin when somebody presses Start on the page
-  teleop=keyboard|gamepad|spacemouse|leader     what commands after Take over: docs/teleoperation.md
-  record=false                  no record.zarr
-  safety.margin=0.1             how far a command may leave what was demonstrated, as a share of its range
-  sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
-  precision=fp32|fp16|bf16  compile=true  cuda_graph=true    denoise faster
-  device=auto|cpu|cuda
-"""
-
-SERVE_HELP = """\
-action-diffusion serve bundle=DIR [name=value …]     a policy server: this machine thinks, the robot's machine moves
-
-  action-diffusion serve bundle=outputs/a/bundle                                     for clients on this machine
-  action-diffusion serve bundle=outputs/a/bundle host=0.0.0.0 token_file=~/token   for others too
-
-Clients: WebsocketClientPolicy of openpi-client, whose api_key is the token, and `action-diffusion deploy` (its option
-server). GET /healthz answers OK. Needs the extra [serve]; docs/server.md has the protocol.
-
-Options
-  host=127.0.0.1  port=8000     any host but this machine needs a token; port=0 takes one that is free
-  token_file=PATH               where it is; otherwise the environment's ACTION_DIFFUSION_TOKEN
-  max_connections=16            each is an episode of its own, with its own history of observations
-  max_message_mb=16             larger messages end a connection
-  remember=true                 false where clients ask once a chunk (openpi's ActionChunkBroker): docs/server.md
-  seed=null                     a number: every episode draws the noise of this start, so that runs repeat
-  sampler.scheduler=…  sampler.num_inference_steps=…    sample differently, within the trained family
-  precision=fp32|fp16|bf16  compile=true  cuda_graph=true    denoise faster
-  device=auto|cpu|cuda
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
@@ -183,12 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run(words[1:])
         if words[0] not in COMMANDS:
             raise unknown("command", words[0], [*COMMANDS, "data", "info"])
-        command, help_text = COMMANDS[words[0]]
         overrides, config_dir = _split(words[1:])
         if overrides is None:
-            print(_fill(help_text))
+            from action_diffusion.commands.help import text
+
+            print(text(words[0]))
             return 0
-        return command(overrides, config_dir)
+        return COMMANDS[words[0]](overrides, config_dir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -228,14 +98,6 @@ def _split(words: Sequence[str]) -> tuple[list[str] | None, str | None]:
         else:
             overrides.append(word)
     return overrides, config_dir
-
-
-def _fill(text: str) -> str:
-    from action_diffusion.configuration import choices
-
-    for group in ("task", "encoder", "denoiser", "scheduler"):
-        text = text.replace(f"{{{group}s}}", ", ".join(choices(group)))
-    return text
 
 
 def _train(overrides: list[str], config_dir: str | None) -> int:
@@ -336,10 +198,10 @@ def _rounded(value: object) -> object:
     return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str], str | None], int], str]] = {
-    "train": (_train, TRAIN_HELP),
-    "evaluate": (_evaluate, EVALUATE_HELP),
-    "collect": (_collect, COLLECT_HELP),
-    "deploy": (_deploy, DEPLOY_HELP),
-    "serve": (_serve, SERVE_HELP),
+COMMANDS: dict[str, Callable[[list[str], str | None], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "collect": _collect,
+    "deploy": _deploy,
+    "serve": _serve,
 }

@@ -73,7 +73,7 @@ def test_help_of_a_command_says_what_to_type(command, words, capsys):
     assert out.startswith(f"action-diffusion {command} ")
     assert re.search(rf"^  action-diffusion {command}\b", out, re.MULTILINE), "an example to copy"
     assert "Options" in out
-    assert "{" not in out
+    assert max(map(len, out.splitlines())) <= 120
     assert err == ""
 
 
@@ -89,7 +89,7 @@ def test_every_option_in_a_help_text_exists(command, capsys):
 
 def test_help_of_train_lists_what_ships(capsys):
     cli.main(["train", "--help"])
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     for group in ("task", "encoder", "denoiser", "scheduler"):
         assert ", ".join(configuration.choices(group)) in out
 
