@@ -7,9 +7,10 @@ a test holds the two beside each other, as it does the defaults in `configs/`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 from action_diffusion.errors import InputError
@@ -365,10 +366,10 @@ class Train:
     plugins: Plugins = None
     resume: bool = False
     init: FilePath | None = None
-    dataset: Dataset
+    dataset: Dataset = field(default_factory=Dataset)
     train: TrainSettings
     policy: Policy
-    evaluation: Evaluation
+    evaluation: Evaluation = field(default_factory=Evaluation)
     task: Task
 
 
@@ -401,7 +402,7 @@ class Evaluate:
     cuda_graph: bool = False
     plugins: Plugins = None
     data: Data | None = None
-    sampler: AnySampler
+    sampler: AnySampler = field(default_factory=AnySampler)
 
 
 @dataclass(kw_only=True)
@@ -422,7 +423,7 @@ class Simulated:
     """`simulated.*`."""
 
     latency: Seconds = 0.0
-    camera: Camera
+    camera: Camera = field(default_factory=Camera)
 
 
 @dataclass(kw_only=True)
@@ -450,7 +451,7 @@ class Collect:
     dry_run: bool = False
     limits: Section | None = None
     obstacles: Section | None = None
-    simulated: Simulated
+    simulated: Simulated = field(default_factory=Simulated)
     page: bool | Port | None = None
     page_host: str = "127.0.0.1"
     page_token_file: FilePath | None = None
@@ -507,7 +508,7 @@ class Deploy:
     scheduling: str = "sync"
     delay: Annotated[int, Between(0, MOST_STEPS)] | None = None
     execution_horizon: Annotated[int, Between(1, MOST_STEPS)] | None = None
-    rtc: RealTimeChunking
+    rtc: RealTimeChunking = field(default_factory=RealTimeChunking)
     page: bool | Port | None = None
     page_host: str = "127.0.0.1"
     page_token_file: FilePath | None = None
@@ -516,7 +517,7 @@ class Deploy:
     record: bool = True
     replay: FilePath | None = None
     calibrate: bool = False
-    calibration: Calibration
+    calibration: Calibration = field(default_factory=Calibration)
     plugins: Plugins = None
     output_dir: FilePath | None = None
     device: Device = "auto"
@@ -525,9 +526,9 @@ class Deploy:
     cuda_graph: bool = False
     limits: Section | None = None
     obstacles: Section | None = None
-    simulated: Simulated
-    safety: Safety
-    sampler: AnySampler
+    simulated: Simulated = field(default_factory=Simulated)
+    safety: Safety = field(default_factory=Safety)
+    sampler: AnySampler = field(default_factory=AnySampler)
 
 
 @dataclass(kw_only=True)
@@ -547,7 +548,7 @@ class Serve:
     precision: Precision = "fp32"
     compile: bool = False
     cuda_graph: bool = False
-    sampler: AnySampler
+    sampler: AnySampler = field(default_factory=AnySampler)
 
 
 COMMANDS: dict[str, type] = {
@@ -582,3 +583,12 @@ def check_sampler(scheduler: str, options: Mapping[str, Any]) -> None:
             accepted = ", ".join(SCHEDULERS.get(scheduler, ()))
             raise InputError(f"sampler option not known to {scheduler}: {name}; it takes {accepted}")
     check(dict(options), AnySampler, "sampler")
+
+
+def plain(config: Train) -> dict[str, Any]:
+    """A typed configuration as the command line would give it. Raises `InputError` for a value that cannot be."""
+    data: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    sampler = data["policy"]["sampler"]
+    data["policy"]["sampler"] = {name: value for name, value in sampler.items() if value is not None}
+    check(data, Train)
+    return data

@@ -25,6 +25,7 @@ from action_diffusion.datasets.batches import sources
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
+from action_diffusion.options import Train, plain
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.kernels import winograd
@@ -42,11 +43,13 @@ from action_diffusion.training.validation import Rollouts, Validation
 console = Console(stderr=True, highlight=False)
 
 
-def train(config: Mapping[str, Any]) -> dict[str, Any]:
+def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
     """Train, write the bundle and evaluate it. Returns the results of the evaluation ({} without one).
 
-    `config`: plain data of `configs/train.yaml`. Raises `InputError`, or `Interrupted` after saving on Ctrl-C.
+    `config`: plain data of `configs/train.yaml`, or the same typed. Raises `InputError`, or `Interrupted` after saving
+    on Ctrl-C.
     """
+    config = plain(config) if isinstance(config, Train) else config
     settings = TrainSettings(**config["train"])
     output_dir = _output_dir(config)
     if settings.num_processes > 1 and "RANK" not in os.environ:

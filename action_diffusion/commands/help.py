@@ -74,7 +74,8 @@ def text(command: str) -> str:
     parts += [_wrapped(option, words) for option, words in options(command)]
     if command == "train":
         parts += [PARTS.rstrip(), _settings()]
-    parts.append(_wrapped("--config-dir DIR", "a folder with your own task/*.yaml, used as task=NAME"))
+    if command in ("train", "collect"):
+        parts.append(_wrapped("--config-dir DIR", "a folder with your own task/*.yaml, used as task=NAME"))
     return "\n".join(parts)
 
 
