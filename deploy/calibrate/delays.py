@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from einops import reduce
 from numpy.polynomial.chebyshev import chebvander
 from scipy.optimize import OptimizeResult, least_squares, minimize_scalar
 from scipy.signal import lfilter
@@ -109,8 +110,8 @@ def small(image: np.ndarray) -> np.ndarray:
     block = -(-max(height, width) // CELLS)
     rows, columns = height // block, width // block
     cut = image[: rows * block, : columns * block].astype(np.float32)
-    result: np.ndarray = cut.reshape(rows, block, columns, block, -1).mean(axis=(1, 3, 4)).ravel()
-    return result
+    means: np.ndarray = reduce(cut, "(r b) (c d) k -> (r c)", "mean", b=block, d=block)
+    return means
 
 
 def actuation(sent: Signal, state: Signal, periods: Sequence[float]) -> Actuation:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -30,7 +31,7 @@ _GRAY = (0.2989, 0.587, 0.114)
 
 def to_float(frames: Tensor) -> Tensor:
     """uint8 [N, h, w, 3], 0 to 255, as float32 [N, 3, h, w], 0 to 1; the memory stays channels-last."""
-    return pixels.to_float(frames).permute(0, 3, 1, 2)
+    return rearrange(pixels.to_float(frames), "n h w c -> n c h w")
 
 
 def centred(images: Tensor) -> Tensor:

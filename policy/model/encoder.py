@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
@@ -168,7 +169,7 @@ class ObservationEncoder(nn.Module):
         b, to = frames.shape[:2]
         if self.resize is not None:
             images = augmentation.resized(augmentation.to_float(frames.flatten(0, 1)), self.resize)
-            frames = images.permute(0, 2, 3, 1).unflatten(0, (b, to))
+            frames = rearrange(images, "(b t) c h w -> b t h w c", b=b)
         if self.crop is not None and frames.shape[2:4] != self.crop:
             if self.training:
                 room = (frames.shape[2] - self.crop[0], frames.shape[3] - self.crop[1])
@@ -176,7 +177,7 @@ class ObservationEncoder(nn.Module):
             else:
                 frames = augmentation.centre_crop(frames, self.crop)
         flat = frames.flatten(0, 1)
-        images = augmentation.to_float(flat) if self.resize is None else flat.permute(0, 3, 1, 2)
+        images = augmentation.to_float(flat) if self.resize is None else rearrange(flat, "n h w c -> n c h w")
         if self.training and self.jitter:
             factors = self.jitter.draw(b, generator)
             images = self.jitter(images, augmentation.JitterFactors(*(f.repeat_interleave(to) for f in factors)))
