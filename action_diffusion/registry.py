@@ -262,8 +262,8 @@ ROBOTS = Registry(
     "robot",
     "robots",
     {
-        "sim_pusht": f"{_DEPLOY}.sim.simulated:sim_pusht",
-        "sim_arm": f"{_DEPLOY}.sim.simulated:sim_arm",
+        "sim_pusht": f"{_DEPLOY}.sim.robots:sim_pusht",
+        "sim_arm": f"{_DEPLOY}.sim.robots:sim_arm",
         **dict.fromkeys(("ur", "franka", "lerobot"), f"{_DEPLOY}.robot.cell:robot"),
     },
 )

@@ -11,8 +11,8 @@ from typing import Any, cast
 from action_diffusion.envs.base import Env
 from action_diffusion.registry import ENVS, check_arguments
 
-APART = {"lift", "can", "square", "transport", "tool_hang"}
-"""Simulators whose steps take long enough to be worth a process each (`envs.seats`)."""
+IN_PROCESSES = {"lift", "can", "square", "transport", "tool_hang"}
+"""Simulators whose steps take long enough to be worth a process each (`envs.workers`)."""
 
 
 def at_once(name: str, n_envs: int) -> int:
@@ -20,7 +20,7 @@ def at_once(name: str, n_envs: int) -> int:
 
     Those with a process each: two a core. More would wait for each other, and each takes 0.4 GB.
     """
-    return min(n_envs, 2 * (os.cpu_count() or 1)) if name in APART else n_envs
+    return min(n_envs, 2 * (os.cpu_count() or 1)) if name in IN_PROCESSES else n_envs
 
 
 def make(name: str, **settings: Any) -> Env:
@@ -35,4 +35,4 @@ def make(name: str, **settings: Any) -> Env:
     return cast(Env, part(**settings))
 
 
-__all__ = ["APART", "Env", "at_once", "make"]
+__all__ = ["IN_PROCESSES", "Env", "at_once", "make"]

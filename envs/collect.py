@@ -86,7 +86,7 @@ def collect(
     limit = max_attempts if max_attempts is not None else 3 * episodes + 10
     _check(env_name, agent_name, episodes, seed, seed + limit, output)
     if workers is None:
-        workers = (os.cpu_count() or 1) if env_name in envs.APART else 1
+        workers = (os.cpu_count() or 1) if env_name in envs.IN_PROCESSES else 1
     visited = None if visited_by is None else str(Path(visited_by).expanduser())
     source = Source(env_name, tuple(cameras), visited)
     kept: dict[int, Recording] = {}

@@ -11,7 +11,7 @@ always sits in the row `seed % policy_batch`, and it draws its noise from two ge
 
 A score is then a function of policy, seed and `policy_batch`: the same whatever `n_envs` is, and whichever
 other starts are evaluated. Simulators take turns of one chunk: all waiting episodes go into as few calls as
-their rows allow, then all execute their chunks, each in its `seats.Seat`. One that finishes takes the next
+their rows allow, then all execute their chunks, each in its `workers.EnvWorker`. One that finishes takes the next
 episode. An episode whose simulator is lost is begun again, and given up after `ATTEMPTS`.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from action_diffusion.envs.base import Env
-from action_diffusion.envs.seats import Apart, Executed, Here, Lost, Seat, Start
+from action_diffusion.envs.workers import EnvWorker, Executed, InlineWorker, Lost, ProcessWorker, Start
 from action_diffusion.errors import InputError
 from action_diffusion.policy.agent import Agent
 
@@ -113,17 +113,17 @@ def rollout(
     _check_numbers(seeds, n_envs, policy_batch)
     waiting = list(range(len(seeds)))
     finished: dict[int, Episode] = {}
-    seats: list[Seat] = []
+    workers: list[EnvWorker] = []
     try:
         for _ in range(min(n_envs, len(seeds))):
-            seats.append(Apart(make_env) if in_processes else Here(make_env))
+            workers.append(ProcessWorker(make_env) if in_processes else InlineWorker(make_env))
         running: list[_Running] = []
         while len(finished) < len(seeds):
-            idle = [seat for seat in seats if all(run.seat is not seat for run in running)]
-            for seat in idle[: len(waiting)]:
+            idle = [worker for worker in workers if all(run.worker is not worker for run in running)]
+            for worker in idle[: len(waiting)]:
                 index = _next_episode(waiting, seeds, running, policy_batch)
                 waiting.remove(index)
-                running.append(_Running(seat=seat, index=index, seed=seeds[index], spec=policy.spec))
+                running.append(_Running(worker=worker, index=index, seed=seeds[index], spec=policy.spec))
             _turn(policy, running, keys, policy_batch, on_lost)
             finished |= {run.index: run.episode() for run in running if run.done}
             running = [run for run in running if not run.done]
@@ -131,8 +131,8 @@ def rollout(
                 share = len(finished) + sum(len(run.rewards) / run.max_steps for run in running)
                 progress(share / len(seeds), [finished[index].score for index in sorted(finished)])
     finally:
-        for seat in seats:
-            seat.close()
+        for worker in workers:
+            worker.close()
     return [finished[index] for index in range(len(seeds))]
 
 
@@ -156,7 +156,7 @@ def _turn(
 
     fresh = [run for run in running if not run.begun]
     for run in fresh:
-        run.seat.begin(run.seed, keys)
+        run.worker.begin(run.seed, keys)
     answers(fresh, _Running.take_start)
     ready = [run for run in running if run.begun]
     for call in _pack(ready, policy_batch):
@@ -201,8 +201,8 @@ def generators(*seed: int) -> tuple[torch.Generator, torch.Generator]:
 class _Running:
     """One episode that is under way."""
 
-    def __init__(self, *, seat: Seat, index: int, seed: int, spec: Spec) -> None:
-        self.seat, self.index, self.seed, self._spec = seat, index, seed, spec
+    def __init__(self, *, worker: EnvWorker, index: int, seed: int, spec: Spec) -> None:
+        self.worker, self.index, self.seed, self._spec = worker, index, seed, spec
         self._attempts, self.done = 0, False
         self.max_steps = 1
         self.begin_again()
@@ -217,7 +217,7 @@ class _Running:
         self.actions: list[np.ndarray] = []
 
     def take_start(self) -> None:
-        start = self.seat.answer()
+        start = self.worker.answer()
         assert isinstance(start, Start)
         self.max_steps, self.action_shape = start.max_steps, start.action_shape
         self.agent.observe(start.observation)
@@ -239,10 +239,10 @@ class _Running:
         self._plan: list[tuple[np.ndarray, bool]] = []
         while not self.agent.needs_chunk:
             self._plan.append((self.agent.act(), self.agent.will_be_seen))
-        self.seat.execute(self._plan, keys, self.max_steps - len(self.rewards))
+        self.worker.execute(self._plan, keys, self.max_steps - len(self.rewards))
 
     def take_outcome(self) -> None:
-        outcome = self.seat.answer()
+        outcome = self.worker.answer()
         assert isinstance(outcome, Executed)
         self.actions += [action for action, _ in self._plan[: len(outcome.rewards)]]
         self.rewards += outcome.rewards

@@ -62,6 +62,6 @@ class Rollouts:
             seeds=range(ROLLOUT_SEED, ROLLOUT_SEED + self.n_episodes),
             keys=list(self.policy.spec.observations),
             n_envs=envs.at_once(name, 10),
-            in_processes=name in envs.APART,
+            in_processes=name in envs.IN_PROCESSES,
         )
         return {"rollout_score": float(np.mean([episode.score for episode in episodes]))}

@@ -34,7 +34,7 @@ from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.robot.robots import RobotTask, in_processes
 from action_diffusion.deploy.sim.panda import check_task
-from action_diffusion.deploy.sim.simulated import SimulatedScene
+from action_diffusion.deploy.sim.robots import SimulatedScene
 from action_diffusion.envs.demonstration import EXPERTS, STREAM, WANDERED, Expert
 from action_diffusion.envs.robosuite.expert import STEP, TURN
 from action_diffusion.envs.robosuite.tasks import RECORDED

@@ -1,6 +1,6 @@
 """The operator's page as a web application: ten times a second the state and new pictures; orders back.
 
-What it shares with other pages, its addresses among it, is in `site`.
+What it shares with other pages, its addresses among it, is in `shared`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from action_diffusion.deploy.loop.operator import MOST_VALUES, Order, Orders
-from action_diffusion.deploy.page.site import Admission, Nonsense, Site, understood
+from action_diffusion.deploy.page.shared import Admission, BasePage, Nonsense, understood
 from action_diffusion.deploy.page.view import View
 
 FILES = {"/": "page.html", **{f"/{name}": name for name in ("page.css", "page.js", "draw.js", "stop.js")}}
 PERIOD = 0.1
 
 
-class Page(Site):
+class Page(BasePage):
     """The application, `app`.
 
     Args:

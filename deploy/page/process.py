@@ -32,7 +32,7 @@ def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Ma
     """
     try:
         from action_diffusion.deploy.page.app import Page
-        from action_diffusion.deploy.page.site import Admission
+        from action_diffusion.deploy.page.shared import Admission
     except ModuleNotFoundError:
         raise InputError(MISSING) from None
     admission = Admission(loopback=is_loopback(host), token=page_token(host, token_file), run=folder.name)

@@ -20,7 +20,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.rings import Moment, RingReader
-from action_diffusion.deploy.page.site import Admission, Nonsense, Sockets
+from action_diffusion.deploy.page.shared import Admission, Nonsense, Sockets
 
 CLEARED = b"the area is safe"
 """What a request to clear the emergency stop says."""

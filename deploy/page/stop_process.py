@@ -28,7 +28,7 @@ def run(*, folder: Path, name: str, host: str, port: int, token_file: str | None
         from starlette.applications import Starlette
 
         from action_diffusion.deploy.page.connections import Entrance, HandOver, Server, listen
-        from action_diffusion.deploy.page.site import Admission
+        from action_diffusion.deploy.page.shared import Admission
         from action_diffusion.deploy.page.stop_app import Stop
     except ModuleNotFoundError:
         raise InputError(MISSING) from None

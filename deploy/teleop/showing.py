@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion.deploy.page.link import PageLink, page_port
-from action_diffusion.deploy.sim.simulated import board
+from action_diffusion.deploy.sim.robots import board
 from action_diffusion.deploy.teleop.devices.device import Device
 from action_diffusion.deploy.teleop.devices.keys import HELP
 from action_diffusion.deploy.teleop.page.board import Pictures, Shown

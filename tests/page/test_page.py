@@ -35,7 +35,7 @@ from action_diffusion.deploy.page.link import PageLink
 from action_diffusion.deploy.page.view import View
 from action_diffusion.deploy.records.stream import RunStream
 from action_diffusion.deploy.robot.robots import Observation
-from action_diffusion.deploy.sim.simulated import board
+from action_diffusion.deploy.sim.robots import board
 from action_diffusion.errors import InputError
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from benchmarks.robustness.faults import WITHIN, Person, crowd, untrained
@@ -268,11 +268,11 @@ def test_the_emergency_stop_needs_no_loop(served):
         ({"Origin": "https://127.0.0.1:{port}"}, 403),
         ({"Origin": "https://127.0.0.1:{port}", "X-Forwarded-Proto": "https"}, 204),  # a proxy with TLS
         ({"Origin": "http://127.0.0.1:{port}", "X-Forwarded-Proto": "https"}, 403),
-        ({"Origin": "http://127.0.0.1:{port}", "Sec-Fetch-Site": "same-origin"}, 204),
-        ({"Sec-Fetch-Site": "cross-site"}, 403),
-        ({"Sec-Fetch-Site": "same-site"}, 403),  # another port of this machine
-        ({"Sec-Fetch-Site": "same-origin"}, 204),
-        ({"Sec-Fetch-Site": "none"}, 204),
+        ({"Origin": "http://127.0.0.1:{port}", "Sec-Fetch-BasePage": "same-origin"}, 204),
+        ({"Sec-Fetch-BasePage": "cross-site"}, 403),
+        ({"Sec-Fetch-BasePage": "same-site"}, 403),  # another port of this machine
+        ({"Sec-Fetch-BasePage": "same-origin"}, 204),
+        ({"Sec-Fetch-BasePage": "none"}, 204),
         ({"Host": "[::1"}, 403),
         ({"Host": "elsewhere.example:{port}"}, 403),
     ],

@@ -29,7 +29,7 @@ from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Group
 from action_diffusion.deploy.ipc.rings import Segments
 from action_diffusion.deploy.loop.clock import MonotonicClock, VirtualClock
-from action_diffusion.deploy.page.site import Nonsense
+from action_diffusion.deploy.page.shared import Nonsense
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.subscribers import Subscribers
 from action_diffusion.deploy.teleop.devices.device import Request, Signals, without_drift

@@ -24,7 +24,7 @@ from action_diffusion import cli
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.ipc.channels import text
 from action_diffusion.deploy.ipc.rings import RingReader, shared_folder
-from action_diffusion.deploy.page.site import Nonsense
+from action_diffusion.deploy.page.shared import Nonsense
 from action_diffusion.deploy.teleop.page.app import word
 from action_diffusion.envs.pusht.expert import PushTExpert
 from action_diffusion.envs.pusht.simulator import PushT

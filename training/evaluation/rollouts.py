@@ -51,7 +51,7 @@ def evaluate_policy(
     env = policy.spec.env
     if env is None:
         raise InputError(f"{policy.spec.task} has no simulator to evaluate in")
-    apart = env["name"] in envs.APART
+    apart = env["name"] in envs.IN_PROCESSES
     if options["policy_batch"] is None:
         options["policy_batch"] = BATCH_APART if apart else BATCH
     if options["n_envs"] is None:  # fewer would leave rows of every policy call empty

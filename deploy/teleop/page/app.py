@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from action_diffusion.deploy.ipc.channels import text
 from action_diffusion.deploy.ipc.rings import Moment, RingReader
-from action_diffusion.deploy.page.site import Admission, Nonsense, Site, understood
+from action_diffusion.deploy.page.shared import Admission, BasePage, Nonsense, understood
 from action_diffusion.deploy.teleop.devices.device import Request
 from action_diffusion.deploy.teleop.devices.keys import KEYS
 from action_diffusion.deploy.teleop.page.board import Inputs
@@ -28,7 +28,7 @@ PERIOD = 0.02
 """How often (s) somebody looks for something new to send."""
 
 
-class SessionPage(Site):
+class SessionPage(BasePage):
     """One page drives: the first, or the one where somebody pressed a button last. The others watch.
 
     Args:

@@ -21,7 +21,7 @@ def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Ma
     emergency: there is an arm that can be stopped.
     """
     try:
-        from action_diffusion.deploy.page.site import Admission
+        from action_diffusion.deploy.page.shared import Admission
         from action_diffusion.deploy.teleop.page.app import SessionPage
     except ModuleNotFoundError:
         raise InputError(MISSING) from None

@@ -147,7 +147,7 @@ class Sockets:
         """Somebody has closed the page, or was cut off."""
 
 
-class Site(Sockets):
+class BasePage(Sockets):
     """The application, `app`.
 
     Args:

@@ -15,7 +15,7 @@ from trouble import Trouble
 
 from action_diffusion import envs
 from action_diffusion.envs.rollout import rollout
-from action_diffusion.envs.seats import Apart, Lost
+from action_diffusion.envs.workers import Lost, ProcessWorker
 from action_diffusion.errors import InputError
 
 PLAN = [(np.zeros(2), True)] * 3
@@ -73,32 +73,32 @@ def test_an_episode_that_is_lost_every_time_scores_zero_and_the_others_go_on(tmp
 
 
 def test_a_hung_simulator_is_ended_and_another_one_started(tmp_path: Path) -> None:
-    seat = Apart(trouble(tmp_path, "hang", 1), execute_seconds=0.5)
+    worker = ProcessWorker(trouble(tmp_path, "hang", 1), execute_seconds=0.5)
     try:
-        seat.begin(105, ["state"])
-        seat.answer()
+        worker.begin(105, ["state"])
+        worker.answer()
         for _ in range(2):
-            seat.execute(PLAN, ["state"], 40)
-            seat.answer()
-        hung = seat._process
-        seat.execute(PLAN, ["state"], 40)
+            worker.execute(PLAN, ["state"], 40)
+            worker.answer()
+        hung = worker._process
+        worker.execute(PLAN, ["state"], 40)
         with pytest.raises(Lost, match=r"no answer for 0\.5 s"):
-            seat.answer()
+            worker.answer()
         assert not hung.is_alive()
-        seat.begin(105, ["state"])
-        assert seat.answer().max_steps == 40
+        worker.begin(105, ["state"])
+        assert worker.answer().max_steps == 40
     finally:
-        seat.close()
-    assert not seat._process.is_alive()
+        worker.close()
+    assert not worker._process.is_alive()
 
 
 UNGUARDED = """
 import functools
 from action_diffusion.envs import make
-from action_diffusion.envs.seats import Apart
-seat = Apart(functools.partial(make, "pusht"))
-seat.begin(0, ["state"])
-seat.answer()
+from action_diffusion.envs.workers import ProcessWorker
+worker = ProcessWorker(functools.partial(make, "pusht"))
+worker.begin(0, ["state"])
+worker.answer()
 """
 
 

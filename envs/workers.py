@@ -1,11 +1,11 @@
-"""Where a simulator sits while a rollout drives it a chunk at a time: in this process, or in one of its own.
+"""Simulators that a rollout drives a chunk at a time: in this process, or in one of their own.
 
-    rollout                       seat                          simulator
+    rollout                       worker                          simulator
     begin(seed)      ──────────▶                ──────────▶     reset, observe
     execute(plan)    ──────────▶                ──────────▶     step × Ta, observing only what will be seen
     answer()         ◀──────────                ◀──────────     rewards, observations, done
 
-Orders are given to all seats before the first answer is waited for, so that simulators in processes of their own work
+Orders are given to all workers before the first answer is waited for, so that simulators in processes of their own work
 at the same time. One that dies, or gives no answer in time, takes nothing else with it: it is ended, a new one is
 started, and `Lost` says why.
 """
@@ -54,7 +54,7 @@ class Lost(Exception):
     """The simulator died or hung; a new one has been started in its place."""
 
 
-class Seat(Protocol):
+class EnvWorker(Protocol):
     """One order at a time, then its answer, which raises `Lost` where the simulator was lost."""
 
     def begin(self, seed: int, keys: Sequence[str]) -> None: ...
@@ -66,7 +66,7 @@ class Seat(Protocol):
     def close(self) -> None: ...
 
 
-class Here:
+class InlineWorker:
     """A simulator in this process: it works when it is asked for its answer."""
 
     def __init__(self, make_env: Callable[[], Env]) -> None:
@@ -87,7 +87,7 @@ class Here:
         self._env.close()
 
 
-class Apart:
+class ProcessWorker:
     """A simulator in a process of its own. `make_env` must be picklable (`functools.partial(envs.make, "lift")`)."""
 
     def __init__(
