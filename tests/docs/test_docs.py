@@ -1,4 +1,4 @@
-"""The pages: lines that troubleshooting quotes are printed by the code, commands are there, the site can be built."""
+"""The pages: lines that troubleshooting quotes are printed by the code, and the options of every command are there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from action_diffusion.commands.data import SUBCOMMANDS
 from action_diffusion.configuration import load
 from action_diffusion.errors import InputError
@@ -17,6 +18,7 @@ FOLDERS = ("action_diffusion", "policy", "datasets", "envs", "training", "deploy
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OF_THEIR_OWN = ("plugins=", "--config-dir", "task=my_arm")
 """Commands with files that a reader makes first; tests/test_extending.py runs those of extending.md."""
+COMMAND = re.compile(r"action-diffusion ((?:train|evaluate|collect|deploy|serve|data) [^|;&]*)")
 FOREIGN = "ImportError: libGL"
 """The dynamic linker's, not ours."""
 
@@ -57,14 +59,13 @@ def test_a_line_that_nothing_prints_is_noticed() -> None:
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command) for every `action-diffusion …` in the pages' shell blocks, without what stands for a path."""
-    found = []
+    """(page, command) for every `action-diffusion …` in the pages' shell blocks, without comments."""
+    found = set()
     for page in PAGES:
         for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL):
             for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines():
-                for command in re.findall(r"action-diffusion ((?:train|evaluate|collect|deploy|serve|data) [^|;&]*)", line):
-                    found.append((page.name, command.split("   ")[0].split(" # ")[0].strip()))
-    return sorted(set(found))
+                found |= {(page.name, command.strip()) for command in COMMAND.findall(re.split(" #|   ", line)[0])}
+    return sorted(found)
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
