@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -28,16 +29,25 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links to pages stay; links to other files of the repository, which the site lacks, become the files' names."""
-    folder = (DOCS / page.file.src_uri).parent
+    """Links to pages stay; links to other files of the repository, which the site lacks, become the files' names.
+
+    Pages that are links themselves, such as architecture.md, have links as from where the file lies.
+    """
+    shown_at = DOCS / page.file.src_uri
+    lies_in = shown_at.resolve().parent
 
     def shown(link: re.Match[str]) -> str:
-        text, target, _anchor = link.groups()
-        place = folder / target
-        if ":" in target or place.resolve().is_relative_to(DOCS) or (folder / target).is_symlink():
+        text, target, anchor = link[1], link[2], link[3] or ""
+        place = lies_in / target
+        if ":" in target:
             return link[0]
         if not place.exists():
             raise Abort(f"{page.file.src_uri}: {target} does not exist")
+        if place.resolve().is_relative_to(DOCS):
+            return f"[{text}]({os.path.relpath(place.resolve(), shown_at.parent)}{anchor})"
+        pages = [one for one in DOCS.glob("*.md") if one.is_symlink() and one.resolve() == place.resolve()]
+        if pages:
+            return f"[{text}]({os.path.relpath(pages[0], shown_at.parent)}{anchor})"
         return text if text.strip("`") == place.name else f"{text} (`{place.resolve().relative_to(ROOT)}`)"
 
     return _LINK.sub(shown, markdown)

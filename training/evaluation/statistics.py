@@ -61,7 +61,7 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, *, seed: int = 0) -
 def paired_interval(
     a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, *, seed: int = 0
 ) -> tuple[float, float]:
-    """The bootstrap's 95 % interval of mean(a - b), where a[i] and b[i] [N] were measured on the same start.
+    """The bootstrap's 95 % interval of mean(a - b), where `a[i]` and `b[i]`, [N] each, are of the same start.
 
     Pairing takes away how hard each start is, so the interval is narrower than that of two separate means.
 
