@@ -55,7 +55,8 @@ def paired_interval(
     weights: Sequence[float] | np.ndarray | None = None,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The percentile bootstrap's 95 % interval of mean(a - b), where a[i] and b[i] [N] belong to one start or episode.
+    """The percentile bootstrap's 95 % interval of mean(a - b), where `a[i]` and `b[i]`, [N] each, are of one start or
+    episode.
 
     Pairing takes away how hard each start is, so the interval is narrower than that of two separate means. weights:
     [N], above 0, of a weighted mean.
