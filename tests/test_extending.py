@@ -90,7 +90,7 @@ def test_a_bundle_says_what_it_needs(world, words):
 
 
 def test_an_arm_of_a_file_is_deployed(world):
-    (world / "cell.yaml").write_text("arm: {start: [0.0, 0.0]}\n")
+    (world / "cell.yaml").write_text("arm: {start: [0.0, 0.0]}\nseconds: 1.0\n")
     words = ["bundle=run/bundle", "robot=two_joints", "hardware=cell.yaml", "plugins=my_parts.py", "device=cpu"]
     result = command(world, "deploy", *words, "safety.margin=5", "page=false", "output_dir=out", "n_episodes=1")
     assert result.returncode == 0, result.stderr
@@ -129,7 +129,7 @@ def test_parts_of_a_package_need_no_option(world, tmp_path):
     assert "needs the 'environment reach' of strangers 1.2, which is not here: install it: pip install strangers" in (
         without.stderr
     )
-    (world / "cell.yaml").write_text("arm: {start: [0.0, 0.0]}\n")
+    (world / "cell.yaml").write_text("arm: {start: [0.0, 0.0]}\nseconds: 1.0\n")
     words = [f"bundle={tmp_path / 'run/bundle'}", "robot=two_joints", "hardware=cell.yaml", "device=cpu"]
     deployed = command(world, "deploy", *words, "safety.margin=5", "page=false", "output_dir=out2", path=str(site))
     assert deployed.returncode == 0, deployed.stderr
