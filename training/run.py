@@ -130,7 +130,7 @@ def final_evaluation(
     if data.held_out is None:
         console.print("one episode only, none held out: no evaluation")
         return {}
-    chosen = choose(buffer, [(output_dir / "bundle", policy.spec)], own_data=str(config["data"]))
+    chosen = choose(buffer, [(output_dir / "bundle", policy.spec)], own_data=sources.names(config["data"]))
     return evaluate_held_out(policy, data.train, chosen, settings=settings, **where)
 
 

@@ -35,8 +35,9 @@ from benchmarks.robustness.kills import child_of
 
 def pusht(*keys: str, latency: float = 0.0, **camera: float) -> ProcessRobot:
     task = RobotTask(env={"name": "pusht", "max_steps": 300}, cameras=tuple(key for key in keys if key == "image"))
-    said = [f"simulated.camera.{name}={value}" for name, value in camera.items()]
-    return in_processes("sim_pusht", task, configuration.settings("deploy", [f"simulated.latency={latency}", *said]))
+    options = configuration.settings("deploy", [f"simulated.latency={latency}"])
+    vars(options.simulated.camera).update(camera)  # also what cannot be, for the driver to refuse
+    return in_processes("sim_pusht", task, options)
 
 
 @pytest.fixture

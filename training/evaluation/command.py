@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from action_diffusion.datasets.batches.sources import names
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
@@ -73,10 +74,10 @@ def _windows(config: Mapping[str, Any], paths: Sequence[Path]) -> _Asked | None:
     if specs[0].env is not None:
         return None
     trained = trained_on(bundles.read_config(paths[0]), paths[0])
-    data = str(config["data"] or trained["data"])
+    data = names(config["data"] or trained["data"])
     buffer = open_data({**trained, "data": data})
     own = data if config["data"] is None else None
-    return _Asked(data, buffer, choose(buffer, list(zip(paths, specs, strict=True)), own_data=own))
+    return _Asked(" and ".join(data), buffer, choose(buffer, list(zip(paths, specs, strict=True)), own_data=own))
 
 
 def _evaluate_one(config: Mapping[str, Any], path: Path, folder: Path, asked: _Asked | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.batches.loader import BatchSource
+from action_diffusion.datasets.batches.sources import names
 from action_diffusion.datasets.batches.windows import Windows, make_windows, split_episodes
 from action_diffusion.datasets.robomimic.attributes import subset as named_subset
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
@@ -47,12 +48,14 @@ class Chosen:
         return windows_at(self.now, self.ends, spec)
 
 
-def choose(buffer: ReplayBuffer, bundles: Sequence[tuple[Path, PolicySpec]], *, own_data: str | None) -> Chosen:
+def choose(
+    buffer: ReplayBuffer, bundles: Sequence[tuple[Path, PolicySpec]], *, own_data: Sequence[str] | None
+) -> Chosen:
     """Windows, the same for all `bundles`, of the episodes in `buffer` that none of them was trained on.
 
-    own_data: the `data` of the training, where `buffer` is that: of the episodes that it held out, and `InputError`
-    where there is none. Where each episode was trained on, or is a copy of one that was, of all of them, and `origin`
-    says so.
+    own_data: the names of the training's `data`, where `buffer` is that: of the episodes that it held out, and
+    `InputError` where there is none. Where each episode was trained on, or is a copy of one that was, of all of them,
+    and `origin` says so.
     """
     specs = [spec for _, spec in bundles]
     if len({(spec.action.source, spec.action.shape) for spec in specs}) > 1:
@@ -149,13 +152,13 @@ def _rows(ends: np.ndarray, indices: np.ndarray, spec: PolicySpec) -> np.ndarray
     return windows.now(held_out_indices(windows, MOST_WINDOWS))
 
 
-def _by_split(buffer: ReplayBuffer, path: Path, own_data: str | None) -> np.ndarray:
+def _by_split(buffer: ReplayBuffer, path: Path, own_data: Sequence[str] | None) -> np.ndarray:
     """`episodes.recognise` for a bundle that keeps no hashes: by the split that its configuration gives."""
     kinds = np.full(buffer.n_episodes, episodes.NEW, dtype=f"<U{len(episodes.HELD_OUT)}")
     if own_data is None:
         return kinds
     config = trained_on(read_config(path), path)
-    if str(config["data"]) == own_data:
+    if names(config["data"]) == list(own_data):
         dataset = config["dataset"]
         subset, every = dataset.get("subset"), np.arange(buffer.n_episodes)
         chosen = every if subset is None else named_subset(buffer, subset)
