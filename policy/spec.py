@@ -90,6 +90,11 @@ class Statistics:
                 raise InputError(f"normaliser statistics: scale={scale} with offset={offset} leads to no number")
 
 
+def env_words(env: Mapping[str, Any]) -> str:
+    """The simulator and the length of its episodes: what two evaluations on the same starts have in common."""
+    return f"{env['name']} of {env['max_steps']} steps" if env.get("max_steps") else str(env["name"])
+
+
 @dataclass(frozen=True)
 class PolicySpec:
     """Everything that a caller of a policy must know. Observations are in order; cameras in the order trained on.

@@ -54,6 +54,8 @@ MISTAKES = {
     "deploy bundle=nowhere": "no bundle at nowhere",
     "deploy bundle=own hardware=nowhere.yaml": "hardware=nowhere.yaml: no such file or folder",
     "serve bundle=nowhere": "no bundle at nowhere",
+    "serve bundle=own host=0.0.0.0": "host=0.0.0.0 lets other machines in: give token_file=PATH, or set",
+    "deploy bundle=own page_host=0.0.0.0": "page_host=0.0.0.0 lets other machines in: give page_token_file=PATH",
     "collect output=x.zarr visited_by=nowhere": "no bundle at nowhere",
 }
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.deploy.serve.access import read_token
+from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Serve
 from action_diffusion.policy.reading import read_config, read_spec, require, trained_on
+from action_diffusion.policy.spec import env_words
 
 
 def train(config: Mapping[str, Any]) -> None:
@@ -40,6 +41,10 @@ def evaluate(config: Mapping[str, Any]) -> None:
     others = [path for path in (*bundles, *compare) if path not in simulated]
     if simulated and others:
         raise InputError(f"{simulated[0]} is for a task with a simulator, {others[0]} is not: they do not compare")
+    tasks = {path: env_words(env) for path in simulated if (env := read_spec(path).env) is not None}
+    for path, words in tasks.items():
+        if words != tasks[simulated[0]]:
+            raise InputError(f"{simulated[0]} is for {tasks[simulated[0]]}, {path} for {words}: they do not compare")
     _check_held_out(config["data"], [*bundles, *compare])
     for path in others:
         trained_on(read_config(path), path)
@@ -51,11 +56,12 @@ def deploy(config: Deploy) -> None:
         read_spec(Path(config.bundle))
         read_config(Path(config.bundle))
     _check_exists("hardware", config.hardware)
+    _check_page(config)
 
 
 def serve(config: Serve) -> None:
     """The token and the bundle."""
-    read_token(config.token_file)
+    require_token(config.host, read_token(config.token_file), option="host", files="token_file")
     read_spec(Path(config.bundle))
     read_config(Path(config.bundle))
 
@@ -65,6 +71,14 @@ def collect(config: Collect) -> None:
     if config.visited_by is not None:
         require(Path(config.visited_by).expanduser())
     _check_exists("hardware", config.hardware)
+    _check_page(config)
+
+
+def _check_page(config: Deploy | Collect) -> None:
+    """A page that other machines reach has a token."""
+    host = config.page_host
+    if config.page is not False and not is_loopback(host):
+        require_token(host, read_token(config.page_token_file), option="page_host", files="page_token_file")
 
 
 def _check_exists(name: str, path: str | None) -> None:

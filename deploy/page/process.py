@@ -17,7 +17,7 @@ from action_diffusion.deploy.ipc.processes import Ending, report, serve
 from action_diffusion.deploy.loop.operator import Orders
 from action_diffusion.deploy.page.link import MISSING
 from action_diffusion.deploy.page.view import View
-from action_diffusion.deploy.serve.access import is_loopback, read_token
+from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError
 
 CHANNEL = "connections"
@@ -68,8 +68,7 @@ def serve_page(app: Any, folder: Path, name: str, is_over: Callable[[], bool]) -
 def page_token(host: str, token_file: str | None) -> str | None:
     """What others have to know; None where nobody else gets in. Raises `InputError` where they would without one."""
     token = read_token(token_file) if token_file or not is_loopback(host) else None
-    if token is None and not is_loopback(host):
-        raise InputError(f"page_host={host} lets other machines in: give page_token_file=, or set a token")
+    require_token(host, token, option="page_host", files="page_token_file")
     return token
 
 

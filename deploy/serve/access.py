@@ -50,6 +50,12 @@ def read_token(token_file: str | None) -> str | None:
     return token
 
 
+def require_token(host: str, token: str | None, *, option: str, files: str) -> None:
+    """`InputError` for a `host` that other machines reach, without a token. option, files: what to give, by name."""
+    if token is None and not is_loopback(host):
+        raise InputError(f"{option}={host} lets other machines in: give {files}=PATH, or set {TOKEN_VARIABLE}")
+
+
 def authorization(token: str | None) -> dict[str, str]:
     """The headers with which a client asks."""
     return {} if token is None else {"Authorization": f"{SCHEME}{token}"}

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
 
-from action_diffusion.deploy.serve.access import TOKEN_VARIABLE, is_authorized, is_loopback
+from action_diffusion.deploy.serve.access import is_authorized, require_token
 from action_diffusion.deploy.serve.session import ClientSession, Question
 from action_diffusion.deploy.serve.wire import pack, require, shortened, unpack
 from action_diffusion.errors import InputError
@@ -65,8 +65,7 @@ class PolicyServer:
         answered: Callable[[float], None] = lambda seconds: None,
         turned_down: Callable[[str], None] = lambda line: None,
     ) -> None:
-        if token is None and not is_loopback(host):
-            raise InputError(f"host={host} lets other machines in: give token_file=PATH, or set {TOKEN_VARIABLE}")
+        require_token(host, token, option="host", files="token_file")
         needed = _message_bytes(policy)
         if max_message_bytes < needed:
             raise InputError(

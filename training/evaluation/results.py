@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
+from action_diffusion.policy.spec import env_words
 from action_diffusion.training.evaluation.statistics import paired_interval, spread
 
 _NAMES = ("task", "n_episodes", "mean_score", "success_rate", "scores", "seeds")
@@ -212,13 +213,19 @@ def _require_same_starts(results: Sequence[Mapping[str, Any]]) -> None:
     if any("seeds" not in result for result in results):
         raise InputError(f"{first['task']} has no simulator: there are no scores on the same starts to compare")
     for other in results[1:]:
-        if other["task"] != first["task"]:
-            raise InputError(f"results of different tasks do not compare: {first['task']} and {other['task']}")
+        if (one := _simulator(first)) != (two := _simulator(other)):
+            raise InputError(f"results of different tasks do not compare: {one} and {two}")
         if other["seeds"] != first["seeds"]:
             raise InputError(
                 f"results on different starts do not compare: {_range(first['seeds'])} and "
                 f"{_range(other['seeds'])}; evaluate both with the same seed and n_episodes"
             )
+
+
+def _simulator(result: Mapping[str, Any]) -> str:
+    """What must be the same, so that starts are: the simulator and its length; of older results the task's name."""
+    env = result.get("env")
+    return env_words(env) if env else str(result["task"])
 
 
 def _range(seeds: Sequence[int]) -> str:

@@ -131,6 +131,7 @@ def evaluate(
         )
         results = {
             "task": env_name,
+            "env": None if spec.env is None else dict(spec.env),
             "demonstrations": demonstrations,
             **_summary([episode.score for episode in episodes]),
             "seeds": seeds,
