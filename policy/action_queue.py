@@ -244,8 +244,7 @@ class ActionQueue:
                 f"the chunk has shape {list(chunk.shape)}; {self.n_obs_steps} observation steps and an execution "
                 f"horizon of {self.execution_horizon} need [H >= {now + self.execution_horizon}, A]"
             )
-        used = chunk[now : now + self.execution_horizon] if self.scheduling == "sync" else chunk[now:]
-        bad = ~np.isfinite(used).all(axis=1)
+        bad = ~np.isfinite(chunk[now:]).all(axis=1)
         if bad.any():
             raise InputError(
                 f"the chunk holds NaN or infinity at step {now + int(bad.argmax())}; "

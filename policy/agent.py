@@ -82,8 +82,9 @@ class Agent:
 
     def accept(self, chunk: np.ndarray) -> None:
         """Take a predicted chunk [H, A] in the data's units; it replaces what is left of the one before."""
+        chunk, end = np.asarray(chunk), self.n_obs_steps - 1 + self.n_action_steps
         self._queue.request()
-        self._queue.receive(chunk)
+        self._queue.receive(chunk[:end] if chunk.ndim == 2 else chunk)
 
     def act(self) -> np.ndarray:
         """The next action [A] to execute, in the data's units."""

@@ -79,7 +79,7 @@ class DiffusionPolicy(nn.Module):
     Visuomotor Learning", Song et al. 2025). noise_draws: denoising examples per encoded observation in training, which
     is cheap where the encoder is the expensive part. loss_on_padding: whether padded steps at the ends of an episode
     count in the loss (they repeat the first or last action). max_delay: learn to go on from up to so many steps, from
-    now on, that are prefix already, because a running chunk has them ("Training-Time Action Conditioning for Efficient
+    now on, that are fixed already, because a running chunk has them ("Training-Time Action Conditioning for Efficient
     Real-Time Chunking", Black et al. 2025); 0: from none.
     """
 
@@ -274,7 +274,7 @@ class DiffusionPolicy(nn.Module):
         """For the rows of `noise` [B · n, H, A], no step where none is given; None for a denoiser that has no mark."""
         if not self.max_delay:
             if given is not None:
-                raise InputError("steps are prefix, but the policy was trained with policy.objective.max_delay=0")
+                raise InputError("steps are fixed, but the policy was trained with policy.objective.max_delay=0")
             return None
         if given is None:
             return Prefix(torch.zeros_like(noise), noise.new_zeros(noise.shape[:2], dtype=torch.bool))

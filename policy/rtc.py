@@ -1,6 +1,6 @@
 """Real-time chunking: the next chunk is denoised so that it continues the chunk that is being executed.
 
-While the next chunk is computed the arm goes on with the running one, Y, and what it executes meanwhile is prefix. So
+While the next chunk is computed the arm goes on with the running one, Y, and what it executes meanwhile is fixed. So
 the new chunk is guided to agree with Y: fully over the delay d, less and less up to the end of Y, freely after that.
 
     chunk step       0 … To-1        To-1+d                 To-1+end          H
@@ -27,7 +27,7 @@ correction instead: the one along g that comes nearest to the residual,
 and goes on so with what is left of the residual. These are the first steps towards the exact conditional mean of a
 Gaussian, C W (W C W)⁻¹ r with C ∝ the Jacobian, of which the published form is an approximation for C = r² I.
 
-Guidance alone leaves what is prefix nearly, but not quite, as it is. `pin` sets it: x̂0 is Y over the delay, in every
+Guidance alone leaves what is fixed nearly, but not quite, as it is. `pin` sets it: x̂0 is Y over the delay, in every
 denoising step, so that the network completes a chunk whose beginning it is given, and a prediction that it has no
 freedom to bend still begins where the arm will be.
 
@@ -178,7 +178,7 @@ class Running:
     """What arms execute while new chunks are computed, as these see it. See `running_chunks`.
 
     action: [B, H, A], normalised, in the action frame of the new observations. delay, end: int [B], steps from now on
-    that are prefix, and that there are. now: the step of a chunk that is now, To-1.
+    that are fixed, and that there are. now: the step of a chunk that is now, To-1.
     """
 
     action: Tensor
@@ -244,7 +244,7 @@ def continuing(
 ) -> RealTimeChunking:
     """The hook for `policy.predict(obs, hooks=[…])` that guides each row to continue its running chunk, if it has one.
 
-    pin: set what is prefix, beside guiding towards it.
+    pin: set what is fixed, beside guiding towards it.
     """
     return RealTimeChunking(
         running=running.action,

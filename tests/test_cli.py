@@ -228,6 +228,7 @@ def test_evaluate_prints_the_headline_numbers(bundle, capsys):
     assert json.loads(Path("out/results.json").read_text())["n_episodes"] == 2
 
 
+@pytest.mark.slow
 def test_deploy_runs_in_real_time(bundle, capsys):
     assert cli.main(["deploy", f"bundle={bundle}", "output_dir=out", "device=cpu"]) == 0
     assert "seed 100000: 3 steps, score " in capsys.readouterr().out
@@ -246,7 +247,7 @@ def test_other_ends_have_their_own_codes(error, code, line, monkeypatch, capsys)
     def fail(*_: object) -> int:
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "train", (fail, ""))
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
     assert cli.main(["train"]) == code
     assert capsys.readouterr().err == line
 
@@ -255,11 +256,12 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
     def fail(*_: object) -> int:
         raise OSError("no file is named")
 
-    monkeypatch.setitem(cli.COMMANDS, "train", (fail, ""))
+    monkeypatch.setitem(cli.COMMANDS, "train", fail)
     with pytest.raises(OSError, match="no file is named"):
         cli.main(["train"])
 
 
+@pytest.mark.slow
 def test_the_installed_command_works_from_another_folder(folder):
     command = Path(sys.executable).with_name("action-diffusion")
     run = subprocess.run([command, "train", "task=pusht_stat"], capture_output=True, text=True, cwd=folder, timeout=120)

@@ -72,6 +72,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_parts_of_a_file_are_trained_and_evaluated(world):
     spec = json.loads((world / "run/bundle/spec.json").read_text())
     kinds = ("encoder tiny", "denoiser mlp", "feature norm", "environment reach")
@@ -81,6 +82,7 @@ def test_parts_of_a_file_are_trained_and_evaluated(world):
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("evaluate", "n_episodes=1"), ("deploy", "robot=sim_pusht"), ("serve",)])
 def test_a_bundle_says_what_it_needs(world, words):
     result = command(world, *words, "bundle=run/bundle", "device=cpu")
@@ -89,6 +91,7 @@ def test_a_bundle_says_what_it_needs(world, words):
     assert result.stderr.strip().endswith(f"run/bundle/spec.json: {needs}")
 
 
+@pytest.mark.slow
 def test_an_arm_of_a_file_is_deployed(world):
     (world / "cell.yaml").write_text("arm: {start: [0.0, 0.0]}\nseconds: 1.0\n")
     words = ["bundle=run/bundle", "robot=two_joints", "hardware=cell.yaml", "plugins=my_parts.py", "device=cpu"]
@@ -98,6 +101,7 @@ def test_an_arm_of_a_file_is_deployed(world):
     assert len(steps) > 3
 
 
+@pytest.mark.slow
 def test_parts_of_a_package_need_no_option(world, tmp_path):
     """As pip leaves it: a folder with the module, and its metadata with entry points."""
     site = tmp_path / "site"
@@ -135,6 +139,7 @@ def test_parts_of_a_package_need_no_option(world, tmp_path):
     assert deployed.returncode == 0, deployed.stderr
 
 
+@pytest.mark.slow
 def test_an_option_that_a_part_does_not_have(world):
     result = command(
         world, "train", "plugins=my_parts.py", *SMALL, "data=demos.zarr", "policy.encoder={name: tiny, width: 3}"

@@ -17,6 +17,7 @@ def folder(tmp_path, monkeypatch):
     choice.forget()
 
 
+@pytest.mark.slow
 def test_it_measures_the_default_policies_once_and_shows_what_is_taken(capsys):
     assert cli.main(["info"]) == 0
     first = capsys.readouterr().out

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,8 +39,10 @@ WRITTEN = st.recursive(
     lambda inside: st.lists(inside, max_size=3) | st.dictionaries(st.text(max_size=4), inside, max_size=2),
     max_leaves=4,
 )
-OFTEN = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
-SELDOM = settings(OFTEN, max_examples=15)
+EXAMPLES = int(os.environ.get("ACTION_DIFFUSION_FUZZ", "60"))
+"""Of each test: 5,000 take some minutes."""
+OFTEN = settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+SELDOM = settings(OFTEN, max_examples=max(1, EXAMPLES // 4))
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -61,6 +64,7 @@ def test_whatever_is_typed_is_a_configuration_or_one_line(option, value):
     assert len(said) < 1000
 
 
+@pytest.mark.slow
 @SELDOM
 @given(option=st.sampled_from(OPTIONS), value=TYPED)
 def test_so_it_is_where_all_is_composed(option, value):

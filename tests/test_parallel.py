@@ -39,6 +39,7 @@ def test_pictures_are_the_same_from_any_number_of_processes(tmp_path, monkeypatc
     assert cores() >= 1
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     (tmp_path / "script.py").write_text(
         "from action_diffusion.datasets.batches import sources\n"

@@ -100,6 +100,7 @@ def found(tmp_path_factory) -> dict[str, list]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_cheap_mistake_is_refused_before_torch_is_imported(line, found):
     code, said, seconds, torch_is_there = found[line]

@@ -12,6 +12,7 @@ from benchmarks.scores import parity
 from benchmarks.speed import period
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_the_period_is_measured_under_load():
     measured = period.measure(seconds=2.0, load=1, rate=200.0)
@@ -20,6 +21,7 @@ def test_the_period_is_measured_under_load():
     assert measured.off < 0.02  # the bound of 2 ms is for the command, on a machine whose load is known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("who", "what"), [("loop", "kill"), ("camera", "halt")])
 @pytest.mark.alone
 def test_a_kill_is_measured(who, what):

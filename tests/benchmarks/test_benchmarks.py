@@ -238,6 +238,7 @@ def test_our_training_step_is_the_training_loop_s_own(model, tmp_path):
     assert loss.shape == (1,)
 
 
+@pytest.mark.slow
 def test_our_evaluation_runs_every_episode(model, tmp_path):
     model(True)
     settings = POLICY | {"image": True, "episodes": 2, "max_steps": 3, "seed": 0}
@@ -289,6 +290,7 @@ def test_the_network_that_is_exported_computes_what_ours_does(activation):
     torch.testing.assert_close(plain.PlainUnet(policy.denoiser)(x, film.at(0)), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_network_alone_is_the_same_prepared_and_as_it_is():
     settings = {"channels": CHANNELS, "part": "step"}
     layers, inputs = ours.network(settings)
@@ -349,6 +351,7 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "write_inputs", lambda *_: None)
 
 
+@pytest.mark.slow
 def test_a_run_measures_in_turns_and_writes_json(stand_ins, tmp_path, capsys):
     measured = [
         _case(name="fast", settings=SLEEP, checks={"value": ("largest", 0.0)}, bound=2.0),
@@ -419,6 +422,7 @@ def test_a_difference_beyond_what_a_row_allows_is_refused(tmp_path, value, measu
         compare.check(row, worker([1.0]), theirs, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_worker_is_waited_for_until_it_sleeps(tmp_path):
     busy = """
 import sys, time
@@ -496,6 +500,7 @@ def test_what_cannot_be_restricted_is_said(monkeypatch):
         runtimes.parse(["--only", "encoder-onnxruntime", "--instructions", "avx2"])
 
 
+@pytest.mark.slow
 def test_a_process_that_is_restricted_says_so():
     """What torch and our code in C may use follows the variables; the notes of a row say it of OpenVINO's kernels."""
     if "avx2" not in workers.instruction_sets():
@@ -600,6 +605,7 @@ def test_numbers_have_three_digits_that_mean_something():
     ]
 
 
+@pytest.mark.slow
 def test_outputs_go_to_a_file_that_anything_can_read(model, tmp_path):
     model(False)
     worker = serving._Worker({"chunk": ours.Chunk}, dict, print)

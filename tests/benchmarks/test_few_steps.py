@@ -34,6 +34,7 @@ def run(*words: str) -> int:
     return few_steps.main(list(words))
 
 
+@pytest.mark.slow
 def test_every_way_that_a_training_allows_is_a_row(bundle, tmp_path, capsys):
     flow = {"process": {"name": "flow", "prediction": "velocity"}, "sampler": {"scheduler": "flow", "eta": None}}
     flow["sampler"].pop("eta")
@@ -63,6 +64,7 @@ def test_bundles_in_folders_of_one_name_are_told_apart():
     assert few_steps._names(paths) == dict(zip(paths, ["a/run/bundle", "b/run/bundle", "other"], strict=True))
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept_when_it_is_stopped(bundle, tmp_path, monkeypatch, capsys):
     whole = few_steps.evaluate
 

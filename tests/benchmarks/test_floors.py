@@ -29,6 +29,7 @@ def test_operations_are_rows_times_columns_times_two(layer, shape, operations):
     assert rows.bytes == layer.weight.numel() * 4
 
 
+@pytest.mark.slow
 def test_nothing_is_faster_than_its_floor(tmp_path):
     on, found = floors.Machine(bandwidth=1e12, peak=1e14), []
     found += floors.chunk("small", on, tmp_path, 0.01)

@@ -11,6 +11,7 @@ import pytest
 gpu = import_module("benchmarks.speed.gpu")
 
 
+@pytest.mark.slow
 def test_the_table_is_measured(tmp_path, capsys):
     out = tmp_path / "gpu.json"
     words = ["device=cpu", "size=small", "batch=2", "seconds=0.01", "compile=false", f"output={out}"]

@@ -9,6 +9,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 gpu_pusht_image = import_module("benchmarks.speed.gpu_pusht_image")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +22,7 @@ def run(*command: str, cache: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_run_goes_from_demonstrations_to_a_score(tmp_path):
     data = tmp_path / "two.zarr"
     collected = run(

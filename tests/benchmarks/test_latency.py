@@ -161,6 +161,7 @@ def test_the_command_writes_rows_a_picture_and_what_is_reached(bundle, tmp_path,
     assert "rtc, delay 2: score" in said.err
 
 
+@pytest.mark.slow
 def test_a_process_a_core_gives_the_same(bundle, tmp_path):
     words = [f"bundle={bundle}", "n_episodes=2", "delay=2", "scheduling=naive,rtc", "execution_horizon=4"]
     found = []

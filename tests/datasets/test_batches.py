@@ -380,6 +380,7 @@ print(source.mode, source.n_bytes / 1e9, private() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is read from Linux's /proc")
 def test_streaming_stays_within_its_memory(tmp_path: Path) -> None:
     frames = np.broadcast_to(np.arange(5000)[:, None, None, None], (5000, 96, 96, 3)).astype(np.uint8)
@@ -401,6 +402,7 @@ def test_the_benchmark_runs_on_little(saved: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == "error: unknown option 'sceonds': did you mean seconds?\n"
 
 
+@pytest.mark.slow
 def test_the_human_file_is_gathered_fast_and_fits() -> None:
     folder = os.environ.get("ACTION_DIFFUSION_DATA")
     if not folder:

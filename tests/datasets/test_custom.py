@@ -56,6 +56,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_keys_cameras_and_shapes_come_from_the_buffer(data, tmp_path, capsys):
     output = tmp_path / "run"
     assert main(["train", "task=custom", f"data={data}", f"output_dir={output}", *SMALL]) == 0
@@ -86,6 +87,7 @@ def test_keys_cameras_and_shapes_come_from_the_buffer(data, tmp_path, capsys):
     assert again["action_error"] == pytest.approx(results["action_error"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["drop=[wrist,reward]"], ["task.observations.wrist=null"]])
 def test_an_observation_that_is_dropped_is_not_learnt_from(words, data, tmp_path, capsys):
     output = tmp_path / "run"
@@ -114,6 +116,7 @@ def test_a_null_in_a_task_of_named_observations_leaves_the_others():
     assert "robot0_eef_quat" in config["task"]["observations"]
 
 
+@pytest.mark.slow
 def test_several_buffers_are_trained_on_together(data, tmp_path, monkeypatch, capsys):
     """One of them is LeRobot's; the held-out episodes are the same when the policy is evaluated again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -150,6 +153,7 @@ def two_episodes() -> dict[str, np.ndarray]:
     return {**pictures, "joints": joints, "action": joints, "reward": np.zeros(n, np.float32)}
 
 
+@pytest.mark.slow
 def test_a_user_s_task_chooses_keys_and_units(data, tmp_path):
     folder = tmp_path / "mine" / "task"
     folder.mkdir(parents=True)

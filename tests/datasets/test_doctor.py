@@ -48,6 +48,7 @@ def test_planted_faults_are_found_and_nothing_else(buffer: ReplayBuffer) -> None
 KINDS_PLANTED = [kind for kind in KINDS if kind not in ("timing", "leak", "rotation")]  # they have their own tests
 
 
+@pytest.mark.slow
 def test_in_the_human_pusht_file_too() -> None:
     folder = os.environ.get("ACTION_DIFFUSION_DATA")
     if not folder:
@@ -345,6 +346,7 @@ def test_a_repaired_copy_has_nothing_left_to_find(buffer: ReplayBuffer, tmp_path
     np.testing.assert_allclose(fixed.episode(1)["state"][20, 0], (was[19] + was[21]) / 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command(buffer: ReplayBuffer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, broken = tmp_path / "demos.zarr.zip", faulty(buffer)
     buffer.save(path)

@@ -29,6 +29,7 @@ def rows(first: int, n: int) -> dict[str, Any]:
     return {"image": images, "state": np.repeat(numbers, 5).reshape(n, 5).astype(np.float32)}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(st.lists(st.tuples(st.integers(1, 700), st.booleans()), min_size=1, max_size=5))
 def test_it_opens_after_every_commit(tmp_path_factory, blocks):
@@ -74,6 +75,7 @@ for n in itertools.count():
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_what_was_committed(tmp_path):
     random = np.random.default_rng(0)
     for number in range(6):

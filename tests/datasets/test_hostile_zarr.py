@@ -292,6 +292,7 @@ def test_what_a_chunk_claims_is_looked_at_before_there_is_room_for_it(
     refuse(store, "data/shards cannot be read.* a chunk unpacks to .* where at most")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["Zstd", "Blosc", "LZ4", "Zlib", "GZip", "BZ2", "LZMA"])
 @pytest.mark.parametrize("n_bytes", [1, 255, 256, 100_000, 3_000_000])
 def test_what_a_sound_chunk_holds_is_told(codec: str, n_bytes: int) -> None:
@@ -302,6 +303,7 @@ def test_what_a_sound_chunk_holds_is_told(codec: str, n_bytes: int) -> None:
         check_unpacked(chunk, coder.codec_id, n_bytes - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jpegxl", "jpeg2k"])
 def test_an_image_of_another_size_is_refused_before_it_is_decoded(store2: Path, kind: str) -> None:
     imagecodecs = pytest.importorskip("imagecodecs")

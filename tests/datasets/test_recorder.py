@@ -41,6 +41,7 @@ def check(buffer: ReplayBuffer, episodes: list[list[int]]) -> None:
         assert np.abs(buffer[key][:].astype(int) - values).max() <= (1 if key == "image" else 0)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(
     st.lists(
@@ -287,6 +288,7 @@ def fill(recorder: Recorder, noise: np.ndarray) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("video", [(), ("image",)])
 def test_a_full_disk(small_disk, video):
     """The error comes with one of the next calls. Once there is room again, it goes on where it stopped."""
@@ -333,6 +335,7 @@ def test_an_error_that_nobody_was_told_is_told_in_the_end(tmp_path, monkeypatch)
     assert [file.name for file in tmp_path.iterdir()] == ["a.zarr"]
 
 
+@pytest.mark.slow
 def test_video_is_exact_in_number_and_close_in_colour(tmp_path):
     path, random = tmp_path / "a.zarr", np.random.default_rng(0)
     pictures = pushts(57)

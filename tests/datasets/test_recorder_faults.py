@@ -14,6 +14,7 @@ from benchmarks.robustness.recording_kills import CAMERAS, Trial
 from benchmarks.speed import recording
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("video", [(), CAMERAS])
 def test_a_kill_loses_a_second_of_the_open_episode_at_most(tmp_path, video):
     recorded = Trial(tmp_path / "a.zarr", video)
@@ -23,6 +24,7 @@ def test_a_kill_loses_a_second_of_the_open_episode_at_most(tmp_path, video):
     assert not list(tmp_path.rglob(".*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("video", "n"), [(False, 24), (True, 12)])
 def test_a_power_cut_loses_nothing_that_was_flushed(video, n):
     assert [found for found in power_cuts.run(n, 0, video) if found[2] is not None] == []
@@ -39,6 +41,7 @@ def test_the_disk_on_paper_sees_what_is_not_synced(monkeypatch, kind):
     assert any(wrong for _, _, wrong in power_cuts.run(8, 0, False))
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_steps_are_handed_over_at_once(tmp_path):
     with Recorder.open(tmp_path / "a.zarr", recording.FIELDS, recording.ATTRS) as recorder:
@@ -47,6 +50,7 @@ def test_steps_are_handed_over_at_once(tmp_path):
     assert np.median(late) < recording.LATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "code"), [(["kills=x"], 2), (["cuts=2", "kills=1"], 0), (["seconds=0"], 2)])
 def test_the_command(words, code, capsys):
     assert recording.main(words) == code

@@ -167,6 +167,7 @@ class FullDisk:
         self.at, self.writes = at, 0
 
 
+@pytest.mark.slow
 def test_an_append_that_fails_at_any_write_leaves_the_earlier_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

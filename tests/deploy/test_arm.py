@@ -69,6 +69,7 @@ def move(arm: ArmLink, seconds: float = 1.0) -> None:
     arm.follow(now + np.array([0.05, 0.05 + seconds]), np.array([[0.0, 0, 0], [0.8 * seconds, 0, 0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_it_moves_stops_when_asked_to_and_begins_again(segments):
     arm = start(segments)
@@ -121,6 +122,7 @@ def test_what_must_not_be_followed_is_refused_with_its_reason(segments):
         arm.close()
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_anybody_may_stop_it_and_it_begins_no_more_before_that_is_cleared(segments):
     arm = start(segments)
@@ -155,6 +157,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.alone
 def test_when_the_loop_dies_or_hangs_the_stop_begins_within_100_ms(segments, sent):
@@ -191,6 +194,7 @@ def test_when_the_loop_dies_or_hangs_the_stop_begins_within_100_ms(segments, sen
         loop.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_driver_that_raises_ends_the_process_with_its_reason(segments):
     arm = start(segments, f"{__name__}:BreakingArm")
     try:
@@ -258,6 +262,7 @@ def test_a_process_that_runs_but_has_no_heartbeat_is_seen(tmp_path):
     heart.end()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system says nothing of its processes in /proc")
 @pytest.mark.alone
 def test_a_large_process_is_dead_before_its_memory_is_free(tmp_path):

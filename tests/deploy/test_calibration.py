@@ -244,6 +244,7 @@ def config(folder: Path, *options: str) -> Deploy:
     return configuration.settings("deploy", ["calibrate=true", f"output_dir={folder}", *options])
 
 
+@pytest.mark.slow
 def test_injected_latencies_are_found_without_a_policy(tmp_path, capsys):
     injected = ["simulated.latency=0.03", "simulated.camera.latency=0.04", "simulated.camera.jitter=0.005"]
     options = [*injected, "simulated.camera.drop=0.1", "simulated.camera.stamped=arrival", "calibration.n_periods=4"]
@@ -261,6 +262,7 @@ def test_injected_latencies_are_found_without_a_policy(tmp_path, capsys):
         run(config(tmp_path))
 
 
+@pytest.mark.slow
 def test_what_was_found_makes_the_stamps_right_and_a_policy_is_timed(tmp_path):
     from deployments import save_bundle
 

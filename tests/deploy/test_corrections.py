@@ -111,6 +111,7 @@ def test_a_buffer_is_no_record(tmp_path, capsys):
     assert "no record of a deployment" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_person_takes_over_and_what_they_did_trains(tmp_path, capsys):
     """Through the page's socket, as its buttons and its pointer send it."""
     bundle = save_bundle(tmp_path / "bundle", horizon=16, env={"name": "pusht", "max_steps": 600})

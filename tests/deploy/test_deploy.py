@@ -474,6 +474,7 @@ def test_a_chunk_beyond_all_bounds_is_held_and_logged(huge, scheduling, tmp_path
         assert "NaN" not in text
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_instruction_leaves_no_thread_that_waits():
     """Once it did, where it came while the loop asked whether a chunk was there."""
 
@@ -549,6 +550,7 @@ def test_a_run_on_the_virtual_clock_repeats_itself(bundle, tmp_path, scheduling)
     assert latency["jump"]["max"] == max(row["jump"] for row in logs[0] if row["jump"] is not None)
 
 
+@pytest.mark.slow
 def test_real_time_chunking_beside_the_loop(bundle, tmp_path):
     assert run(deploy(bundle, tmp_path, "scheduling=rtc")) == 0
     rows = read_log(tmp_path)
@@ -557,6 +559,7 @@ def test_real_time_chunking_beside_the_loop(bundle, tmp_path):
     assert sum(row["held"] for row in rows) <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_real_time_and_what_it_leaves_behind(bundle, tmp_path, capsys):
     began = time.monotonic()
@@ -673,6 +676,7 @@ def test_what_does_not_fit_is_refused(tmp_path, changes, options, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_driver_of_ones_own_is_named_on_the_command_line(tmp_path, capsys):
     changes = {
         "observations": {"state": ObservationSpec(shape=(2,), source="state")},

@@ -158,6 +158,7 @@ def test_ur_does_not_go_on_without_a_program_a_state_or_in_time(ur, monkeypatch)
         arm.send(joints)
 
 
+@pytest.mark.slow
 def test_stopping_and_closing_never_raise_nor_hang(ur, monkeypatch):
     arm = UrArm(**UR)
     arm.stop()
@@ -425,6 +426,7 @@ def test_a_missing_library_is_named_with_its_cure(monkeypatch, arm, module, extr
         arm().connect()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -80,6 +80,7 @@ def options(path: str) -> Deploy:
     return configuration.settings("deploy", ["robot=ideal", f"hardware={path}"])
 
 
+@pytest.mark.slow
 def test_a_file_becomes_an_arm_and_a_camera(tmp_path):
     path = write(tmp_path, cameras={"front": {"driver": "test_hardware:GreyCamera", "size": 24}})
     robot = hardware.robot(RobotTask(cameras=("front",)), options(path))
@@ -157,6 +158,7 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_first_motion_goes_there_and_back(tmp_path, capsys):
     path = write(tmp_path, cameras={"front": {"driver": "test_hardware:GreyCamera", "size": 24}})
     words = ["robot=ideal", f"hardware={path}", "number=1", "distance=0.2", "speed=0.5", "seconds=0.3"]
@@ -171,6 +173,7 @@ def test_the_first_motion_goes_there_and_back(tmp_path, capsys):
     assert went == pytest.approx(told, abs=0.01)
 
 
+@pytest.mark.slow
 def test_an_arm_that_does_not_follow_is_seen_and_in_a_dry_run_expected(tmp_path, capsys):
     path = write(tmp_path, arm={})
     words = ["robot=test_hardware:StillArm", f"hardware={path}", "number=0", "distance=0.05", "speed=1", "seconds=0.1"]
@@ -179,12 +182,14 @@ def test_an_arm_that_does_not_follow_is_seen_and_in_a_dry_run_expected(tmp_path,
     assert "went 0.0000" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_arm_that_breaks_while_it_is_looked_at_is_named(tmp_path, capsys):
     path = write(tmp_path, arm={})
     assert bringup.main(["robot=test_hardware:BreakingArm", f"hardware={path}", "seconds=9"]) == 2
     assert "the cable is out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_camera_that_falls_silent_is_named(tmp_path, capsys):
     cameras = {"front": {"driver": "test_hardware:GreyCamera", "size": 24, "frames": 20}}
     assert bringup.main(["robot=ideal", f"hardware={write(tmp_path, cameras=cameras)}", "seconds=9"]) == 2
@@ -207,6 +212,7 @@ def test_bad_options_are_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_number_that_cannot_move_is_refused(tmp_path, capsys):
     path = write(tmp_path)
     assert bringup.main(["robot=ideal", f"hardware={path}", "number=2", "seconds=0.05"]) == 2

@@ -36,6 +36,7 @@ def found() -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_the_stand_ins_are_like_lerobot(found):
     assert found["differences"] == []
 

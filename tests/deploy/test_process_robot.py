@@ -69,6 +69,7 @@ def until_over(robot: ProcessRobot, target: np.ndarray) -> float:
 # Real time.
 
 
+@pytest.mark.slow
 def test_pusht_moves_in_real_time_as_it_does_in_step():
     """The finger and the block end where the simulator in step puts them, but for what a message takes."""
     env = envs.make("pusht")
@@ -103,6 +104,7 @@ def test_pusht_moves_in_real_time_as_it_does_in_step():
     assert not list(shared_folder().glob(f"action-diffusion-{os.getpid()}-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_pictures_and_states_are_of_one_instant(seeing):
     """The finger in the picture is where the state says, while it moves at hundreds of px/s."""
@@ -122,6 +124,7 @@ def test_pictures_and_states_are_of_one_instant(seeing):
         seeing.observe(["imag"], time.monotonic())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("latency", [0.0, 0.2])
 @pytest.mark.alone
 def test_commands_take_effect_after_the_injected_latency(latency):
@@ -146,6 +149,7 @@ def test_commands_take_effect_after_the_injected_latency(latency):
 # Deaths.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.alone
 def test_without_its_camera_the_arm_stops(seeing, sent):
@@ -164,6 +168,7 @@ def test_without_its_camera_the_arm_stops(seeing, sent):
         seeing.begin(100001)
 
 
+@pytest.mark.slow
 def test_a_camera_that_dies_by_itself_and_one_that_loses_frames():
     robot = pusht("image", die_after=3.0, drop=0.5, latency=0.05, jitter=0.05)
     try:
@@ -176,6 +181,7 @@ def test_a_camera_that_dies_by_itself_and_one_that_loses_frames():
         robot.close()
 
 
+@pytest.mark.slow
 def test_without_the_arms_process_the_simulators_own_watchdog_holds_the_finger():
     robot = pusht("agent_pos")
     try:
@@ -198,6 +204,7 @@ def test_without_the_arms_process_the_simulators_own_watchdog_holds_the_finger()
         robot.close()
 
 
+@pytest.mark.slow
 def test_without_the_simulator_the_driver_says_so():
     robot = pusht("agent_pos")
     try:
@@ -217,6 +224,7 @@ def test_a_camera_that_cannot_be_is_refused_and_leaves_nothing(tmp_path):
         PushTCamera(world=str(tmp_path), rate=0)
 
 
+@pytest.mark.slow
 def test_deploy_says_why_the_arm_stopped_and_keeps_the_log(tmp_path, capfd):
     bundle = save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 300})
 
@@ -253,6 +261,7 @@ class _Recorded(PushTArm):
         self.sent = setpoint
 
 
+@pytest.mark.slow
 def test_no_human_episode_meets_an_intervention(tmp_path):
     folder = os.environ.get("ACTION_DIFFUSION_DATA")
     if not folder:

@@ -44,6 +44,7 @@ def replayed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]
 SAME = "every command is the recorded one, bit for bit"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduling", SCHEDULINGS)
 def test_a_run_is_recorded_and_replays_to_the_same_commands(bundle, tmp_path, capsys, scheduling):
     """From the recorded chunks, and from those that the policy predicts once more from the recorded observations."""
@@ -70,6 +71,7 @@ def test_a_run_is_recorded_and_replays_to_the_same_commands(bundle, tmp_path, ca
         assert (code, SAME in out) == (0, True), out
 
 
+@pytest.mark.slow
 def test_a_replay_computes_with_as_many_threads_as_the_run(bundle, tmp_path, capsys, monkeypatch):
     """With others, sums are added up in another order and the last bits of a chunk are others."""
     before = torch.get_num_threads()
@@ -84,6 +86,7 @@ def test_a_replay_computes_with_as_many_threads_as_the_run(bundle, tmp_path, cap
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_other_settings_show_what_would_have_been_commanded(bundle, tmp_path, capsys):
     assert run(deploy(bundle, tmp_path, "scheduling=naive", "delay=2", "page=false")) == 0
     record = f"replay={tmp_path / 'record.zarr'}"
@@ -107,6 +110,7 @@ def test_other_settings_show_what_would_have_been_commanded(bundle, tmp_path, ca
     assert "unknown option 'robot'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_policy_is_told(bundle, tmp_path, capsys):
     import torch
 
@@ -162,6 +166,7 @@ def running(bundle, tmp_path):
         process.stderr.close()
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_kill_of_the_loop_leaves_all_of_it(running, tmp_path):
     process, steps = running
@@ -180,6 +185,7 @@ def test_kill_of_the_loop_leaves_all_of_it(running, tmp_path):
     assert sum(len(episode.steps["step"]) for episode in episodes) == count
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_kill_of_everything_loses_less_than_a_second(running, tmp_path):
     process, steps = running
@@ -194,6 +200,7 @@ def test_kill_of_everything_loses_less_than_a_second(running, tmp_path):
     np.testing.assert_array_equal(recorded["step"], np.arange(len(recorded["step"])) % 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.alone
 def test_the_loop_does_not_mind_what_becomes_of_the_recorder(running, tmp_path, number):
@@ -212,11 +219,13 @@ def test_the_loop_does_not_mind_what_becomes_of_the_recorder(running, tmp_path, 
         os.kill(recorder, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_without_a_record(bundle, tmp_path):
     assert run(deploy(bundle, tmp_path, "record=false", "page=false")) == 0
     assert not (tmp_path / "record.zarr").exists()
 
 
+@pytest.mark.slow
 def test_a_record_is_not_overwritten(bundle, tmp_path):
     (tmp_path / "record.zarr").mkdir()
     with pytest.raises(InputError, match=r"record\.zarr exists: give another output_dir"):

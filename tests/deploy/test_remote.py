@@ -54,6 +54,7 @@ def histories(n: int) -> dict[str, np.ndarray]:
     return {"state": np.random.default_rng(0).uniform(200, 300, (n, TO, 5))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(mask="linear", beta=20.0, overlap=1), Guidance(rounds=2)])
 def test_chunks_through_a_server_are_the_local_policys(server, bundle, guidance):
     """With and without a chunk to continue, batched or not."""
@@ -87,6 +88,7 @@ def test_a_deployment_through_a_server_is_the_local_one(server, bundle, tmp_path
     assert len(logs[1]) == 24
 
 
+@pytest.mark.slow
 def test_the_noise_of_stochastic_steps_is_the_local_one(bundle):
     """Chunk after chunk from one generator, as an episode draws it."""
     ddpm = {"scheduler": "ddpm", "num_inference_steps": 5}
@@ -159,6 +161,7 @@ def reachable(remote: RemotePolicy) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_killed_server_is_found_again(bundle):
     lines: list[str] = []
@@ -197,6 +200,7 @@ def test_a_hanging_server_is_given_up_and_found_again(server):
     remote.close()
 
 
+@pytest.mark.slow
 def test_sending_to_a_server_that_does_not_read_ends(tmp_path):
     """More than the buffers of both sides hold."""
     from deployments import save_image_bundle
@@ -217,6 +221,7 @@ def test_sending_to_a_server_that_does_not_read_ends(tmp_path):
         remote.close()
 
 
+@pytest.mark.slow
 def test_another_policy_at_the_same_place_is_not_taken(bundle, tmp_path):
     other = save_bundle(tmp_path / "other", control_rate=20.0)
     with serving(bundle) as first:
@@ -230,6 +235,7 @@ def test_another_policy_at_the_same_place_is_not_taken(bundle, tmp_path):
     remote.close()
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
     bundle = save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 3000})
@@ -291,6 +297,7 @@ def test_what_is_wrong_with_a_server_is_said_in_one_line(server, bundle, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_token_of_a_deployment(bundle, tmp_path, capsys, monkeypatch):
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     monkeypatch.chdir(tmp_path)

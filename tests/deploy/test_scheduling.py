@@ -91,6 +91,7 @@ def play(
 # Whatever happens.
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
 def test_every_command_is_meant_for_its_step_by_a_chunk_that_was_there(data):
@@ -141,7 +142,7 @@ def test_every_command_is_meant_for_its_step_by_a_chunk_that_was_there(data):
             assert scheduling == "rtc"
             assert request.running[:, 0].tolist() == list(
                 range(request.step, request.step + len(request.running))
-            )  # what is prefix begins now
+            )  # what is fixed begins now
 
 
 @given(st.sampled_from(SCHEDULINGS), st.integers(0, 8), st.integers(1, 10))

@@ -112,6 +112,7 @@ def openpi(server: Server, tmp_path: Path, how: str = "plain", token: str | None
         return dict(file)
 
 
+@pytest.mark.slow
 @needs_openpi
 def test_openpis_client_gets_the_actions_of_the_local_policy(server, policy, tmp_path):
     """Float64 observations as simulators give them, and the prompt that openpi's robots send, change nothing."""
@@ -137,6 +138,7 @@ def test_openpis_broker_executes_chunk_after_chunk(server, policy, tmp_path):
     assert np.array_equal(got["actions"], expected(policy, given[::TA]).reshape(-1, 2))
 
 
+@pytest.mark.slow
 @needs_openpi
 def test_images_go_through_openpis_client_as_they_are(tmp_path):
     path = tmp_path / "bundle"
@@ -164,6 +166,7 @@ def test_images_go_through_openpis_client_as_they_are(tmp_path):
     assert np.array_equal(got["actions"][:2], np.concatenate([first["action"], second["action"]]))
 
 
+@pytest.mark.slow
 @needs_openpi
 def test_openpis_api_key_is_the_token(bundle, tmp_path):
     with serving(bundle, host="0.0.0.0", env={"ACTION_DIFFUSION_TOKEN": TOKEN}) as server:
@@ -199,6 +202,7 @@ def test_each_connection_is_an_episode_with_a_history_of_its_own(server, policy)
         assert np.array_equal(ask(three, {"state": first[0]})["actions"], expected(policy, first[:1])[0])
 
 
+@pytest.mark.slow
 def test_without_remembering_each_observation_is_a_history_of_its_own(bundle, policy):
     given = states(3)
     noise_generator, generator = generators(7)
@@ -358,6 +362,7 @@ def messages() -> st.SearchStrategy[bytes]:
     return packed | torn | st.binary(max_size=200)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(messages())
 def test_no_message_is_anything_but_a_question_or_refused(data):
@@ -394,6 +399,7 @@ def test_garbage_on_the_wire_costs_the_server_nothing(server, policy):
 # Limits.
 
 
+@pytest.mark.slow
 def test_a_message_that_is_too_large_ends_its_connection_alone(bundle):
     with serving(bundle, "max_message_mb=0.1") as server, server.connect() as other:
         other.recv()
@@ -404,6 +410,7 @@ def test_a_message_that_is_too_large_ends_its_connection_alone(bundle):
         assert ask(other, {"state": GOOD})["actions"].shape == (TA, 2)
 
 
+@pytest.mark.slow
 def test_more_connections_than_allowed_are_turned_away_until_one_ends(bundle):
     with serving(bundle, "max_connections=2") as server:
         connections = [server.connect(), server.connect()]
@@ -483,6 +490,7 @@ def connection_to(port: int) -> ClientConnection:
     return connection
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_clients_take_turns_and_one_that_floods_waits_for_its_own(policy):
     """A client that sends fifty questions at once does not hold up one that asks properly."""
@@ -530,6 +538,7 @@ def test_a_policy_that_fails_is_one_line_to_its_client_and_nothing_to_the_others
     assert len(said) == len(turned_down) == 2
 
 
+@pytest.mark.slow
 def test_what_is_added_on_the_way_is_measured(bundle, tmp_path, capsys):
     """The benchmark, on a tiny policy."""
     main = import_module("benchmarks.speed.serving").main
@@ -572,6 +581,7 @@ def test_a_line_a_minute(monkeypatch, capsys):
 # The command.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_ctrl_c_and_termination_end_it_cleanly_with_clients_there(bundle, how, code):
     with serving(bundle) as server, server.connect() as connection:
@@ -615,6 +625,7 @@ def test_which_hosts_are_this_machine():
     assert not any(is_loopback(host) for host in ("", "0.0.0.0", "::", "192.168.1.2", "localhost.evil.example", "x"))
 
 
+@pytest.mark.slow
 def test_what_to_install_is_said_where_the_extra_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "msgpack", None)
     with pytest.raises(InputError, match=r"msgpack is not installed: pip install 'action-diffusion\[serve\]'"):

@@ -70,6 +70,7 @@ def drive(robot: ProcessRobot, command: np.ndarray, n: int) -> None:
         robot.command([command], pacer.wait()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [100000, 100003])
 def test_a_start_looks_as_it_does_where_policies_are_evaluated(robot, lift, seed):
     """States and pictures, of objects of another size in each, also after an episode elsewhere."""
@@ -89,6 +90,7 @@ def test_a_start_looks_as_it_does_where_policies_are_evaluated(robot, lift, seed
     assert robot.events() == []
 
 
+@pytest.mark.slow
 def test_it_goes_where_it_is_told_to_in_either_form_of_a_rotation(robot):
     robot.begin(100001)
     start = hand(robot)
@@ -123,6 +125,7 @@ def test_what_is_no_pose_is_refused_and_the_arm_holds(robot):
     robot.stop()
 
 
+@pytest.mark.slow
 def test_without_the_arms_process_the_simulator_holds_the_arm():
     robot = panda()
     try:
@@ -143,6 +146,7 @@ def test_without_the_arms_process_the_simulator_holds_the_arm():
         robot.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "keys", "words"),
     [
@@ -177,6 +181,7 @@ def test_6d_actions_become_the_commands_that_they_mean(turn, n):
         LAYOUT.from_actions(wide[:, :8])
 
 
+@pytest.mark.slow
 def test_the_limits_are_complete_and_hold_every_start(lift):
     LAYOUT.check_limits(LIMITS)
     for seed in range(2):
@@ -188,6 +193,7 @@ def test_the_limits_are_complete_and_hold_every_start(lift):
 # The expert, in real time.
 
 
+@pytest.mark.slow
 def test_what_the_expert_asks_for_is_what_the_controller_would_do(lift):
     """The pose that a relative action means, but within the arm's limits on the way."""
     lift.reset(100002)
@@ -229,6 +235,7 @@ def test_a_recording_that_cannot_be_is_refused_at_once(word, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys):
     """The benchmark's small form: a demonstration, two optimiser steps, one short episode each way."""
     words = ["episodes=1", "steps=2", "n_episodes=1", "max_steps=10", "sampling=2", f"output_dir={tmp_path}"]

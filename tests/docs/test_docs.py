@@ -42,6 +42,7 @@ def quoted() -> list[str]:
     return re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_troubleshooting_quotes_lines_that_the_code_prints() -> None:
     lines, texts = quoted(), said()
     assert len(lines) >= 25

@@ -45,6 +45,7 @@ def smooth(task: str, path: Path, *, steps: int, seed: int) -> None:
     env.close()
 
 
+@pytest.mark.slow
 def test_scripted_episodes_are_reproduced(lift, tmp_path, capsys):
     out = tmp_path / "absolute.zarr"
     assert main(["data", "absolute", f"in={lift}", f"out={out}"]) == 0
@@ -62,10 +63,12 @@ def test_scripted_episodes_are_reproduced(lift, tmp_path, capsys):
     assert after.attrs["env_args"] == before.attrs["env_args"]
 
 
+@pytest.mark.slow
 def test_the_drift_of_scripted_episodes_is_small(lift, tmp_path):
     assert add_absolute(lift, tmp_path / "absolute.zarr")["drift_largest_m"] < 1e-3
 
 
+@pytest.mark.slow
 def test_two_arms_on_random_smooth_episodes(tmp_path):
     smooth("transport", tmp_path / "smooth.zarr", steps=20, seed=1)
     found = add_absolute(tmp_path / "smooth.zarr", tmp_path / "absolute.zarr")
@@ -73,6 +76,7 @@ def test_two_arms_on_random_smooth_episodes(tmp_path):
     assert found["drift_largest_m"] < 1e-3
 
 
+@pytest.mark.slow
 def test_people_s_episodes_are_converted_and_their_drift_is_reported(tmp_path):
     folder = os.environ.get("ACTION_DIFFUSION_DATA")
     if not folder:

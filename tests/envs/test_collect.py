@@ -50,6 +50,7 @@ def test_recorded_actions_are_the_experts_undisturbed(collected: tuple[ReplayBuf
             np.testing.assert_array_equal(expert.act({"state": state}), action)
 
 
+@pytest.mark.slow
 def test_an_episode_from_a_usual_start_replays_exactly() -> None:
     env = PushT(max_steps=500)
     episodes = ((start, demonstration.episode(env, "pusht", start)) for start in range(8))
@@ -60,6 +61,7 @@ def test_an_episode_from_a_usual_start_replays_exactly() -> None:
         assert env.step(action)[0] == pytest.approx(reward, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_episodes_begin_in_all_three_ways() -> None:
     begins = [demonstration.episode(PushT(max_steps=500), "pusht", start) for start in range(8)]
     first = [episode["state"][0] for episode in begins if "state" in episode]
@@ -151,6 +153,7 @@ def test_the_embedded_demonstrations_are_what_this_code_collects(tmp_path: Path)
         np.testing.assert_allclose(first[key], again[key], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_any_simulator_with_an_expert_can_be_collected_in(tmp_path: Path) -> None:
     pytest.importorskip("robosuite", reason="needs the extra [robomimic]")
     collect(env_name="lift", episodes=1, output=tmp_path / "a.zarr", cameras=["agentview_image"])
@@ -162,6 +165,7 @@ def test_any_simulator_with_an_expert_can_be_collected_in(tmp_path: Path) -> Non
     assert buffer["reward"][-1] == 1.0
 
 
+@pytest.mark.slow
 def test_what_is_collected_does_not_depend_on_the_processes(tmp_path: Path) -> None:
     pytest.importorskip("robosuite", reason="needs the extra [robomimic]")
     for workers in (1, 2):

@@ -65,6 +65,7 @@ def cube_size(env: Manipulation) -> np.ndarray:
 # The five tasks.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", recorded.TASKS)
 def test_a_task_runs_and_is_seen(task, pictures):
     env = Manipulation(
@@ -95,6 +96,7 @@ def test_the_image_is_upright(lift, pictures):
     assert picture[40:].mean() > picture[:8].mean() + 40  # the white table below, the dark robot above
 
 
+@pytest.mark.slow
 def test_simulators_draw_in_turn(lift, can, pictures):
     for env in (lift, can):
         env.reset(1)
@@ -109,6 +111,7 @@ def test_simulators_draw_in_turn(lift, can, pictures):
 # One seed, one episode.
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_start(lift):
     outside = np.random.get_state()[1].copy()
     starts = []
@@ -120,6 +123,7 @@ def test_the_seed_decides_the_start(lift):
     np.testing.assert_array_equal(np.random.get_state()[1], outside)
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(lift, pictures):
     actions = smooth_actions(lift, 12)
     lift.reset(0)
@@ -132,6 +136,7 @@ def test_looking_changes_nothing(lift, pictures):
     np.testing.assert_array_equal(lift.state(), expected[-1])
 
 
+@pytest.mark.slow
 def test_what_is_seen_belongs_to_the_state(can):
     can.reset(0)
     play(can, smooth_actions(can, 5))
@@ -146,6 +151,7 @@ def test_what_is_seen_belongs_to_the_state(can):
     assert (hand.inv() * Rotation.from_quat(quaternion) * Rotation.from_quat(turned).inv()).magnitude() < 1e-3
 
 
+@pytest.mark.slow
 def test_recorded_states_and_actions_replay_to_the_last_bit(lift):
     actions = smooth_actions(lift, 15)
     lift.reset(2)
@@ -159,6 +165,7 @@ def test_recorded_states_and_actions_replay_to_the_last_bit(lift):
 # Absolute actions.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("configs", [None, OSC_1_4], ids=["base frame", "world frame"])
 def test_absolute_actions_do_the_same_for_two_arms(configs):
     env_args = {"env_name": "TwoArmTransport", "env_version": "1.5.1", "env_kwargs": {"controller_configs": configs}}
@@ -180,6 +187,7 @@ def test_absolute_actions_do_the_same_for_two_arms(configs):
 # Metadata.
 
 
+@pytest.mark.slow
 def test_metadata_makes_the_same_simulator(lift):
     metadata = json.loads(json.dumps(lift.env_args))
     again = Manipulation(env_args=metadata)
@@ -200,6 +208,7 @@ def test_files_without_settings_of_ours_are_as_robosuite_wrote_them():
     assert (new["object_layout"], new["env_kwargs"]["lite_physics"]) == ("1.5", True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["lift", "can", "transport"])
 def test_the_object_is_laid_out_as_in_the_version_that_recorded_it(task):
     name = recorded.TASKS[task].env_name
@@ -225,6 +234,7 @@ def test_in_1_5_the_object_s_relative_pose_lags_a_step():
     assert abs(seen["object"][7:10] - before).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_model_of_a_demo_gives_the_sizes(lift):
     model = '<mujoco><worldbody><geom name="table_collision" size="9 9 9"/><body name="cube_main"><joint type="free"/>'
     model += '<geom name="cube_g0" type="box" size="0.03 0.02 0.01"/></body></worldbody></mujoco>'

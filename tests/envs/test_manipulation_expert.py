@@ -32,6 +32,7 @@ def order(plan: Plan, **situation):
     return decide(seen(observation(**situation), plan), plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "steps"), [("lift", 60), ("can", 180), ("square", 180)])
 def test_an_expert_succeeds(task, steps):
     env = getattr(tasks, task)(max_steps=steps)

@@ -56,6 +56,7 @@ def test_seed_out_of_range(seed: int) -> None:
         initial_state(seed)
 
 
+@pytest.mark.slow
 def test_human_episodes_replay(human: zarr.Group) -> None:
     states, actions = human["data/state"][:], human["data/action"][:]
     ends = human["meta/episode_ends"][:]

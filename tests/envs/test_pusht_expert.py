@@ -128,6 +128,7 @@ def episode(seed: int, start: int) -> tuple[float, np.ndarray, np.ndarray]:
     return score, np.array(states), np.array(actions)
 
 
+@pytest.mark.slow
 def test_the_expert_succeeds_smoothly() -> None:
     runs = [episode(0, start) for start in range(100000, 100006)]
     assert np.mean([score for score, _, _ in runs]) >= 0.98

@@ -41,6 +41,7 @@ SMALL = [
 TASKS = ("lift_image", "can_state", "square_state", "transport_image", "tool_hang_state")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_policy_is_evaluated_in_each_of_the_five(task, tmp_path):
     config = load("train", [f"task={task}", "data=x", *SMALL])
@@ -82,6 +83,7 @@ def test_a_policy_is_evaluated_in_each_of_the_five(task, tmp_path):
     assert list((tmp_path / "videos").glob("*.mp4"))
 
 
+@pytest.mark.slow
 def test_scripted_lift_with_cameras_trains_and_is_evaluated(tmp_path):
     collect(
         env_name="lift",
@@ -99,6 +101,7 @@ def test_scripted_lift_with_cameras_trains_and_is_evaluated(tmp_path):
     assert env["env_args"] == ReplayBuffer.open(tmp_path / "lift.zarr").attrs["env_args"]
 
 
+@pytest.mark.slow
 def test_people_s_lift_episodes_convert_by_their_states_and_train(tmp_path, capsys):
     folder = os.environ.get("ACTION_DIFFUSION_DATA")
     if not folder:
@@ -114,6 +117,7 @@ def test_people_s_lift_episodes_convert_by_their_states_and_train(tmp_path, caps
     assert "report" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_observation_that_the_file_lacks_is_named(tmp_path, capsys):
     collect(env_name="lift", episodes=1, output=tmp_path / "lift.zarr")
     assert main(["train", "task=lift_image", f"data={tmp_path / 'lift.zarr'}", *SMALL]) == 2

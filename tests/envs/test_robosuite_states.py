@@ -31,6 +31,7 @@ def assert_observed(path: Path, lengths: list[int]) -> None:
             assert episode[key].dtype == values.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_states_are_looked_at_through_the_simulator(tmp_path: Path, workers: int) -> None:
     source = write_robosuite(tmp_path / "a.hdf5", [5, 8, 3])
@@ -64,6 +65,7 @@ def test_other_settings_render_anew(tmp_path: Path) -> None:
         convert(source, output, observer=FakeObserver(settings={"keys": ["more"]}, bad=5), workers=1)
 
 
+@pytest.mark.slow
 def test_a_simulator_that_dies_is_reported(tmp_path: Path) -> None:
     source, output = write_robosuite(tmp_path / "a.hdf5", [5, 8, 3]), tmp_path / "a.zarr"
     with pytest.raises(InputError, match="a process with a simulator was killed"):
@@ -114,6 +116,7 @@ def test_default_observations_are_those_of_every_arm() -> None:
     assert two == (*one, "robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos")
 
 
+@pytest.mark.slow
 def test_the_real_simulator_shows_the_human_demonstrations(tmp_path: Path) -> None:
     pytest.importorskip("robosuite", reason="the extra [robomimic] is not installed")
     pytest.importorskip("action_diffusion.envs.robosuite.tasks", reason="there is no such environment yet")

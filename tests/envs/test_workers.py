@@ -37,6 +37,7 @@ def test_scores_are_the_same_as_in_this_process() -> None:
     assert_same(rollout(**settings, in_processes=True), rollout(**settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [("crash", "process ended with exit code 11"), ("raise", "FloatingPointError: the contact solver gave up")],
@@ -56,6 +57,7 @@ def test_an_episode_whose_simulator_is_lost_is_begun_again(tmp_path: Path, what:
     assert said in lost[0][1]
 
 
+@pytest.mark.slow
 def test_an_episode_that_is_lost_every_time_scores_zero_and_the_others_go_on(tmp_path: Path) -> None:
     lost: list[int] = []
     found = run(
@@ -72,6 +74,7 @@ def test_an_episode_that_is_lost_every_time_scores_zero_and_the_others_go_on(tmp
     assert lost == [105, 105]
 
 
+@pytest.mark.slow
 def test_a_hung_simulator_is_ended_and_another_one_started(tmp_path: Path) -> None:
     worker = ProcessWorker(trouble(tmp_path, "hang", 1), execute_seconds=0.5)
     try:
@@ -108,6 +111,7 @@ def test_a_script_that_starts_processes_while_it_is_imported_is_told_so(tmp_path
     assert ended.stderr.rstrip().splitlines()[-1].endswith('under `if __name__ == "__main__":`')
 
 
+@pytest.mark.slow
 def test_bad_input_is_not_a_crash(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="an action of Chaos is two numbers"):
         run(NoisyPolicy(), trouble(tmp_path, "refuse", 1), [105], n_envs=1, in_processes=True)

@@ -116,6 +116,7 @@ def buffers(draw: st.DrawFn) -> tuple[dict[str, np.ndarray], list[int]]:
     return columns | {"action": columns.get("action", np.zeros((n, 1), np.float32))}, lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["umi", "robomimic", "lerobot", "lerobot21", "folder"])
 def test_anything_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     @settings(
@@ -386,6 +387,7 @@ def test_a_difference_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr"]
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     n = 300
     images = np.random.default_rng(0).integers(0, 256, size=(n, 64, 64, 3)).astype(np.uint8)
@@ -410,6 +412,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     assert (tmp_path / "out/data/chunk-000/episode_000000.parquet").stat().st_mtime_ns == first
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_buffer(tmp_path: Path) -> None:
     """Many more rows, in about the same memory, of which 20 MB depend on how the threads meet."""
     code = (

@@ -85,6 +85,7 @@ def read(request: pytest.FixtureRequest, folders: dict[str, tuple[dict[str, Any]
     return *folders[request.param], request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lerobot", "lerobot21"])
 def test_lerobot_reads_the_same_rows_and_frames(name: str, read: Any, buffer: ReplayBuffer) -> None:
     found, folder, quality = read

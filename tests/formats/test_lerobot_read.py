@@ -304,6 +304,7 @@ def sound(root: Path) -> None:
 FRAMES = COLOURS[..., :3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

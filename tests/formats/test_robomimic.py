@@ -79,6 +79,7 @@ def test_everything_arrives(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.hdf5", "a.zarr"]
 
 
+@pytest.mark.slow
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=11), compressed=st.booleans())
 @settings(max_examples=6, deadline=None)
 def test_blocks_need_not_fit_the_episodes(
@@ -94,6 +95,7 @@ def test_blocks_need_not_fit_the_episodes(
     assert_holds(ReplayBuffer.open(folder / "a.zarr"), lengths)  # demo_10 is after demo_2
 
 
+@pytest.mark.slow
 def test_processes_write_the_same(tmp_path: Path) -> None:
     convert(write_robomimic(tmp_path / "a.hdf5", [5, 8, 3, 20]), tmp_path / "a.zarr", workers=2)
     assert_holds(ReplayBuffer.open(tmp_path / "a.zarr"), [5, 8, 3, 20])
@@ -108,6 +110,7 @@ def test_a_small_file_needs_no_second_process(tmp_path: Path, monkeypatch: pytes
     assert conversion.default_workers(layout, observing=False) == 2
 
 
+@pytest.mark.slow
 def test_dropped_episodes_keep_their_names(tmp_path: Path) -> None:
     convert(write_robomimic(tmp_path / "a.hdf5", [5, 8, 3, 4]), tmp_path / "a.zarr")
     buffer = ReplayBuffer.open(tmp_path / "a.zarr")
@@ -188,6 +191,7 @@ conversion.convert(sys.argv[1], sys.argv[2], workers=2)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

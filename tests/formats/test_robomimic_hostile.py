@@ -285,6 +285,7 @@ def test_flipped_bytes_raise_one_line_or_change_no_shape(tmp_path: Path, kind: s
     assert 10 < refused < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "message"),
     [

@@ -254,6 +254,7 @@ def test_actions_may_be_called_action_and_have_one_axis(tmp_path: Path) -> None:
 # No simulator.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_args", [None, "", "{}", "null", '{"type": 3}'])
 def test_a_real_robot_names_no_simulator(tmp_path: Path, env_args: str | None) -> None:
     def change(file: Any) -> None:

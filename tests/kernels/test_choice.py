@@ -134,6 +134,7 @@ def test_the_table_is_of_this_processor_and_these_versions(monkeypatch):
     assert choice.table_path() != path
 
 
+@pytest.mark.slow
 def test_what_two_processes_measure_is_kept_of_both(folder):
     code = (
         "import sys, time; from action_diffusion import choice;"

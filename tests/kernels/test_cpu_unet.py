@@ -34,6 +34,7 @@ def in_one_call(net: ConditionalUnet1d, *, half: bool = False) -> ConditionalUne
     return net
 
 
+@pytest.mark.slow
 @needs_code
 @settings(deadline=None, max_examples=60)
 @given(
@@ -277,6 +278,7 @@ def test_several_threads_may_call_it():
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("activation", ["silu", "mish", "relu"])
 def test_on_other_processors_it_is_the_same(activation, precision, other_processor, monkeypatch):

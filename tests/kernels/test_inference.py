@@ -86,15 +86,16 @@ def test_a_chunk_is_the_same_within_rounding_and_close_below(make_policy, case, 
 @needs_code
 @pytest.mark.usefixtures("pack_everything")
 def test_gradients_are_of_the_weights_themselves(policy):
-    noise = torch.randn(1, 8, 2)
+    noise = torch.randn(1, 8, 2, generator=torch.Generator().manual_seed(0))
     results = []
     for precision in (None, "fp16"):
         accelerate(policy, precision=precision)
         policy.zero_grad()
         policy.sample(observations(1), noise=noise, grad=True).normalized.square().sum().backward()
         results.append([parameter.grad.clone() for parameter in policy.denoiser.parameters()])
+    largest = max(gradient.abs().max().item() for gradient in results[0])  # a bias before a norm has none but rounding
     for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5 * largest)
 
 
 @pytest.mark.usefixtures("pack_everything")
@@ -208,6 +209,7 @@ def test_precisions_belong_to_devices(monkeypatch):
     check_precision("fp32", torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_denoiser_equals_itself(policy):
     expected = chunk(policy)
@@ -218,6 +220,7 @@ def test_a_compiled_denoiser_equals_itself(policy):
     assert policy.denoiser.out[1].weight.grad is not None
 
 
+@pytest.mark.slow
 def test_many_compiled_policies_fit_in_one_process(make_policy, monkeypatch):
     """torch gives a function up that it has compiled too often."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -300,6 +303,7 @@ def test_a_second_thread_is_used_where_it_helps(policy, monkeypatch, alone, toge
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SCHEDULERS, ids=IDS)
 def test_a_chunk_is_a_function_of_tensors_where_nothing_looks_into_it(make_policy, case):
     """What a CUDA graph captures, and what is drawn outside of it."""

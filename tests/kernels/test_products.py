@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from action_diffusion import choice
 from action_diffusion.policy.kernels import winograd
 from benchmarks.speed import products
@@ -11,6 +13,7 @@ from benchmarks.speed import products
 MODE = "ACTION_DIFFUSION_KERNELS"
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_both_ways(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     choice.forget()

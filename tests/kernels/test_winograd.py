@@ -149,6 +149,7 @@ def test_the_type_that_torch_makes_by_default_is_not_taken():
     assert torch.equal(ours, plain)
 
 
+@pytest.mark.slow
 def test_on_other_processors_it_is_the_same(other_processor, monkeypatch):
     library = other_processor(Path(winograd.__file__).parent / "winograd.c")
     monkeypatch.setattr(winograd, "library", lambda: library)
@@ -197,6 +198,7 @@ def test_an_instruction_set_that_does_not_exist_is_refused(tmp_path, monkeypatch
     assert native.load(tmp_path, "_none", 1) is None
 
 
+@pytest.mark.slow
 def test_the_code_compiles_without_a_warning(tmp_path):
     source = Path(winograd.__file__).parent / "winograd.c"
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fopenmp", "-shared", "-fPIC"]

@@ -81,6 +81,7 @@ def deployment(bundle, tmp_path) -> Iterator[Callable[..., Deployment]]:
         one.process.wait()
 
 
+@pytest.mark.slow
 def test_an_operator_at_work(deployment, open_page, tmp_path, capsys):
     """Start, pause, take over by pointing, give back, mark; the record knows it all and replays."""
     run = deployment("wait=true", "scheduling=naive", "n_episodes=2")
@@ -132,6 +133,7 @@ def test_an_operator_at_work(deployment, open_page, tmp_path, capsys):
     assert "bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_the_emergency_stop(deployment, open_page):
     run = deployment("scheduling=naive", "n_episodes=5")
@@ -170,6 +172,7 @@ def stopped_for(run: Deployment, page: Any) -> float:
     return float(event.t - clicked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.alone
 def test_a_page_that_dies_or_hangs_changes_nothing_else(deployment, open_page, number, tmp_path):
@@ -258,6 +261,7 @@ def test_the_emergency_stop_needs_no_loop(served):
     served.arm.begin()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -268,11 +272,11 @@ def test_the_emergency_stop_needs_no_loop(served):
         ({"Origin": "https://127.0.0.1:{port}"}, 403),
         ({"Origin": "https://127.0.0.1:{port}", "X-Forwarded-Proto": "https"}, 204),  # a proxy with TLS
         ({"Origin": "http://127.0.0.1:{port}", "X-Forwarded-Proto": "https"}, 403),
-        ({"Origin": "http://127.0.0.1:{port}", "Sec-Fetch-BasePage": "same-origin"}, 204),
-        ({"Sec-Fetch-BasePage": "cross-site"}, 403),
-        ({"Sec-Fetch-BasePage": "same-site"}, 403),  # another port of this machine
-        ({"Sec-Fetch-BasePage": "same-origin"}, 204),
-        ({"Sec-Fetch-BasePage": "none"}, 204),
+        ({"Origin": "http://127.0.0.1:{port}", "Sec-Fetch-Site": "same-origin"}, 204),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),  # another port of this machine
+        ({"Sec-Fetch-Site": "same-origin"}, 204),
+        ({"Sec-Fetch-Site": "none"}, 204),
         ({"Host": "[::1"}, 403),
         ({"Host": "elsewhere.example:{port}"}, 403),
     ],
@@ -337,6 +341,7 @@ def test_a_socket_that_brings_nonsense_is_closed(one_for_all, path, message, cod
     assert (orders.count, emergency.t) == before
 
 
+@pytest.mark.slow
 def test_points_that_flood_push_no_order_out_and_end_their_socket(served):
     orders = RingReader(served.segments.path / "orders")
     with (
@@ -368,6 +373,7 @@ def test_no_more_of_a_body_is_read_than_it_takes_to_refuse_it(one_for_all, lengt
         assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
 
 
+@pytest.mark.slow
 def test_whoever_gets_nowhere_is_let_go(one_for_all):
     """Connections that say nothing, or half of something, to either process; the port goes on."""
     beginnings = (
@@ -409,6 +415,7 @@ def test_the_stop_needs_no_page(served, number):
         connection.close()
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_the_stop_waits_for_nobody(tmp_path):
     """Tabs, floods, and strangers without the token."""
@@ -432,6 +439,7 @@ def test_the_stop_waits_for_nobody(tmp_path):
         served.close()
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_the_page_says_whether_the_stop_was_confirmed(served, open_page):
     page = open_page(f"http://127.0.0.1:{served.port}")
@@ -454,6 +462,7 @@ def test_the_page_says_whether_the_stop_was_confirmed(served, open_page):
     page.wait_for_selector("#confirmed.alarm:has-text('the stop did not arrive')")
 
 
+@pytest.mark.slow
 def test_other_machines_need_the_token(tmp_path, monkeypatch):
     monkeypatch.delenv("ACTION_DIFFUSION_TOKEN", raising=False)
     with pytest.raises(InputError, match=r"page_host=0\.0\.0\.0 lets other machines in"):
@@ -535,6 +544,7 @@ def test_what_the_page_shows_of_events_and_of_a_machine_that_is_too_slow(tmp_pat
     assert view.state()["advice"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -549,6 +559,7 @@ def test_bad_options(tmp_path, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_taken_port(served, tmp_path, capsys):
     bundle = save_bundle(tmp_path / "bundle")
     words = [f"bundle={bundle}", f"output_dir={tmp_path}", "device=cpu", f"page={served.port}"]

@@ -333,6 +333,7 @@ def test_a_script_that_makes_no_sense(tmp_path, capsys, line):
     assert "script, line 2:" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_keys_of_a_terminal(tmp_path):
     """In a pseudo-terminal, as SSH gives one: start, drive, keep, Ctrl-C."""
     ours, theirs = pty.openpty()
@@ -494,6 +495,7 @@ def test_actions_of_a_robot_have_6d_rotations():
 # Arms
 
 
+@pytest.mark.slow
 def test_lift_by_twists(tmp_path):
     """Down onto the cube, the gripper shut, and up: the person sees the cube, and so does this test."""
     pytest.importorskip("robosuite")
@@ -545,6 +547,7 @@ def robot() -> Iterator[ProcessRobot]:
     one.close()
 
 
+@pytest.mark.slow
 def test_an_arm_in_real_time_through_all_gates(robot):
     """Two joints and a gripper; where nobody drives the arm holds, and nothing is recorded."""
     world = RobotWorld(robot, ["joints", "gripper"], {})

@@ -149,6 +149,7 @@ class Person:
             time.sleep(0.08)
 
 
+@pytest.mark.slow
 def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, tmp_path):
     path = tmp_path / "mine.zarr"
     run = collecting(f"output={path}", "countdown=0.2", "seed=7")
@@ -192,6 +193,7 @@ def check(path: Path, n_episodes: int) -> None:
         assert np.linalg.norm(episode["state"][-1, :2] - episode["state"][0, :2]) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_browser_that_stalls_or_is_closed_pauses_the_episode_and_not_the_loop(collecting, browser, tmp_path):
     path = tmp_path / "mine.zarr"
@@ -225,6 +227,7 @@ def test_a_browser_that_stalls_or_is_closed_pauses_the_episode_and_not_the_loop(
     check(path, 1)
 
 
+@pytest.mark.slow
 def test_a_finger_on_a_touch_screen_leads_and_lets_go(collecting, browser, tmp_path):
     run = collecting(f"output={tmp_path}/mine.zarr", "countdown=0")
     person = Person(browser, run.url)
@@ -263,6 +266,7 @@ def test_a_page_that_says_nonsense_is_cut_off(message):
         word(message)
 
 
+@pytest.mark.slow
 def test_who_may_come_in_and_who_drives(collecting, tmp_path):
     run = collecting(f"output={tmp_path}/mine.zarr", "countdown=0")
     address = f"ws://127.0.0.1:{run.port}/live"

@@ -212,6 +212,7 @@ def test_jitter_draws_once_per_window_inside_its_range():
 # Networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backbone", "norms"), [("resnet18", 20), ("resnet34", 36), ("resnet50", 53)])
 def test_group_norm_is_everywhere_and_nothing_else_differs_from_torchvision(backbone, norms):
     torch.manual_seed(0)

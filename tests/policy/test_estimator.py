@@ -96,6 +96,7 @@ def test_the_recorded_state_is_a_target_and_no_input():
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_it_learns_to_tell_the_pose():
     policy, (obs, action) = make_policy(), batch()
     optimiser = torch.optim.Adam(policy.parameters(), 1e-2)

@@ -1,4 +1,4 @@
-"""Policies that are trained to go on from steps that are prefix already (training-time real-time chunking)."""
+"""Policies that are trained to go on from steps that are fixed already (training-time real-time chunking)."""
 
 from __future__ import annotations
 
@@ -189,6 +189,7 @@ def test_what_a_policy_has_not_learnt_is_said(make_policy):
         Guidance(method="guidence")
 
 
+@pytest.mark.slow
 def test_a_trained_policy_continues_what_it_is_given(make_policy):
     """Chunks that go up or down by chance, which the observation does not tell: the beginning does."""
     policy = make_policy(

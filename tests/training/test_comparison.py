@@ -57,6 +57,7 @@ def test_results_without_a_simulator_do_not_compare():
         compare({"task": "arm", "action_error": 1.0}, {"task": "arm", "action_error": 1.0})
 
 
+@pytest.mark.slow
 def test_the_command_compares_and_summarises(make_policy, tiny_config, tmp_path, capsys):
     for name in ("a", "b"):
         policy = make_policy()

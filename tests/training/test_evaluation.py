@@ -33,6 +33,7 @@ from action_diffusion.training.evaluation.rollouts import (
 
 TO, TA, HORIZON = 2, 4, 8
 NAMES = {
+    "env",
     "task",
     "n_episodes",
     "mean_score",
@@ -82,6 +83,7 @@ def run(tmp_path: Path, **settings: Any) -> dict[str, Any]:
     return evaluate(**(arguments | settings))
 
 
+@pytest.mark.slow
 def test_lost_simulators_and_the_demonstrations_are_named(tmp_path: Path) -> None:
     make_env = functools.partial(Trouble, what="raise", seed=105, times=9, folder=tmp_path)
     with pytest.warns(UserWarning, match="seed 105: the simulator failed"):
@@ -338,6 +340,7 @@ def test_offline_rmse_and_steps_differ_where_errors_do(tmp_path: Path) -> None:
     assert [row[0] for row in results["mae_ahead"]] == pytest.approx(list(range(HORIZON)))
 
 
+@pytest.mark.slow
 def test_offline_noise_does_not_depend_on_batches(tmp_path: Path) -> None:
     class Noisy(Biased):
         def predict(self, obs: Any, **generators: Any) -> dict[str, np.ndarray]:

@@ -69,6 +69,7 @@ def kinds(folder):
     return lambda buffer: episodes.recognise(buffer, read_spec(bundle), known).tolist()
 
 
+@pytest.mark.slow
 def test_the_end_of_training_and_evaluate_ask_about_the_same_held_out_episodes(folder, tmp_path, kinds):
     assert kinds(demonstrations()).count("held_out") == 2
     ended = json.loads((folder / "a" / "evaluation" / "results.json").read_text())
@@ -79,6 +80,7 @@ def test_the_end_of_training_and_evaluate_ask_about_the_same_held_out_episodes(f
     assert "4 that it was trained on are left out" in found["origin"]
 
 
+@pytest.mark.slow
 def test_episodes_of_the_training_buffer_are_known_again(folder, tmp_path, capsys):
     """Given as data=, the training's own buffer gives the error on the two episodes that were held out."""
     own = evaluate(tmp_path / "own", f"bundle={folder}/a/bundle")
@@ -123,6 +125,7 @@ def test_few_different_actions_do_not_make_episodes_the_same(folder, kinds):
     assert episodes.recognise(second, spec, known).tolist() == ["new"]
 
 
+@pytest.mark.slow
 def test_copies_of_trained_episodes_are_not_held_out(tmp_path):
     """Every episode is the same one: what training holds out it was trained on, and the run still ends well."""
     joined((demonstrations(), [0, 0, 0, 0])).save(tmp_path / "copies.zarr")
@@ -131,6 +134,7 @@ def test_copies_of_trained_episodes_are_not_held_out(tmp_path):
     assert ended["origin_kind"] == evaluate(tmp_path / "out", f"bundle={bundle}")["origin_kind"] == "trained"
 
 
+@pytest.mark.slow
 def test_only_trained_episodes_are_never_called_held_out(folder, tmp_path, kinds, capsys):
     old = demonstrations()
     trained = [index for index, kind in enumerate(kinds(old)) if kind == "trained"]
@@ -146,6 +150,7 @@ def test_only_trained_episodes_are_never_called_held_out(folder, tmp_path, kinds
     assert "not trained on" not in page.text
 
 
+@pytest.mark.slow
 def test_new_episodes_beside_trained_ones(folder, tmp_path, kinds):
     old, new = demonstrations(), demonstrations(n_episodes=3, seed=7)
     joined((old, [0, 1, 2, 3, 4, 5]), (new, [0, 1, 2])).save(tmp_path / "grown.zarr")
@@ -155,6 +160,7 @@ def test_new_episodes_beside_trained_ones(folder, tmp_path, kinds):
     )
 
 
+@pytest.mark.slow
 def test_a_bundle_without_hashes_says_that_it_is_unknown(folder, tmp_path):
     old = tmp_path / "a"
     old.mkdir()
@@ -170,6 +176,7 @@ def test_a_bundle_without_hashes_says_that_it_is_unknown(folder, tmp_path):
     assert "by its configuration" in own["origin"]
 
 
+@pytest.mark.slow
 def test_what_a_run_began_with_counts_as_trained_on(folder, tmp_path):
     """Fine-tuned on new demonstrations, a policy still was trained on the old ones."""
     demonstrations(seed=7).save(tmp_path / "new.zarr")
@@ -205,6 +212,7 @@ def test_hashes_that_are_damaged(folder, tmp_path, change, message):
         episodes.read(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_policies_on_the_same_windows(folder, tmp_path, capsys):
     """Whatever windows each was trained on, and on episodes that neither was trained on."""
     new = demonstrations(n_episodes=3, seed=7)
@@ -226,6 +234,7 @@ def test_two_policies_on_the_same_windows(folder, tmp_path, capsys):
     assert difference["verdict"] in Page(out / "comparison" / "report.html").text
 
 
+@pytest.mark.slow
 def test_several_trainings_of_a_policy_without_a_simulator(folder, tmp_path, capsys):
     out, a, b = tmp_path / "out", f"{folder}/a/bundle", f"{folder}/b/bundle"
     demonstrations(n_episodes=3, seed=7).save(tmp_path / "new.zarr")
@@ -239,6 +248,7 @@ def test_several_trainings_of_a_policy_without_a_simulator(folder, tmp_path, cap
     assert f"{b} minus {a}: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_policies_that_share_no_held_out_episode(folder, tmp_path, capsys):
     old = demonstrations()
     joined((old, [0])).save(tmp_path / "one.zarr")
@@ -320,6 +330,7 @@ def test_holding_still_is_where_the_arm_is_or_what_it_was_told_last():
     assert (found["repeat_last_action"][0] == before).all()
 
 
+@pytest.mark.slow
 def test_baselines_stand_beside_the_policy(folder, tmp_path, kinds, capsys):
     found = evaluate(tmp_path, f"bundle={folder}/a/bundle")
     assert found["baselines"]["hold_still"]["made_of"] == {"action 0": "state[0]", "action 1": "state[1]"}
@@ -338,6 +349,7 @@ def test_baselines_stand_beside_the_policy(folder, tmp_path, kinds, capsys):
         assert f"policy minus {name}: " in page
 
 
+@pytest.mark.slow
 def test_the_report_of_an_image_policy_shows_what_it_saw_and_a_whole_episode(tmp_path):
     """Names and units come from the buffer; large pictures are made small."""
     old = demonstrations(n_episodes=4, length=30)

@@ -106,6 +106,7 @@ def test_a_video_shows_its_outcome_before_it_is_played(tmp_path: Path, score: fl
     assert 'style="aspect-ratio:96/48"' in page.source
 
 
+@pytest.mark.slow
 def test_a_page_fits_a_telephone_and_videos_have_their_controls_below(tmp_path: Path, browser: Any) -> None:
     (tmp_path / "videos").mkdir()
     last, clips = np.full((48, 96, 3), 200, np.uint8), []
@@ -265,6 +266,7 @@ def test_figures_are_svg_in_the_colours_of_the_page() -> None:
     assert dict(mpl.rcParams) == before
 
 
+@pytest.mark.slow
 def test_what_the_cameras_saw_stands_above_the_chunks() -> None:
     frames = {camera: np.zeros((2, 24, 32, 3), np.uint8) for camera in ("front", HOSTILE)}
     svg = plots.plot_chunks(**chunk_arguments(), frames=frames)

@@ -156,6 +156,7 @@ def test_from_a_buffer_to_an_arm(saved: Path) -> None:
     np.testing.assert_allclose(predict(flipped), chunk, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_from_another_s_weights_keeps_its_references(saved: Path, tmp_path: Path) -> None:
     short = ("train.max_steps=2", "train.batch_size=8", "evaluation.n_episodes=0")
     words = ["train", "task=custom", f"data={saved}", *SMALL, *short]

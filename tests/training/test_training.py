@@ -73,6 +73,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert (one["step"], one["ema_step"], one["merit"]) == (other["step"], other["ema_step"], other["merit"])
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_readme_promises(data, tmp_path, capsys):
     output = tmp_path / "run"
     words = [w for w in arguments(data, output, "train.max_steps=25") if not w.startswith("evaluation")]
@@ -97,6 +98,7 @@ def test_a_run_leaves_what_the_readme_promises(data, tmp_path, capsys):
     assert policy.predict({"state": np.full((2, 5), 100, np.float32)})["action"].shape == (8, 2)
 
 
+@pytest.mark.slow
 def test_resuming_after_kill_9_is_bit_exact(data, tmp_path):
     """The same weights, EMA, optimiser and metrics as a run that was never stopped."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -126,6 +128,7 @@ def test_resuming_after_kill_9_is_bit_exact(data, tmp_path):
     assert resumed[60] == fresh[60]
 
 
+@pytest.mark.slow
 def test_resuming_a_run_killed_before_its_first_checkpoint_starts_over(data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(arguments(data, whole, "train.max_steps=12")) == 0
@@ -133,6 +136,7 @@ def test_resuming_a_run_killed_before_its_first_checkpoint_starts_over(data, tmp
     assert_same_run(whole, killed)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     extra = ["train.max_steps=200", "train.checkpoint_every=0"]
@@ -152,6 +156,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     assert_same_run(whole, stopped)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_policy(data, tmp_path):
     output = tmp_path / "two"
     words = arguments(data, output, "train.max_steps=12", "train.num_processes=2", "train.checkpoint_every=5")
@@ -183,6 +188,7 @@ def test_training_from_another_policy_starts_with_its_weights(data, tmp_path):
     assert spec[0] == spec[1]
 
 
+@pytest.mark.slow
 def test_an_error_in_one_of_two_processes_is_one_line(data, tmp_path):
     words = arguments(data, tmp_path / "two", "train.max_steps=2", "train.num_processes=2", "task.horizon=17")
     command = [sys.executable, "-m", "action_diffusion", *words]
@@ -200,6 +206,7 @@ def test_a_policy_of_another_shape_is_not_an_initialisation(data, tmp_path, caps
     assert "does not belong to the policy configured here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_budget_in_minutes_stops_in_time(data, tmp_path):
     began = time.monotonic()
     assert main(arguments(data, tmp_path / "run", "train.max_minutes=0.05", "train.validate_every=0")) == 0
@@ -214,6 +221,7 @@ def test_a_budget_in_epochs_counts_windows(data, tmp_path):
     assert lines(tmp_path / "run")[-1]["step"] == 2 * (len_windows(data) // 16)
 
 
+@pytest.mark.slow
 def test_the_newest_the_best_and_no_others_survive(data, tmp_path):
     extra = ["train.max_steps=60", "train.checkpoint_every=10", "train.keep_best=2"]
     assert main(arguments(data, tmp_path / "run", *extra)) == 0
@@ -234,6 +242,7 @@ def test_the_best_are_kept_by_their_merit(tmp_path):
     assert [f.name[-1] for f in checkpoints.checkpoint_folders(tmp_path)] == ["1", "3", "4"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_keeps_earlier_checkpoints(data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     real, calls = checkpoints.save_file, []

@@ -60,6 +60,7 @@ def evaluate_policy(
     return evaluate(
         policy=policy,
         env_name=policy.spec.task,
+        env=env,
         make_env=functools.partial(envs.make, **env),
         in_processes=apart,
         demonstrations=policy.spec.demonstrations,
@@ -75,6 +76,7 @@ def evaluate(
     *,
     policy: Policy,
     env_name: str,
+    env: Mapping[str, Any] | None = None,
     make_env: Callable[[], Env],
     keys: Sequence[str],
     n_episodes: int = 50,
@@ -95,7 +97,7 @@ def evaluate(
     best, the worst and some episodes between. Scores do not depend on `n_envs` (see `envs.rollout`).
 
     Args:
-        env_name: what results.json calls the task.
+        env_name: what results.json calls the task. env: the simulator's name and settings, for it.
         keys: the observations that the policy wants.
         in_processes: see `rollout`; a simulator that is lost is reported with its seed, and started again.
         demonstrations: what the policy learnt from, for the report.
@@ -131,7 +133,7 @@ def evaluate(
         )
         results = {
             "task": env_name,
-            "env": None if spec.env is None else dict(spec.env),
+            "env": None if env is None else dict(env),
             "demonstrations": demonstrations,
             **_summary([episode.score for episode in episodes]),
             "seeds": seeds,
