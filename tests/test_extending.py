@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from action_diffusion import registry
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.registry import ENCODERS, Registry, use_plugins
@@ -150,8 +151,10 @@ def test_an_option_that_a_part_does_not_have(world):
 
 
 def test_the_other_parts(world, monkeypatch):
-    monkeypatch.delenv("ACTION_DIFFUSION_PLUGINS", raising=False)
     monkeypatch.setenv("ACTION_DIFFUSION_PLUGINS", "")
+    for one in vars(registry).values():
+        if isinstance(one, Registry):
+            monkeypatch.setattr(one, "_given", {})
     use_plugins(str(world / "my_parts.py"))
     import torch
 
@@ -182,12 +185,12 @@ def test_the_other_parts(world, monkeypatch):
 @pytest.mark.parametrize("name", ["observation", "taken"])
 def test_a_name_is_taken_once(monkeypatch, name):
     monkeypatch.setattr(ENCODERS, "_given", {})
-    registry = Registry("encoder", "none", {"observation": "a:b"})
-    registry.register("free")(int)
+    names = Registry("encoder", "none", {"observation": "a:b"})
+    names.register("free")(int)
     if name == "taken":
-        registry.register("taken")(int)
+        names.register("taken")(int)
     with pytest.raises(InputError, match=f"the name '{name}' .encoder. is taken"):
-        registry.register(name)(Path if name == "taken" else int)
+        names.register(name)(Path if name == "taken" else int)
 
 
 @pytest.mark.parametrize(

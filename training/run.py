@@ -86,6 +86,8 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
     if accelerator.is_main_process:
         trainer.write_bundle(output_dir / "bundle", trainer.ema_state())
         say(f"{done.step:,} steps in {done.seconds / 60:.1f} minutes; bundle in {output_dir / 'bundle'}")
+        if (measured := _measured_steps(config["task"]["name"])) > done.step:
+            say(f"this task's own settings train for {measured:,} steps: train.max_steps={measured}")
         if trainer.metrics is not None:
             trainer.metrics.close()
         results = final_evaluation(config, output_dir, buffer, data)
@@ -132,6 +134,15 @@ def final_evaluation(
         return {}
     chosen = choose(buffer, [(output_dir / "bundle", policy.spec)], own_data=sources.names(config["data"]))
     return evaluate_held_out(policy, data.train, chosen, settings=settings, **where)
+
+
+def _measured_steps(task: str) -> int:
+    """How long the task's own settings train, where it ships and its steps were chosen for it; else 0."""
+    from action_diffusion.configuration import choices, load
+
+    if task == "custom" or task not in choices("task"):
+        return 0
+    return load("train", [f"task={task}", "data=x"])["train"]["max_steps"] or 0
 
 
 def _output_dir(config: Mapping[str, Any]) -> Path:

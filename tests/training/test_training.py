@@ -94,6 +94,7 @@ def test_a_run_leaves_what_the_readme_promises(data, tmp_path, capsys):
     assert list((output / "tensorboard").glob("events*"))
     printed = capsys.readouterr()
     assert "mean_score" in printed.out
+    assert "this task's own settings train for 2,200 steps" in " ".join(printed.err.split())
     policy = policy_package.load(output / "bundle", verify=True)
     assert policy.predict({"state": np.full((2, 5), 100, np.float32)})["action"].shape == (8, 2)
 
