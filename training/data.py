@@ -270,7 +270,7 @@ class StepBatches:
         return len(self.source)
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
-        """See `trainer.TrainingData`."""
+        """See `trainer.StepSource`."""
         indices = batch_indices(len(self.source), batch_size, self.seed, step, self.rank, self.world)
         if self.crop is None or self.image_size is None:
             return self.source.gather(indices)

@@ -33,7 +33,7 @@ from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.progress import TrainingBar
 
 
-class TrainingData(Protocol):
+class StepSource(Protocol):
     """Training data: `len()` windows, and the batch [B] of a step of this process."""
 
     def __len__(self) -> int: ...
@@ -79,7 +79,7 @@ class Trainer:
         self,
         *,
         policy: DiffusionPolicy,
-        source: TrainingData,
+        source: StepSource,
         settings: TrainSettings,
         accelerator: Accelerator,
         output_dir: Path,

@@ -109,7 +109,7 @@ class SlicedFrames(Dataset[tuple[Tensor, ...]]):
 
 
 class Loaded:
-    """A `trainer.TrainingData` of batches from a DataLoader with `workers` processes, copied to the device."""
+    """A `trainer.StepSource` of batches from a DataLoader with `workers` processes, copied to the device."""
 
     def __init__(self, data: SlicedFrames, batch: int, workers: int, device: torch.device):
         self._length, self._device = len(data), device

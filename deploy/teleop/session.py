@@ -21,7 +21,7 @@ import numpy as np
 
 from action_diffusion.deploy.loop.clock import Clock, Pacer
 from action_diffusion.deploy.loop.gate import Gate
-from action_diffusion.deploy.teleop.devices.device import Device, Request, Signals
+from action_diffusion.deploy.teleop.devices.device import Ask, Device, Signals
 from action_diffusion.deploy.teleop.steering import Steering
 from action_diffusion.deploy.teleop.world import World
 from action_diffusion.errors import InputError
@@ -134,17 +134,17 @@ class TeleopSession:
         self._best: float | None = None
         self._target: np.ndarray | None = None
 
-    def _obey(self, order: Request) -> None:
+    def _obey(self, order: Ask) -> None:
         """An order that makes no sense now is left alone: a button that is pressed twice keeps one episode."""
-        if order is Request.FINISH:
+        if order is Ask.FINISH:
             self._finished = True
-        elif order is Request.START and self.mode is EpisodeMode.READY:
+        elif order is Ask.START and self.mode is EpisodeMode.READY:
             self._start()
-        elif order is Request.KEEP and self.mode in (EpisodeMode.RECORDING, EpisodeMode.OVER):
+        elif order is Ask.KEEP and self.mode in (EpisodeMode.RECORDING, EpisodeMode.OVER):
             self._keep()
-        elif order is Request.DISCARD and self.mode is not EpisodeMode.READY:
+        elif order is Ask.DISCARD and self.mode is not EpisodeMode.READY:
             self._discard()
-        elif order is Request.UNDO and self.mode is EpisodeMode.READY:
+        elif order is Ask.UNDO and self.mode is EpisodeMode.READY:
             self._undo()
 
     def _start(self) -> None:

@@ -98,7 +98,7 @@ RELEASE, STILL_RELEASED = 0.02, 0.06  # m above `low` where fingers open, and wh
 LOOSE = 0.015  # m that fingers open beyond the object's width before the hand leaves
 
 
-class Sight(NamedTuple):
+class SceneView(NamedTuple):
     """What is seen of an observation. Positions [3] in m.
 
     Attributes:
@@ -117,7 +117,7 @@ class Sight(NamedTuple):
     grasp: np.ndarray
 
 
-class Step(NamedTuple):
+class RelativeMove(NamedTuple):
     """Move by `shift` [3] (m), turn by `turn` [3] (axis times angle, rad); the gripper closes (1) or opens (-1)."""
 
     shift: np.ndarray
@@ -155,12 +155,12 @@ class ManipulationExpert:
         """No state but a start is known without simulating."""
 
 
-def seen(observation: Mapping[str, np.ndarray], plan: Plan, error: np.ndarray | None = None) -> Sight:
+def seen(observation: Mapping[str, np.ndarray], plan: Plan, error: np.ndarray | None = None) -> SceneView:
     """The scene of an observation, whose `object` begins with a position [3] and a quaternion [4] (x, y, z, w)."""
     position = np.asarray(observation["object"][:3], np.float64) + (0 if error is None else error)
     pose = Rotation.from_quat(np.float64(observation["object"][3:7])).as_matrix()
     fingers, speeds = observation["robot0_gripper_qpos"], observation["robot0_gripper_qvel"]
-    return Sight(
+    return SceneView(
         hand=np.asarray(observation["robot0_eef_pos"], np.float64),
         rotation=Rotation.from_quat(np.float64(observation["robot0_eef_quat"])).as_matrix(),
         width=float(fingers[0] - fingers[1]),
@@ -171,12 +171,12 @@ def seen(observation: Mapping[str, np.ndarray], plan: Plan, error: np.ndarray | 
     )
 
 
-def decide(scene: Sight, plan: Plan) -> Step:
+def decide(scene: SceneView, plan: Plan) -> RelativeMove:
     """What to do now."""
     distance = float(np.linalg.norm(scene.grasp - scene.hand))
     if _placed(scene, plan):
         away = np.clip((scene.width - plan.width[1]) / LOOSE, 0, 1)
-        return Step(np.array([0, 0, away * HOVER]), _upright(scene, _yaw(scene.rotation)), -1)
+        return RelativeMove(np.array([0, 0, away * HOVER]), _upright(scene, _yaw(scene.rotation)), -1)
     if distance < STILL_AT and plan.width[0] < scene.width < plan.width[1]:
         return _carry(scene, plan)
     offset = scene.grasp - scene.hand
@@ -184,10 +184,10 @@ def decide(scene: Sight, plan: Plan) -> Step:
     beside = np.linalg.norm(offset[:2]) + ARM * np.linalg.norm(turn)
     offset[2] += np.clip(STEEPNESS * (beside - OVER), 0, HOVER)
     close = distance < (AT if scene.width > OPEN else STILL_AT)
-    return Step(offset, turn, 1 if close else -1)
+    return RelativeMove(offset, turn, 1 if close else -1)
 
 
-def _placed(scene: Sight, plan: Plan) -> bool:
+def _placed(scene: SceneView, plan: Plan) -> bool:
     if plan.goal is None:
         return False
     if scene.object[2] > plan.low + (RELEASE if scene.width < plan.width[1] else STILL_RELEASED):
@@ -195,11 +195,11 @@ def _placed(scene: Sight, plan: Plan) -> bool:
     return bool(np.linalg.norm(scene.object[:2] - plan.goal) < 2 * plan.over)
 
 
-def _carry(scene: Sight, plan: Plan) -> Step:
+def _carry(scene: SceneView, plan: Plan) -> RelativeMove:
     closed = np.clip(1 - abs(scene.speed) / CLOSING, 0, 1)
     if plan.goal is None:
         rise = plan.carry - scene.object[2]
-        return Step(np.array([0, 0, closed * rise]), _upright(scene, 0), 1)
+        return RelativeMove(np.array([0, 0, closed * rise]), _upright(scene, 0), 1)
     shift = plan.goal - scene.object[:2]
     turn = min((_nearest(yaw - scene.yaw, 2 * np.pi) for yaw in plan.yaws), key=abs, default=0.0)
     beside = np.linalg.norm(shift) + ARM * abs(turn)
@@ -207,10 +207,10 @@ def _carry(scene: Sight, plan: Plan) -> Step:
     rise = height - scene.object[2]
     onward = np.clip(2 - rise / CLEARANCE, 0, 1) if height == plan.carry else 1.0
     upright = _upright(scene, _yaw(scene.rotation) + turn)
-    return Step(closed * np.append(onward * shift, rise), upright, 1)
+    return RelativeMove(closed * np.append(onward * shift, rise), upright, 1)
 
 
-def _upright(scene: Sight, yaw: float) -> np.ndarray:
+def _upright(scene: SceneView, yaw: float) -> np.ndarray:
     """The turn [3] that lets the hand point straight down, its x axis at `yaw` from the world's."""
     down = Rotation.from_euler("z", yaw) * Rotation.from_euler("x", np.pi)
     result: np.ndarray = (down * Rotation.from_matrix(scene.rotation).inv()).as_rotvec()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import vendors
 
-from action_diffusion.deploy.teleop.devices.device import Request, Signals, Together
+from action_diffusion.deploy.teleop.devices.device import Ask, Signals, Together
 from action_diffusion.deploy.teleop.devices.gamepad import BUTTONS, Gamepad
 from action_diffusion.deploy.teleop.devices.leader import Leader
 from action_diffusion.deploy.teleop.devices.registry import make_device
@@ -202,11 +202,11 @@ def test_sticks_of_a_gamepad(pad):
 def test_buttons_of_a_gamepad(pad):
     hold("A", "START")
     first, second = pad.poll(), pad.poll()
-    assert (first.toggle, first.orders) == (True, (Request.START,))
+    assert (first.toggle, first.orders) == (True, (Ask.START,))
     assert (second.toggle, second.orders) == (False, ())
     hold("Y", "B", "BACK", "LEFTSHOULDER")
     said = pad.poll()
-    assert set(said.orders) == {Request.KEEP, Request.DISCARD, Request.UNDO}
+    assert set(said.orders) == {Ask.KEEP, Ask.DISCARD, Ask.UNDO}
     assert said.speed == 0.5
     Controller.here = False
     with pytest.raises(InputError, match="no longer there"):
@@ -333,10 +333,10 @@ def test_orders_come_from_everywhere_and_one_drives():
             self.closed = True
             raise OSError
 
-    driver = Says(Signals(twist=np.ones(6), orders=(Request.KEEP,)))
-    page = Says(Signals(engaged=False, orders=(Request.FINISH,)))
+    driver = Says(Signals(twist=np.ones(6), orders=(Ask.KEEP,)))
+    page = Says(Signals(engaged=False, orders=(Ask.FINISH,)))
     both = Together(driver, [page])
-    assert both.poll().orders == (Request.KEEP, Request.FINISH)
+    assert both.poll().orders == (Ask.KEEP, Ask.FINISH)
     assert both.poll().engaged
     both.close()
     assert driver.closed

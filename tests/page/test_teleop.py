@@ -32,7 +32,7 @@ from action_diffusion.deploy.loop.clock import MonotonicClock, VirtualClock
 from action_diffusion.deploy.page.shared import Nonsense
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.subscribers import Subscribers
-from action_diffusion.deploy.teleop.devices.device import Request, Signals, without_drift
+from action_diffusion.deploy.teleop.devices.device import Ask, Signals, without_drift
 from action_diffusion.deploy.teleop.devices.keys import Keys
 from action_diffusion.deploy.teleop.devices.terminal import names
 from action_diffusion.deploy.teleop.page.app import word
@@ -56,7 +56,7 @@ def twist(**axes: float) -> Signals:
     return Signals(twist=np.array([axes.get(name, 0.0) for name in order]))
 
 
-def order(*orders: Request) -> Signals:
+def order(*orders: Ask) -> Signals:
     return Signals(engaged=False, why="nobody", orders=orders)
 
 
@@ -98,7 +98,7 @@ class Played:
         pass
 
     def poll(self) -> Signals:
-        signals = next(self._signals, order(Request.FINISH))
+        signals = next(self._signals, order(Ask.FINISH))
         return signals() if callable(signals) else signals
 
     def close(self) -> None:
@@ -133,14 +133,14 @@ def finger(seed: int = 0) -> np.ndarray:
 
 def lead(seed: int, n: int) -> list[Signals]:
     """Start, take hold of the finger, and lead it to the right by 5 px a step, for n steps."""
-    return [order(Request.START), *(Signals(target=finger(seed) + np.array([5.0 * i, 0])) for i in range(n))]
+    return [order(Ask.START), *(Signals(target=finger(seed) + np.array([5.0 * i, 0])) for i in range(n))]
 
 
 # The session
 
 
 def test_what_is_recorded_is_what_the_simulator_did():
-    _, sink, _ = play([*lead(3, 12), order(Request.KEEP)], seed=3)
+    _, sink, _ = play([*lead(3, 12), order(Ask.KEEP)], seed=3)
     (rows,) = sink.episodes
     assert {key: (row.dtype, row.shape) for key, row in rows[0].items()} == {
         "state": (np.float32, (5,)),
@@ -163,8 +163,15 @@ def test_the_columns_are_those_of_the_expert():
 
 
 def test_keep_goes_on_discard_comes_again_and_undo_goes_back():
-    signals = [*lead(5, 4), order(Request.KEEP), *lead(6, 4), order(Request.DISCARD), *lead(6, 3), order(Request.KEEP)]
-    session, sink, told = play([*signals, order(Request.UNDO), *lead(6, 2), order(Request.KEEP, Request.KEEP)], seed=5)
+    signals = [
+        *lead(5, 4),
+        order(Ask.KEEP),
+        *lead(6, 4),
+        order(Ask.DISCARD),
+        *lead(6, 3),
+        order(Ask.KEEP),
+    ]
+    session, sink, told = play([*signals, order(Ask.UNDO), *lead(6, 2), order(Ask.KEEP, Ask.KEEP)], seed=5)
     assert [len(rows) for rows in sink.episodes] == [4, 2]
     starts = [PushT() for _ in range(2)]
     for env, seed, rows in zip(starts, (5, 6), sink.episodes, strict=True):
@@ -175,17 +182,23 @@ def test_keep_goes_on_discard_comes_again_and_undo_goes_back():
 
 
 def test_orders_that_make_no_sense_change_nothing():
-    session, sink, told = play([order(Request.KEEP, Request.DISCARD, Request.UNDO), *lead(0, 3), order(Request.START)])
+    session, sink, told = play(
+        [
+            order(Ask.KEEP, Ask.DISCARD, Ask.UNDO),
+            *lead(0, 3),
+            order(Ask.START),
+        ]
+    )
     assert sink.n_episodes == 0
     assert sink.n_steps == 3
     assert session.mode is EpisodeMode.RECORDING
-    _, sink, told = play([order(Request.START), order(Request.KEEP)])
+    _, sink, told = play([order(Ask.START), order(Ask.KEEP)])
     assert sink.n_episodes == 0
     assert "nothing to keep" in told[1]["message"]
 
 
 def test_the_countdown():
-    _, sink, told = play([order(Request.START), *[Signals(target=finger())] * 9], countdown=0.5)
+    _, sink, told = play([order(Ask.START), *[Signals(target=finger())] * 9], countdown=0.5)
     assert [said["countdown"] for said in told[:5]] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
     assert [said["mode"] for said in told[:6]] == ["COUNTDOWN"] * 5 + ["RECORDING"]
     assert sink.n_steps == 5
@@ -193,7 +206,7 @@ def test_the_countdown():
 
 def test_a_pointer_takes_hold_before_anything_moves():
     away = Signals(target=finger() + 100)
-    _, sink, told = play([order(Request.START), away, away, *lead(0, 3)[1:]])
+    _, sink, told = play([order(Ask.START), away, away, *lead(0, 3)[1:]])
     assert sink.n_steps == 3
     assert told[1]["message"] == HAND
 
@@ -201,7 +214,7 @@ def test_a_pointer_takes_hold_before_anything_moves():
 def test_where_nobody_drives_time_stands_still():
     silent = Signals(engaged=False, why="the page is silent or hidden: paused")
     far = Signals(target=finger() + 90)
-    _, sink, told = play([*lead(0, 4), silent, silent, far, *lead(0, 4)[2:], order(Request.KEEP)])
+    _, sink, told = play([*lead(0, 4), silent, silent, far, *lead(0, 4)[2:], order(Ask.KEEP)])
     (rows,) = sink.episodes
     assert len(rows) == 7
     assert [said["driven"] for said in told[1:10]] == [True] * 4 + [False] * 3 + [True] * 2
@@ -223,7 +236,7 @@ def test_where_nobody_drives_time_stands_still():
 )
 def test_what_the_gate_refuses_is_neither_executed_nor_recorded(target, reason):
     bad = Signals(target=np.array(target))
-    session, sink, told = play([*lead(0, 3), bad, *lead(0, 1)[1:], order(Request.KEEP)])
+    session, sink, told = play([*lead(0, 3), bad, *lead(0, 1)[1:], order(Ask.KEEP)])
     assert session.refused == 1
     assert len(sink.episodes[0]) == 4
     assert re.search(reason, told[4]["message"])
@@ -231,7 +244,7 @@ def test_what_the_gate_refuses_is_neither_executed_nor_recorded(target, reason):
 
 
 def test_an_episode_that_is_over_waits_for_a_word():
-    _, sink, told = play([*lead(0, 8), order(Request.KEEP)], max_steps=5)
+    _, sink, told = play([*lead(0, 8), order(Ask.KEEP)], max_steps=5)
     assert [len(rows) for rows in sink.episodes] == [5]
     assert told[5]["mode"] == "OVER"
 
@@ -239,13 +252,13 @@ def test_an_episode_that_is_over_waits_for_a_word():
 def test_an_interrupted_episode_is_asked_for_first():
     sink = Sink()
     sink.rows = [{}, {}]
-    session, sink, _ = play([order(Request.START), order(Request.KEEP)], sink)
+    session, sink, _ = play([order(Ask.START), order(Ask.KEEP)], sink)
     assert [len(rows) for rows in sink.episodes] == [2]
     assert session.mode is EpisodeMode.READY
 
 
 def test_recording_begins_with_the_first_motion():
-    _, sink, told = play([order(Request.START), STILL, STILL, twist(forward=1.0), STILL, order(Request.KEEP)])
+    _, sink, told = play([order(Ask.START), STILL, STILL, twist(forward=1.0), STILL, order(Ask.KEEP)])
     (rows,) = sink.episodes
     np.testing.assert_allclose([row["action"] for row in rows], [finger() - [0, 30]] * 2, atol=1e-3)
     assert "begins" in told[1]["message"]
@@ -379,7 +392,7 @@ def test_keys_are_held_pressed_and_scale_the_speed():
     assert said.twist is not None
     assert said.twist.tolist() == [1, 1, 0, 0, 0, 0]
     assert said.toggle
-    assert said.orders == (Request.UNDO, Request.KEEP)
+    assert said.orders == (Ask.UNDO, Ask.KEEP)
     assert keys.signals(["w", "s"], ["+", "+"]).twist.tolist() == [0.0] * 6  # type: ignore[union-attr]
     assert keys.signals([], ["-"]).speed == pytest.approx(1.25)
     assert keys.signals([], ["-"] * 99).speed == pytest.approx(0.1)
@@ -410,7 +423,7 @@ def test_what_a_page_cannot_mean_is_nonsense(message):
 
 
 def test_what_a_page_means():
-    assert word('{"order": "undo"}') == {"order": int(Request.UNDO)}
+    assert word('{"order": "undo"}') == {"order": int(Ask.UNDO)}
     with pytest.raises(Nonsense):
         word('{"pointer": [1, 2], "down": ["w", "\\t", "F13", ["x"]], "pressed": [" "]}')
     said = word('{"pointer": [1, 2], "down": ["w", "F13"], "pressed": [" "]}')
@@ -516,7 +529,7 @@ def test_lift_by_twists(tmp_path):
     sink = Sink()
     session = TeleopSession(
         world=world,
-        device=Played([order(Request.START), *grasp, order(Request.KEEP)]),
+        device=Played([order(Ask.START), *grasp, order(Ask.KEEP)]),
         steering=steering,
         gate=gate_of(world),
         sink=sink,
@@ -555,12 +568,12 @@ def test_an_arm_in_real_time_through_all_gates(robot):
     nobody = Signals(engaged=False, why="hold the right bumper to drive")
     turning = [twist(forward=1.0, left=-1.0)] * 10
     signals = [
-        order(Request.START),
+        order(Ask.START),
         *turning,
         *[nobody] * 4,
         STILL._replace(toggle=True),
         *turning,
-        order(Request.KEEP),
+        order(Ask.KEEP),
     ]
     sink = Sink()
     session = TeleopSession(

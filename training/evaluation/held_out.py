@@ -22,7 +22,7 @@ from action_diffusion.policy.reading import read_config, trained_on
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training import episodes
 from action_diffusion.training.data import held_out_indices
-from action_diffusion.training.evaluation.offline import Origin, Reference, evaluate_offline
+from action_diffusion.training.evaluation.offline import EpisodesOrigin, Reference, evaluate_offline
 
 MOST_WINDOWS = 512
 _BATCH = 64
@@ -39,7 +39,7 @@ class Chosen:
     now: np.ndarray
     ends: np.ndarray
     n_action_steps: int
-    origin: Origin
+    origin: EpisodesOrigin
     names: list[str]
     units: list[str]
 
@@ -168,23 +168,23 @@ def _by_split(buffer: ReplayBuffer, path: Path, own_data: Sequence[str] | None) 
     return kinds
 
 
-def _origin(n: int, asked: np.ndarray, trained: np.ndarray, unknown: Sequence[str], *, several: bool) -> Origin:
+def _origin(n: int, asked: np.ndarray, trained: np.ndarray, unknown: Sequence[str], *, several: bool) -> EpisodesOrigin:
     """What `n` episodes are to the policies. asked, trained: bool [E], of all episodes."""
     count = f"{n} episode{'s' if n > 1 else ''}"
     if not asked.any():
         who = "at least one of the policies" if several else "the policy"
         words = f"{count} that {who} was trained on: this is no measure of how it does on new ones"
-        return Origin("trained", words)
+        return EpisodesOrigin("trained", words)
     left_out = f"; of the data's {len(asked)}, {trained.sum()} that it was trained on are left out" * bool(
         trained.any()
     )
     if unknown:
         who = " and ".join(unknown)
         words = f"{count}; whether {who} was trained on them is unknown: no hashes of its episodes are kept"
-        return Origin("unknown", words + left_out.replace("that it was", "that, by its configuration, it was"))
+        return EpisodesOrigin("unknown", words + left_out.replace("that it was", "that, by its configuration, it was"))
     who = "none of the policies was" if several else "the policy was not"
     left_out = left_out.replace("it was", "one of them was") if several else left_out
-    return Origin("held_out", f"{count} that {who} trained on{left_out}")
+    return EpisodesOrigin("held_out", f"{count} that {who} trained on{left_out}")
 
 
 def _dimensions(buffer: ReplayBuffer, spec: PolicySpec) -> tuple[list[str], list[str]]:

@@ -33,7 +33,7 @@ _THUMBNAIL = 160
 
 
 @dataclass(frozen=True)
-class Origin:
+class EpisodesOrigin:
     """What the episodes are to the policy, and the same in a sentence."""
 
     kind: Literal["held_out", "trained", "unknown"]
@@ -49,7 +49,7 @@ class Reference:
     these episodes. along: episode → its windows, in which the executed steps follow one another. control_rate: Hz.
     """
 
-    origin: Origin
+    origin: EpisodesOrigin
     ids: Sequence[str]
     episode: np.ndarray
     before: np.ndarray

@@ -15,7 +15,7 @@ import numpy as np
 from action_diffusion.deploy.drivers.vendor import attempt
 
 
-class Request(enum.IntEnum):
+class Ask(enum.IntEnum):
     """What a person may ask of the session, beside driving."""
 
     START, KEEP, DISCARD, UNDO, FINISH = 1, 2, 3, 4, 5
@@ -42,7 +42,7 @@ class Signals(NamedTuple):
     gripper: int = 0
     toggle: bool = False
     speed: float = 1.0
-    orders: tuple[Request, ...] = ()
+    orders: tuple[Ask, ...] = ()
 
 
 class Device(Protocol):

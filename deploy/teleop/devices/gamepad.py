@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.deploy.drivers.vendor import library
-from action_diffusion.deploy.teleop.devices.device import Request, Signals, without_drift
+from action_diffusion.deploy.teleop.devices.device import Ask, Signals, without_drift
 from action_diffusion.errors import InputError
 
 DEAD = 0.12
 """Of a stick: how far from its middle it may rest."""
 FULL = 32767
 BUTTONS = {
-    "START": Request.START,
-    "Y": Request.KEEP,
-    "B": Request.DISCARD,
-    "BACK": Request.UNDO,
+    "START": Ask.START,
+    "Y": Ask.KEEP,
+    "B": Ask.DISCARD,
+    "BACK": Ask.UNDO,
 }
 
 

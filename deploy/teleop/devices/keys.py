@@ -14,11 +14,16 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from action_diffusion.deploy.teleop.devices.device import Request, Signals
+from action_diffusion.deploy.teleop.devices.device import Ask, Signals
 
 AXES = (("w", "s"), ("a", "d"), ("r", "f"), ("z", "x"), ("t", "g"), ("c", "v"))
 ALIKE = {"ArrowUp": "w", "ArrowDown": "s", "ArrowLeft": "a", "ArrowRight": "d"}
-ORDERS = {"Enter": Request.START, "k": Request.KEEP, "Backspace": Request.DISCARD, "u": Request.UNDO}
+ORDERS = {
+    "Enter": Ask.START,
+    "k": Ask.KEEP,
+    "Backspace": Ask.DISCARD,
+    "u": Ask.UNDO,
+}
 GRIPPER, FASTER, SLOWER = " ", "+=", "-_"
 KEYS = {*(key for pair in AXES for key in pair), GRIPPER, *FASTER, *SLOWER, *ALIKE, *ORDERS}
 """All that mean something."""

@@ -16,7 +16,7 @@ from typing import TextIO
 
 import numpy as np
 
-from action_diffusion.deploy.teleop.devices.device import Request, Signals
+from action_diffusion.deploy.teleop.devices.device import Ask, Signals
 from action_diffusion.errors import InputError
 
 
@@ -54,14 +54,14 @@ class Script:
             if words[0].isalpha() and words[0] not in ("nan", "inf"):
                 return Signals(engaged=False, why="the script gives an order", orders=(self._order(words),))
             return Signals(target=self._numbers(words))
-        return Signals(engaged=False, why="the script is over", orders=(Request.FINISH,))
+        return Signals(engaged=False, why="the script is over", orders=(Ask.FINISH,))
 
-    def _order(self, words: list[str]) -> Request:
+    def _order(self, words: list[str]) -> Ask:
         try:
             (word,) = words
-            return Request[word.upper()]
+            return Ask[word.upper()]
         except (KeyError, ValueError):
-            names = ", ".join(order.name.lower() for order in Request)
+            names = ", ".join(order.name.lower() for order in Ask)
             raise InputError(f"script, line {self._line}: {' '.join(words)!r} is none of {names}") from None
 
     def _numbers(self, words: list[str]) -> np.ndarray:

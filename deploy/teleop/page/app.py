@@ -16,7 +16,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from action_diffusion.deploy.ipc.channels import text
 from action_diffusion.deploy.ipc.rings import Moment, RingReader
 from action_diffusion.deploy.page.shared import Admission, BasePage, Nonsense, understood
-from action_diffusion.deploy.teleop.devices.device import Request
+from action_diffusion.deploy.teleop.devices.device import Ask
 from action_diffusion.deploy.teleop.devices.keys import KEYS
 from action_diffusion.deploy.teleop.page.board import Inputs
 
@@ -75,7 +75,7 @@ def word(message: str) -> dict[str, Any]:
     said = understood(message)
     try:
         if "order" in said:
-            return {"order": int(Request[said["order"].upper()])}
+            return {"order": int(Ask[said["order"].upper()])}
         pointer = None if said["pointer"] is None else np.array(said["pointer"], dtype=np.float64)
         keys = {name: "\t".join(key for key in said[name][:16] if key in KEYS) for name in ("down", "pressed")}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):

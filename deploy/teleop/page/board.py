@@ -21,7 +21,7 @@ import numpy as np
 from action_diffusion.deploy.ipc.channels import text
 from action_diffusion.deploy.ipc.rings import Fields, Moment, RingReader, RingWriter
 from action_diffusion.deploy.page.link import PageLink
-from action_diffusion.deploy.teleop.devices.device import Request, Signals
+from action_diffusion.deploy.teleop.devices.device import Ask, Signals
 from action_diffusion.deploy.teleop.devices.keys import HELP, Keys
 
 INPUTS: Fields = {"order": ("i4", ()), "pointer": ("f8", (2,)), "down": ("S120", ()), "pressed": ("S120", ())}
@@ -113,7 +113,7 @@ class Browser:
         for record in self._inputs.after(self._heard):
             self._heard, self._t = record.number, record.t
             if int(record.values["order"]):
-                orders.append(Request(int(record.values["order"])))
+                orders.append(Ask(int(record.values["order"])))
             else:
                 self._pointer = record.values["pointer"]
                 new.append(_keys(text(record.values["down"])))
