@@ -22,10 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options import COMMANDS, Address, Plugins
+from action_diffusion.options import COMMANDS, Address, Plugins, TrainSettings
 from action_diffusion.registry import use_plugins
 from action_diffusion.schema import FilePath, alternatives, check, hint_at
-from action_diffusion.train_settings import TrainSettings
 
 BUDGETS = ("train.max_minutes", "train.max_steps", "train.max_epochs")
 GROUPS = {"train": ("task", "encoder", "denoiser", "scheduler"), "collect": ("task",)}

@@ -13,10 +13,10 @@ import torch
 
 from action_diffusion.configuration import GROUPS, choices, load
 from action_diffusion.errors import InputError
+from action_diffusion.options import TrainSettings
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.registry import build
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
-from action_diffusion.train_settings import TrainSettings
 
 SMALL = ["policy.denoiser.channels=[8,16]", "policy.denoiser.time_dim=16", "policy.encoder.width=0.25"]
 ACTIONS = {"pusht": 2, "custom": 7, "lift": 7, "can": 7, "square": 7, "transport": 14, "tool_hang": 7}

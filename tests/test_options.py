@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 from action_diffusion.configuration import _items, choices, load, override
 from action_diffusion.errors import InputError
-from action_diffusion.options import COMMANDS, COMPONENTS, Policy, check_policy
+from action_diffusion.options import COMMANDS, COMPONENTS, Policy, TrainSettings, check_policy
 from action_diffusion.policy.bundle import resolve_device
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.registry import POLICY_PARTS
 from action_diffusion.schema import check, hint_at, hints
-from action_diffusion.train_settings import TrainSettings
 
 REQUIRED = {"train": [], "evaluate": ["bundle=x"], "collect": ["output=x"], "deploy": [], "serve": ["bundle=x"]}
 CONFIGS = {name: load(name, words) for name, words in REQUIRED.items()}

@@ -12,8 +12,7 @@ import pytest
 from tiny import demonstrations
 
 from action_diffusion.errors import InputError
-from action_diffusion.options import Action, Objective, Policy, Sampler, Task, Train, plain
-from action_diffusion.train_settings import TrainSettings
+from action_diffusion.options import Action, Objective, Policy, Sampler, Task, Train, TrainSettings, plain
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
 

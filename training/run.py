@@ -25,13 +25,12 @@ from action_diffusion.datasets.batches import sources
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
-from action_diffusion.options import Train, plain
+from action_diffusion.options import Train, TrainSettings, plain
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
-from action_diffusion.train_settings import TrainSettings
 from action_diffusion.training import checkpoints, columns, episodes, resuming
 from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
 from action_diffusion.training.evaluation.held_out import choose, evaluate_held_out

@@ -24,9 +24,9 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from action_diffusion.options import TrainSettings
 from action_diffusion.policy import kernels
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.train_settings import TrainSettings
 from action_diffusion.training import checkpoints
 from action_diffusion.training.capture import CapturedGradient, check_capturable
 from action_diffusion.training.metrics import MetricsLog

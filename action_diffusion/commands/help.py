@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from importlib import resources
 
 from action_diffusion.configuration import choices
-from action_diffusion.train_settings import TrainSettings
+from action_diffusion.options import TrainSettings
 
 EXAMPLES = {
     "train": """\

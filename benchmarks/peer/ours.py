@@ -29,6 +29,7 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
 from action_diffusion.memory import keep_freed_memory
+from action_diffusion.options import TrainSettings
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
 from action_diffusion.policy.inference import choose_threads
@@ -36,7 +37,6 @@ from action_diffusion.policy.kernels import accelerate, check_precision, cpu_une
 from action_diffusion.policy.model import normalizer
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
-from action_diffusion.train_settings import TrainSettings
 from action_diffusion.training.trainer import Trainer
 from benchmarks.peer.peers.serving import Say, Work, instructions, serve
 from benchmarks.peer.weights import from_lerobot

@@ -41,11 +41,11 @@ from action_diffusion.datasets.batches.windows import Windows, make_windows
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import unknown
 from action_diffusion.files import atomic_path
+from action_diffusion.options import TrainSettings
 from action_diffusion.parallel import cores
 from action_diffusion.policy.bundle import resolve_device, versions
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.train_settings import TrainSettings
 from action_diffusion.training.data import StepBatches
 from action_diffusion.training.trainer import Trainer
 from benchmarks.command import command, options, positive, whole

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.errors import InputError
-from action_diffusion.train_settings import TrainSettings
+from action_diffusion.options import TrainSettings
 from action_diffusion.training.capture import check_capturable
 from action_diffusion.training.data import StepBatches
 from action_diffusion.training.trainer import Trainer

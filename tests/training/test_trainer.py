@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from action_diffusion.datasets.batches.loader import Batch
-from action_diffusion.train_settings import TrainSettings
+from action_diffusion.options import TrainSettings
 from action_diffusion.training.trainer import Average, Trainer
 
 

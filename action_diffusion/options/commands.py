@@ -1,0 +1,200 @@
+"""Options of the other commands, and all commands by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from action_diffusion.options.policy import AnySampler
+from action_diffusion.options.task import Task
+from action_diffusion.options.train import Data, Train
+from action_diffusion.options.words import (
+    MOST_STEPS,
+    Address,
+    Count,
+    Device,
+    Finite,
+    Plugins,
+    Port,
+    Precision,
+    Seconds,
+    Seed,
+    Share,
+)
+from action_diffusion.schema import Above, Between, FilePath, OneOf, Section, Sized
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """`action-diffusion evaluate`."""
+
+    bundle: FilePath | list[FilePath]
+    compare: FilePath | None = None
+    n_episodes: Count = 50
+    seed: Seed = 100_000
+    n_envs: Annotated[int, Between(1, 4096)] | None = None
+    policy_batch: Annotated[int, Between(1, 4096)] | None = None
+    n_videos: Annotated[int, Between(0, 1000)] = 6
+    output_dir: FilePath | None = None
+    device: Device = "auto"
+    precision: Precision = "fp32"
+    compile: bool = False
+    cuda_graph: bool = False
+    plugins: Plugins = None
+    data: Data | None = None
+    sampler: AnySampler = field(default_factory=AnySampler)
+
+
+@dataclass(kw_only=True)
+class Camera:
+    """`simulated.camera`: how slow and unreliable a simulated one is."""
+
+    rate: Annotated[float, Above(0, 1000)] = 20.0
+    latency: Seconds = 0.0
+    jitter: Seconds = 0.0
+    drop: Share = 0.0
+    die_after: Seconds = 0.0
+    stamped: Annotated[str, OneOf("capture", "arrival")] = "capture"
+    stamp_latency: Annotated[float, Between(-100, 100)] = 0.0
+
+
+@dataclass(kw_only=True)
+class Simulated:
+    """`simulated.*`."""
+
+    latency: Seconds = 0.0
+    camera: Camera = field(default_factory=Camera)
+
+
+@dataclass(kw_only=True)
+class Collect:
+    """`action-diffusion collect`. `policy` and `train` are of the task, and nothing here uses them."""
+
+    agent: Annotated[str, OneOf("expert", "teleop", "corrections", kind="agent")] = "expert"
+    episodes: Count = 20
+    output: FilePath
+    seed: Seed = 0
+    min_score: Annotated[float, Between(-1e6, 1e6)] = 0.98
+    visited_by: FilePath | None = None
+    workers: Annotated[int, Between(1, 1024)] | None = None
+    device: str = "browser"
+    device_index: Annotated[int, Between(0, 100)] = 0
+    clutch: bool = False
+    script: FilePath | None = None
+    countdown: Seconds = 3.0
+    max_seconds: Annotated[float, Above(0, 1e6)] = 120.0
+    speed: Annotated[float, Above(0, 100)] = 1.0
+    video: bool = False
+    gripper: Annotated[list[Finite], Sized(2, 2)] | None = None
+    robot: str | None = None
+    hardware: FilePath | None = None
+    dry_run: bool = False
+    limits: Section | None = None
+    obstacles: Section | None = None
+    simulated: Simulated = field(default_factory=Simulated)
+    page: bool | Port | None = None
+    page_host: str = "127.0.0.1"
+    page_token_file: FilePath | None = None
+    from_: FilePath | None = None
+    plugins: Plugins = None
+    min_steps: Count = 5
+    task: Task
+    policy: Section | None = None
+    train: Section | None = None
+
+
+@dataclass(kw_only=True)
+class RealTimeChunking:
+    """`rtc.*` of deploy, see `deploy.prediction.Guidance`."""
+
+    method: str = "auto"
+    mask: str = "exponential"
+    beta: Annotated[float, Above(0, 1e6)] = 5.0
+    overlap: Annotated[int, Between(0, MOST_STEPS)] | None = None
+    pin: bool = True
+    rounds: Annotated[int, Between(0, 1000)] = 0
+
+
+@dataclass(kw_only=True)
+class Calibration:
+    """`calibration.*` of deploy, see `deploy.calibrate_motion.Wanted`."""
+
+    number: Annotated[int, Between(0, 1000)] = 0
+    distance: Annotated[float, Above(0, 1e6)] | None = None
+    period: Annotated[float, Above(0, 1e4)] = 1.719
+    n_periods: Annotated[int, Between(4, 10_000)] = 6
+
+
+@dataclass(kw_only=True)
+class Safety:
+    """`safety.*` of deploy."""
+
+    margin: Annotated[float, Between(0, 1000)] = 0.1
+
+
+@dataclass(kw_only=True)
+class Deploy:
+    """`action-diffusion deploy`."""
+
+    bundle: FilePath | None = None
+    server: Address | None = None
+    server_timeout: Annotated[float, Above(0, 1e5)] = 5.0
+    token_file: FilePath | None = None
+    robot: str = "sim_pusht"
+    hardware: FilePath | None = None
+    dry_run: bool = False
+    n_episodes: Count = 1
+    seed: Seed = 100_000
+    scheduling: str = "sync"
+    delay: Annotated[int, Between(0, MOST_STEPS)] | None = None
+    execution_horizon: Annotated[int, Between(1, MOST_STEPS)] | None = None
+    rtc: RealTimeChunking = field(default_factory=RealTimeChunking)
+    page: bool | Port | None = None
+    page_host: str = "127.0.0.1"
+    page_token_file: FilePath | None = None
+    teleop: str | None = None
+    wait: bool = False
+    record: bool = True
+    replay: FilePath | None = None
+    calibrate: bool = False
+    calibration: Calibration = field(default_factory=Calibration)
+    plugins: Plugins = None
+    output_dir: FilePath | None = None
+    device: Device = "auto"
+    precision: Precision = "fp32"
+    compile: bool = False
+    cuda_graph: bool = False
+    limits: Section | None = None
+    obstacles: Section | None = None
+    simulated: Simulated = field(default_factory=Simulated)
+    safety: Safety = field(default_factory=Safety)
+    sampler: AnySampler = field(default_factory=AnySampler)
+
+
+@dataclass(kw_only=True)
+class Serve:
+    """`action-diffusion serve`."""
+
+    bundle: FilePath
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    token_file: FilePath | None = None
+    max_connections: Annotated[int, Between(1, 10_000)] = 16
+    max_message_mb: Annotated[float, Above(0, 4096)] = 16.0
+    plugins: Plugins = None
+    remember: bool = True
+    seed: Annotated[int, Between(0, 2**63 - 1)] | None = None
+    device: Device = "auto"
+    precision: Precision = "fp32"
+    compile: bool = False
+    cuda_graph: bool = False
+    sampler: AnySampler = field(default_factory=AnySampler)
+
+
+COMMANDS: dict[str, type] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "collect": Collect,
+    "deploy": Deploy,
+    "serve": Serve,
+}

@@ -1,0 +1,221 @@
+"""`policy.*`: what a policy is made of. A component's options are those of its constructor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from action_diffusion.errors import InputError
+from action_diffusion.options.words import MOST_STEPS, Column, Columns, Finite, Places, Pose, Share, Size
+from action_diffusion.registry import POLICY_PARTS
+from action_diffusion.schema import Above, Between, ByName, FilePath, Matching, OneOf, Section, Sized, check
+
+
+@dataclass
+class Encoder:
+    """`policy.encoder`, see `policy.encoder.ObservationEncoder`."""
+
+    backbone: Annotated[str, OneOf("resnet18", "resnet34", "resnet50")] = "resnet18"
+    width: Annotated[float, Above(0, 8)] = 1.0
+    stages: Annotated[int, Between(1, 4)] = 4
+    pooling: Annotated[str, OneOf("spatial_softmax", "average")] = "spatial_softmax"
+    keypoints: Annotated[int, Between(1, 4096)] = 32
+    feature_dim: Annotated[int, Between(1, 8192)] = 64
+    crop: Size | None = None
+    resize: Size | None = None
+    color_jitter: Share | dict[str, Share] = 0.0
+    augment: list[Section] | None = None
+    share: bool = False
+    weights: FilePath | None = None
+    channels_last: bool = True
+    group_norm_channels: Annotated[int, Between(1, 1024)] = 16
+
+
+@dataclass
+class Unet1d:
+    """`policy.denoiser`, see `policy.denoiser.ConditionalUnet1d`."""
+
+    channels: Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)]
+    kernel_size: Annotated[int, Between(1, 63)] = 5
+    n_groups: Annotated[int, Between(1, 1024)] = 8
+    time_dim: Annotated[int, Between(4, 8192)] = 128
+    activation: Annotated[str, OneOf("silu", "mish", "relu", "gelu")] = "silu"
+
+
+@dataclass
+class PlanarPose:
+    """`policy.estimator`, see `policy.estimator.PlanarPose`."""
+
+    state: str
+    pose: Pose
+    low: Finite
+    high: Finite
+    known: dict[str, Columns] | None = None
+    hidden: Annotated[int, Between(1, 65_536)] = 256
+    weight: Annotated[float, Above(0, 1e6)] = 1.0
+
+
+@dataclass
+class Diffusion:
+    """`policy.process`, see `policy.process.Diffusion`."""
+
+    prediction: str = "epsilon"
+    num_train_timesteps: Annotated[int, Between(1, 10_000)] = 100
+    beta_schedule: Annotated[str, OneOf("linear", "scaled_linear", "squaredcos_cap_v2")] = "squaredcos_cap_v2"
+    beta_start: Annotated[float, Above(0, 0.999)] = 1e-4
+    beta_end: Annotated[float, Above(0, 0.999)] = 0.02
+
+
+@dataclass
+class Flow:
+    """`policy.process`, see `policy.process.Flow`."""
+
+    prediction: str = "velocity"
+
+
+@dataclass
+class SinCos:
+    """`policy.features.KEY`, see `policy.features`."""
+
+    columns: Columns
+
+
+@dataclass
+class Magnified:
+    """`policy.features.KEY`, see `policy.features`."""
+
+    columns: Columns
+    scale: Annotated[float, Above(0, 1e12)]
+
+
+@dataclass
+class PlanarObject:
+    """`policy.features.KEY`, see `policy.features`."""
+
+    pose: Pose
+    points: Places
+    relative: Annotated[list[Column], Sized(0, 4096)] = ()  # type: ignore[assignment]
+    landmarks: Places = ()  # type: ignore[assignment]
+
+
+@dataclass
+class PositionFrame:
+    """`policy.action_frame`, see `policy.frames.Position`."""
+
+    observation: str
+    columns: Columns
+    action_columns: Columns
+
+
+@dataclass
+class PlanarObjectFrame:
+    """`policy.action_frame`, see `policy.frames.PlanarObject`."""
+
+    observation: str
+    pose: Pose
+
+
+COMPONENTS: dict[str, dict[str, type]] = {
+    "encoder": {"observation": Encoder},
+    "denoiser": {"unet1d": Unet1d},
+    "estimator": {"planar_pose": PlanarPose},
+    "process": {"diffusion": Diffusion, "flow": Flow},
+    "features": {"sin_cos": SinCos, "magnified": Magnified, "planar_object": PlanarObject},
+    "action_frame": {"planar_object": PlanarObjectFrame, "position": PositionFrame},
+}
+
+
+@dataclass(kw_only=True)
+class AnySampler:
+    """`sampler` of a command: null keeps what the bundle says. Which go with a scheduler: `SCHEDULERS`."""
+
+    scheduler: Annotated[str, Matching("a word", lambda _: True)] | None = None
+    num_inference_steps: Annotated[int, Between(1, MOST_STEPS)] | None = None
+    clip: Annotated[str, OneOf("x0", "x")] | None = None
+    clip_range: Annotated[float, Between(1, 1e6)] | None = None
+    timestep_spacing: Annotated[str, OneOf("leading", "trailing", "linspace")] | None = None
+    steps_offset: Annotated[int, Between(0, 10_000)] | None = None
+    eta: Share | None = None
+    set_alpha_to_one: bool | None = None
+    thresholding: bool | None = None
+    variance_type: str | None = None
+    solver_order: Annotated[int, Between(1, 3)] | None = None
+    solver_type: Annotated[str, OneOf("midpoint", "heun")] | None = None
+    lower_order_final: bool | None = None
+    euler_at_final: bool | None = None
+    use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_lu_lambdas: bool | None = None
+    final_sigmas_type: Annotated[str, OneOf("zero", "sigma_min")] | None = None
+    shift: Annotated[float, Above(0, 1000)] | None = None
+    stochastic_sampling: bool | None = None
+
+
+SPACED = ("timestep_spacing", "steps_offset", "thresholding")
+SCHEDULERS = {
+    "ddpm": (*SPACED, "variance_type"),
+    "ddim": (*SPACED, "eta", "set_alpha_to_one"),
+    "dpm_solver++": (
+        *SPACED,
+        *("solver_order", "solver_type", "lower_order_final", "euler_at_final", "final_sigmas_type"),
+        *("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"),
+    ),
+    "flow": ("shift", "stochastic_sampling"),
+}
+"""The options of each scheduler, beside what `policy.sampler.Sampler` takes for all of them."""
+
+
+@dataclass(kw_only=True)
+class Sampler(AnySampler):
+    """`policy.sampler`."""
+
+    scheduler: str = field()
+    num_inference_steps: Annotated[int, Between(1, MOST_STEPS)] = field()
+
+
+@dataclass
+class Objective:
+    """`policy.objective`, see `policy.policy.DiffusionPolicy`."""
+
+    loss: Annotated[str, OneOf("mse", "l1", "huber")] | None = "mse"
+    noise_draws: Annotated[int, Between(1, 1024)] = 1
+    loss_on_padding: bool = True
+    max_delay: Annotated[int, Between(0, MOST_STEPS)] = 0
+
+
+EncoderSection = Annotated[Section, ByName(COMPONENTS["encoder"], POLICY_PARTS["encoder"])]
+DenoiserSection = Annotated[Section, ByName(COMPONENTS["denoiser"], POLICY_PARTS["denoiser"])]
+ProcessSection = Annotated[Section, ByName(COMPONENTS["process"], POLICY_PARTS["process"])]
+FeaturesSection = Annotated[Section, ByName(COMPONENTS["features"], POLICY_PARTS["features"])]
+FrameSection = Annotated[Section, ByName(COMPONENTS["action_frame"], POLICY_PARTS["action_frame"])]
+EstimatorSection = Annotated[Section, ByName(COMPONENTS["estimator"], POLICY_PARTS["estimator"])]
+
+
+@dataclass
+class Policy:
+    """`policy.*`: what a bundle is built from."""
+
+    encoder: EncoderSection
+    denoiser: DenoiserSection
+    process: ProcessSection
+    sampler: Sampler
+    objective: Objective
+    normalizer: dict[str, Annotated[str, OneOf("minmax", "gaussian", "identity")]]
+    features: dict[str, FeaturesSection | None] | None = None
+    action_frame: FrameSection | None = None
+    estimator: EstimatorSection | None = None
+
+
+def check_policy(config: Any) -> None:
+    """`InputError` for a `policy` section that no policy can be built from."""
+    check(config, Policy, "policy")
+
+
+def check_sampler(scheduler: str, options: Mapping[str, Any]) -> None:
+    """`InputError` for an option that the scheduler does not have, and for a value that it cannot have."""
+    for name in options:
+        if name not in SCHEDULERS.get(scheduler, ()):
+            accepted = ", ".join(SCHEDULERS.get(scheduler, ()))
+            raise InputError(f"sampler option not known to {scheduler}: {name}; it takes {accepted}")
+    check(dict(options), AnySampler, "sampler")

@@ -1,0 +1,90 @@
+"""`task.*`: what a policy looks at and does, and the simulator that it is evaluated in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from action_diffusion.errors import InputError
+from action_diffusion.options.words import KINDS, MOST_STEPS, Columns, Count
+from action_diffusion.registry import ENVS
+from action_diffusion.schema import Above, Between, ByName, Matching, OneOf, Section, Sized, check
+
+
+@dataclass
+class PushT:
+    """`task.env` of PushT, see `envs.pusht.PushT`."""
+
+    image_size: Annotated[int, Between(8, 2048)] = 96
+    max_steps: Count = 300
+    control_rate: Annotated[float, Above(0, 100)] = 10.0
+
+
+@dataclass
+class Manipulation:
+    """`task.env` of robosuite's tasks, see `envs.manipulation.Manipulation`."""
+
+    env_args: Section | None = None
+    absolute: bool = False
+    max_steps: Count | None = None
+
+
+Environment = Annotated[Section, ByName({name: PushT if name == "pusht" else Manipulation for name in ENVS.own}, ENVS)]
+Rate = Annotated[float, Above(0, 10_000)]
+Rotation = Annotated[str, Matching("a rotation, such as quaternion_xyzw or rotation_vector@3", bool)]
+"""Of a column of the buffer: its representation (`action_diffusion.rotations.SIZES`), and @ where it begins."""
+Steps = Annotated[int, Between(1, MOST_STEPS)]
+
+
+@dataclass
+class Observation:
+    """`task.observations.KEY`: which column of the buffer, and as what."""
+
+    source: str | None = None
+    kind: Annotated[str, OneOf(*KINDS)] | None = None
+    unit: str | None = None
+    columns: Columns | None = None
+
+
+@dataclass
+class Action:
+    """`task.action`."""
+
+    source: str | None = None
+    unit: str | None = None
+
+
+@dataclass
+class Task:
+    """`task.*`: what a policy looks at and does."""
+
+    name: str
+    n_obs_steps: Steps
+    horizon: Steps
+    n_action_steps: Steps
+    action: Action
+    control_rate: Rate | None = None  # the buffer's
+    data: str | list[str] | None = None
+    env: Environment | None = None
+    observations: dict[str, Observation | None] | None = None  # null: not this one
+    estimates: dict[str, Observation] | None = None
+    rotations: dict[str, Rotation | Annotated[list[Rotation], Sized(1, 100)]] | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self.n_obs_steps, self.horizon, self.n_action_steps)
+
+    @property
+    def seen(self) -> dict[str, Observation]:
+        """The observations that the task names."""
+        return {key: value for key, value in (self.observations or {}).items() if value is not None}
+
+
+def check_steps(n_obs_steps: int, horizon: int, n_action_steps: int) -> None:
+    """`InputError` for a chunk that cannot be, or that is over before what is to be executed of it."""
+    for name, value in {"n_obs_steps": n_obs_steps, "horizon": horizon, "n_action_steps": n_action_steps}.items():
+        check(value, Steps, name)
+    if n_obs_steps - 1 + n_action_steps > horizon:
+        raise InputError(
+            f"n_action_steps={n_action_steps} does not fit: a chunk of horizon={horizon} that begins "
+            f"{n_obs_steps - 1} steps before now has {horizon - n_obs_steps + 1} left to execute"
+        )
