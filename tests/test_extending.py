@@ -182,6 +182,19 @@ def test_the_other_parts(world, monkeypatch):
     assert torch.allclose(encoder.train()({"top": frames.flip(-1)}), plain, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_format_of_a_file_is_converted(world):
+    columns = {"state": np.arange(8.0).reshape(4, 2), "action": np.ones((4, 2))}
+    np.savez(world / "rows.npz", **columns, episode_ends=np.array([4]))
+    words = ["data", "convert", "in=rows.npz", "out=rows.zarr", "plugins=my_parts.py"]
+    done = command(world, *words)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(ReplayBuffer.open(world / "rows.zarr")["state"][:], columns["state"])
+    without = command(world, *words[:-1])
+    assert without.returncode == 2
+    assert "Traceback" not in without.stderr
+
+
 @pytest.mark.parametrize("name", ["observation", "taken"])
 def test_a_name_is_taken_once(monkeypatch, name):
     monkeypatch.setattr(ENCODERS, "_given", {})

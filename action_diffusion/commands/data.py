@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from action_diffusion.commands import data_convert, data_look, data_report
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.registry import use_plugins
 
 DATA_HELP = """\
 action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at them, mend them, bring them
@@ -24,7 +25,7 @@ action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at th
   action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     a column of absolute actions, from relative ones
 
 PATH is a replay buffer, or a LeRobot folder, HDF5 or a folder of CSV and MP4, which is converted into the cache once.
-`--help` after a subcommand explains it.
+`--help` after a subcommand explains it. plugins=FILE.py adds formats of your own to each: docs/extending.md.
 """
 
 ABSOLUTE_HELP = """\
@@ -67,7 +68,9 @@ def run(words: Sequence[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(subcommand.help)
         return 0
-    result = subcommand.run(_options(words[0], words[1:]))
+    plugins = [word.partition("=")[2] for word in words[1:] if word.startswith("plugins=")]
+    use_plugins([file for given in plugins for file in given.strip("[]").split(",")])
+    result = subcommand.run(_options(words[0], [word for word in words[1:] if not word.startswith("plugins=")]))
     if isinstance(result, int):
         return result
     for name, value in result.items():
