@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
-    config.addinivalue_line("markers", 'slow: takes a second or more; the quick subset is -m "not slow"')
+    config.addinivalue_line("markers", 'slow: takes half a second or more; the quick subset is -m "not slow"')
     config.addinivalue_line("markers", "alone: measures real time; no other worker runs a test meanwhile")
 
 

@@ -96,6 +96,7 @@ def source(name: str) -> Path:
     return inputs[0] if len(inputs) == 1 else CASES / name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not names(), reason="no cases beside ACTION_DIFFUSION_DATA")
 @pytest.mark.parametrize("name", names())
 def test_what_people_have_is_taken_as_it_is_or_refused_in_one_line(name: str, tmp_path: Path, capsys: Any) -> None:

@@ -157,6 +157,7 @@ def test_a_run_s_folder_is_not_its_bundle(command, bundle, refused):
     assert "lacks model.safetensors, config.yaml, spec.json; did you mean run/bundle?" in refused(command, "bundle=run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["evaluate", "deploy"])
 def test_a_device_that_is_not_there(command, bundle, refused):
     message = refused(command, f"bundle={bundle}", "device=cuda:99")

@@ -75,6 +75,7 @@ def specification(task: dict[str, Any]) -> PolicySpec:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", combinations(), ids="-".join)
 def test_every_combination_builds_and_samples(row):
     words = [f"{group}={choice}" for group, choice in zip(GROUPS["train"], row, strict=True)]
@@ -154,6 +155,7 @@ def test_defaults_are_those_of_the_settings():
 # Names and types.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "word", "message"),
     [
@@ -260,6 +262,7 @@ def own(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_one_s_own_adds_a_task(own):
     config = load("train", ["task=my_arm", "task.control_rate=12.5", "task.observations.wrist.unit=x"], str(own))
     assert config["data"] == "demos.zarr"

@@ -206,6 +206,7 @@ def test_a_name_is_taken_once(monkeypatch, name):
         names.register(name)(Path if name == "taken" else int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [

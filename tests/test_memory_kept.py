@@ -31,6 +31,7 @@ def faults(keep: str, **variables: str) -> tuple[bool, int]:
     return kept == "True", int(count)
 
 
+@pytest.mark.slow
 def test_memory_that_is_taken_again_costs_no_page_faults():
     assert faults("False")[1] > 500
     kept, count = faults("keep_freed_memory()")

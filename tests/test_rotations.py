@@ -59,6 +59,7 @@ def test_edge_cases_agree_with_scipy(angle: float, axis: list[float]) -> None:
     check_every_way(rotation_of(angle, axis))
 
 
+@pytest.mark.slow
 @given(angle=angles, axis=axes)
 @settings(max_examples=200, deadline=None)
 def test_random_rotations_agree_with_scipy(angle: float, axis: tuple[float, float, float]) -> None:

@@ -175,6 +175,7 @@ def _case(**changes):
     return compare.Case(_row(**changes), "avx2", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [False, True])
 @torch.no_grad()
 def test_policies_with_lerobots_weights_compute_what_it_computes(model, tmp_path, image):

@@ -23,6 +23,7 @@ def test_the_table_is_measured(tmp_path, capsys):
     assert "times plain" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_plain_loader_gives_what_a_resident_source_gives():
     arrays, windows = gpu.demonstrations()
     image, position, action, mask = gpu.SlicedFrames(arrays, windows)[7]

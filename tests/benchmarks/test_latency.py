@@ -133,6 +133,7 @@ def bundle(policy, tiny_config, tmp_path) -> Path:
     return tmp_path / "bundle"
 
 
+@pytest.mark.slow
 def test_the_command_writes_rows_a_picture_and_what_is_reached(bundle, tmp_path, capsys):
     output = tmp_path / "out" / "latency.json"
     words = [f"bundle={bundle}", f"output={output}", "n_episodes=3", "delay=0,2", "execution_horizon=4"]

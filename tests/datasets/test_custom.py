@@ -293,6 +293,7 @@ def test_only_what_tells_the_answer_is_nothing_to_learn_from() -> None:
         describe(TASK, buffer_of(only), {})
 
 
+@pytest.mark.slow
 def test_keys_with_dots_train_and_load(tmp_path: Path) -> None:
     arrays = leaky()
     dotted = {

@@ -36,6 +36,7 @@ def run(*words: str) -> int:
     return cli.main(["data", *words])
 
 
+@pytest.mark.slow
 def test_inspect(buffer: ReplayBuffer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     assert run("inspect", "demos.zarr", "plot=plot.png") == 0
@@ -137,6 +138,7 @@ def test_frames_of_every_layout_are_shown(rows: np.ndarray, seen: int | None) ->
         np.testing.assert_array_equal(frame, np.full((9, 8, 3), seen))
 
 
+@pytest.mark.slow
 def test_report_is_one_page_that_stands_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     made = demonstrations(3, 20)
@@ -165,6 +167,7 @@ def test_report_is_one_page_that_stands_by_itself(tmp_path: Path, monkeypatch: p
         assert words in page, words
 
 
+@pytest.mark.slow
 def test_view_writes_a_recording(buffer: ReplayBuffer, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rerun", reason="needs the extra [view]")
     assert run("view", "demos.zarr", "output=demos.rrd", "episodes=1,3-4") == 0

@@ -37,6 +37,7 @@ def test_nothing_is_found_where_there_is_nothing(buffer: ReplayBuffer) -> None:
     assert examine(buffer) == []
 
 
+@pytest.mark.slow
 def test_planted_faults_are_found_and_nothing_else(buffer: ReplayBuffer) -> None:
     result = benchmark.measure(buffer, 100, seed=0)
     assert {kind: score.planted for kind, score in result.scores.items()} == dict.fromkeys(KINDS_PLANTED, 10)

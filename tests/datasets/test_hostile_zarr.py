@@ -345,6 +345,7 @@ def test_deep_metadata_are_refused(packed: Callable[..., Path], store: Path) -> 
     refuse(packed(), "data/state/zarr.json cannot be read")
 
 
+@pytest.mark.slow
 def test_attributes_that_unpack_to_gigabytes_are_refused(store: Path) -> None:
     bomb = base64.b64encode(lzma.compress(bytes(80 << 20), preset=0)).decode()
     change(store / "zarr.json", attributes={"hdf5_attributes": bomb})

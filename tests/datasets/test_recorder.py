@@ -157,6 +157,7 @@ def test_an_episode_that_is_open_stays_aside(tmp_path):
     check(ReplayBuffer.open(path), [[0], [3]])
 
 
+@pytest.mark.slow
 def test_the_second_writer_is_told_who_the_first_is(tmp_path):
     path = tmp_path / "a.zarr"
     again = f"""
@@ -248,6 +249,7 @@ recorder.close()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("video", [(), ("image",)])
 def test_a_disk_that_refuses(tmp_path, video):
     path = tmp_path / "a.zarr"

@@ -64,6 +64,7 @@ def write_foreign(path: Path, buffer: ReplayBuffer, *, prefix: str = "", zarr_fo
         shutil.make_archive(str(path.with_suffix("")), "zip", folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "packed.zip"])
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4))
 @settings(max_examples=8, deadline=None)
@@ -215,6 +216,7 @@ for number in range(10_000):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_recorder_loses_no_finished_episode(tmp_path: Path) -> None:
     path = tmp_path / "recorded"
     with subprocess.Popen([sys.executable, "-c", _RECORDER, str(path)], stdout=subprocess.PIPE, text=True) as recorder:

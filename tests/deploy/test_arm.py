@@ -100,6 +100,7 @@ def test_it_moves_stops_when_asked_to_and_begins_again(segments):
     assert not arm.child.alive
 
 
+@pytest.mark.slow
 def test_what_must_not_be_followed_is_refused_with_its_reason(segments):
     arm = start(segments)
     try:
@@ -207,6 +208,7 @@ def test_a_driver_that_raises_ends_the_process_with_its_reason(segments):
         arm.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("driver", "changes", "message"),
     [
@@ -232,6 +234,7 @@ def test_an_arm_without_a_watchdog_of_its_own_is_refused():
         check_arm(blind)
 
 
+@pytest.mark.slow
 def test_the_processes_import_nothing_heavy():
     modules = ["arm.process", "cameras.process", "sim.pusht"]
     code = ";".join(f"import action_diffusion.deploy.{name}" for name in modules)
@@ -240,6 +243,7 @@ def test_the_processes_import_nothing_heavy():
     assert output.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_nonsense_moves_no_arm_beyond_its_limits(tmp_path):
     outcome = fuzz(1500, 1, tmp_path)
     assert outcome.safe, outcome

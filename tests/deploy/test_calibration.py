@@ -83,6 +83,7 @@ def pictures(
 # On paper.
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(
     st.sampled_from([0.0, 0.03, 0.07]) | st.floats(0, 0.12),
@@ -105,6 +106,7 @@ def test_dead_time_and_lag_of_any_follower(dead, natural, damping, noise, rate, 
         assert found.total.median == pytest.approx(dead + b, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(
     st.sampled_from([0.0, 0.04, 0.085]) | st.floats(-0.02, 0.3),

@@ -246,6 +246,7 @@ def test_a_chunk_that_comes_after_its_end_is_said_and_not_executed():
     assert held(records[1:]) == 11 * "x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduling", ["naive", "ensemble"])
 @pytest.mark.alone
 def test_beside_the_loop_a_slow_policy_delays_no_command(scheduling):
@@ -285,6 +286,7 @@ def test_real_time_chunking_needs_the_network():
         drive(FakeRobot(), TellingPolicy(clock=VirtualClock()), limits=WIDE, scheduling="rtc")
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0.0, 0.5), min_size=1, max_size=30))
 def test_ticks_lie_on_the_grid_and_never_in_the_past(work):
     clock = VirtualClock()

@@ -140,6 +140,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, changes, message):
         hardware.robot(RobotTask(cameras=("front",)), options(write(tmp_path, **changes)))
 
 
+@pytest.mark.slow
 def test_an_observation_that_the_arm_does_not_have_is_named(tmp_path):
     with pytest.raises(InputError, match=r"unknown state 'joint'.*did you mean joints"):
         hardware.robot(RobotTask(), options(write(tmp_path, observations={"state": "joint"})))

@@ -99,6 +99,7 @@ def test_new_waypoints_take_over_at_the_first_of_them_or_at_once():
 # Setpoints.
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 2**32 - 1))
 def test_no_setpoint_leaves_the_limits_whatever_the_path(seed):

@@ -216,6 +216,7 @@ def test_without_the_simulator_the_driver_says_so():
         robot.close()
 
 
+@pytest.mark.slow
 def test_a_camera_that_cannot_be_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match=r"camera image: a camera with .*drop=1.5"):
         pusht("image", drop=1.5)

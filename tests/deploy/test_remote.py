@@ -74,6 +74,7 @@ def test_chunks_through_a_server_are_the_local_policys(server, bundle, guidance)
     remote.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["scheduling=sync"], ["scheduling=rtc", "delay=1", "rtc.beta=20"]])
 def test_a_deployment_through_a_server_is_the_local_one(server, bundle, tmp_path, options):
     """Which needs no bundle: the server says what its policy takes."""
@@ -183,6 +184,7 @@ def test_a_killed_server_is_found_again(bundle):
     assert [line.split()[0] for line in lines] == ["lost", "connected"]
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_hanging_server_is_given_up_and_found_again(server):
     remote = RemotePolicy(server.url, timeout=0.5, say=lambda line: None)
@@ -278,6 +280,7 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
 # What is wrong at the start.
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_server_is_said_in_one_line(server, bundle, tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

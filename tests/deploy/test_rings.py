@@ -97,6 +97,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_beside_a_writer_at_full_speed_no_record_is_torn_and_a_killed_one_leaves_readers_working(path):
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
     try:

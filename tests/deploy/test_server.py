@@ -561,6 +561,7 @@ def test_the_line_of_statistics():
     assert statistics.line(0) == "0 connections, 0 chunks"
 
 
+@pytest.mark.slow
 def test_a_line_a_minute(monkeypatch, capsys):
     monkeypatch.setattr(serve, "STATUS_SECONDS", 0.01)
     monkeypatch.setattr(serve, "LINE_SECONDS", 0.05)
@@ -596,6 +597,7 @@ def test_ctrl_c_and_termination_end_it_cleanly_with_clients_there(bundle, how, c
         assert "stopped" in server.lines
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_the_address_is_said_in_one_line(bundle, server, capsys, monkeypatch):
     monkeypatch.delenv("ACTION_DIFFUSION_TOKEN", raising=False)
     for words, line in (

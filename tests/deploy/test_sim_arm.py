@@ -220,6 +220,7 @@ def test_many_episodes_begin_where_the_expert_went_wrong():
     assert all(errors[-1] is not None for errors in begun if errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "message"),
     [

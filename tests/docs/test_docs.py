@@ -55,6 +55,7 @@ def test_troubleshooting_quotes_lines_that_the_code_prints() -> None:
     assert not unknown
 
 
+@pytest.mark.slow
 def test_a_line_that_nothing_prints_is_noticed() -> None:
     assert not any(re.fullmatch("the arm has .* wings", text) for text in said())
 
@@ -69,6 +70,7 @@ def commands() -> list[tuple[str, str]]:
     return sorted(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_options_of_every_command_in_the_pages_are_there(page: str, command: str) -> None:
     name, *words = shlex.split(command.replace("$s", "0"))

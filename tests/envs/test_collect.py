@@ -25,6 +25,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReplayBuffer, d
     return ReplayBuffer.open(path), summary
 
 
+@pytest.mark.slow
 def test_buffer_holds_what_the_summary_says(collected: tuple[ReplayBuffer, dict[str, Any]]) -> None:
     buffer, summary = collected
     assert buffer.n_episodes == summary["episodes"] == 2
@@ -72,6 +73,7 @@ def test_episodes_begin_in_all_three_ways() -> None:
     assert any(near)
 
 
+@pytest.mark.slow
 def test_episodes_can_begin_where_a_policy_gets_to(policy: Any) -> None:
     first, again = (demonstration.episode(PushT(max_steps=500), "pusht", 3, policy) for _ in range(2))
     assert not np.allclose(first["state"][0, :2], begin_of(3)[:2], atol=5.0)

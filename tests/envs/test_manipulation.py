@@ -87,6 +87,7 @@ def test_a_task_runs_and_is_seen(task, pictures):
     env.close()
 
 
+@pytest.mark.slow
 def test_the_image_is_upright(lift, pictures):
     lift.reset(0)
     picture = lift.render(48).astype(int)
@@ -223,6 +224,7 @@ def test_the_object_is_laid_out_as_in_the_version_that_recorded_it(task):
     np.testing.assert_allclose(old.observe(["object"])["object"], np.concatenate(parts), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_in_1_5_the_object_s_relative_pose_lags_a_step():
     env = Manipulation(env_args={"env_name": "PickPlaceCan", "env_version": "1.5.1"})
     env.reset(0)  # the can falls onto its bin
@@ -252,6 +254,7 @@ def test_the_model_of_a_demo_gives_the_sizes(lift):
         lift.restore(state, "<mujoco>")
 
 
+@pytest.mark.slow
 def test_people_s_demonstrations_from_1_4_are_where_they_were():
     folder = os.environ.get("ACTION_DIFFUSION_DATA")
     if not folder:
@@ -319,6 +322,7 @@ def test_wrong_input_is_refused(lift):
         lift.observe(["agentview_imag"])
 
 
+@pytest.mark.slow
 def test_without_opengl_only_images_fail(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.setattr(headless, "_works", lambda backend: False)

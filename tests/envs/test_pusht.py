@@ -75,6 +75,7 @@ def test_human_episodes_replay(human: zarr.Group) -> None:
     assert scores.count(1.0) == 7
 
 
+@pytest.mark.slow
 def test_recorded_states_look_as_recorded(human: zarr.Group) -> None:
     rows = slice(0, 640)  # the file's chunks hold 161 pictures
     pictures, states = human["data/img"][rows], human["data/state"][rows]

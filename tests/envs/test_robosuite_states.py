@@ -48,6 +48,7 @@ def test_states_are_looked_at_through_the_simulator(tmp_path: Path, workers: int
         assert file["data/demo_3"].attrs["num_samples"] == 3
 
 
+@pytest.mark.slow
 def test_what_was_rendered_is_not_rendered_again(tmp_path: Path) -> None:
     source, output = write_robosuite(tmp_path / "a.hdf5", [5, 8, 3]), tmp_path / "a.zarr"
     with pytest.raises(InputError, match="no graphics"):
@@ -85,6 +86,7 @@ def test_a_simulator_that_shows_something_else_is_refused(tmp_path: Path, error:
     assert [path.name for path in tmp_path.iterdir()] == ["a.hdf5"]
 
 
+@pytest.mark.slow
 def test_observations_are_added_to_those_of_the_file(tmp_path: Path) -> None:
     source = write_robomimic(tmp_path / "a.hdf5", [4, 6])
     with pytest.raises(InputError, match="has observations agentview_image already"):

@@ -31,6 +31,7 @@ def test_scores_do_not_depend_on_the_other_starts() -> None:
     assert_same(run(NoisyPolicy(), ChaoticEnv, chosen), [reference[seed] for seed in chosen])
 
 
+@pytest.mark.slow
 def test_pusht_scores_do_not_depend_on_the_number_of_environments() -> None:
     pytest.importorskip("gym_pusht", reason="PushT needs gym-pusht")
     policy = NoisyPolicy(scale=15.0, offset=256.0)

@@ -25,6 +25,7 @@ def trouble(folder: Path, what: str, times: int) -> functools.partial[Trouble]:
     return functools.partial(Trouble, what=what, seed=105, times=times, folder=folder)
 
 
+@pytest.mark.slow
 def test_scores_are_the_same_as_in_this_process() -> None:
     policy = NoisyPolicy(scale=15.0, offset=256.0)
     settings: dict[str, Any] = {

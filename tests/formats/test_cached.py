@@ -79,6 +79,7 @@ def contents(path: Path) -> dict[str, tuple[bytes, int]]:
     return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 def test_another_format_is_converted_once_and_never_changed(kind: str, tmp_path: Path) -> None:
     source, cache, said = SOURCES[kind](tmp_path), tmp_path / "cache", list[str]()
@@ -109,6 +110,7 @@ def test_another_format_is_converted_once_and_never_changed(kind: str, tmp_path:
     assert contents(source) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 def test_the_command_that_is_said_makes_the_same_copy(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -124,6 +126,7 @@ def test_the_command_that_is_said_makes_the_same_copy(
         np.testing.assert_array_equal(typed[key][:], cached[key][:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 def test_columns_are_looked_at_without_a_conversion(kind: str, tmp_path: Path) -> None:
     source = SOURCES[kind](tmp_path)

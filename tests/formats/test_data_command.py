@@ -36,6 +36,7 @@ def test_help_of_a_subcommand_names_its_options(name: str, capsys: pytest.Captur
         assert f"{option}=" in out
 
 
+@pytest.mark.slow
 def test_there_and_back(capsys: pytest.CaptureFixture[str]) -> None:
     write_robomimic(Path("a.hdf5"))
     assert data.run(["convert", "in=a.hdf5", "out=a.zarr", "workers=1"]) == 0

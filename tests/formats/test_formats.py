@@ -72,6 +72,7 @@ def same(one: ReplayBuffer, other: ReplayBuffer, *, but: tuple[str, ...] = ()) -
             assert np.array_equal(one[key][:], other[key][:], equal_nan=one[key].dtype.kind == "f"), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     source = save(tmp_path / "a.zarr", [4, 1, 9])
@@ -147,6 +148,7 @@ def test_the_older_layout_is_one_that_zarr_2_reads(tmp_path: Path) -> None:
     assert ReplayBuffer.open(tmp_path / "umi.zarr.zip")["img"].dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_a_rate_that_nobody_gave_is_said(tmp_path: Path) -> None:
     save(tmp_path / "a.zarr", [3], {})
     assert "10 Hz, assumed" in convert(tmp_path / "a.zarr", tmp_path / "l", format="lerobot")["rate"]
@@ -319,6 +321,7 @@ def test_an_output_is_never_overwritten(tmp_path: Path) -> None:
         convert(tmp_path / "a.zarr", tmp_path / "out", format="lerobot")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zarr", "umi", "lerobot", "folder"])
 def test_a_conversion_that_was_cut_off_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("action_diffusion.datasets.formats.lerobot.write.FILE_BYTES", 1)
@@ -352,6 +355,7 @@ def test_a_conversion_that_was_cut_off_goes_on(name: str, tmp_path: Path, monkey
     same(ReplayBuffer.open(source), ReplayBuffer.open(tmp_path / "b.zarr"), but=("img", "wrist"))
 
 
+@pytest.mark.slow
 def test_another_source_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = save(tmp_path / "a.zarr", [4, 3]), tmp_path / "out"
 

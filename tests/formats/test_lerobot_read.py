@@ -186,6 +186,7 @@ def test_depth_in_video_comes_as_its_codes(depth: np.ndarray, pixels: str, v30: 
     assert np.array_equal(column[:], depth)
 
 
+@pytest.mark.slow
 def test_depth_goes_to_lerobot_and_back(v30: Path, tmp_path: Path) -> None:
     pictures(DEPTH, [1, *SIZE])(v30)
     convert(v30, tmp_path / "a.zarr")

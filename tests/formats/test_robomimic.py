@@ -168,6 +168,7 @@ def test_a_buffer_that_was_collected_can_go_to_robomimic(tmp_path: Path) -> None
 # A next_obs of its own.
 
 
+@pytest.mark.slow
 def test_a_next_obs_that_is_another_is_reported(tmp_path: Path) -> None:
     source = write_robomimic(tmp_path / "a.hdf5")
     with h5py.File(source, "a") as file:
@@ -239,6 +240,7 @@ def failing_at(number: int, error: BaseException) -> Callable[[Path, Path, conve
     return write
 
 
+@pytest.mark.slow
 def test_another_source_is_converted_from_the_start(
     tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +255,7 @@ def test_another_source_is_converted_from_the_start(
     assert_holds(ReplayBuffer.open(output), [6, 2])
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_last_block_does_no_harm(
     tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +269,7 @@ def test_a_kill_after_the_last_block_does_no_harm(
     assert_holds(ReplayBuffer.open(output), [5, 8, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), ChildProcessError("a process that converts was killed")]
 )
@@ -282,6 +286,7 @@ def test_a_full_disk_and_a_killed_process_keep_what_is_done(
     assert_holds(ReplayBuffer.open(output), [5, 8, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", ["object", "agentview_image", "done"])
 def test_what_arrives_otherwise_is_noticed(
     tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch, column: str
@@ -357,6 +362,7 @@ def test_a_bad_file_is_named_in_one_line(tmp_path: Path, change: Callable[[Any],
     assert [path.name for path in tmp_path.iterdir()] == ["a.hdf5"]
 
 
+@pytest.mark.slow
 def test_damage_and_what_is_no_hdf5_is_named(tmp_path: Path) -> None:
     source = write_robomimic(tmp_path / "a.hdf5", size=84, compression="gzip")
     (tmp_path / "short.hdf5").write_bytes(source.read_bytes()[:-100_000])
@@ -415,6 +421,7 @@ def test_a_buffer_that_cannot_go_back_is_refused(
 # robomimic itself.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [None, "low_dim", "all"])
 def test_robomimic_reads_what_comes_back(tmp_path: Path, cache: str | None) -> None:
     pytest.importorskip("six", reason="robomimic needs six")

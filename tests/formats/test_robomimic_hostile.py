@@ -267,6 +267,7 @@ def read_all(path: Path) -> dict[str, tuple[int, ...]]:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["earliest", "latest", "gzip", "aloha"])
 def test_flipped_bytes_raise_one_line_or_change_no_shape(tmp_path: Path, kind: str) -> None:
     options = {"compression": "gzip", "shuffle": True, "fletcher32": True} if kind == "gzip" else {}
@@ -318,6 +319,7 @@ def packed(text: bytes) -> str:
     return base64.b64encode(lzma.compress(text, preset=1)).decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kept",
     [

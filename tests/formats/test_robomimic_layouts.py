@@ -60,6 +60,7 @@ def beside(demo: Any, number: int) -> None:
     demo.attrs["box"] = h5py.Empty("f4")
 
 
+@pytest.mark.slow
 def test_what_is_no_row_is_left_out_and_said(tmp_path: Path) -> None:
     summary = convert(changed(tmp_path / "a.hdf5", beside), tmp_path / "a.zarr")
     assert set(ReplayBuffer.open(tmp_path / "a.zarr").keys) == {*describe(tmp_path / "a.hdf5").columns, "demo"}
@@ -75,6 +76,7 @@ def test_what_is_no_row_is_left_out_and_said(tmp_path: Path) -> None:
     assert "data/demo_0's attribute box" in said
 
 
+@pytest.mark.slow
 def test_every_kind_of_number_arrives(tmp_path: Path) -> None:
     kinds = ["f2", "f4", "f8", ">f4", "i1", "u2", ">i4", "u8", "?"]
 
@@ -112,6 +114,7 @@ def test_a_row_after_the_last_action_is_left_out(tmp_path: Path, path: str) -> N
     np.testing.assert_array_equal(column[:], np.concatenate([values[:-1] for values in longer]))
 
 
+@pytest.mark.slow
 def test_versions_of_the_action_are_not_observations(tmp_path: Path) -> None:
     paths = {
         "action_dict/abs_pos": "action_dict.abs_pos",
@@ -134,6 +137,7 @@ def test_versions_of_the_action_are_not_observations(tmp_path: Path) -> None:
         np.testing.assert_array_equal(buffer.episode(2)[column], np.full((3, 2), index + 0.2))
 
 
+@pytest.mark.slow
 def test_rows_that_were_never_written_are_said(tmp_path: Path) -> None:
     def unwritten(path: str) -> Callable[[Any], None]:
         def change(file: Any) -> None:
@@ -165,6 +169,7 @@ def as_rows(demo: Any, number: int) -> None:
     demo["obs/lang"] = np.array([f"task {number % 2}".encode()] * LENGTHS[number])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("say", [as_dataset, as_attribute, as_rows])
 def test_a_task_in_words_belongs_to_the_episode(tmp_path: Path, say: Callable[[Any, int], None]) -> None:
     summary = convert(changed(tmp_path / "a.hdf5", say), tmp_path / "a.zarr")
@@ -271,6 +276,7 @@ def test_a_real_robot_names_no_simulator(tmp_path: Path, env_args: str | None) -
     assert contents(tmp_path / "b.hdf5")["data/demo_1/actions"].shape == (8, 7)
 
 
+@pytest.mark.slow
 def test_a_simulator_without_settings_goes_back(tmp_path: Path) -> None:
     bare = {"env_name": "Isaac-Stack-Cube-v0", "type": 2}
     source = edited(tmp_path / "a.hdf5", lambda file: file["data"].attrs.__setitem__("env_args", json.dumps(bare)))
@@ -280,6 +286,7 @@ def test_a_simulator_without_settings_goes_back(tmp_path: Path) -> None:
     assert json.loads(contents(tmp_path / "b.hdf5")["data.env_args"]) == bare
 
 
+@pytest.mark.slow
 def test_what_is_no_demo_is_said(tmp_path: Path) -> None:
     def change(file: Any) -> None:
         file["data/info"] = np.zeros(3)
@@ -299,6 +306,7 @@ def _cases() -> list[Path]:
     return sorted(CASES.glob("hdf5_*")) if CASES.is_dir() else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", _cases() or [None], ids=lambda case: case.name if case else "none")
 def test_the_cases_arrive_as_they_are_stored(tmp_path: Path, case: Path | None) -> None:
     if case is None:

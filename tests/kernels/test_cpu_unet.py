@@ -246,6 +246,7 @@ def test_a_chunk_that_begins_with_other_weights_takes_them(change):
         assert (expected - before).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @needs_code
 def test_a_copy_has_a_kernel_and_weights_of_its_own():
     net = in_one_call(unet())

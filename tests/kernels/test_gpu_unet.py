@@ -55,6 +55,7 @@ def compare(dtype: str, error: float) -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["silu", "mish", "relu", "gelu"])
 def test_the_kernel_compiles_for_a_gpu(activation):
     """For compute capability 9.0, with every option."""

@@ -67,6 +67,7 @@ def chunk(policy, n: int = 1) -> torch.Tensor:
     return policy.sample(obs, noise=noise, generator=torch.Generator().manual_seed(1)).normalized
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pack_everything")
 @pytest.mark.parametrize("case", SCHEDULERS, ids=IDS)
 @pytest.mark.parametrize("batch", [1, 4])

@@ -51,6 +51,7 @@ def test_the_transforms_are_a_convolution(outputs, taps, seed):
     assert len(read) == outputs + taps - 1  # as few products as there can be
 
 
+@pytest.mark.slow
 @needs_code
 @settings(deadline=None, max_examples=40)
 @given(
@@ -77,6 +78,7 @@ def test_along_time_outputs_and_gradients_are_those_of_all_products(steps, batch
         close(mine, other.double())
 
 
+@pytest.mark.slow
 @needs_code
 @settings(deadline=None, max_examples=40)
 @given(

@@ -241,6 +241,7 @@ def one_for_all() -> Iterator[Served]:
     one.close()
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_the_emergency_stop_needs_no_loop(served):
     """The loop's main thread is busy: this test does nothing from `begin` on, but for asking the page."""
@@ -395,6 +396,7 @@ def test_whoever_gets_nowhere_is_let_go(one_for_all):
     assert one_for_all.request("POST", "/emergency").status == 204
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_stop_needs_no_page(served, number):

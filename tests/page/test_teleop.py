@@ -298,6 +298,7 @@ def test_scenes_are_kept_and_made_again_where_they_are_missing(tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_a_script_records_and_a_second_run_goes_on(tmp_path, capsys):
     steps = "\n".join(f"{x} 300  # px" for x in range(200, 230, 3))
     (tmp_path / "script").write_text(f"start\n{steps}\nkeep\n\nstart\n{steps}\nkeep\nundo\n")
@@ -598,6 +599,7 @@ def test_an_arm_in_real_time_through_all_gates(robot):
     assert robot.events() == []
 
 
+@pytest.mark.slow
 def test_taking_over_from_a_policy_with_a_device(robot):
     robot.begin(0)
     limits = robot.arm.limits
@@ -615,6 +617,7 @@ def test_taking_over_from_a_policy_with_a_device(robot):
     taken.close()
 
 
+@pytest.mark.slow
 def test_bad_take_overs(robot):
     with pytest.raises(InputError, match="unknown device 'mouse' in teleop"):
         teleoperator(configuration.settings("deploy", ["teleop=mouse"]), robot, robot.arm.limits)

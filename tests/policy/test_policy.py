@@ -72,6 +72,7 @@ def test_the_chain_is_returned_when_asked(policy):
     torch.testing.assert_close(sample.chain[-1].x_next, sample.normalized)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -104,6 +104,7 @@ def test_the_loss_is_a_mean_over_what_counts(make_policy):
     assert torch.equal(*losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_a_chunk_keeps_what_is_settled_and_rows_are_independent(make_policy, case):
     policy = make_policy(**(OBJECTIVE | case)).eval()

@@ -494,6 +494,7 @@ def test_predictions_belong_to_families(cls, prediction):
         cls(prediction=prediction)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     k=st.integers(0, 99), seed=st.integers(0, 1000), prediction=st.sampled_from(["epsilon", "sample", "v_prediction"])

@@ -304,6 +304,7 @@ def run_offline(tmp_path: Path, **settings: Any) -> dict[str, Any]:
     return evaluate_offline(**(arguments | settings))
 
 
+@pytest.mark.slow
 def test_offline_two_cameras_and_seven_dimensions(tmp_path: Path) -> None:
     names = ["x", "y", "z", "roll", "pitch", "yaw", "grip"]
     results = run_offline(tmp_path, names=names, task="custom", n_plots=3)
@@ -329,6 +330,7 @@ def test_offline_two_cameras_and_seven_dimensions(tmp_path: Path) -> None:
     assert not (tmp_path / "videos").exists()
 
 
+@pytest.mark.slow
 def test_offline_rmse_and_steps_differ_where_errors_do(tmp_path: Path) -> None:
     class Growing(Biased):
         bias = np.arange(HORIZON)[:, None] * np.ones(7)

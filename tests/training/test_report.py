@@ -130,6 +130,7 @@ def test_a_page_fits_a_telephone_and_videos_have_their_controls_below(tmp_path: 
         shown.close()
 
 
+@pytest.mark.slow
 def test_learning_curves_that_there_are(tmp_path: Path) -> None:
     metrics: list[dict[str, Any]] = [{"step": step, "loss": 1 / step, "lr": 1e-3} for step in range(1, 2000)]
     metrics += [
@@ -145,6 +146,7 @@ def test_learning_curves_that_there_are(tmp_path: Path) -> None:
     assert len(page.source) < 200_000  # long curves are thinned
 
 
+@pytest.mark.slow
 def test_offline_report(tmp_path: Path) -> None:
     error = {"mae": 0.1, "rmse": 0.2, "range": 2.0, "relative_mae": 0.05, "relative_rmse": 0.1}
     still = {"mae": 0.0, "rmse": 0.0, "range": 0.0, "relative_mae": None, "relative_rmse": None}
@@ -248,6 +250,7 @@ def texts(svg: bytes) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_figures_are_svg_in_the_colours_of_the_page() -> None:
     before = dict(mpl.rcParams)
     figures = [

@@ -60,6 +60,7 @@ def grown(path: Path, *, columns: int = 5) -> None:
     ReplayBuffer.from_arrays({"state": state, "action": action}, ends).save(path)
 
 
+@pytest.mark.slow
 def test_statistics_are_the_checkpoint_s_own_where_the_data_has_grown(run, tmp_path, capsys):
     before = statistics(run)
     grown(tmp_path / "demos.zarr")
@@ -70,6 +71,7 @@ def test_statistics_are_the_checkpoint_s_own_where_the_data_has_grown(run, tmp_p
     assert "the data changed since this run began: 6 episodes, 240 steps, now 12 episodes, 480 steps" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("columns", "words", "message"),
     [

@@ -58,6 +58,7 @@ def test_bootstrap_known_value() -> None:
     assert bootstrap_interval([0, 0, 1, 1]) == (0, 1)
 
 
+@pytest.mark.slow
 @given(values=SCORES, seed=st.integers(0, 9))
 def test_bootstrap_is_ordered_inside_the_data_and_repeatable(values: list[float], seed: int) -> None:
     low, high = bootstrap_interval(values, seed=seed)
@@ -65,6 +66,7 @@ def test_bootstrap_is_ordered_inside_the_data_and_repeatable(values: list[float]
     assert bootstrap_interval(values, seed=seed) == (low, high)
 
 
+@pytest.mark.slow
 def test_bootstrap_of_many_values_goes_in_blocks() -> None:
     values = np.random.default_rng(1).uniform(size=5_000)
     low, high = bootstrap_interval(values)

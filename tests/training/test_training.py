@@ -179,6 +179,7 @@ def len_windows(data: Path) -> int:
     return len(make_windows(buffer.episode_ends, episodes=train, horizon=12, n_obs_steps=2, n_action_steps=8))
 
 
+@pytest.mark.slow
 def test_training_from_another_policy_starts_with_its_weights(data, tmp_path):
     assert main(arguments(data, tmp_path / "first", "train.max_steps=10")) == 0
     first = tmp_path / "first" / "bundle"
@@ -200,6 +201,7 @@ def test_an_error_in_one_of_two_processes_is_one_line(data, tmp_path):
     assert done.stderr.count("error: horizon=17 must be divisible by 2") == 1
 
 
+@pytest.mark.slow
 def test_a_policy_of_another_shape_is_not_an_initialisation(data, tmp_path, capsys):
     assert main(arguments(data, tmp_path / "first", "train.max_steps=1")) == 0
     words = arguments(data, tmp_path / "b", "train.max_steps=1", f"init={tmp_path / 'first' / 'bundle'}")
@@ -217,6 +219,7 @@ def test_a_budget_in_minutes_stops_in_time(data, tmp_path):
     assert rows[-1]["lr"] < 0.1 * max(row["lr"] for row in rows)
 
 
+@pytest.mark.slow
 def test_a_budget_in_epochs_counts_windows(data, tmp_path):
     assert main(arguments(data, tmp_path / "run", "train.max_epochs=2")) == 0
     assert lines(tmp_path / "run")[-1]["step"] == 2 * (len_windows(data) // 16)
@@ -269,6 +272,7 @@ def test_a_loss_that_explodes_is_said(data, tmp_path, capsys):
     assert "the loss became" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_not_overwritten(data, tmp_path, capsys):
     words = arguments(data, tmp_path / "run", "train.max_steps=1")
     assert main(words) == 0
