@@ -74,6 +74,7 @@ def test_help_of_a_command_says_what_to_type(command, words, capsys):
     assert re.search(rf"^  action-diffusion {command}\b", out, re.MULTILINE), "an example to copy"
     assert "Options" in out
     assert max(map(len, out.splitlines())) <= 120
+    assert not re.search(r"\{\w+s\}", out), "a placeholder"
     assert err == ""
 
 

@@ -141,7 +141,7 @@ def actuation(sent: Signal, state: Signal, periods: Sequence[float]) -> Actuatio
     total, _, _ = _least(left)
     bounds = ([0.0, 0.0, 0.0], [LATEST, LATEST, LEAST_DAMPED])
     some = max(total, 0.01)
-    starts = [[share * some, (1 - share) * some, LEAST_DAMPED / 4] for share in (0.1, 0.5, 0.9)]
+    starts = [[share * some, (1 - share) * some, LEAST_DAMPED / 4] for share in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9)]
     best = min((least_squares(residual, x, x_scale=[0.01, 0.01, 0.1], bounds=bounds) for x in starts), key=_cost)
     delay, b, a = float(best.x[0]), float(best.x[1]), float(best.x[2] * best.x[1] ** 2)
     path = _followed(smooth, b, a)
