@@ -56,10 +56,10 @@ def demos(path: Path) -> Path:
     return path
 
 
-def command(folder: Path, *words: str, path: str = "") -> subprocess.CompletedProcess[str]:
+def command(folder: Path, *words: str, path: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """`action-diffusion …` in a process of its own, as a user runs it."""
     environment = {key: value for key, value in os.environ.items() if key != "ACTION_DIFFUSION_PLUGINS"}
-    environment |= {"PYTHONPATH": path} if path else {}
+    environment |= ({"PYTHONPATH": path} if path else {}) | variables
     call = [sys.executable, "-m", "action_diffusion", *words]
     return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -193,6 +193,10 @@ def test_a_format_of_a_file_is_converted(world):
     done = command(world, *words)
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(ReplayBuffer.open(world / "rows.zarr")["state"][:], columns["state"])
+    cache = {"XDG_CACHE_HOME": str(world / "cache")}
+    seen = command(world, "data", "inspect", "rows.npz", "plugins=my_parts.py", **cache)
+    assert seen.returncode == 0, seen.stderr
+    assert "rows.npz is npz, 1 episodes" in seen.stderr
     without = command(world, *words[:-1])
     assert without.returncode == 2
     assert "Traceback" not in without.stderr

@@ -23,7 +23,7 @@ from numcodecs import Zstd
 from action_diffusion import __version__
 from action_diffusion.datasets.formats.contract import Opened, Settings
 from action_diffusion.datasets.formats.conversion import convert
-from action_diffusion.datasets.formats.registry import detected, is_zarr, named
+from action_diffusion.datasets.formats.registry import detected, is_zarr, named, plugin_format
 from action_diffusion.datasets.formats.robomimic import columns_of, is_ours
 from action_diffusion.datasets.robomimic import conversion as hdf5
 from action_diffusion.datasets.robomimic.demo import said
@@ -81,7 +81,8 @@ def as_buffer(path: Path, cache: Path, say: Callable[[str], None]) -> ReplayBuff
 
 
 def _is_buffer(path: Path) -> bool:
-    return not path.exists() or is_zarr(path)  # what is not there is said by whoever opens it
+    # What is not there is said by whoever opens it. A plugin's format may be a zip, as a buffer may.
+    return not path.exists() or (is_zarr(path) and plugin_format(path) is None)
 
 
 def _copy(path: Path, cache: Path) -> Path:
@@ -115,8 +116,8 @@ def _make(path: Path, copy: Path, say: Callable[[str], None]) -> None:
     opened = _opened(kind, path, layout)
     _check_space(copy.parent, path, opened.buffer)
     say(
-        f"{path} is {_TITLES[kind]}, {opened.buffer.n_episodes} episodes of {opened.buffer.n_steps} steps together: "
-        f"converting it once, to {copy}; for a copy of your own: {convert_command(path)}"
+        f"{path} is {_TITLES.get(kind, kind)}, {opened.buffer.n_episodes} episodes of {opened.buffer.n_steps} steps "
+        f"together: converting it once, to {copy}; for a copy of your own: {convert_command(path)}"
         + "".join(f"; note: {text}" for text in opened.said)
     )
     remove(copy)  # which somebody parted from its notes

