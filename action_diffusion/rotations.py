@@ -83,6 +83,11 @@ class RotationColumns:
         rows = rows[np.isfinite(rows).all(axis=1)]
         return replace(self, reference=_mean(rows, self.representation)) if len(rows) else self
 
+    def missing(self, values: np.ndarray) -> np.ndarray:
+        """Which rows of `values` [N, D] hold no rotation, [N] bool: quaternions of zeros."""
+        length = np.linalg.norm(np.asarray(values, np.float64)[:, self.columns], axis=1)
+        return np.asarray((length < _SHORTEST) & (SIZES[self.representation] == 4))
+
 
 def parse_rotations(texts: Sequence[str], n: int, where: str) -> tuple[RotationColumns, ...]:
     """["quaternion_xyzw@3"] → columns 3 to 6 of n; without @ from column 0 on. Raises `InputError` naming `where`."""

@@ -16,7 +16,7 @@ import numpy as np
 from action_diffusion.datasets.batches.columns import from_zero_to_one
 from action_diffusion.datasets.batches.joining import joined
 from action_diffusion.datasets.formats.cached import CONVERTED, convert_command
-from action_diffusion.datasets.storage.pictures import Picture, picture
+from action_diffusion.datasets.images.pictures import Picture, picture
 from action_diffusion.datasets.storage.pieces import Joined
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, ZarrColumn

@@ -14,9 +14,9 @@ import torch
 from action_diffusion.datasets.batches.columns import seen_picture
 from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, random_crop_offsets
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows, split_episodes
+from action_diffusion.datasets.images.pictures import picture
 from action_diffusion.datasets.robomimic.attributes import subset as named_subset
 from action_diffusion.datasets.storage.checks import check_key
-from action_diffusion.datasets.storage.pictures import picture
 from action_diffusion.datasets.storage.pieces import SAME_RATE
 from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE, ReplayBuffer
 from action_diffusion.datasets.storage.rotations import declared_rotations
@@ -140,6 +140,13 @@ def _fitted(
     if not rotations:
         return ()
     rows = np.asarray(buffer[source][:]).reshape(buffer.n_steps, -1)
+    for rotation in rotations:
+        missing = np.flatnonzero(rotation.missing(rows))
+        if len(missing):
+            raise InputError(
+                f"{buffer.name}: {source!r} has quaternions of zeros, which are no rotation, in {len(missing)} rows, "
+                f"row {missing[0]} first: mend these, or drop their episodes (action-diffusion data doctor lists them)"
+            )
     fitted = [rotation.fitted(rows) for rotation in rotations]
     if chosen is None:
         return tuple(fitted)

@@ -1,8 +1,8 @@
 """Every option of every command: its type, and what it may be. No torch is imported here.
 
 A component's options are those of its constructor, in `COMPONENTS` by kind and name (`policy.registry` builds them; the
-constructors of plugins check their own);
-a test holds the two beside each other, as it does the defaults in `configs/`.
+constructors of plugins check their own); a test holds the two beside each other, as it does the defaults in
+`configs/`.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from action_diffusion.datasets.formats.columns import SlicedColumn
+from action_diffusion.datasets.images.pictures import Picture, picture
 from action_diffusion.datasets.storage.checks import check_finite, images_to_uint8
-from action_diffusion.datasets.storage.pictures import Picture, picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, blocks
 from action_diffusion.errors import InputError

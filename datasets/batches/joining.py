@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.batches.columns import SeenColumn
+from action_diffusion.datasets.images.pictures import picture
 from action_diffusion.datasets.robomimic.attributes import DEMO, joined_demos
-from action_diffusion.datasets.storage.pictures import picture
 from action_diffusion.datasets.storage.pieces import Joined, Piece, check_rates_and_units, units_of
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column

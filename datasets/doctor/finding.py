@@ -144,7 +144,10 @@ def show(findings: Sequence[Finding], *, details: bool = False) -> None:
     ):
         advice.add_row(*pair)
     console.print(advice)
-    print(f"{len(findings)} findings: {counted(findings)}" + ("" if details else "; each of them: details=true"))
+    print(
+        f"{len(findings)} finding{'s' * (len(findings) != 1)}: {counted(findings)}"
+        + ("" if details else "; each of them: details=true")
+    )
 
 
 def rows_of(finding: Finding) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from action_diffusion.datasets.doctor.turns import placed, recognised
 from action_diffusion.datasets.formats.columns import ChangedColumn
-from action_diffusion.datasets.storage.pictures import Picture, picture
+from action_diffusion.datasets.images.pictures import Picture, picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.datasets.storage.store import Column, blocks

@@ -27,11 +27,13 @@ _CLEAR = 0.5
 """Of the large steps that must be a change of name: others are faults, or noise."""
 _ANGLES = re.compile(r"euler|rpy|roll|pitch|yaw|orient|(^|_)rot", re.IGNORECASE)
 _WORDS = {4: "the quaternion changes its sign", 3: "the rotation vector goes to the other end of its axis"}
+_NONE = "drop the episode, or write the rotations that were meant"
 _PERIODS = {"angle": 2 * np.pi, "angle_degrees": 360.0}
 
 
 def renamed(survey: Survey) -> Iterator[Finding]:
-    """A finding for each episode in which a rotation's numbers jump, or that begins with the other sign than most."""
+    """A finding for each episode in which a rotation's numbers jump, that begins with the other sign than most, or
+    that has quaternions of zeros."""
     for key, low in survey.low.items():
         rows = low.raw.astype(np.float64)
         for rotation in low.rotations:
@@ -44,7 +46,14 @@ def renamed(survey: Survey) -> Iterator[Finding]:
             size = part.shape[1]
             dimensions = tuple(range(rotation.first, rotation.first + size))
             where = f"dimension{'s' * (size > 1)} {rotation.first}{f' to {dimensions[-1]}' * (size > 1)}"
+            place, missing = f"{rotation.representation}@{rotation.first}", rotation.missing(rows)
             for episode, (start, end) in enumerate(zip(survey.starts, survey.ends, strict=True)):
+                none = np.flatnonzero(missing[start:end]) + start
+                if len(none):
+                    span, words = (int(none[0]), int(none[-1])), f"{where}: zeros, which are no rotation"
+                    yield Finding(
+                        "rotation", key, episode, *span, len(none), words, _NONE, dimensions=dimensions, rotation=place
+                    )
                 found = np.flatnonzero(changed[start:end]) + start
                 if len(found):
                     n = f"{len(found)} row{'s' * (len(found) > 1)}"
@@ -56,7 +65,6 @@ def renamed(survey: Survey) -> Iterator[Finding]:
                     )
                 else:
                     continue
-                place = f"{rotation.representation}@{rotation.first}"
                 span = int(found[0]), int(found[-1])
                 yield Finding("rotation", key, episode, *span, len(found), words, dimensions=dimensions, rotation=place)
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from action_diffusion.datasets.doctor.examine import control_rate
 from action_diffusion.datasets.doctor.finding import spans
-from action_diffusion.datasets.storage.pictures import picture
+from action_diffusion.datasets.images.pictures import picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, blocks
 from action_diffusion.datasets.storage.tasks import TASKS, episode_tasks

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.edit.inspection import DIMENSIONS, Inspection, Key
-from action_diffusion.datasets.storage.pictures import picture
+from action_diffusion.datasets.images.pictures import picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column
 from action_diffusion.files import atomic_path

@@ -32,7 +32,7 @@ from action_diffusion.datasets.formats.columns import (
 )
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal, JournalStep
-from action_diffusion.datasets.storage.image_codecs import lossless
+from action_diffusion.datasets.images.codecs import lossless
 from action_diffusion.datasets.storage.replay_buffer import ENDS, ReplayBuffer
 from action_diffusion.datasets.storage.store import (
     CHUNK_BYTES,

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from action_diffusion.datasets.images.video import VideoWriter, video_path
 from action_diffusion.datasets.storage.growing import GrowingBuffer
 from action_diffusion.datasets.storage.growing_column import Fields
 from action_diffusion.datasets.storage.replay_buffer import VIDEOS
 from action_diffusion.datasets.storage.store import reading
-from action_diffusion.datasets.storage.video import VideoWriter, video_path
 from action_diffusion.datasets.storage.video_column import shortened
 from action_diffusion.errors import InputError
 from action_diffusion.files import remove, writing

@@ -21,7 +21,7 @@ from zarr.core.buffer import Buffer, NDBuffer
 from zarr.core.codec_pipeline import BatchedCodecPipeline
 from zarr.registry import register_pipeline
 
-from action_diffusion.datasets.storage.image_codecs import CHUNK_SHAPE, Jpeg2000, JpegXl
+from action_diffusion.datasets.images.codecs import CHUNK_SHAPE, Jpeg2000, JpegXl
 
 FILTERED = 8
 """Times the bytes of a chunk that may come out of its compressor: filters may hold a number in as many bytes."""

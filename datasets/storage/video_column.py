@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
+from action_diffusion.datasets.images.video import FRAGMENTS, video_path
 from action_diffusion.datasets.storage.rows import Rows
 from action_diffusion.datasets.storage.store import reading
-from action_diffusion.datasets.storage.video import FRAGMENTS, video_path
 from action_diffusion.errors import InputError
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from action_diffusion.datasets.storage.pictures import picture
+from action_diffusion.datasets.images.pictures import picture
 from action_diffusion.errors import InputError
 from action_diffusion.memory import free_memory, sized
 

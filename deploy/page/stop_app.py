@@ -45,13 +45,16 @@ class Stop(Sockets):
     async def watch(self) -> None:
         """For all sockets: see what changes."""
         while True:
-            emergency = self._emergency.t > 0
-            word = json.dumps({"emergency": emergency, "obeyed": emergency and self._obeyed()})
+            word = self._now()
             if word != self._word:
                 self._word = word
                 self._news.set()
                 self._news = asyncio.Event()
             await asyncio.sleep(LOOK)
+
+    def _now(self) -> str:
+        emergency = self._emergency.t > 0
+        return json.dumps({"emergency": emergency, "obeyed": emergency and self._obeyed()})
 
     def _obeyed(self) -> bool:
         """Whether the arm's process has seen the stop: it has sent a setpoint since, and is not free to move."""
@@ -62,7 +65,7 @@ class Stop(Sockets):
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
             while True:
                 news = self._news
-                await socket.send_text(self._word)
+                await socket.send_text(self._now())  # a page that comes right after a stop hears of it at once
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), PERIOD)
 

@@ -296,6 +296,18 @@ def test_rotations_that_the_buffer_says() -> None:
     assert {(finding.key, finding.rotation) for finding in found} == {("yaw_of_it", "angle@0"), ("other", "angle@1")}
 
 
+def test_quaternions_of_zeros_are_named() -> None:
+    buffer = demonstrations(6)
+    rows = np.tile([0.0, 0.0, 0.0, 1.0], (buffer.n_steps, 1))
+    rows[[10, 12]] = 0
+    found = examine(
+        ReplayBuffer.from_arrays({"quat": rows}, buffer.episode_ends, {"rotations": {"quat": "quaternion_xyzw"}}),
+        ("rotation",),
+    )
+    assert [(finding.episode, finding.first, finding.last) for finding in found] == [(0, 10, 12)]
+    assert "zeros, which are no rotation" in found[0].how_bad
+
+
 def test_switches_and_rewards_may_jump_and_rest(buffer: ReplayBuffer) -> None:
     rows = arrays(buffer)
     rows["gripper_action"] = np.where(np.arange(buffer.n_steps) % 60 < 30, -1.0, 1.0)[:, None]

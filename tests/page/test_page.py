@@ -262,6 +262,16 @@ def test_the_emergency_stop_needs_no_loop(served):
     served.arm.begin()
 
 
+def test_a_page_that_comes_right_after_a_stop_hears_of_it_first(served):
+    for _ in range(10):  # the page looks for news 100 times a second, so one of ten would come between two looks
+        assert served.request("POST", "/clear", "the area is safe").status == 204
+        with connect(f"ws://127.0.0.1:{served.port}/stop", proxy=None) as page:
+            assert not json.loads(page.recv())["emergency"]
+        assert served.request("POST", "/emergency").status == 204
+        with connect(f"ws://127.0.0.1:{served.port}/stop", proxy=None) as page:
+            assert json.loads(page.recv())["emergency"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("headers", "status"),

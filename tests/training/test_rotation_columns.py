@@ -211,3 +211,17 @@ def test_a_hostile_attribute_is_refused(said: object) -> None:
     buffer = ReplayBuffer.from_arrays({"quat": np.ones((3, 4))}, [3], {"rotations": said})
     with pytest.raises(InputError, match="rotations"):
         declared_rotations(buffer)
+
+
+def test_quaternions_of_zeros_are_refused_in_one_line(tmp_path: Path, capsys) -> None:
+    rows = np.tile(np.float32([0, 0, 0, 1]), (40, 1))
+    rows[[7, 21]] = 0
+    attrs = {"rotations": {"quat": "quaternion_xyzw"}}
+    ReplayBuffer.from_arrays({"quat": rows, "action": np.ones((40, 2), np.float32)}, [20, 40], attrs).save(
+        tmp_path / "d.zarr"
+    )
+    words = ["train", "task=custom", f"data={tmp_path / 'd.zarr'}", f"output_dir={tmp_path / 'run'}", *SMALL]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "'quat' has quaternions of zeros, which are no rotation, in 2 rows, row 7 first" in said
+    assert len(said.strip().splitlines()) == 1
