@@ -16,6 +16,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numcodecs import Zstd
@@ -91,7 +92,18 @@ def _copy(path: Path, cache: Path) -> Path:
 
 
 def _is_made(copy: Path) -> bool:
-    return copy.exists() and copy.with_suffix(".json").exists()
+    return copy.exists() and _notes(copy) is not None
+
+
+def _notes(copy: Path) -> dict[str, Any] | None:
+    """What stands beside the copy; None where nothing does, or what was not written here."""
+    try:
+        notes = json.loads(copy.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    texts = notes.get("left_out") if isinstance(notes, dict) else None
+    known = isinstance(texts, list) and isinstance(notes.get("format"), str) and all(isinstance(t, str) for t in texts)
+    return notes if known else None
 
 
 def _stem(path: Path) -> str:
@@ -124,7 +136,7 @@ def _make(path: Path, copy: Path, say: Callable[[str], None]) -> None:
     with atomic_path(copy.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps({"format": kind, "left_out": opened.left_out}, indent=1) + "\n")
     if layout is not None:
-        hdf5.convert(layout, copy, workers=hdf5.default_workers(layout, observing=False))
+        hdf5.convert(layout, copy, workers=hdf5.default_workers(layout, observing=False), finite=False)
     else:
         convert(opened, copy, named("zarr"), Settings(opened.buffer.rate or ASSUMED_RATE))
     for old in _copies(path, copy.parent):
@@ -140,7 +152,9 @@ def _copies(path: Path, cache: Path) -> Iterator[Path]:
 
 
 def _opened_copy(path: Path, copy: Path) -> ReplayBuffer:
-    notes = json.loads(copy.with_suffix(".json").read_text())
+    notes = _notes(copy)
+    if notes is None:  # another process removed it since
+        raise InputError(f"{copy}: the notes beside it are gone: run the same command again")
     return _named(Opened(ReplayBuffer.open(copy), tuple(notes["left_out"])), path, notes["format"])
 
 

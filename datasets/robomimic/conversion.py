@@ -71,13 +71,19 @@ class Block(NamedTuple):
 
 
 def convert(
-    source: str | Path | FileLayout, output: str | Path, *, observer: Observer | None = None, workers: int = 1
+    source: str | Path | FileLayout,
+    output: str | Path,
+    *,
+    observer: Observer | None = None,
+    workers: int = 1,
+    finite: bool = True,
 ) -> dict[str, Any]:
     """Write the demonstrations in `source` to a replay buffer at `output`, a folder that is not there yet.
 
     source: an HDF5 file, or what `describe` has said of it.
     observer: adds what the simulator shows of the recorded states (`envs.robosuite.states`). workers: processes; see
     `default_workers`. With more than one, a script that calls this needs `if __name__ == "__main__":`.
+    finite: refuse NaN and infinite values; else they arrive as they are, for who looks for them.
 
     A call that was cut off is gone on with by the same call.
 
@@ -100,7 +106,7 @@ def convert(
             if observer is not None:
                 shown = observed(layout, observer, work / "observed", workers)
                 layout = replace(shown, subsets=layout.subsets, tasks=layout.tasks, task_index=layout.task_index)
-            left_out = _make_buffer(work, layout, attrs, workers)
+            left_out = _make_buffer(work, layout, attrs, workers, finite=finite)
         except InputError:
             remove(work / "journal")
             remove(work / "buffer")
@@ -152,7 +158,7 @@ def _attrs(layout: FileLayout, observer: Observer | None) -> dict[str, Any]:
     }
 
 
-def _make_buffer(work: Path, layout: FileLayout, attrs: dict[str, Any], workers: int) -> int:
+def _make_buffer(work: Path, layout: FileLayout, attrs: dict[str, Any], workers: int, *, finite: bool) -> int:
     """Fill work/buffer, check it, and flush it; returns how many demos have a next_obs that is not kept."""
     folder, journal = work / "buffer", work / "journal"
     if not journal.exists():
@@ -160,7 +166,7 @@ def _make_buffer(work: Path, layout: FileLayout, attrs: dict[str, Any], workers:
         columns = {column: stored.path for column, stored in layout.columns.items()}
         _create(folder, layout, attrs | {"columns": columns})
         journal.touch()
-    _fill(layout, folder, journal, workers)
+    _fill(layout, folder, journal, workers, finite=finite)
     _finish(folder, layout)
     left_out = _compare(layout, folder, workers)
     sync(folder)
@@ -189,13 +195,13 @@ def _array(folder: Path, name: str) -> zarr.Array[Any]:
         return array_at(zarr.open_group(LocalStore(folder), mode="r+", use_consolidated=False), name, str(folder))
 
 
-def _fill(layout: FileLayout, folder: Path, journal: Path, workers: int) -> None:
+def _fill(layout: FileLayout, folder: Path, journal: Path, workers: int, *, finite: bool) -> None:
     """Write the blocks that the journal does not name."""
     blocks = [block for column in layout.columns for block in _blocks(layout, folder, column)]
     done = set(journal.read_text().split("\n")[:-1])  # a line without its end was cut off
     todo = [block for block in blocks if block.line not in done]
     total, left = (sum(block.n_bytes for block in some) for some in (blocks, todo))
-    write = functools.partial(_write, layout.path, folder)
+    write = functools.partial(_write if finite else _write_any, layout.path, folder)
     with progress(f"converting {layout.path.name}", total, total - left) as advance, journal.open("a") as record:
         for block, _ in in_processes(write, todo, workers, "that converts"):
             record.write(block.line + "\n")
@@ -223,6 +229,10 @@ def _block(layout: FileLayout, column: str, first: int, end: int) -> Block:
 
 def _write(source: Path, folder: Path, block: Block) -> None:
     """Rows of a block from the source, which must be finite, to the buffer."""
+    _write_any(source, folder, block, finite=True)
+
+
+def _write_any(source: Path, folder: Path, block: Block, *, finite: bool = False) -> None:
     array = _array(folder, f"data/{block.column}")
     values = np.empty((block.end - block.first, *array.shape[1:]), array.dtype)
     row = 0
@@ -230,7 +240,8 @@ def _write(source: Path, folder: Path, block: Block) -> None:
         for piece in block.pieces:
             rows = _rows(file, source, piece, block.stored)
             place = f"{piece.demo}/{block.stored.path}".removeprefix("data/")
-            check_finite(rows, place, str(source), piece.first)
+            if finite:
+                check_finite(rows, place, str(source), piece.first)
             values[row : row + len(rows)] = rows
             row += len(rows)
     array[block.first : block.end] = values
@@ -281,13 +292,17 @@ def _compare_rows(source: Path, folder: Path, block: Block) -> list[str]:
         for piece, part in zip(block.pieces, parts, strict=True):
             ahead = _rows(file, source, piece._replace(end=piece.end + 1), block.stored)
             original, following = ahead[: len(part)], _following(file, source, piece, block.stored)
-            if following is not None and not np.array_equal(following[: len(ahead) - 1], ahead[1:]):
+            if following is not None and not _same(following[: len(ahead) - 1], ahead[1:]):
                 differing.append(piece.demo)
-            if part.dtype != original.dtype.newbyteorder("=") or not np.array_equal(part, original):
+            if part.dtype != original.dtype.newbyteorder("=") or not _same(part, original):
                 raise InputError(
                     f"{source}: {piece.demo}/{block.stored.path} did not arrive in the buffer as it is: convert again"
                 )
     return differing
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f")
 
 
 def _following(file: Any, source: Path, piece: DemoRows, stored: Stored) -> np.ndarray | None:

@@ -27,13 +27,12 @@ import numpy as np
 from action_diffusion.datasets.hdf5.encoded_images import decoded, image_shape
 from action_diffusion.datasets.hdf5.reading import Budget, check_name, dtype_of, unwritten, walk
 from action_diffusion.datasets.robomimic.attributes import DEMO, Packer
+from action_diffusion.datasets.storage.tasks import TASK_WORDS
 from action_diffusion.errors import InputError
 
 PLACES = {"action": "actions", "reward": "rewards", "done": "dones"}
 """Where robomimic keeps these columns, in a demo."""
 NAMES = {path: column for column, path in PLACES.items()} | {"action": "action"}
-TASK_WORDS = ("language_instruction", "language_raw", "language", "lang", "instruction", "task", "task_description")
-"""Names under which files keep what a demo was to do."""
 _OBSERVATIONS = re.compile(r"obs(ervations)?(/|$)")
 _NEXT = re.compile(r"next_obs(ervations)?(/|$)")
 _ANSWER = re.compile(r"action|datagen_info/target")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 
 TASK, TASKS = "task_index", "tasks"
+TASK_WORDS = ("language_instruction", "language_raw", "language", "lang", "instruction", "task", "task_description")
+"""What other people's files call the words."""
 
 
 def task_words(attrs: Mapping[str, Any]) -> list[str]:

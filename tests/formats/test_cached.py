@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from action_diffusion import files
 from action_diffusion.commands import data
 from action_diffusion.datasets import ReplayBuffer
 from action_diffusion.datasets.batches.sources import look_at, open_data
+from action_diffusion.datasets.doctor.examine import examine
 from action_diffusion.datasets.formats.contract import Settings
 from action_diffusion.datasets.formats.conversion import convert
 from action_diffusion.datasets.formats.registry import named
@@ -153,6 +157,66 @@ def test_a_source_that_has_changed_is_converted_anew_and_the_older_copy_goes(tmp
     assert sorted(path.name for path in (cache / "converted").iterdir() if path.suffix != ".lock") == sorted(
         path.name for copy in (new.path, other) if copy for path in (copy, copy.with_suffix(".json"))
     )
+
+
+@pytest.mark.parametrize(
+    "notes", [None, b"", b"{", b"[]", b"\xff", b'{"format": "folder"}', b'{"format": 1, "left_out": []}']
+)
+def test_a_copy_whose_notes_are_damaged_is_made_anew(notes: bytes | None, tmp_path: Path) -> None:
+    source, cache = csv(tmp_path), tmp_path / "cache"
+    copy = open_data(source, cache_dir=cache, say=lambda _: None).path
+    assert copy is not None
+    copy.with_suffix(".json").unlink()
+    if notes is not None:
+        copy.with_suffix(".json").write_bytes(notes)
+    assert look_at(source, cache_dir=cache).n_steps == 12
+    said = list[str]()
+    assert open_data(source, cache_dir=cache, say=said.append).n_steps == 12
+    assert "converting it once" in said[0]
+    assert open_data(source, cache_dir=cache, say=said.append).n_steps == 12
+    assert "is read from its copy" in said[1]
+
+
+def test_a_conversion_that_was_killed_is_made_to_its_end(tmp_path: Path) -> None:
+    source, cache = written("lerobot")(tmp_path), tmp_path / "cache"
+    script = """
+import os, sys
+from pathlib import Path
+from action_diffusion.datasets.batches.sources import open_data
+
+def killed(name):
+    move = getattr(os, name)
+    return lambda a, b, **more: os.kill(os.getpid(), 9) if str(b).endswith(".zarr") else move(a, b, **more)
+
+os.rename, os.replace = killed("rename"), killed("replace")
+open_data(Path(sys.argv[1]), cache_dir=Path(sys.argv[2]), say=print)
+"""
+    killed = subprocess.run([sys.executable, "-c", script, str(source), str(cache)], capture_output=True, timeout=60)
+    assert killed.returncode == -9
+    said = list[str]()
+    buffer = open_data(source, cache_dir=cache, say=said.append)
+    np.testing.assert_array_equal(buffer["state"][:], demonstrations()["state"][:])
+    assert "converting it once" in said[0]
+
+
+def test_two_at_once_make_one_copy(tmp_path: Path) -> None:
+    source, cache, said = written("lerobot")(tmp_path), tmp_path / "cache", list[str]()
+    with ThreadPoolExecutor(2) as pool:
+        opened = list(pool.map(lambda _: open_data(source, cache_dir=cache, say=said.append), range(2)))
+    assert sorted("converting it once" in line for line in said) == [False, True]
+    assert opened[0].path == opened[1].path
+    for buffer in opened:
+        np.testing.assert_array_equal(buffer["state"][:], demonstrations()["state"][:])
+
+
+def test_values_that_are_not_finite_are_there_for_the_doctor(tmp_path: Path) -> None:
+    source = robomimic(tmp_path)
+    with h5py.File(source, "r+") as file:
+        demo = next(iter(file["data"].values()))
+        demo["obs/object"][4, 2] = np.nan
+    buffer = open_data(source, cache_dir=tmp_path / "cache", say=lambda _: None)
+    found = examine(buffer, ("nan",))
+    assert [(finding.key, finding.first, finding.last) for finding in found] == [("object", 4, 4)]
 
 
 def test_another_converter_converts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from action_diffusion.datasets.formats.folder.csv_rows import grouped
 from action_diffusion.datasets.formats.folder.format import opened
 from action_diffusion.datasets.formats.video import EncodedVideoWriter
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.tasks import episode_tasks
 from action_diffusion.errors import InputError
 
 VALUES = np.random.default_rng(0).normal(size=(2, 5, 6))
@@ -112,9 +113,21 @@ def test_types_of_columns(column: list[str], dtype: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("words", ["push it", "", "w" * 10**5])
 def test_a_column_of_words_is_left_out_by_name(words: str, tmp_path: Path) -> None:
-    found = opened(runs(tmp_path / "runs", ["t", "task"], texts([words] * 5)))
-    assert found.left_out == ("task (words)",)
+    found = opened(runs(tmp_path / "runs", ["t", "note"], texts([words] * 5)))
+    assert found.left_out == ("note (words)",)
     assert found.buffer.keys == ["t"]
+
+
+def test_the_column_task_says_what_was_to_be_done(tmp_path: Path) -> None:
+    long = "put the red cup on the shelf, " * 10
+    root = runs(tmp_path / "runs", ["t", "task"], texts(["open", "open", f'"{long}"', "open", ""]))
+    (root / "run0.csv").rename(root / "run1.csv")
+    (root / "run0.csv").write_text("t\n0\n1\n2\n")
+    found = opened(root)
+    assert found.left_out == ()
+    assert found.buffer.attrs["tasks"] == ["", "open", long.strip()]
+    assert found.buffer["task_index"][:].tolist() == [0, 0, 0, 1, 1, 2, 1, 0]
+    assert episode_tasks(found.buffer) == ["", f"open; {long.strip()}; "]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,14 @@ def read_csv(path: Path) -> np.ndarray:
     return np.array(rows, dtype=str).reshape(len(rows), len(names))
 
 
+def read_words(path: Path, name: str) -> list[str]:
+    """The texts of column `name`, whole, of a file that `read_csv` has read."""
+    column = read_header(path).index(name)
+    with _lines(path) as lines:
+        next(lines)
+        return [line[column].strip() for line in lines if line]
+
+
 def guessed(texts: np.ndarray, where: str) -> np.dtype | None:
     """int64 where every text is a whole number, bool where all are true or false, else float64; None for words.
 

@@ -6,8 +6,8 @@
     episode_000000/depth.npy            what has too many numbers a row for a CSV
 
 Somebody else's: a folder with a CSV an episode, in a folder of its own beside its videos, or NAME.csv beside
-NAME.mp4 or NAME_<camera>.mp4. Numbers are int64 where all of a key are whole, else float64; columns of words are left
-out.
+NAME.mp4 or NAME_<camera>.mp4. Numbers are int64 where all of a key are whole, else float64. A column
+`task` or `language_instruction` of words is what the robot was to do; other columns of words are left out.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from action_diffusion.datasets.formats.columns import (
     spans,
 )
 from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Settings, kept, restored
-from action_diffusion.datasets.formats.folder.csv_rows import header, write_csv
+from action_diffusion.datasets.formats.folder.csv_rows import header, read_words, write_csv
 from action_diffusion.datasets.formats.folder.episodes import FolderEpisode, description, episodes_of, unused
 from action_diffusion.datasets.formats.journal import Journal, JournalStep
 from action_diffusion.datasets.formats.video import EncodedVideoWriter, Part, check_times, video_column
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, reading, row_bytes
+from action_diffusion.datasets.storage.tasks import TASK, TASK_WORDS, TASKS
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 
@@ -69,9 +70,26 @@ def opened(path: Path, vectors: Mapping[str, Sequence[str]] | None = None) -> Op
     attrs: dict[str, Any] = {"source": path.name}
     if notes is not None:
         columns, attrs = restored(columns, notes.get(MARK), str(path))
+    left_out = unused(path, episodes)
+    words = next((name for name in TASK_WORDS if f"{name} (words)" in left_out and TASK not in columns), None)
+    if words is not None:
+        columns[TASK], attrs[TASKS] = _task_words(episodes, words)
+        left_out.remove(f"{words} (words)")
     buffer = ReplayBuffer(columns=columns, episode_ends=ends, attrs=attrs, path=path)
     said = tuple(f"{key} is {', '.join(names)}" for key, names in (vectors or {}).items())
-    return Opened(buffer, tuple(unused(path, episodes)), said)
+    return Opened(buffer, tuple(left_out), said)
+
+
+def _task_words(episodes: list[FolderEpisode], name: str) -> tuple[np.ndarray, list[str]]:
+    """Of each row the number of its task [N], and the tasks in words (`datasets.storage.tasks`), from the column
+    `name`; "" where an episode does not say."""
+    rows = [
+        text
+        for episode in episodes
+        for text in (read_words(episode.csv, name) if name in episode.words else [""] * episode.length)
+    ]
+    places = {text: place for place, text in enumerate(dict.fromkeys(rows))}
+    return np.array([places[text] for text in rows], np.int64), list(places)
 
 
 def _check_times(episodes: list[FolderEpisode], key: str, parts: list[Part], rate: float) -> None:
