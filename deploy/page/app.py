@@ -6,20 +6,17 @@ What it shares with other pages, its addresses among it, is in `shared`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from action_diffusion.deploy.loop.operator import MOST_VALUES, Order, Orders
-from action_diffusion.deploy.page.shared import Admission, BasePage, Nonsense, understood
+from action_diffusion.deploy.page.shared import Admission, BasePage, Nonsense, finite, understood
 from action_diffusion.deploy.page.view import View
 
-FILES = {"/": "page.html", **{f"/{name}": name for name in ("page.css", "page.js", "draw.js", "stop.js")}}
 PERIOD = 0.1
 
 
@@ -33,7 +30,7 @@ class Page(BasePage):
     """
 
     def __init__(self, *, view: View, about: Mapping[str, Any], orders: Orders, admission: Admission) -> None:
-        super().__init__(files=FILES, about=about, admission=admission)
+        super().__init__(name="page", about=about, admission=admission)
         self._view, self._orders = view, orders
         self._said, self._at = "", -PERIOD
 
@@ -45,36 +42,28 @@ class Page(BasePage):
         return self._said
 
     async def _show(self, socket: WebSocket) -> None:
-        """State and pictures, for as long as there is somebody to see them."""
+        """State and pictures."""
         shown: dict[str, int] = {}
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-            while True:
-                await socket.send_text(self._state())
-                for index, camera in enumerate(self._about["cameras"]):
-                    picture = self._view.picture(camera)
-                    if picture is not None and picture[0] != shown.get(camera):
-                        shown[camera] = picture[0]
-                        await socket.send_bytes(bytes([index]) + picture[1])
-                await asyncio.sleep(PERIOD)
+        while True:
+            await socket.send_text(self._state())
+            for index, camera in enumerate(self._about["cameras"]):
+                picture = self._view.picture(camera)
+                if picture is not None and picture[0] != shown.get(camera):
+                    shown[camera] = picture[0]
+                    await socket.send_bytes(bytes([index]) + picture[1])
+            await asyncio.sleep(PERIOD)
 
     def _obey(self, message: str, socket: WebSocket) -> None:
         """An order, {"order": "pause"}, or {"order": "point", "values": […]}."""
         said = understood(message)
         if said.get("order") == "point":
-            self._orders.point(self._values(said.get("values")))
+            n = len(self._about["dimensions"])
+            point = finite(said.get("values"), n, "a point has a finite value for each dimension")
+            if n > MOST_VALUES:
+                raise Nonsense("there are too many dimensions to point at")
+            self._orders.point(point)
             return
         try:
             self._orders.give(Order[str(said["order"]).upper()])
         except KeyError:
             raise Nonsense("no such order") from None
-
-    def _values(self, said: Any) -> np.ndarray:
-        """Of a command, [A]."""
-        try:
-            values = np.array(said, dtype=np.float64)
-        except (ValueError, TypeError, OverflowError):
-            raise Nonsense("values are numbers") from None
-        n = len(self._about["dimensions"])
-        if values.shape != (n,) or n > MOST_VALUES or not np.isfinite(values).all():
-            raise Nonsense("a point has a finite value for each dimension")
-        return values

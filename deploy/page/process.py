@@ -17,7 +17,6 @@ from action_diffusion.deploy.ipc.processes import Ending, report, serve
 from action_diffusion.deploy.loop.operator import Orders
 from action_diffusion.deploy.page.link import MISSING
 from action_diffusion.deploy.page.view import View
-from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError
 
 CHANNEL = "connections"
@@ -35,8 +34,7 @@ def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Ma
         from action_diffusion.deploy.page.shared import Admission
     except ModuleNotFoundError:
         raise InputError(MISSING) from None
-    admission = Admission(loopback=is_loopback(host), token=page_token(host, token_file), run=folder.name)
-    ending = Ending()
+    admission, ending = Admission(host=host, token_file=token_file, run=folder.name), Ending()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 5)
     view = View(folder, about)
@@ -63,13 +61,6 @@ def serve_page(app: Any, folder: Path, name: str, is_over: Callable[[], bool]) -
         await server.serve_until(is_over, ready)
 
     asyncio.run(work())
-
-
-def page_token(host: str, token_file: str | None) -> str | None:
-    """What others have to know; None where nobody else gets in. Raises `InputError` where they would without one."""
-    token = read_token(token_file) if token_file or not is_loopback(host) else None
-    require_token(host, token, option="page_host", files="page_token_file")
-    return token
 
 
 def main() -> int:

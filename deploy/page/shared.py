@@ -1,5 +1,7 @@
 """What the pages of a run have in common: static files, who may come in, a socket that has no time for nonsense.
 
+What they have in common in the browser is in `static/shared.js`.
+
     GET /            the page; no secret in it
     POST /session    a token for a cookie, where a token is asked for
     GET /about       what does not change
@@ -11,6 +13,7 @@ The emergency stop is elsewhere, in a process of its own: `stop_process`, which 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import time
@@ -19,15 +22,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from action_diffusion.deploy.serve.access import is_authorized, is_loopback, session
+from action_diffusion.deploy.serve.access import is_authorized, is_loopback, read_token, require_token, session
 
 STATIC = Path(__file__).resolve().parent / "static"
+COMMON = ("page.css", "shared.js", "draw.js", "stop.js")
+"""Files of `STATIC` that every page uses."""
 COOKIE = "action-diffusion"
 MOST_SOCKETS = 100
 """WebSockets at once, of either process."""
@@ -49,13 +55,19 @@ class Admission:
     SSH tunnel, whatever its port there, and behind a proxy with TLS that says so (X-Forwarded-Proto).
 
     Args:
-        loopback: it listens where only this machine comes in.
-        token: what others have to know.
+        host: where it listens.
+        token_file: of what others have to know.
         run: the name of the run's folder: its processes let in the same browsers.
+
+    Raises:
+        InputError: where others would get in without a token.
     """
 
-    def __init__(self, *, loopback: bool, token: str | None, run: str) -> None:
-        self._loopback, self.token, self.session = loopback, token, session(token, run)
+    def __init__(self, *, host: str, token_file: str | None, run: str) -> None:
+        self._loopback = is_loopback(host)
+        self.token = read_token(token_file) if token_file or not self._loopback else None
+        require_token(host, self.token, option="page_host", files="page_token_file")
+        self.session = session(self.token, run)
 
     def refusal(self, connection: HTTPConnection, *, known: bool = True) -> int | None:
         """The HTTP status with which a request is turned down; None where it may come in."""
@@ -115,7 +127,7 @@ class Sockets:
         self._n_sockets += 1
         allowance = Allowance()
         await socket.accept()
-        showing = asyncio.create_task(self._show(socket))
+        showing = asyncio.create_task(self._show_until_gone(socket))
         try:
             while (message := await socket.receive())["type"] == "websocket.receive":
                 if not allowance.take():
@@ -135,8 +147,12 @@ class Sockets:
             showing.cancel()
             self._left(socket)
 
+    async def _show_until_gone(self, socket: WebSocket) -> None:
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+            await self._show(socket)
+
     async def _show(self, socket: WebSocket) -> None:
-        """What changes, for as long as there is somebody to see it."""
+        """What changes, for ever: it is ended when nobody is there to see it."""
         raise NotImplementedError
 
     def _obey(self, message: str, socket: WebSocket) -> None:
@@ -151,14 +167,15 @@ class BasePage(Sockets):
     """The application, `app`.
 
     Args:
-        files: path → a file in `static/`.
+        name: of the page's own files in `static/`: .html, .css and .js.
         about: what does not change.
     """
 
-    def __init__(self, *, files: Mapping[str, str], about: Mapping[str, Any], admission: Admission) -> None:
+    def __init__(self, *, name: str, about: Mapping[str, Any], admission: Admission) -> None:
         super().__init__(admission)
-        self._files, self._about = files, about
-        routes: list[Any] = [Route(path, self._file) for path in files]
+        own = (f"{name}.css", f"{name}.js")
+        self._files, self._about = {"/": f"{name}.html"} | {f"/{file}": file for file in (*COMMON, *own)}, about
+        routes: list[Any] = [Route(path, self._file) for path in self._files]
         routes += [Route("/about", self._tell), Route("/session", self._enter, methods=["POST"])]
         self.app = Starlette(routes=[*routes, WebSocketRoute("/live", self.live)])
 
@@ -191,3 +208,14 @@ def understood(message: str) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise Nonsense("no JSON object")
     return said
+
+
+def finite(said: object, n: int, otherwise: str) -> np.ndarray:
+    """The `n` finite numbers, float64 [n], that a page says. Raises `Nonsense` with `otherwise` for anything else."""
+    try:
+        values = np.array(said, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError):
+        raise Nonsense(otherwise) from None
+    if values.shape != (n,) or not np.isfinite(values).all():
+        raise Nonsense(otherwise)
+    return values

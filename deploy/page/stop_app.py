@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.rings import Moment, RingReader
@@ -62,12 +62,11 @@ class Stop(Sockets):
         return record is not None and record.t > self._emergency.t and int(record.values["phase"]) != Phase.MOVING
 
     async def _show(self, socket: WebSocket) -> None:
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-            while True:
-                news = self._news
-                await socket.send_text(self._now())  # a page that comes right after a stop hears of it at once
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), PERIOD)
+        while True:
+            news = self._news
+            await socket.send_text(self._now())  # a page that comes right after a stop hears of it at once
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), PERIOD)
 
     def _obey(self, message: str, socket: WebSocket) -> None:
         if message != "stop":

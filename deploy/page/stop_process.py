@@ -13,8 +13,7 @@ from pathlib import Path
 
 from action_diffusion.deploy.ipc.processes import Ending, report, serve
 from action_diffusion.deploy.page.link import MISSING
-from action_diffusion.deploy.page.process import CHANNEL, page_token
-from action_diffusion.deploy.serve.access import is_loopback
+from action_diffusion.deploy.page.process import CHANNEL
 from action_diffusion.errors import InputError
 
 
@@ -32,11 +31,10 @@ def run(*, folder: Path, name: str, host: str, port: int, token_file: str | None
         from action_diffusion.deploy.page.stop_app import Stop
     except ModuleNotFoundError:
         raise InputError(MISSING) from None
-    token, ending = page_token(host, token_file), Ending()
+    admission, ending = Admission(host=host, token_file=token_file, run=folder.name), Ending()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, -10)
     listening = listen(host, port)
-    admission = Admission(loopback=is_loopback(host), token=token, run=folder.name)
     stop = Stop(folder, admission) if stops else None
 
     async def work() -> None:

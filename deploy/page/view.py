@@ -164,18 +164,23 @@ class View:
 
     def picture(self, camera: str) -> tuple[int, bytes] | None:
         """The newest frame of a camera as JPEG, with its number; encoded once, whoever asks."""
-        from PIL import Image
-
         frame = self._latest(f"camera {camera}")
         if frame is None:
             return None
         known = self._encoded.get(camera)
         if known is not None and known[0] == frame.number:
             return known
-        file = io.BytesIO()
-        Image.fromarray(frame.values["image"]).save(file, "JPEG", quality=85)
-        self._encoded[camera] = frame.number, file.getvalue()
+        self._encoded[camera] = frame.number, jpeg(frame.values["image"], quality=85)
         return self._encoded[camera]
+
+
+def jpeg(picture: np.ndarray, *, quality: int) -> bytes:
+    """`picture` uint8 [H, W, 3] as a file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
 def _plain(value: Any) -> float | None:

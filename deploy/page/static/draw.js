@@ -2,7 +2,7 @@
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-function sharp(canvas, ratio) {
+export function sharp(canvas, ratio) {
   // As many pixels as the screen has, whatever the layout says.
   const scale = window.devicePixelRatio || 1;
   const width = Math.max(1, Math.round(canvas.clientWidth * scale));
@@ -32,7 +32,7 @@ function line(context, points, { stroke, width, dash = [] }) {
   context.setLineDash([]);
 }
 
-export function dot(context, [x, y], radius, fill) {
+function dot(context, [x, y], radius, fill) {
   context.beginPath();
   context.arc(x, y, radius, 0, 2 * Math.PI);
   context.fillStyle = fill;
@@ -54,13 +54,19 @@ function shape(context, polygons, [x, y, angle], fill) {
   });
 }
 
-export function drawBoard(context, board, world) {
-  // PushT, in its own pixels; world: the finger's place, then the block's pose.
+export function drawBoard(canvas, board, world, target = null) {
+  // PushT, in its own pixels; world: the finger's place, then the block's pose; target: where the finger is to go.
+  const context = canvas.getContext("2d");
+  context.setTransform(canvas.width / board.size, 0, 0, canvas.height / board.size, 0, 0);
   context.fillStyle = "#fff";
   context.fillRect(0, 0, board.size, board.size);
   shape(context, board.polygons, board.goal, "#9be29b");
   shape(context, board.polygons, world.slice(2), "#778899");
   dot(context, world, board.radius, "#4169e1");
+  if (target) dot(context, target, 4, "#c01f1f");
+  context.setTransform(1, 0, 0, 1, 0, 0);
+  canvas.dataset.finger = world.slice(0, 2); // for whoever cannot see it
+  canvas.dataset.block = world.slice(2);
 }
 
 export function drawPicture(canvas, picture, plane, state) {
@@ -71,12 +77,7 @@ export function drawPicture(canvas, picture, plane, state) {
   context.imageSmoothingEnabled = false;
   if (picture) context.drawImage(picture, 0, 0, canvas.width, canvas.height);
   if (!plane) return;
-  if (!picture && !plane.camera && plane.board && state.scene) {
-    context.setTransform(canvas.width / plane.board.size, 0, 0, canvas.height / plane.board.size, 0, 0);
-    drawBoard(context, plane.board, state.scene);
-    context.setTransform(1, 0, 0, 1, 0, 0);
-    canvas.dataset.block = state.scene.slice(2); // for whoever cannot see it
-  }
+  if (!picture && !plane.camera && plane.board && state.scene) drawBoard(canvas, plane.board, state.scene);
   const place = ([, x, y]) => [(x / plane.size[0]) * canvas.width, (y / plane.size[1]) * canvas.height];
   const trail = state.trail.slice(-20).map(place);
   const planned = future(state).map(place);

@@ -1,8 +1,8 @@
 // The operator's page: shows what the socket brings, and sends orders. The emergency stop has a way of its own: stop.js.
 import { drawPicture, drawPlot } from "./draw.js";
+import { $, admitted, decoded, Live, pointed, REPORT, say } from "./shared.js";
 import { openStop } from "./stop.js";
 
-const $ = (id) => document.getElementById(id);
 const NAMES = {
   OVER: "no episode", POLICY: "policy", PAUSED: "paused", PERSON: "you command",
   STILL: "arm still", MOVING: "arm ready", STOPPING: "arm stopping", BROKEN: "arm broken", SILENT: "arm silent",
@@ -12,41 +12,20 @@ const ROWS = [
   ["lateness_ms", "lateness of commands, ms"], ["period_ms", "period, ms"], ["jump", "jump where chunks meet"],
 ];
 const ORDERS = ["start", "pause", "take_over", "success", "failure"];
-const OVER = 1012; // with which a socket is closed when the run is over
-const AGAIN = 500; // ms until a lost connection is tried again
-const POINTS = 33; // ms between two points while a person commands
-const SILENCE = 1500; // ms without a word after which the connection counts as lost
 
+const live = new Live(show, take);
 let about = null;
-let socket = null;
 let state = null;
 let pictures = [];
 let canvases = [];
-let pointed = 0;
-let heard = Date.now();
-let over = false;
+let reported = 0;
 
 async function begin() {
-  const answer = await fetch("about").catch(() => null);
-  if (answer?.status === 401) return ask();
-  if (!answer?.ok) return setTimeout(begin, AGAIN);
-  about = await answer.json();
-  $("enter").hidden = true;
+  about = await admitted();
   $("operating").hidden = false;
   build();
-  connect();
+  live.open(() => say("mode", "the run is over"));
   openStop();
-}
-
-function ask() {
-  $("enter").hidden = false;
-  $("enter").onsubmit = async (event) => {
-    event.preventDefault();
-    const headers = { Authorization: `Api-Key ${$("token").value}` };
-    const answer = await fetch("session", { method: "POST", headers });
-    $("refused").textContent = answer.ok ? "" : "not this one";
-    if (answer.ok) begin();
-  };
 }
 
 function build() {
@@ -80,25 +59,9 @@ function build() {
   }));
 }
 
-function connect() {
-  socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/live`);
-  socket.binaryType = "arraybuffer";
-  socket.onmessage = ({ data }) => {
-    heard = Date.now();
-    over = false;
-    if (typeof data === "string") show(JSON.parse(data));
-    else take(data);
-  };
-  socket.onclose = ({ code }) => {
-    over = over || code === OVER;
-    if (over) say("mode", "the run is over");
-    setTimeout(connect, AGAIN);
-  };
-}
-
 async function take(data) {
   const index = new Uint8Array(data, 0, 1)[0];
-  const picture = await createImageBitmap(new Blob([new Uint8Array(data, 1)], { type: "image/jpeg" }));
+  const picture = await decoded(new Uint8Array(data, 1));
   pictures[index]?.close();
   pictures[index] = picture;
 }
@@ -139,10 +102,6 @@ function reasons() {
   };
 }
 
-function say(id, text) {
-  if ($(id).textContent !== text) $(id).textContent = text; // who listens to the page hears changes only
-}
-
 function row(name, values) {
   const line = document.createElement("tr");
   const head = document.createElement("th");
@@ -170,7 +129,6 @@ function event({ age, text, times }) {
 }
 
 function draw() {
-  $("lost").hidden = over || !$("enter").hidden || Date.now() - heard < SILENCE;
   if (state) {
     canvases.forEach(({ canvas, plane }, index) => {
       drawPicture(canvas, pictures[index], plane, state);
@@ -183,19 +141,12 @@ function draw() {
   setTimeout(() => requestAnimationFrame(draw), 50);
 }
 
-const send = (order, values) => {
-  if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ order, values }));
-};
-
 function point(event, plane) {
-  if (state?.mode !== "PERSON" || Date.now() - pointed < POINTS) return;
-  pointed = Date.now();
-  const box = event.currentTarget.getBoundingClientRect();
-  const share = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
-  const inside = share.map((value) => Math.min(1, Math.max(0, value)));
-  send("point", inside.map((value, axis) => value * plane.size[axis]));
+  if (state?.mode !== "PERSON" || Date.now() - reported < REPORT) return;
+  reported = Date.now();
+  live.tell({ order: "point", values: pointed(event, event.currentTarget, plane.size) });
 }
 
-ORDERS.forEach((order) => { $(order).onclick = () => send(order); });
+ORDERS.forEach((order) => { $(order).onclick = () => live.tell({ order }); });
 requestAnimationFrame(draw);
 begin();

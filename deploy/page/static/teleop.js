@@ -1,67 +1,36 @@
 // A session's page: draws what the socket brings, and says thirty times a second where the pointer is and which keys
 // are down. It decides nothing: the loop on the other end does, and goes on without it.
 
-import { dot, drawBoard } from "./draw.js";
+import { drawBoard, sharp } from "./draw.js";
+import { $, admitted, decoded, Live, pointed, REPORT, say } from "./shared.js";
 import { openStop } from "./stop.js";
 
-const $ = (id) => document.getElementById(id);
 const NAMES = { READY: "ready", COUNTDOWN: "get ready", RECORDING: "recording", OVER: "keep or discard?" };
-const AGAIN = 500; // ms until a lost connection is tried again
-const WORDS = 33; // ms between two words to the loop
-const OVER = 1012; // with which a socket is closed when the session is over
-const SILENCE = 1500; // ms without a word after which the connection counts as lost
+const BACKLOG = 4096; // bytes on their way from which on words are left out
 const HELD = /^([wasdrfzxtgcv]|Arrow(Up|Down|Left|Right))$/;
 const PRESSED = /^([ku+=_-]| |Enter|Backspace)$/;
 
+const live = new Live(show, picture);
 let about = null;
-let socket = null;
 let state = null;
 let pointer = null;
 let down = new Set();
 let pressed = [];
 let released = [];
-let heard = Date.now();
-let over = false;
 
 async function begin() {
-  const answer = await fetch("about").catch(() => null);
-  if (answer?.status === 401) return ask();
-  if (!answer?.ok) return setTimeout(begin, AGAIN);
-  about = await answer.json();
-  $("enter").hidden = true;
+  about = await admitted();
   $("session").hidden = false;
   $("task").textContent = about.task;
   $("help").textContent = about.help;
   $("arm").hidden = !about.emergency;
   if (about.emergency) openStop();
-  connect();
+  live.open(ended);
 }
 
-function ask() {
-  $("enter").hidden = false;
-  $("enter").onsubmit = async (event) => {
-    event.preventDefault();
-    const headers = { Authorization: `Api-Key ${$("token").value}` };
-    const answer = await fetch("session", { method: "POST", headers });
-    $("refused").textContent = answer.ok ? "" : "not this one";
-    if (answer.ok) begin();
-  };
-}
-
-function connect() {
-  socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/live`);
-  socket.binaryType = "arraybuffer";
-  socket.onmessage = ({ data }) => {
-    heard = Date.now();
-    over = false;
-    if (typeof data === "string") show(JSON.parse(data));
-    else picture(data);
-  };
-  socket.onclose = ({ code }) => {
-    over = over || code === OVER;
-    if (over && state) say("message", `${state.episodes} ${state.episodes === 1 ? "episode" : "episodes"} saved. This page can be closed.`);
-    setTimeout(connect, AGAIN);
-  };
+function ended() {
+  if (!state) return;
+  say("message", `${state.episodes} ${state.episodes === 1 ? "episode" : "episodes"} saved. This page can be closed.`);
 }
 
 function show(next) {
@@ -80,47 +49,25 @@ function show(next) {
   $("undo").disabled = state.mode !== "READY" || !state.episodes;
   $("board").classList.toggle("driven", state.mode === "RECORDING" && state.driven);
   $("board").classList.toggle("paused", state.mode === "RECORDING" && !state.driven);
-  if (about.board) draw(about.board, state);
-}
-
-function say(id, text) {
-  if ($(id).textContent !== text) $(id).textContent = text; // who listens to the page hears changes only
-}
-
-function sized(canvas) {
-  // As many pixels as the screen has, whatever the layout says; a square.
-  const width = Math.max(1, Math.round(canvas.clientWidth * (window.devicePixelRatio || 1)));
-  if (canvas.width !== width) canvas.width = canvas.height = width;
-  return canvas.getContext("2d");
+  if (about.board) {
+    sharp($("board"), 1);
+    drawBoard($("board"), about.board, state.state, state.target);
+  }
 }
 
 async function picture(data) {
-  const image = await createImageBitmap(new Blob([data], { type: "image/jpeg" }));
-  const context = sized($("board"));
-  context.drawImage(image, 0, 0, $("board").width, $("board").height);
+  const image = await decoded(data);
+  sharp($("board"), 1);
+  $("board").getContext("2d").drawImage(image, 0, 0, $("board").width, $("board").height);
   image.close();
 }
 
-function draw(board, { state: world, target }) {
-  const context = sized($("board"));
-  const scale = $("board").width / board.size;
-  context.setTransform(scale, 0, 0, scale, 0, 0);
-  drawBoard(context, board, world);
-  if (target) dot(context, target, 4, "#c01f1f");
-  $("board").dataset.finger = world.slice(0, 2); // for whoever cannot see it
-  $("board").dataset.block = world.slice(2);
-}
-
 function point(event) {
-  const box = $("board").getBoundingClientRect();
   const size = about?.board?.size ?? 1;
-  const share = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
-  pointer = share.map((value) => size * Math.min(1, Math.max(0, value)));
+  pointer = pointed(event, $("board"), [size, size]);
 }
 
-const tell = (message) => {
-  if (socket?.readyState === WebSocket.OPEN && socket.bufferedAmount < 4096) socket.send(JSON.stringify(message));
-};
+const tell = (message) => live.tell(message, BACKLOG);
 
 function word() {
   if (!about || document.hidden) return;
@@ -170,6 +117,5 @@ document.addEventListener("keyup", (event) => {
 ["start", "keep", "discard", "undo", "finish"].forEach((order) => {
   $(order).onclick = () => { $(order).blur(); tell({ order }); };
 });
-setInterval(word, WORDS);
-setInterval(() => { $("lost").hidden = over || !$("enter").hidden || Date.now() - heard < SILENCE; }, 200);
+setInterval(word, REPORT);
 begin();

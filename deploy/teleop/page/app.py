@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from action_diffusion.deploy.ipc.channels import text
 from action_diffusion.deploy.ipc.rings import Moment, RingReader
-from action_diffusion.deploy.page.shared import Admission, BasePage, Nonsense, understood
+from action_diffusion.deploy.page.shared import Admission, BasePage, Nonsense, finite, understood
+from action_diffusion.deploy.page.view import jpeg
 from action_diffusion.deploy.teleop.devices.device import Ask
 from action_diffusion.deploy.teleop.devices.keys import KEYS
 from action_diffusion.deploy.teleop.page.board import Inputs
 
-FILES = {
-    "/": "teleop.html",
-    **{f"/{name}": name for name in ("page.css", "teleop.css", "teleop.js", "draw.js", "stop.js")},
-}
 PERIOD = 0.02
 """How often (s) somebody looks for something new to send."""
 
@@ -37,26 +31,25 @@ class SessionPage(BasePage):
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], admission: Admission) -> None:
-        super().__init__(files=FILES, about=about, admission=admission)
+        super().__init__(name="teleop", about=about, admission=admission)
         self._inputs, self._watched = Inputs(folder), Moment(folder / "watched")
         self._sessions, self._pictures = RingReader(folder / "sessions"), RingReader(folder / "pictures")
         self._driver: WebSocket | None = None
 
     async def _show(self, socket: WebSocket) -> None:
         shown = pictured = -1
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-            while True:
-                self._watched.mark()
-                session, picture = self._sessions.latest(), self._pictures.latest()
-                if session is not None and session.number != shown:
-                    shown = session.number
-                    said = json.loads(text(session.values["json"]))
-                    said["drives"] = self._driver is None or self._driver is socket
-                    await socket.send_text(json.dumps(said, allow_nan=False))
-                if picture is not None and picture.number != pictured:
-                    pictured = picture.number
-                    await socket.send_bytes(jpeg(picture.values["picture"]))
-                await asyncio.sleep(PERIOD)
+        while True:
+            self._watched.mark()
+            session, picture = self._sessions.latest(), self._pictures.latest()
+            if session is not None and session.number != shown:
+                shown = session.number
+                said = json.loads(text(session.values["json"]))
+                said["drives"] = self._driver is None or self._driver is socket
+                await socket.send_text(json.dumps(said, allow_nan=False))
+            if picture is not None and picture.number != pictured:
+                pictured = picture.number
+                await socket.send_bytes(jpeg(picture.values["picture"], quality=80))
+            await asyncio.sleep(PERIOD)
 
     def _obey(self, message: str, socket: WebSocket) -> None:
         said = word(message)
@@ -76,19 +69,8 @@ def word(message: str) -> dict[str, Any]:
     try:
         if "order" in said:
             return {"order": int(Ask[said["order"].upper()])}
-        pointer = None if said["pointer"] is None else np.array(said["pointer"], dtype=np.float64)
+        pointer = said["pointer"]
         keys = {name: "\t".join(key for key in said[name][:16] if key in KEYS) for name in ("down", "pressed")}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (KeyError, TypeError, AttributeError):
         raise Nonsense("neither an order nor a pointer with keys") from None
-    if pointer is not None and (pointer.shape != (2,) or not np.isfinite(pointer).all()):
-        raise Nonsense("a pointer is two numbers")
-    return {"pointer": pointer, **keys}
-
-
-def jpeg(picture: np.ndarray) -> bytes:
-    """`picture` uint8 [H, W, 3] as a file of some 15 kB."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=80)
-    return file.getvalue()
+    return {"pointer": None if pointer is None else finite(pointer, 2, "a pointer is two numbers"), **keys}

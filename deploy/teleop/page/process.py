@@ -9,8 +9,7 @@ from typing import Any
 
 from action_diffusion.deploy.ipc.processes import Ending, serve
 from action_diffusion.deploy.page.link import MISSING
-from action_diffusion.deploy.page.process import page_token, serve_page
-from action_diffusion.deploy.serve.access import is_loopback
+from action_diffusion.deploy.page.process import serve_page
 from action_diffusion.errors import InputError
 
 
@@ -25,8 +24,7 @@ def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Ma
         from action_diffusion.deploy.teleop.page.app import SessionPage
     except ModuleNotFoundError:
         raise InputError(MISSING) from None
-    admission = Admission(loopback=is_loopback(host), token=page_token(host, token_file), run=folder.name)
-    ending = Ending()
+    admission, ending = Admission(host=host, token_file=token_file, run=folder.name), Ending()
     serve_page(SessionPage(folder, about, admission).app, folder, name, lambda: bool(ending))
 
 
