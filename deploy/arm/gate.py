@@ -1,6 +1,7 @@
 """The arm's safety gate: each message of waypoints that arrives in the arm's process, within the arm's limits.
 
-The loop has checked its commands already (`loop.gate`); the arm's process does not trust it.
+The loop has checked its commands already (`loop.gate`); the arm's process does not trust it, nor whoever else writes
+to its ring: what passes here is finite.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ OVERDUE = 0.25
 """How long its last waypoint may have been due (s): more than a control period, in which a late command is sent."""
 AHEAD = 10.0
 """How far ahead a waypoint may be (s)."""
+FAR = 1e9
+"""Numbers of a waypoint are smaller: which way a rotation by a larger one turns, nobody knows."""
 
 
 class WaypointGate:
-    """Passes messages of timed waypoints that the arm may follow, in coordinates (see `hardware.command`)."""
+    """Passes messages of timed waypoints that the arm may follow; `limits`: in coordinates (see `hardware.command`)."""
 
     def __init__(self, *, layout: CommandLayout, limits: Limits) -> None:
         self._layout, self._limits = layout, limits
@@ -35,9 +38,9 @@ class WaypointGate:
         Args:
             sent: when the message was sent (monotonic s); the last one that passed was sent earlier.
             times: when each of the n waypoints is due (monotonic s), ascending.
-            points: [n, A], in coordinates.
+            points: [n, A], as commands have them.
             now: the present time.
-            before: [A], where the arm's path is when the first of them is due.
+            before: [A], where the arm's path is when the first of them is due, in coordinates.
         """
         reason = self._shape_or_time(sent, np.asarray(times, dtype=np.float64), np.asarray(points), now)
         reason = reason or self._place(np.asarray(times), np.asarray(points), before)
@@ -49,7 +52,7 @@ class WaypointGate:
         size = self._layout.size
         if points.ndim != 2 or points.shape[1] != size or times.shape != (len(points),) or not len(points):
             return f"waypoints of shape {list(points.shape)} at {list(times.shape)} times; [n >= 1, {size}] is needed"
-        if not (np.isfinite(points).all() and np.isfinite(times).all() and np.isfinite(sent)):
+        if not ((np.abs(points) < FAR).all() and np.isfinite(times).all() and np.isfinite(sent)):
             return "a waypoint or a time is not finite"
         if sent > now or now - sent > STALE:
             return f"stale: the message is {1e3 * (now - sent):.0f} ms old, at most {1e3 * STALE:.0f} are allowed"
@@ -65,6 +68,7 @@ class WaypointGate:
 
     def _place(self, times: np.ndarray, points: np.ndarray, before: np.ndarray) -> str | None:
         limits, smooth, held = self._limits, self._layout.smooth, self._layout.held
+        points = self._layout.to_coordinates(points)
         for point in points:
             beyond = outside("waypoint", point, limits)
             if beyond is not None:

@@ -153,19 +153,19 @@ class ArmLoop:
         if not (1 <= n <= MOST_WAYPOINTS and width == self.layout.size):
             return f"{n} waypoints of {width} values; 1 to {MOST_WAYPOINTS} of {self.layout.size} are needed"
         times, commands = values["times"][:n], values["values"][:n, :width]
-        if not (np.isfinite(times).all() and np.isfinite(commands).all() and np.abs(commands).max() < 1e9):
-            return "a waypoint or a time is not finite"
-        points = self.layout.to_coordinates(commands)
         path = self._path or Waypoints(self.layout, [now], [self._shaper.q.copy()])
         reason = self._gate.refuse(
-            sent=sent, times=times.tolist(), points=points, now=now, before=path.at(max(now, times[0]))
+            sent=sent, times=times.tolist(), points=commands, now=now, before=path.at(max(now, times[0]))
         )
-        if reason is None and self._obstacles is not None:
+        if reason is not None:
+            return reason
+        points = self.layout.to_coordinates(commands)
+        if self._obstacles is not None:
             touched = [why for why in map(self._obstacles, points) if why is not None]
-            reason = f"a waypoint lies in {touched[0]}" if touched else None
-        if reason is None:
-            self._path = path.replace(now, times.tolist(), list(points))
-        return reason
+            if touched:
+                return f"a waypoint lies in {touched[0]}"
+        self._path = path.replace(now, times.tolist(), list(points))
+        return None
 
     def _guard(self, now: float) -> None:
         if self.phase is not Phase.MOVING:

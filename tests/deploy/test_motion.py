@@ -278,6 +278,8 @@ GOOD = {"sent": 9.99, "times": [10.0, 10.1], "points": np.zeros((2, 4)), "now": 
         ({"times": [10.0]}, "waypoints of shape"),
         ({"points": np.array([[0, 0, 0, 0], [0, np.inf, 0, 0]])}, "not finite"),
         ({"times": [10.0, np.nan]}, "not finite"),
+        ({"points": np.full((2, 4), 1e300)}, "not finite"),
+        ({"sent": np.nan}, "not finite"),
         ({"sent": 9.8}, "stale: the message is 200 ms old"),
         ({"sent": 10.1}, "stale"),
         ({"times": [10.1, 10.0]}, "times of the waypoints do not ascend"),
