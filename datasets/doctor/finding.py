@@ -72,7 +72,7 @@ def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     return [asdict(finding) | {"dimensions": list(finding.dimensions)} for finding in findings]
 
 
-class Group(NamedTuple):
+class FindingGroup(NamedTuple):
     """All findings of a kind and key. worst: that of the greatest severity."""
 
     kind: str
@@ -90,13 +90,15 @@ class Group(NamedTuple):
         return spans(numbers, 6) or "all"
 
 
-def grouped(findings: Sequence[Finding]) -> list[Group]:
+def grouped(findings: Sequence[Finding]) -> list[FindingGroup]:
     """By kind, in the order of `KINDS`, and key."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.kind, finding.key), []).append(finding)
     place = list(KINDS)
-    return [Group(*name, groups[name]) for name in sorted(groups, key=lambda name: (place.index(name[0]), name[1]))]
+    return [
+        FindingGroup(*name, groups[name]) for name in sorted(groups, key=lambda name: (place.index(name[0]), name[1]))
+    ]
 
 
 def spans(numbers: Sequence[int], most: int = 1000) -> str:

@@ -152,7 +152,7 @@ def _turning(layout: CommandLayout) -> set[int]:
 
 def move(robot: ProcessRobot, motion: Motion, number: int) -> Measured:
     """Go through it, and record. The arm has begun, and rests in the end. Raises `InputError` where a camera dies."""
-    recorder, lost = _Recorder(robot, number), _lost(robot)
+    recorder, lost = _MotionRecorder(robot, number), _lost(robot)
     arm, events = robot.arm, list[str]()
     start, step = time.monotonic() + _LEAD, motion.times[1]
     n = min(MOST_WAYPOINTS, round(_AHEAD / step))
@@ -174,7 +174,7 @@ def _lost(robot: ProcessRobot) -> float:
     return 0.0 if robot.scene is None else robot.scene.lost
 
 
-class _Recorder:
+class _MotionRecorder:
     """Empties the rings before they are overwritten: `look` has to be called several times a second."""
 
     def __init__(self, robot: ProcessRobot, number: int) -> None:

@@ -63,12 +63,12 @@ class Program:
 def record(net: ConditionalUnet1d, steps: int) -> Program:
     """For chunks of so many steps, which the levels of `net` halve."""
     entering = Value(steps, net.input_dim)
-    recorder = _Recorder(entering)
+    recorder = _ProgramRecorder(entering)
     recorder.program.leaving = net.walk(entering, layer=recorder.layer, residual=recorder.residual, join=recorder.join)
     return recorder.program
 
 
-class _Recorder:
+class _ProgramRecorder:
     def __init__(self, entering: Value) -> None:
         self.program = Program(entering, entering)
         self._film = 0
