@@ -17,6 +17,7 @@ from action_diffusion.deploy.ipc.rings import Moment
 from action_diffusion.deploy.loop.events import NoSubscriber, Subscriber
 from action_diffusion.deploy.loop.operator import NoOperator, Operator, PageOperator
 from action_diffusion.deploy.page.link import PageLink, page_port
+from action_diffusion.deploy.page.view import About
 from action_diffusion.deploy.records.reader import plain_limits
 from action_diffusion.deploy.records.stream import RECORD, RunStream
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
@@ -80,20 +81,20 @@ class Subscribers:
         try:
             if port is not None:
                 self._teleoperator = teleoperator(config, processes, limits)
-                self._open(config, processes, _about(processes, spec, limits), port)
+                self._open(config, processes, _about(processes, spec, limits, config.teleop), port)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, config: Deploy, robot: ProcessRobot, about: Mapping[str, Any], port: int) -> None:
-        module, told = "action_diffusion.deploy.page.process", {**about, "teleop": config.teleop}
+    def _open(self, config: Deploy, robot: ProcessRobot, about: About, port: int) -> None:
+        module = "action_diffusion.deploy.page.process"
         self._page = PageLink(
             module,
             robot.folder,
             host=config.page_host,
             token_file=config.page_token_file,
             port=port,
-            about=told,
+            about=about,
             stops=True,
         )
         self.operator = PageOperator(robot.folder, waits=config.wait, teleoperator=self._teleoperator, say=self._say)
@@ -124,7 +125,7 @@ class Subscribers:
             self._recording.close()
 
 
-def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits) -> dict[str, Any]:
+def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, teleop: str | None) -> About:
     """What the page is told at its start."""
     parts = robot.layout.groups_of(len(limits.low))
     names = [name if size == 1 else f"{name}[{index}]" for name, size, _ in parts for index in range(size)]
@@ -138,10 +139,11 @@ def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits) -> dict[str, A
         "low": limits.low.tolist(),
         "high": limits.high.tolist(),
         "plane": robot.plane,
+        "teleop": teleop,
     }
 
 
-def _attrs(config: Mapping[str, Any], robot: Robot, spec: PolicySpec, limits: Limits) -> dict[str, Any]:
+def _attrs(config: Mapping[str, Any], robot: Robot, spec: PolicySpec, limits: Limits) -> dict[str, object]:
     """What a replay has to know."""
     return {
         "kind": "deployment",

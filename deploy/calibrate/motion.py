@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -183,7 +183,7 @@ class _MotionRecorder:
         self._rings = {"sent": robot.arm.setpoints, "state": robot.arm.states}
         self._rings |= {f"camera {key}": RingReader(robot.folder / f"camera {key}") for key in robot.cameras}
         self._heard = {name: ring.count - 1 for name, ring in self._rings.items()}
-        self._rows: dict[str, list[tuple[float, Any, float]]] = {name: [] for name in self._rings}
+        self._rows: dict[str, list[tuple[float, float | np.ndarray, float]]] = {name: [] for name in self._rings}
 
     def look(self) -> None:
         for name, ring in self._rings.items():
@@ -191,7 +191,7 @@ class _MotionRecorder:
                 self._heard[name] = record.number
                 values, arrived = record.values, 0.0
                 if name == "sent":
-                    value: Any = float(values["command"][self._number])
+                    value: float | np.ndarray = float(values["command"][self._number])
                 elif name == "state":
                     value = float(values[self._name][self._index])
                 else:
@@ -211,7 +211,7 @@ class _MotionRecorder:
         )
 
 
-def _signal(rows: list[tuple[float, Any, float]]) -> Signal:
+def _signal(rows: list[tuple[float, float | np.ndarray, float]]) -> Signal:
     """In order, and each time once: an arm may be read more often than it measures."""
     t, first = np.unique([moment for moment, _, _ in rows], return_index=True)
     return Signal(t, np.array([rows[i][1] for i in first]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -19,7 +19,7 @@ def image_shape(size: Sequence[int] | None, height: int, width: int) -> tuple[in
     return int(size[0]), int(size[1]), 3
 
 
-def fitted(cv2: Any, image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+def fitted(cv2: ModuleType, image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """The middle of `image` uint8 [h, w, 3], as much of it as `shape` has the proportions of, averaged down to it."""
     h, w, _ = image.shape
     height, width, _ = shape

@@ -20,6 +20,7 @@ import pkgutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,7 @@ class LeRobotArm:
             bus.write("Bus_Watchdog", name, ticks, normalize=False, num_retry=2)
 
 
-def configuration(package: Any, base: Any, kind: str, config: Mapping[str, Any]) -> Any:
+def configuration(package: ModuleType, base: Any, kind: str, config: Mapping[str, Any]) -> Any:
     """The configuration `kind` ("so101_follower", "koch_leader") of `package`, with the values of `config`.
 
     package: lerobot.robots or lerobot.teleoperators; base: the class whose registry has its configurations. A device is

@@ -6,14 +6,14 @@ import importlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
 from action_diffusion.errors import InputError
 
 
-def library(module: str, extra: str, then: str = "") -> Any:
+def library(module: str, extra: str, then: str = "") -> ModuleType:
     """The vendor's `module`. Raises `InputError` with what to install where it cannot be imported.
 
     extra: of this package, that brings it; `then`: what has to be run besides.

@@ -8,14 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from starlette.websockets import WebSocket
 
 from action_diffusion.deploy.loop.operator import MOST_VALUES, Order, Orders
 from action_diffusion.deploy.page.shared import Admission, BasePage, Nonsense, finite, understood
-from action_diffusion.deploy.page.view import View
+from action_diffusion.deploy.page.view import About, View
 
 PERIOD = 0.1
 
@@ -25,13 +23,14 @@ class Page(BasePage):
 
     Args:
         view: what it shows.
-        about: what does not change; `cameras`: names of them.
+        about: what does not change.
         orders: to the loop.
     """
 
-    def __init__(self, *, view: View, about: Mapping[str, Any], orders: Orders, admission: Admission) -> None:
+    def __init__(self, *, view: View, about: About, orders: Orders, admission: Admission) -> None:
         super().__init__(name="page", about=about, admission=admission)
         self._view, self._orders = view, orders
+        self._cameras, self._n_dimensions = about["cameras"], len(about["dimensions"])
         self._said, self._at = "", -PERIOD
 
     def _state(self) -> str:
@@ -46,7 +45,7 @@ class Page(BasePage):
         shown: dict[str, int] = {}
         while True:
             await socket.send_text(self._state())
-            for index, camera in enumerate(self._about["cameras"]):
+            for index, camera in enumerate(self._cameras):
                 picture = self._view.picture(camera)
                 if picture is not None and picture[0] != shown.get(camera):
                     shown[camera] = picture[0]
@@ -57,9 +56,8 @@ class Page(BasePage):
         """An order, {"order": "pause"}, or {"order": "point", "values": […]}."""
         said = understood(message)
         if said.get("order") == "point":
-            n = len(self._about["dimensions"])
-            point = finite(said.get("values"), n, "a point has a finite value for each dimension")
-            if n > MOST_VALUES:
+            point = finite(said.get("values"), self._n_dimensions, "a point has a finite value for each dimension")
+            if len(point) > MOST_VALUES:
                 raise Nonsense("there are too many dimensions to point at")
             self._orders.point(point)
             return

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from action_diffusion.errors import InputError
 
@@ -156,10 +157,18 @@ def receive(path: Path, take: Take) -> None:
 class Server(uvicorn.Server):
     """Answers connections that somebody else has accepted with the application `app`."""
 
-    def __init__(self, app: Any) -> None:
-        quiet: dict[str, Any] = {"log_level": "critical", "access_log": False, "lifespan": "off"}
-        sockets: dict[str, Any] = {"ws": "websockets-sansio", "ws_max_size": 1 << 16, "ws_per_message_deflate": False}
-        super().__init__(uvicorn.Config(_closing(app), timeout_graceful_shutdown=1, **quiet, **sockets))
+    def __init__(self, app: ASGIApp) -> None:
+        config = uvicorn.Config(
+            _closing(app),
+            timeout_graceful_shutdown=1,
+            log_level="critical",
+            access_log=False,
+            lifespan="off",
+            ws="websockets-sansio",
+            ws_max_size=1 << 16,
+            ws_per_message_deflate=False,
+        )
+        super().__init__(config)
         self._unanswered: dict[asyncio.Transport, asyncio.TimerHandle] = {}
         self._opening: set[asyncio.Task[None]] = set()
 
@@ -205,11 +214,11 @@ class Server(uvicorn.Server):
         watching.cancel()
 
 
-def _closing(app: Any) -> Any:
+def _closing(app: ASGIApp) -> ASGIApp:
     """`app`, with "Connection: close" in all of its answers."""
 
-    async def answer(scope: Any, receive: Any, send: Any) -> None:
-        async def send_last(message: Any) -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             await send(message)

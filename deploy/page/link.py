@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from action_diffusion.deploy.ipc.processes import Child
 from action_diffusion.errors import InputError
@@ -39,7 +38,7 @@ class PageLink:
         host: str,
         token_file: str | None,
         port: int,
-        about: Mapping[str, Any],
+        about: Mapping[str, object],
         stops: bool,
     ) -> None:
         common = {"host": host, "token_file": token_file}
@@ -66,7 +65,7 @@ class PageLink:
             child.end()
 
 
-def page_port(page: Any, say: Callable[[str], None]) -> int | None:
+def page_port(page: object, say: Callable[[str], None]) -> int | None:
     """The page's port, 0 for one that is free; None for no page."""
     if page is False:
         return None

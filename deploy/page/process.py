@@ -9,24 +9,26 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from action_diffusion.deploy.ipc.processes import Ending, report, serve
 from action_diffusion.deploy.loop.operator import Orders
 from action_diffusion.deploy.page.link import MISSING
-from action_diffusion.deploy.page.view import View
+from action_diffusion.deploy.page.view import About, View
 from action_diffusion.errors import InputError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 CHANNEL = "connections"
 """The socket in the run's folder through which they come."""
 
 
-def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Mapping[str, Any]) -> None:
+def run(*, folder: Path, name: str, host: str, token_file: str | None, about: About) -> None:
     """Serve the page, of which others know as `host`, until asked to end, or until the loop is gone.
 
-    about: task, control_rate, n_obs_steps, cameras, dimensions (a name each), limits and plane: see `subscribers`.
     Raises `InputError` for a missing token, and a missing extra.
     """
     try:
@@ -47,7 +49,7 @@ def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Ma
     serve_page(page.app, folder, name, is_over)
 
 
-def serve_page(app: Any, folder: Path, name: str, is_over: Callable[[], bool]) -> None:
+def serve_page(app: ASGIApp, folder: Path, name: str, is_over: Callable[[], bool]) -> None:
     """Answer with `app` what comes through `CHANNEL`, and say that it does, until `is_over`."""
     from action_diffusion.deploy.page.connections import Server, receive
 

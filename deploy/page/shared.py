@@ -171,11 +171,11 @@ class BasePage(Sockets):
         about: what does not change.
     """
 
-    def __init__(self, *, name: str, about: Mapping[str, Any], admission: Admission) -> None:
+    def __init__(self, *, name: str, about: Mapping[str, object], admission: Admission) -> None:
         super().__init__(admission)
         own = (f"{name}.css", f"{name}.js")
         self._files, self._about = {"/": f"{name}.html"} | {f"/{file}": file for file in (*COMMON, *own)}, about
-        routes: list[Any] = [Route(path, self._file) for path in self._files]
+        routes = [Route(path, self._file) for path in self._files]
         routes += [Route("/about", self._tell), Route("/session", self._enter, methods=["POST"])]
         self.app = Starlette(routes=[*routes, WebSocketRoute("/live", self.live)])
 

@@ -7,9 +7,8 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -18,6 +17,9 @@ from action_diffusion.deploy.ipc.processes import SILENCE
 from action_diffusion.deploy.ipc.rings import Moment, Record, RingReader
 from action_diffusion.deploy.loop.operator import Mode
 
+if TYPE_CHECKING:
+    from action_diffusion.deploy.robot.process_robot import Plane
+
 TRAIL, WINDOW, EVENTS = 100, 200, 30
 """Commands that are shown behind the present one; steps that the timings are of; kinds of events."""
 SLOW = 0.05
@@ -25,14 +27,25 @@ SLOW = 0.05
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 
 
+class About(TypedDict):
+    """What does not change in a run. dimensions, units, low, high: of each number of a command; teleop: the device."""
+
+    task: str
+    control_rate: float
+    n_obs_steps: int
+    cameras: list[str]
+    dimensions: list[str]
+    units: list[str]
+    low: list[float]
+    high: list[float]
+    plane: Plane | None
+    teleop: str | None
+
+
 class View:
-    """Reads the rings in `folder`.
+    """Reads the rings in `folder`."""
 
-    Args:
-        about: n_obs_steps, control_rate, cameras and plane, as `page.process.run` has them.
-    """
-
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, about: About) -> None:
         self._folder, self._about = folder, about
         self._rings: dict[str, RingReader] = {}
         self._heard: dict[str, int] = {}
@@ -61,7 +74,7 @@ class View:
             self._heard[name] = records[-1].number
         return records
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Everything that changes, as JSON has it; numbers that there are none of are None."""
         now = time.monotonic()
         self.look()
@@ -119,7 +132,7 @@ class View:
 
     def _scene(self) -> list[float] | None:
         """PushT's state, where there is a board to draw it on."""
-        record = self._latest("state") if (self._about["plane"] or {}).get("board") else None
+        record = self._latest("state") if self._about["plane"] and self._about["plane"]["board"] else None
         return None if record is None or "state" not in record.values else record.values["state"].tolist()
 
     def _advice(self) -> str | None:
@@ -134,14 +147,14 @@ class View:
             return f"Too slow: {took}. scheduling=rtc does not wait for chunks; fewer sampler steps take less."
         return f"Deadlines are missed although {took}: other programs keep this machine busy."
 
-    def _step(self) -> dict[str, Any] | None:
+    def _step(self) -> dict[str, float | None] | None:
         if not self._recent:
             return None
         values = self._recent[-1].values
         numbers = {name: int(values[name]) for name in ("seed", "step", "command_step")}
-        return numbers | {"reward": _plain(values["reward"]), "operator": bool(values["operator"])}
+        return {**numbers, "reward": _plain(values["reward"]), "operator": bool(values["operator"])}
 
-    def _timing(self) -> dict[str, Any]:
+    def _timing(self) -> dict[str, dict[str, float] | None]:
         """Median and largest of the recent steps, in ms; the delay in control steps."""
         names = ("observation_age_ms", "inference_ms", "lateness_ms", "delay", "jump")
         found = {name: np.array([float(record.values[name]) for record in self._recent]) for name in names}
@@ -150,7 +163,7 @@ class View:
         found["period_ms"] = 1e3 * np.diff(ticks)
         return {name: _spread(values) for name, values in found.items()}
 
-    def _future(self) -> dict[str, Any] | None:
+    def _future(self) -> dict[str, object] | None:
         """The newest chunk, from its observation on: its first control step, and its commands."""
         if self._chunk is None or not self._recent:
             return None
@@ -183,7 +196,7 @@ def jpeg(picture: np.ndarray, *, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _plain(value: Any) -> float | None:
+def _plain(value: np.ndarray) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
 

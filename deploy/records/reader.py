@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,6 @@ def plain_limits(limits: Limits) -> dict[str, list[float | str]]:
     }
 
 
-def read_limits(values: Mapping[str, Any]) -> Limits:
+def read_limits(values: Mapping[str, Sequence[float | str]]) -> Limits:
     """The inverse of `plain_limits`."""
     return Limits(**{name: np.array([float(value) for value in row]) for name, row in values.items()})

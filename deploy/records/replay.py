@@ -220,7 +220,9 @@ def replay(
     return Replayed(recorded, np.array(commands, np.float64), np.where(held[:, None], np.nan, action), records)
 
 
-def _keeping(think: Callable[..., np.ndarray], generator: torch.Generator, recorded: Recorded) -> Callable[..., Any]:
+def _keeping(
+    think: Callable[..., np.ndarray], generator: torch.Generator, recorded: Recorded
+) -> Callable[..., np.ndarray]:
     """Where nobody answered, no noise of the steps was drawn either."""
 
     @functools.wraps(think)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,5 +160,5 @@ def _number(value: float | None) -> float:
     return NO_NUMBER if value is None else float(value)
 
 
-def _text(lines: Any) -> bytes:
+def _text(lines: Iterable[str]) -> bytes:
     return "\n".join(lines).encode("utf-8")[:TEXT]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
@@ -38,6 +38,18 @@ class CameraSetup:
     driver: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     stamp_latency: float = 0.0
+
+
+class Plane(TypedDict):
+    """What a page draws where commands are points of a picture.
+
+    camera: its key; None for an empty one. size: [width, height] of it in the commands' unit. board: PushT's
+    (`sim.robots.board`), drawn where there is no camera.
+    """
+
+    camera: str | None
+    size: list[float]
+    board: Mapping[str, object]
 
 
 class Scene(Protocol):
@@ -76,8 +88,7 @@ class ProcessRobot:
 
     Attributes:
         stamp_latency: of each camera, what is taken off its stamps (s).
-        plane: for the page, where commands are points of a picture: {"camera": its key, or None for an empty one,
-            "size": [width, height] of it in the commands' unit, "board": PushT's, drawn where there is no camera}.
+        plane: for the page, where commands are points of a picture.
         layout: of the arm's commands.
 
     Raises:
@@ -103,7 +114,7 @@ class ProcessRobot:
         self._explained = False
         self._refused: list[str] = []
         self._arm: ArmLink | None = None
-        self.plane: dict[str, Any] | None = None
+        self.plane: Plane | None = None
         try:
             arm.check()
             names = {key: f"camera {key}" for key in cameras}

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -30,6 +30,9 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.sampler import Generators, Hook, draw_noise
 from action_diffusion.policy.policy import Prefix
 from action_diffusion.policy.spec import PolicySpec
+
+if TYPE_CHECKING:
+    from websockets.sync.client import ClientConnection
 
 FIRST_WAIT, MAX_WAIT = 0.1, 2.0
 """Seconds between two attempts to connect: doubled from the one to the other, each up to a quarter longer by chance."""
@@ -73,6 +76,7 @@ class RemotePolicy:
         self.timing: dict[str, Any] = {}
         """What the server said of its last answer: `infer_ms`, and `wait_ms` for the policy to be free."""
         self._closing = False
+        self._connection: ClientConnection | None
         self._connection, self.spec = self._first(patience)
         self._keeper = threading.Thread(target=self._keep, name="policy server", daemon=True)
         self._keeper.start()
@@ -223,7 +227,7 @@ class RemotePolicy:
                 self._changed.wait_for(lambda: self._closing, wait * random.uniform(1.0, 1.25))
             wait = min(2 * wait, MAX_WAIT)
 
-    def _again(self) -> Any:
+    def _again(self) -> ClientConnection | None:
         """One attempt: the connection, or None, and `_reason` says why."""
         try:
             connection, spec = self._open()
@@ -239,7 +243,7 @@ class RemotePolicy:
         self._say(f"connected to {self._url} again")
         return connection
 
-    def _open(self) -> tuple[Any, PolicySpec]:
+    def _open(self) -> tuple[ClientConnection, PolicySpec]:
         opening = self._connect(
             self._url,
             additional_headers=authorization(self._token),
@@ -261,7 +265,7 @@ class RemotePolicy:
             connection.close()
             raise
 
-    def _first(self, patience: float) -> tuple[Any, PolicySpec]:
+    def _first(self, patience: float) -> tuple[ClientConnection, PolicySpec]:
         began = time.monotonic()
         while True:
             try:

@@ -14,19 +14,26 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from action_diffusion.deploy.serve.access import is_authorized, require_token
 from action_diffusion.deploy.serve.session import ClientSession, Question
 from action_diffusion.deploy.serve.wire import pack, require, shortened, unpack
 from action_diffusion.errors import InputError
 from action_diffusion.policy.policy import DiffusionPolicy
+
+if TYPE_CHECKING:
+    from websockets.asyncio.server import ServerConnection
+    from websockets.http11 import Request, Response
 
 SEND_SECONDS = 10.0
 """A client that takes an answer no faster than this is let go."""
@@ -73,7 +80,7 @@ class PolicyServer:
             )
         self._policy, self._host, self._port, self._token = policy, host, port, token
         self._max_connections, self._max_message_bytes = max_connections, max_message_bytes
-        self._session: dict[str, Any] = {"spec": policy.spec, "seed": seed, "remember": remember}
+        self._session = functools.partial(ClientSession, spec=policy.spec, seed=seed, remember=remember)
         self._say, self._answered, self._turned_down = say, answered, turned_down
         self._metadata = pack({"policy": "action-diffusion", **policy.spec.to_json()})
         self._closed: type[Exception] = require("websockets.exceptions").ConnectionClosed
@@ -115,7 +122,7 @@ class PolicyServer:
                 ready(server.sockets[0].getsockname()[1])
                 await self._stop.wait()
 
-    def _admit(self, connection: Any, request: Any) -> Any:
+    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
         """Before the handshake: an HTTP answer, or None to go on."""
         if request.path == HEALTH:
             return connection.respond(HTTPStatus.OK, "OK\n")
@@ -127,12 +134,12 @@ class PolicyServer:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None
 
-    async def _converse(self, connection: Any) -> None:
+    async def _converse(self, connection: ServerConnection) -> None:
         """One client, from its metadata to its end."""
         if self.n_connections >= self._max_connections:  # several passed `_admit` at once
             await connection.close(1013, "too many connections")
             return
-        session = ClientSession(**self._session)
+        session = self._session()
         timing: dict[str, float] = {}
         self.n_connections += 1
         try:
@@ -150,7 +157,7 @@ class PolicyServer:
             self.n_connections -= 1
 
     async def _answer(
-        self, connection: Any, session: ClientSession, message: Any, timing: dict[str, float]
+        self, connection: ServerConnection, session: ClientSession, message: str | bytes, timing: dict[str, float]
     ) -> bytes | str:
         try:
             if isinstance(message, str):
@@ -173,8 +180,8 @@ class PolicyServer:
         return line
 
     def _think(
-        self, connection: Any, session: ClientSession, question: Question
-    ) -> tuple[float, float, dict[str, Any]]:
+        self, connection: ServerConnection, session: ClientSession, question: Question
+    ) -> tuple[float, float, dict[str, np.ndarray]]:
         """In the worker thread: when it began and ended, and the answer. Not for a client that has left meanwhile."""
         if connection.close_code is not None:
             raise self._closed(None, None)
@@ -183,9 +190,9 @@ class PolicyServer:
         return began, time.perf_counter(), actions
 
 
-def _header(request: Any) -> str | None:
+def _header(request: Request) -> str | None:
     """The one `Authorization` of a request; none where there are several."""
-    given: list[str] = request.headers.get_all("Authorization")
+    given = request.headers.get_all("Authorization")
     return given[0] if len(given) == 1 else None
 
 

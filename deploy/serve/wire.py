@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ MAX_AXES = 8
 DTYPES = frozenset(("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<u8", "<i8", "<f2", "<f4", "<f8"))
 
 
-def require(module: str) -> Any:
+def require(module: str) -> ModuleType:
     """A module of the extra `[serve]`, or an `InputError` that says how to get it."""
     try:
         return importlib.import_module(module)
@@ -42,7 +43,7 @@ def pack(message: Mapping[str, Any]) -> bytes:
     return packed
 
 
-def unpack(data: bytes) -> dict[str, Any]:
+def unpack(data: bytes | str) -> dict[str, Any]:
     """The map that a message is; arrays in it are still encoded: see `decode_array`.
 
     Raises `InputError` for anything else: no msgpack, no map, keys that are no words, too many parts.
@@ -50,7 +51,7 @@ def unpack(data: bytes) -> dict[str, Any]:
     msgpack = require("msgpack")
     parts = 0
 
-    def count(part: Any) -> Any:
+    def count(part: object) -> object:
         nonlocal parts
         parts += 1
         if parts > MAX_PARTS:
@@ -75,7 +76,7 @@ def decode_array(value: Any, what: str) -> np.ndarray:
     dtype, shape, data = (value.get(name) for name in (b"dtype", b"shape", b"data"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{what} has dtype {shortened(dtype)}: only whole and floating-point numbers are taken")
-    sizes: list[Any] = shape if isinstance(shape, list) else [None]
+    sizes: list[int] = shape if isinstance(shape, list) else [0]
     if len(sizes) > MAX_AXES or not all(type(n) is int and n > 0 for n in sizes):
         raise InputError(f"{what} has shape {shortened(shape)}, which is none")
     n_bytes = math.prod(sizes) * np.dtype(dtype).itemsize
@@ -102,7 +103,7 @@ def shortened(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """What msgpack has no type for."""
     if isinstance(value, np.ndarray) and value.dtype.str in DTYPES:
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": list(value.shape)}

@@ -149,7 +149,7 @@ class PandaCamera(SimulatedCamera):
         self._camera, self._render = camera, dict(render)
 
     def prepare(self) -> None:
-        self._mujoco: Any = importlib.import_module("mujoco")
+        self._mujoco = importlib.import_module("mujoco")
         self._renderer, self._scene = Renderer(RenderSettings(**self._render)), -1
         self._model = self._mujoco.MjModel.from_binary_path(str(self._folder / SCENE))
         self._data = self._mujoco.MjData(self._model)

@@ -18,7 +18,7 @@ T = ([[-60, 0], [60, 0], [60, 30], [-60, 30]], [[-15, 30], [15, 30], [15, 120], 
 """PushT's block in its own frame (px)."""
 
 
-def board() -> dict[str, Any]:
+def board() -> dict[str, object]:
     """What a page draws of PushT: size, the block's polygons, the finger's radius (px), and the goal's pose."""
     from action_diffusion.envs.pusht.simulator import GOAL_POSE
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -35,6 +35,28 @@ class EpisodeMode(enum.IntEnum):
     READY, COUNTDOWN, RECORDING, OVER = 0, 1, 2, 3
 
 
+class Status(TypedDict):
+    """How a session stands, in plain values; None: there is none.
+
+    countdown: s until the recording begins. driven: somebody drives. score: the best reward of this episode so far.
+    target: where the arm is to go. wanted: episodes, in all. missed: ticks.
+    """
+
+    mode: str
+    countdown: float | None
+    step: int
+    driven: bool
+    score: float | None
+    target: list[float] | None
+    message: str
+    episodes: int
+    wanted: int
+    mean_score: float | None
+    discarded: int
+    missed: int
+    ticks: int
+
+
 class Sink(Protocol):
     """Where episodes go: `datasets.recorder.RunRecorder`."""
 
@@ -43,7 +65,7 @@ class Sink(Protocol):
     @property
     def n_steps(self) -> int: ...
 
-    def add(self, step: dict[str, Any]) -> None: ...
+    def add(self, step: Mapping[str, np.ndarray | np.float32]) -> None: ...
     def keep(self) -> int: ...
     def discard(self) -> None: ...
     def undo(self) -> int: ...
@@ -76,7 +98,7 @@ class TeleopSession:
         countdown: float = 3.0,
         max_steps: int = 1200,
         wanted: int = 0,
-        tell: Callable[[dict[str, Any]], None] = lambda status: None,
+        tell: Callable[[Status], None] = lambda status: None,
     ) -> None:
         self._world, self._device, self._steering, self._gate, self._sink = world, device, steering, gate, sink
         self._clock, self._seed, self._countdown, self._wanted, self._tell = clock, seed, countdown, wanted, tell
@@ -228,7 +250,7 @@ class TeleopSession:
         return None
 
     def _record(self, observation: dict[str, np.ndarray], action: np.ndarray, reward: float | None) -> None:
-        step: dict[str, Any] = {**observation, "action": action}
+        step: dict[str, np.ndarray | np.float32] = {**observation, "action": action}
         if reward is not None:
             step["reward"] = np.float32(reward)
             self._best = reward if self._best is None else max(self._best, reward)
@@ -240,8 +262,8 @@ class TeleopSession:
         self._become(EpisodeMode.OVER)
         self._say(why)
 
-    def status(self) -> dict[str, Any]:
-        """What the page shows, plain values: mode, countdown (s), step, score, target, message, counts."""
+    def status(self) -> Status:
+        """What the page shows."""
         left = max(0.0, self._begins - self._clock.now()) if self.mode is EpisodeMode.COUNTDOWN else None
         scores = [score for score in self.scores if score is not None]
         return {
@@ -260,7 +282,7 @@ class TeleopSession:
             "ticks": self.ticks,
         }
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """What the command prints."""
         late = 1e3 * np.array(self.lateness or [0.0])
         scores = [score for score in self.scores if score is not None]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from action_diffusion.deploy.page.link import PageLink, page_port
 from action_diffusion.deploy.sim.robots import board
 from action_diffusion.deploy.teleop.devices.device import Device
 from action_diffusion.deploy.teleop.devices.keys import HELP
 from action_diffusion.deploy.teleop.page.board import Pictures, Shown
+from action_diffusion.deploy.teleop.session import Status
 from action_diffusion.deploy.teleop.world import World, is_plane
 from action_diffusion.options import Collect
 
@@ -19,7 +20,16 @@ MODULE = "action_diffusion.deploy.teleop.page.process"
 POINTING = (
     "lead the finger with the mouse, or with your own on a touch screen; Enter start, K keep, Backspace discard, U undo"
 )
-Status = dict[str, Any]
+
+
+class About(TypedDict):
+    """What does not change. points: the pointer shows targets; emergency: there is an arm that can be stopped."""
+
+    task: str
+    help: str
+    points: bool
+    emergency: bool
+    board: dict[str, object] | None
 
 
 def open_page(
@@ -50,7 +60,7 @@ def open_page(
     return shown, page
 
 
-def _about(config: Collect, world: World, driver: Device | None) -> dict[str, Any]:
+def _about(config: Collect, world: World, driver: Device | None) -> About:
     """What the page is told at its start."""
     points = driver is None and is_plane(world)
     return {

@@ -73,7 +73,7 @@ class World(Protocol):
         """For this control step nobody drives. Returns whether the episode is over because of it."""
         ...
 
-    def scene(self) -> dict[str, Any]:
+    def scene(self) -> dict[str, list[float]]:
         """What the page draws, beside pictures."""
         ...
 
@@ -145,7 +145,7 @@ class SteppedWorld:
         self._env.reset(seed)
         return self._env.episode_metadata()
 
-    def scene(self) -> dict[str, Any]:
+    def scene(self) -> dict[str, list[float]]:
         return {"state": self._env.observe(["state"])["state"].round(3).tolist()} if self._flat else {}
 
     def picture(self) -> np.ndarray | None:
@@ -225,7 +225,7 @@ class RobotWorld:
     def hold(self) -> bool:
         return self._robot.hold()[1]
 
-    def scene(self) -> dict[str, Any]:
+    def scene(self) -> dict[str, list[float]]:
         if self._robot.plane is None:
             return {}
         return {"state": self._robot.observe(["state"], time.monotonic()).values["state"].round(3).tolist()}

@@ -30,7 +30,7 @@ class SessionPage(BasePage):
         about: see `page.process.run`.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], admission: Admission) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, object], admission: Admission) -> None:
         super().__init__(name="teleop", about=about, admission=admission)
         self._inputs, self._watched = Inputs(folder), Moment(folder / "watched")
         self._sessions, self._pictures = RingReader(folder / "sessions"), RingReader(folder / "pictures")

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -50,7 +49,7 @@ class Shown:
         """Whether somebody has the page open."""
         return time.monotonic() - self._watched.t < 2 * SILENT
 
-    def tell(self, status: Mapping[str, Any]) -> None:
+    def tell(self, status: Mapping[str, object]) -> None:
         """Plain values; a line that is too long is cut."""
         values = {**status, "message": str(status["message"])[:400]}
         self._sessions.append(time.monotonic(), {"json": json.dumps(values, allow_nan=False).encode()[:TEXT]})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from action_diffusion.deploy.ipc.processes import Ending, serve
 from action_diffusion.deploy.page.link import MISSING
@@ -13,7 +12,7 @@ from action_diffusion.deploy.page.process import serve_page
 from action_diffusion.errors import InputError
 
 
-def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Mapping[str, Any]) -> None:
+def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Mapping[str, object]) -> None:
     """Serve the page, of which others know as `host`, until asked to end, or until the loop is gone.
 
     about: task, device, help; points: the pointer shows targets; board: what is drawn of PushT (`collecting.board`);
