@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from action_diffusion import __version__
 from action_diffusion.deploy.hardware.limits import Limits
@@ -143,7 +142,7 @@ def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, teleop: str | 
     }
 
 
-def _attrs(config: Mapping[str, Any], robot: Robot, spec: PolicySpec, limits: Limits) -> dict[str, object]:
+def _attrs(config: Mapping[str, object], robot: Robot, spec: PolicySpec, limits: Limits) -> dict[str, object]:
     """What a replay has to know."""
     return {
         "kind": "deployment",

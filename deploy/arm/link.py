@@ -31,9 +31,9 @@ class ArmSetup:
     """An arm as a configuration has it: see `protocols.make_arm`, `Limits.of` and `Obstacles.of`."""
 
     driver: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    limits: Mapping[str, Any] | None = None
-    obstacles: Mapping[str, Any] | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    limits: Mapping[str, object] | None = None
+    obstacles: Mapping[str, object] | None = None
 
     def check(self) -> None:
         """Raises `InputError` for limits and obstacles that are none, before anything starts."""
@@ -65,7 +65,7 @@ class ArmLink:
         self._heart = Heartbeat(folder / "loop.beat", lease=LEASE)
         self._emergency = Moment.create(folder / "emergency")
         self._commands, self._lock = CommandWriter(folder, time.monotonic), threading.Lock()
-        arguments: dict[str, Any] = {"driver": setup.driver, "settings": dict(setup.settings)}
+        arguments: dict[str, object] = {"driver": setup.driver, "settings": dict(setup.settings)}
         arguments |= {"watch": ["loop", *watch], "limits": _plain(setup.limits), "obstacles": _plain(setup.obstacles)}
         self.child = Child("action_diffusion.deploy.arm.process", folder, "arm", arguments)
         try:
@@ -151,5 +151,5 @@ def _group(values: Mapping[str, Any]) -> Group:
     return Group(**{**values, "reference": tuple(values["reference"])})
 
 
-def _plain(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _plain(values: Mapping[str, object] | None) -> dict[str, object] | None:
     return None if values is None else dict(values)

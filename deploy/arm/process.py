@@ -23,7 +23,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from action_diffusion.deploy.arm.loop import ArmLoop
 from action_diffusion.deploy.hardware.command import CommandLayout
@@ -47,9 +46,9 @@ def run(
     folder: Path,
     name: str,
     driver: str,
-    settings: Mapping[str, Any],
-    limits: Mapping[str, Any] | None,
-    obstacles: Mapping[str, Any] | None,
+    settings: Mapping[str, object],
+    limits: Mapping[str, object] | None,
+    obstacles: Mapping[str, object] | None,
     watch: Sequence[str],
 ) -> None:
     """Connect, say so in NAME.json, and serve until asked to end, or until the parent is gone and the arm at rest.
@@ -94,7 +93,7 @@ def run(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _combined(arm: Arm, limits: Mapping[str, Any] | None) -> Limits:
+def _combined(arm: Arm, limits: Mapping[str, object] | None) -> Limits:
     """The user's limits and the vendor's, complete."""
     if limits:
         user = Limits.of(limits)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -101,9 +100,9 @@ def _of(seconds: list[float]) -> Estimate:
     return Estimate(float(median), float(least), float(most))
 
 
-def summary(found: Found) -> dict[str, Any]:
+def summary(found: Found) -> dict[str, object]:
     """What goes into `latency.json`, in ms; low and high as the table says."""
-    cameras: dict[str, Any] = {}
+    cameras: dict[str, object] = {}
     for key, camera in found.cameras.items():
         cameras[key] = None
         if camera.sight is not None:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from action_diffusion.deploy.hardware.protocols import make_camera
 from action_diffusion.deploy.ipc.processes import Ending, Heartbeat, report, serve
@@ -21,7 +20,7 @@ PATIENCE = 1.0
 """Without a frame for so long (s), a camera counts as dead; at least ten of its periods."""
 
 
-def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, Any], stamp_latency: float = 0.0) -> None:
+def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, object], stamp_latency: float = 0.0) -> None:
     """Connect, put a first frame into the ring `NAME`, say so in NAME.json, and serve until there is no parent.
 
     stamp_latency: by how much the driver's stamps are late (s): a frame is taken to be that much older. Beside it the

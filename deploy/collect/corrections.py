@@ -25,7 +25,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.options import Collect, Observation
 
 
-def run(config: Collect) -> dict[str, Any]:
+def run(config: Collect) -> dict[str, object]:
     """`collect` with the values of `configs/collect.yaml` (plain data)."""
     if not config.from_:
         raise InputError("agent=corrections needs from=DIR, the output_dir of a deployment in which somebody took over")
@@ -42,7 +42,7 @@ def sources(observations: Mapping[str, Observation]) -> dict[str, str]:
     return {key: value.source or key for key, value in observations.items() if not value.columns}
 
 
-def corrections(*, record: Path, output: Path, min_steps: int, sources: Mapping[str, str]) -> dict[str, Any]:
+def corrections(*, record: Path, output: Path, min_steps: int, sources: Mapping[str, str]) -> dict[str, object]:
     """Write the person's parts of the deployment `record` to a new replay buffer at `output`, an episode each.
 
     Columns: the policy's observations under the names in `sources`, `action` float32 and, where something measured
@@ -77,7 +77,7 @@ def corrections(*, record: Path, output: Path, min_steps: int, sources: Mapping[
     }
 
 
-def attributes(attrs: Mapping[str, Any], steps: Mapping[str, np.ndarray], parts: list[slice]) -> dict[str, Any]:
+def attributes(attrs: Mapping[str, Any], steps: Mapping[str, np.ndarray], parts: list[slice]) -> dict[str, object]:
     """What the buffer says of itself: where each episode comes from, beside what the record says."""
     kept = {name: attrs[name] for name in ("task", "control_rate") if name in attrs}
     return {

@@ -141,7 +141,7 @@ def action_of(command: np.ndarray) -> np.ndarray:
     return np.concatenate([command[:3], axis_angle_to_6d(command[3:6]), command[6:]]).astype(np.float32)
 
 
-def run(config: Collect) -> dict[str, Any]:
+def run(config: Collect) -> dict[str, object]:
     """`collect` with a robot, and the values of `configs/collect.yaml`; returns the numbers to report.
 
     Episodes begin at the starts `seed`, `seed` + 1, …; one that does not succeed is discarded. Ctrl-C ends early, and
@@ -214,7 +214,7 @@ def _checked(config: Collect) -> Mapping[str, Any]:
     return env
 
 
-def _attrs(config: Collect, robot: ProcessRobot) -> dict[str, Any]:
+def _attrs(config: Collect, robot: ProcessRobot) -> dict[str, object]:
     scene = robot.scene
     assert isinstance(scene, SimulatedScene)
     return {

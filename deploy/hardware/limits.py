@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 
@@ -47,7 +46,7 @@ class Limits:
                 raise InputError(f"{name} must be above 0 in each of {len(self.low)} dimensions, got {value}")
 
     @classmethod
-    def of(cls, values: Any, where: str = "limits") -> Limits:
+    def of(cls, values: object, where: str = "limits") -> Limits:
         """From plain lists, as a configuration has them.
 
         Raises `InputError` for unknown names, missing ends, anything but lists of numbers, and where an axis is left no
@@ -90,7 +89,7 @@ class Limits:
         return both
 
 
-def numbers(value: Any, where: str, *, axes: int = 1) -> np.ndarray:
+def numbers(value: object, where: str, *, axes: int = 1) -> np.ndarray:
     """float64 of `axes` axes from lists as a configuration has them. Raises `InputError` for anything else, and NaN."""
     example = "[0.1, …]" if axes == 1 else "[[0.1, …], …]"
     try:

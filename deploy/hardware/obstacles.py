@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +43,7 @@ class Obstacles:
             raise InputError(f"obstacles.workspace leaves no room: {self.workspace.tolist()}")
 
     @classmethod
-    def of(cls, values: Any) -> Obstacles | None:
+    def of(cls, values: object) -> Obstacles | None:
         """From plain lists, as a configuration has them; None where there are none. Raises `InputError`."""
         if not isinstance(values, Mapping | None):
             raise InputError(f"obstacles={str(values)[:80]}: write {{workspace: […], table: z, spheres: […]}}")

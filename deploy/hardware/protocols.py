@@ -14,7 +14,7 @@ Units: m, rad, s, unless a `Group` says otherwise. Times: `time.monotonic()`, wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -138,7 +138,7 @@ class Camera(Protocol):
         """Let go of the camera."""
 
 
-def make_arm(name: str, **settings: Any) -> Arm:
+def make_arm(name: str, **settings: object) -> Arm:
     """The arm driver called `name`, or "module:Class" of the user's own.
 
     Raises `InputError` for an unknown name or setting.
@@ -146,12 +146,12 @@ def make_arm(name: str, **settings: Any) -> Arm:
     return cast(Arm, _make(ARMS, name, settings))
 
 
-def make_camera(name: str, **settings: Any) -> Camera:
+def make_camera(name: str, **settings: object) -> Camera:
     """The camera driver called `name`. Raises `InputError` for an unknown name or setting."""
     return cast(Camera, _make(CAMERAS, name, settings))
 
 
-def _make(registry: Registry, name: str, settings: dict[str, Any]) -> object:
+def _make(registry: Registry, name: str, settings: dict[str, object]) -> object:
     kind = registry.kind
     try:
         driver = imported(name) if ":" in name else registry.load(name)

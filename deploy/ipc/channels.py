@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -63,12 +62,12 @@ class CommandWriter:
             row[:n], block[:n, :width] = times[:n], values[:n, :width]
         self._send(Message.FOLLOW, shape=shape, times=row, values=block)
 
-    def _send(self, kind: Message, **given: Any) -> None:
-        empty: dict[str, Any] = {"shape": (0, 0), "times": np.zeros(MOST_WAYPOINTS), "why": b""}
+    def _send(self, kind: Message, **given: object) -> None:
+        empty: dict[str, object] = {"shape": (0, 0), "times": np.zeros(MOST_WAYPOINTS), "why": b""}
         empty["values"] = np.zeros((MOST_WAYPOINTS, MOST_NUMBERS))
         self.send_record(self._now(), {"kind": int(kind), **empty, **given})
 
-    def send_record(self, sent: float, values: Mapping[str, Any]) -> None:
+    def send_record(self, sent: float, values: Mapping[str, object]) -> None:
         """A message as it is, sent at `sent` (s): for tests of what must be refused."""
         self._ring.append(sent, values)
 

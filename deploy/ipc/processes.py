@@ -46,7 +46,7 @@ class Child:
         arguments: plain values, for the function that is served.
     """
 
-    def __init__(self, module: str, folder: Path, name: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, module: str, folder: Path, name: str, arguments: Mapping[str, object]) -> None:
         self.name = name
         self._report = folder / f"{name}.json"
         words = [sys.executable, "-m", module, str(folder), name, json.dumps(dict(arguments))]
@@ -94,7 +94,7 @@ class Child:
         self.process.wait()
 
 
-def report(folder: Path, name: str, said: Mapping[str, Any]) -> None:
+def report(folder: Path, name: str, said: Mapping[str, object]) -> None:
     """Tell the parent: ready, and what it should know, or {"error": why not}."""
     new = folder / f".{name}.json"
     new.write_text(json.dumps(dict(said)), encoding="utf-8")

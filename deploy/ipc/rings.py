@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -147,7 +147,7 @@ class RingWriter(_Ring):
         super().__init__(path, writable=True)
         self._shapes = {name: shape for name, (_, shape) in self.fields.items()}
 
-    def append(self, t: float, values: Mapping[str, Any]) -> int:
+    def append(self, t: float, values: Mapping[str, object]) -> int:
         """Add a record captured at `t` with a value for every field; returns its index.
 
         Raises `ValueError` where a value is missing or has another shape; the ring is then as before.

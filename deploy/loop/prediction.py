@@ -29,7 +29,7 @@ class PolicyElsewhere(Policy, Protocol):
     def spec(self) -> PolicySpec: ...
 
     def continuing(
-        self, running: Sequence[np.ndarray | None], delay: Sequence[int], guidance: Mapping[str, Any]
+        self, running: Sequence[np.ndarray | None], delay: Sequence[int], guidance: Mapping[str, object]
     ) -> dict[str, Any]:
         """Options of its `predict`, with which chunks continue the `running` ones [n, A] after `delay` steps."""
         ...

@@ -38,13 +38,13 @@ AFTERMATH = 1.0
 LETTERS = 240
 _LOOK = 0.02
 _LATER = ("interventions", "refusals", "action")
-Rows = dict[str, list[Any]]
+Rows = dict[str, list[object]]
 
 
 class RunRecorder:
     """Takes new records from the rings in `folder`, and puts them into a buffer at `output`."""
 
-    def __init__(self, folder: Path, output: Path, attrs: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, output: Path, attrs: Mapping[str, object]) -> None:
         if output.exists():
             raise InputError(f"{output} exists: give another output_dir")
         names = ("seen", "steps", "chunks", "episodes", "setpoints", "events")
@@ -114,7 +114,7 @@ class RunRecorder:
         letters[: len(cut)] = cut
         self._put("events", {TIME: t, "source": source, "text": letters})
 
-    def _put(self, table: str, row: Mapping[str, Any]) -> None:
+    def _put(self, table: str, row: Mapping[str, object]) -> None:
         rows = self._rows.setdefault(table, {key: [] for key in row})
         for key, value in row.items():
             rows[key].append(value)
@@ -161,7 +161,7 @@ def _layout(folder: Path) -> CommandLayout:
     return CommandLayout([Group(**{**group, "reference": tuple(group["reference"])}) for group in groups])
 
 
-def run(*, folder: Path, name: str, output: str, attrs: Mapping[str, Any]) -> None:
+def run(*, folder: Path, name: str, output: str, attrs: Mapping[str, object]) -> None:
     """Record until asked to end, or until the loop is gone. Raises `InputError` where the disk refuses."""
     ending = Ending()
     with contextlib.suppress(OSError):

@@ -36,7 +36,7 @@ class RunLog:
         self._holds = 0
         self._missed = 0
         self._interventions = 0
-        self.notes: dict[str, Any] = {}
+        self.notes: dict[str, object] = {}
         self._file: TextIO | None = None
         self.path = output_dir / "log.jsonl"
         if self.path.exists():

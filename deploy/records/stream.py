@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -71,7 +70,7 @@ class RunStream:
         spec: PolicySpec,
         *,
         output: Path | None,
-        attrs: Mapping[str, Any],
+        attrs: Mapping[str, object],
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
         (size,), horizon, seen = spec.action.shape, spec.horizon, seen_fields(spec)

@@ -63,8 +63,8 @@ def arm_setup(
     cell: Mapping[str, Any],
     *,
     dry_run: bool = False,
-    limits: Mapping[str, Any] | None = None,
-    obstacles: Mapping[str, Any] | None = None,
+    limits: Mapping[str, object] | None = None,
+    obstacles: Mapping[str, object] | None = None,
 ) -> ArmSetup:
     """The arm of a cell. limits, obstacles: of the command, which go before the cell's."""
     settings = dict(cell.get("arm") or {}) | ({"dry_run": True} if dry_run else {})

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Protocol, TypedDict
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class CameraSetup:
     (s), as `deploy calibrate=true` finds it."""
 
     driver: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     stamp_latency: float = 0.0
 
 
@@ -119,7 +119,7 @@ class ProcessRobot:
             arm.check()
             names = {key: f"camera {key}" for key in cameras}
             for key, setup in cameras.items():
-                arguments: dict[str, Any] = {"driver": setup.driver, "settings": dict(setup.settings)}
+                arguments: dict[str, object] = {"driver": setup.driver, "settings": dict(setup.settings)}
                 arguments["stamp_latency"] = setup.stamp_latency
                 module = "action_diffusion.deploy.cameras.process"
                 self.cameras[key] = Child(module, segments.path, names[key], arguments)

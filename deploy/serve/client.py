@@ -73,7 +73,7 @@ class RemotePolicy:
         self._connect = require("websockets.sync.client").connect
         self._changed = threading.Condition()
         self._reason = "not connected yet"
-        self.timing: dict[str, Any] = {}
+        self.timing: dict[str, object] = {}
         """What the server said of its last answer: `infer_ms`, and `wait_ms` for the policy to be free."""
         self._closing = False
         self._connection: ClientConnection | None
@@ -92,7 +92,7 @@ class RemotePolicy:
         hooks: Sequence[Hook] = (),
         running: Sequence[np.ndarray | None] | None = None,
         delay: Sequence[int] | None = None,
-        guidance: Mapping[str, Any] | None = None,
+        guidance: Mapping[str, object] | None = None,
     ) -> dict[str, np.ndarray]:
         """`action` [(B,) Ta, A] and `action_pred` [(B,) H, A], to whatever `DiffusionPolicy.predict` takes.
 
@@ -112,7 +112,7 @@ class RemotePolicy:
         drawing = _of_rows(generator, n)
         answers = []
         for row, steps in enumerate(drawing):
-            extra: dict[str, Any] = {"history": True, "noise": noise[row]}
+            extra: dict[str, object] = {"history": True, "noise": noise[row]}
             if steps is not None:
                 extra["generator"] = steps.get_state().numpy()
             rest = None if running is None else running[row]
@@ -130,8 +130,8 @@ class RemotePolicy:
         )
 
     def continuing(
-        self, running: Sequence[np.ndarray | None], delay: Sequence[int], guidance: Mapping[str, Any]
-    ) -> dict[str, Any]:
+        self, running: Sequence[np.ndarray | None], delay: Sequence[int], guidance: Mapping[str, object]
+    ) -> dict[str, object]:
         """Options of `predict` for chunks that continue others: the server does it (`loop.prediction`)."""
         return {"running": running, "delay": delay, "guidance": guidance}
 
@@ -143,7 +143,7 @@ class RemotePolicy:
             raise InputError(f"noise has shape {list(np.shape(given))}, not {list(shape)}")
         return np.asarray(given, np.float32)
 
-    def _guidance(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _guidance(self, given: Mapping[str, Any] | None) -> dict[str, object]:
         """As the server takes it: no overlap is longer than a chunk."""
         values = dict(given or {})
         if values.get("overlap") is not None:
@@ -157,11 +157,11 @@ class RemotePolicy:
             self._changed.notify_all()
         self._keeper.join(self._timeout + 2)
 
-    def _row(self, obs: Mapping[str, np.ndarray], row: int) -> dict[str, Any]:
+    def _row(self, obs: Mapping[str, np.ndarray], row: int) -> dict[str, object]:
         kinds = {key: np.uint8 if spec.kind == "image" else np.float32 for key, spec in self.spec.observations.items()}
         return {key: np.asarray(obs[key][row], kind) for key, kind in kinds.items()}
 
-    def _ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, message: Mapping[str, object]) -> dict[str, object]:
         connection = self._connection
         if connection is None:
             raise Unavailable(f"no connection to {self._url}: {self._reason}")
@@ -184,7 +184,7 @@ class RemotePolicy:
         self.timing = timing if isinstance(timing, dict) else {}
         return decoded
 
-    def _array(self, answer: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _array(self, answer: Mapping[str, object], name: str, shape: tuple[int, ...]) -> np.ndarray:
         try:
             value = decode_array(answer.get(name), f"{self._url}: {name}")
         except InputError as error:
@@ -193,7 +193,7 @@ class RemotePolicy:
             raise Unavailable(f"{self._url}: {name} has shape {list(value.shape)}, not {list(shape)}")
         return value.copy()
 
-    def _advance(self, generator: torch.Generator, answer: Mapping[str, Any]) -> None:
+    def _advance(self, generator: torch.Generator, answer: Mapping[str, object]) -> None:
         state = self._array(answer, "generator", tuple(generator.get_state().shape))
         try:
             generator.set_state(torch.from_numpy(state))

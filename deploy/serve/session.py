@@ -71,7 +71,7 @@ class ClientSession:
         fresh = np.random.SeedSequence().generate_state(1)[0] if self._seed is None else self._seed
         self.noise_generator, self.generator = generators(int(fresh))
 
-    def take(self, message: Mapping[str, Any]) -> Question:
+    def take(self, message: Mapping[str, object]) -> Question:
         """The question that a message asks; a single observation is remembered.
 
         Raises `InputError` for a message that does not fit the policy, and then remembers nothing of it. Keys that the
@@ -90,7 +90,7 @@ class ClientSession:
             obs = self._agent.history()
         return Question({key: value[None] for key, value in obs.items()}, whole=bool(extra), **options)
 
-    def _observations(self, message: Mapping[str, Any], leading: tuple[int, ...]) -> dict[str, np.ndarray]:
+    def _observations(self, message: Mapping[str, object], leading: tuple[int, ...]) -> dict[str, np.ndarray]:
         obs = {}
         for key, spec in self._spec.observations.items():
             if key not in message:
@@ -109,7 +109,7 @@ class ClientSession:
             obs[key] = value.copy() if spec.kind == "image" else _finite(value, f"observation {key!r}")
         return obs
 
-    def _options(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+    def _options(self, extra: Mapping[str, object]) -> dict[str, Any]:
         n_actions, horizon = self._spec.action.shape[0], self._spec.horizon
         options: dict[str, Any] = {}
         if "noise" in extra:
@@ -153,7 +153,7 @@ class ClientSession:
         return answer
 
 
-def _extra(value: Any) -> Mapping[str, Any]:
+def _extra(value: object) -> Mapping[str, object]:
     if not isinstance(value, dict):
         raise InputError(f"{EXTRA} is {shortened(value)}, not a map of {', '.join(EXTRAS)}")
     for key in value:
@@ -162,14 +162,14 @@ def _extra(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _flag(extra: Mapping[str, Any], name: str) -> bool:
+def _flag(extra: Mapping[str, object], name: str) -> bool:
     value = extra.get(name, False)
     if not isinstance(value, bool):
         raise InputError(f"{name} is {shortened(value)}, not true or false")
     return value
 
 
-def _whole(value: Any, what: str, most: int) -> int:
+def _whole(value: object, what: str, most: int) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise InputError(f"{what} is {shortened(value)}, not a whole number from 0 to {most}")
     return value
@@ -193,7 +193,7 @@ def _generator(state: np.ndarray) -> torch.Generator:
     return generator
 
 
-def _guidance(value: Any, horizon: int) -> Guidance:
+def _guidance(value: object, horizon: int) -> Guidance:
     """`prediction.Guidance` from a map of its fields, each of which has the default's type."""
     names = [item.name for item in fields(Guidance)]
     if not isinstance(value, dict):

@@ -12,7 +12,6 @@ import importlib
 import math
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -37,13 +36,13 @@ def require(module: str) -> ModuleType:
         raise InputError(f"{name} is not installed: pip install 'action-diffusion[serve]'") from None
 
 
-def pack(message: Mapping[str, Any]) -> bytes:
+def pack(message: Mapping[str, object]) -> bytes:
     """Plain data and numpy arrays as bytes."""
     packed: bytes = require("msgpack").packb(message, default=_plain)
     return packed
 
 
-def unpack(data: bytes | str) -> dict[str, Any]:
+def unpack(data: bytes | str) -> dict[str, object]:
     """The map that a message is; arrays in it are still encoded: see `decode_array`.
 
     Raises `InputError` for anything else: no msgpack, no map, keys that are no words, too many parts.
@@ -69,7 +68,7 @@ def unpack(data: bytes | str) -> dict[str, Any]:
     return {key: value for key, value in message.items() if isinstance(key, str)}
 
 
-def decode_array(value: Any, what: str) -> np.ndarray:
+def decode_array(value: object, what: str) -> np.ndarray:
     """An array from its encoded form, read-only. `what` names it in the `InputError` for anything that is none."""
     if not isinstance(value, dict) or b"__ndarray__" not in value:
         raise InputError(f"{what} is {shortened(value)}, not a numpy array")
@@ -88,7 +87,7 @@ def decode_array(value: Any, what: str) -> np.ndarray:
     return np.frombuffer(data, np.dtype(dtype)).reshape(sizes)
 
 
-def shortened(value: Any, most: int = 80) -> str:
+def shortened(value: object, most: int = 80) -> str:
     """`value` in one line of at most `most` characters, whatever it is."""
     if isinstance(value, list) and len(value) <= MAX_AXES and all(type(n) is int for n in value):
         text = str(value)

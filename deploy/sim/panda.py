@@ -100,7 +100,7 @@ class PandaWorld(SimulatedWorld):
         self._success = self._success or reward >= 1.0
         return float(self._success), self._success
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Mapping[str, np.ndarray | int]:
         seen, (hand,) = self._env.observe(self._keys), self._env.hands()
         pose = {"position": hand[:3], "rotation": hand[3:], "gripper": np.array([self._gripper])}
         return {**pose, **seen, "scene": self._scene}

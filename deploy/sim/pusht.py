@@ -34,7 +34,7 @@ class PushTWorld(SimulatedWorld):
     def advance(self, target: np.ndarray | None) -> tuple[float, bool]:
         return self._env.step(self._env.observe(["agent_pos"])["agent_pos"] if target is None else target)
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> dict[str, np.ndarray]:
         return self._env.observe(["state"])
 
 

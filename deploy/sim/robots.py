@@ -36,7 +36,7 @@ class SimulatedScene:
         said: what it says of itself.
     """
 
-    def __init__(self, segments: Segments, module: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, segments: Segments, module: str, settings: Mapping[str, object]) -> None:
         folder = segments.path
         self._starts = RingWriter(folder / "starts", fields=STARTS, n_slots=8)
         self.child = Child(module, folder, "simulator", settings)

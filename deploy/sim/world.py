@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class SimulatedWorld(ABC):
         """One period, towards `target`; None: hold the arm where it is. Returns the reward, and whether it is over."""
 
     @abstractmethod
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Mapping[str, np.ndarray | int]:
         """The world as it is now."""
 
     @property
@@ -114,7 +114,7 @@ class SimulatedWorld(ABC):
         self._world.append(now, {**self.values(), **common})
 
 
-def keep_time(world: SimulatedWorld, folder: Path, name: str, said: dict[str, Any]) -> None:
+def keep_time(world: SimulatedWorld, folder: Path, name: str, said: dict[str, object]) -> None:
     """Say that it is there, and what it is (`said`), and live until the process is asked to end or has no parent.
 
     A period is lived through at its end, with the target of its beginning, and stamped with its end on the simulator's

@@ -28,7 +28,7 @@ from action_diffusion.options import Collect
 FIRST_TEST_SEED = 100_000
 
 
-def run(config: Collect) -> dict[str, Any]:
+def run(config: Collect) -> dict[str, object]:
     """A session with the values of `configs/collect.yaml`; returns the numbers to report.
 
     Ctrl-C finishes: what is kept is on disk. Raises `InputError` for a device, a robot or a page that cannot be had,
@@ -172,7 +172,7 @@ def _gripper(config: Collect) -> tuple[float, float] | None:
     return float(given[0]), float(given[1])
 
 
-def _unfinished(sink: Recorder) -> dict[str, Any]:
+def _unfinished(sink: Recorder) -> dict[str, object]:
     """What an open episode comes to."""
     if not sink.n_steps:
         return {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class World(Protocol):
     groups: tuple[Group, ...] | None
     limits: Limits
     waits: bool
-    attrs: dict[str, Any]
+    attrs: dict[str, object]
 
     def prepare(self, seed: int) -> None:
         """The next episode begins at the start that `seed` stands for; show it."""
@@ -179,7 +179,7 @@ class RobotWorld:
 
     waits = False
 
-    def __init__(self, robot: ProcessRobot, keys: Sequence[str], attrs: Mapping[str, Any]) -> None:
+    def __init__(self, robot: ProcessRobot, keys: Sequence[str], attrs: Mapping[str, object]) -> None:
         self._robot, self._keys, self._seed = robot, list(keys), 0
         self.control_rate = robot.control_rate
         self.groups: tuple[Group, ...] | None = robot.arm.command
