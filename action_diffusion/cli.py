@@ -124,9 +124,9 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _evaluate(overrides: list[str], config_dir: str | None) -> int:
-    from action_diffusion.configuration import load
+    from action_diffusion.configuration import settings
 
-    config = load("evaluate", overrides, config_dir)
+    config = settings("evaluate", overrides, config_dir)
     preflight.evaluate(config)
     from action_diffusion.training.evaluation.command import run
 

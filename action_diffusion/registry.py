@@ -191,12 +191,24 @@ _POLICY, _DEPLOY = "action_diffusion.policy.model", "action_diffusion.deploy"
 ENCODERS = Registry("encoder", "encoders", {"observation": f"{_POLICY}.encoder:ObservationEncoder"})
 DENOISERS = Registry("denoiser", "denoisers", {"unet1d": f"{_POLICY}.unet:ConditionalUnet1d"})
 ESTIMATORS = Registry("estimator", "estimators", {"planar_pose": f"{_POLICY}.estimator:PlanarPose"})
+OBJECTIVES = Registry(
+    "objective",
+    "objectives",
+    {
+        "denoising": "action_diffusion.policy.objectives.objective:Denoising",
+        "flow_map": "action_diffusion.policy.objectives.flow_maps:FlowMap",
+        "mean_flow": "action_diffusion.policy.objectives.flow_maps:MeanFlow",
+        "mip": "action_diffusion.policy.objectives.objective:Mip",
+        "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
+    },
+)
 PROCESSES = Registry(
     "process",
     "processes",
     {
         "diffusion": "action_diffusion.policy.diffusion.process:Diffusion",
         "flow": "action_diffusion.policy.diffusion.process:Flow",
+        "mip": "action_diffusion.policy.diffusion.process:Mip",
     },
 )
 FEATURES = Registry(
@@ -288,6 +300,7 @@ POLICY_PARTS: Mapping[str, Registry] = {
     "denoiser": DENOISERS,
     "estimator": ESTIMATORS,
     "process": PROCESSES,
+    "objective": OBJECTIVES,
     "features": FEATURES,
     "action_frame": ACTION_FRAMES,
 }

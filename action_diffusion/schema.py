@@ -106,11 +106,11 @@ class Matching:
 class ByName:
     """A section {name, …}: the name says which of the dataclasses `choices` the rest is.
 
-    plugins: names that may be besides, of parts that check their options themselves.
+    plugins: names that may be besides, of parts that check their options themselves. default: the name where none is.
     """
 
-    def __init__(self, choices: Mapping[str, type], plugins: Container[str] = ()):
-        self.choices, self.plugins = choices, plugins
+    def __init__(self, choices: Mapping[str, type], plugins: Container[str] = (), default: str | None = None):
+        self.choices, self.plugins, self.default = choices, plugins, default
 
     @property
     def words(self) -> str:
@@ -123,7 +123,7 @@ class ByName:
 
     def check(self, value: Any, where: str) -> None:
         rest = dict(value)
-        name = rest.pop("name", None)
+        name = rest.pop("name", self.default)
         if not isinstance(name, str) or name not in self.choices:
             if isinstance(name, str) and name in self.plugins:
                 return

@@ -19,6 +19,7 @@ from action_diffusion.policy.model import normalizer as normalizer_module
 from action_diffusion.policy.model.estimator import PlanarPose
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
+from action_diffusion.policy.objectives.objective import Objective
 from action_diffusion.policy.policy import IN_FRAME, DiffusionPolicy
 from action_diffusion.policy.registry import build
 from action_diffusion.policy.spec import PolicySpec
@@ -136,8 +137,9 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     if estimator is not None:
         condition_dim += features[estimator.key].output_dim if estimator.key in features else estimator.n
     sizes = {"action_dim": spec.action.shape[0], "condition_dim": condition_dim}
-    marked = config["objective"].get("max_delay", 0) > 0
-    parts = {**sizes, **({"marked": True} if marked else {})}
+    objective = cast(Objective, build("objective", {"name": "denoising"} | config["objective"]))
+    asked = {"marked": objective.max_delay > 0, "two_times": objective.two_times}
+    parts = {**sizes, **{name: True for name, needed in asked.items() if needed}}
     _check_weights(lambda: build("denoiser", config["denoiser"], **parts))
     denoiser = build("denoiser", config["denoiser"], **parts)
     denoiser.check_horizon(spec.horizon)
@@ -157,8 +159,8 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
         encoder=encoder,
         denoiser=denoiser,
         process=process,
-        sampler=Sampler(process=process, demonstrated=demonstrated, **config["sampler"]),
-        **config["objective"],
+        sampler=Sampler(process=process, demonstrated=demonstrated, two_times=objective.two_times, **config["sampler"]),
+        objective=objective,
     )
 
 

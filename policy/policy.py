@@ -14,23 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.process import Process, Step
 from action_diffusion.policy.diffusion.sampler import ChainStep, Generators, Hook, Sampler, draw_noise
 from action_diffusion.policy.model.estimator import PlanarPose
 from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
+from action_diffusion.policy.objectives.objective import Objective
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.rotations import continuous, valid
 
 IN_FRAME = "action_in_frame"
 """The normaliser's key for actions in the policy's action frame; "action" is always for those in the data's units."""
-LOSSES = {
-    "mse": nn.functional.mse_loss,
-    "l1": nn.functional.l1_loss,
-    "huber": nn.functional.smooth_l1_loss,
-}
 
 
 @dataclass(frozen=True)
@@ -73,14 +69,8 @@ class DiffusionPolicy(nn.Module):
     """A diffusion policy made of parts (Chi et al. 2023).
 
     features: key → module applied to a state before normalisation. action_frame: that chunks are learnt in; None for
-    the data's own. estimator: of a state that is not observed (`policy.estimator`). loss: "mse", "l1" or "huber"
-    between what is predicted and what should be; None: "l1" where the process predicts the sample, "mse" elsewhere.
-    "mse" teaches the mean of all that a noisy chunk may come from, "l1" the median ("L1 Sample Flow for Efficient
-    Visuomotor Learning", Song et al. 2025). noise_draws: denoising examples per encoded observation in training, which
-    is cheap where the encoder is the expensive part. loss_on_padding: whether padded steps at the ends of an episode
-    count in the loss (they repeat the first or last action). max_delay: learn to go on from up to so many steps, from
-    now on, that are fixed already, because a running chunk has them ("Training-Time Action Conditioning for Efficient
-    Real-Time Chunking", Black et al. 2025); 0: from none.
+    the data's own. estimator: of a state that is not observed (`policy.estimator`). objective: what the denoiser is
+    trained to say.
     """
 
     def __init__(
@@ -95,18 +85,11 @@ class DiffusionPolicy(nn.Module):
         denoiser: Any,
         process: Process,
         sampler: Sampler,
-        loss: str | None = "mse",
-        noise_draws: int = 1,
-        loss_on_padding: bool = True,
-        max_delay: int = 0,
+        objective: Objective,
     ):
         super().__init__()
-        if loss is None:
-            loss = "l1" if process.prediction == "sample" else "mse"
-        if loss not in LOSSES:
-            raise unknown("policy.objective.loss", loss, LOSSES)
-        if noise_draws < 1:
-            raise InputError(f"policy.objective.noise_draws={noise_draws} must be at least 1")
+        objective.check(process)
+        max_delay = objective.max_delay
         if not 0 <= max_delay <= spec.horizon - spec.n_obs_steps:
             raise InputError(
                 f"policy.objective.max_delay={max_delay} must be between 0 and {spec.horizon - spec.n_obs_steps}: of "
@@ -121,10 +104,12 @@ class DiffusionPolicy(nn.Module):
         self.denoiser = denoiser
         self.process = process
         self.sampler = sampler
-        self.loss = LOSSES[loss]
-        self.noise_draws = noise_draws
-        self.loss_on_padding = loss_on_padding
-        self.max_delay = max_delay
+        self.objective = objective
+
+    @property
+    def max_delay(self) -> int:
+        """How many steps of a chunk may be fixed before it is made, see `Objective`."""
+        return self.objective.max_delay
 
     @property
     def device(self) -> torch.device:
@@ -202,25 +187,23 @@ class DiffusionPolicy(nn.Module):
     def _denoising_loss(
         self, seen: Encoded, action: Tensor, mask: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
-        condition = seen.condition
+        draws, condition = self.objective.noise_draws, seen.condition
         x0 = self.normalize_action(action, seen.obs)
-        if self.noise_draws > 1:
-            condition = condition.repeat(self.noise_draws, 1)
-            x0 = x0.repeat(self.noise_draws, 1, 1)
-        times = self.process.draw_times(len(x0), generator=generator, device=x0.device)
-        eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
-        film = self.denoiser.prepare(condition, times)
-        x, target = self.process.add_noise(x0, eps, times), self.process.target(x0, eps, times)
-        counts = None if self.loss_on_padding or mask is None else mask.repeat(self.noise_draws, 1)
+        if draws > 1:
+            condition, x0 = condition.repeat(draws, 1), x0.repeat(draws, 1, 1)
+        counts = None if self.objective.loss_on_padding or mask is None else mask.repeat(draws, 1)
+        prefix = None
         if self.max_delay:
             prefix = Prefix(x0, self._draw_prefix(len(x0), generator, x0.device))
-            x = prefix.mark(x)
             counts = ~prefix.steps if counts is None else counts & ~prefix.steps
-        output = self.denoiser(x, film.steps + film.condition)
-        if counts is None:
-            return self.loss(output, target)
-        weight = counts.unsqueeze(-1).expand_as(target)
-        return (self.loss(output, target, reduction="none") * weight).sum() / weight.sum().clamp_min(1)
+
+        def network(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+            film = self.denoiser.prepare(condition if rows is None else condition[rows], times)
+            result: Tensor = self.denoiser(x if prefix is None else prefix.mark(x, rows), film.steps + film.condition)
+            return result
+
+        pairs = self.objective.pairs(network, self.process, x0, generator)
+        return self.objective.reduced(pairs, self.process, counts, len(x0))
 
     def _draw_prefix(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Of n training examples, the steps that are given: bool [n, H]; each delay up to `max_delay` as often."""

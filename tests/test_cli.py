@@ -91,7 +91,7 @@ def test_every_option_in_a_help_text_exists(command, capsys):
 def test_help_of_train_lists_what_ships(capsys):
     cli.main(["train", "--help"])
     out = " ".join(capsys.readouterr().out.split())
-    for group in ("task", "encoder", "denoiser", "scheduler"):
+    for group in ("task", "encoder", "denoiser", "scheduler", "objective"):
         assert ", ".join(configuration.choices(group)) in out
 
 

@@ -12,7 +12,7 @@ import pytest
 from tiny import demonstrations
 
 from action_diffusion.errors import InputError
-from action_diffusion.options import Action, Objective, Policy, Sampler, Task, Train, TrainSettings, plain
+from action_diffusion.options import Action, Policy, Sampler, Task, Train, TrainSettings, plain
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "python.md"
 
@@ -43,7 +43,7 @@ def test_typed_options_are_checked():
         **parts,
         process={"name": "diffusion"},
         sampler=Sampler(scheduler="ddim", num_inference_steps=0),
-        objective=Objective(),
+        objective={"name": "denoising"},
         normalizer={"default": "minmax"},
     )
     with pytest.raises(InputError, match=r"policy\.sampler\.num_inference_steps"):

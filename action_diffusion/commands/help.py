@@ -56,7 +56,7 @@ Clients: WebsocketClientPolicy of openpi-client, whose api_key is the token, and
 server). GET /healthz answers OK. Needs the extra [serve]; docs/server.md has the protocol.
 """,
 }
-GROUPS = ("task", "encoder", "denoiser", "scheduler")
+GROUPS = ("task", "encoder", "denoiser", "scheduler", "objective")
 PARTS = """\
   task.horizon=16                 steps of a chunk, 1 to 1024
   task.n_obs_steps=2              observation steps that are seen; task.n_action_steps=8 are executed of a chunk

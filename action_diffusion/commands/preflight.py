@@ -11,7 +11,7 @@ from typing import Any
 
 from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options import Collect, Deploy, Serve
+from action_diffusion.options import Collect, Deploy, Evaluate, Serve
 from action_diffusion.policy.reading import read_config, read_spec, require, trained_on
 from action_diffusion.policy.spec import env_words
 
@@ -28,11 +28,10 @@ def train(config: Mapping[str, Any]) -> None:
     _check_data(config)
 
 
-def evaluate(config: Mapping[str, Any]) -> None:
+def evaluate(config: Evaluate) -> None:
     """The bundles, and what there is to hold them against."""
-    given = config["bundle"]
-    bundles = [Path(path) for path in (given if isinstance(given, list) else [given])]
-    compare = [] if config["compare"] is None else [Path(config["compare"])]
+    bundles = [Path(path) for path in config.bundles]
+    compare = [] if config.compare is None else [Path(config.compare)]
     for path in (*bundles, *compare):
         require(path)
         read_spec(path)
@@ -45,7 +44,7 @@ def evaluate(config: Mapping[str, Any]) -> None:
     for path, words in tasks.items():
         if words != tasks[simulated[0]]:
             raise InputError(f"{simulated[0]} is for {tasks[simulated[0]]}, {path} for {words}: they do not compare")
-    _check_held_out(config["data"], [*bundles, *compare])
+    _check_held_out(config.data, [*bundles, *compare])
     for path in others:
         trained_on(read_config(path), path)
 

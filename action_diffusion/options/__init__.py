@@ -22,10 +22,10 @@ from action_diffusion.options.commands import (
 from action_diffusion.options.policy import (
     COMPONENTS,
     AnySampler,
-    Objective,
     Policy,
     Sampler,
     check_policy,
+    check_process,
     check_sampler,
 )
 from action_diffusion.options.task import Action, Environment, Observation, Rate, Steps, Task, check_steps
@@ -49,7 +49,6 @@ __all__ = [
     "Environment",
     "Evaluate",
     "Evaluation",
-    "Objective",
     "Observation",
     "Plugins",
     "Policy",
@@ -64,6 +63,7 @@ __all__ = [
     "Train",
     "TrainSettings",
     "check_policy",
+    "check_process",
     "check_sampler",
     "check_steps",
     "plain",

@@ -44,6 +44,11 @@ class Evaluate:
     data: Data | None = None
     sampler: AnySampler = field(default_factory=AnySampler)
 
+    @property
+    def bundles(self) -> list[str]:
+        """`bundle`, one or several."""
+        return [self.bundle] if isinstance(self.bundle, str) else list(self.bundle)
+
 
 @dataclass(kw_only=True)
 class Camera:

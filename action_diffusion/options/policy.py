@@ -116,11 +116,59 @@ class PlanarObjectFrame:
     pose: Pose
 
 
+@dataclass
+class Mip:
+    """`policy.process`, see `policy.process.Mip`."""
+
+    prediction: str = "sample"
+    level: Annotated[float, Between(0.01, 0.99)] = 0.9
+
+
+@dataclass
+class Denoising:
+    """`policy.objective`, see `policy.objectives`."""
+
+    loss: Annotated[str, OneOf("mse", "l1", "huber")] | None = "mse"
+    noise_draws: Annotated[int, Between(1, 1024)] = 1
+    loss_on_padding: bool = True
+    max_delay: Annotated[int, Between(0, MOST_STEPS)] = 0
+
+
+@dataclass
+class FlowMap(Denoising):
+    """`policy.objective`, see `policy.objectives.flow_maps`."""
+
+    distilled: Annotated[float, Above(0, 1)] = 0.5
+
+
+@dataclass
+class MeanFlow(Denoising):
+    """`policy.objective`, see `policy.objectives.flow_maps`."""
+
+    distilled: Annotated[float, Above(0, 1)] = 0.25
+
+
+@dataclass
+class Shortcut(MeanFlow):
+    """`policy.objective`, see `policy.objectives.flow_maps`."""
+
+    finest: Annotated[int, Matching("a power of two, from 2 to 1024", lambda n: 2 <= n <= 1024 and not n & (n - 1))] = (
+        128
+    )
+
+
 COMPONENTS: dict[str, dict[str, type]] = {
     "encoder": {"observation": Encoder},
     "denoiser": {"unet1d": Unet1d},
     "estimator": {"planar_pose": PlanarPose},
-    "process": {"diffusion": Diffusion, "flow": Flow},
+    "process": {"diffusion": Diffusion, "flow": Flow, "mip": Mip},
+    "objective": {
+        "denoising": Denoising,
+        "flow_map": FlowMap,
+        "mean_flow": MeanFlow,
+        "mip": Denoising,
+        "shortcut": Shortcut,
+    },
     "features": {"sin_cos": SinCos, "magnified": Magnified, "planar_object": PlanarObject},
     "action_frame": {"planar_object": PlanarObjectFrame, "position": PositionFrame},
 }
@@ -162,6 +210,7 @@ SCHEDULERS = {
         *("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"),
     ),
     "flow": ("shift", "stochastic_sampling"),
+    "mip": (),
 }
 """The options of each scheduler, beside what `policy.sampler.Sampler` takes for all of them."""
 
@@ -174,19 +223,10 @@ class Sampler(AnySampler):
     num_inference_steps: Annotated[int, Between(1, MOST_STEPS)] = field()
 
 
-@dataclass
-class Objective:
-    """`policy.objective`, see `policy.policy.DiffusionPolicy`."""
-
-    loss: Annotated[str, OneOf("mse", "l1", "huber")] | None = "mse"
-    noise_draws: Annotated[int, Between(1, 1024)] = 1
-    loss_on_padding: bool = True
-    max_delay: Annotated[int, Between(0, MOST_STEPS)] = 0
-
-
 EncoderSection = Annotated[Section, ByName(COMPONENTS["encoder"], POLICY_PARTS["encoder"])]
 DenoiserSection = Annotated[Section, ByName(COMPONENTS["denoiser"], POLICY_PARTS["denoiser"])]
 ProcessSection = Annotated[Section, ByName(COMPONENTS["process"], POLICY_PARTS["process"])]
+ObjectiveSection = Annotated[Section, ByName(COMPONENTS["objective"], POLICY_PARTS["objective"], default="denoising")]
 FeaturesSection = Annotated[Section, ByName(COMPONENTS["features"], POLICY_PARTS["features"])]
 FrameSection = Annotated[Section, ByName(COMPONENTS["action_frame"], POLICY_PARTS["action_frame"])]
 EstimatorSection = Annotated[Section, ByName(COMPONENTS["estimator"], POLICY_PARTS["estimator"])]
@@ -200,11 +240,31 @@ class Policy:
     denoiser: DenoiserSection
     process: ProcessSection
     sampler: Sampler
-    objective: Objective
+    objective: ObjectiveSection
     normalizer: dict[str, Annotated[str, OneOf("minmax", "gaussian", "identity")]]
     features: dict[str, FeaturesSection | None] | None = None
     action_frame: FrameSection | None = None
     estimator: EstimatorSection | None = None
+
+    def __post_init__(self) -> None:
+        name, process = str(self.objective.get("name")), COMPONENTS["process"].get(str(self.process.get("name")))
+        if name in FAMILIES and process is not None:
+            prediction = self.process.get("prediction", process().prediction)
+            check_process(name, FAMILIES[name], str(self.process.get("name")), str(prediction))
+
+
+FAMILIES = {"flow_map": "flow", "mean_flow": "flow", "mip": "mip", "shortcut": "flow"}
+"""Objectives that are for one kind of process."""
+PREDICTED = {"flow": "velocity", "mip": "sample"}
+
+
+def check_process(objective: str, family: str, found: str, prediction: str) -> None:
+    """`InputError` where an objective that is for the processes of `family` is to learn from another one."""
+    if (found, prediction) != (family, PREDICTED[family]):
+        raise InputError(
+            f"policy.objective: {objective} needs a {family} process that predicts the {PREDICTED[family]}, and "
+            f"policy.process is a {found} process that predicts the {prediction}: use scheduler={family}"
+        )
 
 
 def check_policy(config: Any) -> None:

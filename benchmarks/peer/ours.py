@@ -10,7 +10,7 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from action_diffusion import envs
+from action_diffusion import choice, envs
 from action_diffusion.datasets.batches import pixels
 from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows
@@ -323,6 +323,13 @@ def _images(batch: Batch) -> Tensor:
     return pixels.to_float(batch.obs["image"]).movedim(-1, -3)
 
 
+def alone(work: Callable[[dict[str, Any], Path, Say], Work], settings: dict[str, Any], folder: Path, say: Say) -> Work:
+    """As in a process of its own, as users have it: with the whole budget for finding the fastest ways of its own
+    operations, of which the rows before have spent nothing."""
+    choice.forget()
+    return work(settings, folder, say)
+
+
 def about() -> dict[str, Any]:
     """Versions, threads, device, and the instructions that torch and our code in C may use."""
     code, used = cpu_unet.library(), {instructions()}
@@ -338,4 +345,5 @@ def about() -> dict[str, Any]:
 
 if __name__ == "__main__":
     keep_freed_memory()  # as `action-diffusion` does
-    serve({"chunk": Chunk, "train": Train, "evaluate": Evaluate, "gather": Gather, "network": Network}, about)
+    works = {"chunk": Chunk, "train": Train, "evaluate": Evaluate, "gather": Gather, "network": Network}
+    serve({name: functools.partial(alone, work) for name, work in works.items()}, about)

@@ -5,6 +5,7 @@ Every scheduler here keeps a sample of the form `x = a · x0 + b · eps`:
     family       a          b            members (all of diffusers)
     diffusion    √ᾱ_k       √(1 − ᾱ_k)   DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler
     flow         1 − s      s            FlowMatchEulerDiscreteScheduler
+    mip          0, 0.9     0, 0.1       none: two regressions, no solver
 
 so whatever the network predicts, its output is turned into `x0_hat` once, here, and the diffusers scheduler is
 driven by that (`prediction_type="sample"`, or the velocity that follows from it for flow matching). Recomputing
@@ -35,8 +36,8 @@ from torch import Tensor
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import MOST_STEPS, check_sampler
 
-FAMILIES = {"ddpm": "diffusion", "ddim": "diffusion", "dpm_solver++": "diffusion", "flow": "flow"}
-PREDICTIONS = {"diffusion": ("epsilon", "sample", "v_prediction"), "flow": ("velocity", "sample")}
+FAMILIES = {"ddpm": "diffusion", "ddim": "diffusion", "dpm_solver++": "diffusion", "flow": "flow", "mip": "mip"}
+PREDICTIONS = {"diffusion": ("epsilon", "sample", "v_prediction"), "flow": ("velocity", "sample"), "mip": ("sample",)}
 NOISE = 0.95
 """The least noise (`Step.b`) that sampling may begin at, since it begins with nothing else."""
 EXACT = 1e-3
@@ -61,8 +62,8 @@ class Step:
 
     @property
     def tau(self) -> float:
-        """1 / (1 + sigma): 0 at pure noise, 1 at the clean sample."""
-        return self.a / (self.a + self.b)
+        """1 / (1 + sigma): 0 at pure noise, and where nothing is known yet; 1 at the clean sample."""
+        return self.a / (self.a + self.b) if self.a > 0 else 0.0
 
 
 class Process(Protocol):
@@ -105,19 +106,27 @@ class Move:
 
 
 class Solver:
-    """A diffusers scheduler set to a number of steps, as the linear map that each of its steps is.
+    """A scheduler set to a number of steps, as the linear map that each of its steps is.
 
     `steps` lists what the network and hooks are told; `mean` goes from `x` at step i to `x` at step i + 1 up to the
-    noise, whose standard deviation is `moves[i].spread`. Nothing here changes, so one solver serves all chunks.
+    noise, whose standard deviation is `moves[i].spread`. start: what the initial noise is multiplied by. Nothing here
+    changes, so one solver serves all chunks.
     """
 
-    def __init__(self, *, scheduler: Any, steps: list[Step], last: Sequence[Step], **step_options: Any):
-        """last: the levels that the last step may end at. Raises `InputError` where levels do not meet."""
-        self.steps = steps
-        _check_begin(steps)
-        self.moves = _moves(scheduler, steps, step_options)
-        _check_levels(steps, self.moves, last)
+    def __init__(self, *, steps: list[Step], moves: list[Move], start: float = 1.0):
+        self.steps, self.moves, self.start = steps, moves, start
         self.memory = max(len(move.blend) for move in self.moves)  # estimates that `mean` looks at
+
+    @classmethod
+    def of(cls, scheduler: Any, steps: list[Step], last: Sequence[Step], **step_options: Any) -> Solver:
+        """A diffusers scheduler's. last: the levels that the last step may end at.
+
+        Raises `InputError` where levels do not meet.
+        """
+        _check_begin(steps)
+        moves = _moves(scheduler, steps, step_options)
+        _check_levels(steps, moves, last)
+        return cls(steps=steps, moves=moves)
 
     def mean(self, estimates: Sequence[Tensor], x: Tensor, step: Step) -> Tensor:
         """The mean [B, H, A] of p(x_next | x). estimates: x0_hat [B, H, A] of this step, the step before, and so on.
@@ -218,7 +227,7 @@ class Diffusion:
         try:
             scheduler.set_timesteps(n_steps)
             steps = self._steps(scheduler, uneven=any(options.get(option) for option in UNEVEN))
-            return Solver(scheduler=scheduler, steps=steps, last=(CLEAN, self._step(n_steps, 0.0)), **advance)
+            return Solver.of(scheduler, steps, (CLEAN, self._step(n_steps, 0.0)), **advance)
         except (IndexError, ValueError) as error:  # of diffusers, where options do not go together
             if isinstance(error, InputError) and not isinstance(error, _Levels):
                 raise
@@ -290,7 +299,52 @@ class Flow:
             Step(index, self.TIME_SCALE * s, 1.0 - s, s)
             for index, s in enumerate(scheduler.sigmas[:-1].double().tolist())
         ]
-        return Solver(scheduler=scheduler, steps=steps, last=(CLEAN,))
+        return Solver.of(scheduler, steps, (CLEAN,))
+
+
+class Mip:
+    """No diffusion: the minimal iterative policy's two regressions ("Much Ado About Noising", Pan et al. 2025).
+
+        from nothing      x = 0                                      told 100
+        from nearly all   x = level · x0 + (1 − level) · eps         told 100 · (1 − level)
+
+    both to the clean chunk. An example of training is one of them, each as often. Sampling does the first, and the
+    second with what the first said, without noise; in one step the first alone, which is plain regression.
+    """
+
+    family = "mip"
+
+    def __init__(self, *, prediction: str = "sample", level: float = 0.9):
+        _check_prediction(self.family, prediction)
+        if not 0.0 < level < 1.0:
+            raise InputError(f"policy.process.level={level} must be between 0 and 1")
+        self.prediction, self.level = prediction, level
+
+    def draw_times(self, n: int, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        first = torch.rand(n, generator=generator, device=device) < 0.5
+        return torch.where(first, Flow.TIME_SCALE, Flow.TIME_SCALE * (1.0 - self.level))
+
+    def add_noise(self, x0: Tensor, eps: Tensor, times: Tensor) -> Tensor:
+        nearly = (times < Flow.TIME_SCALE).to(x0.dtype).view(-1, 1, 1)
+        return nearly * (self.level * x0 + (1.0 - self.level) * eps)
+
+    def target(self, x0: Tensor, eps: Tensor, times: Tensor) -> Tensor:
+        return x0
+
+    def x0_from_output(self, output: Tensor, x: Tensor, step: Step) -> Tensor:
+        return output
+
+    def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
+        _check_member(self.family, name)
+        _check_steps(name, n_steps, 2)
+        _given(name, options)
+        steps = [
+            Step(0, Flow.TIME_SCALE, 0.0, 0.0),
+            Step(1, Flow.TIME_SCALE * (1.0 - self.level), self.level, 1.0 - self.level),
+        ]
+        scales = [self.level, 1.0][-n_steps:]
+        moves = [Move(keep=0.0, blend=(scale,), spread=0.0, draws=False) for scale in scales]
+        return Solver(steps=steps[:n_steps], moves=moves, start=0.0)
 
 
 CLEAN = Step(0, 0.0, 1.0, 0.0)

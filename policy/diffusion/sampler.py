@@ -58,7 +58,9 @@ class StepState:
 
     @property
     def eps(self) -> Tensor:
-        """The noise that x and x0_hat imply, [B, H, A]."""
+        """The noise that x and x0_hat imply, [B, H, A]; none where a step begins without any."""
+        if self.step.b == 0:
+            return torch.zeros_like(self.x)
         return (self.x - self.step.a * self.x0_hat) / self.step.b
 
     @property
@@ -116,6 +118,7 @@ class Sampler:
     solver_order, …). `clip`: "x0" keeps the estimate of the clean chunk in what was demonstrated, "x" keeps the sample
     itself there, None neither. demonstrated: (low, high) of each action dimension [A] in normalised units; None: −1 and
     1, as where the normaliser is min-max. clip_range: how many times its half width that range reaches from its middle.
+    two_times: the network is told where a step begins and where it ends, and its output is of all that way.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class Sampler:
         clip: str | None = "x0",
         clip_range: float = 1.0,
         demonstrated: tuple[Tensor, Tensor] | None = None,
+        two_times: bool = False,
         **options: Any,
     ):
         if clip not in ("x0", "x", None):
@@ -139,6 +143,7 @@ class Sampler:
         self.reach = clip_range if self.bounds is None else max(float(bound.abs().max()) for bound in self.bounds)
         """The largest normalised magnitude in the range that is clipped to."""
         self.clip_range = clip_range
+        self.two_times = two_times
         self.options = options
         self._times: dict[torch.device, Tensor] = {}
         try:
@@ -152,10 +157,12 @@ class Sampler:
         return self.solver.steps
 
     def times(self, device: torch.device) -> Tensor:
-        """What the network is told in each of them, float32 [K]; copied to a device once."""
+        """What the network is told in each of them, float32 [K], or [K, 2]; copied to a device once."""
         if device not in self._times:
+            times = [step.time for step in self.steps]
+            told = list(zip(times, [*times[1:], 0.0], strict=True)) if self.two_times else times
             with torch.inference_mode(False):
-                self._times[device] = torch.tensor([step.time for step in self.steps], device=device)
+                self._times[device] = torch.tensor(told, device=device)
         return self._times[device]
 
     def run(
@@ -174,6 +181,8 @@ class Sampler:
         step_noise: what `draw_step_noise` gave; without it, `generator` draws it here. grad=True keeps the graph
         through every step; otherwise only what a hook asks for is differentiated.
         """
+        if self.solver.start != 1.0:
+            noise = self.solver.start * noise
         for hook in hooks:
             denoise = hook.wrap_denoiser(denoise)
             hook.begin(noise, self.steps)

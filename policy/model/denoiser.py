@@ -28,13 +28,15 @@ class Film:
 
 class Denoiser(nn.Module):
     """Its constructor takes action_dim (A), condition_dim (C: of an encoded history), and options of its own; also
-    `marked` where it is to be trained with policy.objective.max_delay: its input then has one channel more."""
+    `marked` where it is to be trained with policy.objective.max_delay: its input then has one channel more; and
+    `two_times` where the objective tells it two."""
 
     def check_horizon(self, horizon: int) -> None:
         """Raises `InputError` for a chunk of a length H that it cannot have. Here: takes any."""
 
     def prepare(self, condition: Tensor, times: Tensor) -> Film:
-        """What can be computed once per chunk. condition [B, C], times [K] from 0 (clean) to the process' most."""
+        """What can be computed once per chunk. condition [B, C], times [K] from 0 (clean) to the process' most;
+        [K, 2] for `two_times`: where a step begins, and where it ends."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:

@@ -44,6 +44,11 @@ class SinusoidalEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def _embedding(dim: int) -> nn.Sequential:
+    """A time, or how far a step goes, [N] → [N, dim]."""
+    return nn.Sequential(SinusoidalEmbedding(dim), nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
+
+
 class ConvBlock(nn.Module):
     """Convolution, group normalisation, activation. [T, B, C_in] → [T, B, C_out]."""
 
@@ -89,6 +94,7 @@ class ConditionalUnet1d(Denoiser):
         action_dim: int,
         condition_dim: int,
         marked: bool = False,
+        two_times: bool = False,
         channels: Sequence[int] = (48, 96, 192),
         kernel_size: int = 5,
         n_groups: int = 8,
@@ -105,13 +111,8 @@ class ConditionalUnet1d(Denoiser):
                 raise InputError(f"denoiser.channels: {width} is not divisible by n_groups={n_groups}")
         self.channels, self.kernel_size, self.n_groups = tuple(channels), kernel_size, n_groups
         self.action_dim, self.input_dim, self.activation = action_dim, action_dim + marked, activation
-        self.time_embedding = nn.Sequential(
-            SinusoidalEmbedding(time_dim),
-            nn.Linear(time_dim, 4 * time_dim),
-            nn.Mish(),
-            nn.Linear(4 * time_dim, time_dim),
-        )
-
+        self.time_embedding = _embedding(time_dim)
+        self.span_embedding = _embedding(time_dim) if two_times else None
         act = ACTIVATIONS[activation]
 
         def block(n_in: int, n_out: int) -> ResidualBlock:
@@ -153,9 +154,14 @@ class ConditionalUnet1d(Denoiser):
             )
 
     def prepare(self, condition: Tensor, times: Tensor) -> Film:
-        """Everything that depends only on the observation or only on the step. condition [B, C], times [K]."""
+        """Everything that depends only on the observation or only on the step. condition [B, C], times [K] or
+        [K, 2]."""
+        if self.span_embedding is None:
+            embedded = self.time_embedding(times)
+        else:
+            embedded = self.time_embedding(times[:, 0]) + self.span_embedding(times[:, 0] - times[:, 1])
         return Film(
-            steps=self.time_film(F.mish(self.time_embedding(times))),
+            steps=self.time_film(F.mish(embedded)),
             condition=self.condition_film(F.mish(condition)),
         )
 

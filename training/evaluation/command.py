@@ -11,6 +11,7 @@ from typing import Any
 from action_diffusion.datasets.batches.sources import names
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.options import Evaluate
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.inference import OPTIONS
 from action_diffusion.policy.reading import trained_on
@@ -22,18 +23,17 @@ from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.run import open_data
 
 
-def run(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Path]]:
+def run(config: Evaluate) -> Iterator[tuple[dict[str, Any], Path]]:
     """Evaluate what `configs/evaluate.yaml` asks for; yields (results, folder) of each bundle, then of the summary.
 
     Raises `InputError` for bundles that cannot be loaded or do not belong to the same task.
     """
-    given = config["bundle"]
-    paths = [Path(str(path)) for path in (given if isinstance(given, list) else [given])]
+    paths = [Path(path) for path in config.bundles]
     if not paths:
         raise InputError("bundle=[] names no bundle")
     stamp = f"evaluation-{datetime.now():%Y%m%d-%H%M%S}"
-    root = Path(config["output_dir"]) if config["output_dir"] else paths[0].parent / stamp
-    several, other = len(paths) > 1, None if config["compare"] is None else Path(config["compare"])
+    root = Path(config.output_dir) if config.output_dir else paths[0].parent / stamp
+    several, other = len(paths) > 1, None if config.compare is None else Path(config.compare)
     asked = _windows(config, paths if other is None else [*paths, other])
     results = []
     for number, path in enumerate(paths):
@@ -68,31 +68,40 @@ class _Asked:
     chosen: Chosen
 
 
-def _windows(config: Mapping[str, Any], paths: Sequence[Path]) -> _Asked | None:
+def _windows(config: Evaluate, paths: Sequence[Path]) -> _Asked | None:
     """None for tasks with a simulator. Without `data` the episodes are those of the first bundle's training."""
     specs = [bundles.read_spec(path) for path in paths]
     if specs[0].env is not None:
         return None
     trained = trained_on(bundles.read_config(paths[0]), paths[0])
-    data = names(config["data"] or trained["data"])
+    data = names(config.data or trained["data"])
     buffer = open_data({**trained, "data": data})
-    own = data if config["data"] is None else None
+    own = data if config.data is None else None
     return _Asked(" and ".join(data), buffer, choose(buffer, list(zip(paths, specs, strict=True)), own_data=own))
 
 
-def _evaluate_one(config: Mapping[str, Any], path: Path, folder: Path, asked: _Asked | None) -> dict[str, Any]:
-    faster = {name: config[name] for name in OPTIONS}
-    policy = bundles.load(path, config["device"], sampler=config["sampler"], **faster)
+def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | None) -> dict[str, Any]:
+    faster: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS}
+    sampler = vars(config.sampler)
+    policy = bundles.load(path, str(config.device), sampler=sampler, **faster)
     metrics = path.parent / "metrics.jsonl"
     where: dict[str, Any] = {"output_dir": folder, "metrics_file": metrics if metrics.exists() else None}
     settings = {"bundle": str(path), "sampler": bundles.read_config(path)["policy"]["sampler"], **faster}
-    settings["sampler"] |= {key: value for key, value in config["sampler"].items() if value is not None}
+    settings["sampler"] |= {key: value for key, value in sampler.items() if value is not None}
     if asked is not None:
         memory_gb = trained_on(bundles.read_config(path), path)["dataset"]["memory_gb"]
         data = prepare(asked.buffer, policy.spec, device=policy.device, val_fraction=0.0, seed=0, memory_gb=memory_gb)
         return evaluate_held_out(policy, data.train, asked.chosen, settings={**settings, "data": asked.data}, **where)
-    options = {name: config[name] for name in ("n_episodes", "seed", "n_envs", "policy_batch", "n_videos")}
-    return evaluate_policy(policy, settings=settings, **options, **where)
+    return evaluate_policy(
+        policy,
+        settings=settings,
+        n_episodes=config.n_episodes,
+        seed=config.seed,
+        n_envs=config.n_envs,
+        policy_batch=config.policy_batch,
+        n_videos=config.n_videos,
+        **where,
+    )
 
 
 def _headlines(summary: Mapping[str, Any]) -> dict[str, Any]:

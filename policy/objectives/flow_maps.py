@@ -1,0 +1,197 @@
+"""Policies of one or a few steps, learnt from scratch: the network says how far to go, and not only in which direction.
+
+A flow's time s goes from 1 (noise) to 0 (the clean chunk), x_s = (1 − s) x0 + s eps, and its velocity, which the
+network predicts, is x0 − eps. Told two times, s and r ≤ s, the network says the *mean* velocity u of the way from s to
+r, so that one step goes all of it:
+
+    x_r = x_s + (s − r) · u(x_s, s, r)
+
+On the diagonal, r = s, that is the velocity itself, which the data teach. Away from it the network teaches itself:
+
+    shortcut, flow_map    a long step is the two short ones that it is made of:
+                          u(x_s, s, r) = h · u(x_s, s, m) + (1 − h) · u(x_m, m, r),  h = (s − m) / (s − r)
+    mean_flow             what follows from it where one of them is short:
+                          u(x_s, s, r) = v − (s − r) · du/ds,  du/ds along the flow
+
+Its own estimates are targets without gradients. The sampler is the flow's, with as many steps as one likes (one!).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from action_diffusion.errors import InputError
+from action_diffusion.policy.diffusion.process import Flow, Process
+from action_diffusion.policy.objectives.objective import Network, Objective, Pair
+
+
+def told(s: Tensor, r: Tensor) -> Tensor:
+    """Two times [R] each, from 0 to 1, as the network is told: [R, 2]."""
+    return Flow.TIME_SCALE * torch.stack([s, r], dim=1)
+
+
+def noisy(x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
+    """x_s [R, H, A] at s [R]."""
+    s = s.view(-1, 1, 1)
+    return (1.0 - s) * x0 + s * eps
+
+
+class _TwoTimes(Objective):
+    """distilled: the share of examples, above 0 and at most 1, that the network teaches itself."""
+
+    two_times = True
+    family = "flow"
+
+    def __init__(self, *, distilled: float, **options: Any):
+        super().__init__(**options)
+        if not 0.0 < distilled <= 1.0:
+            raise InputError(f"policy.objective.distilled={distilled} must be above 0, and at most 1")
+        self.distilled = distilled
+
+    def pairs(
+        self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None
+    ) -> Iterator[Pair]:
+        n = len(x0)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        taught = min(n, max(1, round(self.distilled * n)))
+        rows = torch.arange(n, device=x0.device)
+        if taught < n:
+            of_data = rows[taught:]
+            s = torch.rand(len(of_data), generator=generator, device=x0.device, dtype=x0.dtype)
+            output = network(noisy(x0[of_data], eps[of_data], s), told(s, s), of_data)
+            yield Pair(output, x0[of_data] - eps[of_data], of_data)
+        rows = rows[:taught]
+        yield self._taught(network, x0[rows], eps[rows], rows, generator)
+
+    def _taught(
+        self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
+    ) -> Pair:
+        """Of the examples `rows`, whose x0 and eps are [R, H, A]."""
+        raise NotImplementedError
+
+
+class _Composed(_TwoTimes):
+    """The mean velocity of a step is that of the two steps that it is made of."""
+
+    def _spans(
+        self, n: int, generator: torch.Generator | None, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Times s ≥ m ≥ r, [n] each, and whether the short steps are the shortest that there are, bool [n]."""
+        raise NotImplementedError
+
+    def _taught(
+        self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
+    ) -> Pair:
+        s, m, r, shortest = self._spans(len(rows), generator, x0.device)
+        x = noisy(x0, eps, s)
+        with torch.no_grad():
+            first = network(x, told(s, torch.where(shortest, s, m)), rows)
+            middle = x + (s - m).view(-1, 1, 1) * first
+            second = network(middle, told(m, torch.where(shortest, m, r)), rows)
+            h = ((s - m) / (s - r).clamp_min(1e-6)).view(-1, 1, 1)
+            target = h * first + (1.0 - h) * second
+        return Pair(network(x, told(s, r), rows), target, rows)
+
+
+class Shortcut(_Composed):
+    """ "One Step Diffusion via Shortcut Models" (Frans et al. 2025): steps of 1, 1/2, 1/4, … are each made of two
+    halves, at multiples of their size. finest: the shortest steps are 1 / finest, a power of two; halves of that size
+    are the velocity itself (their d = 0).
+
+    Theirs takes the targets from a running mean of the weights; here they are the weights' own.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss: str | None = "mse",
+        noise_draws: int = 1,
+        loss_on_padding: bool = True,
+        max_delay: int = 0,
+        distilled: float = 0.25,
+        finest: int = 128,
+    ):
+        shared = {"loss": loss, "noise_draws": noise_draws, "loss_on_padding": loss_on_padding}
+        super().__init__(distilled=distilled, max_delay=max_delay, **shared)
+        if finest < 2 or finest & (finest - 1):
+            raise InputError(f"policy.objective.finest={finest} must be a power of two, at least 2")
+        self.levels = int(math.log2(finest))
+
+    def _spans(
+        self, n: int, generator: torch.Generator | None, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        level = torch.randint(self.levels, (n,), generator=generator, device=device)
+        size = 0.5 ** level.float()
+        place = (torch.rand(n, generator=generator, device=device) / size).floor() + 1.0
+        s = (place * size).clamp_max(1.0)
+        return s, s - size / 2, (s - size).clamp_min(0.0), level == self.levels - 1
+
+
+class FlowMap(_Composed):
+    """Steps between any two times, cut at any time between them: the flow map's semigroup property, X(s→r) = X(m→r) ∘
+    X(s→m), as "progressive self-distillation" of "How to build a consistency model" (Boffi et al. 2025) has it."""
+
+    def __init__(
+        self,
+        *,
+        loss: str | None = "mse",
+        noise_draws: int = 1,
+        loss_on_padding: bool = True,
+        max_delay: int = 0,
+        distilled: float = 0.5,
+    ):
+        shared = {"loss": loss, "noise_draws": noise_draws, "loss_on_padding": loss_on_padding}
+        super().__init__(distilled=distilled, max_delay=max_delay, **shared)
+
+    def _spans(
+        self, n: int, generator: torch.Generator | None, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ends, h = (
+            torch.rand(2, n, generator=generator, device=device),
+            torch.rand(n, generator=generator, device=device),
+        )
+        s, r = ends.max(dim=0).values, ends.min(dim=0).values
+        return s, s - h * (s - r), r, torch.zeros(n, dtype=torch.bool, device=device)
+
+
+class MeanFlow(_TwoTimes):
+    """ "Mean Flows for One-step Generative Modeling" (Geng et al. 2025): du/ds along the flow is
+    ∂u/∂s + ∂u/∂x · (eps − x0), and errors are weighted by 1 / (their mean square + 1e-3).
+
+    Theirs differentiates forward; here du/ds is a central difference over 2 · `STEP`, which any denoiser can.
+    """
+
+    STEP = 0.005
+    """Of the flow's time: small beside a step, and large beside float32's rounding."""
+
+    def __init__(
+        self,
+        *,
+        loss: str | None = "mse",
+        noise_draws: int = 1,
+        loss_on_padding: bool = True,
+        max_delay: int = 0,
+        distilled: float = 0.25,
+    ):
+        shared = {"loss": loss, "noise_draws": noise_draws, "loss_on_padding": loss_on_padding}
+        super().__init__(distilled=distilled, max_delay=max_delay, **shared)
+
+    def _taught(
+        self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
+    ) -> Pair:
+        ends = torch.rand(2, len(rows), generator=generator, device=x0.device)
+        s, r = ends.max(dim=0).values, ends.min(dim=0).values
+        x, velocity = noisy(x0, eps, s), x0 - eps
+        with torch.no_grad():
+            later = network(x - self.STEP * velocity, told(s + self.STEP, r), rows)
+            sooner = network(x + self.STEP * velocity, told(s - self.STEP, r), rows)
+            change = (later - sooner) / (2 * self.STEP)
+            target = velocity - (s - r).view(-1, 1, 1) * change
+        output = network(x, told(s, r), rows)
+        error = (output.detach() - target).square().mean(dim=(1, 2))
+        return Pair(output, target, rows, 1.0 / (error + 1e-3))

@@ -1,0 +1,128 @@
+"""An objective: pairs of what the denoiser says and what it should say, and how far they are from each other.
+
+    x0 [B, H, A] ─▶ pairs(network, process, x0) ─▶ (output, target) [R, H, A] of some examples ─▶ loss, a scalar
+
+It draws noise and times and calls the network as often as it likes; what is padded or fixed before it is left out of
+the loss by the policy's `counts`, whatever the objective. One that needs the denoiser to be told where a step goes, as
+well as where it begins, has `two_times`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import check_process
+from action_diffusion.policy.diffusion.process import Process
+
+LOSSES = {
+    "mse": nn.functional.mse_loss,
+    "l1": nn.functional.l1_loss,
+    "huber": nn.functional.smooth_l1_loss,
+}
+
+
+class Network(Protocol):
+    """The denoiser, with the condition of each example."""
+
+    def __call__(self, x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x [R, H, A], times [R], or [R, 2] for `two_times` → [R, H, A]. rows [R]: examples that x is of; None: all."""
+
+
+class Pair(NamedTuple):
+    """output, target: [R, H, A], of the examples `rows` [R] (None: all). weight: [R] or None."""
+
+    output: Tensor
+    target: Tensor
+    rows: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class Objective:
+    """loss: "mse", "l1" or "huber" between output and target; None: "l1" where the process predicts the sample, "mse"
+    elsewhere. "mse" teaches the mean of all that a noisy chunk may come from, "l1" the median ("L1 Sample Flow for
+    Efficient Visuomotor Learning", Song et al. 2025).
+
+    noise_draws: denoising examples per encoded observation, which is cheap where the encoder is the expensive part.
+    loss_on_padding: whether padded steps at the ends of an episode count (they repeat the first or last action).
+    max_delay: learn to go on from up to so many steps, from now on, that are fixed already, because a running chunk has
+    them ("Training-Time Action Conditioning for Efficient Real-Time Chunking", Black et al. 2025); 0: from none.
+
+    Raises `InputError` for values that cannot be.
+    """
+
+    two_times = False
+    """Whether the network is told two times: where a step begins, and where it goes."""
+    family: str | None = None
+    """Of the processes that it is for (`Process.family`); None: any."""
+
+    def __init__(
+        self,
+        *,
+        loss: str | None = "mse",
+        noise_draws: int = 1,
+        loss_on_padding: bool = True,
+        max_delay: int = 0,
+    ):
+        if loss is not None and loss not in LOSSES:
+            raise unknown("policy.objective.loss", loss, LOSSES)
+        if noise_draws < 1:
+            raise InputError(f"policy.objective.noise_draws={noise_draws} must be at least 1")
+        self.loss, self.noise_draws = loss, noise_draws
+        self.loss_on_padding, self.max_delay = loss_on_padding, max_delay
+
+    def check(self, process: Process) -> None:
+        """Raises `InputError` for a process that it is not for."""
+        if self.family is not None:
+            check_process(type(self).__name__, self.family, process.family, process.prediction)
+
+    def pairs(
+        self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None
+    ) -> Iterable[Pair]:
+        """What the network says of clean chunks x0 [B, H, A], made noisy by what `generator` draws, and should say."""
+        raise NotImplementedError
+
+    def reduced(self, pairs: Iterable[Pair], process: Process, counts: Tensor | None, n: int) -> Tensor:
+        """The loss, a scalar: the mean over all pairs of n examples. counts: steps that do, [n, H] bool; None: all."""
+        name = self.loss or ("l1" if process.prediction == "sample" else "mse")
+        parts = [_reduced(pair, name, counts) * _share(pair, n) for pair in pairs]
+        return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+
+
+class Denoising(Objective):
+    """One time and one noise an example; the network predicts what `Process.target` says (Ho et al. 2020; Lipman et
+    al. 2023)."""
+
+    def pairs(
+        self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None
+    ) -> Iterator[Pair]:
+        times = process.draw_times(len(x0), generator=generator, device=x0.device)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        yield Pair(network(process.add_noise(x0, eps, times), times), process.target(x0, eps, times))
+
+
+class Mip(Denoising):
+    """The same for the process `Mip`: two regressions ("Much Ado About Noising", Pan et al. 2025)."""
+
+    family = "mip"
+
+
+def _reduced(pair: Pair, name: str, counts: Tensor | None) -> Tensor:
+    loss = LOSSES[name]
+    if counts is None and pair.weight is None:
+        return loss(pair.output, pair.target)
+    errors = loss(pair.output, pair.target, reduction="none")
+    if pair.weight is not None:
+        errors = errors * pair.weight.view(-1, 1, 1)
+    if counts is None:
+        return errors.mean()
+    counted = (counts if pair.rows is None else counts[pair.rows]).unsqueeze(-1).expand_as(errors)
+    return (errors * counted).sum() / counted.sum().clamp_min(1)
+
+
+def _share(pair: Pair, n: int) -> float:
+    return 1.0 if pair.rows is None else len(pair.rows) / n

@@ -1,0 +1,250 @@
+"""What denoisers are trained to say: objectives against flows whose answer is known, and policies of one step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, demonstrations, tiny_policy
+from torch import Tensor
+
+from action_diffusion.configuration import load
+from action_diffusion.errors import InputError
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.build import build_policy
+from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
+from action_diffusion.policy.diffusion.sampler import Sampler
+from action_diffusion.policy.kernels import accelerate
+from action_diffusion.policy.objectives.flow_maps import FlowMap, MeanFlow, Shortcut
+from action_diffusion.policy.objectives.objective import Denoising, Objective, Pair
+
+SPREAD = 0.5
+MAPS = {"shortcut": Shortcut, "flow_map": FlowMap, "mean_flow": MeanFlow}
+ONE_STEP = [
+    {
+        "process": {"name": "flow"},
+        "sampler": {"scheduler": "flow", "num_inference_steps": 1},
+        "objective": {"name": name},
+    }
+    for name in MAPS
+] + [
+    {
+        "process": {"name": "mip"},
+        "sampler": {"scheduler": "mip", "num_inference_steps": 2},
+        "objective": {"name": "mip"},
+    }
+]
+
+
+def variance(s: Tensor) -> Tensor:
+    """Of x_s, where x0 ~ N(0, SPREAD²)."""
+    return ((1 - s) * SPREAD) ** 2 + s**2
+
+
+class Exact:
+    """Normal data, whose flow is x_r = x_s · √(v(r) / v(s)): the network that knows it. It counts its calls."""
+
+    def __init__(self) -> None:
+        self.told: list[Tensor] = []
+
+    def __call__(self, x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        self.told.append(times)
+        s, r = (times.double() / 100).unbind(dim=1)
+        direction = ((1 - s) * SPREAD**2 - s) / variance(s)
+        span = (s - r).clamp_min(1e-9)
+        mean = ((variance(r) / variance(s)).sqrt() - 1) / span
+        return (x.double() * torch.where(s - r > 1e-6, mean, direction).view(-1, 1, 1)).to(x.dtype)
+
+
+def pairs(objective: Objective, n: int = 4000) -> tuple[list[Pair], Exact]:
+    network, generator = Exact(), torch.Generator().manual_seed(0)
+    x0 = SPREAD * torch.randn(n, 2, 1, generator=generator, dtype=torch.float64)
+    return list(objective.pairs(network, Flow(), x0, generator)), network
+
+
+@pytest.mark.parametrize(
+    "objective", [Shortcut(), Shortcut(finest=4, distilled=1.0), FlowMap(), FlowMap(distilled=1.0)]
+)
+def test_an_exact_flow_agrees_with_itself(objective: Shortcut | FlowMap) -> None:
+    found, _ = pairs(objective)
+    taught = found[-1]
+    if isinstance(objective, Shortcut):  # halves of the shortest steps are the velocity itself, which is not exact
+        error = (taught.output - taught.target).abs().amax(dim=(1, 2))
+        exact = (error < 1e-6).double().mean()
+        assert exact == pytest.approx(1 - 1 / objective.levels, abs=0.03)
+    else:
+        torch.testing.assert_close(taught.output, taught.target, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [Shortcut(distilled=0.25), FlowMap(distilled=0.25), MeanFlow(distilled=0.25)])
+def test_what_is_taught_by_data_and_by_itself(objective: Objective) -> None:
+    """Both are right in the mean: no multiple of x would be nearer to the target than the exact flow."""
+    found, network = pairs(objective, 40_000)
+    assert [len(pair.output) for pair in found] == [30_000, 10_000]
+    assert torch.equal(
+        torch.cat([pair.rows for pair in found if pair.rows is not None]).sort().values, torch.arange(40_000)
+    )
+    assert (network.told[0][:, 0] == network.told[0][:, 1]).all()
+    for pair in found:
+        error, output = pair.target - pair.output, pair.output
+        slope = (error * output).mean() / output.square().mean()
+        assert abs(slope) < 0.02
+    assert (network.told[-1][:, 0] > network.told[-1][:, 1]).all()
+
+
+def test_steps_of_a_shortcut_are_powers_of_two_at_multiples_of_their_size() -> None:
+    s, m, r, shortest = Shortcut(finest=8)._spans(2000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    size = s - r
+    assert set(size.tolist()) == {1.0, 0.5, 0.25}
+    assert torch.equal(m, s - size / 2)
+    assert torch.equal(s / size, (s / size).round())
+    assert (r >= 0).all()
+    assert (s <= 1).all()
+    assert torch.equal(shortest, size == 0.25)
+
+
+def test_mean_flow_weighs_errors_by_their_size() -> None:
+    found, _ = pairs(MeanFlow())
+    taught = found[-1]
+    assert taught.weight is not None
+    error = (taught.output - taught.target).square().mean(dim=(1, 2))
+    torch.testing.assert_close(taught.weight, 1 / (error + 1e-3))
+    loss = MeanFlow().reduced([taught._replace(rows=None)], Flow(), None, len(error))
+    assert loss == pytest.approx(float((error * taught.weight).mean()))
+
+
+def test_a_loss_is_the_mean_over_all_that_counts() -> None:
+    zeros, rows = torch.zeros(1, 4, 1), torch.arange(4)
+    counts = torch.tensor([[True, True, False, False]]).repeat(4, 1)
+    first, second = (
+        Pair(zeros.repeat(2, 1, 1), torch.full((2, 4, 1), value), part)
+        for value, part in ((1.0, rows[:2]), (3.0, rows[2:]))
+    )
+    assert Denoising().reduced([first, second], Flow(), counts, 4) == pytest.approx((1.0 + 9.0) / 2)
+    assert Denoising(loss="l1").reduced([first, second], Flow(), None, 4) == pytest.approx((1.0 + 3.0) / 2)
+
+
+def test_regression_from_nothing_and_from_nearly_all() -> None:
+    process, generator = Mip(level=0.9), torch.Generator().manual_seed(0)
+    times = process.draw_times(1000, generator=generator, device=torch.device("cpu"))
+    x0, eps = torch.full((1000, 2, 1), 3.0), torch.full((1000, 2, 1), 1.0)
+    x = process.add_noise(x0, eps, times)[:, 0, 0]
+    nearly = times < 50
+    assert 400 < int(nearly.sum()) < 600
+    assert (x[~nearly] == 0).all()
+    torch.testing.assert_close(x[nearly], torch.full_like(x[nearly], 0.9 * 3 + 0.1))
+    assert sorted(set(times.tolist())) == pytest.approx([10.0, 100.0])
+    sampler = Sampler(process=process, scheduler="mip", num_inference_steps=2, clip=None)
+    seen = []
+
+    def denoise(x: Tensor, step: object, rows: Tensor | None) -> Tensor:
+        seen.append(x)
+        return x + 1.0
+
+    chunk, _ = sampler.run(denoise, torch.randn(1, 4, 2))
+    torch.testing.assert_close(seen[0], torch.zeros(1, 4, 2))
+    torch.testing.assert_close(seen[1], torch.full((1, 4, 2), 0.9))
+    torch.testing.assert_close(chunk, torch.full((1, 4, 2), 1.9))
+    assert sampler.times(torch.device("cpu")).tolist() == pytest.approx([100.0, 10.0])
+    alone = Sampler(process=process, scheduler="mip", num_inference_steps=1, clip=None)
+    torch.testing.assert_close(alone.run(denoise, torch.randn(1, 4, 2))[0], torch.ones(1, 4, 2))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_an_exact_flow_map_needs_one_step(steps: int) -> None:
+    sampler = Sampler(process=Flow(), scheduler="flow", num_inference_steps=steps, clip=None, two_times=True)
+    times, network, noise = sampler.times(torch.device("cpu")), Exact(), torch.randn(5, 8, 2, dtype=torch.float64)
+    assert times.shape == (steps, 2)
+    assert times[0, 0] == 100
+    assert times[-1, 1] == 0
+    chunk, _ = sampler.run(lambda x, step, rows: network(x, times[step.index].expand(len(x), 2)), noise)
+    torch.testing.assert_close(chunk, SPREAD * noise, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", ONE_STEP, ids=[*MAPS, "mip"])
+def test_they_learn_are_saved_and_run_by_the_same_code(changes, tmp_path) -> None:
+    buffer = demonstrations()
+    policy = tiny_policy(buffer, **changes).train()
+    state = torch.from_numpy(buffer["state"][:64]).view(32, 2, 5)
+    action = torch.from_numpy(buffer["action"][:64]).view(8, 8, 2).repeat(4, 1, 1)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    errors = []
+    for step in range(100):
+        loss = policy({"state": state}, action, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step in (0, 99):
+            with torch.no_grad():
+                sample = policy.sample({"state": state}, noise_generator=torch.Generator().manual_seed(0))
+            errors.append(float((sample.normalized - policy.normalize_action(action, {"state": state})).abs().mean()))
+    assert errors[1] < 0.8 * errors[0]
+    policy.eval()
+    bundles.save(tmp_path / "bundle", policy, {"policy": TINY | changes}, golden_obs={"state": buffer["state"][:2]})
+    loaded = bundles.load(tmp_path / "bundle", verify=True)
+    obs = {"state": buffer["state"][:2]}
+    noise = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)[None]
+    expected = policy.predict(obs, noise=noise)["action_pred"]
+    np.testing.assert_allclose(loaded.predict(obs, noise=noise)["action_pred"], expected, atol=1e-4)
+    accelerate(loaded, precision="fp32")
+    np.testing.assert_allclose(loaded.predict(obs, noise=noise)["action_pred"], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("objective", "process"),
+    [
+        (objective, process)
+        for objective in (Shortcut, FlowMap, MeanFlow)
+        for process in (Diffusion(), Flow(prediction="sample"), Mip())
+    ],
+)
+def test_flow_maps_are_of_flows(objective: type[Shortcut], process: Diffusion) -> None:
+    with pytest.raises(InputError, match=rf"{objective.__name__} needs a flow process.*use scheduler=flow"):
+        objective().check(process)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Shortcut(finest=3), "finest=3 must be a power of two"),
+        (lambda: FlowMap(distilled=0.0), "distilled=0.0 must be above 0"),
+        (lambda: MeanFlow(distilled=math.nan), "distilled=nan must be above 0"),
+        (lambda: Mip(level=1.0), "level=1.0 must be between 0 and 1"),
+        (lambda: Sampler(process=Mip(), scheduler="mip", num_inference_steps=3), "between 1 and 2"),
+        (lambda: Sampler(process=Mip(), scheduler="ddim", num_inference_steps=2), "trained as mip: choose from mip"),
+    ],
+)
+def test_what_cannot_be(make, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("objective", ["denoising", *MAPS, "mip"])
+def test_an_objective_is_chosen_by_a_word(objective: str) -> None:
+    policy = load("train", [f"objective={objective}"])["policy"]
+    assert policy["objective"]["name"] == objective
+    families = dict.fromkeys(MAPS, "flow") | {"denoising": "diffusion", "mip": "mip"}
+    assert policy["process"]["name"] == families[objective]
+    assert policy["sampler"]["num_inference_steps"] == {"denoising": 20, "mip": 2}.get(objective, 1)
+
+
+@pytest.mark.parametrize("objective", [*MAPS, "mip"])
+@pytest.mark.parametrize("scheduler", ["ddim", "flow", "mip"])
+def test_an_objective_beside_a_scheduler_that_it_is_not_for(objective: str, scheduler: str) -> None:
+    fitting = "mip" if objective == "mip" else "flow"
+    words = [f"objective={objective}", f"scheduler={scheduler}"]
+    if scheduler == fitting:
+        assert load("train", words)["policy"]["objective"]["name"] == objective
+    else:
+        with pytest.raises(InputError, match=f"{objective} needs a {fitting} process .* use scheduler={fitting}"):
+            load("train", words)
+
+
+def test_a_bundle_from_before_objectives_had_names(policy) -> None:
+    config = TINY | {"objective": {"loss": "l1", "noise_draws": 2}}
+    made = build_policy(config, policy.spec)
+    assert type(made.objective) is Denoising
+    assert made.objective.noise_draws == 2
