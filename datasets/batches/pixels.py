@@ -61,7 +61,8 @@ def cut(frames: Pixels, rows: Pixels, corners: Pixels, size: tuple[int, int]) ->
         view = frames.as_strided(places, strides)
     else:
         view = np.lib.stride_tricks.as_strided(frames, places, strides, writeable=False)  # uint8: a byte an element
-    return view[rows, corners[:, :1], corners[:, 1:]].reshape(*rows.shape, *size, channels)
+    cuts: Pixels = view[rows, corners[:, :1], corners[:, 1:]].reshape(*rows.shape, *size, channels)
+    return cuts
 
 
 def to_float(pixels: Tensor) -> Tensor:
