@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -22,9 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options import COMMANDS, Address, Plugins, TrainSettings
+from action_diffusion.options import COMMANDS, Address, AsTyped, Plugins, TrainSettings
 from action_diffusion.registry import use_plugins
-from action_diffusion.schema import FilePath, alternatives, check, hint_at
+from action_diffusion.schema import FilePath, alternatives, check, hint_at, needed
 
 BUDGETS = ("train.max_minutes", "train.max_steps", "train.max_epochs")
 GROUPS = {"train": ("task", "encoder", "denoiser", "scheduler", "objective"), "collect": ("task",)}
@@ -66,6 +66,28 @@ def load(name: str, overrides: Sequence[str], config_dir: str | None = None) -> 
 def settings(name: str, overrides: Sequence[str], config_dir: str | None = None) -> Any:
     """As `load`, typed: `options.Deploy`, `options.Serve`, … of what the words say."""
     return check(load(name, overrides, config_dir), COMMANDS[name])
+
+
+def plain(name: str, overrides: Sequence[str], beside: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given to `name`, a command without groups and defaults ("data edit", …), as plain data.
+
+    beside: options that were not typed as name=value. Raises `InputError` as `load` does, and for one given twice.
+    """
+    parsed = [_parse(name, word) for word in overrides]
+    _use_plugins(parsed)
+    data = dict(beside)
+    for one in parsed:
+        key = one.key_or_group
+        if key in data:
+            raise InputError(f"{key}= is given twice")
+        if one.is_sweep_override():
+            raise InputError(f"{one.input_line}: give one value, or a list in [ ]")
+        data[key] = one.value()
+    for key in needed(COMMANDS[name]):
+        if key not in data:
+            raise InputError(f"{key} is required: action-diffusion {name} {key}=…")
+    given = vars(check(data, COMMANDS[name]))
+    return {key.rstrip("_"): value for key, value in given.items() if value is not None}
 
 
 def override(name: str, config: Mapping[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
@@ -139,16 +161,18 @@ def _files(root: Path, group: str) -> list[str]:
 
 
 def _parse(name: str, word: str) -> Override:
-    """One word of the command line, by Hydra's grammar, after what is a path has been put in quotes."""
+    """One word of the command line, by Hydra's grammar, after what is taken as typed has been put in quotes."""
     key, equals, value = word.partition("=")
-    if not equals or not key:
+    if not equals or not key or key[0] == "-":
         raise InputError(f"{word!r} is not of the form name=value; see: action-diffusion {name} --help")
     if key[0] in "+~":
         raise InputError(f"{word!r}: write {key.lstrip('+~')}=value, without {key[0]}")
-    if {FilePath, Address} & set(alternatives(hint_at(COMMANDS[name], key))):  # taken as typed, as "=" and "," in it
+    hints = set(alternatives(hint_at(COMMANDS[name], key)))
+    if {FilePath, Address, AsTyped} & hints:  # "=" and "," in it, too
         if not value:
-            raise InputError(f"{key}= is empty: give {key}=PATH")
-        if value != "null" and value[0] not in "['\"":
+            raise InputError(f"{key}= is empty: give {key}={'PATH' if FilePath in hints else '…'}")
+        lists = any(get_origin(hint) is list for hint in hints)
+        if value != "null" and value[0] not in ("'\"[" if lists else "'\""):  # in quotes already, or a list
             word = f"{key}={_quoted(value)}"
     try:
         return OverridesParser.create().parse_override(word)

@@ -254,12 +254,16 @@ def _dataclass(value: Mapping[str, Any], cls: Any, where: str) -> Any:
     for key in value:
         if key not in known:
             raise unknown("option", key, known, where)
-    for field in fields(cls):
-        key = field.name.rstrip("_")
-        if key not in value and _is_needed(field):
+    for key in needed(cls):
+        if key not in value:
             raise InputError(f"{_join(where, key)} is missing")
     found = {key: check(inside, known[key], _join(where, key)) for key, inside in value.items()}
     return cls(**{f"{key}_" if iskeyword(key) else key: inside for key, inside in found.items()})
+
+
+def needed(cls: Any) -> list[str]:
+    """Options of a dataclass that have no default."""
+    return [field.name.rstrip("_") for field in fields(cls) if _is_needed(field)]
 
 
 def _is_needed(field: Field[Any]) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fractions import Fraction
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
-import av
 import numpy as np
 
+from action_diffusion.datasets.images.video import Encoding, VideoWriter
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
+
+# One thread: the file is the same on every machine, and other processes keep their cores.
+ENCODING = Encoding("libx264", "yuv420p", {"preset": "veryfast", "crf": "23", "threads": "1"}, "faststart")
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], *, fps: float) -> None:
@@ -42,16 +44,12 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], *, fps: float) -
 def _encode(path: Path, frames: Iterable[np.ndarray], shape: tuple[int, ...], fps: float) -> None:
     if len(shape) != 3 or shape[2] != 3 or shape[0] % 2 or shape[1] % 2:
         raise InputError(f"a video frame has shape {list(shape)}; it must be [H, W, 3] with even H and W")
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = shape[:2]
-        stream.pix_fmt = "yuv420p"
-        # One thread: the file is the same on every machine, and other processes keep their cores.
-        stream.options = {"preset": "veryfast", "crf": "23", "threads": "1"}
-        for frame in frames:
-            frame = np.asarray(frame)
-            if frame.dtype != np.uint8 or frame.shape != shape:
-                raise InputError(f"a video frame is {frame.dtype} {list(frame.shape)}; it must be uint8 {list(shape)}")
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
+    with VideoWriter(path, (shape[0], shape[1]), rate=fps, encoding=ENCODING) as video:
+        video.add(_checked(frames, shape))
+
+
+def _checked(frames: Iterable[np.ndarray], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    for frame in map(np.asarray, frames):
+        if frame.dtype != np.uint8 or frame.shape != shape:
+            raise InputError(f"a video frame is {frame.dtype} {list(frame.shape)}; it must be uint8 {list(shape)}")
+        yield frame

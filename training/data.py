@@ -256,8 +256,8 @@ def _kind(spec: ObservationSpec) -> Any:
 class StepBatches:
     """The batch of a training step: a pure function of seed, step and process.
 
-    crop: (h, w) to cut from the images of `image_size` (H, W) while they are gathered, at random, the same for all
-    frames of a window.
+    crop: (h, w) to cut at random while images are gathered, at one place for all frames of a window. Images of several
+    sizes have no such place, and are left whole, for the encoder to cut.
     """
 
     def __init__(
@@ -268,10 +268,10 @@ class StepBatches:
         rank: int = 0,
         world: int = 1,
         crop: tuple[int, int] | None = None,
-        image_size: tuple[int, int] | None = None,
     ):
         self.source, self.seed, self.rank, self.world = source, seed, rank, world
-        self.crop, self.image_size = crop, image_size
+        self.sizes = set(source.frame_sizes.values())
+        self.crop = crop if len(self.sizes) == 1 else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -279,10 +279,10 @@ class StepBatches:
     def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
         """See `trainer.StepSource`."""
         indices = batch_indices(len(self.source), batch_size, self.seed, step, self.rank, self.world)
-        if self.crop is None or self.image_size is None:
+        if self.crop is None:
             return self.source.gather(indices)
-        random = np.random.default_rng([self.seed, step, self.rank])
-        offsets = random_crop_offsets(batch_size, self.image_size, self.crop, random)
+        (size,) = self.sizes
+        offsets = random_crop_offsets(batch_size, size, self.crop, np.random.default_rng([self.seed, step, self.rank]))
         return self.source.gather(indices, crop=self.crop, offsets=offsets)
 
 

@@ -270,10 +270,6 @@ def _trainer(
     rollouts = None
     if spec.env is not None and settings.rollout_every:
         rollouts = Rollouts(policy, env=spec.env, n_episodes=settings.rollout_episodes)
-    cameras = [spec.observations[key].shape for key in spec.camera_order]
-    crop = getattr(policy.encoder, "crop", None)
-    # Crops are cut while gathering where that is the first thing that the encoder would do.
-    fused = len(set(cameras)) == 1 and crop is not None and getattr(policy.encoder, "resize", None) is None
     first = reference.gather(validation.indices[:1]).obs
     golden = {key: first[key][0].cpu().numpy() for key in spec.observations}
     return Trainer(
@@ -283,8 +279,7 @@ def _trainer(
             seed=config["seed"],
             rank=accelerator.process_index,
             world=accelerator.num_processes,
-            crop=crop if fused else None,
-            image_size=(cameras[0][0], cameras[0][1]) if fused else None,
+            crop=getattr(policy.encoder, "early_crop", None),
         ),
         settings=settings,
         accelerator=accelerator,

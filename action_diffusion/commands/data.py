@@ -1,6 +1,6 @@
-"""`action-diffusion data …`: subcommands on demonstrations, with options and help of their own.
+"""`action-diffusion data …`: subcommands on demonstrations, with help of their own.
 
-Words are `name=value`; some subcommands take a PATH, and flags such as `--json FILE`, beside them.
+Words are `name=value`, as those of all commands; some subcommands take a PATH, and flags such as `--json FILE`, beside.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from action_diffusion.commands import data_convert, data_look, data_report
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.registry import use_plugins
+from action_diffusion.options.data import Absolute, Convert, DataReport, Doctor, Edit, Inspect, View
+from action_diffusion.schema import hints
 
 DATA_HELP = """\
 action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at them, mend them, bring them
@@ -42,19 +43,22 @@ the hands stray from the recording is printed.
 
 
 class Subcommand(NamedTuple):
-    """What `run` takes, as text by name, and returns: numbers to print, or the exit code.
+    """What `run` takes, plain data by name, and returns: numbers to print, or the exit code.
 
-    options are written name=value, `required` among them must be given; `positional` are the words without a name, all
-    of them required; flags are written `--name VALUE`, where the value of those in `bare` may be left out (then "").
+    `positional` are words without a name, all of them required; flags are written `--name VALUE`, where the value of
+    those in `bare` may be left out (then ""). options are the others of `takes`, and written name=value.
     """
 
-    run: Callable[[Mapping[str, str]], Mapping[str, Any] | int]
+    run: Callable[[Mapping[str, Any]], Mapping[str, Any] | int]
     help: str
-    options: tuple[str, ...]
-    required: tuple[str, ...]
+    takes: type
     positional: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> list[str]:
+        return [key for key in hints(self.takes) if key not in (*self.positional, *self.flags, "plugins")]
 
 
 def run(words: Sequence[str]) -> int:
@@ -68,9 +72,7 @@ def run(words: Sequence[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(subcommand.help)
         return 0
-    plugins = [word.partition("=")[2] for word in words[1:] if word.startswith("plugins=")]
-    use_plugins([file for given in plugins for file in given.strip("[]").split(",")])
-    result = subcommand.run(_options(words[0], [word for word in words[1:] if not word.startswith("plugins=")]))
+    result = subcommand.run(_options(words[0], words[1:]))
     if isinstance(result, int):
         return result
     for name, value in result.items():
@@ -78,45 +80,42 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _options(name: str, words: Sequence[str]) -> dict[str, str]:
-    subcommand, options, rest = SUBCOMMANDS[name], dict[str, str](), list(words)
+def _options(name: str, words: Sequence[str]) -> dict[str, Any]:
+    """What was given to a subcommand. Only words without a name and flags are read here."""
+    from action_diffusion.configuration import plain
+
+    subcommand, named, rest = SUBCOMMANDS[name], list[str](), list(words)
+    options = (*subcommand.options, "plugins")
+    beside: dict[str, str] = {}
     while rest:
-        key, value, shown = _next(name, rest, options)
-        if key in options:
+        word = rest.pop(0)
+        key, equals, value = word.partition("=")
+        missing = [key for key in subcommand.positional if key not in beside]
+        if word.startswith("--") and subcommand.flags:
+            shown, key = key, key[2:]
+            if key not in subcommand.flags:
+                raise unknown("flag", shown, (f"--{known}" for known in subcommand.flags))
+            if not equals and rest and not rest[0].startswith("-") and not (key in subcommand.bare and missing):
+                value = rest.pop(0)
+        elif missing and key not in options and not word.startswith("-"):
+            shown, key, value = missing[0].upper(), missing[0], word
+        elif equals and key[:1] not in ("", "-") and key not in options:
+            raise unknown("option", key, options)
+        else:
+            named.append(word)
+            continue
+        if key in beside:
             raise InputError(f"{shown} is given twice")
         if not value and key not in subcommand.bare:
             raise InputError(f"{shown} is empty; see: action-diffusion data {name} --help")
-        options[key] = value
+        beside[key] = value
     for key in subcommand.positional:
-        if key not in options:
+        if key not in beside:
             raise InputError(f"{key.upper()} is required: action-diffusion data {name} {key.upper()}")
-    for key in subcommand.required:
-        if key not in options:
-            raise InputError(f"{key} is required: action-diffusion data {name} {key}=…")
-    return options
+    return plain(f"data {name}", named, beside)
 
 
-def _next(name: str, rest: list[str], options: Mapping[str, str]) -> tuple[str, str, str]:
-    """Takes the next option off `rest`: its name, its value, and what messages call it."""
-    subcommand, word = SUBCOMMANDS[name], rest.pop(0)
-    key, equals, value = word.partition("=")
-    missing = [key for key in subcommand.positional if key not in options]
-    if word.startswith("--") and subcommand.flags:
-        flag = key[2:]
-        if flag not in subcommand.flags:
-            raise unknown("flag", key, (f"--{known}" for known in subcommand.flags))
-        is_value = bool(rest) and not rest[0].startswith("-") and not (flag in subcommand.bare and missing)
-        return flag, rest.pop(0) if is_value and not equals else value, key
-    if missing and key not in subcommand.options and not word.startswith("-"):
-        return missing[0], word, missing[0].upper()
-    if not equals or not key or key.startswith("-"):
-        raise InputError(f"{word!r} is not of the form name=value; see: action-diffusion data {name} --help")
-    if key not in subcommand.options:
-        raise unknown("option", key, subcommand.options)
-    return key, value, f"{key}="
-
-
-def _absolute(options: Mapping[str, str]) -> Mapping[str, Any]:
+def _absolute(options: Mapping[str, Any]) -> Mapping[str, Any]:
     from action_diffusion.datasets.batches.sources import open_data
     from action_diffusion.envs.robosuite.absolute import add_absolute
 
@@ -126,13 +125,11 @@ def _absolute(options: Mapping[str, str]) -> Mapping[str, Any]:
 
 
 SUBCOMMANDS = {
-    "convert": Subcommand(data_convert.run, data_convert.HELP, data_convert.OPTIONS, ("in", "out")),
-    "absolute": Subcommand(_absolute, ABSOLUTE_HELP, ("in", "out"), ("in", "out")),
-    "inspect": Subcommand(data_look.inspect, data_look.INSPECT_HELP, ("plot", "episode"), (), ("path",)),
-    "report": Subcommand(data_report.run, data_report.HELP, ("out",), (), ("path",)),
-    "view": Subcommand(data_look.view, data_look.VIEW_HELP, ("episodes", "output"), (), ("path",)),
-    "doctor": Subcommand(
-        data_look.doctor, data_look.DOCTOR_HELP, ("page", "kinds", "details"), (), ("path",), ("json", "fix"), ("fix",)
-    ),
-    "edit": Subcommand(data_look.edit, data_look.EDIT_HELP, data_look.EDIT_OPTIONS, ("out",), ("path",)),
+    "convert": Subcommand(data_convert.run, data_convert.HELP, Convert),
+    "absolute": Subcommand(_absolute, ABSOLUTE_HELP, Absolute),
+    "inspect": Subcommand(data_look.inspect, data_look.INSPECT_HELP, Inspect, ("path",)),
+    "report": Subcommand(data_report.run, data_report.HELP, DataReport, ("path",)),
+    "view": Subcommand(data_look.view, data_look.VIEW_HELP, View, ("path",)),
+    "doctor": Subcommand(data_look.doctor, data_look.DOCTOR_HELP, Doctor, ("path",), ("json", "fix"), ("fix",)),
+    "edit": Subcommand(data_look.edit, data_look.EDIT_HELP, Edit, ("path",)),
 }

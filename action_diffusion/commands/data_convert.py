@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.errors import InputError
 
-OPTIONS = ("in", "out", "format", "rate", "video", "action", "state", "observations", "workers")
 _VECTORS = ("action", "state")
 
 HELP = """\
@@ -45,16 +43,12 @@ Options
 """
 
 _RATE = 10.0
-_LOWEST, _HIGHEST = 0.01, 1e4
-_QUALITIES = ("high", "lossless")
 
 
-def run(options: Mapping[str, str]) -> Mapping[str, Any]:
+def run(options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Convert, and return the numbers to report."""
     source, output = Path(options["in"]).expanduser(), Path(options["out"]).expanduser()
-    rate, workers = _rate(options.get("rate")), _workers(options.get("workers"))
-    if options.get("video", "high") not in _QUALITIES:
-        raise unknown("video", options["video"], _QUALITIES)
+    rate, workers = options.get("rate"), options.get("workers")
     from action_diffusion.datasets.formats.registry import asked_for, detected
 
     to = asked_for(output, options.get("format"))
@@ -134,23 +128,3 @@ def _from_hdf5(source: Path, output: Path, to: str, observations: str | None, wo
         observer = SimulatorObserver(layout.env_args, tuple(keys))
     workers = workers or default_workers(layout, observing=observer is not None)
     return convert(layout, output, observer=observer, workers=workers)
-
-
-def _rate(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not _LOWEST <= rate <= _HIGHEST:
-        raise InputError(f"rate={text}: expected steps a second, from {_LOWEST:g} to {_HIGHEST:g}")
-    return rate
-
-
-def _workers(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) == 0:
-        raise InputError(f"workers={text}: expected a whole number above 0")
-    return int(text)

@@ -86,10 +86,10 @@ Options
   out=PATH              a folder, or a zip where it ends in .zip; must not exist
 """
 
-EDIT_OPTIONS = ("out", "drop", "trim", "split", "merge", "relabel", "rename", "rotations")
+_CHANGES = ("drop", "trim", "split", "merge", "relabel", "rename", "rotations")
 
 
-def inspect(options: Mapping[str, str]) -> int:
+def inspect(options: Mapping[str, Any]) -> int:
     from action_diffusion.datasets.batches.sources import open_data
     from action_diffusion.datasets.edit.editing import numbers
     from action_diffusion.datasets.edit.inspection import inspect, show
@@ -108,7 +108,7 @@ def inspect(options: Mapping[str, str]) -> int:
     return 0
 
 
-def view(options: Mapping[str, str]) -> Mapping[str, Any]:
+def view(options: Mapping[str, Any]) -> Mapping[str, Any]:
     from action_diffusion.datasets.batches.sources import open_data
     from action_diffusion.datasets.edit.editing import numbers
     from action_diffusion.datasets.edit.viewing import view
@@ -122,7 +122,7 @@ def view(options: Mapping[str, str]) -> Mapping[str, Any]:
     return shown if output is None else {"output": str(output), **shown}
 
 
-def doctor(options: Mapping[str, str]) -> int:
+def doctor(options: Mapping[str, Any]) -> int:
     from action_diffusion.datasets.batches.sources import open_data, resolve
     from action_diffusion.datasets.doctor.examine import examine
     from action_diffusion.datasets.doctor.finding import KINDS, as_json, show
@@ -133,13 +133,10 @@ def doctor(options: Mapping[str, str]) -> int:
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("kind", kind, KINDS, where="kinds=")
-    details = options.get("details", "false")
-    if details not in ("true", "false"):
-        raise InputError(f"details={details}: expected true or false")
     repaired = _repaired_path(resolve(options["path"]), options["fix"]) if "fix" in options else None
     buffer = open_data(options["path"])
     findings = examine(buffer, kinds)
-    show(findings, details=details == "true")
+    show(findings, details=options.get("details", False))
     if "json" in options:
         with atomic_path(Path(options["json"]).expanduser()) as temporary:
             temporary.write_text(json.dumps(as_json(findings), indent=1))
@@ -163,11 +160,11 @@ def _repaired_path(source: Path, text: str) -> Path:
     return output
 
 
-def edit(options: Mapping[str, str]) -> Mapping[str, Any]:
+def edit(options: Mapping[str, Any]) -> Mapping[str, Any]:
     from action_diffusion.datasets.batches.sources import resolve
     from action_diffusion.datasets.edit.editing import edit
 
-    wanted = {name: text for name, text in options.items() if name not in ("path", "out")}
+    wanted = {name: options[name] for name in _CHANGES if name in options}
     if not wanted:
-        raise InputError(f"nothing to do: give one of {', '.join(EDIT_OPTIONS[1:])}")
+        raise InputError(f"nothing to do: give one of {', '.join(_CHANGES)}")
     return edit(resolve(options["path"]), Path(options["out"]).expanduser(), wanted)

@@ -33,7 +33,7 @@ MOST_ROWS = 5000
 """Of a table."""
 
 
-def run(options: Mapping[str, str]) -> Mapping[str, Any]:
+def run(options: Mapping[str, Any]) -> Mapping[str, Any]:
     from action_diffusion.datasets.batches.sources import open_data
     from action_diffusion.datasets.doctor.examine import examine
     from action_diffusion.datasets.edit.inspection import inspect

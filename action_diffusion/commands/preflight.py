@@ -12,6 +12,7 @@ from typing import Any
 from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
+from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.reading import read_config, read_spec, require, trained_on
 from action_diffusion.policy.spec import env_words
 
@@ -105,7 +106,7 @@ def _check_data(config: Mapping[str, Any]) -> None:
         shape = tuple(buffer[source].shape[1:]) if source in buffer.keys else ()
         if len(shape) == 3 and shape[-1] == 3:
             encoder = config["policy"]["encoder"]
-            _check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"))
+            check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"))
 
 
 def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:
@@ -133,8 +134,3 @@ def _check_held_out(data: Any, bundles: Sequence[Path]) -> None:
             for key, source in (seen | {"action": spec.action.source}).items() if spec.env is None else ():
                 if source not in buffer.keys:
                     raise unknown(f"key of the buffer for {key!r} of {path}", source, buffer.keys, buffer.name)
-
-
-def _check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None) -> None:
-    if crop is not None and (crop[0] > size[0] or crop[1] > size[1]):
-        raise InputError(f"encoder.crop={list(crop)} is larger than the frames of {key!r}, {list(size)}")

@@ -30,7 +30,7 @@ from action_diffusion.options.policy import (
 )
 from action_diffusion.options.task import Action, Environment, Observation, Rate, Steps, Task, check_steps
 from action_diffusion.options.train import BundleConfig, Dataset, Evaluation, Train, TrainSettings, plain
-from action_diffusion.options.words import KINDS, MOST_STEPS, Address, Plugins
+from action_diffusion.options.words import KINDS, MOST_STEPS, Address, AsTyped, Plugins
 
 __all__ = [
     "COMMANDS",
@@ -40,6 +40,7 @@ __all__ = [
     "Action",
     "Address",
     "AnySampler",
+    "AsTyped",
     "BundleConfig",
     "Calibration",
     "Camera",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from action_diffusion.options.data import Absolute, Convert, DataReport, Doctor, Edit, Inspect, View
 from action_diffusion.options.policy import AnySampler
 from action_diffusion.options.task import Task
 from action_diffusion.options.train import Data, Train
@@ -202,4 +203,11 @@ COMMANDS: dict[str, type] = {
     "collect": Collect,
     "deploy": Deploy,
     "serve": Serve,
+    "data convert": Convert,
+    "data absolute": Absolute,
+    "data inspect": Inspect,
+    "data report": DataReport,
+    "data view": View,
+    "data doctor": Doctor,
+    "data edit": Edit,
 }

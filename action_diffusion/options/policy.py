@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -30,6 +30,12 @@ class Encoder:
     weights: FilePath | None = None
     channels_last: bool = True
     group_norm_channels: Annotated[int, Between(1, 1024)] = 16
+
+
+def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None) -> None:
+    """Raises `InputError` for a crop (h, w) larger than the frames of `key`, (H, W) when they are cut."""
+    if crop is not None and (crop[0] > size[0] or crop[1] > size[1]):
+        raise InputError(f"encoder.crop={list(crop)} is larger than the frames of {key!r}, {list(size)}")
 
 
 @dataclass

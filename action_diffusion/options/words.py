@@ -16,6 +16,8 @@ SEEDS = 4_000_000_000
 
 Word = str | int
 """A name may be made of digits."""
+AsTyped = Annotated[str, Matching("a word", bool)]
+"""Lists and ranges that have a grammar of their own, such as 3,7-9."""
 Address = Annotated[str, Matching("an address, such as ws://HOST:8000", bool)]
 Device = Annotated[
     Word,

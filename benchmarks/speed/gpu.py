@@ -216,7 +216,7 @@ def training(size: str, batch: int, device: torch.device, seconds: float, *, com
         n_obs_steps=2,
         device=device,
     )
-    source = StepBatches(resident, seed=0, crop=CROP, image_size=FRAME)
+    source = StepBatches(resident, seed=0, crop=CROP)
     for chosen in _TRAINING:
         if (chosen.get("cuda_graph") and device.type != "cuda") or (chosen.get("compile") and not compiled):
             continue

@@ -180,7 +180,7 @@ class BatchSource:
         return torch.from_numpy(np.take(self._arrays[key], rows, axis=0)).to(self.device)
 
     def _crop(self, key: ObsKey, rows: np.ndarray, crop: tuple[int, int], offsets: np.ndarray | None) -> Tensor:
-        n, height, width, channels = self._shape(key)
+        n, height, width = self._shape(key)[:3]
         room = np.array([height - crop[0], width - crop[1]])
         if (room < 0).any():
             raise InputError(f"crop {list(crop)} is larger than the {height} x {width} images of {key.source}")
@@ -191,11 +191,8 @@ class BatchSource:
             raise IndexError(f"windows reach rows {rows.min()} to {rows.max()} of {n}")
         if self.mode != "device":
             return pixels.crop(self._arrays[key], rows, corner, crop).to(self.device)
-        view = (n, room[0] + 1, room[1] + 1, crop[0], crop[1] * channels)
-        strides = (height * width * channels, width * channels, channels, width * channels, 1)
-        cuts = self._tensors[key].as_strided([int(size) for size in view], strides)
-        index = (torch.from_numpy(part.copy()).to(self.device) for part in (rows, corner[:, :1], corner[:, 1:]))
-        return cuts[tuple(index)].view(*rows.shape, *crop, channels)
+        at_rows, at_corners = (torch.from_numpy(part.copy()).to(self.device) for part in (rows, corner))
+        return pixels.cut(self._tensors[key], at_rows, at_corners, crop)
 
     def _criticise(self, indices: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> Critic:
         if self._reward is None:

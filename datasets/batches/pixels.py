@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from action_diffusion import choice, native
 
 OURS = ("one_pass",)
+Pixels = TypeVar("Pixels", np.ndarray, Tensor)
 
 
 @cache
@@ -29,9 +31,9 @@ def crop(frames: np.ndarray, rows: np.ndarray, corners: np.ndarray, size: tuple[
     if frames.dtype != np.uint8 or not frames.flags.c_contiguous:
         raise ValueError("frames must be uint8 in one piece of memory")
     if library() is None:
-        return _numpy_crop(frames, rows, corners, size)
+        return torch.from_numpy(cut(frames, rows, corners, size))
     ways = {
-        "numpy": lambda: _numpy_crop(frames, rows, corners, size),
+        "numpy": lambda: torch.from_numpy(cut(frames, rows, corners, size)),
         "one_pass": lambda: _crop(frames, rows, corners, size),
     }
     return ways[choice.fastest("crop", (_rounded(rows.size), *size, frames.shape[3]), ways, OURS)]()
@@ -47,13 +49,20 @@ def _crop(frames: np.ndarray, rows: np.ndarray, corners: np.ndarray, size: tuple
     return out
 
 
-def _numpy_crop(frames: np.ndarray, rows: np.ndarray, corners: np.ndarray, size: tuple[int, int]) -> Tensor:
+def cut(frames: Pixels, rows: Pixels, corners: Pixels, size: tuple[int, int]) -> Pixels:
+    """What `crop` does, without code of our own and on any device; a tensor's frames may be of any type.
+
+    One indexing operation, whatever B is, of an overlapping view of all the places where a crop can be.
+    """
     n, height, width, channels = frames.shape
-    room = height - size[0], width - size[1]
-    view = (n, room[0] + 1, room[1] + 1, size[0], size[1] * channels)
+    places = (n, height - size[0] + 1, width - size[1] + 1, size[0], size[1] * channels)
     strides = (height * width * channels, width * channels, channels, width * channels, 1)
-    cuts = np.lib.stride_tricks.as_strided(frames, view, strides, writeable=False)
-    return torch.from_numpy(cuts[rows, corners[:, :1], corners[:, 1:]].reshape(*rows.shape, *size, channels))
+    if isinstance(frames, Tensor):
+        view = frames.as_strided(places, strides)
+    else:
+        view = np.lib.stride_tricks.as_strided(frames, places, strides, writeable=False)  # uint8: a byte an element
+    cuts: Pixels = view[rows, corners[:, :1], corners[:, 1:]].reshape(*rows.shape, *size, channels)
+    return cuts
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -13,9 +13,7 @@ Depth is grey of more than 8 bits, and comes as the codes that are stored, uint1
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import av
@@ -24,14 +22,14 @@ import numpy as np
 from action_diffusion.datasets.formats.columns import PiecewiseColumn, RowRange
 from action_diffusion.datasets.formats.contract import Quality
 from action_diffusion.datasets.formats.folder.images import MOST_PIXELS
+from action_diffusion.datasets.images.video import Encoding, VideoWriter
 from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError
 
-_ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
-    "high": ("libx264", "yuv444p", {"qp": "10"}),
-    "lossless": ("libx264rgb", "rgb24", {"qp": "0"}),
+_ENCODINGS = {
+    "high": Encoding("libx264", "yuv444p", {"preset": "veryfast", "bf": "0", "qp": "10"}),
+    "lossless": Encoding("libx264rgb", "rgb24", {"preset": "veryfast", "bf": "0", "qp": "0"}),
 }
-_OPTIONS = {"preset": "veryfast", "bf": "0"}
 PIXELS = {"high": "yuv444p", "lossless": "gbrp"}
 """What a decoder calls the pixels of each quality."""
 TOLERANCE = 0.1
@@ -39,37 +37,14 @@ TOLERANCE = 0.1
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
-class EncodedVideoWriter:
-    """An MP4 file of RGB frames. rate: Hz; keyframe_every: how many frames a reader decodes for a random one."""
+class EncodedVideoWriter(VideoWriter):
+    """An MP4 file of some quality, in a folder that is made for it. The rest is as in `VideoWriter`."""
 
     def __init__(
         self, path: Path, size: tuple[int, int], *, rate: float, quality: Quality, keyframe_every: int
     ) -> None:
-        encoder, pixels, options = _ENCODERS[quality]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(path), "w")
-        options = {**_OPTIONS, **options, "g": str(keyframe_every)}
-        stream: Any = self._container.add_stream(encoder, rate=as_fraction(rate), options=options)
-        stream.height, stream.width = size
-        stream.pix_fmt = pixels
-        self._stream, self._count, self._time_base = stream, 0, 1 / as_fraction(rate)
-
-    def add(self, images: np.ndarray) -> None:
-        """images: uint8 [n, H, W, 3]."""
-        for image in images:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame.pts = self._count
-            frame.time_base = self._time_base
-            self._container.mux(self._stream.encode(frame))
-            self._count += 1
-
-    def __enter__(self) -> EncodedVideoWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
+        super().__init__(path, size, rate=rate, encoding=_ENCODINGS[quality], keyframe_every=keyframe_every)
 
 
 class VideoInfo(NamedTuple):
@@ -213,7 +188,3 @@ class _Decoder:
 
     def close(self) -> None:
         self._container.close()
-
-
-def as_fraction(rate: float) -> Fraction:
-    return Fraction(rate).limit_denominator(1001)

@@ -21,6 +21,7 @@ CHUNK_SHAPE: ContextVar[tuple[int, ...] | None] = ContextVar("CHUNK_SHAPE", defa
 """Of what is being decoded, where that is known: an image of another size is refused before there is room for it."""
 
 
+# Not imagecodecs.numcodecs': Zarr calls decode without `out`, and theirs then makes room for whatever a chunk claims.
 class JpegXl(Codec):  # type: ignore[misc]
     """One image [H, W, 3] uint8 a chunk. settings: as in the file, such as lossless, effort, distance, level."""
 

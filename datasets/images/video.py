@@ -1,66 +1,123 @@
-"""Images as video: one MP4 an episode and camera, that can be read while it is written.
+"""Pictures as H.264 in MP4: one writer, and the video that can be read while it is written.
 
     videos/<key>/episode_000007.mp4      frame i is row i of episode 7
     attributes: videos                   key → {"shape": [H, W, 3], "rate": Hz}
 
-H.264 in RGB, so that colours are not averaged over pixels as 4:2:0 does. A key frame a second, no frames that look
-ahead: frame i is packet i, and needs only those since the last key frame. Every frame is a fragment of its own, so
+Such a video is in RGB, so that colours are not averaged over pixels as 4:2:0 does. A key frame a second, no frames that
+look ahead: frame i is packet i, and needs only those since the last key frame. Every frame is a fragment of its own, so
 that a file that was cut off anywhere has all frames up to there but one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import av
 import numpy as np
 
-from action_diffusion.disk import Disk
+from action_diffusion.disk import Disk, GrowingFile
 
-CODEC = "libx264rgb"
-QUALITY = "18"
-"""The codec's constant rate factor. On PushT's pictures the PSNR is 50 dB at least."""
 FRAGMENTS = "frag_every_frame+empty_moov+default_base_moof"
+
+
+class Encoding(NamedTuple):
+    """How pictures become a file.
+
+    codec: libx264, or libx264rgb for colours as they are. pixels: what it is given, in FFmpeg's words. options: x264's,
+    among them the quality. movflags: how the MP4 file is laid out, in FFmpeg's words.
+    """
+
+    codec: str
+    pixels: str
+    options: Mapping[str, str]
+    movflags: str = ""
+
+
+GROWING = Encoding(
+    "libx264rgb",
+    "rgb24",
+    # crf: on PushT's pictures the PSNR is 50 dB at least. One thread, as other processes need their cores; no frame
+    # waits for a later one.
+    {"preset": "ultrafast", "tune": "zerolatency", "bf": "0", "crf": "18", "threads": "1"},
+    FRAGMENTS,
+)
 
 
 def video_path(buffer: Path, key: str, episode: int) -> Path:
     return buffer / "videos" / key / f"episode_{episode:06d}.mp4"
 
 
+def as_fraction(rate: float) -> Fraction:
+    """Hz as MP4 keeps them: 29.97… is 30000/1001."""
+    return Fraction(rate).limit_denominator(1001)
+
+
 class VideoWriter:
-    """The frames of one episode, in a file that grows.
+    """An MP4 file of RGB frames, whole once it is closed.
 
     Args:
-        disk: that of the recording.
-        path: of the file; one that is there is replaced.
-        shape: [H, W, 3].
-        rate: frames per second.
+        file: a path, or a file that is open; one that is there is replaced.
+        size: height and width.
+        rate: frames per second: frame i is shown at i / rate.
+        encoding: how.
+        keyframe_every: how many frames a reader decodes for a random one. None: as x264 likes it.
     """
+
+    def __init__(
+        self,
+        file: Path | GrowingFile,
+        size: tuple[int, int],
+        *,
+        rate: float,
+        encoding: Encoding,
+        keyframe_every: int | None = None,
+    ) -> None:
+        layout = {"movflags": encoding.movflags} if encoding.movflags else {}
+        self._container = av.open(str(file) if isinstance(file, Path) else file, "w", format="mp4", options=layout)
+        options = {**encoding.options, **({} if keyframe_every is None else {"g": str(keyframe_every)})}
+        stream: Any = self._container.add_stream(encoding.codec, rate=as_fraction(rate), options=options)
+        stream.height, stream.width = size
+        stream.pix_fmt = encoding.pixels
+        self._stream, self._time_base = stream, 1 / as_fraction(rate)
+        self.n_frames = 0
+
+    def add(self, frames: Iterable[np.ndarray]) -> None:
+        """The next frames, uint8 [H, W, 3] each."""
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture.pts, picture.time_base = self.n_frames, self._time_base
+            self._container.mux(self._stream.encode(picture))
+            self.n_frames += 1
+
+    def close(self) -> None:
+        """All frames are in the file."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._container.close()
+
+
+class GrowingVideo(VideoWriter):
+    """The frames of one episode, in a file on the disk of a recording that can be read at any time."""
 
     def __init__(self, disk: Disk, path: Path, *, shape: Sequence[int], rate: float) -> None:
         disk.make(path.parent)
         self._file = disk.create(path)
-        self._container = av.open(self._file, "w", format="mp4", options={"movflags": FRAGMENTS})
-        stream = self._container.add_stream(CODEC, rate=Fraction(rate).limit_denominator(1000))
-        assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width = shape[:2]
-        stream.pix_fmt = "rgb24"
-        between = str(max(1, int(rate)))  # frames from one key frame to the next: a second at most
-        # One thread, as other processes need their cores; no frame waits for a later one.
-        fixed = {"preset": "ultrafast", "tune": "zerolatency", "bf": "0", "g": between, "threads": "1"}
-        stream.options = {**fixed, "crf": QUALITY}
-        self._stream = stream
-        self.n_frames = 0
-
-    def add(self, frame: np.ndarray) -> None:
-        """The next frame, uint8 [H, W, 3]."""
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture.pts = self.n_frames
-        self._container.mux(self._stream.encode(picture))
-        self.n_frames += 1
+        a_second = max(1, int(rate))
+        size = shape[0], shape[1]
+        super().__init__(self._file, size, rate=rate, encoding=GROWING, keyframe_every=a_second)
 
     def flush(self) -> int:
         """What is in the file survives a power cut. Returns its number of frames."""
@@ -69,8 +126,7 @@ class VideoWriter:
 
     def close(self) -> None:
         """All frames are in the file, and survive a power cut."""
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
+        super().close()
         self._file.sync()
         self._file.close()
 

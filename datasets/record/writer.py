@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.datasets.images.video import VideoWriter, video_path
+from action_diffusion.datasets.images.video import GrowingVideo, video_path
 from action_diffusion.datasets.storage.growing import GrowingBuffer
 from action_diffusion.datasets.storage.growing_column import Fields
 from action_diffusion.datasets.storage.replay_buffer import VIDEOS
@@ -47,7 +47,7 @@ class EpisodeWriter:
         else:
             self._buffer = GrowingBuffer.create(path, data=plain, attrs=wanted)
         self.path, self._videos = path, videos
-        self._writers: dict[str, VideoWriter] = {}
+        self._writers: dict[str, GrowingVideo] = {}
         self.n_steps = self._buffer.n_aside
         self.interrupted = self.n_steps > 0
         if not self.n_steps:  # what a killed writer left unfinished is nobody's
@@ -66,8 +66,8 @@ class EpisodeWriter:
             for key, video in self._videos.items():
                 if not self.n_steps:
                     place, shape, rate = self._path(key), video["shape"], video["rate"]
-                    self._writers[key] = VideoWriter(self._buffer.disk, place, shape=shape, rate=rate)
-                self._writers[key].add(row[key])
+                    self._writers[key] = GrowingVideo(self._buffer.disk, place, shape=shape, rate=rate)
+                self._writers[key].add([row[key]])
             self._buffer.data.add({key: value[np.newaxis] for key, value in row.items() if key not in self._videos})
         self.n_steps += 1
 

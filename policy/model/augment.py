@@ -52,22 +52,10 @@ def random_corners(n: int, room: tuple[int, int], generator: torch.Generator | N
 
 
 def crop_windows(frames: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut `size` (h, w) at corners [B, 2] out of frames [B, To, H, W, 3]: [B, To, h, w, 3], a copy.
-
-    One indexing operation, whatever B is: rows of pixels are taken from an overlapping view of all the places where
-    one can start, so that each copies w * 3 neighbours.
-    """
-    b, to, height, width, channels = frames.shape
-    h, w = size
-    view = frames.contiguous().as_strided(
-        (b, to, height, width - w + 1, w * channels),
-        (to * height * width * channels, height * width * channels, width * channels, channels, 1),
-    )
-    top, left = corners.to(frames.device).unbind(dim=1)
-    rows = top[:, None] + torch.arange(h, device=frames.device)
-    window = torch.arange(b, device=frames.device).view(b, 1, 1)
-    step = torch.arange(to, device=frames.device).view(1, to, 1)
-    return view[window, step, rows[:, None, :], left.view(b, 1, 1)].view(b, to, h, w, channels)
+    """Cut `size` (h, w) at corners [B, 2] out of frames [B, To, H, W, 3]: [B, To, h, w, 3], a copy."""
+    b, to = frames.shape[:2]
+    rows = torch.arange(b * to, device=frames.device).view(b, to)
+    return pixels.cut(frames.flatten(0, 1).contiguous(), rows, corners.to(frames.device), size)
 
 
 def centre_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.model import augment as augmentation
 from action_diffusion.policy.model import resnet
 from action_diffusion.registry import AUGMENTATIONS, check_arguments
@@ -150,8 +151,8 @@ class ObservationEncoder(nn.Module):
         """Embedding [B, To * D], float32.
 
         obs: a state is a float [B, To, n], normalised already; a camera is uint8 [B, To, H, W, 3], 0 to 255, or in
-        training [B, To, h, w, 3] when the random crop has been cut already (not with `resize`). `generator` draws crops
-        and jitter, camera after camera; the global one does without it. Raises `InputError` for anything else.
+        training [B, To, h, w, 3] when the `early_crop` has been cut already. `generator` draws crops and jitter,
+        camera after camera; the global one does without it. Raises `InputError` for anything else.
         """
         parts = [self._state(key, obs) for key in self.state_dims]
         for i, key in enumerate(self.image_keys):
@@ -163,6 +164,11 @@ class ObservationEncoder(nn.Module):
             counts = ", ".join(f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys))
             raise InputError(f"observations have different numbers of windows: {counts}")
         return torch.cat(parts, dim=2).flatten(1)
+
+    @property
+    def early_crop(self) -> Size | None:
+        """The random crop, where whoever gathers frames to train on may cut it: nothing comes before it."""
+        return None if self.resize is not None else self.crop
 
     def _prepare(self, frames: Tensor, generator: torch.Generator | None) -> Tensor:
         """Frames uint8 [B, To, H, W, 3] to images float32 [B * To, 3, h, w] in [-1, 1], resized, cropped, jittered."""
@@ -189,8 +195,8 @@ class ObservationEncoder(nn.Module):
         frames = _get(key, obs)
         size = self.image_shapes[key][:2]
         accepted = [size]
-        if self.training and self.crop is not None and self.resize is None:
-            accepted.append(self.crop)
+        if self.training and self.early_crop is not None:
+            accepted.append(self.early_crop)
         to = self.n_obs_steps
         if frames.dtype != torch.uint8 or frames.shape[1:] not in [(to, *size, 3) for size in accepted]:
             expected = " or ".join(f"[B, {to}, {h}, {w}, 3]" for h, w in accepted)
@@ -206,8 +212,7 @@ class ObservationEncoder(nn.Module):
     def _input_size(self, key: str) -> Size:
         """Height and width that the network sees."""
         size = self.resize or self.image_shapes[key][:2]
-        if self.crop is not None and (self.crop[0] > size[0] or self.crop[1] > size[1]):
-            raise InputError(f"encoder.crop={list(self.crop)} is larger than the frames of {key!r}, {list(size)}")
+        check_crop(key, size, self.crop)
         return self.crop or size
 
 

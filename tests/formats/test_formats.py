@@ -58,7 +58,7 @@ def save(path: Path, lengths: list[int], attrs: dict[str, Any] | None = None, **
     return path
 
 
-def convert(source: Path, output: Path, **options: str) -> dict[str, Any]:
+def convert(source: Path, output: Path, **options: Any) -> dict[str, Any]:
     return dict(data_convert.run({"in": str(source), "out": str(output), **options}))
 
 
@@ -154,7 +154,7 @@ def test_a_rate_that_nobody_gave_is_said(tmp_path: Path) -> None:
     assert "10 Hz, assumed" in convert(tmp_path / "a.zarr", tmp_path / "l", format="lerobot")["rate"]
     convert(tmp_path / "l", tmp_path / "b.zarr")
     assert ReplayBuffer.open(tmp_path / "b.zarr").attrs == {}
-    assert "rate" not in convert(tmp_path / "a.zarr", tmp_path / "m", format="lerobot", rate="25")
+    assert "rate" not in convert(tmp_path / "a.zarr", tmp_path / "m", format="lerobot", rate=25.0)
     assert json.loads((tmp_path / "m/meta/info.json").read_text())["fps"] == 25
     convert(tmp_path / "m", tmp_path / "c.zarr")
     assert ReplayBuffer.open(tmp_path / "c.zarr").attrs == {"control_rate": 25.0}
@@ -295,10 +295,10 @@ def test_what_does_not_fit_together_is_refused(make: Make, message: str, lerobot
         ({"img": np.full((4, 9, 9, 3), 0.5)}, {"format": "lerobot"}, "this looks like 0..1: multiply by 255"),
         ({"img": np.full((4, 9, 9, 3), np.nan)}, {"format": "umi"}, "data/img is NaN at row 0"),
         ({"state": np.zeros((4, 2)), "observation.state": np.zeros((4, 2))}, {"format": "lerobot"}, "rename it"),
-        ({}, {"format": "lerobot", "rate": "7.5"}, "LeRobot takes whole frames a second, not 7.5 Hz: rate=7 "),
+        ({}, {"format": "lerobot", "rate": 7.5}, "LeRobot takes whole frames a second, not 7.5 Hz: rate=7 "),
         (
             {},
-            {"format": "lerobot", "rate": "12.5"},
+            {"format": "lerobot", "rate": 12.5},
             "has 12 Hz: for a lower rate rows are left out, they are never made",
         ),
         ({"a:b": np.zeros(4)}, {"format": "folder"}, "'a:b' is no name for a file"),

@@ -24,7 +24,7 @@ def source(name: str) -> Path:
     return folder / "ds" if (folder / "ds").is_dir() else folder
 
 
-def convert(name: str, tmp_path: Path, **options: str) -> tuple[dict[str, object], ReplayBuffer]:
+def convert(name: str, tmp_path: Path, **options: str | float) -> tuple[dict[str, object], ReplayBuffer]:
     said = dict(data_convert.run({"in": str(source(name)), "out": str(tmp_path / "b.zarr"), **options}))
     return said, ReplayBuffer.open(tmp_path / "b.zarr")
 
@@ -86,7 +86,7 @@ def test_words_of_a_task_that_is_left(tmp_path: Path) -> None:
 
 
 def test_a_lower_rate(tmp_path: Path) -> None:
-    said, buffer = convert("convert_rate_override", tmp_path, rate="10")
+    said, buffer = convert("convert_rate_override", tmp_path, rate=10.0)
     assert "10 Hz of 30 Hz: rows 0, 3, 6, 9, … of each episode; 60 of 180" in str(said["note"])
     assert np.array_equal(buffer["action"][:], stored("convert_rate_override", "action")[::3])
     assert buffer.attrs["control_rate"] == 10

@@ -31,7 +31,7 @@ EPISODES, DATA = "meta/episodes/**/*.parquet", "data/**/*.parquet"
 CAMERA, START = "observation.images.cam", "videos/observation.images.cam/from_timestamp"
 
 
-def convert(source: Path, output: Path, **options: str) -> dict[str, Any]:
+def convert(source: Path, output: Path, **options: str | float) -> dict[str, Any]:
     return dict(data_convert.run({"in": str(source), "out": str(output), **options}))
 
 
@@ -447,12 +447,12 @@ def test_our_own_notes_never_round(arrays: Mapping[str, np.ndarray], tmp_path: P
 @pytest.mark.parametrize(
     ("rate", "rows", "said"),
     [
-        ("5", [0, 2, 4, 6, 8, 10, 12, 14], "5 Hz of 10 Hz: rows 0, 2, 4, 6, … of each episode; 8 of 15"),
-        ("4", [0, 3, 4, 7, 9, 10, 13], "the nearest, up to 50.0 ms off"),
+        (5.0, [0, 2, 4, 6, 8, 10, 12, 14], "5 Hz of 10 Hz: rows 0, 2, 4, 6, … of each episode; 8 of 15"),
+        (4.0, [0, 3, 4, 7, 9, 10, 13], "the nearest, up to 50.0 ms off"),
     ],
 )
 def test_a_lower_rate_leaves_rows_out_in_the_open(
-    rate: str, rows: list[int], said: str, v30: Path, arrays: Mapping[str, np.ndarray], tmp_path: Path
+    rate: float, rows: list[int], said: str, v30: Path, arrays: Mapping[str, np.ndarray], tmp_path: Path
 ) -> None:
     assert said in convert(v30, tmp_path / "b.zarr", rate=rate)["note"]
     buffer = ReplayBuffer.open(tmp_path / "b.zarr")
@@ -464,4 +464,4 @@ def test_a_lower_rate_leaves_rows_out_in_the_open(
 
 def test_a_higher_rate_is_refused(v30: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"rate=20: .* has 10 Hz: for a lower rate rows are left out, they are never"):
-        convert(v30, tmp_path / "b.zarr", rate="20")
+        convert(v30, tmp_path / "b.zarr", rate=20.0)
