@@ -132,7 +132,7 @@ def check_learnt(path: Path, expected: Outcome | None) -> None:
     left_out = {key for key, words in spec.buffer_columns.items() if words.startswith("left out")}
     assert left_out == set(expected.left_out)
     said = {line.split()[0]: line for line in learnt_from(spec, buffer)}
-    for key, words in (expected.left_out | expected.words).items():
+    for key, words in {**expected.left_out, **expected.words}.items():
         assert words in said[key]
 
 

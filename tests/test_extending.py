@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def test_the_other_parts(world, monkeypatch):
 
 @pytest.mark.slow
 def test_a_format_of_a_file_is_converted(world):
-    columns = {"state": np.arange(8.0).reshape(4, 2), "action": np.ones((4, 2))}
+    columns: dict[str, Any] = {"state": np.arange(8.0).reshape(4, 2), "action": np.ones((4, 2))}
     np.savez(world / "rows.npz", **columns, episode_ends=np.array([4]))
     words = ["data", "convert", "in=rows.npz", "out=rows.zarr", "plugins=my_parts.py"]
     done = command(world, *words)

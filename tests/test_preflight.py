@@ -83,7 +83,10 @@ def found(tmp_path_factory) -> dict[str, list]:
     bundles.save(folder / "simulated", policy, {"policy": TINY})
     object.__setattr__(policy.spec, "env", None)
     bundles.save(folder / "own", policy, {"policy": TINY})
-    columns = {"front": np.zeros((20, 32, 48, 3), np.uint8), "state": np.zeros((20, 5), np.float32)}
+    columns: dict[str, np.ndarray] = {
+        "front": np.zeros((20, 32, 48, 3), np.uint8),
+        "state": np.zeros((20, 5), np.float32),
+    }
     ReplayBuffer.from_arrays(columns | {"action": np.zeros((20, 2), np.float32)}, [10, 20]).save(folder / "own.zarr")
     del columns["front"], columns["state"]
     ReplayBuffer.from_arrays(columns | {"action": np.zeros((20, 2), np.float32)}, [10, 20]).save(folder / "other.zarr")

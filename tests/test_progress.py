@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
 
 from action_diffusion import progress as meters
-from action_diffusion.training import progress
 from action_diffusion.training.progress import TrainingBar, spoken
 
 
@@ -22,7 +22,7 @@ def test_durations_are_said_as_people_do(seconds, words):
 def run(monkeypatch, *, terminal: bool, enabled: bool = True) -> str:
     """What is shown of a run of 100 steps, of which each takes 4 s."""
     out, now = io.StringIO(), 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     console = Console(file=out, force_terminal=terminal, width=200)
     with TrainingBar(enabled=enabled, console=console) as bar:
         for step in range(10, 101, 10):
@@ -59,7 +59,7 @@ def test_another_process_says_nothing(monkeypatch):
 
 def test_a_budget_that_is_overrun_leaves_no_time_below_none(monkeypatch):
     out, now = io.StringIO(), 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with TrainingBar(console=Console(file=out, width=200)) as bar:
         for step, share in ((10, 0.5), (20, 1.0), (31, 1.54)):
             now += 40
@@ -69,7 +69,7 @@ def test_a_budget_that_is_overrun_leaves_no_time_below_none(monkeypatch):
 
 def test_more_than_was_expected_is_all_of_it(monkeypatch, capsys):
     now = 0.0
-    monkeypatch.setattr(meters.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with meters.progress("reading", 100) as advance:
         for amount in (20, 60, 74):
             now += 20

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import demonstrations
@@ -38,7 +39,7 @@ def test_the_page_runs(tmp_path):
 
 def test_typed_options_are_checked():
     task = Task(name="mine", n_obs_steps=2, horizon=8, n_action_steps=4, action=Action())
-    parts = {"encoder": {"name": "observation"}, "denoiser": {"name": "unet1d", "channels": [8]}}
+    parts: dict[str, Any] = {"encoder": {"name": "observation"}, "denoiser": {"name": "unet1d", "channels": [8]}}
     policy = Policy(
         **parts,
         process={"name": "diffusion"},

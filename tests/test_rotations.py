@@ -84,7 +84,7 @@ def test_axis_angles_below_half_a_turn_come_back(axis: tuple[float, float, float
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_leading_dimensions_and_types_are_kept(lead: tuple[int, ...], dtype: type) -> None:
-    quaternions = np.random.default_rng(0).standard_normal((*lead, 4)).astype(dtype)
+    quaternions: np.ndarray = np.random.default_rng(0).standard_normal((*lead, 4)).astype(dtype)
     six_d = quaternion_to_6d(quaternions)
     outputs = [
         (six_d, 6),

@@ -288,10 +288,10 @@ def main(words: Sequence[str]) -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bundle = Path(given["bundle"]).resolve() if given["bundle"] else untrained(folder / "bundle")
-        run = stack.enter_context(deployment(bundle, folder))
-        person = Person(*run)
+        shared, port, cookie = stack.enter_context(deployment(bundle, folder))
+        person = Person(shared, port, cookie)
         around = {"tabs": many["tabs"], "floods": many["floods"], "strange": many["strangers"], "busy": many["busy"]}
-        stack.enter_context(crowd(*run[1:], **around))
+        stack.enter_context(crowd(port, cookie, **around))
         time.sleep(5)
         for number in range(n):
             person.goes_on()

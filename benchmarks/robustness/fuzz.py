@@ -150,11 +150,11 @@ def _send(writer: CommandWriter, random: np.random.Generator, now: float) -> Non
 
 def _garbage(writer: CommandWriter, random: np.random.Generator, now: float) -> None:
     """A record whose fields are random bytes, but for a kind that exists."""
-    record = {}
+    record: dict[str, np.ndarray] = {}
     for name, (dtype, shape) in COMMANDS.items():
         size = int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
         record[name] = np.frombuffer(random.bytes(size), dtype=dtype).reshape(shape)
-    record["kind"] = np.int32(random.integers(0, 4))
+    record["kind"] = np.array(random.integers(0, 4), np.int32)
     writer.send_record(now - random.choice([0.0, 1.0, -1.0, np.nan]), record)
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -149,11 +150,8 @@ def _content(node: _Node, happens: Callable[[], bool]) -> bytes:
 def watched(root: Path) -> Iterator[Log]:
     """Note what recordings under `root`, which is empty, do to the disk."""
     log = Log(root)
-    real, disk.os = disk.os, log  # type: ignore[assignment]
-    try:
+    with mock.patch.object(disk, "os", log):
         yield log
-    finally:
-        disk.os = real
 
 
 def cut(kind: str, random: np.random.Generator) -> Callable[[], bool]:

@@ -35,6 +35,7 @@ from action_diffusion.envs.rollout import generators, rollout
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.diffusion.process import Diffusion
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.progress import progress
 from action_diffusion.training.evaluation.rollouts import BATCH
@@ -110,10 +111,11 @@ def ways(plan: Plan) -> list[Way]:
         policy = bundles.load(path)
         if policy.spec.env is None:
             raise InputError(f"{path}: {policy.spec.task} has no simulator to evaluate in")
-        family = policy.process.family
+        process, family = policy.process, policy.process.family
         few = [{"scheduler": name, "num_inference_steps": n} for name in FEW[family] for n in plan.steps]
         for sampler in REFERENCES[family] + few:
-            if sampler["scheduler"] == "ddim" and policy.process.num_train_timesteps % sampler["num_inference_steps"]:
+            n_times = process.num_train_timesteps if isinstance(process, Diffusion) else 0
+            if sampler["scheduler"] == "ddim" and n_times % sampler["num_inference_steps"]:
                 sampler = sampler | {"timestep_spacing": "leading"}  # the default, trailing, asks for equal steps
             policy = bundles.load(path, sampler=sampler, precision="fp32")  # as `evaluate` and `deploy` load it
             found.append(Way(name=names[path], sampler=sampler, policy=policy))

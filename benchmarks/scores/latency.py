@@ -242,7 +242,7 @@ def _run(cell: Cell) -> Result:
         with _process["done"].get_lock():
             _process["done"].value += steps
 
-    return _process["bench"].run(cell, advance)  # type: ignore[no-any-return]
+    return _process["bench"].run(cell, advance)
 
 
 @command

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -91,7 +91,7 @@ def main(words: Sequence[str]) -> int:
     given = options(words, {"n_episodes": "20", "max_steps": "400"})
     n_episodes, max_steps = whole("n_episodes", given["n_episodes"]), whole("max_steps", given["max_steps"])
     policy, seeds = untrained_policy(), range(100_000, 100_000 + n_episodes)
-    settings = {"policy": policy, "seeds": seeds, "keys": CAMERAS}
+    settings: dict[str, Any] = {"policy": policy, "seeds": seeds, "keys": CAMERAS}
     began = time.perf_counter()
     ours = rollout(
         make_env=functools.partial(envs.make, "lift", max_steps=max_steps),

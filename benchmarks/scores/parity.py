@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def deployed(policy: DiffusionPolicy, robot: robots.Robot, seed: int) -> tuple[f
     """The score of the same start in the deploy loop, and the number of steps in which its gate refused something."""
     spec, steps = policy.spec, list[StepRecord]()
     limits = demonstrated(spec.normalizer["action"], MARGIN).within(robot.limits)
-    horizon = {"n_obs_steps": spec.n_obs_steps, "execution_horizon": spec.n_action_steps}
+    horizon: dict[str, Any] = {"n_obs_steps": spec.n_obs_steps, "execution_horizon": spec.n_action_steps}
     outcome = run_episode(
         policy=policy,
         robot=robot,

@@ -120,7 +120,7 @@ def _encoder_operations(policy: DiffusionPolicy, obs: dict[str, Tensor]) -> int:
 
 def chunk(size: str, on: Machine, folder: Path, seconds: float) -> list[Found]:
     """Encoder, denoising step and chunk (DDIM 10) of an image policy at batch 1."""
-    settings = {"image": True, "channels": SIZES[size], "steps": 10, "batch": 1, "precisions": ["fp32"]}
+    settings: dict[str, Any] = {"image": True, "channels": SIZES[size], "steps": 10, "batch": 1, "precisions": ["fp32"]}
     work = Chunk(_prepared(settings, folder), folder, lambda _: None)
     policy = work._policy
     obs, given = load_inputs(policy, folder)
@@ -138,10 +138,11 @@ def chunk(size: str, on: Machine, folder: Path, seconds: float) -> list[Found]:
         ]
         found = [_found(name, size, flop, on, _median(call, seconds)) for name, size, flop, call in parts]
         whole = found[0], *[found[1]] * settings["steps"]
-        total = [sum(getattr(part, field) for part in whole) for field in ("megabytes", "gflop")]
+        megabytes, gflop = (sum(getattr(part, field) for part in whole) for field in ("megabytes", "gflop"))
         # Each part is bound by its larger floor, whichever that is; here both columns hold their sum.
         bound = sum(max(part.reading_ms, part.computing_ms) for part in whole)
-        found.append(Found(f"chunk, DDIM 10, {size}", *total, bound, bound, 1e3 * _median(work.call, seconds)))
+        measured = 1e3 * _median(work.call, seconds)
+        found.append(Found(f"chunk, DDIM 10, {size}", megabytes, gflop, bound, bound, measured))
     return found
 
 

@@ -66,14 +66,14 @@ DEFAULTS = {
 MOST_MS, LEAST_RATIO = 10.0, 3.0
 FRAME, CROP, HORIZON = (96, 96), (84, 84), 16
 EPISODES, LENGTH = 100, 100
-_CHUNKS = (
+_CHUNKS: tuple[dict[str, Any], ...] = (
     {},
     {"cuda_graph": True},
     *({"precision": precision} for precision in ("fp32", "bf16", "fp16")),
     *({"precision": precision, "cuda_graph": True} for precision in ("fp32", "bf16", "fp16")),
 )
 _CHUNKS_COMPILED = (_CHUNKS[-1] | {"compile": True},)
-_TRAINING = (
+_TRAINING: tuple[dict[str, Any], ...] = (
     {},
     {"mixed_precision": "bf16"},
     {"mixed_precision": "bf16", "cuda_graph": True},
@@ -160,7 +160,7 @@ def median_ms(work: Callable[[], Any], device: torch.device, seconds: float) -> 
     for _ in range(3):
         work()
     _finish(device)
-    times, began = [], time.perf_counter()
+    times, began = list[float](), time.perf_counter()
     while len(times) < 5 or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         work()

@@ -55,7 +55,7 @@ def untrained(folder: Path, task: str, observations: Mapping[str, ObservationSpe
     corners["action"] = np.array([[0.0, 0.0], [512.0, 512.0]])
     keys = ("action", *(key for key, value in observations.items() if value.kind == "state"))
     normalizer = {key: fit(corners[key]) for key in keys}
-    sizes = {"n_obs_steps": 2, "horizon": 16, "n_action_steps": 8, "control_rate": 10.0}
+    sizes: dict[str, Any] = {"n_obs_steps": 2, "horizon": 16, "n_action_steps": 8, "control_rate": 10.0}
     spec = PolicySpec(
         observations=dict(observations), action=ActionSpec(shape=(2,)), normalizer=normalizer, task=task, **sizes
     )
@@ -94,7 +94,8 @@ def measure(bundle: Path, n: int) -> list[dict[str, Any]]:
     random = np.random.default_rng(0)
     one = {key: (random.random(value.shape) * 255).astype(value.dtype) for key, value in spec.observations.items()}
     history = {key: np.stack([value] * spec.n_obs_steps)[None] for key, value in one.items()}
-    noises = dict(zip(("noise_generator", "generator"), ([item] for item in generators(0)), strict=True))
+    noise, steps = generators(0)
+    noises: dict[str, Any] = {"noise_generator": [noise], "generator": [steps]}
     with serving(bundle) as url, wire.require("websockets.sync.client").connect(url, compression=None) as plain:
         remote = RemotePolicy(url)
         plain.recv()

@@ -79,8 +79,9 @@ class LeRobotArm:
         if bus_watchdog:
             watchdog = f"Dynamixel's bus watchdog: each motor stops when it got no instruction for {bus_watchdog:g} s"
         self.rate, self.watchdog = float(rate), watchdog
-        self.command = (Group(name="joints", size=len(motors), kind="linear", unit="lerobot's: degrees or percent"),)
-        self.state = self.command
+        joints = Group(name="joints", size=len(motors), kind="linear", unit="lerobot's: degrees or percent")
+        self.command: tuple[Group, ...] = (joints,)
+        self.state: tuple[Group, ...] = self.command
         self._type, self._config, self._motors = type, dict(config), [f"{name}.pos" for name in motors]
         self._ticks, self._dry_run, self._watched = round(bus_watchdog / TICK), dry_run, False
         self._robot: Any = None

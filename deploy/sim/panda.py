@@ -123,7 +123,7 @@ class PandaArm(SimulatedArm):
 
     rate = 125.0
     size = 7
-    command = (
+    command: tuple[Group, ...] = (
         Group(name="position", size=3, kind="linear", unit="m", at_stop="present"),
         Group(name="rotation", size=3, kind="rotation", unit="rad", at_stop="present", reference=POINTING_DOWN),
         Group(name="gripper", size=1, kind="hold", at_stop="present"),

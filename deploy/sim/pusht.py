@@ -54,8 +54,8 @@ class PushTArm(SimulatedArm):
 
     rate = 200.0
     size = 2
-    command = (Group(name="target", size=2, kind="hold", unit="px", at_stop="present"),)
-    state = (
+    command: tuple[Group, ...] = (Group(name="target", size=2, kind="hold", unit="px", at_stop="present"),)
+    state: tuple[Group, ...] = (
         Group(name="target", size=2, kind="linear", unit="px"),
         Group(name="agent_pos", size=2, kind="linear", unit="px"),
         Group(name="state", size=5, kind="hold", unit="px, px, px, px, rad"),
@@ -100,11 +100,11 @@ class IdealArm:
 
     def __init__(self, *, n_joints: int = 6, rate: float = 200.0, start: Sequence[float] | None = None) -> None:
         self.rate = rate
-        self.command = (
+        self.command: tuple[Group, ...] = (
             Group(name="joints", size=n_joints, kind="linear", unit="rad"),
             Group(name="gripper", size=1, kind="hold"),
         )
-        self.state = self.command
+        self.state: tuple[Group, ...] = self.command
         self._at = np.zeros(n_joints + 1) if start is None else np.array(start, dtype=np.float64)
 
     def connect(self) -> None:

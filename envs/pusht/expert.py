@@ -72,7 +72,7 @@ def cost_to_go(pose: Pose) -> np.ndarray:
 class PushTExpert:
     """Acts on a PushT state, one target of the finger at a time; `seed` decides the handedness of its episodes."""
 
-    observations = ("state",)
+    observations: tuple[str, ...] = ("state",)
     steps = 60
 
     def __init__(self, *, seed: int) -> None:

@@ -139,7 +139,7 @@ class PushT:
     Source: Chi et al., "Diffusion Policy" (RSS 2023), section V; gym-pusht.
     """
 
-    action_shape = (2,)
+    action_shape: tuple[int, ...] = (2,)
     recorded = ("state",)
 
     def __init__(self, *, image_size: int = IMAGE_SIZE, max_steps: int = 300, control_rate: float = 10.0) -> None:

@@ -128,7 +128,7 @@ class RelativeMove(NamedTuple):
 class ManipulationExpert:
     """Acts on the observations named in `observations`, one relative action at a time; `seed` decides the noise."""
 
-    observations = OBSERVATIONS
+    observations: tuple[str, ...] = OBSERVATIONS
 
     def __init__(self, *, seed: int, plan: Plan) -> None:
         self._random = np.random.default_rng(seed)

@@ -70,7 +70,7 @@ class Manipulation:
                 self._sim.modify_observable(key, "active", True)
         self.control_rate = float(self._sim.control_freq)
         n_arms = sum(len(robot.arms) for robot in self._sim.robots)
-        self.action_shape = (PER_ARM * n_arms if absolute else int(self._sim.action_dim),)
+        self.action_shape: tuple[int, ...] = (PER_ARM * n_arms if absolute else int(self._sim.action_dim),)
         self._renderer = Renderer(RenderSettings(**self.env_args["render"]))
         self._lags = self.env_args["object_layout"] == "1.5"
         self._found: dict[str, np.ndarray] = {}

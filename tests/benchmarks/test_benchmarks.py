@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,8 +69,8 @@ class Block(nn.Module):
         return self.conv2.block(scale * self.conv1.block(x) + shift) + self.residual_conv(x)
 
 
-def _conv(n_in: int, n_out: int) -> nn.Module:
-    conv = nn.Module()
+def _conv(n_in: int, n_out: int) -> Any:
+    conv: Any = nn.Module()
     conv.block = nn.Sequential(nn.Conv1d(n_in, n_out, 5, padding=2), nn.GroupNorm(8, n_out), nn.Mish())
     return conv
 
@@ -77,10 +78,10 @@ def _conv(n_in: int, n_out: int) -> nn.Module:
 class Sinusoids(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.half = dim // 2
+        self.n = dim // 2
 
     def forward(self, times):
-        angles = times[:, None] * 10000.0 ** -(torch.arange(self.half) / (self.half - 1))
+        angles = times[:, None] * 10000.0 ** -(torch.arange(self.n) / (self.n - 1))
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -92,7 +93,7 @@ class Unet(nn.Module):
         )
         size, (a, b, c) = condition + time_dim, CHANNELS
         down, up = nn.Conv1d, nn.ConvTranspose1d
-        self.down_modules = nn.ModuleList(
+        self.down_modules: Any = nn.ModuleList(
             nn.ModuleList([Block(n_in, n_out, size), Block(n_out, n_out, size), resize])
             for n_in, n_out, resize in (
                 (action_dim, a, down(a, a, 3, 2, 1)),
@@ -101,11 +102,11 @@ class Unet(nn.Module):
             )
         )
         self.mid_modules = nn.ModuleList([Block(c, c, size), Block(c, c, size)])
-        self.up_modules = nn.ModuleList(
+        self.up_modules: Any = nn.ModuleList(
             nn.ModuleList([Block(2 * n_in, n_out, size), Block(n_out, n_out, size), up(n_out, n_out, 4, 2, 1)])
             for n_in, n_out in ((c, b), (b, a))
         )
-        self.final_conv = nn.Sequential(_conv(a, a), nn.Conv1d(a, action_dim, 1))
+        self.final_conv: Any = nn.Sequential(_conv(a, a), nn.Conv1d(a, action_dim, 1))
 
     def forward(self, x, times, condition):
         condition = torch.cat([self.diffusion_step_encoder(times), condition], dim=1)
@@ -127,7 +128,7 @@ class Encoder(nn.Module):
         super().__init__()
         trunk = torchvision.models.resnet18(norm_layer=lambda channels: nn.GroupNorm(channels // 16, channels))
         self.backbone = nn.Sequential(*list(trunk.children())[:-2])
-        self.pool = nn.Module()
+        self.pool: Any = nn.Module()
         self.pool.nets = nn.Conv2d(512, 32, 1)
         x, y = torch.meshgrid(torch.linspace(-1, 1, 3), torch.linspace(-1, 1, 3), indexing="xy")
         self.pool.register_buffer("pos_grid", torch.stack([x.flatten(), y.flatten()], dim=1))

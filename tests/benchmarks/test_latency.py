@@ -31,7 +31,7 @@ STEPS = 14
 
 
 def run(policy, seeds: list[int], scheduling: str = "rtc", delay: int = 2, **changes: Any) -> list[VirtualEpisode]:
-    options = {"execution_horizon": 4, "policy_batch": 4, "guidance": Guidance(beta=20.0)} | changes
+    options: dict[str, Any] = {"execution_horizon": 4, "policy_batch": 4, "guidance": Guidance(beta=20.0)} | changes
     return run_episodes(
         policy=policy,
         make_robot=lambda: SimPushT(env=envs.make("pusht", max_steps=STEPS)),
@@ -83,9 +83,10 @@ def test_a_delay_is_so_many_steps_without_a_command_and_then_what_is_due():
 
     class Counting(SimPushT):
         def observe(self, keys, t):
-            return Observation(t, {"state": np.array([self._env._steps], np.float32)})
+            env: Any = self._env
+            return Observation(t, {"state": np.array([env._steps], np.float32)})
 
-    told = []
+    told: list[Any] = []
     (episode,) = run_episodes(
         policy=Telling(),
         make_robot=lambda: Counting(env=envs.make("pusht", max_steps=STEPS)),

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,19 +60,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def source(buffer: ReplayBuffer, **settings_: object) -> BatchSource:
-    return BatchSource(
-        **{
-            "buffer": buffer,
-            "windows": make_windows(buffer.episode_ends, horizon=HORIZON, n_obs_steps=TO, n_action_steps=TA),
-            "observations": OBSERVATIONS,
-            "action_key": "action",
-            "n_obs_steps": TO,
-            "reward_key": "reward",
-            "gamma": GAMMA,
-            **settings_,
-        }
-    )
+def source(buffer: ReplayBuffer, **settings_: Any) -> BatchSource:
+    settings: dict[str, Any] = {
+        "buffer": buffer,
+        "windows": make_windows(buffer.episode_ends, horizon=HORIZON, n_obs_steps=TO, n_action_steps=TA),
+        "observations": OBSERVATIONS,
+        "action_key": "action",
+        "n_obs_steps": TO,
+        "reward_key": "reward",
+        "gamma": GAMMA,
+    }
+    return BatchSource(**settings | settings_)
 
 
 @pytest.fixture(scope="module", params=["device", "memory", "disk"])
@@ -141,7 +140,7 @@ def assert_equal(batch: Batch, samples: list[dict]) -> None:
 def test_batches_are_those_of_a_naive_loop(batches: BatchSource, data: st.DataObject) -> None:
     indices = data.draw(st.lists(st.integers(0, len(batches) - 1), min_size=1, max_size=5))
     crop = data.draw(st.sampled_from([None, (6, 5), (7, 8), (1, 1)]))
-    corners = [None] * len(indices)
+    corners: list[tuple[int, int] | None] = [None] * len(indices)
     if crop and data.draw(st.booleans()):
         corner = st.tuples(st.integers(0, 7 - crop[0]), st.integers(0, 8 - crop[1]))
         corners = [data.draw(corner) for _ in indices]
@@ -295,11 +294,12 @@ def test_only_what_is_needed_is_looked_at() -> None:
 
 def test_keys_and_columns_that_do_not_exist_are_named(saved: Path) -> None:
     buffer = ReplayBuffer.open(saved)
-    for changes, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"observations": {"a": ObsKey("stat", None, "state")}}, "no key 'stat'"),
         ({"observations": {"a": ObsKey("state", (0, 4), "state")}}, "data/state has columns 0 to 3, not 4"),
         ({"reward_key": "rewards"}, "no key 'rewards'"),
-    ]:
+    ]
+    for changes, message in cases:
         with pytest.raises(InputError, match=message):
             source(buffer, **changes)
     with pytest.raises(InputError, match="needs rewards"):

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -310,7 +311,7 @@ def test_keys_with_dots_train_and_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["state", "a.b", "a%2Eb", "a%b", "keys", "training", "forward", ".."])
 def test_parts_have_names_for_every_key(key: str) -> None:
-    statistics = {
+    statistics: dict[str, Any] = {
         name: {"scale": [2.0], "offset": [number]} for number, name in enumerate(("a.b", "a%2Eb", "a_b", key))
     }
     normalizer = Normalizer(statistics)

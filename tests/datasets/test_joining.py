@@ -137,7 +137,10 @@ def test_pictures_that_are_stored_otherwise_become_what_is_seen_of_them(tmp_path
 def test_each_chunk_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces whose chunks begin anywhere, one of them seen otherwise than it is stored."""
     pixels = np.random.default_rng(0).integers(0, 256, (23, 9, 12, 3), np.uint8)
-    pair = [saved(tmp_path / "a.zarr", [23], img=pixels), saved(tmp_path / "bb.zarr", [23], img=np.float32(pixels))]
+    pair = [
+        saved(tmp_path / "a.zarr", [23], img=pixels),
+        saved(tmp_path / "bb.zarr", [23], img=pixels.astype(np.float32)),
+    ]
     monkeypatch.setattr(ZarrColumn, "chunk_rows", 7)
     both = joined(pair, ["img"])["img"]
     found = list(blocks(both, 1))

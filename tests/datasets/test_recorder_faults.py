@@ -10,7 +10,7 @@ import pytest
 from action_diffusion import disk
 from action_diffusion.datasets.record.recorder import Recorder
 from benchmarks.robustness import power_cuts
-from benchmarks.robustness.recording_kills import CAMERAS, Trial
+from benchmarks.robustness.recording_kills import ATTRS, CAMERAS, FIELDS, Trial
 from benchmarks.speed import recording
 
 
@@ -44,7 +44,7 @@ def test_the_disk_on_paper_sees_what_is_not_synced(monkeypatch, kind):
 @pytest.mark.slow
 @pytest.mark.alone
 def test_steps_are_handed_over_at_once(tmp_path):
-    with Recorder.open(tmp_path / "a.zarr", recording.FIELDS, recording.ATTRS) as recorder:
+    with Recorder.open(tmp_path / "a.zarr", FIELDS, ATTRS) as recorder:
         late = recording.lateness(recorder.add, recorder.keep, 2.0)
     assert len(late) == 60
     assert np.median(late) < recording.LATE

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def assert_same(one: ReplayBuffer, other: ReplayBuffer) -> None:
         np.testing.assert_array_equal(one[key][:], other[key][:])
 
 
-def write_foreign(path: Path, buffer: ReplayBuffer, *, prefix: str = "", zarr_format: int = 2) -> None:
+def write_foreign(path: Path, buffer: ReplayBuffer, *, prefix: str = "", zarr_format: Literal[2, 3] = 2) -> None:
     """As another program would: a chunk of few rows, and the folder zipped afterwards."""
     folder = path.with_suffix(".folder") if path.suffix == ".zip" else path
     root = zarr.open_group(LocalStore(folder / prefix), mode="w", zarr_format=zarr_format)
@@ -83,7 +84,7 @@ def test_what_is_saved_comes_back(tmp_path_factory: pytest.TempPathFactory, name
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("name", ["plain.zarr", "packed.zarr.zip"])
 @pytest.mark.parametrize("prefix", ["", "pusht/some.zarr"])
-def test_files_of_others_open(tmp_path: Path, zarr_format: int, name: str, prefix: str) -> None:
+def test_files_of_others_open(tmp_path: Path, zarr_format: Literal[2, 3], name: str, prefix: str) -> None:
     buffer = in_memory(4, 7, 1)
     write_foreign(tmp_path / name, buffer, prefix=prefix, zarr_format=zarr_format)
     assert_same(ReplayBuffer.open(tmp_path / name), buffer)
@@ -94,7 +95,7 @@ def test_rows_are_indexed_as_in_numpy(tmp_path: Path) -> None:
     buffer.save(tmp_path / "saved")
     for key in buffer.keys:
         array, column = np.asarray(buffer[key][:]), ReplayBuffer.open(tmp_path / "saved")[key]
-        indices = [3, -1, slice(None), slice(2, 5), slice(5, 2), slice(1, None, 3), slice(-3, None), ...]
+        indices: list[Any] = [3, -1, slice(None), slice(2, 5), slice(5, 2), slice(1, None, 3), slice(-3, None), ...]
         indices += [np.array([5, 0, 5]), np.array([], int), (slice(2, 6), 1), (3, 0), (slice(None), [1, 0])]
         for index in indices:
             np.testing.assert_array_equal(column[index], array[index])
@@ -106,7 +107,7 @@ def test_rows_are_indexed_as_in_numpy(tmp_path: Path) -> None:
 def test_chunks_are_about_a_megabyte(tmp_path: Path) -> None:
     frames = np.zeros((80, 96, 96, 3), np.uint8)
     ReplayBuffer.from_arrays({"img": frames, "action": np.zeros((80, 2), np.float32)}, [80]).save(tmp_path / "a")
-    data = zarr.open_group(tmp_path / "a", mode="r")["data"]
+    data: Any = zarr.open_group(tmp_path / "a", mode="r")["data"]
     assert data["img"].chunks == (37, 96, 96, 3)
     assert data["action"].chunks[0] * 8 == 1 << 20
     assert data["img"].metadata.zarr_format == 3

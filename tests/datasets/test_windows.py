@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ from action_diffusion.errors import InputError
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> dict[str, int]:
+def shapes(draw: st.DrawFn) -> dict[str, Any]:
     n_obs_steps, n_action_steps = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     horizon = n_obs_steps - 1 + n_action_steps + draw(st.integers(0, 5))
     return {"horizon": horizon, "n_obs_steps": n_obs_steps, "n_action_steps": n_action_steps}
@@ -51,7 +53,7 @@ def all_of(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(lengths, shapes())
-def test_windows_are_those_of_a_naive_loop(episode_lengths: list[int], shape: dict[str, int]) -> None:
+def test_windows_are_those_of_a_naive_loop(episode_lengths: list[int], shape: dict[str, Any]) -> None:
     windows = make_windows(np.cumsum(episode_lengths), **shape)
     rows, mask = all_of(windows)
     expected = list(naive(episode_lengths, **shape))
@@ -60,7 +62,7 @@ def test_windows_are_those_of_a_naive_loop(episode_lengths: list[int], shape: di
 
 
 @given(lengths, shapes())
-def test_now_is_a_real_row_and_padding_repeats_the_ends(episode_lengths: list[int], shape: dict[str, int]) -> None:
+def test_now_is_a_real_row_and_padding_repeats_the_ends(episode_lengths: list[int], shape: dict[str, Any]) -> None:
     ends = np.cumsum(episode_lengths)
     windows = make_windows(ends, **shape)
     indices = np.arange(len(windows))
@@ -76,7 +78,7 @@ def test_now_is_a_real_row_and_padding_repeats_the_ends(episode_lengths: list[in
 
 @given(lengths, shapes(), st.randoms(use_true_random=False))
 def test_chosen_episodes_give_the_windows_they_have_among_all(
-    episode_lengths: list[int], shape: dict[str, int], random
+    episode_lengths: list[int], shape: dict[str, Any], random
 ) -> None:
     ends = np.cumsum(episode_lengths)
     chosen = sorted(random.sample(range(len(ends)), random.randint(1, len(ends))))

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def segments(tmp_path) -> Iterator[Segments]:
 
 
 def start(segments: Segments, driver: str = "ideal", **changes: object) -> ArmLink:
-    setup = {"settings": SETTINGS, "limits": LIMITS} | changes
+    setup: dict[str, Any] = {"settings": SETTINGS, "limits": LIMITS} | changes
     return ArmLink(folder=segments.path, setup=ArmSetup(driver=driver, **setup))
 
 
@@ -112,7 +113,7 @@ def test_what_must_not_be_followed_is_refused_with_its_reason(segments):
             ([now - 9], [[0, 0, 0]]),
             ([now], [[3, 0, 0]]),
         ):
-            arm.follow(times, values)
+            arm.follow(np.array(times), np.array(values))
         said: list[str] = []
         wait_for(lambda: said.extend(arm.events()) or len(said) >= 4)
         for reason, words in zip(said, ("not finite", "1 waypoints of 2 values", "stale", "outside"), strict=True):

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from action_diffusion import cli, configuration, envs
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer, VirtualClock
-from action_diffusion.deploy.loop.episode import StepRecord, run_episode
+from action_diffusion.deploy.loop.episode import run_episode
+from action_diffusion.deploy.loop.events import StepRecord
 from action_diffusion.deploy.loop.gate import Gate, demonstrated
 from action_diffusion.deploy.loop.inference_worker import InferenceWorker
 from action_diffusion.deploy.records.run_log import RunLog

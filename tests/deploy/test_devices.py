@@ -240,7 +240,11 @@ def test_the_stand_in_is_like_pygame():
 
 # Leader arms
 
-KOCH = {"type": "koch_leader", "config": {"port": "/dev/ttyACM1", "id": "mine"}, "motors": ["shoulder_pan", "gripper"]}
+KOCH: dict[str, Any] = {
+    "type": "koch_leader",
+    "config": {"port": "/dev/ttyACM1", "id": "mine"},
+    "motors": ["shoulder_pan", "gripper"],
+}
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,9 +24,9 @@ from action_diffusion.deploy.hardware.protocols import check_arm, make_arm, make
 from action_diffusion.errors import InputError
 from action_diffusion.registry import ARMS, CAMERAS
 
-UR = {"host": "10.0.0.2", "model": "ur5e"}
-FRANKA = {"host": "10.0.0.3", "model": "fer"}
-KOCH = {
+UR: dict[str, Any] = {"host": "10.0.0.2", "model": "ur5e"}
+FRANKA: dict[str, Any] = {"host": "10.0.0.3", "model": "fer"}
+KOCH: dict[str, Any] = {
     "type": "koch_follower",
     "config": {"port": "/dev/ttyACM0", "calibration_dir": "cal"},
     "motors": ["shoulder_pan", "gripper"],

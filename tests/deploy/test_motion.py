@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,7 +267,13 @@ def test_obstacles_that_make_no_sense_are_refused(given, message):
 
 # The gate in the arm's process.
 
-GOOD = {"sent": 9.99, "times": [10.0, 10.1], "points": np.zeros((2, 4)), "now": 10.0, "before": np.zeros(4)}
+GOOD: dict[str, Any] = {
+    "sent": 9.99,
+    "times": [10.0, 10.1],
+    "points": np.zeros((2, 4)),
+    "now": 10.0,
+    "before": np.zeros(4),
+}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,7 +210,8 @@ def test_without_the_simulator_the_driver_says_so():
     robot = pusht("agent_pos")
     try:
         robot.begin(100000)
-        robot._scene.child.process.kill()
+        scene: Any = robot._scene
+        scene.child.process.kill()
         until_over(robot, np.array([100.0, 100.0]))
         assert any("TimeoutError: the simulator is silent" in said for said in robot.events())
     finally:

@@ -30,6 +30,7 @@ from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.action_queue import Request
+from action_diffusion.policy.diffusion.sampler import Hook
 
 TOKEN = "a-token-of-more-than-16-characters"
 
@@ -45,7 +46,7 @@ def server(bundle):
         yield server
 
 
-def noises(n: int, seed: int) -> dict[str, list[torch.Generator]]:
+def noises(n: int, seed: int) -> dict[str, Any]:
     pairs = [generators(seed, row) for row in range(n)]
     return {"noise_generator": [pair[0] for pair in pairs], "generator": [pair[1] for pair in pairs]}
 
@@ -81,8 +82,8 @@ def test_a_deployment_through_a_server_is_the_local_one(server, bundle, tmp_path
     logs = []
     for name, where in (("local", [f"bundle={bundle}"]), ("remote", [f"server={server.url}"])):
         config = deploy(bundle, tmp_path / name, "seed=3", "n_episodes=2", *options)
-        where = {"bundle": None, "server": None} | dict(word.split("=", 1) for word in where)
-        config = dataclasses.replace(config, **where)
+        given: dict[str, Any] = {"bundle": None, "server": None} | dict(word.split("=", 1) for word in where)
+        config = dataclasses.replace(config, **given)
         assert run(config, clock=VirtualClock()) == 0
         logs.append(read_log(tmp_path / name))
     assert [row["action"] for row in logs[0]] == [row["action"] for row in logs[1]]
@@ -126,7 +127,7 @@ def test_it_takes_what_the_local_policy_takes(server, bundle):
     with pytest.raises(InputError, match="noise has shape"):
         remote.predict(single, noise=noise)
     with pytest.raises(InputError, match="hooks and prefix steps do not travel"):
-        remote.predict(single, hooks=[object()])
+        remote.predict(single, hooks=[Hook()])
     remote.close()
 
 

@@ -99,7 +99,7 @@ def expected(policy: DiffusionPolicy, observations: np.ndarray, seed: int = 7) -
     return np.stack(answers)
 
 
-def openpi(server: Server, tmp_path: Path, how: str = "plain", token: str | None = None, **given: np.ndarray) -> Any:
+def openpi(server: Server, tmp_path: Path, how: str = "plain", token: str | None = None, **given: Any) -> Any:
     """What openpi's client gets for observations by key, [n, …] each."""
     np.savez(tmp_path / "given.npz", **given)
     script = Path(__file__).parents[1].joinpath("support", "openpi_peer.py")
@@ -569,7 +569,8 @@ def test_a_line_a_minute(monkeypatch, capsys):
     statistics.answered(0.02)
 
     async def watch() -> None:
-        reporting = asyncio.create_task(serve._report(statistics, SimpleNamespace(n_connections=3)))
+        server: Any = SimpleNamespace(n_connections=3)
+        reporting = asyncio.create_task(serve._report(statistics, server))
         await asyncio.sleep(0.5)
         reporting.cancel()
 

@@ -34,13 +34,13 @@ def smooth(task: str, path: Path, *, steps: int, seed: int) -> None:
         np.sin(2 * np.pi * random.uniform(0.2, 1.0, env.action_shape) * times + random.uniform(0, 6, env.action_shape))
         for _ in range(2)
     ]
-    actions = (0.3 * sum(waves)).astype(np.float32)
+    actions = (0.3 * np.sum(waves, axis=0)).astype(np.float32)
     env.reset(seed)
     states, rewards = [], []
     for action in actions:
         states.append(env.state())
         rewards.append(env.step(action)[0])
-    arrays = {"states": np.stack(states), "action": actions, "reward": np.float32(rewards)}
+    arrays = {"states": np.stack(states), "action": actions, "reward": np.array(rewards, np.float32)}
     ReplayBuffer.from_arrays(arrays, [steps], env.metadata()).save(path)
     env.close()
 

@@ -114,14 +114,14 @@ def test_simulators_draw_in_turn(lift, can, pictures):
 
 @pytest.mark.slow
 def test_the_seed_decides_the_start(lift):
-    outside = np.random.get_state()[1].copy()
+    outside = np.random.get_state(legacy=False)["state"]["key"].copy()
     starts = []
     for seed in (3, 4, 3):
         lift.reset(seed)
         starts.append(np.append(lift.state(), cube_size(lift)))
     np.testing.assert_array_equal(starts[0], starts[2])
     assert (starts[0][-3:] != starts[1][-3:]).all()
-    np.testing.assert_array_equal(np.random.get_state()[1], outside)
+    np.testing.assert_array_equal(np.random.get_state(legacy=False)["state"]["key"], outside)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from trouble import Trouble
 
 from action_diffusion import envs
 from action_diffusion.envs.rollout import rollout
-from action_diffusion.envs.workers import Lost, ProcessWorker
+from action_diffusion.envs.workers import Lost, ProcessWorker, Start
 from action_diffusion.errors import InputError
 
 PLAN = [(np.zeros(2), True)] * 3
@@ -90,7 +90,9 @@ def test_a_hung_simulator_is_ended_and_another_one_started(tmp_path: Path) -> No
             worker.answer()
         assert not hung.is_alive()
         worker.begin(105, ["state"])
-        assert worker.answer().max_steps == 40
+        begun = worker.answer()
+        assert isinstance(begun, Start)
+        assert begun.max_steps == 40
     finally:
         worker.close()
     assert not worker._process.is_alive()

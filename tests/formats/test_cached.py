@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from robomimic_files import h5py, write_robomimic, write_robosuite
 
-from action_diffusion import files
 from action_diffusion.commands import data
 from action_diffusion.datasets import ReplayBuffer
 from action_diffusion.datasets.batches.sources import look_at, open_data
@@ -29,7 +28,7 @@ from action_diffusion.errors import InputError
 
 def demonstrations() -> ReplayBuffer:
     random = np.random.default_rng(0)
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "state": random.normal(size=(20, 3)).astype(np.float32),
         "action": random.normal(size=(20, 2)).astype(np.float32),
         "img": np.full((20, 16, 16, 3), 90, np.uint8),
@@ -241,14 +240,14 @@ def test_what_was_left_out_is_still_known_of_the_copy(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written("lerobot")(tmp_path)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     said = list[str]()
     with pytest.raises(InputError, match=r"converting .*source needs 0.00 GB .* make room, or set XDG_CACHE_HOME"):
         open_data(source, cache_dir=tmp_path / "cache", say=said.append)
     assert not said
     assert not list(tmp_path.glob("cache/converted/*.zarr"))
     # 15.9 kB as they are, of which the grey picture packs to nothing
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=5000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5000))
     assert open_data(source, cache_dir=tmp_path / "cache", say=said.append).n_steps == 20
 
 

@@ -168,7 +168,7 @@ def test_empty_lines_at_the_end_are_no_rows(tmp_path: Path) -> None:
 def ours(tmp_path: Path) -> Path:
     """What `format=folder` writes: rows.csv, img.mp4, depth.npy, dataset.json."""
     random = np.random.default_rng(0)
-    columns = {
+    columns: dict[str, np.ndarray] = {
         "action": random.normal(size=(5, 2)),
         "img": random.integers(0, 256, size=(5, 16, 16, 3)).astype(np.uint8),
         "depth": random.integers(0, 2**16, size=(5, 40, 40)).astype(np.uint16),

@@ -142,7 +142,7 @@ def test_the_older_layout_is_one_that_zarr_2_reads(tmp_path: Path) -> None:
     convert(save(tmp_path / "a.zarr", [3]), tmp_path / "b.zarr", format="zarr2")
     assert json.loads((tmp_path / "b.zarr/data/state/.zarray").read_text())["zarr_format"] == 2
     convert(tmp_path / "a.zarr", tmp_path / "umi.zarr.zip", format="umi")
-    image = zarr.open_group(zarr.storage.ZipStore(tmp_path / "umi.zarr.zip", mode="r"), mode="r")["data/wrist"]
+    image: Any = zarr.open_group(zarr.storage.ZipStore(tmp_path / "umi.zarr.zip", mode="r"), mode="r")["data/wrist"]
     assert image.metadata.compressor.codec_id == "imagecodecs_jpegxl"
     assert image.chunks == (1, 16, 16, 3)
     assert ReplayBuffer.open(tmp_path / "umi.zarr.zip")["img"].dtype == np.uint8
@@ -247,7 +247,7 @@ def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
-def damage_folder(change: Callable[[Path], None]) -> Make:
+def damage_folder(change: Callable[[Path], object]) -> Make:
     def make(_: Path, tmp_path: Path) -> Path:
         change(somebody_s_folder(tmp_path / "runs", [3, 4]))
         return tmp_path / "runs"
@@ -305,7 +305,7 @@ def test_what_does_not_fit_together_is_refused(make: Make, message: str, lerobot
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(
-    changed: dict[str, np.ndarray], options: dict[str, str], message: str, tmp_path: Path
+    changed: dict[str, Any], options: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     save(tmp_path / "a.zarr", [4], **changed)
     with pytest.raises(InputError) as caught:

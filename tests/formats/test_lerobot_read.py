@@ -288,7 +288,7 @@ def sparse(name: str) -> Callable[[Path], None]:
     return lambda root: os.truncate(root / name, 1 << 30)
 
 
-def pointer(name: str) -> Callable[[Path], None]:
+def pointer(name: str) -> Callable[[Path], object]:
     words = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
     return lambda root: next(root.glob(name)).write_text(words)
 

@@ -86,7 +86,7 @@ def test_blocks_need_not_fit_the_episodes(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], compressed: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("blocks")
-    options = {"compression": "gzip", "chunks": (1, 8, 8, 3)} if compressed else {}
+    options: dict[str, Any] = {"compression": "gzip", "chunks": (1, 8, 8, 3)} if compressed else {}
     source = write_robomimic(folder / "a.hdf5", lengths, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "CHUNK_BYTES", 1500)
@@ -297,7 +297,8 @@ def test_what_arrives_otherwise_is_noticed(
     def wrong(source: Path, folder: Path, block: conversion.Block) -> None:
         original(source, folder, block)
         if block.column == column and block.end == 16:
-            conversion._array(folder, f"data/{column}")[15] += 1
+            rows: Any = conversion._array(folder, f"data/{column}")
+            rows[15] += 1
 
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "_write", wrong)

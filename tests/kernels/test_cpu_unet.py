@@ -6,6 +6,7 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from action_diffusion.policy.model.unet import ConditionalUnet1d
 needs_code = pytest.mark.skipif(
     cpu_unet.library() is None, reason="policy/kernels/unet.c is not compiled: install again where there is gcc"
 )
+MIDDLE = "middle.0.first.conv.weight"
 
 
 def in_one_call(net: ConditionalUnet1d, *, half: bool = False) -> ConditionalUnet1d:
@@ -32,6 +34,11 @@ def in_one_call(net: ConditionalUnet1d, *, half: bool = False) -> ConditionalUne
     kernel.plain = None  # what it leaves to the layers fails
     kernel.fastest = lambda operation, size, ways, sample: ways["one_call"]
     return net
+
+
+def kernel_of(net: ConditionalUnet1d) -> Any:
+    """What stands for the method `forward` of `net`."""
+    return net.forward
 
 
 @pytest.mark.slow
@@ -73,7 +80,8 @@ def test_activations_are_torchs_over_their_whole_range(activation):
     """A network whose last block passes the values of its norm, from -100 to 100 and beyond, on to the output."""
     net = unet(channels=(32,), activation=activation, action_dim=32, n_groups=1)
     with torch.no_grad():
-        block, linear = net.out
+        block: Any = net.get_submodule("out.0")
+        linear: Any = net.get_submodule("out.1")
         block.norm.weight.copy_(torch.logspace(-3, 2, 32))
         linear.weight.copy_(torch.eye(32))
         x, film = inputs(net, 16, 1)
@@ -161,7 +169,7 @@ def test_memory_of_many_sizes_is_not_kept():
     with torch.no_grad():
         for batch in range(1, 2 * cpu_unet.MOST_PROGRAMS):
             net(*inputs(net, 4, batch))
-    assert len(net.forward.made("programs", dict)) == cpu_unet.MOST_PROGRAMS
+    assert len(kernel_of(net).made("programs", dict)) == cpu_unet.MOST_PROGRAMS
 
 
 @needs_code
@@ -169,7 +177,7 @@ def test_memory_of_many_sizes_is_not_kept():
 def test_weights_that_are_not_finite_show_in_half_precision(value):
     net = unet(channels=(256,))
     with torch.no_grad():
-        net.middle[0].first.conv.weight[0, 0, 0] = value
+        net.get_parameter(MIDDLE)[0, 0, 0] = value
         x, film = inputs(net, 8, 1)
         in_one_call(net, half=True)
         assert not net(x, film).isfinite().all()
@@ -212,7 +220,7 @@ def test_half_precision_is_that_of_the_weights():
         for layer in rounded.modules():
             if isinstance(layer, Product) and layer.weight.numel() >= LEAST_HALF:
                 layer.weight.copy_(layer.weight.half())
-        assert not torch.equal(rounded.middle[0].first.conv.weight, net.middle[0].first.conv.weight)
+        assert not torch.equal(rounded.get_parameter(MIDDLE), net.get_parameter(MIDDLE))
         expected, full = rounded(x, film), net(x, film)
         in_one_call(net, half=True)
         ours = net(x, film)
@@ -232,7 +240,7 @@ def test_a_chunk_that_begins_with_other_weights_takes_them(change):
         torch.testing.assert_close(net(x, net.prepare(condition, times).at(0)), before, rtol=9, atol=9)  # lays it out
         other = {name: 1.5 * value for name, value in net.state_dict().items()}
         if change == "one layer":
-            part = net.middle[0].first
+            part = net.get_submodule("middle.0.first")
             part.load_state_dict({name: 3 * value for name, value in part.state_dict().items()})
         elif change == "optimiser":
             for parameter in net.parameters():
@@ -254,7 +262,7 @@ def test_a_copy_has_a_kernel_and_weights_of_its_own():
         x, film = inputs(net, 8, 1)
         before = net(x, film)
         for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
-            assert other.forward.layer is other
+            assert kernel_of(other).layer is other
             for parameter in other.parameters():
                 parameter.mul_(2)
             other.prepare(torch.randn(1, 5), torch.tensor([3.0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from action_diffusion.policy.model.encoder import ObservationEncoder
 
 STATE = np.arange(10, dtype=np.float32).reshape(2, 5) + 100
 SAMPLE = {"process": {"name": "diffusion", "prediction": "sample"}}
-SCHEDULERS = [
+SCHEDULERS: list[dict[str, Any]] = [
     {"sampler": {"scheduler": "ddpm", "num_inference_steps": 100}},
     {"sampler": {"scheduler": "ddim", "num_inference_steps": 10, "eta": 1.0}},
     {"sampler": {"scheduler": "dpm_solver++", "num_inference_steps": 8}},
@@ -334,7 +335,7 @@ def test_on_a_gpu_a_replayed_image_chunk_is_the_plain_one(precision):
     policy = gpu.policy_of("small", torch.device("cuda")).eval()
     arrays, _ = gpu.demonstrations()
     noise = np.random.default_rng(0).standard_normal((1, 16, 2), np.float32)
-    plain, replayed = [], []
+    plain, replayed = list[np.ndarray](), list[np.ndarray]()
     for chunks, options in ((plain, {}), (replayed, {"cuda_graph": True})):
         accelerate(policy, precision=precision, **options)
         for row in (0, 50, 0):

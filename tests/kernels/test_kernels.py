@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,8 @@ def test_copies_have_kernels_of_their_own():
     with torch.no_grad():
         before = layer(x)
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert other.forward.layer is other
+            forward: Any = other.forward
+            assert forward.layer is other
             assert other.product.layer is other
             other.weight.zero_()
             torch.testing.assert_close(other(x), other.bias.expand(4, 3, 64))

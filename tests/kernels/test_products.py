@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ def test_a_step_is_measured_both_ways(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(products.STEPS, "train_state", small)
     called = []
     real = winograd.conv1d
-    monkeypatch.setattr(winograd, "conv1d", lambda *a: called.append(products.os.environ[MODE]) or real(*a))
+    monkeypatch.setattr(winograd, "conv1d", lambda *a: called.append(os.environ[MODE]) or real(*a))
     assert products.main(["rows=train_state", "seconds=0.01"]) == 0
     assert set(called) == {"auto"}  # measured, at least
     choice.forget()

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from action_diffusion import cli
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
@@ -275,7 +276,7 @@ def test_who_may_come_in_and_who_drives(collecting, tmp_path):
         connection.request("GET", "/about", headers=headers)
         assert connection.getresponse().status == 403
     with pytest.raises(InvalidStatus):
-        connect(address, origin="http://elsewhere.example", proxy=None)  # type: ignore[arg-type]
+        connect(address, origin=Origin("http://elsewhere.example"), proxy=None)
     with connect(address, proxy=None) as first, connect(address, proxy=None) as second:
         first.send('{"order": "start"}')
         until(lambda: last(run)["mode"] == "RECORDING")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,7 +41,8 @@ def compare(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, tolerance: floa
 )
 def test_conv_equals_torch(steps, batch, kernel, channels):
     torch.manual_seed(0)
-    ours, theirs = Conv1d(*channels, kernel), nn.Conv1d(*channels, kernel, padding=kernel // 2)
+    n_in, n_out = channels
+    ours, theirs = Conv1d(n_in, n_out, kernel), nn.Conv1d(n_in, n_out, kernel, padding=kernel // 2)
     theirs.weight.data = ours.weight.data.permute(2, 1, 0).contiguous()
     theirs.bias.data = ours.bias.data
     compare(ours, theirs, torch.randn(steps, batch, channels[0]))
@@ -69,7 +72,8 @@ def test_resizing_equals_torch(steps):
 
 def unet(**options) -> ConditionalUnet1d:
     torch.manual_seed(0)
-    return ConditionalUnet1d(**({"action_dim": 3, "condition_dim": 10, "channels": (8, 16, 24)} | options))
+    sizes: dict[str, Any] = {"action_dim": 3, "condition_dim": 10, "channels": (8, 16, 24)}
+    return ConditionalUnet1d(**sizes | options)
 
 
 def test_what_is_prepared_once_gives_what_is_computed_each_time():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
@@ -21,7 +23,7 @@ THIN = {"width": 0.25, "keypoints": 4, "feature_dim": 8}
 def make(**options) -> ObservationEncoder:
     """A thin encoder of two cameras and a state; `options` replace its values."""
     torch.manual_seed(0)
-    values = {
+    values: dict[str, Any] = {
         "image_keys": ("left", "right"),
         "image_shapes": {"left": (40, 48, 3), "right": (40, 48, 3)},
         "state_dims": {"pose": 3},
@@ -29,6 +31,11 @@ def make(**options) -> ObservationEncoder:
         **THIN,
     }
     return ObservationEncoder(**values | options)
+
+
+def trunk(camera: nn.Module) -> Any:
+    """The backbone's layers, by number as in torchvision."""
+    return camera.backbone
 
 
 def observe(b: int = 2, to: int = 2, size: tuple[int, int] = (40, 48), seed: int = 0) -> dict[str, Tensor]:
@@ -119,7 +126,7 @@ def test_every_weight_gets_a_gradient():
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-    assert all(camera.backbone[0].weight.grad.abs().sum() > 0 for camera in encoder.cameras)
+    assert all(trunk(camera)[0].weight.grad.abs().sum() > 0 for camera in encoder.cameras)
 
 
 def test_memory_layout_changes_nothing():
@@ -263,11 +270,11 @@ def test_weights_come_from_a_torchvision_file(torchvision_weights):
     path, network = torchvision_weights
     encoder = make(width=1.0, weights=str(path))
     for camera in encoder.cameras:
-        trunk = camera.backbone
-        assert torch.equal(trunk[0].weight, network.conv1.weight)
-        assert torch.equal(trunk[1].bias, network.bn1.bias)
-        assert torch.equal(trunk[5][0].downsample[0].weight, network.layer2[0].downsample[0].weight)
-        assert torch.equal(trunk[7][1].bn2.weight, network.layer4[1].bn2.weight)
+        layers = trunk(camera)
+        assert torch.equal(layers[0].weight, network.conv1.weight)
+        assert torch.equal(layers[1].bias, network.bn1.bias)
+        assert torch.equal(layers[5][0].downsample[0].weight, network.layer2[0].downsample[0].weight)
+        assert torch.equal(layers[7][1].bn2.weight, network.layer4[1].bn2.weight)
 
 
 @pytest.mark.parametrize(
@@ -286,8 +293,8 @@ def test_weights_that_do_not_fit_are_refused(torchvision_weights, options, named
 
 def test_stages_left_out_need_no_weights(torchvision_weights):
     path, network = torchvision_weights
-    trunk = make(width=1.0, stages=2, weights=str(path)).cameras[0].backbone
-    assert torch.equal(trunk[5][1].conv2.weight, network.layer2[1].conv2.weight)
+    layers = trunk(make(width=1.0, stages=2, weights=str(path)).cameras[0])
+    assert torch.equal(layers[5][1].conv2.weight, network.layer2[1].conv2.weight)
 
 
 def test_weights_without_a_place_are_refused(torchvision_weights, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from action_diffusion.policy.policy import IN_FRAME
 from action_diffusion.policy.rtc import continuing, running_chunks
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
-POSE = {"pose": [2, 3, 4], "known": {"agent_pos": [0, 1]}, "low": 0.0, "high": 512.0}
+POSE: dict[str, Any] = {"pose": [2, 3, 4], "known": {"agent_pos": [0, 1]}, "low": 0.0, "high": 512.0}
 
 
 def estimator() -> PlanarPose:

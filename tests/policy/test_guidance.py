@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def flow_guided(estimate, x: torch.Tensor, tau: float, running: torch.Tensor, we
     def velocity(x: torch.Tensor) -> torch.Tensor:
         return (estimate(x, tau) - x) / (1 - tau)
 
-    clean, pull = vjp(lambda x: x + (1 - tau) * velocity(x), x)
+    clean, pull, *_ = vjp(lambda x: x + (1 - tau) * velocity(x), x)
     (g,) = pull(weight.unsqueeze(-1) * (running - clean))
     r2 = (1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2)
     w = min(BETA, (1 - tau) / (tau * r2)) if tau > 0 else BETA
@@ -512,7 +513,7 @@ def test_an_estimate_without_a_gradient_is_refused(running, weight):
 
 
 def test_wrong_values_are_refused():
-    good = {"running": torch.zeros(1, 8, 2), "weight": torch.ones(1, 8)}
+    good: dict[str, Any] = {"running": torch.zeros(1, 8, 2), "weight": torch.ones(1, 8)}
     for changes, message in (
         ({"weight": torch.ones(1, 7)}, r"weights of shape \[1, 7\]"),
         ({"beta": 0.0}, "beta=0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -165,7 +167,7 @@ def test_prepared_weights_and_bundles_keep_it(policy, tmp_path, tiny_config):
 def chunk(policy, running: np.ndarray, delay: int, **guidance) -> np.ndarray:
     noise, steps = generators(0)
     request = Request(step=0, running=running, delay=delay)
-    options = {"noise_generator": [noise], "generator": [steps], "guidance": Guidance(**guidance)}
+    options: dict[str, Any] = {"noise_generator": [noise], "generator": [steps], "guidance": Guidance(**guidance)}
     return predict(policy, {"state": STATE[None]}, [request], **options)[0]
 
 

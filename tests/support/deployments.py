@@ -49,7 +49,9 @@ def save_bundle(path: Path, **changes: Any) -> Path:
 
 
 def deploy(bundle: Path, output_dir: Path, *options: str) -> Deploy:
-    return configuration.settings("deploy", [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", *options])
+    words = [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", *options]
+    settings: Deploy = configuration.settings("deploy", words)
+    return settings
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -22,7 +23,9 @@ NAME = "some/one"
 def read(folder: Path, root: Path, name: str) -> dict[str, object]:
     dataset = LeRobotDataset(NAME, root=root)
     items = [dataset[index] for index in range(len(dataset))]
-    columns = {key: np.stack([item[key].numpy() for item in items]) for key in items[0] if key != "task"}
+    columns: dict[str, Any] = {
+        key: np.stack([item[key].numpy() for item in items]) for key in items[0] if key != "task"
+    }
     np.savez(folder / f"{name}.npz", **columns)
     return {
         "episodes": dataset.num_episodes,

@@ -12,8 +12,8 @@ import inspect
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,6 +57,16 @@ def differences() -> list[str]:
     return found
 
 
+def noting(done: list[str], name: str, connected: mock.PropertyMock, after: bool) -> Callable[..., None]:
+    """What stands for the method `name`: it goes to `done`, and the bus is connected or not from then on."""
+
+    def effect(*_: Any, **__: Any) -> None:
+        done.append(name)
+        connected.return_value = after
+
+    return effect
+
+
 def lead(kind: str, bus: type, folder: str) -> list[str]:
     """What the driver of a leader arm did on `bus`, and what it said; or why it refused."""
     done: list[str] = []
@@ -75,13 +85,14 @@ def lead(kind: str, bus: type, folder: str) -> list[str]:
         connected.return_value = False
         leader = Leader(type=kind, config={"port": "/dev/null", "id": "leader", "calibration_dir": folder})
         for name, after in (("connect", True), ("disconnect", False)):
-            becomes = partial(setattr, connected, "return_value", after)
-            getattr(bus, name).side_effect = lambda *_, name=name, becomes=becomes, **__: (done.append(name), becomes())
+            getattr(bus, name).side_effect = noting(done, name, connected, after)
         try:
             leader.connect()
         except InputError as error:
             return [str(error)]
-        done.append(str(leader.poll().target.tolist()))
+        target = leader.poll().target
+        assert target is not None
+        done.append(str(target.tolist()))
         leader.close()
     return done
 
@@ -107,8 +118,7 @@ def drive(kind: str, bus: type, folder: str, **settings: Any) -> list[str]:
         connected = stack.enter_context(mock.patch.object(bus, "is_connected", new_callable=mock.PropertyMock))
         connected.return_value = False
         for name, after in (("connect", True), ("disconnect", False)):
-            becomes = partial(setattr, connected, "return_value", after)
-            getattr(bus, name).side_effect = lambda *_, name=name, becomes=becomes, **__: (done.append(name), becomes())
+            getattr(bus, name).side_effect = noting(done, name, connected, after)
         config = {"port": "/dev/null", "id": "arm", "calibration_dir": folder}
         arm = LeRobotArm(type=kind, config=config, **settings)
         try:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
+from action_diffusion.policy.model.conv import GroupNorm
 from action_diffusion.policy.model.unet import ConditionalUnet1d
 
 
-def unet(*, channels=(48, 96), seed=0, **options) -> ConditionalUnet1d:
+def unet(*, channels: Sequence[int] = (48, 96), seed: int = 0, **options: Any) -> ConditionalUnet1d:
     torch.manual_seed(seed)
-    net = ConditionalUnet1d(**{"action_dim": 2, "condition_dim": 5, "channels": channels, "time_dim": 8} | options)
+    sizes: dict[str, Any] = {"action_dim": 2, "condition_dim": 5, "channels": channels, "time_dim": 8}
+    net = ConditionalUnet1d(**sizes | options)
     for module in net.modules():  # norms that do something
-        if type(module).__name__ == "GroupNorm":
+        if isinstance(module, GroupNorm):
             torch.nn.init.normal_(module.weight, 1.0, 0.3)
             torch.nn.init.normal_(module.bias, 0.0, 0.3)
     return net.eval()

@@ -19,7 +19,7 @@ class ChaoticEnv:
 
     control_rate = 10.0
     max_steps = 40
-    action_shape = (2,)
+    action_shape: tuple[int, ...] = (2,)
 
     def __init__(self) -> None:
         self.observed: list[int] = []

@@ -60,7 +60,8 @@ class Server:
 
     def connect(self, **options: Any) -> ClientConnection:
         """A bare connection, with its metadata still to be received."""
-        return connect(self.url, compression=None, max_size=None, proxy=None, **options).__enter__()
+        connection: ClientConnection = connect(self.url, compression=None, max_size=None, proxy=None, **options)
+        return connection.__enter__()
 
     def end(self) -> int:
         """Ask it to end, and wait. Returns its exit code."""
@@ -82,7 +83,7 @@ def serving(bundle: Path, *options: str, **more: Any) -> Iterator[Server]:
         server.end()
 
 
-def ask(connection: ClientConnection, message: Any) -> dict[str, Any] | str:
+def ask(connection: ClientConnection, message: Any) -> Any:
     """One question and its answer: decoded, or the line of text."""
     connection.send(message if isinstance(message, bytes | str) else wire.pack(message))
     answer = connection.recv(timeout=20)

@@ -41,4 +41,5 @@ def pictures(state: np.ndarray) -> np.ndarray:
     spot = np.exp(-distance / (2 * 1.5**2))[..., None]
     image = np.full((len(state), SIZE, SIZE, 3), 230.0)
     image[:, :, 10:13] = (140, 230, 140)
-    return (image * (1 - spot) + spot * np.asarray([60.0, 90.0, 220.0])).astype(np.uint8)
+    mixed: np.ndarray = image * (1 - spot) + spot * np.asarray([60.0, 90.0, 220.0])
+    return mixed.astype(np.uint8)

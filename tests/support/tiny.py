@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -32,7 +34,7 @@ def demonstrations(n_episodes: int = 6, length: int = 40, seed: int = 0) -> Repl
     return ReplayBuffer.from_arrays({"state": state, "action": action}, np.arange(1, n_episodes + 1) * length)
 
 
-def tiny_policy(buffer: ReplayBuffer, **changes) -> DiffusionPolicy:
+def tiny_policy(buffer: ReplayBuffer, **changes: Any) -> DiffusionPolicy:
     """A policy of a few thousand weights for `demonstrations`."""
     torch.manual_seed(0)
     config = TINY | changes

@@ -430,17 +430,17 @@ class Teleoperator:
         return WORLD.call("leader.disconnect")
 
 
-UR = {
+UR: dict[str, list[type]] = {
     "rtde_control": [RTDEControlInterface],
     "rtde_receive": [RTDEReceiveInterface],
     "rtde_io": [RTDEIOInterface],
 }
-FRANKA = {
+FRANKA: dict[str, list[type]] = {
     "panda_py": [Panda],
     "panda_py.controllers": [JointPosition],
     "panda_py.libfranka": [RealtimeConfig, RobotMode, RobotState, Duration, Gripper, GripperState],
 }
-REALSENSE = {
+REALSENSE: dict[str, list[type]] = {
     "pyrealsense2": [
         *(stream, format, option, timestamp_domain, config, video_frame, composite_frame),
         *(color_sensor, device, pipeline_profile, pipeline),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def another_precision():
     AcceleratorState._reset_state()
 
 
-FITS = {"device": torch.device("cuda"), "processes": 1, "accumulation": 1, "mixed_precision": "bf16"}
+FITS: dict[str, Any] = {"device": torch.device("cuda"), "processes": 1, "accumulation": 1, "mixed_precision": "bf16"}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def trainer(folder: Path, policy, buffer, device: str, **changes) -> Trainer:
         n_obs_steps=2,
         device=device,
     )
-    settings = {"max_steps": 12, "batch_size": 16, "warmup": 2, "validate_every": 0, "rollout_every": 0}
+    settings: dict[str, Any] = {"max_steps": 12, "batch_size": 16, "warmup": 2, "validate_every": 0, "rollout_every": 0}
     mixed_precision = changes.get("mixed_precision", "no")
     return Trainer(
         policy=policy,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,9 @@ def evaluate(output: Path, *words: str) -> dict:
 def joined(*parts: tuple[ReplayBuffer, list[int]], dtype: type = np.float32) -> ReplayBuffer:
     """Episodes of several buffers, in this order."""
     found = [buffer.episode(index) for buffer, indices in parts for index in indices]
-    arrays = {key: np.concatenate([episode[key] for episode in found]).astype(dtype) for key in found[0]}
+    arrays: dict[str, np.ndarray] = {
+        key: np.concatenate([episode[key] for episode in found]).astype(dtype) for key in found[0]
+    }
     return ReplayBuffer.from_arrays(arrays, np.cumsum([len(episode["action"]) for episode in found]))
 
 
@@ -294,7 +297,7 @@ def test_the_verdict_says_which_minus_which(first, second, verdict):
 
 
 def test_longer_episodes_count_for_more():
-    steps = {"episode_steps": [30, 10]}
+    steps: dict[str, Any] = {"episode_steps": [30, 10]}
     found = compare(measured([0.1, 0.5], **steps), measured([0.0, 0.0], **steps))
     assert found["error_difference"] == pytest.approx(0.2)
     assert found["error_interval"] == pytest.approx([0.1, 0.5])

@@ -103,7 +103,8 @@ def test_the_first_of_a_window_is_the_one_nearest_to_the_identity_where_nothing_
 def test_what_a_network_says_becomes_a_unit_quaternion() -> None:
     rotation = RotationColumns(1, "quaternion_wxyz")
     said = torch.tensor([[9.0, 3.0, 0.0, 4.0, 0.0], [9.0, 0.0, 1e-9, 0.0, 0.0]])
-    np.testing.assert_allclose(valid(said, [rotation]), [[9, 0.6, 0, 0.8, 0], [9, 1, 0, 0, 0]], atol=1e-6)
+    expected = np.array([[9, 0.6, 0, 0.8, 0], [9, 1, 0, 0, 0]])
+    np.testing.assert_allclose(valid(said, [rotation]), expected, atol=1e-6)
 
 
 @pytest.fixture
@@ -214,7 +215,7 @@ def test_a_hostile_attribute_is_refused(said: object) -> None:
 
 
 def test_quaternions_of_zeros_are_refused_in_one_line(tmp_path: Path, capsys) -> None:
-    rows = np.tile(np.float32([0, 0, 0, 1]), (40, 1))
+    rows = np.tile(np.array([0, 0, 0, 1], np.float32), (40, 1))
     rows[[7, 21]] = 0
     attrs = {"rotations": {"quat": "quaternion_xyzw"}}
     ReplayBuffer.from_arrays({"quat": rows, "action": np.ones((40, 2), np.float32)}, [20, 40], attrs).save(

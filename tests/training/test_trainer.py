@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,12 +42,13 @@ class Consecutive:
         return Batch({"x": self.x[rows]}, self.y[rows], torch.ones(batch_size, 1, dtype=torch.bool))
 
 
-def trained(folder: Path, **changes) -> tuple[Trainer, list[float]]:
+def trained(folder: Path, **changes: Any) -> tuple[Trainer, torch.Tensor]:
     settings = TrainSettings(
         max_steps=10, warmup=0, validate_every=0, rollout_every=0, checkpoint_every=0, **{"lr": 0.05, **changes}
     )
+    policy: Any = Regression()
     trainer = Trainer(
-        policy=Regression(),
+        policy=policy,
         source=Consecutive(),
         settings=settings,
         accelerator=Accelerator(cpu=True, gradient_accumulation_steps=settings.gradient_accumulation_steps),
@@ -56,7 +58,7 @@ def trained(folder: Path, **changes) -> tuple[Trainer, list[float]]:
         write_bundle=lambda path, weights: path.mkdir(parents=True),
         show_progress=False,
     )
-    losses = []
+    losses: list[torch.Tensor] = []
     step = trainer._step
     trainer._step = lambda: losses.append(step()) or losses[-1]
     trainer.run()
@@ -70,13 +72,14 @@ def test_accumulated_gradients_equal_a_larger_batch(tmp_path, max_grad_norm):
     torch.testing.assert_close(losses, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(parts.policy.state_dict(), whole.policy.state_dict(), atol=1e-6, rtol=1e-5)
     assert parts.steps_per_epoch == whole.steps_per_epoch == 10
-    assert not torch.equal(whole.policy.linear.weight, Regression().linear.weight)
+    weights = whole.policy.get_parameter("linear.weight")
+    assert not torch.equal(weights, Regression().linear.weight)
 
 
 def test_the_average_is_that_of_diffusers():
     network, random = torch.nn.Linear(30, 20), torch.Generator().manual_seed(0)
     network.bias.requires_grad_(False)
-    options = {"decay": 0.9999, "use_ema_warmup": True, "power": 0.75}
+    options: dict[str, Any] = {"decay": 0.9999, "use_ema_warmup": True, "power": 0.75}
     ours, theirs = Average(network.parameters(), **options), EMAModel(network.parameters(), **options)
     for _ in range(5):
         network.weight.data += torch.randn(network.weight.shape, generator=random)

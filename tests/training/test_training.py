@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import demonstrations
 
 from action_diffusion import choice
@@ -249,7 +250,7 @@ def test_the_best_are_kept_by_their_merit(tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_while_saving_keeps_earlier_checkpoints(data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
-    real, calls = checkpoints.save_file, []
+    real, calls = save_file, list[int]()
 
     def full(*args, **kwargs):
         calls.append(1)
@@ -317,7 +318,7 @@ def test_a_named_subset_of_the_episodes_is_trained_on(tmp_path, capsys):
     arrays = {"state": buffer["state"][:], "action": buffer["action"][:], "demo": demo}
     attrs = {"demos": names, "subsets": {"train": ["demo_1", "demo_4", "demo_5"]}}
     ReplayBuffer.from_arrays(arrays, buffer.episode_ends, attrs).save(tmp_path / "demos.zarr")
-    settings = {"n_obs_steps": 2, "horizon": 16, "n_action_steps": 8}
+    settings: dict[str, Any] = {"n_obs_steps": 2, "horizon": 16, "n_action_steps": 8}
     spec = PolicySpec(
         observations={"state": ObservationSpec(shape=(5,), source="state")},
         action=ActionSpec(shape=(2,)),
