@@ -102,11 +102,13 @@ def measure(bundle: Path, n: int) -> list[dict[str, Any]]:
 
         def ask_plain() -> float:
             plain.send(wire.pack(one))
-            return float(wire.unpack(plain.recv())["server_timing"]["infer_ms"])
+            answer: Any = wire.unpack(plain.recv())
+            return float(answer["server_timing"]["infer_ms"])
 
         def ask_remote() -> float:
             remote.predict(history, **noises)
-            return float(remote.timing["infer_ms"])
+            timing: Any = remote.timing
+            return float(timing["infer_ms"])
 
         def ask_local() -> float:
             policy.predict(history, **noises)

@@ -515,7 +515,8 @@ def test_what_the_page_shows_of_events_and_of_a_machine_that_is_too_slow(tmp_pat
     recording = RunStream(tmp_path, spec, output=None, attrs={})
     events = RingWriter(tmp_path / "events", fields=EVENTS, n_slots=64)
     state = RingWriter(tmp_path / "state", fields={"state": ("f8", (5,))}, n_slots=4)
-    view = View(tmp_path, ABOUT | {"plane": {"camera": None, "size": [512, 512], "board": board()}})
+    about: Any = ABOUT | {"plane": {"camera": None, "size": [512, 512], "board": board()}}
+    view: Any = View(tmp_path, about)
     assert view.state()["scene"] is None
     state.append(0.0, {"state": np.arange(5.0)})
     for number in range(40):

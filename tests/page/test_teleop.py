@@ -105,10 +105,10 @@ class Played:
         pass
 
 
-def play(signals: list[Any], sink: Any = None, **settings: Any) -> tuple[TeleopSession, Any, list[dict[str, Any]]]:
+def play(signals: list[Any], sink: Any = None, **settings: Any) -> tuple[TeleopSession, Any, list[Any]]:
     """A session on PushT that is over: it, where its episodes went, and what it told after each step."""
     world = SteppedWorld(PushT(max_steps=10**9), plane=True)
-    told: list[dict[str, Any]] = []
+    told: list[Any] = []
     sink = sink or Sink()
     session = TeleopSession(
         world=world,
