@@ -237,7 +237,7 @@ def _is_kind(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if is_dataclass(hint) or origin is dict or hint is dict:
-        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+        return isinstance(value, Mapping) and all(_is_kind(key, str) for key in value)
     if origin in (list, tuple):
         return isinstance(value, list | tuple)
     if hint is float:
