@@ -21,6 +21,7 @@ from action_diffusion.registry import ENCODERS, Registry, use_plugins
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 ENCODER, DENOISER = "policy.encoder={name: tiny}", "policy.denoiser={name: mlp, horizon: 8}"
+OBJECTIVE = "policy.objective={name: far}"
 SMALL = [
     *(
         "task=custom",
@@ -42,7 +43,7 @@ def parts() -> str:
 def test_a_part_takes_twenty_lines():
     """Beside imports."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         lines = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
         assert len(lines) <= 20
@@ -71,7 +72,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extending")
     (folder / "my_parts.py").write_text(parts())
     demos(folder / "demos.zarr")
-    options = ["data=demos.zarr", "output_dir=run", ENCODER, DENOISER, "policy.features.joints={name: norm}"]
+    options = ["data=demos.zarr", "output_dir=run", ENCODER, DENOISER, OBJECTIVE]
+    options.append("policy.features.joints={name: norm}")
     result = command(folder, "train", "plugins=my_parts.py", *SMALL, *options)
     assert result.returncode == 0, result.stderr
     return folder
@@ -80,7 +82,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_parts_of_a_file_are_trained_and_evaluated(world):
     spec = json.loads((world / "run/bundle/spec.json").read_text())
-    kinds = ("encoder tiny", "denoiser mlp", "feature norm", "environment reach")
+    kinds = ("encoder tiny", "denoiser mlp", "objective far", "feature norm", "environment reach")
     assert spec["requires"] == dict.fromkeys(kinds, "my_parts.py")
     assert 0 < json.loads((world / "run/evaluation/results.json").read_text())["mean_score"] < 1
     again = command(world, "evaluate", "bundle=run/bundle", "plugins=my_parts.py", "n_episodes=2", "device=cpu")
