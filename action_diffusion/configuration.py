@@ -24,7 +24,7 @@ from yaml import YAMLError
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import COMMANDS, Address, AsTyped, Plugins, TrainSettings
 from action_diffusion.registry import use_plugins
-from action_diffusion.schema import FilePath, alternatives, check, hint_at, needed
+from action_diffusion.schema import FilePath, alternatives, check, hint_at, needed, without_rules
 
 BUDGETS = ("train.max_minutes", "train.max_steps", "train.max_epochs")
 GROUPS = {"train": ("task", "encoder", "denoiser", "scheduler", "objective"), "collect": ("task",)}
@@ -171,8 +171,9 @@ def _parse(name: str, word: str) -> Override:
     if {FilePath, Address, AsTyped} & hints:  # "=" and "," in it, too
         if not value:
             raise InputError(f"{key}= is empty: give {key}={'PATH' if FilePath in hints else '…'}")
-        lists = any(get_origin(hint) is list for hint in hints)
-        if value != "null" and value[0] not in ("'\"[" if lists else "'\""):  # in quotes already, or a list
+        lists = any(get_origin(without_rules(hint)) is list for hint in hints)
+        listed = value[0] == "[" and (lists or value[-1] == "]")
+        if value != "null" and value[0] not in "'\"" and not listed:  # in quotes already, or a list
             word = f"{key}={_quoted(value)}"
     try:
         return OverridesParser.create().parse_override(word)

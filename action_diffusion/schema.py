@@ -193,6 +193,11 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+def without_rules(hint: Any) -> Any:
+    """`Annotated[list[str], Sized(1, 4)]` as list[str]."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 @cache
 def hints(cls: Any) -> dict[str, Any]:
     """Types of a dataclass's fields by the names that options have, with their rules; `from_` is for "from"."""

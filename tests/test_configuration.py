@@ -232,6 +232,9 @@ def test_paths_are_taken_as_typed(path):
 
 def test_several_bundles_are_a_list():
     assert load("evaluate", ["bundle=[a/bundle,b/bundle]"])["bundle"] == ["a/bundle", "b/bundle"]
+    assert load("evaluate", ["bundle=x", "data=[a.zarr,b.zarr]"])["data"] == ["a.zarr", "b.zarr"]
+    assert load("train", ["data=[a.zarr,b.zarr]"])["data"] == ["a.zarr", "b.zarr"]
+    assert load("train", ["plugins=[]"])["plugins"] == []
 
 
 # A user's own task.
