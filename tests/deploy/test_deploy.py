@@ -489,8 +489,8 @@ def test_ctrl_c_at_any_instruction_leaves_no_thread_that_waits():
         for number in range(100):
             worker: InferenceWorker[int] = InferenceWorker(clock=MonotonicClock(), beside=True)
             worker.ask(0, lambda: time.sleep(0.02) or 0)
-            signal.setitimer(signal.ITIMER_REAL, 0.001 + 1e-5 * number)
             with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 0.001 + 1e-5 * number)
                 while True:
                     worker.answer(0)
             closing = threading.Thread(target=worker.close, daemon=True)
