@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -177,12 +178,12 @@ def test_whatever_a_policy_s_configuration_holds(tiny_config, data, value):
 @pytest.mark.parametrize("key", ["\n", "a\nb", "\x00", "\x1b[2J"])
 def test_a_name_that_is_no_line_is_refused_in_one(tiny_config, policy, key):
     for place in [place for place in places(tiny_config) if place[-1] != "columns"]:
-        said = refusal(lambda place=place: check_policy(changed(tiny_config, place, {key: None})))
+        said = refusal(partial(check_policy, changed(tiny_config, place, {key: None})))
         assert said
         assert not set(said) & {"\n", "\x00", "\x1b"}
     plain = json.loads(json.dumps(policy.spec.to_json()))
     for section in ("observations", "normalizer", "action"):
-        said = refusal(lambda section=section: PolicySpec.from_json(changed(plain, (section, key), {}), "spec.json"))
+        said = refusal(partial(PolicySpec.from_json, changed(plain, (section, key), {}), "spec.json"))
         assert said
         assert not set(said) & {"\n", "\x00", "\x1b"}
 
