@@ -50,8 +50,11 @@ REFERENCES: dict[str, list[dict[str, Any]]] = {
         {"scheduler": "ddim", "num_inference_steps": 16},
     ],
     "flow": [],
+    "mip": [],
 }
-FEW = {"diffusion": ("ddim", "dpm_solver++"), "flow": ("flow",)}
+FEW = {"diffusion": ("ddim", "dpm_solver++"), "flow": ("flow",), "mip": ("mip",)}
+MOST = {"mip": 2}
+"""Steps that a family can have, where that is few."""
 ROUNDS = 25
 
 
@@ -112,7 +115,8 @@ def ways(plan: Plan) -> list[Way]:
         if policy.spec.env is None:
             raise InputError(f"{path}: {policy.spec.task} has no simulator to evaluate in")
         process, family = policy.process, policy.process.family
-        few = [{"scheduler": name, "num_inference_steps": n} for name in FEW[family] for n in plan.steps]
+        steps = [n for n in plan.steps if n <= MOST.get(family, n)]
+        few = [{"scheduler": name, "num_inference_steps": n} for name in FEW[family] for n in steps]
         for sampler in REFERENCES[family] + few:
             n_times = process.num_train_timesteps if isinstance(process, Diffusion) else 0
             if sampler["scheduler"] == "ddim" and n_times % sampler["num_inference_steps"]:

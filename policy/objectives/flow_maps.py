@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,17 +42,25 @@ def noisy(x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
     return (1.0 - s) * x0 + s * eps
 
 
+def _ends(n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Any two times s ≥ r, [n] each."""
+    ends = torch.rand(2, n, generator=generator, device=device)
+    return ends.max(dim=0).values, ends.min(dim=0).values
+
+
+@dataclass(kw_only=True, eq=False)
 class _TwoTimes(Objective):
     """distilled: the share of examples, above 0 and at most 1, that the network teaches itself."""
 
-    two_times = True
-    family = "flow"
+    distilled: float = 0.25
 
-    def __init__(self, *, distilled: float, **options: Any):
-        super().__init__(**options)
-        if not 0.0 < distilled <= 1.0:
-            raise InputError(f"policy.objective.distilled={distilled} must be above 0, and at most 1")
-        self.distilled = distilled
+    two_times: ClassVar[bool] = True
+    family: ClassVar[str | None] = "flow"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.distilled <= 1.0:
+            raise InputError(f"policy.objective.distilled={self.distilled} must be above 0, and at most 1")
 
     def pairs(
         self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None
@@ -98,6 +107,7 @@ class _Composed(_TwoTimes):
         return Pair(network(x, told(s, r), rows), target, rows)
 
 
+@dataclass(kw_only=True, eq=False)
 class Shortcut(_Composed):
     """ "One Step Diffusion via Shortcut Models" (Frans et al. 2025): steps of 1, 1/2, 1/4, … are each made of two
     halves, at multiples of their size. finest: the shortest steps are 1 / finest, a power of two; halves of that size
@@ -106,21 +116,17 @@ class Shortcut(_Composed):
     Theirs takes the targets from a running mean of the weights; here they are the weights' own.
     """
 
-    def __init__(
-        self,
-        *,
-        loss: str | None = "mse",
-        noise_draws: int = 1,
-        loss_on_padding: bool = True,
-        max_delay: int = 0,
-        distilled: float = 0.25,
-        finest: int = 128,
-    ):
-        shared = {"loss": loss, "noise_draws": noise_draws, "loss_on_padding": loss_on_padding}
-        super().__init__(distilled=distilled, max_delay=max_delay, **shared)
-        if finest < 2 or finest & (finest - 1):
-            raise InputError(f"policy.objective.finest={finest} must be a power of two, at least 2")
-        self.levels = int(math.log2(finest))
+    finest: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.finest < 2 or self.finest & (self.finest - 1):
+            raise InputError(f"policy.objective.finest={self.finest} must be a power of two, at least 2")
+
+    @property
+    def levels(self) -> int:
+        """How many sizes of steps there are."""
+        return int(math.log2(self.finest))
 
     def _spans(
         self, n: int, generator: torch.Generator | None, device: torch.device
@@ -132,30 +138,18 @@ class Shortcut(_Composed):
         return s, s - size / 2, (s - size).clamp_min(0.0), level == self.levels - 1
 
 
+@dataclass(kw_only=True, eq=False)
 class FlowMap(_Composed):
     """Steps between any two times, cut at any time between them: the flow map's semigroup property, X(s→r) = X(m→r) ∘
     X(s→m), as "progressive self-distillation" of "How to build a consistency model" (Boffi et al. 2025) has it."""
 
-    def __init__(
-        self,
-        *,
-        loss: str | None = "mse",
-        noise_draws: int = 1,
-        loss_on_padding: bool = True,
-        max_delay: int = 0,
-        distilled: float = 0.5,
-    ):
-        shared = {"loss": loss, "noise_draws": noise_draws, "loss_on_padding": loss_on_padding}
-        super().__init__(distilled=distilled, max_delay=max_delay, **shared)
+    distilled: float = 0.5
 
     def _spans(
         self, n: int, generator: torch.Generator | None, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ends, h = (
-            torch.rand(2, n, generator=generator, device=device),
-            torch.rand(n, generator=generator, device=device),
-        )
-        s, r = ends.max(dim=0).values, ends.min(dim=0).values
+        s, r = _ends(n, generator, device)
+        h = torch.rand(n, generator=generator, device=device)
         return s, s - h * (s - r), r, torch.zeros(n, dtype=torch.bool, device=device)
 
 
@@ -166,26 +160,13 @@ class MeanFlow(_TwoTimes):
     Theirs differentiates forward; here du/ds is a central difference over 2 · `STEP`, which any denoiser can.
     """
 
-    STEP = 0.005
+    STEP: ClassVar[float] = 0.005
     """Of the flow's time: small beside a step, and large beside float32's rounding."""
-
-    def __init__(
-        self,
-        *,
-        loss: str | None = "mse",
-        noise_draws: int = 1,
-        loss_on_padding: bool = True,
-        max_delay: int = 0,
-        distilled: float = 0.25,
-    ):
-        shared = {"loss": loss, "noise_draws": noise_draws, "loss_on_padding": loss_on_padding}
-        super().__init__(distilled=distilled, max_delay=max_delay, **shared)
 
     def _taught(
         self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
     ) -> Pair:
-        ends = torch.rand(2, len(rows), generator=generator, device=x0.device)
-        s, r = ends.max(dim=0).values, ends.min(dim=0).values
+        s, r = _ends(len(rows), generator, x0.device)
         x, velocity = noisy(x0, eps, s), x0 - eps
         with torch.no_grad():
             later = network(x - self.STEP * velocity, told(s + self.STEP, r), rows)

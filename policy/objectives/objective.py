@@ -10,7 +10,8 @@ well as where it begins, has `two_times`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class Pair(NamedTuple):
     weight: Tensor | None = None
 
 
+@dataclass(kw_only=True, eq=False)
 class Objective:
     """loss: "mse", "l1" or "huber" between output and target; None: "l1" where the process predicts the sample, "mse"
     elsewhere. "mse" teaches the mean of all that a noisy chunk may come from, "l1" the median ("L1 Sample Flow for
@@ -55,25 +57,21 @@ class Objective:
     Raises `InputError` for values that cannot be.
     """
 
-    two_times = False
+    loss: str | None = "mse"
+    noise_draws: int = 1
+    loss_on_padding: bool = True
+    max_delay: int = 0
+
+    two_times: ClassVar[bool] = False
     """Whether the network is told two times: where a step begins, and where it goes."""
-    family: str | None = None
+    family: ClassVar[str | None] = None
     """Of the processes that it is for (`Process.family`); None: any."""
 
-    def __init__(
-        self,
-        *,
-        loss: str | None = "mse",
-        noise_draws: int = 1,
-        loss_on_padding: bool = True,
-        max_delay: int = 0,
-    ):
-        if loss is not None and loss not in LOSSES:
-            raise unknown("policy.objective.loss", loss, LOSSES)
-        if noise_draws < 1:
-            raise InputError(f"policy.objective.noise_draws={noise_draws} must be at least 1")
-        self.loss, self.noise_draws = loss, noise_draws
-        self.loss_on_padding, self.max_delay = loss_on_padding, max_delay
+    def __post_init__(self) -> None:
+        if self.loss is not None and self.loss not in LOSSES:
+            raise unknown("policy.objective.loss", self.loss, LOSSES)
+        if self.noise_draws < 1:
+            raise InputError(f"policy.objective.noise_draws={self.noise_draws} must be at least 1")
 
     def check(self, process: Process) -> None:
         """Raises `InputError` for a process that it is not for."""

@@ -64,6 +64,13 @@ def test_bundles_in_folders_of_one_name_are_told_apart():
     assert few_steps._names(paths) == dict(zip(paths, ["a/run/bundle", "b/run/bundle", "other"], strict=True))
 
 
+def test_regressions_are_measured_in_the_steps_that_they_have(bundle, tmp_path):
+    mip = {"process": {"name": "mip", "prediction": "sample"}, "objective": {"name": "mip"}}
+    path = bundle("mip", **mip, sampler={"scheduler": "mip", "num_inference_steps": 2})
+    found = few_steps.ways(few_steps.Plan(bundles=[path], output=tmp_path, n_episodes=1, seed=0, steps=[1, 2, 4, 8]))
+    assert [way.sampler["num_inference_steps"] for way in found] == [1, 2]
+
+
 @pytest.mark.slow
 def test_what_is_done_is_kept_when_it_is_stopped(bundle, tmp_path, monkeypatch, capsys):
     whole = few_steps.evaluate
