@@ -19,6 +19,7 @@ action-diffusion: demonstrations in, a diffusion policy that works on a real arm
   action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
   action-diffusion deploy bundle=outputs/…/bundle          run a bundle in real time
   action-diffusion serve bundle=outputs/…/bundle           think for robots on other machines
+  action-diffusion fit --help                              guards, caches, limits: what acts while chunks are made
   action-diffusion data doctor demos.zarr                  what is wrong with demonstrations; inspect, view, edit
   action-diffusion data convert in=PATH out=PATH           LeRobot, UMI, robomimic, Zarr, folders: there and back
   action-diffusion info                                    what runs on this machine, and why
@@ -46,12 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from action_diffusion.commands.data import run
 
             return run(words[1:])
+        if words[0] == "fit":
+            from action_diffusion.commands.fit import run
+
+            return run(words[1:])
         if words[0] == "info":
             from action_diffusion.commands.info import run
 
             return run(words[1:])
         if words[0] not in COMMANDS:
-            raise unknown("command", words[0], [*COMMANDS, "data", "info"])
+            raise unknown("command", words[0], [*COMMANDS, "data", "fit", "info"])
         overrides, config_dir = _split(words[1:])
         if overrides is None:
             from action_diffusion.commands.help import text

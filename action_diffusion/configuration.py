@@ -90,6 +90,11 @@ def plain(name: str, overrides: Sequence[str], beside: Mapping[str, Any]) -> dic
     return {key.rstrip("_"): value for key, value in given.items() if value is not None}
 
 
+def settings_of(name: str, overrides: Sequence[str]) -> Any:
+    """As `plain`, typed, with what was not given: `options.extensions.Fit`, …"""
+    return check(plain(name, overrides, {}), COMMANDS[name])
+
+
 def override(name: str, config: Mapping[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:
     """A whole configuration of `name` that is there already (in the file `where`), with overrides of single values.
 

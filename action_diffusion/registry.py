@@ -202,6 +202,7 @@ OBJECTIVES = Registry(
         "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
     },
 )
+EXTENSIONS = Registry("extension", "extensions", {})
 PROCESSES = Registry(
     "process",
     "processes",

@@ -13,7 +13,7 @@ _NAMES = {
     "load": "bundle",
     "save": "bundle",
     "DiffusionPolicy": "policy",
-    "Sample": "policy",
+    "Sample": "sample",
     "PolicySpec": "spec",
     "Agent": "agent",
     "Hook": "diffusion.sampler",

@@ -5,6 +5,7 @@
     spec.json            observations, cameras, action, rates, normaliser statistics, versions
     golden.safetensors   an input and the chunk it gave, to verify a copy on another machine
     episodes.safetensors hashes of the episodes that it was trained on, and of those held out: `training.episodes`
+    extensions/          what was fitted to it afterwards: `policy.extensions`
 
 Loading executes nothing that came with the folder.
 """
@@ -16,7 +17,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
@@ -33,6 +34,7 @@ from safetensors.torch import load_file, save_file
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy, check_sections, check_statistics
+from action_diffusion.policy.extensions.extension import attach
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import read_config, read_spec, refuse_targets, require
@@ -101,6 +103,7 @@ def load(
     *,
     verify: bool = False,
     sampler: Mapping[str, Any] | None = None,
+    extensions: Sequence[str] = (),
     precision: str | None = None,
     compile: bool = False,
     cuda_graph: bool = False,
@@ -108,8 +111,9 @@ def load(
     """Load a policy from a bundle folder, ready to `predict`.
 
     verify: also compute the golden pair and compare. sampler: values that replace those of the bundle's sampler
-    (scheduler, num_inference_steps, …), within the family that it was trained with. precision, compile, cuda_graph:
-    faster ways to denoise, see `kernels.accelerate`; the golden pair is compared without them.
+    (scheduler, num_inference_steps, …), within the family that it was trained with. extensions: names of what acts
+    while chunks are made (`policy.extensions`), in order. precision, compile, cuda_graph: faster ways to denoise, see
+    `kernels.accelerate`; the golden pair is compared without them.
     Raises `InputError` naming the file and what is wrong with it.
     """
     path = Path(path)
@@ -132,6 +136,7 @@ def load(
     policy = policy.to(resolve_device(device)).eval()
     if verify:
         verify_golden(policy, path)
+    attach(policy, path, extensions)
     accelerate(policy, precision=precision, compile=compile, cuda_graph=cuda_graph)
     return policy
 

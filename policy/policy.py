@@ -7,7 +7,7 @@ obs ─▶ features ─▶ normalise ─▶ encoder ─▶ condition ┐
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,47 +22,12 @@ from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.objectives.objective import Objective
+from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.rotations import continuous, valid
 
 IN_FRAME = "action_in_frame"
 """The normaliser's key for actions in the policy's action frame; "action" is always for those in the data's units."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """condition [B, C]; obs: the observations, and an estimated state [B, 1, n]; output: the estimator's."""
-
-    condition: Tensor
-    obs: Mapping[str, Tensor]
-    output: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What of a chunk is known before it is predicted: action [B, H, A], normalised, at steps, bool [B, H]."""
-
-    action: Tensor
-    steps: Tensor
-
-    def mark(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """x [R, H, A] for a denoiser that is `marked`: prefix steps clean, and a channel that says which these are."""
-        action, steps = self.action, self.steps.unsqueeze(-1)
-        if rows is not None:
-            action, steps = action[rows], steps[rows]
-        return torch.cat([torch.where(steps, action, x), steps.to(x.dtype)], dim=-1)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Sampled chunks. action: data's units; normalized: in [−1, 1]; both [B, H, A], or [B, n, H, A] for n_samples > 1.
-
-    chain: every transition, when asked for (rows are B · n, sample after sample of the same observation).
-    """
-
-    action: Tensor
-    normalized: Tensor
-    chain: list[ChainStep]
 
 
 class DiffusionPolicy(nn.Module):
@@ -105,6 +70,8 @@ class DiffusionPolicy(nn.Module):
         self.process = process
         self.sampler = sampler
         self.objective = objective
+        self.extensions: Sequence[Acting] = ()
+        """What acts while chunks are made, in order (`extensions.attach`)."""
 
     @property
     def max_delay(self) -> int:
@@ -242,16 +209,18 @@ class DiffusionPolicy(nn.Module):
         drawn = self.sampler.draw_step_noise(noise, generator)
         prefix = self._prefix(prefix, noise, n_samples)
         chain: list[ChainStep] = []
-        if n_samples == 1 and not (hooks or grad or return_chain or torch.is_grad_enabled()):
+        notes: dict[str, Tensor] = {}
+        extended = bool(hooks or self.extensions)
+        if n_samples == 1 and not (extended or grad or return_chain or torch.is_grad_enabled()):
             given = [] if drawn is None else [drawn]
             given += [] if prefix is None else [prefix.action, prefix.steps]
             action, normalized = self.chunk(noise, *given, *(obs[key] for key in self.spec.observations))
         else:
             options: dict[str, Any] = {"hooks": hooks, "grad": grad, "return_chain": return_chain}
-            action, normalized, chain = self._sample(obs, noise, drawn, prefix, n_samples, **options)
+            action, normalized, chain, notes = self._sample(obs, noise, drawn, prefix, n_samples, **options)
         if n_samples > 1:
             normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
-        return Sample(action, normalized, chain)
+        return Sample(action, normalized, chain, notes)
 
     def _prefix(self, given: Prefix | None, noise: Tensor, n_samples: int) -> Prefix | None:
         """For the rows of `noise` [B · n, H, A], no step where none is given; None for a denoiser that has no mark."""
@@ -274,21 +243,28 @@ class DiffusionPolicy(nn.Module):
         prefix: Prefix | None,
         n_samples: int = 1,
         **options: Any,
-    ) -> tuple[Tensor, Tensor, list[ChainStep]]:
-        """Chunks [B · n, H, A] in the data's units and normalised, and the chain; all noise is given."""
+    ) -> tuple[Tensor, Tensor, list[ChainStep], dict[str, Tensor]]:
+        """Chunks [B · n, H, A] in the data's units and normalised, the chain and notes; all noise is given."""
         with torch.set_grad_enabled(options["grad"]):
             seen = self.see(obs)
-            condition = seen.condition.repeat_interleave(n_samples, dim=0) if n_samples > 1 else seen.condition
-            film = self.denoiser.prepare(condition, self.sampler.times(condition.device))
+            if n_samples > 1:
+                seen = replace(seen, condition=seen.condition.repeat_interleave(n_samples, dim=0))
+            film = self.denoiser.prepare(seen.condition, self.sampler.times(seen.condition.device))
 
         def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
             result: Tensor = self.denoiser(x if prefix is None else prefix.mark(x, rows), film.at(step.index, rows))
             return result
 
+        added = [hook for acting in self.extensions for hook in acting.hooks(seen)]
+        options["hooks"] = [*options.get("hooks", ()), *added]
         normalized, chain = self.sampler.run(denoise, noise, step_noise=drawn, **options)
+        notes: dict[str, Tensor] = {}
+        for acting in self.extensions:
+            normalized, said = acting.finish(seen, normalized)
+            notes.update(said)
         if prefix is not None:
             normalized = torch.where(prefix.steps.unsqueeze(-1), prefix.action, normalized)
-        return self.unnormalize_action(normalized, seen.obs), normalized, chain
+        return self.unnormalize_action(normalized, seen.obs), normalized, chain, notes
 
     def chunk(self, noise: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         """Chunks [B, H, A] in the data's units and normalised, as a function of nothing but tensors, without gradients.
@@ -300,7 +276,7 @@ class DiffusionPolicy(nn.Module):
         obs, others = dict(zip(self.spec.observations, given[count:], strict=True)), list(given[:count])
         prefix = Prefix(others[-2], others[-1]) if self.max_delay else None
         drawn = others[0] if count % 2 else None
-        action, normalized, _ = self._sample(obs, noise, drawn, prefix, grad=False)
+        action, normalized, _, _ = self._sample(obs, noise, drawn, prefix, grad=False)
         return action, normalized
 
     def predict(
@@ -315,7 +291,8 @@ class DiffusionPolicy(nn.Module):
     ) -> dict[str, np.ndarray]:
         """Actions for a dictionary of numpy arrays, [To, …] or [B, To, …] each, in the data's own units.
 
-        Returns float32 `action` [(B,) Ta, A], the steps to execute, and `action_pred` [(B,) H, A], the whole chunk.
+        Returns float32 `action` [(B,) Ta, A], the steps to execute, `action_pred` [(B,) H, A], the whole chunk, and
+        what extensions say of it (`Sample.notes`), [(B,)] each.
         Raises `InputError` for observations that differ from `spec`.
         """
         batched = self.spec.check(obs)
@@ -326,10 +303,13 @@ class DiffusionPolicy(nn.Module):
         start = None if noise is None else torch.from_numpy(np.asarray(noise, np.float32)).to(self.device)
         # Nothing here is differentiated later, which inference mode makes use of: a tenth of a small network's step.
         quick = not any(hook.needs_gradient for hook in hooks)
+        quick = quick and not any(acting.needs_gradient for acting in self.extensions)
         with torch.inference_mode() if quick else torch.no_grad():
             noises: dict[str, Any] = {"noise": start, "noise_generator": noise_generator, "generator": generator}
             sample = self.sample(tensors, **noises, prefix=prefix, hooks=hooks)
         chunk = sample.action.float().cpu().numpy()
         now = self.spec.n_obs_steps - 1
         action = chunk[:, now : now + self.spec.n_action_steps]
-        return {"action": action if batched else action[0], "action_pred": chunk if batched else chunk[0]}
+        made = {name: note.float().cpu().numpy() for name, note in sample.notes.items()}
+        made |= {"action": action, "action_pred": chunk}
+        return made if batched else {name: value[0] for name, value in made.items()}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from action_diffusion.errors import InputError
+from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import BundleConfig
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.registry import EXTENSIONS
 from action_diffusion.schema import check, shown
 
 FILES = ("model.safetensors", "config.yaml", "spec.json")
@@ -30,6 +31,24 @@ def require(path: Path) -> None:
         nested = Path(path) / "bundle"
         hint = f"; did you mean {nested}?" if nested.is_dir() else ""
         raise InputError(f"{path} is not a complete bundle, it lacks {', '.join(missing)}{hint}")
+
+
+def extension_file(bundle: Path, name: str) -> Path:
+    """Where an extension that was fitted to a bundle lies."""
+    return Path(bundle) / "extensions" / f"{name}.safetensors"
+
+
+def require_extensions(bundle: Path, names: Iterable[str]) -> None:
+    """`InputError` for names of extensions that nobody has, and for those that are not fitted to a bundle."""
+    for name in names:
+        if name not in EXTENSIONS:
+            raise unknown("extensions", name, EXTENSIONS)
+        if not extension_file(bundle, name).is_file():
+            fitted = sorted(path.stem for path in (Path(bundle) / "extensions").glob("*.safetensors"))
+            raise InputError(
+                f"{bundle}: extension {name!r} is not fitted (there: {', '.join(fitted) or 'none'}): "
+                f"action-diffusion fit {name} bundle={bundle}"
+            )
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -49,7 +49,8 @@ from torch import Tensor
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.diffusion.process import Step
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
-from action_diffusion.policy.policy import DiffusionPolicy, Prefix
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.sample import Prefix
 
 MASKS = ("exponential", "linear", "ones", "hard")
 BETA = 5.0

@@ -13,7 +13,7 @@ from action_diffusion.deploy.serve.access import is_loopback, read_token, requir
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
 from action_diffusion.options.policy import check_crop
-from action_diffusion.policy.reading import read_config, read_spec, require, trained_on
+from action_diffusion.policy.reading import read_config, read_spec, require, require_extensions, trained_on
 from action_diffusion.policy.spec import env_words
 
 
@@ -37,6 +37,7 @@ def evaluate(config: Evaluate) -> None:
         require(path)
         read_spec(path)
         read_config(path)
+        require_extensions(path, config.extensions)
     simulated = [path for path in (*bundles, *compare) if read_spec(path).env is not None]
     others = [path for path in (*bundles, *compare) if path not in simulated]
     if simulated and others:
@@ -55,6 +56,7 @@ def deploy(config: Deploy) -> None:
     if config.bundle:
         read_spec(Path(config.bundle))
         read_config(Path(config.bundle))
+        require_extensions(Path(config.bundle), config.extensions)
     _check_exists("hardware", config.hardware)
     _check_page(config)
 
@@ -64,6 +66,7 @@ def serve(config: Serve) -> None:
     require_token(config.host, read_token(config.token_file), option="host", files="token_file")
     read_spec(Path(config.bundle))
     read_config(Path(config.bundle))
+    require_extensions(Path(config.bundle), config.extensions)
 
 
 def collect(config: Collect) -> None:

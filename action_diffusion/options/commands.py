@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from action_diffusion.options.data import Absolute, Convert, DataReport, Doctor, Edit, Inspect, View
+from action_diffusion.options.extensions import FITS
 from action_diffusion.options.policy import AnySampler
 from action_diffusion.options.task import Task
 from action_diffusion.options.train import Data, Train
@@ -14,6 +15,7 @@ from action_diffusion.options.words import (
     Address,
     Count,
     Device,
+    Extensions,
     Finite,
     Plugins,
     Port,
@@ -41,6 +43,7 @@ class Evaluate:
     precision: Precision = "fp32"
     compile: bool = False
     cuda_graph: bool = False
+    extensions: Extensions = ()  # type: ignore[assignment]
     plugins: Plugins = None
     data: Data | None = None
     sampler: AnySampler = field(default_factory=AnySampler)
@@ -164,6 +167,7 @@ class Deploy:
     replay: FilePath | None = None
     calibrate: bool = False
     calibration: Calibration = field(default_factory=Calibration)
+    extensions: Extensions = ()  # type: ignore[assignment]
     plugins: Plugins = None
     output_dir: FilePath | None = None
     device: Device = "auto"
@@ -187,6 +191,7 @@ class Serve:
     token_file: FilePath | None = None
     max_connections: Annotated[int, Between(1, 10_000)] = 16
     max_message_mb: Annotated[float, Above(0, 4096)] = 16.0
+    extensions: Extensions = ()  # type: ignore[assignment]
     plugins: Plugins = None
     remember: bool = True
     seed: Annotated[int, Between(0, 2**63 - 1)] | None = None
@@ -210,4 +215,5 @@ COMMANDS: dict[str, type] = {
     "data view": View,
     "data doctor": Doctor,
     "data edit": Edit,
+    **{f"fit {name}": fit for name, fit in FITS.items()},
 }

@@ -42,3 +42,7 @@ Share = Annotated[float, Between(0, 1)]
 Plugins = FilePath | list[FilePath] | None
 """Python files of the user's own that register parts, see `action_diffusion.registry`."""
 Precision = Annotated[str, OneOf("fp32", "bf16", "fp16")]
+Extensions = list[
+    Annotated[str, Matching("the name of an extension", lambda name: re.fullmatch(r"[a-z0-9_]{1,64}", name))]
+]
+"""What acts while chunks are made, see `policy.extensions`."""

@@ -1,4 +1,4 @@
-"""The command line of what is measured in turns (`benchmarks`, `benchmarks.peer.runtimes`)."""
+"""The command line of what is measured in turns (`benchmarks`, `benchmarks.peer.runtimes`, `benchmarks.systems`)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 class Parser(argparse.ArgumentParser):
-    """What both have: --only, --instructions, --json."""
+    """What they have: --only, --json, and --instructions for what is measured by each."""
 
-    def __init__(self, prog: str, doc: str | None, *, rows: Sequence[str], json: str) -> None:
+    def __init__(
+        self, prog: str, doc: str | None, *, rows: Sequence[str], json: str, instructions: bool = True
+    ) -> None:
         super().__init__(prog=prog, description=(doc or "").partition("\n\n")[0], epilog="rows: " + ", ".join(rows))
         several: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME"}
         self.add_argument("--only", **several, help="these rows, instead of all")
-        self.add_argument("--instructions", **several, help="avx512 or avx2, instead of all that this processor has")
+        if instructions:
+            self.add_argument("--instructions", **several, help="avx512 or avx2, instead of all that are here")
         self.add_argument(
             "--json",
             type=Path,

@@ -28,7 +28,7 @@ from action_diffusion.deploy.serve.access import authorization
 from action_diffusion.deploy.serve.wire import EXTRA, decode_array, pack, require, shortened, unpack
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.sampler import Generators, Hook, draw_noise
-from action_diffusion.policy.policy import Prefix
+from action_diffusion.policy.sample import Prefix
 from action_diffusion.policy.spec import PolicySpec
 
 if TYPE_CHECKING:

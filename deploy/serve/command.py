@@ -59,7 +59,9 @@ def run(config: Serve) -> int:
     token = read_token(config.token_file)
     faster = {name: getattr(config, name) for name in OPTIONS}
     path = Path(config.bundle)
-    policy = bundles.load(path, str(config.device), sampler=vars(config.sampler), **faster).requires_grad_(False)
+    policy = bundles.load(
+        path, str(config.device), sampler=vars(config.sampler), extensions=config.extensions, **faster
+    ).requires_grad_(False)
     try:
         asyncio.run(_serve(config, policy, token))
     finally:

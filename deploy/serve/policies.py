@@ -26,11 +26,11 @@ def open_policy(config: Deploy) -> DeployedPolicy:
         if bundle is None:
             raise InputError("bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT")
         faster = {name: getattr(config, name) for name in OPTIONS}
-        return bundles.load(Path(bundle), str(config.device), sampler=vars(config.sampler), **faster).requires_grad_(
-            False
-        )
+        return bundles.load(
+            Path(bundle), str(config.device), sampler=vars(config.sampler), extensions=config.extensions, **faster
+        ).requires_grad_(False)
     chosen = [f"sampler.{name}" for name, value in vars(config.sampler).items() if value is not None]
-    chosen += [name for name in ("compile", "cuda_graph") if getattr(config, name)]
+    chosen += [name for name in ("extensions", "compile", "cuda_graph") if getattr(config, name)]
     if chosen:
         raise InputError(f"{chosen[0]} is for whoever predicts: give it to action-diffusion serve")
     spec = None if bundle is None else bundles.read_spec(Path(bundle))

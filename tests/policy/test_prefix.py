@@ -15,8 +15,8 @@ from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.action_queue import Request
 from action_diffusion.policy.diffusion.sampler import Hook
 from action_diffusion.policy.kernels import accelerate
-from action_diffusion.policy.policy import Prefix
 from action_diffusion.policy.rtc import running_chunks
+from action_diffusion.policy.sample import Prefix
 
 OBJECTIVE = {"objective": {"loss": "mse", "max_delay": 3}}
 CASES = [

@@ -83,10 +83,13 @@ def _windows(config: Evaluate, paths: Sequence[Path]) -> _Asked | None:
 def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | None) -> dict[str, Any]:
     faster: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS}
     sampler = vars(config.sampler)
-    policy = bundles.load(path, str(config.device), sampler=sampler, **faster)
+    extensions = list(config.extensions)
+    policy = bundles.load(path, str(config.device), sampler=sampler, extensions=extensions, **faster)
     metrics = path.parent / "metrics.jsonl"
     where: dict[str, Any] = {"output_dir": folder, "metrics_file": metrics if metrics.exists() else None}
     settings = {"bundle": str(path), "sampler": bundles.read_config(path)["policy"]["sampler"], **faster}
+    if extensions:
+        settings["extensions"] = extensions
     settings["sampler"] |= {key: value for key, value in sampler.items() if value is not None}
     if asked is not None:
         memory_gb = trained_on(bundles.read_config(path), path)["dataset"]["memory_gb"]

@@ -1,0 +1,50 @@
+"""`action-diffusion fit NAME bundle=DIR [name=value …]`: what acts while a policy's chunks are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+
+from action_diffusion.errors import unknown
+from action_diffusion.options.extensions import FITS, Fit
+from action_diffusion.policy.reading import read_config, read_spec
+
+FIT_HELP = """\
+action-diffusion fit NAME bundle=DIR [name=value …]     fit what acts while chunks are made, and store it in the bundle
+
+  action-diffusion evaluate bundle=DIR extensions=[NAME]     then it acts: here, in deploy, and in serve
+
+data=PATH takes other demonstrations than those of the training. docs/extensions.md says when to use which.
+"""
+
+
+def run(words: Sequence[str]) -> int:
+    """`action-diffusion fit` with the words after it; returns the exit code. Raises `InputError` for bad ones."""
+    if not words or words[0] in ("-h", "--help", "help") or {"-h", "--help"} & set(words):
+        print(FIT_HELP + "\n".join(_lines()))
+        return 0
+    if words[0] not in FITS:
+        raise unknown("extension", words[0], FITS)
+    from action_diffusion.configuration import settings_of
+
+    config = settings_of(f"fit {words[0]}", words[1:])
+    read_spec(config.bundle)  # before torch is imported
+    read_config(config.bundle)
+    from action_diffusion.training.fitting import fit
+
+    for name, value in fit(words[0], config).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _lines() -> list[str]:
+    common = {field.name for field in fields(Fit)}
+    lines = []
+    for name, takes in FITS.items():
+        given = [f"{field.name}={_shown(field.default)}" for field in fields(takes) if field.name not in common]
+        lines += ["", f"  fit {name} {' '.join(given)}", f"      {(takes.__doc__ or '').strip()}"]
+    return lines
+
+
+def _shown(default: object) -> str:
+    return "…" if default is MISSING else "null" if default is None else str(default).replace(" ", "")

@@ -1,0 +1,49 @@
+"""A row of `python -m benchmarks.systems`: a claim, how it is checked, and what came of it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measured:
+    """measured, baseline: numbers by name, of the system, and of what it is held against. passed: the bar holds."""
+
+    measured: Mapping[str, float]
+    baseline: Mapping[str, float]
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """name: of the row. what: one sentence. bar: what must hold, in words and numbers. measure: the check, of at most
+    five minutes on two cores, from a seed that it is given."""
+
+    name: str
+    what: str
+    bar: str
+    measure: Callable[[int], Measured]
+
+    def row(self, seed: int) -> dict[str, Any]:
+        """Measure, as JSON has it."""
+        found = self.measure(seed)
+        return {
+            "name": self.name,
+            "what": self.what,
+            "measured": dict(found.measured),
+            "bar": self.bar,
+            "passed": bool(found.passed),
+            "baseline": dict(found.baseline),
+        }
+
+
+def systems() -> dict[str, System]:
+    """All of them by name: the `SYSTEM` of each file in this folder that has one."""
+    here = Path(__file__).parent
+    modules = [importlib.import_module(f"benchmarks.systems.{file.stem}") for file in sorted(here.glob("*.py"))]
+    found = [module.SYSTEM for module in modules if hasattr(module, "SYSTEM")]
+    return {system.name: system for system in found}

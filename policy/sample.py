@@ -1,0 +1,69 @@
+"""What goes into a chunk and what comes out of it, and what may act in between.
+
+obs ─▶ Encoded ─▶ noise ──denoising steps, Prefix kept──▶ normalised chunk ─▶ Sample
+          │                    ▲ hooks                          ▲ finish
+          └──────────────── Extension ──────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from action_diffusion.policy.diffusion.sampler import ChainStep, Hook
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """condition [B, C]; obs: the observations, and an estimated state [B, 1, n]; output: the estimator's."""
+
+    condition: Tensor
+    obs: Mapping[str, Tensor]
+    output: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What of a chunk is known before it is predicted: action [B, H, A], normalised, at steps, bool [B, H]."""
+
+    action: Tensor
+    steps: Tensor
+
+    def mark(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x [R, H, A] for a denoiser that is `marked`: prefix steps clean, and a channel that says which these are."""
+        action, steps = self.action, self.steps.unsqueeze(-1)
+        if rows is not None:
+            action, steps = action[rows], steps[rows]
+        return torch.cat([torch.where(steps, action, x), steps.to(x.dtype)], dim=-1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sampled chunks. action: data's units; normalized: in [−1, 1]; both [B, H, A], or [B, n, H, A] for n_samples > 1.
+
+    chain: every transition, when asked for (rows are B · n, sample after sample of the same observation). notes: what
+    extensions say of each chunk, "guard.score" → [B · n].
+    """
+
+    action: Tensor
+    normalized: Tensor
+    chain: list[ChainStep]
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Acting(Protocol):
+    """What acts while a chunk is made, see `policy.extensions`. B: rows, each a chunk; `seen` has their conditions."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether one of its hooks does (`Hook.needs_gradient`)."""
+
+    def hooks(self, seen: Encoded) -> Sequence[Hook]:
+        """Hooks of one sampling run, made anew for each."""
+
+    def finish(self, seen: Encoded, normalized: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The chunks [B, H, A], normalised, to go on with, and what there is to say of each: name → [B]."""
