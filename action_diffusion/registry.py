@@ -195,6 +195,7 @@ OBJECTIVES = Registry(
     "objective",
     "objectives",
     {
+        "consistency": "action_diffusion.policy.objectives.consistency:Consistency",
         "denoising": "action_diffusion.policy.objectives.objective:Denoising",
         "flow_map": "action_diffusion.policy.objectives.flow_maps:FlowMap",
         "mean_flow": "action_diffusion.policy.objectives.flow_maps:MeanFlow",

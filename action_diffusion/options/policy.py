@@ -163,12 +163,22 @@ class Shortcut(MeanFlow):
     )
 
 
+@dataclass
+class Consistency(FlowMap):
+    """`policy.objective`, see `policy.objectives.consistency`."""
+
+    teacher: FilePath | None = None
+    bins: Annotated[int, Between(2, 1024)] = 80
+    solver_steps: Annotated[int, Between(1, 64)] = 4
+
+
 COMPONENTS: dict[str, dict[str, type]] = {
     "encoder": {"observation": Encoder},
     "denoiser": {"unet1d": Unet1d},
     "estimator": {"planar_pose": PlanarPose},
     "process": {"diffusion": Diffusion, "flow": Flow, "mip": Mip},
     "objective": {
+        "consistency": Consistency,
         "denoising": Denoising,
         "flow_map": FlowMap,
         "mean_flow": MeanFlow,
@@ -259,7 +269,7 @@ class Policy:
             check_process(name, FAMILIES[name], str(self.process.get("name")), str(prediction))
 
 
-FAMILIES = {"flow_map": "flow", "mean_flow": "flow", "mip": "mip", "shortcut": "flow"}
+FAMILIES = {"consistency": "flow", "flow_map": "flow", "mean_flow": "flow", "mip": "mip", "shortcut": "flow"}
 """Objectives that are for one kind of process."""
 PREDICTED = {"flow": "velocity", "mip": "sample"}
 

@@ -49,7 +49,7 @@ def _ends(n: int, generator: torch.Generator | None, device: torch.device) -> tu
 
 
 @dataclass(kw_only=True, eq=False)
-class _TwoTimes(Objective):
+class TwoTimes(Objective):
     """distilled: the share of examples, above 0 and at most 1, that the network teaches itself."""
 
     distilled: float = 0.25
@@ -63,7 +63,12 @@ class _TwoTimes(Objective):
             raise InputError(f"policy.objective.distilled={self.distilled} must be above 0, and at most 1")
 
     def pairs(
-        self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None
+        self,
+        network: Network,
+        process: Process,
+        x0: Tensor,
+        generator: torch.Generator | None,
+        teacher: Network | None = None,
     ) -> Iterator[Pair]:
         n = len(x0)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
@@ -75,16 +80,22 @@ class _TwoTimes(Objective):
             output = network(noisy(x0[of_data], eps[of_data], s), told(s, s), of_data)
             yield Pair(output, x0[of_data] - eps[of_data], of_data)
         rows = rows[:taught]
-        yield self._taught(network, x0[rows], eps[rows], rows, generator)
+        yield self._taught(network, x0[rows], eps[rows], rows, generator, teacher)
 
     def _taught(
-        self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
+        self,
+        network: Network,
+        x0: Tensor,
+        eps: Tensor,
+        rows: Tensor,
+        generator: torch.Generator | None,
+        teacher: Network | None,
     ) -> Pair:
         """Of the examples `rows`, whose x0 and eps are [R, H, A]."""
         raise NotImplementedError
 
 
-class _Composed(_TwoTimes):
+class _Composed(TwoTimes):
     """The mean velocity of a step is that of the two steps that it is made of."""
 
     def _spans(
@@ -94,7 +105,13 @@ class _Composed(_TwoTimes):
         raise NotImplementedError
 
     def _taught(
-        self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
+        self,
+        network: Network,
+        x0: Tensor,
+        eps: Tensor,
+        rows: Tensor,
+        generator: torch.Generator | None,
+        teacher: Network | None,
     ) -> Pair:
         s, m, r, shortest = self._spans(len(rows), generator, x0.device)
         x = noisy(x0, eps, s)
@@ -153,7 +170,7 @@ class FlowMap(_Composed):
         return s, s - h * (s - r), r, torch.zeros(n, dtype=torch.bool, device=device)
 
 
-class MeanFlow(_TwoTimes):
+class MeanFlow(TwoTimes):
     """ "Mean Flows for One-step Generative Modeling" (Geng et al. 2025): du/ds along the flow is
     ∂u/∂s + ∂u/∂x · (eps − x0), and errors are weighted by 1 / (their mean square + 1e-3).
 
@@ -164,7 +181,13 @@ class MeanFlow(_TwoTimes):
     """Of the flow's time: small beside a step, and large beside float32's rounding."""
 
     def _taught(
-        self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
+        self,
+        network: Network,
+        x0: Tensor,
+        eps: Tensor,
+        rows: Tensor,
+        generator: torch.Generator | None,
+        teacher: Network | None,
     ) -> Pair:
         s, r = _ends(len(rows), generator, x0.device)
         x, velocity = noisy(x0, eps, s), x0 - eps

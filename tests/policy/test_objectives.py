@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
 from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.kernels import accelerate
+from action_diffusion.policy.objectives.consistency import Consistency
 from action_diffusion.policy.objectives.flow_maps import FlowMap, MeanFlow, Shortcut
 from action_diffusion.policy.objectives.objective import Denoising, Objective, Pair
+from action_diffusion.training.run import train
 
 SPREAD = 0.5
 MAPS = {"shortcut": Shortcut, "flow_map": FlowMap, "mean_flow": MeanFlow}
@@ -248,3 +251,83 @@ def test_a_bundle_from_before_objectives_had_names(policy) -> None:
     made = build_policy(config, policy.spec)
     assert type(made.objective) is Denoising
     assert made.objective.noise_draws == 2
+
+
+def test_a_teacher_that_is_right_and_a_network_that_is_agree() -> None:
+    network, generator = Exact(), torch.Generator().manual_seed(0)
+    x0 = SPREAD * torch.randn(2000, 2, 1, generator=generator, dtype=torch.float64)
+
+    def teacher(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        return network(x, torch.stack([times, times], dim=1), rows)
+
+    objective = Consistency(distilled=1.0, solver_steps=64)
+    (taught,) = objective.pairs(network, Flow(), x0, generator, teacher)
+    torch.testing.assert_close(taught.output, taught.target, atol=2e-3, rtol=2e-3)
+
+
+def test_times_of_a_consistency_policy_are_in_order_and_of_its_bins() -> None:
+    s, m, r = 5 * torch.stack(Consistency(bins=5)._times(2000, torch.Generator().manual_seed(0), torch.device("cpu")))
+    for times in (s, m, r):
+        torch.testing.assert_close(times, times.round())
+    assert ((s > r) & (s > m) & (m >= r)).all()
+    assert (s.min(), s.max(), r.min(), r.max()) == (1, 5, 0, 4)
+
+
+def flow_policy(**changes):
+    parts = {
+        "process": {"name": "flow"},
+        "sampler": {"scheduler": "flow", "num_inference_steps": 2},
+        "objective": {"name": "denoising"},
+    }
+    return tiny_policy(demonstrations(), **(parts | changes))
+
+
+def test_a_teacher_is_neither_trained_nor_stored() -> None:
+    teacher, student = flow_policy(), flow_policy(objective={"name": "consistency"})
+    names = set(student.state_dict())
+    student.learn_from(teacher)
+    batch = {"state": torch.randn(16, 2, 5)}, torch.randn(16, 8, 2)
+    student(*batch, generator=torch.Generator().manual_seed(0)).backward()
+    assert set(student.state_dict()) == names
+    assert all(weight.grad is None for weight in teacher.parameters())
+    assert all(weight.grad is not None for weight in student.denoiser.parameters())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({"process": {"name": "diffusion"}, "sampler": {"scheduler": "ddim", "num_inference_steps": 5}}, "a diffusion"),
+        ({"objective": {"name": "shortcut"}}, "Shortcut"),
+        ({"objective": {"name": "denoising", "max_delay": 2}}, "max_delay=2"),
+        ({"normalizer": {"default": "gaussian"}}, "statistics"),
+    ],
+)
+def test_a_teacher_of_another_kind_is_refused(teacher, said) -> None:
+    student = flow_policy(objective={"name": "consistency"})
+    with pytest.raises(InputError, match=said):
+        student.learn_from(flow_policy(**teacher))
+    with pytest.raises(InputError, match="learns from no teacher"):
+        flow_policy().learn_from(flow_policy())
+
+
+def test_without_its_teacher_a_consistency_policy_cannot_be_trained() -> None:
+    with pytest.raises(InputError, match=r"policy\.objective\.teacher=DIR"):
+        flow_policy(objective={"name": "consistency"})({"state": torch.randn(4, 2, 5)}, torch.randn(4, 8, 2))
+
+
+def test_a_teacher_trains_a_policy_that_loads_without_it(tmp_path) -> None:
+    words = [
+        "device=cpu",
+        "train.max_steps=3",
+        "train.batch_size=8",
+        "train.validate_every=0",
+        "train.tensorboard=false",
+    ]
+    words += ["evaluation.n_episodes=0", "dataset.max_episodes=4", "policy.denoiser.channels=[8,16]"]
+    train(load("train", [*words, "scheduler=flow", f"output_dir={tmp_path}/a"]))
+    teacher = f"policy.objective.teacher={tmp_path}/a/bundle"
+    train(load("train", [*words, "objective=consistency", teacher, f"output_dir={tmp_path}/b"]))
+    shutil.rmtree(tmp_path / "a")
+    found = bundles.load(tmp_path / "b" / "bundle", verify=True)
+    assert found.sampler.num_inference_steps == 1
+    assert vars(found.objective)["teacher"] == f"{tmp_path}/a/bundle"
