@@ -203,7 +203,7 @@ OBJECTIVES = Registry(
         "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
     },
 )
-EXTENSIONS = Registry("extension", "extensions", {})
+EXTENSIONS = Registry("extension", "extensions", {"tokens": "action_diffusion.policy.extensions.tokens:Tokens"})
 PROCESSES = Registry(
     "process",
     "processes",

@@ -43,7 +43,7 @@ def parts() -> str:
 def test_a_part_takes_twenty_lines():
     """Beside imports."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     for block in blocks:
         lines = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
         assert len(lines) <= 20
@@ -87,6 +87,19 @@ def test_parts_of_a_file_are_trained_and_evaluated(world):
     assert 0 < json.loads((world / "run/evaluation/results.json").read_text())["mean_score"] < 1
     again = command(world, "evaluate", "bundle=run/bundle", "plugins=my_parts.py", "n_episodes=2", "device=cpu")
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_an_extension_of_a_file_is_fitted_and_acts(world):
+    fitted = command(world, "fit", "calm", "bundle=run/bundle", "share=0.5", "plugins=my_parts.py", "device=cpu")
+    assert fitted.returncode == 0, fitted.stderr
+    assert "share: 0.5" in fitted.stdout
+    words = ["bundle=run/bundle", "n_episodes=1", "device=cpu", "extensions=[calm]"]
+    result = command(world, "evaluate", *words, "plugins=my_parts.py", "output_dir=calm")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((world / "calm/results.json").read_text())["settings"]["extensions"] == ["calm"]
+    unknown = command(world, "fit", "calmer", "bundle=run/bundle", "plugins=my_parts.py")
+    assert (unknown.returncode, unknown.stderr) == (2, "error: unknown extension 'calmer': did you mean calm?\n")
 
 
 @pytest.mark.slow
