@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 from action_diffusion.errors import unknown
 from action_diffusion.options import COMMANDS
@@ -35,8 +36,8 @@ def run(words: Sequence[str]) -> int:
             raise unknown("extension", words[0], EXTENSIONS)
         COMMANDS[f"fit {words[0]}"] = EXTENSIONS.load(words[0]).options
     config = settings_of(f"fit {words[0]}", words[1:])
-    read_spec(config.bundle)  # before torch is imported
-    read_config(config.bundle)
+    read_spec(Path(config.bundle))  # before torch is imported
+    read_config(Path(config.bundle))
     from action_diffusion.training.fitting import fit
 
     for name, value in fit(words[0], config).items():

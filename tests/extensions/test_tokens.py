@@ -83,7 +83,7 @@ def test_sure_tokens_begin_the_chunk_and_unsure_ones_do_not() -> None:
     noise = np.random.default_rng(1).normal(size=(3, 8, 2)).astype(np.float32)
 
     def chunks(**changes) -> dict[str, np.ndarray]:
-        policy.extensions = [Tokens(policy, Fitted(fitted.options | changes, fitted.arrays))]
+        policy.extensions = [Tokens(policy, Fitted({**fitted.options, **changes}, fitted.arrays))]
         return policy.predict(obs, noise=noise, generator=torch.Generator().manual_seed(0))
 
     never = chunks(confidence=1.0)
@@ -92,7 +92,7 @@ def test_sure_tokens_begin_the_chunk_and_unsure_ones_do_not() -> None:
     np.testing.assert_array_equal(never["action_pred"], plain["action_pred"])
     assert ((never["tokens.confidence"] > 0) & (never["tokens.confidence"] < 1)).all()
     always = chunks(confidence=0.0, until=1.0)
-    head = policy.extensions[0]
+    head = Tokens(policy, fitted)
     said, _ = head.head.most_likely(policy.encode({"state": torch.from_numpy(obs["state"])}))
     expected = policy.unnormalize_action(policy.sampler._clip(head.tokens.decode(said), "x0"), {})
     np.testing.assert_allclose(always["action_pred"], expected.numpy(), rtol=1e-4, atol=1e-3)
