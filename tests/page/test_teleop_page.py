@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import Forked
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
@@ -44,17 +44,8 @@ class Collecting:
     """`action-diffusion collect agent=teleop` in a process of its own, with its page."""
 
     def __init__(self, *words: str) -> None:
-        command = [
-            sys.executable,
-            "-u",
-            "-m",
-            "action_diffusion",
-            "collect",
-            "task=pusht_state",
-            "agent=teleop",
-            *words,
-        ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = ["-m", "action_diffusion", "collect", "task=pusht_state", "agent=teleop", *words]
+        self.process = Forked(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert self.process.stdout is not None
         self.lines: list[str] = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout or []), daemon=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from processes import Forked
 from tiny import TINY
 
 from action_diffusion import configuration
@@ -77,11 +77,8 @@ class Deployment:
 
     def __init__(self, bundle: Path, output_dir: Path, *options: str) -> None:
         words = [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", "page=true", *options]
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "action_diffusion", "deploy", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        self.process = Forked(
+            *("-m", "action_diffusion", "deploy", *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert self.process.stdout is not None
         self.lines: list[str] = []
