@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
+import processes
 import pytest
 
 gpu_pusht_image = import_module("benchmarks.speed.gpu_pusht_image")
@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*command: str, cache: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
-    )
+    return processes.run("-m", *command, cwd=ROOT, env=environment)
 
 
 @pytest.mark.slow

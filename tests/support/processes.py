@@ -8,6 +8,7 @@ as an interpreter does. What is about starting itself still starts from nothing,
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import runpy
@@ -32,35 +33,33 @@ IMPORTED = (
 
 
 class Forked:
-    """What `subprocess.Popen` is for a process that starts from nothing. `words` follow `python`: -m NAME, or -c CODE.
+    """What `subprocess.Popen` is for a process that starts from nothing.
 
-    `stdout` and `stderr`: `subprocess.PIPE` (of text), `STDOUT`, `DEVNULL`, a file, or None for those of the tests.
+    words: what follows `python`: -m NAME …, -c CODE …, or FILE …
+    stdin: `subprocess.PIPE` (of text) or None for nothing. stdout, stderr: that, `DEVNULL`, a file, or None for those
+    of the tests; stderr may be `STDOUT`.
     """
 
     def __init__(
         self,
         *words: str | Path,
+        stdin: Any = None,
         stdout: Any = None,
         stderr: Any = None,
         cwd: str | Path | None = None,
         env: Mapping[str, str] | None = None,
+        start_new_session: bool = False,
     ) -> None:
-        if words[0] not in ("-m", "-c"):
-            raise ValueError("python -m NAME … or python -c CODE …")
-        asked = {
-            "words": [str(word) for word in words],
-            "cwd": str(cwd or Path.cwd()),
-            "env": dict(os.environ if env is None else env),
-        }
-        self.args, self.returncode = asked["words"], None
+        self.args, self.returncode = [str(word) for word in words], None
+        environment = dict(os.environ if env is None else env)
+        asked = {"words": self.args, "cwd": str(cwd or Path.cwd()), "env": environment, "session": start_new_session}
         self._status, status = socket.socketpair()
-        self.stdout, out, ours = _end(stdout, 1)
-        self.stderr, err, ours_too = (None, out, False) if stderr == subprocess.STDOUT else _end(stderr, 2)
-        with status:
-            _send(asked, [status.fileno(), out, err])
-        for descriptor, close in ((out, ours), (err, ours_too)):
-            if close:
-                os.close(descriptor)
+        with contextlib.ExitStack() as handed_over:  # and closed here
+            handed_over.enter_context(status)
+            self.stdin, into = _end(stdin or subprocess.DEVNULL, 0, handed_over)
+            self.stdout, out = _end(stdout, 1, handed_over)
+            self.stderr, err = (None, out) if stderr == subprocess.STDOUT else _end(stderr, 2, handed_over)
+            _send(asked, [status.fileno(), into, out, err])
         self.pid = int.from_bytes(self._status.recv(4, socket.MSG_WAITALL), "little")
 
     def poll(self) -> int | None:
@@ -106,16 +105,18 @@ def _all_of(file: IO[bytes]) -> str:
     return file.read().decode()
 
 
-def _end(wanted: Any, default: int) -> tuple[IO[str] | None, int, bool]:
-    """(what to read, the descriptor to hand over, whether to close it here then)"""
+def _end(wanted: Any, number: int, handed_over: contextlib.ExitStack) -> tuple[IO[str] | None, int]:
+    """(our end of a pipe, the descriptor that is to be `number` in the process)"""
     if wanted is None:
-        return None, default, False
+        return None, number
     if wanted == subprocess.DEVNULL:
-        return None, os.open(os.devnull, os.O_WRONLY), True
+        return None, handed_over.enter_context(open(os.devnull, "r+")).fileno()
     if wanted == subprocess.PIPE:
-        reader, writer = os.pipe()
-        return open(reader), writer, True
-    return None, wanted.fileno(), False
+        ends = os.pipe()
+        theirs = ends[number > 0]
+        handed_over.callback(os.close, theirs)
+        return open(ends[number == 0], "r" if number else "w"), theirs
+    return None, wanted.fileno()
 
 
 _parents: list[tuple[socket.socket, subprocess.Popen[bytes]]] = []
@@ -154,7 +155,7 @@ def serve(requests: socket.socket) -> None:
                 with waiting.pop(pid) as answer, contextlib.suppress(OSError):
                     answer.sendall(status.to_bytes(4, "little"))
         if requests in ready:
-            message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 3)
+            message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 4)
             if not message:
                 return
             pid = os.fork()
@@ -176,16 +177,17 @@ def _reaped(waiting: Mapping[int, object]) -> list[tuple[int, int]]:
     return [(pid, status) for pid, status in found if pid]
 
 
-def become(words: list[str], cwd: str, env: dict[str, str], descriptors: list[int]) -> None:
+def become(words: list[str], cwd: str, env: dict[str, str], session: bool, descriptors: list[int]) -> None:
     """What `python WORDS` does after its start."""
     os.close(descriptors[0])
-    for descriptor, number in zip(descriptors[1:], (1, 2), strict=True):
+    for number, descriptor in enumerate(descriptors[1:]):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdout, sys.stderr = (
-        open(1, "w", buffering=1, closefd=False),
-        open(2, "w", buffering=1, closefd=False, errors="backslashreplace"),
-    )
+    if session:
+        os.setsid()
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), write_through=True)
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), write_through=True, errors="backslashreplace")
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
@@ -193,6 +195,9 @@ def become(words: list[str], cwd: str, env: dict[str, str], descriptors: list[in
     if words[0] == "-m":
         sys.argv = ["", *words[2:]]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] != "-c":
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
     else:
         sys.argv = ["-c", *words[2:]]
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
