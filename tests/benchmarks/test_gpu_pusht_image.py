@@ -37,7 +37,7 @@ def test_the_run_goes_from_demonstrations_to_a_score(tmp_path):
         *("device=cpu", "train.max_minutes=null", "train.max_steps=2", "train.batch_size=2"),
         *("train.mixed_precision=no", "train.cuda_graph=false", "train.warmup=0"),
         *("evaluation.n_episodes=1", "evaluation.n_envs=1", "evaluation.policy_batch=1", "evaluation.n_videos=0"),
-        *("policy.sampler.num_inference_steps=1",),
+        *("policy.sampler.num_inference_steps=1", "policy.denoiser.channels=[16,32]", "task.env.max_steps=20"),
     )
     out = tmp_path / "run"
     found = run("benchmarks.speed.gpu_pusht_image", f"output_dir={out}", f"data={data}", *small, cache=tmp_path)

@@ -77,6 +77,7 @@ def drive(robot: ProcessRobot, command: np.ndarray, n: int) -> None:
 def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys, monkeypatch):
     """The benchmark's small form: a demonstration, two optimiser steps, one short episode each way."""
     small = {"train": ["train.batch_size=4", "policy.encoder.width=0.25", "policy.denoiser.channels=[16,32]"]}
+    small["train"].append("dataset.val_windows=4")
     monkeypatch.setattr(sim_arm, "action_diffusion", lambda words: main([*words, *small.get(words[0], [])]))
     words = ["episodes=1", "steps=2", "n_episodes=1", "max_steps=10", "sampling=2", f"output_dir={tmp_path}"]
     assert sim_arm.main(words) == 0

@@ -236,7 +236,7 @@ def test_many_compiled_policies_fit_in_one_process(make_policy, monkeypatch):
             policy = calm(make_policy(**SAMPLE)).eval()
             expected = chunk(policy)
             accelerate(policy, precision="fp32", compile=True)
-            torch.testing.assert_close(chunk(policy), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(chunk(policy), expected, atol=1e-5, rtol=0)
 
 
 def test_a_compiler_that_fails_is_reported(policy, monkeypatch):

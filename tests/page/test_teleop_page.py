@@ -167,6 +167,7 @@ def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, 
     assert person.errors == []
     check(path, 2)
     words = [f"data={path}", f"output_dir={tmp_path}/run", "device=cpu", "train.max_steps=2", "train.batch_size=4"]
+    words.append("policy.denoiser.channels=[8,16]")
     assert cli.main(["train", "task=pusht_state", *words, "train.validate_every=0", "evaluation.n_episodes=0"]) == 0
     assert (tmp_path / "run" / "bundle" / "model.safetensors").exists()
 

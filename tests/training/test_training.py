@@ -80,7 +80,7 @@ def test_a_run_leaves_what_the_readme_promises(data, tmp_path, capsys):
     output = tmp_path / "run"
     words = [w for w in arguments(data, output, "train.max_steps=25") if not w.startswith("evaluation")]
     assert main([*words, "evaluation.n_episodes=2", "evaluation.n_videos=1", "train.rollout_every=20",
-                 "train.rollout_episodes=1", "train.tensorboard=true"]) == 0  # fmt: skip
+                 "train.rollout_episodes=1", "train.tensorboard=true", "task.env.max_steps=60"]) == 0  # fmt: skip
     rows = lines(output)
     logged = [row["step"] for row in rows if "loss" in row]
     assert logged == [10, 20, 25]
