@@ -28,7 +28,7 @@ from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 TO, TA, HORIZON = 2, 4, 8
 
 
-def save_bundle(path: Path, *, encoder: Mapping[str, Any] = TINY["encoder"], **changes: Any) -> Path:
+def save_bundle(path: Path, *, encoder: Mapping[str, Any] | None = None, **changes: Any) -> Path:
     """A tiny policy with random weights, on PushT's states; `changes` go to its specification."""
     corners = np.array([[200.0, 200.0, 200.0, 200.0, -3.0], [300.0, 300.0, 300.0, 300.0, 3.0]])
     values: dict[str, Any] = {
@@ -43,7 +43,7 @@ def save_bundle(path: Path, *, encoder: Mapping[str, Any] = TINY["encoder"], **c
         "normalizer": {"state": fit(corners), "action": fit(corners[:, :2])},
     }
     torch.manual_seed(0)
-    config = TINY | {"features": {}, "encoder": dict(encoder)}
+    config = TINY | {"features": {}, "encoder": encoder or TINY["encoder"]}
     bundles.save(path, build_policy(config, PolicySpec(**values | changes)), {"policy": config})
     return path
 

@@ -50,9 +50,10 @@ class Forked:
         env: Mapping[str, str] | None = None,
         start_new_session: bool = False,
     ) -> None:
-        self.args, self.returncode = [str(word) for word in words], None
-        environment = dict(os.environ if env is None else env)
-        asked = {"words": self.args, "cwd": str(cwd or Path.cwd()), "env": environment, "session": start_new_session}
+        self.args = [str(word) for word in words]
+        self.returncode: int | None = None
+        asked: dict[str, Any] = {"words": self.args, "cwd": str(cwd or Path.cwd()), "session": start_new_session}
+        asked["env"] = dict(os.environ if env is None else env)
         self._status, status = socket.socketpair()
         with contextlib.ExitStack() as handed_over:  # and closed here
             handed_over.enter_context(status)
@@ -60,7 +61,13 @@ class Forked:
             self.stdout, out = _end(stdout, 1, handed_over)
             self.stderr, err = (None, out) if stderr == subprocess.STDOUT else _end(stderr, 2, handed_over)
             _send(asked, [status.fileno(), into, out, err])
-        self.pid = int.from_bytes(self._status.recv(4, socket.MSG_WAITALL), "little")
+        self.pid = self._told()
+
+    def _told(self) -> int:
+        number = self._status.recv(4, socket.MSG_WAITALL)
+        if len(number) < 4:
+            raise ChildProcessError("the process that others are forked off has ended")
+        return int.from_bytes(number, "little")
 
     def poll(self) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -71,9 +78,7 @@ class Forked:
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            self.returncode = os.waitstatus_to_exitcode(
-                int.from_bytes(self._status.recv(4, socket.MSG_WAITALL), "little")
-            )
+            self.returncode = os.waitstatus_to_exitcode(self._told())
             self._status.close()
         return self.returncode
 
