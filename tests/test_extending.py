@@ -6,12 +6,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 
 from action_diffusion import registry
@@ -62,8 +62,7 @@ def command(folder: Path, *words: str, path: str = "", **variables: str) -> subp
     """`action-diffusion …` in a process of its own, as a user runs it."""
     environment = {key: value for key, value in os.environ.items() if key != "ACTION_DIFFUSION_PLUGINS"}
     environment |= ({"PYTHONPATH": path} if path else {}) | variables
-    call = [sys.executable, "-m", "action_diffusion", *words]
-    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)
+    return processes.run("-m", "action_diffusion", *words, cwd=folder, env=environment)
 
 
 @pytest.fixture(scope="module")
