@@ -210,6 +210,7 @@ PROCESSES = Registry(
     {
         "diffusion": "action_diffusion.policy.diffusion.process:Diffusion",
         "flow": "action_diffusion.policy.diffusion.process:Flow",
+        "masked": "action_diffusion.policy.diffusion.masked:Masked",
         "mip": "action_diffusion.policy.diffusion.process:Mip",
     },
 )

@@ -123,6 +123,13 @@ class PlanarObjectFrame:
 
 
 @dataclass
+class Masked:
+    """`policy.process`, see `policy.diffusion.masked`."""
+
+    prediction: str = "sample"
+
+
+@dataclass
 class Mip:
     """`policy.process`, see `policy.process.Mip`."""
 
@@ -176,7 +183,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
     "encoder": {"observation": Encoder},
     "denoiser": {"unet1d": Unet1d},
     "estimator": {"planar_pose": PlanarPose},
-    "process": {"diffusion": Diffusion, "flow": Flow, "mip": Mip},
+    "process": {"diffusion": Diffusion, "flow": Flow, "masked": Masked, "mip": Mip},
     "objective": {
         "consistency": Consistency,
         "denoising": Denoising,
@@ -226,6 +233,7 @@ SCHEDULERS = {
         *("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"),
     ),
     "flow": ("shift", "stochastic_sampling"),
+    "masked": (),
     "mip": (),
 }
 """The options of each scheduler, beside what `policy.sampler.Sampler` takes for all of them."""
