@@ -53,8 +53,8 @@ class Unet1d:
 class DiT:
     """`policy.denoiser`, see `policy.dit.DiffusionTransformer`."""
 
-    width: Annotated[int, Between(4, 8192)] = 128
-    layers: Annotated[int, Between(1, 64)] = 4
+    width: Annotated[int, Between(4, 8192)] = 96
+    layers: Annotated[int, Between(1, 64)] = 3
     heads: Annotated[int, Between(1, 256)] = 4
 
 

@@ -58,8 +58,8 @@ class DiffusionTransformer(Denoiser):
         condition_dim: int,
         marked: bool = False,
         two_times: bool = False,
-        width: int = 128,
-        layers: int = 4,
+        width: int = 96,
+        layers: int = 3,
         heads: int = 4,
     ):
         super().__init__()

@@ -10,6 +10,9 @@ step is given.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -84,8 +87,8 @@ class TransformerDenoiser(Denoiser):
         horizon: int = 16,
         marked: bool = False,
         two_times: bool = False,
-        width: int = 128,
-        layers: int = 4,
+        width: int = 96,
+        layers: int = 3,
         heads: int = 4,
         causal: bool = True,
         dropout: float = 0.0,
@@ -132,7 +135,8 @@ class TransformerDenoiser(Denoiser):
     def _keys_and_values(self, tokens: Tensor) -> Tensor:
         """tokens [N, S, D] → [N, S · layers · 2 D]."""
         memory = self.encoder(tokens)
-        return torch.cat([layer.multihead_attn.key_value(memory) for layer in self.decoder], dim=-1).flatten(1)
+        layers = cast(Iterable[DecoderLayer], self.decoder)
+        return torch.cat([layer.multihead_attn.key_value(memory) for layer in layers], dim=-1).flatten(1)
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         """x [B, H, A] (A + 1: `marked`), film [B, F] (of `Film.at`, in training the sum of its parts) → [B, H, A]."""
