@@ -189,7 +189,15 @@ def _entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:
 _POLICY, _DEPLOY = "action_diffusion.policy.model", "action_diffusion.deploy"
 
 ENCODERS = Registry("encoder", "encoders", {"observation": f"{_POLICY}.encoder:ObservationEncoder"})
-DENOISERS = Registry("denoiser", "denoisers", {"unet1d": f"{_POLICY}.unet:ConditionalUnet1d"})
+DENOISERS = Registry(
+    "denoiser",
+    "denoisers",
+    {
+        "dit": f"{_POLICY}.dit:DiffusionTransformer",
+        "transformer": f"{_POLICY}.transformer:TransformerDenoiser",
+        "unet1d": f"{_POLICY}.unet:ConditionalUnet1d",
+    },
+)
 ESTIMATORS = Registry("estimator", "estimators", {"planar_pose": f"{_POLICY}.estimator:PlanarPose"})
 OBJECTIVES = Registry(
     "objective",

@@ -170,7 +170,8 @@ class DiffusionPolicy(nn.Module):
     ) -> Tensor:
         """The training loss, a scalar. action [B, H, A] in the data's units; mask [B, H], False where padded.
 
-        `generator` draws crops, times and noise: the loss is a function of the weights, the batch and its state.
+        `generator` draws crops, times and noise: the loss is a function of the weights, the batch and its state (and of
+        torch's own random numbers where a network has dropout).
         With an estimator, `obs` holds the recorded state as well, and its loss is added.
         """
         seen = self.see(obs, generator)

@@ -50,6 +50,23 @@ class Unet1d:
 
 
 @dataclass
+class DiT:
+    """`policy.denoiser`, see `policy.dit.DiffusionTransformer`."""
+
+    width: Annotated[int, Between(4, 8192)] = 96
+    layers: Annotated[int, Between(1, 64)] = 3
+    heads: Annotated[int, Between(1, 256)] = 4
+
+
+@dataclass
+class Transformer(DiT):
+    """`policy.denoiser`, see `policy.transformer.TransformerDenoiser`."""
+
+    causal: bool = True
+    dropout: Annotated[float, Between(0, below=1)] = 0.0
+
+
+@dataclass
 class PlanarPose:
     """`policy.estimator`, see `policy.estimator.PlanarPose`."""
 
@@ -181,7 +198,7 @@ class Consistency(FlowMap):
 
 COMPONENTS: dict[str, dict[str, type]] = {
     "encoder": {"observation": Encoder},
-    "denoiser": {"unet1d": Unet1d},
+    "denoiser": {"dit": DiT, "transformer": Transformer, "unet1d": Unet1d},
     "estimator": {"planar_pose": PlanarPose},
     "process": {"diffusion": Diffusion, "flow": Flow, "masked": Masked, "mip": Mip},
     "objective": {
