@@ -296,14 +296,14 @@ class Policy:
 
 FAMILIES = {"consistency": "flow", "flow_map": "flow", "mean_flow": "flow", "mip": "mip", "shortcut": "flow"}
 """Objectives that are for one kind of process."""
-PREDICTED = {"flow": "velocity", "mip": "sample"}
+PREDICTED = {"flow": ("velocity", "sample"), "mip": ("sample",)}
 
 
 def check_process(objective: str, family: str, found: str, prediction: str) -> None:
     """`InputError` where an objective that is for the processes of `family` is to learn from another one."""
-    if (found, prediction) != (family, PREDICTED[family]):
+    if found != family or prediction not in PREDICTED[family]:
         raise InputError(
-            f"policy.objective: {objective} needs a {family} process that predicts the {PREDICTED[family]}, and "
+            f"policy.objective: {objective} needs a {family} process that predicts the {PREDICTED[family][0]}, and "
             f"policy.process is a {found} process that predicts the {prediction}: use scheduler={family}"
         )
 

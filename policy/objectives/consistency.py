@@ -69,7 +69,7 @@ class Consistency(TwoTimes):
         rows: Tensor,
         generator: torch.Generator | None,
         teacher: Network | None,
-    ) -> Pair:
+    ) -> tuple[Tensor, Pair]:
         assert teacher is not None
         s, m, r = self._times(len(rows), generator, x0.device)
         x = noisy(x0, eps, s)
@@ -78,7 +78,7 @@ class Consistency(TwoTimes):
             rest = network(middle, told(m, r), rows)
             end = middle + (m - r).view(-1, 1, 1) * rest
             target = (end - x) / (s - r).view(-1, 1, 1)
-        return Pair(network(x, told(s, r), rows), target, rows)
+        return s, Pair(network(x, told(s, r), rows), target, rows)
 
     def _times(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """s > r and s > m ≥ r, multiples of 1 / bins, [n] each."""

@@ -81,6 +81,32 @@ def test_an_exact_flow_agrees_with_itself(objective: Shortcut | FlowMap) -> None
         torch.testing.assert_close(taught.output, taught.target, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("objective", [Shortcut(), FlowMap(), MeanFlow(), Consistency()])
+def test_by_the_clean_chunk_the_same_is_taught(objective: Objective) -> None:
+    """F = x + s u is another way to say u: errors of F are s times those of u."""
+    network, x0 = Exact(), SPREAD * torch.randn(2000, 2, 1, dtype=torch.float64)
+
+    def clean(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        both = torch.stack([times, times], dim=1) if times.ndim == 1 else times
+        return x + both[:, 0].view(-1, 1, 1) / 100 * 1.1 * network(x, both, rows)
+
+    def velocity(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        return 1.1 * network(x, torch.stack([times, times], dim=1) if times.ndim == 1 else times, rows)
+
+    found = []
+    for prediction, said in (("velocity", velocity), ("sample", clean)):
+        taught = {"teacher": said} if objective.taught else {}
+        generator = torch.Generator().manual_seed(0)
+        found.append(list(objective.pairs(said, Flow(prediction=prediction), x0, generator, **taught)))
+    for by_velocity, by_sample in zip(*found, strict=True):
+        error, scaled = (pair.output - pair.target for pair in (by_velocity, by_sample))
+        share = (scaled / error).flatten(1)
+        clear = error.abs().flatten(1).amin(dim=1) > 1e-3
+        assert clear.any()
+        torch.testing.assert_close(share[clear, 0], share[clear, 1], rtol=1e-3, atol=1e-3)
+        assert ((share[clear] > 0) & (share[clear] < 1.001)).all()
+
+
 @pytest.mark.parametrize("objective", [Shortcut(distilled=0.25), FlowMap(distilled=0.25), MeanFlow(distilled=0.25)])
 def test_what_is_taught_by_data_and_by_itself(objective: Objective) -> None:
     """Both are right in the mean: no multiple of x would be nearer to the target than the exact flow."""
@@ -198,11 +224,7 @@ def test_they_learn_are_saved_and_run_by_the_same_code(changes, tmp_path) -> Non
 
 @pytest.mark.parametrize(
     ("objective", "process"),
-    [
-        (objective, process)
-        for objective in (Shortcut, FlowMap, MeanFlow)
-        for process in (Diffusion(), Flow(prediction="sample"), Mip())
-    ],
+    [(objective, process) for objective in (Shortcut, FlowMap, MeanFlow) for process in (Diffusion(), Mip())],
 )
 def test_flow_maps_are_of_flows(objective: type[Shortcut], process: Diffusion) -> None:
     with pytest.raises(InputError, match=rf"{objective.__name__} needs a flow process.*use scheduler=flow"):
