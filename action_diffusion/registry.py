@@ -202,7 +202,7 @@ OBJECTIVES = Registry(
         "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
     },
 )
-EXTENSIONS = Registry("extension", "extensions", {})
+EXTENSIONS = Registry("extension", "extensions", {"cache": "action_diffusion.policy.extensions.cache:Cache"})
 PROCESSES = Registry(
     "process",
     "processes",

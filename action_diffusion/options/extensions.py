@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from action_diffusion.options.train import Data
 from action_diffusion.options.words import Device, Plugins, Seed
-from action_diffusion.schema import FilePath
+from action_diffusion.schema import Above, FilePath
 
 
 @dataclass(kw_only=True)
@@ -20,5 +21,14 @@ class Fit:
     plugins: Plugins = None
 
 
-FITS: dict[str, type[Fit]] = {}
+@dataclass(kw_only=True)
+class Cache(Fit):
+    """Asks the network less often: goes on with its last output where that is predicted to be harmless. At most a share
+    alpha of chunks ends further than tolerance from what they would be, in the data's units, at any executed step."""
+
+    tolerance: Annotated[float, Above(0, 1e9)]
+    alpha: Annotated[float, Above(0, 0.5)] = 0.1
+
+
+FITS: dict[str, type[Fit]] = {"cache": Cache}
 """By the names of the extensions."""
