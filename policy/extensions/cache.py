@@ -49,9 +49,9 @@ from action_diffusion.policy.sample import Encoded
 
 QUANTILE = 0.8
 """Of the deviation for a change: what is beyond it, the conformal scale makes up for."""
-MOST_FITTED, MOST_CALIBRATED, EVALUATIONS = 512, 1024, 50_000
-"""Windows of demonstrations; evaluations of the network that sensitivities may take."""
-LADDER = np.array([0.0, *2.0 ** np.arange(-5.0, 5.01, 0.5)])
+MOST_FITTED, MOST_CALIBRATED, EVALUATIONS, LEAST_FITTED = 512, 512, 25_000, 16
+"""Windows of demonstrations; evaluations of the network that sensitivities may take, from so many windows at least."""
+LADDER = np.array([0.0, *2.0 ** np.arange(-4.0, 4.01, 0.5)])
 """Budgets that are tried, over the tolerance. With the first nothing is reused."""
 BATCH = 128
 """Windows at a time; rows are a multiple."""
@@ -198,7 +198,7 @@ class Cache(Extension):
         windows = drawn(train, MOST_FITTED, seed)
         estimates = recorded(policy, train, windows, seed)
         arrays = fitted_to(estimates, Distance(policy))
-        n = max(1, EVALUATIONS // policy.sampler.num_inference_steps**2)
+        n = max(LEAST_FITTED, EVALUATIONS // policy.sampler.num_inference_steps**2)
         arrays["sensitivity"] = sensitivities(policy, train, windows[:n], seed)
         arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
         prediction = Prediction.of(arrays, policy.sampler.num_inference_steps)

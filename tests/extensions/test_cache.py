@@ -21,6 +21,7 @@ from action_diffusion.policy.model.denoiser import Denoiser, Film
 
 STEPS = 10
 SAMPLER = {"scheduler": "ddim", "num_inference_steps": STEPS}
+X0 = {"name": "diffusion", "prediction": "sample"}
 OPTIONS = {"tolerance": 2.0, "alpha": 0.2, "seed": 0}
 
 
@@ -75,9 +76,7 @@ class Linear(Denoiser):
 
 
 def test_for_a_linear_denoiser_the_predicted_deviation_is_exact():
-    policy = tiny_policy(
-        demonstrations(), sampler={**SAMPLER, "clip": None}, process={"name": "diffusion", "prediction": "sample"}
-    )
+    policy = made(sampler={**SAMPLER, "clip": None})
     policy.denoiser = Linear()
     windows, train = np.arange(16), source(demonstrations(), np.arange(4))
     arrays = cache.fitted_to(cache.recorded(policy, train, windows, 0), cache.Distance(policy))
@@ -176,7 +175,7 @@ def test_the_network_is_asked_for_no_more_rows_than_it_says(fitted):
     assert sum(counted) == hook.evaluations.sum() < 6 * STEPS
 
 
-def test_with_hardly_any_tolerance_every_step_is_evaluated_and_nothing_changes(tmp_path):
+def test_with_hardly_any_tolerance_every_step_is_evaluated_and_nothing_changes():
     buffer, policy = demonstrations(), made()
     parts = source(buffer, np.arange(4)), source(buffer, np.arange(4, 6))
     found = Cache.fit(policy, *parts, OPTIONS | {"tolerance": 1e-6})
@@ -198,8 +197,8 @@ def test_a_larger_tolerance_takes_fewer_evaluations_and_keeps_to_alpha():
 
 @pytest.mark.parametrize(("alpha", "rung"), [(0.1, 0), (0.2, 1), (0.3, 2), (0.5, 4)])
 def test_the_conformal_budget_of_a_known_sample(alpha, rung):
-    """Nine chunks of which the l-th is beyond from the l-th budget on: l + 1 of ten may be. One comes back: it counts."""
-    moved = np.array([[2.0 if budget > chunk else 0.5 for budget in range(10)] for chunk in range(9)])
+    """Of nine chunks the n-th is beyond after n budgets, so rung l has l beyond. One is not beyond later: it counts."""
+    moved = np.where(np.arange(10) > np.arange(9)[:, None], 2.0, 0.5)
     moved[0, 2:] = 0.5
     assert conformal(moved, 1.0, alpha) == rung
 
@@ -267,7 +266,7 @@ def test_it_is_fitted_by_the_command_and_acts_in_the_bundle(tmp_path, capsys):
     buffer = demonstrations()
     buffer.save(tmp_path / "data.zarr")
     policy, path = made(), tmp_path / "bundle"
-    config = {"policy": TINY | {"sampler": SAMPLER, "process": {"name": "diffusion", "prediction": "sample"}}}
+    config = {"policy": TINY | {"sampler": SAMPLER, "process": X0}}
     bundles.save(path, policy, config | {"data": str(tmp_path / "data.zarr"), "dataset": {"memory_gb": None}})
     assert main(["fit", "cache", f"bundle={path}", "tolerance=2", "alpha=0.2", "device=cpu"]) == 0
     assert "evaluations: " in capsys.readouterr().out
