@@ -40,7 +40,6 @@ from torch import Tensor
 
 from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
-from action_diffusion.policy import kernels
 from action_diffusion.policy.diffusion.process import Process, Step
 from action_diffusion.policy.diffusion.sampler import DenoiserCall, Hook, StepState
 from action_diffusion.policy.extensions.extension import Extension, Fitted, check_sampler, sampler_words
@@ -194,7 +193,6 @@ class Cache(Extension):
                 f"cache: {len(held_out)} held-out windows are too few to calibrate alpha={alpha} on, which takes "
                 f"{math.ceil(1 / alpha) - 1} at least: give more of them by data="
             )
-        kernels.accelerate(policy, precision="fp32")
         windows = drawn(train, MOST_FITTED, seed)
         estimates = recorded(policy, train, windows, seed)
         arrays = fitted_to(estimates, Distance(policy))

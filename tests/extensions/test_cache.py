@@ -8,6 +8,7 @@ import torch
 from tiny import TINY, demonstrations, tiny_policy
 
 from action_diffusion.cli import main
+from action_diffusion.configuration import load
 from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.errors import InputError
@@ -68,8 +69,12 @@ def fixed(*steps: int) -> Prediction:
 class Linear(Denoiser):
     """Says x0 = gain of the step · x."""
 
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(0.6))
+
     def prepare(self, condition, times):
-        return Film(0.2 + 0.6 * torch.cos(times)[:, None] ** 2, torch.zeros(len(condition), 1))
+        return Film(0.2 + self.gain * torch.cos(times)[:, None] ** 2, torch.zeros(len(condition), 1))
 
     def forward(self, x, film):
         return film[:, :, None] * x
@@ -258,7 +263,7 @@ def test_what_is_damaged_is_named(fitted, damage):
 def test_too_few_held_out_windows_are_named():
     buffer, policy = demonstrations(6, length=6), made()
     parts = source(buffer, np.arange(5)), source(buffer, np.arange(5, 6))
-    with pytest.raises(InputError, match=r"2 held-out windows are too few.*alpha=0\.2.*4 at least"):
+    with pytest.raises(InputError, match=r"3 held-out windows are too few.*alpha=0\.2.*4 at least"):
         Cache.fit(policy, *parts, OPTIONS)
 
 
@@ -266,8 +271,8 @@ def test_it_is_fitted_by_the_command_and_acts_in_the_bundle(tmp_path, capsys):
     buffer = demonstrations()
     buffer.save(tmp_path / "data.zarr")
     policy, path = made(), tmp_path / "bundle"
-    config = {"policy": TINY | {"sampler": SAMPLER, "process": X0}}
-    bundles.save(path, policy, config | {"data": str(tmp_path / "data.zarr"), "dataset": {"memory_gb": None}})
+    config = load("train", ["task=pusht_state_generic", f"data={tmp_path / 'data.zarr'}"])
+    bundles.save(path, policy, config | {"policy": TINY | {"sampler": SAMPLER, "process": X0}})
     assert main(["fit", "cache", f"bundle={path}", "tolerance=2", "alpha=0.2", "device=cpu"]) == 0
     assert "evaluations: " in capsys.readouterr().out
     assert read(path, "cache").options["tolerance"] == 2.0
