@@ -53,7 +53,7 @@ MOST_FITTED, MOST_CALIBRATED, EVALUATIONS, LEAST_FITTED = 512, 512, 25_000, 16
 LADDER = np.array([0.0, *2.0 ** np.arange(-4.0, 4.01, 0.5)])
 """Budgets that are tried, over the tolerance. With the first nothing is reused."""
 BATCH = 128
-"""Windows at a time; rows are a multiple."""
+"""Rows at a time."""
 LEAST = 1e-9
 """Of what is divided by."""
 
@@ -113,7 +113,7 @@ class Reuse(Hook):
                 return denoise(x, step, rows)
             output = said(self._process, self._raw, x, step)
             if len(self._asked):
-                picked = torch.from_numpy(self._asked).to(x.device)
+                picked = torch.from_numpy(repeated(self._asked, len(x))).to(x.device)
                 output[picked] = denoise(x[picked], step, picked)
             return output
 
@@ -132,6 +132,11 @@ class Reuse(Hook):
             lasts = (ahead < self._budgets[asked, None]).sum(axis=1)
             self._next[asked], self._last[asked] = state.k + 1 + lasts, state.k
         return state.x0_hat
+
+
+def repeated(rows: np.ndarray, most: int) -> np.ndarray:
+    """Rows [R], some twice, so that there are a power of two, at most all: kernels are laid out for each number."""
+    return np.resize(rows, min(1 << (len(rows) - 1).bit_length(), most))
 
 
 def said(process: Process, x0: Tensor, x: Tensor, step: Step) -> Tensor:
@@ -243,7 +248,7 @@ def _sampled(
     policy: DiffusionPolicy, source: BatchSource, windows: np.ndarray, seed: int, n_samples: int, hook: Hook
 ) -> Iterator[Tensor]:
     """Executed steps of n chunks of each window, of the same noise, in the data's units: [B, n, Ta, A] a batch."""
-    size = max(1, BATCH * 8 // n_samples)
+    size = max(1, BATCH // n_samples)
     for start in range(0, len(windows), size):
         some = windows[start : start + size]
         sample = policy.sample(
