@@ -211,7 +211,14 @@ OBJECTIVES = Registry(
         "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
     },
 )
-EXTENSIONS = Registry("extension", "extensions", {"tokens": "action_diffusion.policy.extensions.tokens:Tokens"})
+EXTENSIONS = Registry(
+    "extension",
+    "extensions",
+    {
+        name: f"action_diffusion.policy.extensions.{name}:{name.capitalize()}"
+        for name in ("cache", "constraint", "guard", "tokens")
+    },
+)
 PROCESSES = Registry(
     "process",
     "processes",

@@ -29,7 +29,7 @@ OWN_SHARE = 0.2
 def fit(name: str, config: Fit) -> dict[str, Any]:
     """Fit the extension `name`; returns what there is to say of it, by name. Raises `InputError`."""
     path = Path(config.bundle)
-    policy = bundles.load(path, str(config.device))
+    policy = bundles.load(path, str(config.device), precision="fp32")  # as `evaluate` does
     train, held_out, words = demonstrations(policy, path, config)
     own = {field.name for field in fields(Fit)} - {"seed"}
     options = {key: value for key, value in vars(config).items() if key not in own}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from action_diffusion.options.train import Data
-from action_diffusion.options.words import MOST_STEPS, Device, Plugins, Seed, Share
-from action_diffusion.schema import Above, Between, FilePath
+from action_diffusion.options.words import MOST_STEPS, Column, Device, Finite, Plugins, Seed, Share
+from action_diffusion.schema import Above, Between, FilePath, Sized
+
+Numbers = Annotated[list[Finite], Sized(1, 4096)]
+PlaceColumns = Annotated[list[Column], Sized(2, 3)]
 
 
 @dataclass(kw_only=True)
@@ -19,6 +22,44 @@ class Fit:
     seed: Seed = 0
     device: Device = "auto"
     plugins: Plugins = None
+
+
+@dataclass(kw_only=True)
+class Cache(Fit):
+    """Asks the network less often: goes on with its last output where that is predicted to be harmless. At most a share
+    alpha of chunks ends further than tolerance from what they would be, in the data's units, at any executed step."""
+
+    tolerance: Annotated[float, Above(0, 1e9)]
+    alpha: Annotated[float, Above(0, 0.5)] = 0.1
+
+
+@dataclass(kw_only=True)
+class Constraint(Fit):
+    """Keeps chunks out of discs ([x,y,radius]) and boxes ([x0,y0,x1,y1]), between low and high (a number each action
+    value), below speed (unit/s): of the action's columns that are a place. position: the observation that says where
+    the arm is, which may be up to lead (s) behind its commands. margin: how far it strays from their path."""
+
+    discs: Annotated[list[Numbers], Sized(0, 100)] = field(default_factory=list)
+    boxes: Annotated[list[Numbers], Sized(0, 100)] = field(default_factory=list)
+    low: Numbers | None = None
+    high: Numbers | None = None
+    speed: Annotated[float, Above(0, 1e9)] | None = None
+    lead: Annotated[float, Between(0, 10)] = 0.0
+    margin: Annotated[float, Between(0, 1e9)] = 0.0
+    columns: PlaceColumns = field(default_factory=lambda: [0, 1])
+    position: str | None = None
+    position_columns: PlaceColumns = field(default_factory=lambda: [0, 1])
+
+
+@dataclass(kw_only=True)
+class Guard(Fit):
+    """How unusual an observation and a chunk are. quantile: of held-out demonstrations, above which one of them is
+    unusual. episodes: share of held-out episodes that raise no alarm. sigmas: noise levels of the chunk's score, a row
+    of a denoising step each."""
+
+    quantile: Annotated[float, Between(0.5, 0.9999)] = 0.99
+    episodes: Annotated[float, Between(0.5, 0.9999)] = 0.95
+    sigmas: Annotated[list[Annotated[float, Between(0.01, 100)]], Sized(1, 16)] = field(default_factory=lambda: [0.1])
 
 
 @dataclass(kw_only=True)
@@ -34,5 +75,5 @@ class Tokens(Fit):
     confidence: Share = 0.5
 
 
-FITS: dict[str, type[Fit]] = {"tokens": Tokens}
+FITS: dict[str, type[Fit]] = {"cache": Cache, "constraint": Constraint, "guard": Guard, "tokens": Tokens}
 """By the names of the extensions."""

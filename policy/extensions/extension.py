@@ -30,6 +30,7 @@ from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import extension_file, require_extensions
 from action_diffusion.policy.sample import Encoded
 from action_diffusion.registry import EXTENSIONS
+from action_diffusion.schema import shown
 
 MOST_BYTES = 256 * 2**20
 """Of a fitted file."""
@@ -85,15 +86,22 @@ class Extension:
 def sampler_words(policy: DiffusionPolicy) -> dict[str, Any]:
     """How a policy samples, for extensions that are fitted to it: to store in `Fitted.options["sampler"]`."""
     sampler = policy.sampler
-    return {"scheduler": sampler.scheduler, "num_inference_steps": sampler.num_inference_steps}
+    options = {name: value for name, value in sampler.options.items() if value is not None}
+    words = {"scheduler": sampler.scheduler, "num_inference_steps": sampler.num_inference_steps, **options}
+    return {**words, "clip": sampler.clip, "clip_range": sampler.clip_range}
 
 
 def check_sampler(name: str, policy: DiffusionPolicy, fitted: Fitted) -> None:
-    """`InputError` where `fitted` is for another scheduler or number of steps than the policy samples with."""
+    """`InputError` where `fitted` is for another scheduler, number of steps or option than the policy samples with."""
     was, now = fitted.options.get("sampler"), sampler_words(policy)
-    if was != now:
-        shown = ["?" if words is None else " ".join(str(word) for word in words.values()) for words in (was, now)]
-        raise InputError(f"extension {name} was fitted to {shown[0]} steps, and the policy samples with {shown[1]}")
+    if not isinstance(was, dict):
+        raise InputError(f"extension {name}: it is not said which sampler it was fitted to")
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key):
+            raise InputError(
+                f"extension {name} was fitted to sampler.{key}={shown(was.get(key))}, and the policy samples with "
+                f"{shown(now.get(key))}"
+            )
 
 
 def attach(policy: DiffusionPolicy, bundle: Path, names: Iterable[str]) -> None:
