@@ -202,7 +202,7 @@ OBJECTIVES = Registry(
         "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
     },
 )
-EXTENSIONS = Registry("extension", "extensions", {})
+EXTENSIONS = Registry("extension", "extensions", {"guard": "action_diffusion.policy.extensions.guard:Guard"})
 PROCESSES = Registry(
     "process",
     "processes",

@@ -1,0 +1,212 @@
+"""How unusual an observation and a chunk are, beside what was demonstrated: scores, and thresholds for them.
+
+    condition ─▶ distance to the nearest demonstrated one ──────────▶ / threshold ─▶ guard.observation ┐
+    condition, chunk + σ n ─▶ denoiser ─▶ x̂0 ─▶ distance to chunk ──▶ / threshold ─▶ guard.chunk       ┴▶ guard.level
+
+The chunk's score is its denoising error (DOSER: a diffusion model tells what is out of its distribution by how far it
+moves it), on a fixed grid of L noise levels and with fixed noise n, so that it is a function of observation and chunk:
+
+    s(a | o)² = 1/L Σ_l mean ‖D(a_l a + b_l n_l, t_l; o) − a‖² / σ_l²,      σ_l = b_l / a_l
+
+in normalised units. All levels are rows of one evaluation, which on a GPU costs what one row does; on a CPU each costs
+a denoising step, and the least noise alone tells as much as several levels: it is what there is by default.
+
+A chunk that the policy made itself is seldom unusual to it. In a deployment the observation says more: its score is the
+distance of its condition [C], each value over its standard deviation, to the nearest of up to `MOST_CONDITIONS` that
+were trained on. (A diffusion model of conditions tells about as much and has to be trained; the policy's own denoising
+error hardly notices a block that has jumped.)
+
+Thresholds are quantiles of either score in held-out demonstrations. One observation above them means little: a quantile
+of 0.99 lets one of a hundred demonstrated ones pass for unusual. So `guard.level` is scaled by what held-out episodes
+reach and keep for `IN_A_ROW` chunks, and a level above 1 for as many (`Watch`) is more than they did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from action_diffusion.datasets.batches.loader import Batch, BatchSource
+from action_diffusion.datasets.batches.windows import Windows
+from action_diffusion.errors import InputError
+from action_diffusion.policy.diffusion.process import Process, Step
+from action_diffusion.policy.extensions.extension import Extension, Fitted
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.sample import Encoded, Prefix
+
+MOST_CONDITIONS, MOST_WINDOWS = 4096, 8192
+"""To compare with, and to calibrate on."""
+LEAST_SCALE = 1e-2
+"""Of the standard deviation of a condition's value, so that one that hardly ever changed does not decide alone."""
+IN_A_ROW = 3
+THRESHOLDS = ("chunk", "observation", "level")
+BATCH = 128
+
+
+class Guard(Extension):
+    """Notes of each chunk, float32 [B]: guard.observation and guard.chunk, over their thresholds; guard.level, the
+    larger of the two over what held-out episodes keep up.
+
+    It leaves the chunks as they are.
+    """
+
+    def __init__(self, policy: DiffusionPolicy, fitted: Fitted) -> None:
+        super().__init__(policy, fitted)
+        _check(policy, fitted)
+        on = {name: torch.from_numpy(np.array(value)).to(policy.device) for name, value in fitted.arrays.items()}
+        self._scale, self._noise = on["scale"], on["noise"]
+        self._conditions = on["conditions"] / self._scale
+        self._squares = self._conditions.square().sum(dim=1)
+        self._grid = [Step(index, *level) for index, level in enumerate(fitted.arrays["grid"].tolist())]
+        times = [[step.time, 0.0] if policy.sampler.two_times else step.time for step in self._grid]
+        with torch.no_grad():
+            self._times = torch.tensor(times, device=policy.device)
+            self._steps = policy.denoiser.prepare(self._scale[None], self._times).steps
+        self.thresholds = dict(zip(THRESHOLDS, fitted.arrays["thresholds"].tolist(), strict=True))
+
+    @classmethod
+    def fit(
+        cls, policy: DiffusionPolicy, train: BatchSource, held_out: BatchSource, options: Mapping[str, Any]
+    ) -> Fitted:
+        """See `Extension`. options: sigmas, quantile, episodes, seed."""
+        random = np.random.default_rng(options["seed"])
+        known = random.choice(len(train), min(MOST_CONDITIONS, len(train)), replace=False)
+        conditions = torch.cat([policy.see(batch.obs).condition for batch in _batches(train, np.sort(known))])
+        noise = torch.randn(
+            len(options["sigmas"]),
+            policy.spec.horizon,
+            *policy.spec.action.shape,
+            generator=torch.Generator().manual_seed(options["seed"]),
+        )
+        arrays = {
+            "conditions": conditions.float().cpu().numpy(),
+            "scale": conditions.float().std(dim=0).clamp_min(LEAST_SCALE).cpu().numpy(),
+            "noise": noise.numpy(),
+            "grid": grid(policy.process, options["sigmas"]),
+            "thresholds": np.ones(3, np.float32),
+        }
+        episodes = _episodes(held_out.windows, random)
+        observation, chunk = cls(policy, Fitted({}, arrays)).scores(held_out, np.concatenate(episodes))
+        thresholds = [reached(chunk, options["quantile"]), reached(observation, options["quantile"])]
+        ratios = np.maximum(chunk / thresholds[0], observation / thresholds[1])
+        ends = np.cumsum([len(episode) for episode in episodes])[:-1]
+        of_episodes = [kept_up(ratio[:: policy.spec.n_action_steps]) for ratio in np.split(ratios, ends)]
+        thresholds.append(max(1.0, reached(np.array(of_episodes), options["episodes"])))
+        if not np.isfinite(thresholds).all() or min(thresholds) <= 0:
+            raise InputError(f"guard: thresholds of {thresholds} come of these demonstrations, expected above 0")
+        arrays["thresholds"] = np.array(thresholds, np.float32)
+        found = {name: round(value, 6) for name, value in zip(THRESHOLDS, thresholds, strict=True)}
+        return Fitted({**options, **found, "windows": len(ratios), "held_out_episodes": len(episodes)}, arrays)
+
+    @torch.no_grad()
+    def scores(self, source: BatchSource, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of demonstrated windows [W]: the observations' scores, and those of their chunks, [W] each."""
+        observation, chunk = [], []
+        for batch in _batches(source, indices):
+            seen = self.policy.see(batch.obs)
+            observation.append(self.observation_score(seen.condition))
+            chunk.append(self.chunk_score(seen.condition, self.policy.normalize_action(batch.action, seen.obs)))
+        return torch.cat(observation).cpu().numpy(), torch.cat(chunk).cpu().numpy()
+
+    def observation_score(self, condition: Tensor) -> Tensor:
+        """[B, C] → [B]: to the nearest condition that was trained on, in standard deviations."""
+        x = condition / self._scale
+        squares = torch.addmm(self._squares, x, self._conditions.T, alpha=-2.0) + x.square().sum(dim=1, keepdim=True)
+        return squares.amin(dim=1).clamp_min(0.0).sqrt()
+
+    def chunk_score(self, condition: Tensor, normalized: Tensor) -> Tensor:
+        """Of chunks [B, H, A], normalised, for conditions [B, C] → [B]: the denoising error, see above."""
+        policy, b = self.policy, len(normalized)
+        film = policy.denoiser.prepare(condition, self._times[:0])  # what depends on the steps is known
+        rows = self._steps.repeat_interleave(b, dim=0) + film.condition.repeat(len(self._grid), 1)
+        x = torch.cat([step.a * normalized + step.b * n for step, n in zip(self._grid, self._noise, strict=True)])
+        prefix = Prefix.none(x) if policy.max_delay else None
+        output = policy.denoiser(x if prefix is None else prefix.mark(x), rows)
+        errors = [
+            (policy.process.x0_from_output(said, noisy, step) - normalized).square().mean(dim=(1, 2)) / step.sigma**2
+            for said, noisy, step in zip(output.split(b), x.split(b), self._grid, strict=True)
+        ]
+        return torch.stack(errors).mean(dim=0).sqrt()
+
+    @torch.no_grad()
+    def finish(self, seen: Encoded, normalized: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        observation = self.observation_score(seen.condition) / self.thresholds["observation"]
+        chunk = self.chunk_score(seen.condition, normalized) / self.thresholds["chunk"]
+        level = torch.maximum(observation, chunk) / self.thresholds["level"]
+        return normalized, {"guard.observation": observation, "guard.chunk": chunk, "guard.level": level}
+
+
+class Watch:
+    """Whether the levels of the last `IN_A_ROW` chunks of an episode were all above 1, or no numbers."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=IN_A_ROW)
+
+    def reset(self) -> None:
+        """An episode begins, or what was before no longer counts."""
+        self._last.clear()
+
+    def alarms(self, level: float) -> bool:
+        """With the level of the newest chunk."""
+        self._last.append(level)
+        return len(self._last) == IN_A_ROW and not any(value <= 1.0 for value in self._last)
+
+
+def kept_up(ratios: np.ndarray) -> float:
+    """What the chunks of an episode [n] reach and keep for `IN_A_ROW` of them; 0 for an episode of fewer."""
+    if len(ratios) < IN_A_ROW:
+        return 0.0
+    return float(np.lib.stride_tricks.sliding_window_view(ratios, IN_A_ROW).min(axis=1).max())
+
+
+def reached(scores: np.ndarray, quantile: float) -> float:
+    """What a new score of the kind exceeds with a probability of 1 − quantile at most: the ⌈(n + 1) quantile⌉-th of n
+    in order (split conformal prediction), or the largest where they are too few to say."""
+    rank = min(math.ceil((len(scores) + 1) * quantile), len(scores))
+    return float(np.sort(scores)[max(rank, 1) - 1])
+
+
+def grid(process: Process, sigmas: Sequence[float]) -> np.ndarray:
+    """The noise levels of a process nearest to `sigmas` [L], of those that it trains on: time, a, b, float32 [L, 3]."""
+    times = process.draw_times(4096, generator=torch.Generator().manual_seed(0), device=torch.device("cpu")).unique()
+    one = torch.ones(len(times), 1, 1)
+    a, b = process.add_noise(one, 0 * one, times).flatten(), process.add_noise(0 * one, one, times).flatten()
+    levels = torch.stack([times, a, b], dim=1)[(a > 0) & (b > 0)]
+    ratio = (levels[:, 2] / levels[:, 1]).log()
+    return torch.stack([levels[(ratio - math.log(sigma)).abs().argmin()] for sigma in sigmas]).float().numpy()
+
+
+@torch.no_grad()
+def _batches(source: BatchSource, indices: np.ndarray) -> Iterator[Batch]:
+    for begin in range(0, len(indices), BATCH):
+        yield source.gather(indices[begin : begin + BATCH])
+
+
+def _episodes(windows: Windows, random: np.random.Generator) -> list[np.ndarray]:
+    """Windows of whole episodes, one array each, in random order: all, or those of the first `MOST_WINDOWS`."""
+    firsts, begins = np.unique(windows.first, return_index=True)
+    every = np.split(np.arange(len(windows)), np.sort(begins)[1:])
+    order = random.permutation(len(firsts))
+    before = np.cumsum([0, *(len(every[index]) for index in order[:-1])])
+    return [every[index] for index, count in zip(order, before, strict=True) if count < MOST_WINDOWS]
+
+
+def _check(policy: DiffusionPolicy, fitted: Fitted) -> None:
+    """`InputError` for arrays that are not what `fit` stores."""
+    count, columns = len(fitted.arrays.get("grid", ())), np.shape(fitted.arrays.get("scale", 0))
+    chunk = (count, policy.spec.horizon, *policy.spec.action.shape)
+    expected = {"scale": columns[:1] or (1,), "noise": chunk, "grid": (count, 3), "thresholds": (3,)}
+    expected["conditions"] = (len(fitted.arrays.get("conditions", ())), *columns)
+    for name, shape in expected.items():
+        found = fitted.arrays.get(name)
+        if found is None or found.shape != shape or found.dtype != np.float32 or not found.size:
+            raise InputError(f"extension guard: no {name!r}, float32 {list(shape)}, in what was fitted")
+    for name in ("scale", "thresholds"):
+        if not (fitted.arrays[name] > 0).all():
+            raise InputError(f"extension guard: {name!r} must be above 0")
