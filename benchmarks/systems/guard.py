@@ -24,28 +24,24 @@ from action_diffusion.training.fitting import demonstrations, fit
 from benchmarks.systems import policies
 from benchmarks.systems.system import Measured, System
 
-STARTS, MOVED_AT = 50, 48
+STARTS, GONE_AT = 50, 48
 AWAY = 20.0
 """Pixels from every demonstrated place of the block."""
 ENDED = 1.0
 
 
-class Moved(PushT):
-    """PushT in which, after `MOVED_AT` steps of every other start, the block is moved to one of `places` [n, 2]."""
-
-    def __init__(self, *, places: np.ndarray, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._places = places
+class Gone(PushT):
+    """PushT in which, after `GONE_AT` steps of every other start, somebody takes the block off the table."""
 
     def reset(self, seed: int) -> None:
         super().reset(seed)
         self._start = seed
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
-        if self._steps == MOVED_AT and self._start % 2:
+        if self._steps == GONE_AT and self._start % 2:
             random, steps = np.random.default_rng(self._start), self._steps
             finger = self.observe(["agent_pos"])["agent_pos"]
-            self.restore(np.array([*finger, *random.choice(self._places), random.uniform(0, 2 * np.pi)]))
+            self.restore(np.array([*finger, *random.uniform([560, 0], [660, 512]), random.uniform(0, 2 * np.pi)]))
             self._steps = steps
         return super().step(action)
 
@@ -78,7 +74,7 @@ def measure(seed: int) -> Measured:
     batch = held_out.gather(random.choice(len(held_out), min(1000, len(held_out)), replace=False))
     places = untouched(train.values("state")[:, 2:4], random)
     chunk, observation, own = separated(guard, batch, places, random)
-    flagged, alone = deployed(policy, places, seed)
+    flagged, alone = deployed(policy, seed)
     separate = {"AUROC of chunks": chunk, "AUROC of observations": observation}
     measured = {**separate, **flagged, "denoising steps": cost(policy)}
     passed = (
@@ -127,8 +123,9 @@ def auroc(usual: np.ndarray, unusual: np.ndarray) -> float:
     return float((below + upto).mean() / 2 / len(usual))
 
 
-def deployed(policy: DiffusionPolicy, places: np.ndarray, seed: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of failed and of successful episodes that are flagged before they end: by the level, and by chunks."""
+def deployed(policy: DiffusionPolicy, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of failed and of successful episodes that are flagged before they end, by the guard; and by a guard of the
+    policy's own chunks alone, whose threshold is 1."""
     assert policy.spec.env is not None
     settings = {key: value for key, value in policy.spec.env.items() if key != "name"}
     rows, episodes, levels, chunks = STARTS // 2, list[Episode](), list[np.ndarray](), list[np.ndarray]()
@@ -136,7 +133,7 @@ def deployed(policy: DiffusionPolicy, places: np.ndarray, seed: int) -> tuple[di
         listening = Listening(policy)
         episodes += rollout(
             policy=listening,
-            make_env=functools.partial(Moved, places=places, **settings),
+            make_env=functools.partial(Gone, **settings),
             seeds=range(first, first + rows),
             keys=list(policy.spec.observations),
             n_envs=rows,
@@ -144,7 +141,7 @@ def deployed(policy: DiffusionPolicy, places: np.ndarray, seed: int) -> tuple[di
         )
         order = [start % rows for start in range(first, first + rows)]
         levels += list(listening.notes("guard.level").T[order])
-        chunks += list(listening.notes("guard.chunk").T[order])
+        chunks += list(listening.notes("guard.chunk").T[order] - 1)
     failed = np.array([episode.score < ENDED for episode in episodes])
     return flags(policy, episodes, failed, levels), flags(policy, episodes, failed, chunks)
 
@@ -156,7 +153,7 @@ def flags(
     for episode, level in zip(episodes, levels, strict=True):
         watch = Watch()
         count = -(-episode.n_steps // policy.spec.n_action_steps)
-        flagged.append(any([watch.alarms(float(value)) for value in level[:count]]))
+        flagged.append(any([watch.take(float(value)) for value in level[:count]]))
     hit = np.array(flagged)
     return {
         "failures": float(failed.sum()),

@@ -2,6 +2,7 @@
 
     condition ─▶ distance to the nearest demonstrated one ──────────▶ / threshold ─▶ guard.observation ┐
     condition, chunk + σ n ─▶ denoiser ─▶ x̂0 ─▶ distance to chunk ──▶ / threshold ─▶ guard.chunk       ┴▶ guard.level
+                                                                                          Watch: their sum ─▶ alarm
 
 The chunk's score is its denoising error (DOSER: a diffusion model tells what is out of its distribution by how far it
 moves it), on a fixed grid of L noise levels and with fixed noise n, so that it is a function of observation and chunk:
@@ -16,15 +17,19 @@ distance of its condition [C], each value over its standard deviation, to the ne
 were trained on. (A diffusion model of conditions tells about as much and has to be trained; the policy's own denoising
 error hardly notices a block that has jumped.)
 
-Thresholds are quantiles of either score in held-out demonstrations. One observation above them means little: a quantile
-of 0.99 lets one of a hundred demonstrated ones pass for unusual. So `guard.level` is scaled by what held-out episodes
-reach and keep for `IN_A_ROW` chunks, and a level above 1 for as many (`Watch`) is more than they did.
+Thresholds are quantiles of either score in held-out demonstrations. One observation above them means little, as one of
+a hundred demonstrated ones is (with a quantile of 0.99), and many that are a little unusual mean much: a policy that is
+stuck. So an episode is watched by a cumulative sum (Page 1954, "Continuous inspection schemes") of levels
+
+    level = (r − k) / h,      S ← max(0, S + level),      an alarm where S > 1
+
+of each chunk's ratio r: the observation's, or the chunk's where that is above 1 and larger. k is halfway from the mean
+ratio of held-out demonstrations to twice that, h what the sum of all but a few held-out episodes stays below.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,14 +49,16 @@ MOST_CONDITIONS, MOST_WINDOWS = 4096, 8192
 """To compare with, and to calibrate on."""
 LEAST_SCALE = 1e-2
 """Of the standard deviation of a condition's value, so that one that hardly ever changed does not decide alone."""
-IN_A_ROW = 3
-THRESHOLDS = ("chunk", "observation", "level")
+LEVEL = "guard.level"
+THRESHOLDS = ("chunk", "observation", "usual", "sum")
+HALFWAY = 1.5
+"""From the mean to twice the mean."""
 BATCH = 128
 
 
 class Guard(Extension):
-    """Notes of each chunk, float32 [B]: guard.observation and guard.chunk, over their thresholds; guard.level, the
-    larger of the two over what held-out episodes keep up.
+    """Notes of each chunk, float32 [B]: guard.observation and guard.chunk, over their thresholds, and guard.level,
+    which is what a `Watch` sums up: below 0 where the two are usual.
 
     It leaves the chunks as they are.
     """
@@ -89,15 +96,17 @@ class Guard(Extension):
             "scale": conditions.float().std(dim=0).clamp_min(LEAST_SCALE).cpu().numpy(),
             "noise": noise.numpy(),
             "grid": grid(policy.process, options["sigmas"]),
-            "thresholds": np.ones(3, np.float32),
+            "thresholds": np.ones(len(THRESHOLDS), np.float32),
         }
         episodes = _episodes(held_out.windows, random)
         observation, chunk = cls(policy, Fitted({}, arrays)).scores(held_out, np.concatenate(episodes))
         thresholds = [reached(chunk, options["quantile"]), reached(observation, options["quantile"])]
-        ratios = np.maximum(chunk / thresholds[0], observation / thresholds[1])
+        ratios = _ratio(torch.from_numpy(observation / thresholds[1]), torch.from_numpy(chunk / thresholds[0])).numpy()
         ends = np.cumsum([len(episode) for episode in episodes])[:-1]
-        of_episodes = [kept_up(ratio[:: policy.spec.n_action_steps]) for ratio in np.split(ratios, ends)]
-        thresholds.append(max(1.0, reached(np.array(of_episodes), options["episodes"])))
+        walks = [ratio[:: policy.spec.n_action_steps] for ratio in np.split(ratios, ends)]
+        usual = HALFWAY * float(np.mean(np.concatenate(walks)))
+        sums = np.array([_largest_sum(walk - usual) for walk in walks])
+        thresholds += [usual, max(usual, reached(sums, options["episodes"]))]
         if not np.isfinite(thresholds).all() or min(thresholds) <= 0:
             raise InputError(f"guard: thresholds of {thresholds} come of these demonstrations, expected above 0")
         arrays["thresholds"] = np.array(thresholds, np.float32)
@@ -138,31 +147,44 @@ class Guard(Extension):
     def finish(self, seen: Encoded, normalized: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         observation = self.observation_score(seen.condition) / self.thresholds["observation"]
         chunk = self.chunk_score(seen.condition, normalized) / self.thresholds["chunk"]
-        level = torch.maximum(observation, chunk) / self.thresholds["level"]
-        return normalized, {"guard.observation": observation, "guard.chunk": chunk, "guard.level": level}
+        level = (_ratio(observation, chunk) - self.thresholds["usual"]) / self.thresholds["sum"]
+        return normalized, {"guard.observation": observation, "guard.chunk": chunk, LEVEL: level}
 
 
 class Watch:
-    """Whether the levels of the last `IN_A_ROW` chunks of an episode were all above 1, or no numbers."""
+    """The cumulative sum of an episode's levels.
+
+    Attributes:
+        sum: >= 0; infinite once a level was no number.
+        alarm: begins where the sum is above 1, and ends with the first level of at most 0, which clears the sum.
+    """
 
     def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=IN_A_ROW)
+        self.reset()
 
     def reset(self) -> None:
         """An episode begins, or what was before no longer counts."""
-        self._last.clear()
+        self.sum, self.alarm = 0.0, False
 
-    def alarms(self, level: float) -> bool:
-        """With the level of the newest chunk."""
-        self._last.append(level)
-        return len(self._last) == IN_A_ROW and not any(value <= 1.0 for value in self._last)
+    def take(self, level: float) -> bool:
+        """The level of the newest chunk. Returns whether there is an alarm."""
+        if self.alarm and level <= 0.0:
+            self.reset()
+            return False
+        self.sum = math.inf if math.isnan(level) else max(0.0, self.sum + level)
+        self.alarm = self.alarm or self.sum > 1.0
+        return self.alarm
 
 
-def kept_up(ratios: np.ndarray) -> float:
-    """What the chunks of an episode [n] reach and keep for `IN_A_ROW` of them; 0 for an episode of fewer."""
-    if len(ratios) < IN_A_ROW:
-        return 0.0
-    return float(np.lib.stride_tricks.sliding_window_view(ratios, IN_A_ROW).min(axis=1).max())
+def _ratio(observation: Tensor, chunk: Tensor) -> Tensor:
+    """Of both ratios [B], what counts: the observation's, or the chunk's where that is unusual."""
+    return torch.where(chunk > 1.0, torch.maximum(observation, chunk), observation)
+
+
+def _largest_sum(steps: np.ndarray) -> float:
+    """What S ← max(0, S + step) reaches over `steps` [n]."""
+    total = np.concatenate([[0.0], np.cumsum(steps)])
+    return float((total - np.minimum.accumulate(total)).max())
 
 
 def reached(scores: np.ndarray, quantile: float) -> float:
@@ -201,12 +223,12 @@ def _check(policy: DiffusionPolicy, fitted: Fitted) -> None:
     """`InputError` for arrays that are not what `fit` stores."""
     count, columns = len(fitted.arrays.get("grid", ())), np.shape(fitted.arrays.get("scale", 0))
     chunk = (count, policy.spec.horizon, *policy.spec.action.shape)
-    expected = {"scale": columns[:1] or (1,), "noise": chunk, "grid": (count, 3), "thresholds": (3,)}
+    expected = {"scale": columns[:1] or (1,), "noise": chunk, "grid": (count, 3), "thresholds": (len(THRESHOLDS),)}
     expected["conditions"] = (len(fitted.arrays.get("conditions", ())), *columns)
     for name, shape in expected.items():
         found = fitted.arrays.get(name)
         if found is None or found.shape != shape or found.dtype != np.float32 or not found.size:
-            raise InputError(f"extension guard: no {name!r}, float32 {list(shape)}, in what was fitted")
+            raise InputError(f"extension guard: no {name!r}, float32 {list(shape)}, in what was fitted: fit it again")
     for name in ("scale", "thresholds"):
         if not (fitted.arrays[name] > 0).all():
             raise InputError(f"extension guard: {name!r} must be above 0")

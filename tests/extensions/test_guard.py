@@ -13,7 +13,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
 from action_diffusion.policy.extensions.extension import Fitted, write
-from action_diffusion.policy.extensions.guard import IN_A_ROW, Guard, Watch, grid, kept_up, reached
+from action_diffusion.policy.extensions.guard import THRESHOLDS, Guard, Watch, grid, reached
 from action_diffusion.policy.model.denoiser import Film
 
 OPTIONS = {"seed": 0, "quantile": 0.9, "episodes": 0.5, "sigmas": [0.1, 0.5]}
@@ -89,21 +89,32 @@ def test_a_quantile_counts_the_new_one(n, quantile, rank):
     assert reached(np.random.default_rng(0).permutation(n) + 1.0, quantile) == rank
 
 
-def test_what_an_episode_keeps_up_is_what_the_watch_alarms_at():
-    ratios = np.array([0.1, 5.0, 2.0, 3.0, 0.5, 9.0, 9.0])
-    assert kept_up(ratios) == 2.0
-    assert kept_up(ratios[: IN_A_ROW - 1]) == 0.0
-    for level, expected in ((1.999, True), (2.001, False)):
-        watch = Watch()
-        assert any([watch.alarms(ratio / level) for ratio in ratios]) is expected
-
-
-def test_the_watch_forgets_and_takes_what_is_no_number_for_unusual():
+def test_the_watch_sums_up_what_is_above_0():
     watch = Watch()
-    assert [watch.alarms(level) for level in (2.0, float("nan"), 2.0, 1.0)] == [False, False, True, False]
-    assert [watch.alarms(2.0) for _ in range(2)] == [False, False]
+    taken = [(watch.take(level), round(watch.sum, 6)) for level in (-3.0, 0.6, -0.2, 0.5, 0.2, 0.1)]
+    assert taken == [(False, 0.0), (False, 0.6), (False, 0.4), (False, 0.9), (True, 1.1), (True, 1.2)]
+    assert [watch.take(level) for level in (0.01, -0.01, 0.9)] == [True, False, False]
+    assert watch.sum == 0.9
     watch.reset()
-    assert [watch.alarms(2.0) for _ in range(3)] == [False, False, True]
+    assert (watch.sum, watch.alarm) == (0.0, False)
+    assert watch.take(float("nan"))
+    assert not watch.take(-1.0)
+
+
+def test_held_out_episodes_alarm_as_seldom_as_was_asked_for(fitted):
+    """Half of four, by the conformal rank: at least three of them stay silent."""
+    guard, buffer = Guard(*fitted), demonstrations(12)
+    assert fitted[1].options["held_out_episodes"] == 4
+    alarms = 0
+    for episode in range(8, 12):
+        held_out, watch = source(buffer, np.array([episode])), Watch()
+        observation, chunk = guard.scores(held_out, np.arange(0, len(held_out), 4))
+        ratio = observation / guard.thresholds["observation"]
+        unusual = chunk / guard.thresholds["chunk"]
+        ratio = np.where(unusual > 1, np.maximum(ratio, unusual), ratio)
+        levels = (ratio - guard.thresholds["usual"]) / guard.thresholds["sum"] - 1e-6
+        alarms += any([watch.take(float(level)) for level in levels])
+    assert alarms <= 1
 
 
 @pytest.mark.parametrize(
@@ -137,7 +148,7 @@ def test_it_notes_every_row_and_leaves_the_chunk_alone(fitted, tmp_path):
         assert together[name].shape == (3,)
         np.testing.assert_allclose(alone[name], together[name][2], rtol=1e-3)
     far = guarded.predict({"state": obs["state"] + 1000}, noise=noise)
-    assert (far["guard.level"] > 10 * together["guard.level"]).all()
+    assert (far["guard.level"] > together["guard.level"] + 10).all()
 
 
 def test_a_policy_that_is_told_of_delays_is_scored_without_any(fitted):
@@ -157,6 +168,6 @@ def test_what_was_not_fitted_is_refused(fitted, damage):
     elif damage == "dtype":
         arrays["noise"] = arrays["noise"].astype(np.float64)
     else:
-        arrays["thresholds"] = np.zeros(3, np.float32)
+        arrays["thresholds"] = np.zeros(len(THRESHOLDS), np.float32)
     with pytest.raises(InputError, match="extension guard"):
         Guard(policy, Fitted(found.options, arrays))
