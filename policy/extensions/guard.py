@@ -1,8 +1,8 @@
 """How unusual an observation and a chunk are, beside what was demonstrated: scores, and thresholds for them.
 
-    condition ─▶ distance to the nearest demonstrated one ──────────▶ / threshold ─▶ guard.observation ┐
-    condition, chunk + σ n ─▶ denoiser ─▶ x̂0 ─▶ distance to chunk ──▶ / threshold ─▶ guard.chunk       ┴▶ guard.level
-                                                                                          Watch: their sum ─▶ alarm
+    condition ─▶ distance to the nearest demonstrated one ──────────▶ / threshold ─▶ guard.observation ─▶ guard.level
+    condition, chunk + σ n ─▶ denoiser ─▶ x̂0 ─▶ distance to chunk ──▶ / threshold ─▶ guard.chunk              │
+                                                                                           Watch ◀─ their sum ─┘
 
 The chunk's score is its denoising error (DOSER: a diffusion model tells what is out of its distribution by how far it
 moves it), on a fixed grid of L noise levels and with fixed noise n, so that it is a function of observation and chunk:
@@ -23,15 +23,15 @@ stuck. So an episode is watched by a cumulative sum (Page 1954, "Continuous insp
 
     level = (r − k) / h,      S ← max(0, S + level),      an alarm where S > 1
 
-of each chunk's ratio r: the observation's, or the chunk's where that is above 1 and larger. k is halfway from the mean
-ratio of held-out demonstrations to twice that, h what the sum of all but a few held-out episodes stays below.
+of the observation's ratio r at each chunk. k is halfway from the mean ratio of held-out demonstrations to half as much
+again, h what the sum of all but a few held-out episodes stays below.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,14 +51,14 @@ LEAST_SCALE = 1e-2
 """Of the standard deviation of a condition's value, so that one that hardly ever changed does not decide alone."""
 LEVEL = "guard.level"
 THRESHOLDS = ("chunk", "observation", "usual", "sum")
-HALFWAY = 1.5
-"""From the mean to twice the mean."""
+HALFWAY = 1.25
+"""From a mean to half as much again."""
 BATCH = 128
 
 
 class Guard(Extension):
     """Notes of each chunk, float32 [B]: guard.observation and guard.chunk, over their thresholds, and guard.level,
-    which is what a `Watch` sums up: below 0 where the two are usual.
+    which is what a `Watch` sums up: below 0 where the observation is usual.
 
     It leaves the chunks as they are.
     """
@@ -78,6 +78,7 @@ class Guard(Extension):
         self.thresholds = dict(zip(THRESHOLDS, fitted.arrays["thresholds"].tolist(), strict=True))
 
     @classmethod
+    @torch.no_grad()
     def fit(
         cls, policy: DiffusionPolicy, train: BatchSource, held_out: BatchSource, options: Mapping[str, Any]
     ) -> Fitted:
@@ -93,7 +94,7 @@ class Guard(Extension):
         )
         arrays = {
             "conditions": conditions.float().cpu().numpy(),
-            "scale": conditions.float().std(dim=0).clamp_min(LEAST_SCALE).cpu().numpy(),
+            "scale": conditions.float().std(dim=0, correction=0).clamp_min(LEAST_SCALE).cpu().numpy(),
             "noise": noise.numpy(),
             "grid": grid(policy.process, options["sigmas"]),
             "thresholds": np.ones(len(THRESHOLDS), np.float32),
@@ -101,7 +102,7 @@ class Guard(Extension):
         episodes = _episodes(held_out.windows, random)
         observation, chunk = cls(policy, Fitted({}, arrays)).scores(held_out, np.concatenate(episodes))
         thresholds = [reached(chunk, options["quantile"]), reached(observation, options["quantile"])]
-        ratios = _ratio(torch.from_numpy(observation / thresholds[1]), torch.from_numpy(chunk / thresholds[0])).numpy()
+        ratios = observation / thresholds[1]
         ends = np.cumsum([len(episode) for episode in episodes])[:-1]
         walks = [ratio[:: policy.spec.n_action_steps] for ratio in np.split(ratios, ends)]
         usual = HALFWAY * float(np.mean(np.concatenate(walks)))
@@ -116,18 +117,46 @@ class Guard(Extension):
     @torch.no_grad()
     def scores(self, source: BatchSource, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of demonstrated windows [W]: the observations' scores, and those of their chunks, [W] each."""
-        observation, chunk = [], []
+        condition, chunk = self._of_windows(source, indices)
+        parts = [self.observation_score(part) for part in condition.split(BATCH)]
+        return torch.cat(parts).cpu().numpy(), chunk.cpu().numpy()
+
+    def _of_windows(self, source: BatchSource, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Conditions [W, C], and the scores of demonstrated chunks [W]."""
+        condition, chunk = [], []
         for batch in _batches(source, indices):
             seen = self.policy.see(batch.obs)
-            observation.append(self.observation_score(seen.condition))
+            condition.append(seen.condition)
             chunk.append(self.chunk_score(seen.condition, self.policy.normalize_action(batch.action, seen.obs)))
-        return torch.cat(observation).cpu().numpy(), torch.cat(chunk).cpu().numpy()
+        return torch.cat(condition), torch.cat(chunk)
+
+    @torch.no_grad()
+    def ranked(self, source: BatchSource) -> list[Unusual]:
+        """Episodes of demonstrations, the most unusual first: each beside the others of `source`, not those of the
+        training, which it may be one of. Raises `InputError` for a single episode."""
+        windows, random = source.windows, np.random.default_rng(0)
+        first, owner = np.unique(windows.first, return_inverse=True)
+        if len(first) < 2:
+            raise InputError("one episode is not unusual beside others: there are none")
+        condition, chunk = self._of_windows(source, np.arange(len(windows)))
+        known = random.choice(len(windows), min(MOST_CONDITIONS, len(windows)), replace=False)
+        x, of = condition / self._scale, torch.from_numpy(owner).to(condition.device)
+        near = [
+            _nearest(part, x[known], x[known].square().sum(dim=1), own[:, None] == of[known])
+            for part, own in zip(x.split(BATCH), of.split(BATCH), strict=True)
+        ]
+        observation = torch.cat(near) / self.thresholds["observation"]
+        level = self.level(torch.maximum(observation, chunk / self.thresholds["chunk"]))
+        found = []
+        for episode, levels in enumerate(np.split(level.cpu().numpy(), np.flatnonzero(np.diff(owner)) + 1)):
+            begin = int(np.flatnonzero(owner == episode)[0])
+            row = int(windows.now(np.array([begin + levels.argmax()]))[0])
+            found.append(Unusual(episode, _largest_sum(levels[:: self.policy.spec.n_action_steps]), row))
+        return sorted(found, key=lambda one: -one.level)
 
     def observation_score(self, condition: Tensor) -> Tensor:
         """[B, C] → [B]: to the nearest condition that was trained on, in standard deviations."""
-        x = condition / self._scale
-        squares = torch.addmm(self._squares, x, self._conditions.T, alpha=-2.0) + x.square().sum(dim=1, keepdim=True)
-        return squares.amin(dim=1).clamp_min(0.0).sqrt()
+        return _nearest(condition / self._scale, self._conditions, self._squares)
 
     def chunk_score(self, condition: Tensor, normalized: Tensor) -> Tensor:
         """Of chunks [B, H, A], normalised, for conditions [B, C] → [B]: the denoising error, see above."""
@@ -147,8 +176,11 @@ class Guard(Extension):
     def finish(self, seen: Encoded, normalized: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         observation = self.observation_score(seen.condition) / self.thresholds["observation"]
         chunk = self.chunk_score(seen.condition, normalized) / self.thresholds["chunk"]
-        level = (_ratio(observation, chunk) - self.thresholds["usual"]) / self.thresholds["sum"]
-        return normalized, {"guard.observation": observation, "guard.chunk": chunk, LEVEL: level}
+        return normalized, {"guard.observation": observation, "guard.chunk": chunk, LEVEL: self.level(observation)}
+
+    def level(self, ratio: Tensor) -> Tensor:
+        """Of ratios [B], what a `Watch` sums up."""
+        return (ratio - self.thresholds["usual"]) / self.thresholds["sum"]
 
 
 class Watch:
@@ -176,9 +208,21 @@ class Watch:
         return self.alarm
 
 
-def _ratio(observation: Tensor, chunk: Tensor) -> Tensor:
-    """Of both ratios [B], what counts: the observation's, or the chunk's where that is unusual."""
-    return torch.where(chunk > 1.0, torch.maximum(observation, chunk), observation)
+class Unusual(NamedTuple):
+    """An episode of a buffer: how far the sum of its levels gets, and the row at which its level is the highest."""
+
+    episode: int
+    level: float
+    row: int
+
+
+def _nearest(x: Tensor, known: Tensor, squares: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Of each x [B, C] the distance to the nearest of `known` [M, C], whose squares [M] are given, that is not
+    `hidden` [B, M]."""
+    found = torch.addmm(squares, x, known.T, alpha=-2.0) + x.square().sum(dim=1, keepdim=True)
+    if hidden is not None:
+        found = found.masked_fill(hidden, math.inf)
+    return found.amin(dim=1).clamp_min(0.0).sqrt()
 
 
 def _largest_sum(steps: np.ndarray) -> float:
@@ -204,7 +248,6 @@ def grid(process: Process, sigmas: Sequence[float]) -> np.ndarray:
     return torch.stack([levels[(ratio - math.log(sigma)).abs().argmin()] for sigma in sigmas]).float().numpy()
 
 
-@torch.no_grad()
 def _batches(source: BatchSource, indices: np.ndarray) -> Iterator[Batch]:
     for begin in range(0, len(indices), BATCH):
         yield source.gather(indices[begin : begin + BATCH])

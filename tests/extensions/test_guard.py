@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny import TINY, demonstrations, tiny_policy
 
+from action_diffusion import cli
 from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import make_windows
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
@@ -108,11 +110,8 @@ def test_held_out_episodes_alarm_as_seldom_as_was_asked_for(fitted):
     alarms = 0
     for episode in range(8, 12):
         held_out, watch = source(buffer, np.array([episode])), Watch()
-        observation, chunk = guard.scores(held_out, np.arange(0, len(held_out), 4))
-        ratio = observation / guard.thresholds["observation"]
-        unusual = chunk / guard.thresholds["chunk"]
-        ratio = np.where(unusual > 1, np.maximum(ratio, unusual), ratio)
-        levels = (ratio - guard.thresholds["usual"]) / guard.thresholds["sum"] - 1e-6
+        observation, _ = guard.scores(held_out, np.arange(0, len(held_out), 4))
+        levels = guard.level(torch.from_numpy(observation / guard.thresholds["observation"])) - 1e-6
         alarms += any([watch.take(float(level)) for level in levels])
     assert alarms <= 1
 
@@ -149,6 +148,36 @@ def test_it_notes_every_row_and_leaves_the_chunk_alone(fitted, tmp_path):
         np.testing.assert_allclose(alone[name], together[name][2], rtol=1e-3)
     far = guarded.predict({"state": obs["state"] + 1000}, noise=noise)
     assert (far["guard.level"] > together["guard.level"] + 10).all()
+
+
+def test_the_episode_that_is_unlike_the_others_is_ranked_first(fitted):
+    """One episode is moved away from its row 20 on; that it is in the buffer itself makes it no more usual."""
+    buffer = demonstrations(12)
+    state, action = buffer["state"][:].copy(), buffer["action"][:].copy()
+    state[5 * 40 + 20 : 6 * 40, :2] += 500
+    action[5 * 40 + 20 : 6 * 40] += 500
+    moved = ReplayBuffer.from_arrays({"state": state, "action": action}, buffer.episode_ends)
+    ranked = Guard(*fitted).ranked(source(moved, np.arange(12)))
+    assert sorted(one.episode for one in ranked) == list(range(12))
+    assert ranked[0].episode == 5
+    assert ranked[0].level > 2 * ranked[1].level
+    assert 5 * 40 + 20 <= ranked[0].row < 6 * 40
+    with pytest.raises(InputError, match="there are none"):
+        Guard(*fitted).ranked(source(buffer, np.array([3])))
+
+
+def test_the_doctor_ranks_episodes(fitted, tmp_path, capsys):
+    buffer = demonstrations(4)
+    buffer.save(tmp_path / "demos.zarr")
+    bundle = tmp_path / "bundle"
+    bundles.save(bundle, fitted[0], {"policy": TINY})
+    words = ["data", "doctor", str(tmp_path / "demos.zarr"), f"bundle={bundle}"]
+    assert cli.main(words) == 2
+    assert "action-diffusion fit guard" in capsys.readouterr().err
+    write(bundle, "guard", fitted[1])
+    assert cli.main(words) in (0, 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("episode ")]
+    assert sorted(line.split(":")[0] for line in lines) == [f"episode {index}" for index in range(4)]
 
 
 def test_a_policy_that_is_told_of_delays_is_scored_without_any(fitted):
