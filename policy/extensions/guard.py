@@ -67,7 +67,8 @@ class Guard(Extension):
         super().__init__(policy, fitted)
         _check(policy, fitted)
         on = {name: torch.from_numpy(np.array(value)).to(policy.device) for name, value in fitted.arrays.items()}
-        self._scale, self._noise = on["scale"], on["noise"]
+        self._scale, levels = on["scale"], on["grid"].view(-1, 3, 1, 1, 1)
+        self._signal, self._noise = levels[:, 1], levels[:, 2] * on["noise"].unsqueeze(1)  # [L, 1, 1 or H, 1 or A]
         self._conditions = on["conditions"] / self._scale
         self._squares = self._conditions.square().sum(dim=1)
         self._grid = [Step(index, *level) for index, level in enumerate(fitted.arrays["grid"].tolist())]
@@ -160,15 +161,17 @@ class Guard(Extension):
 
     def chunk_score(self, condition: Tensor, normalized: Tensor) -> Tensor:
         """Of chunks [B, H, A], normalised, for conditions [B, C] → [B]: the denoising error, see above."""
-        policy, b = self.policy, len(normalized)
+        policy = self.policy
         film = policy.denoiser.prepare(condition, self._times[:0])  # what depends on the steps is known
-        rows = self._steps.repeat_interleave(b, dim=0) + film.condition.repeat(len(self._grid), 1)
-        x = torch.cat([step.a * normalized + step.b * n for step, n in zip(self._grid, self._noise, strict=True)])
-        prefix = Prefix.none(x) if policy.max_delay else None
-        output = policy.denoiser(x if prefix is None else prefix.mark(x), rows)
+        films = self._steps.unsqueeze(1) + film.condition  # [L, B, F]
+        noisy = self._signal * normalized + self._noise  # [L, B, H, A]
+        rows = noisy.flatten(0, 1)
+        if policy.max_delay:
+            rows = Prefix.none(rows).mark(rows)
+        output = policy.denoiser(rows, films.flatten(0, 1)).view_as(noisy)
         errors = [
-            (policy.process.x0_from_output(said, noisy, step) - normalized).square().mean(dim=(1, 2)) / step.sigma**2
-            for said, noisy, step in zip(output.split(b), x.split(b), self._grid, strict=True)
+            (policy.process.x0_from_output(said, x, step) - normalized).square().mean(dim=(1, 2)) / step.sigma**2
+            for said, x, step in zip(output, noisy, self._grid, strict=True)
         ]
         return torch.stack(errors).mean(dim=0).sqrt()
 
