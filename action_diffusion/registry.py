@@ -189,12 +189,21 @@ def _entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:
 _POLICY, _DEPLOY = "action_diffusion.policy.model", "action_diffusion.deploy"
 
 ENCODERS = Registry("encoder", "encoders", {"observation": f"{_POLICY}.encoder:ObservationEncoder"})
-DENOISERS = Registry("denoiser", "denoisers", {"unet1d": f"{_POLICY}.unet:ConditionalUnet1d"})
+DENOISERS = Registry(
+    "denoiser",
+    "denoisers",
+    {
+        "dit": f"{_POLICY}.dit:DiffusionTransformer",
+        "transformer": f"{_POLICY}.transformer:TransformerDenoiser",
+        "unet1d": f"{_POLICY}.unet:ConditionalUnet1d",
+    },
+)
 ESTIMATORS = Registry("estimator", "estimators", {"planar_pose": f"{_POLICY}.estimator:PlanarPose"})
 OBJECTIVES = Registry(
     "objective",
     "objectives",
     {
+        "consistency": "action_diffusion.policy.objectives.consistency:Consistency",
         "denoising": "action_diffusion.policy.objectives.objective:Denoising",
         "flow_map": "action_diffusion.policy.objectives.flow_maps:FlowMap",
         "mean_flow": "action_diffusion.policy.objectives.flow_maps:MeanFlow",
@@ -202,13 +211,21 @@ OBJECTIVES = Registry(
         "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
     },
 )
-EXTENSIONS = Registry("extension", "extensions", {"guard": "action_diffusion.policy.extensions.guard:Guard"})
+EXTENSIONS = Registry(
+    "extension",
+    "extensions",
+    {
+        "guard": "action_diffusion.policy.extensions.guard:Guard",
+        "tokens": "action_diffusion.policy.extensions.tokens:Tokens",
+    },
+)
 PROCESSES = Registry(
     "process",
     "processes",
     {
         "diffusion": "action_diffusion.policy.diffusion.process:Diffusion",
         "flow": "action_diffusion.policy.diffusion.process:Flow",
+        "masked": "action_diffusion.policy.diffusion.masked:Masked",
         "mip": "action_diffusion.policy.diffusion.process:Mip",
     },
 )

@@ -21,7 +21,7 @@ from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.objectives.objective import Objective
 from action_diffusion.policy.policy import IN_FRAME, DiffusionPolicy
-from action_diffusion.policy.registry import build
+from action_diffusion.policy.registry import build, parameters
 from action_diffusion.policy.spec import PolicySpec
 
 MOST_WEIGHTS = 2_000_000_000
@@ -140,6 +140,9 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     objective = cast(Objective, build("objective", {"name": "denoising"} | config["objective"]))
     asked = {"marked": objective.max_delay > 0, "two_times": objective.two_times}
     parts = {**sizes, **{name: True for name, needed in asked.items() if needed}}
+    steps = {"n_obs_steps": spec.n_obs_steps if estimator is None else 1, "horizon": spec.horizon}
+    taken = parameters("denoiser", config["denoiser"]) - set(config["denoiser"])
+    parts |= {name: value for name, value in steps.items() if name in taken}
     _check_weights(lambda: build("denoiser", config["denoiser"], **parts))
     denoiser = build("denoiser", config["denoiser"], **parts)
     denoiser.check_horizon(spec.horizon)

@@ -141,8 +141,11 @@ def load(
     return policy
 
 
-def load_weights(policy: DiffusionPolicy, path: Path) -> None:
-    """Copy a bundle's weights into a policy of the same shapes; `InputError` names the first that differs."""
+def load_weights(policy: DiffusionPolicy, path: Path, *, new: tuple[str, ...] = ()) -> None:
+    """Copy a bundle's weights into a policy of the same shapes; `InputError` names the first that differs.
+
+    new: beginnings of names, of weights that the policy may have and the bundle may lack: they stay as they are.
+    """
     file = Path(path) / "model.safetensors"
     require(Path(path))
     try:
@@ -150,6 +153,7 @@ def load_weights(policy: DiffusionPolicy, path: Path) -> None:
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a readable safetensors file: {error}") from None
     own = policy.state_dict()
+    state |= {name: value for name, value in own.items() if name.startswith(new) and name not in state}
     for name in sorted(own.keys() ^ state.keys()):
         side = "lacks" if name in own else "has an extra"
         raise InputError(f"{file} {side} weight {name!r}: it does not belong to the policy configured here")

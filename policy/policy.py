@@ -21,7 +21,7 @@ from action_diffusion.policy.model.estimator import PlanarPose
 from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
-from action_diffusion.policy.objectives.objective import Objective
+from action_diffusion.policy.objectives.objective import Network, Objective
 from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.rotations import continuous, valid
@@ -72,6 +72,7 @@ class DiffusionPolicy(nn.Module):
         self.objective = objective
         self.extensions: Sequence[Acting] = ()
         """What acts while chunks are made, in order (`extensions.attach`)."""
+        self._teachers: tuple[DiffusionPolicy, ...] = ()  # of a tuple, weights are not this policy's
 
     @property
     def max_delay(self) -> int:
@@ -81,6 +82,33 @@ class DiffusionPolicy(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def learn_from(self, teacher: DiffusionPolicy) -> None:
+        """Train on what `teacher` says, for an objective that is `taught`; it is neither trained nor stored.
+
+        Raises `InputError` for one that says it of other observations or in other terms.
+        """
+        if not self.objective.taught:
+            raise InputError(f"policy.objective: {type(self.objective).__name__} learns from no teacher")
+        if teacher.process.family != self.process.family or teacher.process.prediction != self.process.prediction:
+            raise InputError(
+                f"policy.objective.teacher is a {teacher.process.family} policy that predicts the "
+                f"{teacher.process.prediction}: it has to be a {self.process.family} policy that predicts the "
+                f"{self.process.prediction}"
+            )
+        if teacher.objective.two_times or teacher.max_delay != self.max_delay:
+            raise InputError(
+                "policy.objective.teacher was trained with "
+                f"{type(teacher.objective).__name__}, max_delay={teacher.max_delay}: it has to be Denoising, "
+                f"max_delay={self.max_delay}"
+            )
+        shapes = [
+            ([(key, value.shape) for key, value in one.spec.observations.items()], one.spec.action.shape)
+            for one in (self, teacher)
+        ]
+        if shapes[0] != shapes[1] or self.spec.normalizer != teacher.spec.normalizer:
+            raise InputError("policy.objective.teacher has other observations, actions or statistics than this policy")
+        self._teachers = (teacher.eval().requires_grad_(False),)
 
     def encode(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Observation history (key → [B, To, …], data's units, images uint8) → condition [B, C]."""
@@ -142,17 +170,23 @@ class DiffusionPolicy(nn.Module):
     ) -> Tensor:
         """The training loss, a scalar. action [B, H, A] in the data's units; mask [B, H], False where padded.
 
-        `generator` draws crops, times and noise: the loss is a function of the weights, the batch and its state.
+        `generator` draws crops, times and noise: the loss is a function of the weights, the batch and its state (and of
+        torch's own random numbers where a network has dropout).
         With an estimator, `obs` holds the recorded state as well, and its loss is added.
         """
         seen = self.see(obs, generator)
-        loss = self._denoising_loss(seen, action, mask, generator)
+        loss = self._denoising_loss(seen, obs, action, mask, generator)
         if self.estimator is not None and seen.output is not None:
             loss = loss + self.estimator.loss(seen.output, obs[self.estimator.key][:, -1].float())
         return loss
 
     def _denoising_loss(
-        self, seen: Encoded, action: Tensor, mask: Tensor | None, generator: torch.Generator | None
+        self,
+        seen: Encoded,
+        obs: Mapping[str, Tensor],
+        action: Tensor,
+        mask: Tensor | None,
+        generator: torch.Generator | None,
     ) -> Tensor:
         draws, condition = self.objective.noise_draws, seen.condition
         x0 = self.normalize_action(action, seen.obs)
@@ -164,12 +198,12 @@ class DiffusionPolicy(nn.Module):
             prefix = Prefix(x0, self._draw_prefix(len(x0), generator, x0.device))
             counts = ~prefix.steps if counts is None else counts & ~prefix.steps
 
-        def network(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
-            film = self.denoiser.prepare(condition if rows is None else condition[rows], times)
-            result: Tensor = self.denoiser(x if prefix is None else prefix.mark(x, rows), film.steps + film.condition)
-            return result
-
-        pairs = self.objective.pairs(network, self.process, x0, generator)
+        network = _network(self.denoiser, condition, prefix)
+        taught: dict[str, Any] = {}
+        for teacher in self._teachers:
+            with torch.no_grad():
+                taught["teacher"] = _network(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
+        pairs = self.objective.pairs(network, self.process, x0, generator, **taught)
         return self.objective.reduced(pairs, self.process, counts, len(x0))
 
     def _draw_prefix(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -313,3 +347,14 @@ class DiffusionPolicy(nn.Module):
         made = {name: note.float().cpu().numpy() for name, note in sample.notes.items()}
         made |= {"action": action, "action_pred": chunk}
         return made if batched else {name: value[0] for name, value in made.items()}
+
+
+def _network(denoiser: Any, condition: Tensor, prefix: Prefix | None) -> Network:
+    """A denoiser with the conditions [B, C] of the examples, as objectives call it."""
+
+    def network(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        film = denoiser.prepare(condition if rows is None else condition[rows], times)
+        result: Tensor = denoiser(x if prefix is None else prefix.mark(x, rows), film.steps + film.condition)
+        return result
+
+    return network

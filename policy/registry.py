@@ -22,10 +22,18 @@ def build(kind: str, config: Mapping[str, Any], **parts: Any) -> Any:
     """
     options = dict(config)
     refuse_targets(options, kind)
+    accepted = parameters(kind, config)
     name = options.pop("name", None)
-    component = POLICY_PARTS[kind].load(str(name), f"{kind}.name")
-    accepted = set(inspect.signature(component).parameters)
     for option in options:
         if option not in accepted or option in parts:
             raise unknown(f"option of {kind} {name}", option, accepted - set(parts))
-    return component(**options, **parts)
+    return _component(kind, config)(**options, **parts)
+
+
+def parameters(kind: str, config: Mapping[str, Any]) -> set[str]:
+    """The names of what component `config["name"]` of `kind` is made from. Raises `InputError` for an unknown name."""
+    return set(inspect.signature(_component(kind, config)).parameters)
+
+
+def _component(kind: str, config: Mapping[str, Any]) -> Any:
+    return POLICY_PARTS[kind].load(str(config.get("name")), f"{kind}.name")

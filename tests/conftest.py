@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import fcntl
+import functools
 import shutil
 import signal
 import subprocess
@@ -106,18 +107,27 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+@functools.cache
+def compiled(source: Path, *flags: str) -> bytes:
+    """A file of C as a library."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "library.so"
+        always = ["-O2", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
+        subprocess.run(["gcc", *always, *flags, str(source), "-o", str(out), "-lm"], check=True)
+        return out.read_bytes()
+
+
 @pytest.fixture(params=["avx512", "avx2", "portable", "-DPORTABLE"])
 def other_processor(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Path], native.Library]:
-    """Compiles a file of C, and has it run as on another processor than this one."""
+    """Compiles a file of C, and has it run as on another processor than this one: what it is for is decided once."""
     flags = [request.param] if request.param.startswith("-D") else []
     name = "portable" if flags else request.param
 
     def build(source: Path) -> native.Library:
         out = tmp_path / f"{source.stem}.so"
-        always = ["-O2", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC"]
-        subprocess.run(["gcc", *always, *flags, str(source), "-o", str(out), "-lm"], check=True)
+        out.write_bytes(compiled(source, *flags))
         monkeypatch.setenv(native.SET_VARIABLE, name)
         library = native.Library(out)
         if library.instruction_set != name:

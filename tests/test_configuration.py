@@ -18,7 +18,8 @@ from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.registry import build
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
-SMALL = ["policy.denoiser.channels=[8,16]", "policy.denoiser.time_dim=16", "policy.encoder.width=0.25"]
+UNET = ["policy.denoiser.channels=[8,16]", "policy.denoiser.time_dim=16"]
+TRANSFORMER = ["policy.denoiser.width=16", "policy.denoiser.layers=2"]
 ACTIONS = {"pusht": 2, "custom": 7, "lift": 7, "can": 7, "square": 7, "transport": 14, "tool_hang": 7}
 SHAPES: dict[str, tuple[int, ...]] = {"state": (5,), "agent_pos": (2,), "image": (96, 96, 3)}
 OBJECTS = {"lift": 10, "can": 14, "square": 14, "transport": 41, "tool_hang": 44}
@@ -79,12 +80,13 @@ def specification(task: dict[str, Any]) -> PolicySpec:
 @pytest.mark.parametrize("row", combinations(), ids="-".join)
 def test_every_combination_builds_and_samples(row):
     words = [f"{group}={choice}" for group, choice in zip(GROUPS["train"], row, strict=True)]
+    small = [*(UNET if row[2].startswith("unet") else TRANSFORMER), "policy.encoder.width=0.25"]
     scheduler, objective = row[3:]
     if objective != "denoising" and scheduler != ("mip" if objective == "mip" else "flow"):
         with pytest.raises(InputError, match="use scheduler="):
-            load("train", [*words, *SMALL, "data=x.zarr"])
+            load("train", [*words, *small, "data=x.zarr"])
         words.remove(f"scheduler={scheduler}")  # the objective's own
-    config = load("train", [*words, *SMALL, "policy.sampler.num_inference_steps=2", "data=x.zarr"])
+    config = load("train", [*words, *small, "policy.sampler.num_inference_steps=2", "data=x.zarr"])
     TrainSettings(**config["train"])
     spec = specification(config["task"])
     random = np.random.default_rng(0)

@@ -6,12 +6,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 
 from action_diffusion import registry
@@ -43,7 +43,7 @@ def parts() -> str:
 def test_a_part_takes_twenty_lines():
     """Beside imports."""
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     for block in blocks:
         lines = [line for line in block.splitlines() if line and not line.startswith(("import ", "from "))]
         assert len(lines) <= 20
@@ -62,8 +62,7 @@ def command(folder: Path, *words: str, path: str = "", **variables: str) -> subp
     """`action-diffusion …` in a process of its own, as a user runs it."""
     environment = {key: value for key, value in os.environ.items() if key != "ACTION_DIFFUSION_PLUGINS"}
     environment |= ({"PYTHONPATH": path} if path else {}) | variables
-    call = [sys.executable, "-m", "action_diffusion", *words]
-    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True)
+    return processes.run("-m", "action_diffusion", *words, cwd=folder, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +86,19 @@ def test_parts_of_a_file_are_trained_and_evaluated(world):
     assert 0 < json.loads((world / "run/evaluation/results.json").read_text())["mean_score"] < 1
     again = command(world, "evaluate", "bundle=run/bundle", "plugins=my_parts.py", "n_episodes=2", "device=cpu")
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.slow
+def test_an_extension_of_a_file_is_fitted_and_acts(world):
+    fitted = command(world, "fit", "calm", "bundle=run/bundle", "share=0.5", "plugins=my_parts.py", "device=cpu")
+    assert fitted.returncode == 0, fitted.stderr
+    assert "share: 0.5" in fitted.stdout
+    words = ["bundle=run/bundle", "n_episodes=1", "device=cpu", "extensions=[calm]"]
+    result = command(world, "evaluate", *words, "plugins=my_parts.py", "output_dir=calm")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((world / "calm/results.json").read_text())["settings"]["extensions"] == ["calm"]
+    unknown = command(world, "fit", "calmer", "bundle=run/bundle", "plugins=my_parts.py")
+    assert (unknown.returncode, unknown.stderr) == (2, "error: unknown extension 'calmer': did you mean calm?\n")
 
 
 @pytest.mark.slow

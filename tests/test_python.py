@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from tiny import demonstrations
 
@@ -30,7 +29,7 @@ def test_the_page_runs(tmp_path):
         .replace("100004", "100001")
         .replace('"demos.zarr", task', '"demos.zarr", device="cpu", evaluation=options.Evaluation(n_episodes=1), task')
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = processes.run("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "evaluation" / "report.html").exists()
     steps = [json.loads(line) for line in (tmp_path / "deployed" / "log.jsonl").read_text().splitlines()]

@@ -209,12 +209,15 @@ def _policy(
 ) -> tuple[PolicySpec, DiffusionPolicy]:
     """A new policy, or one with the weights and the statistics of `checkpoint` or of `init`."""
     torch.manual_seed(config["seed"])
-    if config["init"] is None and checkpoint is None:
+    taught = config["policy"]["objective"].get("teacher")
+    init = config["init"] or taught
+    if init is None and checkpoint is None:
         statistics = fit_normalizer(config["policy"], spec, data.statistics_rows, data.chunks)
         spec = replace(spec, normalizer=statistics)
         return spec, build_policy(config["policy"], spec)
-    path = Path(config["init"]) if checkpoint is None else checkpoint / "bundle"
-    what_is_it = f"init={path}" if checkpoint is None else f"the run cannot go on from {checkpoint}"
+    path = Path(init) if checkpoint is None else checkpoint / "bundle"
+    option = "init" if config["init"] else "policy.objective.teacher"
+    what_is_it = f"{option}={path}" if checkpoint is None else f"the run cannot go on from {checkpoint}"
     theirs = bundles.read_spec(path)
     for ours, other, what in (
         (
@@ -234,7 +237,9 @@ def _policy(
         action=_turned(spec.action, theirs.action),
     )
     policy = build_policy(config["policy"], spec)
-    bundles.load_weights(policy, path)
+    bundles.load_weights(policy, path, new=("denoiser.span_embedding.",) if checkpoint is None and taught else ())
+    if taught:
+        policy.learn_from(bundles.load(Path(taught)))
     return spec, policy
 
 

@@ -165,7 +165,7 @@ class Trainer:
         settings, loss = self.settings, torch.zeros((), device=self.accelerator.device)
         for part in range(settings.gradient_accumulation_steps):
             index = step * settings.gradient_accumulation_steps + part
-            generator = torch.Generator(self.accelerator.device).manual_seed(self._seed(index))
+            generator = self._random(index)
             batch = self.source.batch(index, settings.batch_size, generator)
             with self.accelerator.accumulate(self.model):
                 part_loss = self._backward(batch, generator)
@@ -177,9 +177,8 @@ class Trainer:
 
     def _replayed_gradient(self, step: int, captured: CapturedGradient) -> torch.Tensor:
         """`_gradient` of one batch, by a CUDA graph."""
-        seed = self._seed(step)
-        generator = torch.Generator(self.accelerator.device).manual_seed(seed)
-        loss = captured(self.source.batch(step, self.settings.batch_size, generator), seed)
+        batch = self.source.batch(step, self.settings.batch_size, self._random(step))
+        loss = captured(batch, self._seed(step))
         self._clip()
         self.prepared_optimizer.step()
         return loss
@@ -204,6 +203,11 @@ class Trainer:
             mixed_precision=accelerator.mixed_precision,
         )
         return CapturedGradient(self._backward, list(self.policy.parameters()), accelerator.device)
+
+    def _random(self, index: int) -> torch.Generator:
+        """Of batch `index`; torch's own random numbers, which dropout draws, follow from it as well."""
+        torch.manual_seed(self._seed(index))
+        return torch.Generator(self.accelerator.device).manual_seed(self._seed(index))
 
     def _seed(self, index: int) -> int:
         """Of the random numbers of batch `index`."""
@@ -361,9 +365,12 @@ class Trainer:
 
 
 def make_optimizer(policy: DiffusionPolicy, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and kernels only."""
-    decay = [p for p in policy.parameters() if p.requires_grad and p.ndim > 1]
-    rest = [p for p in policy.parameters() if p.requires_grad and p.ndim <= 1]
+    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices and kernels only: not on biases, norms and
+    embeddings."""
+    embeddings = {layer.weight for layer in policy.modules() if isinstance(layer, torch.nn.Embedding)}
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.ndim > 1 and p not in embeddings]
+    rest = [p for p in trained if p.ndim <= 1 or p in embeddings]
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.betas[0], settings.betas[1]), fused=True)
 

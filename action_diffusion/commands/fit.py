@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any
 
 from action_diffusion.errors import unknown
+from action_diffusion.options import COMMANDS
 from action_diffusion.options.extensions import FITS, Fit
 from action_diffusion.policy.reading import read_config, read_spec
+from action_diffusion.registry import EXTENSIONS
 
 FIT_HELP = """\
 action-diffusion fit NAME bundle=DIR [name=value …]     fit what acts while chunks are made, and store it in the bundle
@@ -24,13 +27,18 @@ def run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help") or {"-h", "--help"} & set(words):
         print(FIT_HELP + "\n".join(_lines()))
         return 0
-    if words[0] not in FITS:
-        raise unknown("extension", words[0], FITS)
-    from action_diffusion.configuration import settings_of
+    from action_diffusion.configuration import plain, settings_of
 
+    if words[0] not in FITS:
+        plain(
+            "fit", [word for word in words[1:] if word.startswith("plugins=")], {"bundle": "a bundle"}
+        )  # one may have it
+        if words[0] not in EXTENSIONS:
+            raise unknown("extension", words[0], EXTENSIONS)
+        COMMANDS[f"fit {words[0]}"] = EXTENSIONS.load(words[0]).options
     config = settings_of(f"fit {words[0]}", words[1:])
-    read_spec(config.bundle)  # before torch is imported
-    read_config(config.bundle)
+    read_spec(Path(config.bundle))  # before torch is imported
+    read_config(Path(config.bundle))
     from action_diffusion.training.fitting import fit
 
     for name, value in fit(words[0], config).items():

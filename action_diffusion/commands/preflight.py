@@ -21,6 +21,11 @@ def train(config: Mapping[str, Any]) -> None:
     """The data and its columns, the crop of its images, weights to start from."""
     if config["init"] is not None:
         read_spec(Path(config["init"]).expanduser())
+    objective = config["policy"]["objective"]
+    if objective.get("name") == "consistency" and objective.get("teacher") is None:
+        raise InputError("objective=consistency learns from a policy: policy.objective.teacher=outputs/…/bundle")
+    if objective.get("teacher") is not None:
+        read_spec(Path(objective["teacher"]).expanduser())
     encoder = config["policy"]["encoder"]
     weights = encoder.get("weights")
     if weights is not None and not Path(weights).expanduser().is_file():

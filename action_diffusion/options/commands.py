@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from action_diffusion.options.data import Absolute, Convert, DataReport, Doctor, Edit, Inspect, View
-from action_diffusion.options.extensions import FITS
+from action_diffusion.options.extensions import FITS, Fit
 from action_diffusion.options.policy import AnySampler
 from action_diffusion.options.task import Task
 from action_diffusion.options.train import Data, Train
@@ -223,5 +223,6 @@ COMMANDS: dict[str, type] = {
     "data view": View,
     "data doctor": Doctor,
     "data edit": Edit,
+    "fit": Fit,
     **{f"fit {name}": fit for name, fit in FITS.items()},
 }

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from action_diffusion.options.train import Data
-from action_diffusion.options.words import Device, Plugins, Seed
-from action_diffusion.schema import Between, FilePath, Sized
+from action_diffusion.options.words import MOST_STEPS, Device, Plugins, Seed, Share
+from action_diffusion.schema import Above, Between, FilePath, Sized
 
 
 @dataclass(kw_only=True)
@@ -32,5 +32,18 @@ class Guard(Fit):
     sigmas: Annotated[list[Annotated[float, Between(0.01, 100)]], Sized(1, 16)] = field(default_factory=lambda: [0.1])
 
 
-FITS: dict[str, type[Fit]] = {"guard": Guard}
+@dataclass(kw_only=True)
+class Tokens(Fit):
+    """A token head chooses the way, and the denoiser does it: for tasks of several ways, in few denoising steps."""
+
+    frequencies: Annotated[int, Between(1, MOST_STEPS)] = 4
+    levels: Annotated[int, Between(1, 1000)] = 16
+    hidden: Annotated[int, Between(8, 4096)] = 128
+    steps: Annotated[int, Between(1, 1_000_000)] = 2000
+    lr: Annotated[float, Above(0, 1)] = 2e-3
+    until: Share = 0.4
+    confidence: Share = 0.5
+
+
+FITS: dict[str, type[Fit]] = {"guard": Guard, "tokens": Tokens}
 """By the names of the extensions."""

@@ -50,6 +50,23 @@ class Unet1d:
 
 
 @dataclass
+class DiT:
+    """`policy.denoiser`, see `policy.dit.DiffusionTransformer`."""
+
+    width: Annotated[int, Between(4, 8192)] = 96
+    layers: Annotated[int, Between(1, 64)] = 3
+    heads: Annotated[int, Between(1, 256)] = 4
+
+
+@dataclass
+class Transformer(DiT):
+    """`policy.denoiser`, see `policy.transformer.TransformerDenoiser`."""
+
+    causal: bool = True
+    dropout: Annotated[float, Between(0, below=1)] = 0.0
+
+
+@dataclass
 class PlanarPose:
     """`policy.estimator`, see `policy.estimator.PlanarPose`."""
 
@@ -123,6 +140,13 @@ class PlanarObjectFrame:
 
 
 @dataclass
+class Masked:
+    """`policy.process`, see `policy.diffusion.masked`."""
+
+    prediction: str = "sample"
+
+
+@dataclass
 class Mip:
     """`policy.process`, see `policy.process.Mip`."""
 
@@ -163,12 +187,22 @@ class Shortcut(MeanFlow):
     )
 
 
+@dataclass
+class Consistency(FlowMap):
+    """`policy.objective`, see `policy.objectives.consistency`."""
+
+    teacher: FilePath | None = None
+    bins: Annotated[int, Between(2, 1024)] = 80
+    solver_steps: Annotated[int, Between(1, 64)] = 4
+
+
 COMPONENTS: dict[str, dict[str, type]] = {
     "encoder": {"observation": Encoder},
-    "denoiser": {"unet1d": Unet1d},
+    "denoiser": {"dit": DiT, "transformer": Transformer, "unet1d": Unet1d},
     "estimator": {"planar_pose": PlanarPose},
-    "process": {"diffusion": Diffusion, "flow": Flow, "mip": Mip},
+    "process": {"diffusion": Diffusion, "flow": Flow, "masked": Masked, "mip": Mip},
     "objective": {
+        "consistency": Consistency,
         "denoising": Denoising,
         "flow_map": FlowMap,
         "mean_flow": MeanFlow,
@@ -216,6 +250,7 @@ SCHEDULERS = {
         *("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"),
     ),
     "flow": ("shift", "stochastic_sampling"),
+    "masked": (),
     "mip": (),
 }
 """The options of each scheduler, beside what `policy.sampler.Sampler` takes for all of them."""
@@ -259,16 +294,16 @@ class Policy:
             check_process(name, FAMILIES[name], str(self.process.get("name")), str(prediction))
 
 
-FAMILIES = {"flow_map": "flow", "mean_flow": "flow", "mip": "mip", "shortcut": "flow"}
+FAMILIES = {"consistency": "flow", "flow_map": "flow", "mean_flow": "flow", "mip": "mip", "shortcut": "flow"}
 """Objectives that are for one kind of process."""
-PREDICTED = {"flow": "velocity", "mip": "sample"}
+PREDICTED = {"flow": ("velocity", "sample"), "mip": ("sample",)}
 
 
 def check_process(objective: str, family: str, found: str, prediction: str) -> None:
     """`InputError` where an objective that is for the processes of `family` is to learn from another one."""
-    if (found, prediction) != (family, PREDICTED[family]):
+    if found != family or prediction not in PREDICTED[family]:
         raise InputError(
-            f"policy.objective: {objective} needs a {family} process that predicts the {PREDICTED[family]}, and "
+            f"policy.objective: {objective} needs a {family} process that predicts the {PREDICTED[family][0]}, and "
             f"policy.process is a {found} process that predicts the {prediction}: use scheduler={family}"
         )
 

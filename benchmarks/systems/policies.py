@@ -16,6 +16,9 @@ from diffusers.training_utils import EMAModel
 
 from action_diffusion import envs
 from action_diffusion.configuration import load
+from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
+from action_diffusion.datasets.batches.windows import Windows
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.files import cache_folder
 from action_diffusion.policy import bundle as bundles
@@ -113,6 +116,24 @@ def fit(
             advance(1)
     average.copy_to(parameters)
     policy.eval().requires_grad_(False)
+
+
+def source(obs: Mapping[str, np.ndarray], action: np.ndarray) -> BatchSource:
+    """Windows [N] of one observation each, key → [N, 1, D], and chunks [N, H, A], for an extension's `fit`."""
+    n, horizon = action.shape[:2]
+    rows = {key: np.repeat(value[:, 0], horizon, axis=0).astype(np.float32) for key, value in obs.items()}
+    buffer = ReplayBuffer.from_arrays(
+        rows | {"action": action.reshape(n * horizon, -1).astype(np.float32)}, horizon * np.arange(1, n + 1)
+    )
+    ends = buffer.episode_ends
+    return BatchSource(
+        buffer=buffer,
+        windows=Windows(ends - horizon, ends - horizon, ends, horizon, n_obs_steps=1, n_action_steps=horizon),
+        observations={key: ObsKey(key, None, "state") for key in obs},
+        action_key="action",
+        n_obs_steps=1,
+        device=torch.device("cpu"),
+    )
 
 
 def pusht(seed: int, *options: str) -> Path:

@@ -61,6 +61,7 @@ class RealSenseCamera:
         config.enable_stream(rs.stream.color, width, height, rs.format.rgb8, rate)
         pipeline = rs.pipeline()
         try:
+            config.resolve(rs.pipeline_wrapper(pipeline))  # `start` waits 15 s for a camera that is not there
             profile = pipeline.start(config)
             self._pipeline = pipeline
             sensor = profile.get_device().first_color_sensor()

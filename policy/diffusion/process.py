@@ -6,6 +6,7 @@ Every scheduler here keeps a sample of the form `x = a · x0 + b · eps`:
     diffusion    √ᾱ_k       √(1 − ᾱ_k)   DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler
     flow         1 − s      s            FlowMatchEulerDiscreteScheduler
     mip          0, 0.9     0, 0.1       none: two regressions, no solver
+    masked       1 − s      s            none: values that are there or not (`masked`)
 
 so whatever the network predicts, its output is turned into `x0_hat` once, here, and the diffusers scheduler is
 driven by that (`prediction_type="sample"`, or the velocity that follows from it for flow matching). Recomputing
@@ -36,8 +37,20 @@ from torch import Tensor
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import MOST_STEPS, check_sampler
 
-FAMILIES = {"ddpm": "diffusion", "ddim": "diffusion", "dpm_solver++": "diffusion", "flow": "flow", "mip": "mip"}
-PREDICTIONS = {"diffusion": ("epsilon", "sample", "v_prediction"), "flow": ("velocity", "sample"), "mip": ("sample",)}
+FAMILIES = {
+    "ddpm": "diffusion",
+    "ddim": "diffusion",
+    "dpm_solver++": "diffusion",
+    "flow": "flow",
+    "masked": "masked",
+    "mip": "mip",
+}
+PREDICTIONS = {
+    "diffusion": ("epsilon", "sample", "v_prediction"),
+    "flow": ("velocity", "sample"),
+    "masked": ("sample",),
+    "mip": ("sample",),
+}
 NOISE = 0.95
 """The least noise (`Step.b`) that sampling may begin at, since it begins with nothing else."""
 EXACT = 1e-3
@@ -128,6 +141,10 @@ class Solver:
         _check_levels(steps, moves, last)
         return cls(steps=steps, moves=moves)
 
+    def noisy(self, mean: Tensor, x: Tensor, z: Tensor, step: Step) -> Tensor:
+        """x_next [B, H, A] of a step whose `spread` is above 0. z: standard normal."""
+        return torch.add(mean, z, alpha=self.moves[step.index].spread)
+
     def mean(self, estimates: Sequence[Tensor], x: Tensor, step: Step) -> Tensor:
         """The mean [B, H, A] of p(x_next | x). estimates: x0_hat [B, H, A] of this step, the step before, and so on.
 
@@ -157,7 +174,7 @@ class Diffusion:
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
     ):
-        _check_prediction(self.family, prediction)
+        check_prediction(self.family, prediction)
         if beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
             raise unknown("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         if num_train_timesteps < 1:
@@ -204,9 +221,9 @@ class Diffusion:
         return step.a * x - step.b * output
 
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
-        _check_member(self.family, name)
-        _check_steps(name, n_steps, self.num_train_timesteps)
-        options = _given(name, options)
+        check_member(self.family, name)
+        check_steps(name, n_steps, self.num_train_timesteps)
+        options = given(name, options)
         spacing = options.pop("timestep_spacing", "linspace" if name == "dpm_solver++" else "trailing")
         common: dict[str, Any] = dict(self._betas, prediction_type="sample", timestep_spacing=spacing)
         advance: dict[str, Any] = {}
@@ -273,7 +290,7 @@ class Flow:
     TIME_SCALE = 100.0
 
     def __init__(self, *, prediction: str = "velocity"):
-        _check_prediction(self.family, prediction)
+        check_prediction(self.family, prediction)
         self.prediction = prediction
 
     def draw_times(self, n: int, *, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -290,9 +307,9 @@ class Flow:
         return output if self.prediction == "sample" else x + step.b * output
 
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
-        _check_member(self.family, name)
-        _check_steps(name, n_steps, None)
-        options = _given(name, options)
+        check_member(self.family, name)
+        check_steps(name, n_steps, None)
+        options = given(name, options)
         scheduler: Any = FlowMatchEulerDiscreteScheduler(**options)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / n_steps, n_steps).tolist())
         steps = [
@@ -315,7 +332,7 @@ class Mip:
     family = "mip"
 
     def __init__(self, *, prediction: str = "sample", level: float = 0.9):
-        _check_prediction(self.family, prediction)
+        check_prediction(self.family, prediction)
         if not 0.0 < level < 1.0:
             raise InputError(f"policy.process.level={level} must be between 0 and 1")
         self.prediction, self.level = prediction, level
@@ -335,9 +352,9 @@ class Mip:
         return output
 
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
-        _check_member(self.family, name)
-        _check_steps(name, n_steps, 2)
-        _given(name, options)
+        check_member(self.family, name)
+        check_steps(name, n_steps, 2)
+        given(name, options)
         steps = [
             Step(0, Flow.TIME_SCALE, 0.0, 0.0),
             Step(1, Flow.TIME_SCALE * (1.0 - self.level), self.level, 1.0 - self.level),
@@ -402,12 +419,12 @@ def _moves(scheduler: Any, steps: Sequence[Step], options: Mapping[str, Any]) ->
     return moves
 
 
-def _check_prediction(family: str, prediction: str) -> None:
+def check_prediction(family: str, prediction: str) -> None:
     if prediction not in PREDICTIONS[family]:
         raise unknown("prediction", prediction, PREDICTIONS[family], f"a {family} process")
 
 
-def _check_member(family: str, name: str) -> None:
+def check_member(family: str, name: str) -> None:
     if name not in FAMILIES:
         raise unknown("sampler.scheduler", name, FAMILIES)
     if FAMILIES[name] != family:
@@ -418,14 +435,14 @@ def _check_member(family: str, name: str) -> None:
         )
 
 
-def _given(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def given(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are not null, all of them the scheduler's."""
     given = {option: value for option, value in options.items() if value is not None}
     check_sampler(name, given)
     return given
 
 
-def _check_steps(name: str, n_steps: int, most: int | None) -> None:
+def check_steps(name: str, n_steps: int, most: int | None) -> None:
     if not 1 <= n_steps <= (most := min(most or MOST_STEPS, MOST_STEPS)):
         raise InputError(f"sampler.num_inference_steps={n_steps} for {name} must be between 1 and {most}")
 

@@ -200,7 +200,7 @@ class Sampler:
                     estimates.appendleft(state.x0_hat)
                     x_next = mean = self.solver.mean(estimates, state.x, step)
                     if move.spread:
-                        x_next = torch.add(mean, noise_of[step.index], alpha=move.spread)
+                        x_next = self.solver.noisy(mean, state.x, noise_of[step.index], step)
                     x_next = self._clip(x_next, "x")
                     if return_chain:
                         chain.append(ChainStep(step, state.x, x_next, mean if move.spread else x_next, move.spread))

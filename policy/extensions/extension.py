@@ -24,6 +24,7 @@ from torch import Tensor
 from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
+from action_diffusion.options.extensions import Fit
 from action_diffusion.policy.diffusion.sampler import Hook
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import extension_file, require_extensions
@@ -53,6 +54,8 @@ class Extension:
     chunk is no state of an episode.
     """
 
+    options: ClassVar[type[Fit]] = Fit
+    """What `action-diffusion fit` takes, of an extension that is not this package's; those have `FITS`."""
     needs_gradient: ClassVar[bool] = False
     """Whether one of its hooks differentiates through the network."""
 

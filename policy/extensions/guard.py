@@ -242,10 +242,15 @@ def reached(scores: np.ndarray, quantile: float) -> float:
 
 
 def grid(process: Process, sigmas: Sequence[float]) -> np.ndarray:
-    """The noise levels of a process nearest to `sigmas` [L], of those that it trains on: time, a, b, float32 [L, 3]."""
+    """The noise levels of a process nearest to `sigmas` [L], of those that it trains on: time, a, b, float32 [L, 3].
+
+    Raises `InputError` for a process that adds no noise.
+    """
     times = process.draw_times(4096, generator=torch.Generator().manual_seed(0), device=torch.device("cpu")).unique()
     one = torch.ones(len(times), 1, 1)
     a, b = process.add_noise(one, 0 * one, times).flatten(), process.add_noise(0 * one, one, times).flatten()
+    if not torch.allclose(process.add_noise(2 * one, one, times).flatten(), 2 * a + b, atol=1e-4):
+        raise InputError(f"guard: a {process.family} process adds no noise to chunks, and that is what scores them")
     levels = torch.stack([times, a, b], dim=1)[(a > 0) & (b > 0)]
     ratio = (levels[:, 2] / levels[:, 1]).log()
     return torch.stack([levels[(ratio - math.log(sigma)).abs().argmin()] for sigma in sigmas]).float().numpy()

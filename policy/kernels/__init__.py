@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +54,10 @@ def accelerate(
     device, denoiser = policy.device, policy.denoiser
     if precision is not None:
         check_precision(precision, device)
+        if precision == "fp16" and device.type == "cpu" and not isinstance(denoiser, ConditionalUnet1d):
+            raise InputError(
+                f"precision=fp16 on a CPU is for the denoiser unet1d, this is a {type(denoiser).__name__}: choose fp32"
+            )
     if cuda_graph and device.type != "cuda":
         raise InputError(f"cuda_graph=true needs a CUDA device, the policy is on {device}")
     layers.remove(policy)
@@ -90,15 +95,15 @@ def _install(policy: DiffusionPolicy, precision: str, *, whole: bool) -> None:
         layers.install(policy.encoder, keep=True)
         if whole:
             layers.install(denoiser, keep=True)
-    if not isinstance(denoiser, ConditionalUnet1d):
-        return
-    if cpu and whole and cpu_unet.fits(denoiser):
+    unet = isinstance(denoiser, ConditionalUnet1d)
+    if unet and cpu and whole and cpu_unet.fits(denoiser):
         layers.put(cpu_unet.CpuUnet(denoiser, half=precision == "fp16"))
-    elif whole and gpu_unet.fits(denoiser):
+    elif unet and whole and gpu_unet.fits(denoiser):
         layers.put(gpu_unet.GpuUnet(denoiser, dtype=dtype))
     elif not cpu and dtype != torch.float32:
         denoiser.__dict__["forward"] = _cast(denoiser.forward, dtype)
-    layers.put(layers.Beginning(denoiser))
+    if unet:
+        layers.put(layers.Beginning(denoiser))
 
 
 def _cast(run: Denoise, dtype: torch.dtype) -> Denoise:
@@ -133,14 +138,14 @@ def _try(run: Denoise, policy: Any, options: str) -> None:
     """The first call, which compiles and captures: what is missing on this machine is said now."""
     from torch._dynamo.exc import TorchDynamoException  # slow to import
 
-    denoiser = policy.denoiser
-    if not isinstance(denoiser, ConditionalUnet1d):
-        return  # of what size its input is, the first prediction says
-    x = torch.zeros(1, policy.spec.horizon, denoiser.input_dim, device=policy.device)
-    film = torch.zeros(1, sum(denoiser.film_sizes), device=policy.device)
+    spec, device = policy.spec, policy.device
+    obs = {key: np.zeros((1, spec.n_obs_steps, *value.shape), value.dtype) for key, value in spec.observations.items()}
     try:
         with torch.inference_mode():  # as `predict` calls it
-            run(x, film)
+            condition = policy.encode({key: torch.from_numpy(value).to(device) for key, value in obs.items()})
+            film = policy.denoiser.prepare(condition, policy.sampler.times(device)).at(0)
+            channels = spec.action.shape[0] + (policy.max_delay > 0)
+            run(torch.zeros(1, spec.horizon, channels, device=device), film)
     except (TorchDynamoException, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{options} does not work on this machine: {reason}") from None

@@ -29,7 +29,8 @@ class Film:
 class Denoiser(nn.Module):
     """Its constructor takes action_dim (A), condition_dim (C: of an encoded history), and options of its own; also
     `marked` where it is to be trained with policy.objective.max_delay: its input then has one channel more; and
-    `two_times` where the objective tells it two."""
+    `two_times` where the objective tells it two. If it takes them, and no option gives them, also `horizon` (H) and
+    `n_obs_steps`: how many equal parts the condition is, oldest first (1 where an estimated state follows them)."""
 
     def check_horizon(self, horizon: int) -> None:
         """Raises `InputError` for a chunk of a length H that it cannot have. Here: takes any."""

@@ -23,30 +23,10 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.model.activations import ACTIVATIONS, Activation
 from action_diffusion.policy.model.conv import Conv1d, Double, GroupNorm, Halve, Linear
 from action_diffusion.policy.model.denoiser import Denoiser, Film
+from action_diffusion.policy.model.times import time_mlp
 
 Value = TypeVar("Value")
 """What goes through the U-Net: a tensor, or what stands for one."""
-
-
-class SinusoidalEmbedding(nn.Module):
-    """Sines and cosines of a time [N] → [N, dim] (Vaswani et al. 2017; Ho et al. 2020)."""
-
-    frequencies: Tensor
-
-    def __init__(self, dim: int):
-        super().__init__()
-        half = dim // 2
-        exponent = torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1))
-        self.register_buffer("frequencies", exponent.exp(), persistent=False)
-
-    def forward(self, times: Tensor) -> Tensor:
-        angles = times[:, None].float() * self.frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def _embedding(dim: int) -> nn.Sequential:
-    """A time, or how far a step goes, [N] → [N, dim]."""
-    return nn.Sequential(SinusoidalEmbedding(dim), nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
 
 
 class ConvBlock(nn.Module):
@@ -111,8 +91,8 @@ class ConditionalUnet1d(Denoiser):
                 raise InputError(f"denoiser.channels: {width} is not divisible by n_groups={n_groups}")
         self.channels, self.kernel_size, self.n_groups = tuple(channels), kernel_size, n_groups
         self.action_dim, self.input_dim, self.activation = action_dim, action_dim + marked, activation
-        self.time_embedding = _embedding(time_dim)
-        self.span_embedding = _embedding(time_dim) if two_times else None
+        self.time_embedding = time_mlp(time_dim)
+        self.span_embedding = time_mlp(time_dim) if two_times else None
         act = ACTIVATIONS[activation]
 
         def block(n_in: int, n_out: int) -> ResidualBlock:

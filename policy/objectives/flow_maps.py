@@ -1,8 +1,8 @@
 """Policies of one or a few steps, learnt from scratch: the network says how far to go, and not only in which direction.
 
-A flow's time s goes from 1 (noise) to 0 (the clean chunk), x_s = (1 − s) x0 + s eps, and its velocity, which the
-network predicts, is x0 − eps. Told two times, s and r ≤ s, the network says the *mean* velocity u of the way from s to
-r, so that one step goes all of it:
+A flow's time s goes from 1 (noise) to 0 (the clean chunk), x_s = (1 − s) x0 + s eps, and its velocity is x0 − eps. Told
+two times, s and r ≤ s, the network says the *mean* velocity u of the way from s to r, so that one step goes all of it,
+or says it by F = x_s + s u (prediction "sample", as consistency trajectory models do: the clean chunk, where r is 0):
 
     x_r = x_s + (s − r) · u(x_s, s, r)
 
@@ -36,6 +36,18 @@ def told(s: Tensor, r: Tensor) -> Tensor:
     return Flow.TIME_SCALE * torch.stack([s, r], dim=1)
 
 
+def velocities(network: Network, prediction: str) -> Network:
+    """The same network, that says velocities whatever it predicts."""
+    if prediction == "velocity":
+        return network
+
+    def said(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        s = (times if times.ndim == 1 else times[:, 0]).to(x.dtype).view(-1, 1, 1) / Flow.TIME_SCALE
+        return (network(x, times, rows) - x) / s.clamp_min(1e-3)
+
+    return said
+
+
 def noisy(x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
     """x_s [R, H, A] at s [R]."""
     s = s.view(-1, 1, 1)
@@ -49,7 +61,7 @@ def _ends(n: int, generator: torch.Generator | None, device: torch.device) -> tu
 
 
 @dataclass(kw_only=True, eq=False)
-class _TwoTimes(Objective):
+class TwoTimes(Objective):
     """distilled: the share of examples, above 0 and at most 1, that the network teaches itself."""
 
     distilled: float = 0.25
@@ -63,7 +75,12 @@ class _TwoTimes(Objective):
             raise InputError(f"policy.objective.distilled={self.distilled} must be above 0, and at most 1")
 
     def pairs(
-        self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None
+        self,
+        network: Network,
+        process: Process,
+        x0: Tensor,
+        generator: torch.Generator | None,
+        teacher: Network | None = None,
     ) -> Iterator[Pair]:
         n = len(x0)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
@@ -73,18 +90,29 @@ class _TwoTimes(Objective):
             of_data = rows[taught:]
             s = torch.rand(len(of_data), generator=generator, device=x0.device, dtype=x0.dtype)
             output = network(noisy(x0[of_data], eps[of_data], s), told(s, s), of_data)
-            yield Pair(output, x0[of_data] - eps[of_data], of_data)
+            yield Pair(output, process.target(x0[of_data], eps[of_data], Flow.TIME_SCALE * s), of_data)
         rows = rows[:taught]
-        yield self._taught(network, x0[rows], eps[rows], rows, generator)
+        said = velocities(network, process.prediction)
+        flow = None if teacher is None else velocities(teacher, process.prediction)
+        s, pair = self._taught(said, x0[rows], eps[rows], rows, generator, flow)
+        if process.prediction == "sample":  # F − F* is s (u − u*)
+            pair = pair._replace(output=s.view(-1, 1, 1) * pair.output, target=s.view(-1, 1, 1) * pair.target)
+        yield pair
 
     def _taught(
-        self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
-    ) -> Pair:
-        """Of the examples `rows`, whose x0 and eps are [R, H, A]."""
+        self,
+        network: Network,
+        x0: Tensor,
+        eps: Tensor,
+        rows: Tensor,
+        generator: torch.Generator | None,
+        teacher: Network | None,
+    ) -> tuple[Tensor, Pair]:
+        """Of the examples `rows`, whose x0 and eps are [R, H, A]: where they begin, s [R], and velocities."""
         raise NotImplementedError
 
 
-class _Composed(_TwoTimes):
+class _Composed(TwoTimes):
     """The mean velocity of a step is that of the two steps that it is made of."""
 
     def _spans(
@@ -94,8 +122,14 @@ class _Composed(_TwoTimes):
         raise NotImplementedError
 
     def _taught(
-        self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
-    ) -> Pair:
+        self,
+        network: Network,
+        x0: Tensor,
+        eps: Tensor,
+        rows: Tensor,
+        generator: torch.Generator | None,
+        teacher: Network | None,
+    ) -> tuple[Tensor, Pair]:
         s, m, r, shortest = self._spans(len(rows), generator, x0.device)
         x = noisy(x0, eps, s)
         with torch.no_grad():
@@ -104,7 +138,7 @@ class _Composed(_TwoTimes):
             second = network(middle, told(m, torch.where(shortest, m, r)), rows)
             h = ((s - m) / (s - r).clamp_min(1e-6)).view(-1, 1, 1)
             target = h * first + (1.0 - h) * second
-        return Pair(network(x, told(s, r), rows), target, rows)
+        return s, Pair(network(x, told(s, r), rows), target, rows)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -153,7 +187,7 @@ class FlowMap(_Composed):
         return s, s - h * (s - r), r, torch.zeros(n, dtype=torch.bool, device=device)
 
 
-class MeanFlow(_TwoTimes):
+class MeanFlow(TwoTimes):
     """ "Mean Flows for One-step Generative Modeling" (Geng et al. 2025): du/ds along the flow is
     ∂u/∂s + ∂u/∂x · (eps − x0), and errors are weighted by 1 / (their mean square + 1e-3).
 
@@ -164,8 +198,14 @@ class MeanFlow(_TwoTimes):
     """Of the flow's time: small beside a step, and large beside float32's rounding."""
 
     def _taught(
-        self, network: Network, x0: Tensor, eps: Tensor, rows: Tensor, generator: torch.Generator | None
-    ) -> Pair:
+        self,
+        network: Network,
+        x0: Tensor,
+        eps: Tensor,
+        rows: Tensor,
+        generator: torch.Generator | None,
+        teacher: Network | None,
+    ) -> tuple[Tensor, Pair]:
         s, r = _ends(len(rows), generator, x0.device)
         x, velocity = noisy(x0, eps, s), x0 - eps
         with torch.no_grad():
@@ -175,4 +215,4 @@ class MeanFlow(_TwoTimes):
             target = velocity - (s - r).view(-1, 1, 1) * change
         output = network(x, told(s, r), rows)
         error = (output.detach() - target).square().mean(dim=(1, 2))
-        return Pair(output, target, rows, 1.0 / (error + 1e-3))
+        return s, Pair(output, target, rows, 1.0 / (error + 1e-3))

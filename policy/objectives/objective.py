@@ -64,6 +64,8 @@ class Objective:
 
     two_times: ClassVar[bool] = False
     """Whether the network is told two times: where a step begins, and where it goes."""
+    taught: ClassVar[bool] = False
+    """Whether it learns from another policy: `pairs` then takes a `teacher`, and training reads the bundle."""
     family: ClassVar[str | None] = None
     """Of the processes that it is for (`Process.family`); None: any."""
 

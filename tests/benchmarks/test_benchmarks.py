@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from processes import Forked
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -347,7 +348,12 @@ def stand_ins(tmp_path, monkeypatch):
         script.write_text(STAND_IN.format(folder=str(ROOT / "benchmarks" / "peer" / "peers"), side=name, said="avx2"))
         return [sys.executable, str(script)], {}
 
+    def _started(command, *, text, **options):
+        return Forked(*command[1:], **options)
+
     monkeypatch.setattr(session._Workers, "_command", _command)
+    there = {"Popen": _started, "PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
+    monkeypatch.setattr(workers, "subprocess", SimpleNamespace(**there))
     monkeypatch.setattr(compare, "TURN_SECONDS", 0.05)
     monkeypatch.setattr(compare, "PAIRS", (3, 3))
     monkeypatch.setattr(compare, "write_inputs", lambda *_: None)

@@ -11,6 +11,14 @@ import pytest
 gpu = import_module("benchmarks.speed.gpu")
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Few demonstrations, which fill a quarter of a gigabyte otherwise, and a small network."""
+    monkeypatch.setattr(gpu, "EPISODES", 3)
+    monkeypatch.setattr(gpu, "LENGTH", 30)
+    monkeypatch.setitem(gpu.SIZES, "small", [16, 32])
+
+
 @pytest.mark.slow
 def test_the_table_is_measured(tmp_path, capsys):
     out = tmp_path / "gpu.json"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
+import processes
 import pytest
 
 gpu_pusht_image = import_module("benchmarks.speed.gpu_pusht_image")
@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*command: str, cache: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
-    )
+    return processes.run("-m", *command, cwd=ROOT, env=environment)
 
 
 @pytest.mark.slow
@@ -39,7 +37,7 @@ def test_the_run_goes_from_demonstrations_to_a_score(tmp_path):
         *("device=cpu", "train.max_minutes=null", "train.max_steps=2", "train.batch_size=2"),
         *("train.mixed_precision=no", "train.cuda_graph=false", "train.warmup=0"),
         *("evaluation.n_episodes=1", "evaluation.n_envs=1", "evaluation.policy_batch=1", "evaluation.n_videos=0"),
-        *("policy.sampler.num_inference_steps=1",),
+        *("policy.sampler.num_inference_steps=1", "policy.denoiser.channels=[16,32]", "task.env.max_steps=20"),
     )
     out = tmp_path / "run"
     found = run("benchmarks.speed.gpu_pusht_image", f"output_dir={out}", f"data={data}", *small, cache=tmp_path)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 
 from action_diffusion import envs
@@ -167,17 +166,10 @@ def test_the_command_writes_rows_a_picture_and_what_is_reached(bundle, tmp_path,
 def test_a_process_a_core_gives_the_same(bundle, tmp_path):
     words = [f"bundle={bundle}", "n_episodes=2", "delay=2", "scheduling=naive,rtc", "execution_horizon=4"]
     found = []
-    for processes in (1, 2):
-        output = tmp_path / f"{processes}.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.scores.latency",
-            *words,
-            f"output={output}",
-            f"processes={processes}",
-        ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    for n in (1, 2):
+        output = tmp_path / f"{n}.json"
+        command = ["-m", "benchmarks.scores.latency", *words, f"output={output}", f"processes={n}"]
+        done = processes.run(*command, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         rows = json.loads(output.read_text())["rows"]
         found.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])

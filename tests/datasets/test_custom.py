@@ -50,6 +50,7 @@ SMALL = [
     "policy.denoiser.channels=[8,16]",
     "policy.encoder.keypoints=4",
     "policy.encoder.feature_dim=8",
+    "policy.sampler.num_inference_steps=2",
     "train.max_steps=4",
     "train.batch_size=4",
     "train.tensorboard=false",

@@ -286,7 +286,7 @@ def small_disk(tmp_path):
 
 def fill(recorder: Recorder, noise: np.ndarray) -> None:
     for number in range(10000):
-        recorder.add({"image": noise[number % 10], "state": np.full(5, number % 10)})
+        recorder.add({"image": noise[number % 100], "state": np.full(5, number % 100)})
         time.sleep(0.005)
 
 
@@ -298,7 +298,7 @@ def test_a_full_disk(small_disk, video):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(2 << 20))
     fields = {"image": ("u1", (64, 64, 3)), "state": ("f4", (5,))}
-    noise = random.integers(0, 256, (10, 64, 64, 3), dtype=np.uint8)
+    noise = random.integers(0, 256, (100, 64, 64, 3), dtype=np.uint8)  # fewer would be compressed to little
     with Recorder.open(path, fields, ATTRS, video=video) as recorder:
         for _ in range(2):
             for number in range(10):
@@ -318,8 +318,8 @@ def test_a_full_disk(small_disk, video):
     buffer = ReplayBuffer.open(path)
     assert buffer.episode_ends.tolist() == [10, 20, 20 + n_steps, 21 + n_steps]
     np.testing.assert_array_equal(buffer["image"][:20], before)
-    assert buffer["state"][20 : 20 + n_steps, 0].tolist() == [number % 10 for number in range(n_steps)]
-    errors = np.abs(buffer["image"][20 : 20 + n_steps].astype(int) - noise[np.arange(n_steps) % 10])
+    assert buffer["state"][20 : 20 + n_steps, 0].tolist() == [number % 100 for number in range(n_steps)]
+    errors = np.abs(buffer["image"][20 : 20 + n_steps].astype(int) - noise[np.arange(n_steps) % 100])
     assert errors.mean() < (8 if video else 1e-9)
 
 

@@ -141,4 +141,5 @@ def test_a_person_takes_over_and_what_they_did_trains(tmp_path, capsys):
     assert (buffer["action"][:, 1] == 250).all()
     assert (np.diff(buffer["action"][:, 0]) >= 0).all()
     words = [f"data={path}", f"output_dir={tmp_path}/train", "device=cpu", "train.max_steps=2", "train.batch_size=4"]
+    words.append("policy.denoiser.channels=[8,16]")
     assert cli.main(["train", "task=pusht_state", *words, "train.validate_every=0", "evaluation.n_episodes=0"]) == 0

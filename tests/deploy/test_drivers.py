@@ -388,10 +388,11 @@ def test_realsense_brings_each_clock_to_ours(realsense):
 
 
 def test_realsense_says_what_is_missing(realsense):
-    realsense.breaks["start"] = RuntimeError("No device\nconnected")
-    with pytest.raises(InputError, match="No device connected"):
-        RealSenseCamera().connect()
-    del realsense.breaks["start"]
+    for step in ("resolve", "start"):
+        realsense.breaks[step] = RuntimeError("No device\nconnected")
+        with pytest.raises(InputError, match="No device connected"):
+            RealSenseCamera().connect()
+        del realsense.breaks[step]
     camera = RealSenseCamera()
     camera.connect()
     realsense.answers["try_wait_for_frames"] = (False, None)

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from deployments import add_guard, deploy, read_log, save_bundle
+from processes import Forked
 
 from action_diffusion import cli
 from action_diffusion.datasets.storage.growing import read_table
@@ -171,7 +171,7 @@ def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
 def running(bundle, tmp_path):
     """`action-diffusion deploy` in a process of its own, and its shared memory, once the arm moves."""
     words = [f"bundle={bundle}", f"output_dir={tmp_path / 'run'}", "device=cpu", "page=false", "n_episodes=100"]
-    process = subprocess.Popen([sys.executable, "-m", "action_diffusion", "deploy", *words], stderr=subprocess.PIPE)
+    process = Forked("-m", "action_diffusion", "deploy", *words, stderr=subprocess.PIPE)
     try:
         pattern = f"action-diffusion-{process.pid}-*"
         until(lambda: list(shared_folder().glob(f"{pattern}/recorder.json")))
@@ -234,7 +234,7 @@ def test_the_loop_does_not_mind_what_becomes_of_the_recorder(running, tmp_path, 
     assert sum(row["missed_ticks"] for row in rows) <= 1
     if number == signal.SIGKILL:
         assert process.stderr is not None
-        assert b"the recorder's process has died" in process.stderr.readline()
+        assert "the recorder's process has died" in process.stderr.readline()
     else:
         os.kill(recorder, signal.SIGCONT)
 

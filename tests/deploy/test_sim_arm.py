@@ -70,6 +70,64 @@ def drive(robot: ProcessRobot, command: np.ndarray, n: int) -> None:
         robot.command([command], pacer.wait()[0])
 
 
+# Before `robot` is there, whose cameras keep a core busy.
+
+
+@pytest.mark.slow
+def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys, monkeypatch):
+    """The benchmark's small form: a demonstration, two optimiser steps, one short episode each way."""
+    small = {"train": ["train.batch_size=4", "policy.encoder.width=0.25", "policy.denoiser.channels=[16,32]"]}
+    small["train"].append("dataset.val_windows=4")
+    monkeypatch.setattr(sim_arm, "action_diffusion", lambda words: main([*words, *small.get(words[0], [])]))
+    words = ["episodes=1", "steps=2", "n_episodes=1", "max_steps=10", "sampling=2", f"output_dir={tmp_path}"]
+    assert sim_arm.main(words) == 0
+    said = capsys.readouterr().out
+    assert "deadline misses: " in said
+    assert "stood still for" in said
+    buffer = ReplayBuffer.open(tmp_path / "demos.zarr")
+    assert buffer.n_episodes == 1
+    episode = buffer.episode(0)
+    assert episode["reward"][-1] == 1.0
+    assert (episode["reward"][:-1] == 0).all()
+    assert episode["action"].shape[1:] == (10,)
+    assert episode["agentview_image"].shape[1:] == (84, 84, 3)
+    # The hand follows what it was told to, a little later.
+    lag = episode["action"][:-4, :3] - episode["robot0_eef_pos"][4:]
+    assert np.abs(lag).max() < 0.06
+    steps = np.diff(episode["action"][:, :3], axis=0)
+    assert np.abs(steps).max() <= PACE * LIMITS.velocity[0] / 20 + 1e-6
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["deploy"]["latency"]["steps"] == 10
+    assert ReplayBuffer.open(tmp_path / "deploy" / "record.zarr")["action"].shape == (10, 10)
+    assert set(results["deploy"]["cores"]) >= {"policy", "simulator", "arm", "camera agentview_image"}
+    assert sim_arm.main(words) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_without_the_arms_process_the_simulator_holds_the_arm():
+    robot = panda()
+    try:
+        robot.begin(100000)
+        there = np.append(hand(robot) + np.array([0.1, 0.1, 0.0, 0, 0, 0]), 0.0)
+        drive(robot, there, 4)
+        robot.arm.child.process.kill()
+        robot.arm.child.process.wait()
+        assert robot.hold()[1]
+        assert robot.arm.phase is Phase.BROKEN
+        time.sleep(0.8)
+        world = RingReader(robot.folder / "world")
+        held = world.latest().values["position"]
+        time.sleep(0.2)
+        np.testing.assert_allclose(world.latest().values["position"], held, atol=2e-3)
+        assert np.abs(held - there[:3]).max() > 0.02
+    finally:
+        robot.close()
+
+
+# One arm for all.
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [100000, 100003])
 def test_a_start_looks_as_it_does_where_policies_are_evaluated(robot, lift, seed):
@@ -123,27 +181,6 @@ def test_what_is_no_pose_is_refused_and_the_arm_holds(robot):
     assert second.startswith("refused: waypoint[2] = 0.5 is outside [0.79, 1.5]")
     np.testing.assert_allclose(hand(robot), present, atol=5e-3)
     robot.stop()
-
-
-@pytest.mark.slow
-def test_without_the_arms_process_the_simulator_holds_the_arm():
-    robot = panda()
-    try:
-        robot.begin(100000)
-        there = np.append(hand(robot) + np.array([0.1, 0.1, 0.0, 0, 0, 0]), 0.0)
-        drive(robot, there, 4)
-        robot.arm.child.process.kill()
-        robot.arm.child.process.wait()
-        assert robot.hold()[1]
-        assert robot.arm.phase is Phase.BROKEN
-        time.sleep(0.8)
-        world = RingReader(robot.folder / "world")
-        held = world.latest().values["position"]
-        time.sleep(0.2)
-        np.testing.assert_allclose(world.latest().values["position"], held, atol=2e-3)
-        assert np.abs(held - there[:3]).max() > 0.02
-    finally:
-        robot.close()
 
 
 @pytest.mark.slow
@@ -234,31 +271,3 @@ def test_many_episodes_begin_where_the_expert_went_wrong():
 def test_a_recording_that_cannot_be_is_refused_at_once(word, message, capsys):
     assert main(["collect", "task=lift_image", "robot=sim_arm", "output=new.zarr", word]) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys):
-    """The benchmark's small form: a demonstration, two optimiser steps, one short episode each way."""
-    words = ["episodes=1", "steps=2", "n_episodes=1", "max_steps=10", "sampling=2", f"output_dir={tmp_path}"]
-    assert sim_arm.main(words) == 0
-    said = capsys.readouterr().out
-    assert "deadline misses: " in said
-    assert "stood still for" in said
-    buffer = ReplayBuffer.open(tmp_path / "demos.zarr")
-    assert buffer.n_episodes == 1
-    episode = buffer.episode(0)
-    assert episode["reward"][-1] == 1.0
-    assert (episode["reward"][:-1] == 0).all()
-    assert episode["action"].shape[1:] == (10,)
-    assert episode["agentview_image"].shape[1:] == (84, 84, 3)
-    # The hand follows what it was told to, a little later.
-    lag = episode["action"][:-4, :3] - episode["robot0_eef_pos"][4:]
-    assert np.abs(lag).max() < 0.06
-    steps = np.diff(episode["action"][:, :3], axis=0)
-    assert np.abs(steps).max() <= PACE * LIMITS.velocity[0] / 20 + 1e-6
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["deploy"]["latency"]["steps"] == 10
-    assert ReplayBuffer.open(tmp_path / "deploy" / "record.zarr")["action"].shape == (10, 10)
-    assert set(results["deploy"]["cores"]) >= {"policy", "simulator", "arm", "camera agentview_image"}
-    assert sim_arm.main(words) == 2
-    assert "is there already" in capsys.readouterr().err

@@ -26,6 +26,7 @@ TYPES = [
     (r"typing\.Annotated\[numpy[^\"]*\"[^\"]*\"\]", "ndarray"),
     (r"typing\.Annotated\[(list\[float\]), \"[^\"]*\"\]", r"\1"),
     (r"\b(?:\w+\.)+(\w+)", r"\1"),  # module.Class
+    (r"\brs2::", ""),
     (r"\bBufData\b", "ndarray"),  # the buffer of a frame, which numpy reads
 ]
 """How pybind11 writes types, and how we do."""

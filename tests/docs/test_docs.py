@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ import pytest
 from action_diffusion.commands.data import SUBCOMMANDS
 from action_diffusion.configuration import load
 from action_diffusion.errors import InputError
+from action_diffusion.options.extensions import FITS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("action_diffusion", "policy", "datasets", "envs", "training", "deploy")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OF_THEIR_OWN = ("plugins=", "--config-dir", "task=my_arm")
 """Commands with files that a reader makes first; tests/test_extending.py runs those of extending.md."""
-COMMAND = re.compile(r"action-diffusion ((?:train|evaluate|collect|deploy|serve|data) [^|;&]*)")
+COMMAND = re.compile(r"action-diffusion ((?:train|evaluate|collect|deploy|serve|fit|data) [^|;&]*)")
 FOREIGN = "ImportError: libGL"
 """The dynamic linker's, not ours."""
 
@@ -80,6 +82,9 @@ def test_options_of_every_command_in_the_pages_are_there(page: str, command: str
         subcommand = SUBCOMMANDS[words[0]]
         keys = {word.partition("=")[0] for word in words[1:] if "=" in word}
         assert keys <= set(subcommand.options)
+        return
+    if name == "fit":
+        assert {word.partition("=")[0] for word in words[1:]} <= {field.name for field in fields(FITS[words[0]])}
         return
     try:
         load(name, words)

@@ -171,7 +171,7 @@ def test_any_simulator_with_an_expert_can_be_collected_in(tmp_path: Path) -> Non
 def test_what_is_collected_does_not_depend_on_the_processes(tmp_path: Path) -> None:
     pytest.importorskip("robosuite", reason="needs the extra [robomimic]")
     for workers in (1, 2):
-        collect(env_name="lift", episodes=3, output=tmp_path / f"{workers}.zarr", workers=workers)
+        collect(env_name="lift", episodes=2, output=tmp_path / f"{workers}.zarr", workers=workers)
     one, two = (ReplayBuffer.open(tmp_path / f"{workers}.zarr") for workers in (1, 2))
     assert dict(one.attrs) == dict(two.attrs)
     for key in one.keys:

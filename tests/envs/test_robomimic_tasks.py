@@ -108,7 +108,7 @@ def test_people_s_lift_episodes_convert_by_their_states_and_train(tmp_path, caps
         pytest.skip("ACTION_DIFFUSION_DATA is not set: no demonstrations by people")
     data, run = tmp_path / "human.zarr", tmp_path / "run"
     source = Path(folder) / "robosuite_lift_human.hdf5"
-    assert main(["data", "convert", f"in={source}", f"out={data}", "workers=2"]) == 0
+    assert main(["data", "convert", f"in={source}", f"out={data}", "workers=1"]) == 0
     words = [f"data={data}", f"output_dir={run}", *SMALL, "task.env.max_steps=16"]
     assert main(["train", "task=lift_state", *words]) == 0
     spec = json.loads((run / "bundle" / "spec.json").read_text())

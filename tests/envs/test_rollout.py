@@ -8,7 +8,8 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from rollouts import TA, ChaoticEnv, NoisyPolicy, assert_same, run
+from rollouts import TA, NoisyPolicy, assert_same, run
+from trouble import ChaoticEnv
 
 from action_diffusion.envs import make
 from action_diffusion.envs.rollout import replay, rollout

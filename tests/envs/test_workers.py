@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rollouts import ChaoticEnv, NoisyPolicy, assert_same, run
-from trouble import Trouble
+from rollouts import NoisyPolicy, assert_same, run
+from trouble import ChaoticEnv, Trouble
 
 from action_diffusion import envs
 from action_diffusion.envs.rollout import rollout

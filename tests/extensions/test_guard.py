@@ -13,6 +13,7 @@ from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.diffusion.masked import Masked
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
 from action_diffusion.policy.extensions.extension import Fitted, write
 from action_diffusion.policy.extensions.guard import THRESHOLDS, Guard, Watch, grid, reached
@@ -130,6 +131,11 @@ def test_levels_are_those_of_the_process(process, sigmas, expected):
     eps = torch.ones(len(found), 1, 1)
     x = process.add_noise(2 * eps, eps, torch.from_numpy(found[:, 0]))
     np.testing.assert_allclose(x.flatten(), 2 * found[:, 1] + found[:, 2], rtol=1e-5)
+
+
+def test_a_process_without_noise_is_refused():
+    with pytest.raises(InputError, match="a masked process adds no noise"):
+        grid(Masked(), [0.1])
 
 
 def test_it_notes_every_row_and_leaves_the_chunk_alone(fitted, tmp_path):

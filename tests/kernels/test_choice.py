@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 import torch
 
@@ -142,5 +141,5 @@ def test_what_two_processes_measure_is_kept_of_both(folder):
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
     for name in ("one", "two"):
-        subprocess.run([sys.executable, "-c", code, name], env=environment, check=True)
+        assert processes.run("-c", code, name, env=environment).returncode == 0
     assert sorted(json.loads(choice.table_path().read_text())) == ["one 1 threads=1", "two 1 threads=1"]

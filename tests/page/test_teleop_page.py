@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import Forked
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
@@ -44,17 +44,8 @@ class Collecting:
     """`action-diffusion collect agent=teleop` in a process of its own, with its page."""
 
     def __init__(self, *words: str) -> None:
-        command = [
-            sys.executable,
-            "-u",
-            "-m",
-            "action_diffusion",
-            "collect",
-            "task=pusht_state",
-            "agent=teleop",
-            *words,
-        ]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = ["-m", "action_diffusion", "collect", "task=pusht_state", "agent=teleop", *words]
+        self.process = Forked(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert self.process.stdout is not None
         self.lines: list[str] = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout or []), daemon=True)
@@ -176,6 +167,7 @@ def test_a_person_at_a_browser_records_episodes_that_train(collecting, browser, 
     assert person.errors == []
     check(path, 2)
     words = [f"data={path}", f"output_dir={tmp_path}/run", "device=cpu", "train.max_steps=2", "train.batch_size=4"]
+    words.append("policy.denoiser.channels=[8,16]")
     assert cli.main(["train", "task=pusht_state", *words, "train.validate_every=0", "evaluation.n_episodes=0"]) == 0
     assert (tmp_path / "run" / "bundle" / "model.safetensors").exists()
 

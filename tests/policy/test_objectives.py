@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
 from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.kernels import accelerate
+from action_diffusion.policy.objectives.consistency import Consistency
 from action_diffusion.policy.objectives.flow_maps import FlowMap, MeanFlow, Shortcut
 from action_diffusion.policy.objectives.objective import Denoising, Objective, Pair
+from action_diffusion.training.run import train
 
 SPREAD = 0.5
 MAPS = {"shortcut": Shortcut, "flow_map": FlowMap, "mean_flow": MeanFlow}
@@ -76,6 +79,32 @@ def test_an_exact_flow_agrees_with_itself(objective: Shortcut | FlowMap) -> None
         assert exact == pytest.approx(1 - 1 / objective.levels, abs=0.03)
     else:
         torch.testing.assert_close(taught.output, taught.target, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [Shortcut(), FlowMap(), MeanFlow(), Consistency()])
+def test_by_the_clean_chunk_the_same_is_taught(objective: Objective) -> None:
+    """F = x + s u is another way to say u: errors of F are s times those of u."""
+    network, x0 = Exact(), SPREAD * torch.randn(2000, 2, 1, dtype=torch.float64)
+
+    def clean(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        both = torch.stack([times, times], dim=1) if times.ndim == 1 else times
+        return x + both[:, 0].view(-1, 1, 1) / 100 * 1.1 * network(x, both, rows)
+
+    def velocity(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        return 1.1 * network(x, torch.stack([times, times], dim=1) if times.ndim == 1 else times, rows)
+
+    found = []
+    for prediction, said in (("velocity", velocity), ("sample", clean)):
+        taught = {"teacher": said} if objective.taught else {}
+        generator = torch.Generator().manual_seed(0)
+        found.append(list(objective.pairs(said, Flow(prediction=prediction), x0, generator, **taught)))
+    for by_velocity, by_sample in zip(*found, strict=True):
+        error, scaled = (pair.output - pair.target for pair in (by_velocity, by_sample))
+        share = (scaled / error).flatten(1)
+        clear = error.abs().flatten(1).amin(dim=1) > 1e-3
+        assert clear.any()
+        torch.testing.assert_close(share[clear, 0], share[clear, 1], rtol=1e-3, atol=1e-3)
+        assert ((share[clear] > 0) & (share[clear] < 1.001)).all()
 
 
 @pytest.mark.parametrize("objective", [Shortcut(distilled=0.25), FlowMap(distilled=0.25), MeanFlow(distilled=0.25)])
@@ -195,11 +224,7 @@ def test_they_learn_are_saved_and_run_by_the_same_code(changes, tmp_path) -> Non
 
 @pytest.mark.parametrize(
     ("objective", "process"),
-    [
-        (objective, process)
-        for objective in (Shortcut, FlowMap, MeanFlow)
-        for process in (Diffusion(), Flow(prediction="sample"), Mip())
-    ],
+    [(objective, process) for objective in (Shortcut, FlowMap, MeanFlow) for process in (Diffusion(), Mip())],
 )
 def test_flow_maps_are_of_flows(objective: type[Shortcut], process: Diffusion) -> None:
     with pytest.raises(InputError, match=rf"{objective.__name__} needs a flow process.*use scheduler=flow"):
@@ -248,3 +273,83 @@ def test_a_bundle_from_before_objectives_had_names(policy) -> None:
     made = build_policy(config, policy.spec)
     assert type(made.objective) is Denoising
     assert made.objective.noise_draws == 2
+
+
+def test_a_teacher_that_is_right_and_a_network_that_is_agree() -> None:
+    network, generator = Exact(), torch.Generator().manual_seed(0)
+    x0 = SPREAD * torch.randn(2000, 2, 1, generator=generator, dtype=torch.float64)
+
+    def teacher(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        return network(x, torch.stack([times, times], dim=1), rows)
+
+    objective = Consistency(distilled=1.0, solver_steps=64)
+    (taught,) = objective.pairs(network, Flow(), x0, generator, teacher)
+    torch.testing.assert_close(taught.output, taught.target, atol=2e-3, rtol=2e-3)
+
+
+def test_times_of_a_consistency_policy_are_in_order_and_of_its_bins() -> None:
+    s, m, r = 5 * torch.stack(Consistency(bins=5)._times(2000, torch.Generator().manual_seed(0), torch.device("cpu")))
+    for times in (s, m, r):
+        torch.testing.assert_close(times, times.round())
+    assert ((s > r) & (s > m) & (m >= r)).all()
+    assert (s.min(), s.max(), r.min(), r.max()) == (1, 5, 0, 4)
+
+
+def flow_policy(**changes):
+    parts = {
+        "process": {"name": "flow"},
+        "sampler": {"scheduler": "flow", "num_inference_steps": 2},
+        "objective": {"name": "denoising"},
+    }
+    return tiny_policy(demonstrations(), **(parts | changes))
+
+
+def test_a_teacher_is_neither_trained_nor_stored() -> None:
+    teacher, student = flow_policy(), flow_policy(objective={"name": "consistency"})
+    names = set(student.state_dict())
+    student.learn_from(teacher)
+    batch = {"state": torch.randn(16, 2, 5)}, torch.randn(16, 8, 2)
+    student(*batch, generator=torch.Generator().manual_seed(0)).backward()
+    assert set(student.state_dict()) == names
+    assert all(weight.grad is None for weight in teacher.parameters())
+    assert all(weight.grad is not None for weight in student.denoiser.parameters())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({"process": {"name": "diffusion"}, "sampler": {"scheduler": "ddim", "num_inference_steps": 5}}, "a diffusion"),
+        ({"objective": {"name": "shortcut"}}, "Shortcut"),
+        ({"objective": {"name": "denoising", "max_delay": 2}}, "max_delay=2"),
+        ({"normalizer": {"default": "gaussian"}}, "statistics"),
+    ],
+)
+def test_a_teacher_of_another_kind_is_refused(teacher, said) -> None:
+    student = flow_policy(objective={"name": "consistency"})
+    with pytest.raises(InputError, match=said):
+        student.learn_from(flow_policy(**teacher))
+    with pytest.raises(InputError, match="learns from no teacher"):
+        flow_policy().learn_from(flow_policy())
+
+
+def test_without_its_teacher_a_consistency_policy_cannot_be_trained() -> None:
+    with pytest.raises(InputError, match=r"policy\.objective\.teacher=DIR"):
+        flow_policy(objective={"name": "consistency"})({"state": torch.randn(4, 2, 5)}, torch.randn(4, 8, 2))
+
+
+def test_a_teacher_trains_a_policy_that_loads_without_it(tmp_path) -> None:
+    words = [
+        "device=cpu",
+        "train.max_steps=3",
+        "train.batch_size=8",
+        "train.validate_every=0",
+        "train.tensorboard=false",
+    ]
+    words += ["evaluation.n_episodes=0", "dataset.max_episodes=4", "policy.denoiser.channels=[8,16]"]
+    train(load("train", [*words, "scheduler=flow", f"output_dir={tmp_path}/a"]))
+    teacher = f"policy.objective.teacher={tmp_path}/a/bundle"
+    train(load("train", [*words, "objective=consistency", teacher, f"output_dir={tmp_path}/b"]))
+    shutil.rmtree(tmp_path / "a")
+    found = bundles.load(tmp_path / "b" / "bundle", verify=True)
+    assert found.sampler.num_inference_steps == 1
+    assert vars(found.objective)["teacher"] == f"{tmp_path}/a/bundle"

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from processes import Forked
 from tiny import TINY
 
 from action_diffusion import configuration
@@ -29,7 +29,7 @@ from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 TO, TA, HORIZON = 2, 4, 8
 
 
-def save_bundle(path: Path, **changes: Any) -> Path:
+def save_bundle(path: Path, *, encoder: Mapping[str, Any] | None = None, **changes: Any) -> Path:
     """A tiny policy with random weights, on PushT's states; `changes` go to its specification."""
     corners = np.array([[200.0, 200.0, 200.0, 200.0, -3.0], [300.0, 300.0, 300.0, 300.0, 3.0]])
     values: dict[str, Any] = {
@@ -44,7 +44,7 @@ def save_bundle(path: Path, **changes: Any) -> Path:
         "normalizer": {"state": fit(corners), "action": fit(corners[:, :2])},
     }
     torch.manual_seed(0)
-    config = TINY | {"features": {}}
+    config = TINY | {"features": {}, "encoder": encoder or TINY["encoder"]}
     bundles.save(path, build_policy(config, PolicySpec(**values | changes)), {"policy": config})
     return path
 
@@ -72,9 +72,9 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def save_image_bundle(path: Path, observations: dict[str, ObservationSpec], normalizer: dict[str, Any]) -> None:
-    save_bundle(
-        path, observations=observations, normalizer=normalizer, task="", env=None, action=ActionSpec(shape=(2,))
-    )
+    encoder = {"name": "observation", "width": 0.25, "stages": 1}
+    values: dict[str, Any] = {"observations": observations, "normalizer": normalizer, "task": "", "env": None}
+    save_bundle(path, encoder=encoder, action=ActionSpec(shape=(2,)), **values)
 
 
 def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
@@ -90,11 +90,8 @@ class Deployment:
 
     def __init__(self, bundle: Path, output_dir: Path, *options: str) -> None:
         words = [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", "page=true", *options]
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "action_diffusion", "deploy", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        self.process = Forked(
+            *("-m", "action_diffusion", "deploy", *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert self.process.stdout is not None
         self.lines: list[str] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from processes import Forked
 from websockets.sync.client import ClientConnection, connect
 
 from action_diffusion.deploy.serve import wire
@@ -31,11 +31,10 @@ class Server:
         words = [f"bundle={bundle}", "device=cpu", "seed=7", f"host={host}", *options]
         if not any(word.startswith("port=") for word in options):
             words.append("port=0")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "action_diffusion", "serve", *words],
+        self.process = Forked(
+            *("-m", "action_diffusion", "serve", *words),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             env={**os.environ, **(env or {})},
         )
         assert self.process.stdout is not None

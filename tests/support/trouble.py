@@ -1,15 +1,47 @@
-"""A simulator that fails, in a module of its own, so that other processes can import it."""
+"""A chaotic environment and one that fails, without torch, which each process that imports them would import too."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rollouts import ChaoticEnv
 
 from action_diffusion.errors import InputError
+
+
+class ChaoticEnv:
+    """A logistic map, which doubles the smallest difference at every step; episodes differ in length."""
+
+    control_rate = 10.0
+    max_steps = 40
+    action_shape: tuple[int, ...] = (2,)
+
+    def __init__(self) -> None:
+        self.observed: list[int] = []
+        self.closed = False
+
+    def reset(self, seed: int) -> None:
+        self.x = np.random.default_rng(seed).uniform(0.1, 0.9)
+        self.length = 5 + seed * 7 % 30
+        self.t = 0
+
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        self.x = 3.99 * self.x * (1 - self.x) * (1 - 1e-3 * float(np.tanh(action).mean()) ** 2)
+        self.t += 1
+        return self.x, self.t >= self.length
+
+    def observe(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        self.observed.append(self.t)
+        return {key: np.array([self.x, self.t], np.float32) for key in keys}
+
+    def render(self, size: int = 256) -> np.ndarray:
+        return np.full((size, size, 3), int(255 * self.x), np.uint8)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class Trouble(ChaoticEnv):

@@ -259,6 +259,9 @@ class config:
     def enable_stream(self, stream_type: stream, width: int, height: int, format: format, framerate: int) -> None:
         return WORLD.call("enable_stream", stream_type, width, height, format, framerate)
 
+    def resolve(self, p: pipeline_wrapper) -> pipeline_profile:
+        return WORLD.call("resolve", answer=pipeline_profile())
+
 
 class video_frame:
     def get_data(self) -> np.ndarray:
@@ -292,6 +295,11 @@ class device:
 class pipeline_profile:
     def get_device(self) -> device:
         return WORLD.call("get_device", answer=device())
+
+
+class pipeline_wrapper:
+    def __init__(self, pipeline: pipeline) -> None:
+        pass
 
 
 class pipeline:
@@ -443,7 +451,7 @@ FRANKA: dict[str, list[type]] = {
 REALSENSE: dict[str, list[type]] = {
     "pyrealsense2": [
         *(stream, format, option, timestamp_domain, config, video_frame, composite_frame),
-        *(color_sensor, device, pipeline_profile, pipeline),
+        *(color_sensor, device, pipeline_profile, pipeline_wrapper, pipeline),
     ]
 }
 

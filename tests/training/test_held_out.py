@@ -26,6 +26,7 @@ SMALL = [
     "device=cpu",
     "policy.denoiser.channels=[8,16]",
     "policy.denoiser.time_dim=16",
+    "policy.sampler.num_inference_steps=2",
     "train.max_steps=2",
     "train.batch_size=16",
     "train.validate_every=0",

@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 
 from action_diffusion.datasets.batches.loader import Batch
 from action_diffusion.options import TrainSettings
-from action_diffusion.training.trainer import Average, Trainer
+from action_diffusion.training.trainer import Average, Trainer, make_optimizer
 
 
 class Regression(torch.nn.Module):
@@ -42,13 +42,12 @@ class Consecutive:
         return Batch({"x": self.x[rows]}, self.y[rows], torch.ones(batch_size, 1, dtype=torch.bool))
 
 
-def trained(folder: Path, **changes: Any) -> tuple[Trainer, torch.Tensor]:
+def trained(folder: Path, policy: Any = None, **changes: Any) -> tuple[Trainer, torch.Tensor]:
     settings = TrainSettings(
         max_steps=10, warmup=0, validate_every=0, rollout_every=0, checkpoint_every=0, **{"lr": 0.05, **changes}
     )
-    policy: Any = Regression()
     trainer = Trainer(
-        policy=policy,
+        policy=policy or Regression(),
         source=Consecutive(),
         settings=settings,
         accelerator=Accelerator(cpu=True, gradient_accumulation_steps=settings.gradient_accumulation_steps),
@@ -88,3 +87,28 @@ def test_the_average_is_that_of_diffusers():
     assert ours.optimization_step == theirs.optimization_step
     for mine, other in zip(ours.shadow_params, theirs.shadow_params, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+class Dropped(Regression):
+    def forward(self, obs, action, mask, *, generator):
+        return (torch.nn.functional.dropout(self.linear(obs["x"])) - action).square().mean()
+
+
+def test_dropout_follows_from_the_step_and_not_from_what_drew_before(tmp_path):
+    losses = []
+    for seed in range(2):
+        policy = Dropped()
+        torch.manual_seed(seed)
+        losses.append(trained(tmp_path / str(seed), policy, batch_size=16, lr=1e-30)[1])
+    assert torch.equal(*losses)
+    assert not torch.equal(losses[0], trained(tmp_path / "plain", batch_size=16, lr=1e-30)[1])
+
+
+def test_matrices_are_decayed_and_positions_biases_and_norms_are_not(make_policy):
+    policy = make_policy(denoiser={"name": "transformer", "width": 16, "layers": 1, "heads": 2})
+    decayed, others = make_optimizer(policy, TrainSettings(max_steps=1)).param_groups
+    assert decayed["weight_decay"] > others["weight_decay"] == 0
+    weights = dict(policy.named_parameters())
+    kept = {name for name in weights if name.endswith("bias") or "norm" in name or "pos_emb" in name or "ln_f" in name}
+    for group, names in ((decayed, weights.keys() - kept), (others, kept)):
+        assert {id(weight) for weight in group["params"]} == {id(weights[name]) for name in names}

@@ -6,15 +6,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from processes import Forked
 from safetensors.torch import load_file, save_file
 from tiny import demonstrations
 
@@ -79,7 +80,7 @@ def test_a_run_leaves_what_the_readme_promises(data, tmp_path, capsys):
     output = tmp_path / "run"
     words = [w for w in arguments(data, output, "train.max_steps=25") if not w.startswith("evaluation")]
     assert main([*words, "evaluation.n_episodes=2", "evaluation.n_videos=1", "train.rollout_every=20",
-                 "train.rollout_episodes=1", "train.tensorboard=true"]) == 0  # fmt: skip
+                 "train.rollout_episodes=1", "train.tensorboard=true", "task.env.max_steps=60"]) == 0  # fmt: skip
     rows = lines(output)
     logged = [row["step"] for row in rows if "loss" in row]
     assert logged == [10, 20, 25]
@@ -104,18 +105,17 @@ def test_a_run_leaves_what_the_readme_promises(data, tmp_path, capsys):
 def test_resuming_after_kill_9_is_bit_exact(data, tmp_path):
     """The same weights, EMA, optimiser and metrics as a run that was never stopped."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    extra = ["train.max_steps=60", "train.checkpoint_every=7", "policy.objective.noise_draws=2"]
+    extra = ["train.max_steps=40", "train.checkpoint_every=7", "policy.objective.noise_draws=2"]
     choice.forget()  # each run measures and reads as a process of its own does
     assert main(arguments(data, whole, *extra)) == 0
-    command = [sys.executable, "-m", "action_diffusion", *arguments(data, killed, *extra)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = Forked("-m", "action_diffusion", *arguments(data, killed, *extra), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(checkpoints.checkpoint_folders(killed)) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     stopped_at = int(checkpoints.checkpoint_folders(killed)[-1].name.split("_")[1])
-    assert 0 < stopped_at < 60
+    assert 0 < stopped_at < 40
     (killed / "metrics.jsonl").open("a").write('{"step": 1')  # a line cut short by the kill
     before = (killed / "metrics.jsonl").read_text()
     choice.forget()
@@ -127,7 +127,7 @@ def test_resuming_after_kill_9_is_bit_exact(data, tmp_path):
     tail = [json.loads(line) for line in after[len(before) + 1 :].splitlines()]
     fresh = {row["step"]: row["loss"] for row in lines(whole) if "loss" in row}
     resumed = {row["step"]: row["loss"] for row in tail if "loss" in row}
-    assert resumed[60] == fresh[60]
+    assert resumed[40] == fresh[40]
 
 
 @pytest.mark.slow
@@ -141,17 +141,17 @@ def test_resuming_a_run_killed_before_its_first_checkpoint_starts_over(data, tmp
 @pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    extra = ["train.max_steps=200", "train.checkpoint_every=0"]
+    extra = ["train.max_steps=100", "train.checkpoint_every=0"]
     assert main(arguments(data, whole, *extra)) == 0
-    command = [sys.executable, "-m", "action_diffusion", *arguments(data, stopped, *extra)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Forked("-m", "action_diffusion", *arguments(data, stopped, *extra), stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     metrics = stopped / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count('"loss"') >= 1) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    assert process.wait(60) == 130
     assert f"output_dir={stopped} resume=true" in errors
     assert "Traceback" not in errors
     assert main(["train", f"output_dir={stopped}", "resume=true"]) == 0
@@ -162,9 +162,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path):
 def test_two_processes_train_one_policy(data, tmp_path):
     output = tmp_path / "two"
     words = arguments(data, output, "train.max_steps=12", "train.num_processes=2", "train.checkpoint_every=5")
-    command = [sys.executable, "-m", "action_diffusion", *words]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
+    done = processes.run("-m", "action_diffusion", *words, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in lines(output) if "loss" in r] == [10, 12]
     policy_package.load(output / "bundle", verify=True)
@@ -191,12 +189,21 @@ def test_training_from_another_policy_starts_with_its_weights(data, tmp_path):
     assert spec[0] == spec[1]
 
 
+FORKING = """
+import functools, sys
+import torch.multiprocessing
+from action_diffusion import cli
+from action_diffusion.training import run
+run.spawn = functools.partial(torch.multiprocessing.start_processes, start_method="fork")
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""`action-diffusion` whose several processes do not import everything again, as the test above has them do."""
+
+
 @pytest.mark.slow
 def test_an_error_in_one_of_two_processes_is_one_line(data, tmp_path):
     words = arguments(data, tmp_path / "two", "train.max_steps=2", "train.num_processes=2", "task.horizon=17")
-    command = [sys.executable, "-m", "action_diffusion", *words]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
+    done = processes.run("-c", FORKING, *words)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: horizon=17 must be divisible by 2") == 1
