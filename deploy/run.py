@@ -26,6 +26,7 @@ from action_diffusion.deploy.subscribers import Subscribers
 from action_diffusion.errors import InputError
 from action_diffusion.options import Deploy
 from action_diffusion.policy.action_queue import ActionQueue, check_room
+from action_diffusion.policy.extensions.guard import LEVEL
 from action_diffusion.policy.history import History
 from action_diffusion.policy.inference import choose_threads
 from action_diffusion.policy.spec import PolicySpec
@@ -52,7 +53,7 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
     try:
         robots.check_fit(robot, policy.spec)
         limits = demonstrated(policy.spec.normalizer["action"], config.safety.margin).within(robot.limits)
-        _warm_up(policy, queue, guidance)
+        _warm_up(policy, queue, guidance, config.guard.action)
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
         beside = Path(config.bundle).parent if config.bundle else Path()
         output_dir = Path(config.output_dir) if config.output_dir else beside / stamp
@@ -65,7 +66,7 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
             try:
                 parts = {"queue": queue, "guidance": guidance, "gate": Gate(limits=limits)}
                 waits = config.scheduling == "sync" and not isinstance(policy, PolicyElsewhere)
-                parts |= {"beside": clock is None and not waits}
+                parts |= {"beside": clock is None and not waits, "guard": config.guard.action}
                 _episodes(config, policy, robot, log, subscribers, clock=clock or MonotonicClock(), **parts)
                 code = 0
             except KeyboardInterrupt:
@@ -131,12 +132,18 @@ def _episodes(
             print(f"seed {seed}: {outcome.steps} steps{score}{mark}")
 
 
-def _warm_up(policy: DeployedPolicy, queue: ActionQueue, guidance: Guidance) -> None:
-    """The first prediction also allocates memory and picks kernels: have that behind us before the robot moves."""
+def _warm_up(policy: DeployedPolicy, queue: ActionQueue, guidance: Guidance, guard: str) -> None:
+    """The first prediction also allocates memory and picks kernels: have that behind us before the robot moves.
+
+    Raises `InputError` where something is to be done about alarms, and nobody guards.
+    """
     try:
-        rehearse(policy, guidance, queue.execution_horizon if queue.scheduling == "rtc" else None)
+        said = rehearse(policy, guidance, queue.execution_horizon if queue.scheduling == "rtc" else None)
     except Unavailable as error:
         raise InputError(str(error)) from None
+    if guard != "warn" and LEVEL not in said.notes:
+        where = "action-diffusion serve" if isinstance(policy, PolicyElsewhere) else "deploy"
+        raise InputError(f"guard.action={guard} needs a guard: give {where} extensions=[guard]")
 
 
 def _print(log: RunLog) -> None:

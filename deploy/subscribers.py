@@ -28,7 +28,7 @@ from action_diffusion.policy.spec import PolicySpec
 
 _KEPT = (
     *("robot", "seed", "n_episodes", "scheduling", "delay", "execution_horizon", "rtc", "sampler"),
-    *("device", "precision", "compile", "cuda_graph", "threads", "simulated", "safety", "dry_run"),
+    *("device", "precision", "compile", "cuda_graph", "threads", "simulated", "safety", "dry_run", "guard"),
 )
 """Of the configuration, what the record keeps; threads: torch's, on which the last bits of a chunk depend."""
 
@@ -69,7 +69,8 @@ class Subscribers:
             return
         self._emergency = Moment(processes.folder / "emergency")
         port = page_port(config.page, say)
-        for name, value in (("wait", config.wait), ("teleop", config.teleop)):
+        asks = "takeover" if config.guard.action == "takeover" else None
+        for name, value in (("wait", config.wait), ("teleop", config.teleop), ("guard.action", asks)):
             if value and port is None:
                 raise InputError(f"{name}={str(value).lower()} waits for somebody at the page: page=true")
         if not config.record and port is None:

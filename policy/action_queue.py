@@ -17,7 +17,7 @@ running one goes on; rtc asks for one that continues it (`policy.rtc`).
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -184,6 +184,17 @@ class ActionQueue:
     def drop(self) -> None:
         """What was asked for will not come: ask again."""
         self._pending = None
+
+    def clear(self) -> None:
+        """Nothing that is planned, or was asked for, is to be executed: hold, and ask again."""
+        self._chunks, self._pending = [], None
+
+    def rest(self) -> None:
+        """This step has no command, and what is planned comes a step later. Call it after `begin_step`."""
+        self._chunks = [replace(chunk, origin=chunk.origin + 1) for chunk in self._chunks]
+        self._ask_at += 1
+        if self._pending is not None:
+            self._pending = replace(self._pending, step=self._pending.step + 1)
 
     def receive(self, chunk: np.ndarray) -> Swap | None:
         """The chunk that was asked for, [H, A] in the data's units, is there from this step on.

@@ -263,7 +263,7 @@ class DiffusionPolicy(nn.Module):
                 raise InputError("steps are fixed, but the policy was trained with policy.objective.max_delay=0")
             return None
         if given is None:
-            return Prefix(torch.zeros_like(noise), noise.new_zeros(noise.shape[:2], dtype=torch.bool))
+            return Prefix.none(noise)
         action, steps = (part.repeat_interleave(n_samples, dim=0) for part in (given.action, given.steps))
         if action.shape != noise.shape or steps.shape != noise.shape[:2]:
             raise InputError(f"prefix steps of shape {list(given.action.shape)} for chunks of {list(noise.shape)}")

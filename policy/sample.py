@@ -33,6 +33,11 @@ class Prefix:
     action: Tensor
     steps: Tensor
 
+    @classmethod
+    def none(cls, x: Tensor) -> Prefix:
+        """No step of chunks like x [B, H, A]."""
+        return cls(torch.zeros_like(x), x.new_zeros(x.shape[:2], dtype=torch.bool))
+
     def mark(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """x [R, H, A] for a denoiser that is `marked`: prefix steps clean, and a channel that says which these are."""
         action, steps = self.action, self.steps.unsqueeze(-1)

@@ -36,6 +36,9 @@ Options
   output=FILE.rrd   write a file; nothing is opened
 """
 
+MOST_UNUSUAL = 20
+"""Episodes that are listed."""
+
 DOCTOR_HELP = """\
 action-diffusion data doctor PATH [--json FILE] [--fix [OUT]] [name=value …]     what is wrong, where, and what to do
 
@@ -61,6 +64,7 @@ Options
   page=FILE.html    the findings with a picture of each
   kinds=nan,jump    look for some only
   details=true      a row for each finding
+  bundle=DIR        with a guard (action-diffusion fit guard): the episodes that are the least like the others
 """
 
 EDIT_HELP = """\
@@ -128,12 +132,16 @@ def doctor(options: Mapping[str, Any]) -> int:
     from action_diffusion.datasets.doctor.finding import KINDS, as_json, show
     from action_diffusion.errors import unknown
     from action_diffusion.files import atomic_path
+    from action_diffusion.policy.reading import require, require_extensions
 
     kinds = tuple(options["kinds"].split(",")) if "kinds" in options else tuple(KINDS)
     for kind in kinds:
         if kind not in KINDS:
             raise unknown("kind", kind, KINDS, where="kinds=")
     repaired = _repaired_path(resolve(options["path"]), options["fix"]) if "fix" in options else None
+    if "bundle" in options:  # before what takes long
+        require(Path(options["bundle"]))
+        require_extensions(Path(options["bundle"]), ["guard"])
     buffer = open_data(options["path"])
     findings = examine(buffer, kinds)
     show(findings, details=options.get("details", False))
@@ -144,6 +152,11 @@ def doctor(options: Mapping[str, Any]) -> int:
         from action_diffusion.datasets.doctor.page import write_page
 
         write_page(buffer, findings, Path(options["page"]).expanduser())
+    if "bundle" in options:
+        from action_diffusion.training.ranking import unusual
+
+        for one in unusual(buffer, Path(options["bundle"]))[:MOST_UNUSUAL]:
+            print(f"episode {one.episode}: level {one.level:.2f}, the most at row {one.row}")
     if repaired is not None:
         from action_diffusion.datasets.doctor.repair import repair
 

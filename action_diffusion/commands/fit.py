@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
 from action_diffusion.errors import unknown
 from action_diffusion.options import COMMANDS
@@ -49,10 +50,11 @@ def _lines() -> list[str]:
     common = {field.name for field in fields(Fit)}
     lines = []
     for name, takes in FITS.items():
-        given = [f"{field.name}={_shown(field.default)}" for field in fields(takes) if field.name not in common]
+        given = [f"{field.name}={_shown(field)}" for field in fields(takes) if field.name not in common]
         lines += ["", f"  fit {name} {' '.join(given)}", f"      {(takes.__doc__ or '').strip()}"]
     return lines
 
 
-def _shown(default: object) -> str:
+def _shown(field: Field[Any]) -> str:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
     return "…" if default is MISSING else "null" if default is None else str(default).replace(" ", "")

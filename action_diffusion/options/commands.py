@@ -142,6 +142,13 @@ class Safety:
 
 
 @dataclass(kw_only=True)
+class Guarding:
+    """`guard.*` of deploy, see `deploy.loop.guarding`."""
+
+    action: Annotated[str, OneOf("warn", "slow", "hold", "takeover")] = "warn"
+
+
+@dataclass(kw_only=True)
 class Deploy:
     """`action-diffusion deploy`."""
 
@@ -178,6 +185,7 @@ class Deploy:
     obstacles: Section | None = None
     simulated: Simulated = field(default_factory=Simulated)
     safety: Safety = field(default_factory=Safety)
+    guard: Guarding = field(default_factory=Guarding)
     sampler: AnySampler = field(default_factory=AnySampler)
 
 

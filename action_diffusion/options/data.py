@@ -67,7 +67,7 @@ class View:
 
 @dataclass(kw_only=True)
 class Doctor:
-    """`action-diffusion data doctor`. fix: the copy to write; "" for one beside the original."""
+    """`action-diffusion data doctor`. fix: the copy to write; "" for one beside the original. bundle: with a guard."""
 
     path: FilePath
     page: FilePath | None = None
@@ -75,6 +75,7 @@ class Doctor:
     details: bool = False
     json: FilePath | None = None
     fix: str | None = None
+    bundle: FilePath | None = None
     plugins: Plugins = None
 
 

@@ -17,13 +17,15 @@ import numpy as np
 from action_diffusion.deploy.loop.clock import Clock, Pacer
 from action_diffusion.deploy.loop.events import Answer, NoSubscriber, Outcome, Seen, Status, StepRecord, Subscriber
 from action_diffusion.deploy.loop.gate import Gate
+from action_diffusion.deploy.loop.guarding import Guarding
 from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Unavailable
 from action_diffusion.deploy.loop.operator import NoOperator, Operator
-from action_diffusion.deploy.loop.prediction import Guidance, predict_one
+from action_diffusion.deploy.loop.prediction import Guidance, Prediction, predict_one
 from action_diffusion.deploy.robot.robots import Feedback, Observation, Robot
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.action_queue import ActionQueue, Request, Swap
+from action_diffusion.policy.extensions.guard import LEVEL
 from action_diffusion.policy.history import History
 
 
@@ -41,6 +43,7 @@ def run_episode(
     beside: bool = False,
     delay: int = 0,
     guidance: Guidance | None = None,
+    guard: str = "warn",
     operator: Operator | None = None,
     subscriber: Subscriber | None = None,
 ) -> Outcome:
@@ -56,6 +59,7 @@ def run_episode(
         keys: the observations that the policy wants; they are only read where it looks at them.
         beside: think in a thread, while the loop goes on.
         delay: control steps after which a chunk arrives at the earliest (>= 0).
+        guard: what to do where the policy's guard finds its chunks unusual, see `guarding`.
         operator: the person who may pause the policy, command in its place, and end the episode.
         subscriber: sees everything, to record it.
 
@@ -63,7 +67,7 @@ def run_episode(
         InputError: for observations that the robot does not have or that the policy does not take.
     """
     operator, subscriber = operator or NoOperator(), subscriber or NoSubscriber()
-    worker: InferenceWorker[np.ndarray] = InferenceWorker(clock=clock, beside=beside, delay=delay)
+    worker: InferenceWorker[Prediction] = InferenceWorker(clock=clock, beside=beside, delay=delay)
     noise_generator, generator = generators(seed)
     think = functools.partial(
         predict_one,
@@ -79,6 +83,7 @@ def run_episode(
         worker=worker,
         think=think,
         gate=gate,
+        guarding=Guarding(guard),
         clock=clock,
         seed=seed,
         keys=keys,
@@ -105,11 +110,14 @@ def run_episode(
 
 
 class _Arrival(NamedTuple):
-    """What came of a chunk: seconds of thinking where it arrived, the swap, or why there was none."""
+    """What came of a chunk: seconds of thinking where it arrived, the swap, or why there was none; the guard's level
+    and remark."""
 
     seconds: float | None
     swap: Swap | None
     refusal: str | None
+    level: float | None = None
+    remark: str | None = None
 
 
 class ControlLoop:
@@ -121,9 +129,10 @@ class ControlLoop:
         robot: Robot,
         history: History,
         queue: ActionQueue,
-        worker: InferenceWorker[np.ndarray],
-        think: Callable[[Request, Mapping[str, np.ndarray]], np.ndarray],
+        worker: InferenceWorker[Prediction],
+        think: Callable[[Request, Mapping[str, np.ndarray]], Prediction],
         gate: Gate,
+        guarding: Guarding,
         clock: Clock,
         seed: int,
         keys: Sequence[str],
@@ -131,6 +140,7 @@ class ControlLoop:
         subscriber: Subscriber,
     ) -> None:
         self._robot, self._history, self._queue, self._gate = robot, history, queue, gate
+        self._guarding = guarding
         self._worker, self._think, self._clock = worker, think, clock
         self._operator, self._subscriber = operator, subscriber
         self._seed, self._keys = seed, keys
@@ -153,16 +163,19 @@ class ControlLoop:
         if fresh:
             self._forget()
         self._queue.begin_step(self._control_step)
+        rests = self._guarding.rests() and not person
+        if rests:
+            self._queue.rest()
         arrival = self._receive()
-        observation = self._observe(tick) if self._queue.will_be_seen else None
-        may_ask = not person and (arrival is None or arrival.refusal is None)
+        observation = self._observe(tick) if self._queue.will_be_seen and not rests else None
+        may_ask = not (person or rests) and (arrival is None or arrival.refusal is None)
         if may_ask and observation is not None and self._queue.wants_chunk:
             arrival = self._ask(tick, observation.t) or arrival
-        sent, held, refusal, (reward, done) = self._command(person)
+        sent, held, refusal, (reward, done) = self._command(person, rests)
         if observation is None and self._subscriber.looks:  # after the command, so that nobody waits for it
             observation = self._robot.observe(self._keys, tick)
         swap = None if arrival is None else arrival.swap
-        reasons = [None if arrival is None else arrival.refusal, refusal]
+        reasons = [None if arrival is None else arrival.remark, None if arrival is None else arrival.refusal, refusal]
         refusals = [reason for reason in reasons if reason is not None]
         record = StepRecord(
             seed=self._seed,
@@ -179,6 +192,8 @@ class ControlLoop:
             missed_ticks=0 if fresh else missed,
             interventions=refusals + self._robot.events(),
             operator=person,
+            guard_level=None if arrival is None else arrival.level,
+            guard_alarm=self._guarding.alarm,
         )
         command_step = self._queue.step
         self._subscriber.stepped(record, Seen(tick, self._control_step, command_step, observation, fresh, refusals))
@@ -191,6 +206,7 @@ class ControlLoop:
             self._tell(Status.DROPPED)
         self._history.reset()
         self._queue.reset()
+        self._guarding.reset()
 
     def _observe(self, tick: float) -> Observation:
         """What the policy looks at."""
@@ -207,10 +223,11 @@ class ControlLoop:
         self._queue.begin_step(self._control_step + max(0, passed))
         return self._receive()
 
-    def _tell(self, status: Status, chunk: np.ndarray | None = None, seconds: float | None = None) -> None:
+    def _tell(self, status: Status, said: Prediction | None = None, seconds: float | None = None) -> None:
         """What became of the last request."""
         assert self._asked is not None
-        self._subscriber.answered(Answer(*self._asked, self._queue.step, status, chunk, seconds))
+        chunk, level = (None, None) if said is None else (said.chunk, said.notes.get(LEVEL))
+        self._subscriber.answered(Answer(*self._asked, self._queue.step, status, chunk, seconds, level))
 
     def _receive(self) -> _Arrival | None:
         """Hand a chunk that has arrived to the queue."""
@@ -223,15 +240,22 @@ class ControlLoop:
         if thought is None:
             return None
         self._tell(Status.ARRIVED, thought.answer, thought.seconds)
+        remark = self._guarding.take(thought.answer.notes)
+        noted = {"level": self._guarding.level, "remark": remark}
+        if self._guarding.keeps_back:
+            self._queue.clear()
+            if self._guarding.asks:
+                self._operator.ask_take_over()
+            return _Arrival(thought.seconds, None, "guard: the robot holds, the chunk is unusual", **noted)
         try:
-            swap = self._queue.receive(thought.answer)
+            swap = self._queue.receive(thought.answer.chunk)
         except InputError as error:
-            return _Arrival(thought.seconds, None, str(error))
+            return _Arrival(thought.seconds, None, str(error), **noted)
         late = None if swap is not None else "the chunk arrived after all of its actions were due"
-        return _Arrival(thought.seconds, swap, late)
+        return _Arrival(thought.seconds, swap, late, **noted)
 
-    def _command(self, person: bool) -> tuple[float, bool, str | None, Feedback]:
-        """Send this step's command, or hold where there is none or the gate refuses it.
+    def _command(self, person: bool, rests: bool) -> tuple[float, bool, str | None, Feedback]:
+        """Send this step's command, or hold where there is none, the guard wants a rest, or the gate refuses it.
 
         person: whether a person says what it is. Returns when that was (s), whether the robot held, why the gate
         refused, and what the robot answers.
@@ -240,7 +264,7 @@ class ControlLoop:
             shown = self._operator.command(self._clock.now())
             actions = [] if shown is None else [shown]
         else:
-            actions = self._queue.plan(1 + self._robot.lookahead)
+            actions = [] if rests else self._queue.plan(1 if self._guarding.slows else 1 + self._robot.lookahead)
         refusal = self._gate.refuse(actions[0]) if actions else None
         sent = self._clock.now()
         if not actions or refusal is not None:

@@ -36,6 +36,8 @@ class StepRecord:
         missed_ticks: ticks without a command between the step before and this one.
         interventions: why the gate kept a command from the robot, and what the robot's own guards did; mostly empty.
         operator: a person commanded, not the policy.
+        guard_level: how near an alarm is, above 1 there is one; None where no chunk arrived, or nobody guards.
+        guard_alarm: whether there is one (`guarding.Guarding`).
     """
 
     seed: int
@@ -52,6 +54,8 @@ class StepRecord:
     missed_ticks: int
     interventions: list[str]
     operator: bool = False
+    guard_level: float | None = None
+    guard_alarm: bool = False
 
 
 class Outcome(NamedTuple):
@@ -73,6 +77,7 @@ class Answer(NamedTuple):
     """What became of a request for a chunk, asked at `asked` (s) from an observation of `observed` (s).
 
     step: the control step in which that was known. chunk: [H, A] in the data's units, where one arrived.
+    noted_level: what a guard says of it (`guard.LEVEL`).
     """
 
     request: Request
@@ -82,6 +87,7 @@ class Answer(NamedTuple):
     status: Status
     chunk: np.ndarray | None = None
     seconds: float | None = None
+    noted_level: float | None = None
 
 
 class Seen(NamedTuple):

@@ -82,6 +82,9 @@ class Operator(Protocol):
         """A control step begins. Returns whether, since the one before, it changed who commands."""
         ...
 
+    def ask_take_over(self) -> None:
+        """Pause, and ask the person to take over: what `wait` waits for then is them."""
+
     def command(self, t: float) -> np.ndarray | None:
         """See `Teleoperator`."""
         ...
@@ -104,6 +107,9 @@ class NoOperator:
 
     def begin_step(self) -> bool:
         return False
+
+    def ask_take_over(self) -> None:
+        pass
 
     def command(self, t: float) -> np.ndarray | None:
         return None
@@ -195,7 +201,7 @@ class PageOperator:
             self.mark = MARKS[order]
             return
         mode = {Order.START: Mode.POLICY, Order.PAUSE: Mode.PAUSED, Order.TAKE_OVER: Mode.PERSON}[order]
-        if mode is not self._mode:
+        if mode is not self._mode or order is Order.START:  # once more: where the guard holds, that goes on
             self._fresh = True
             self._become(mode)
 
@@ -213,6 +219,11 @@ class PageOperator:
         self.listen()
         fresh, self._fresh = self._fresh, False
         return fresh
+
+    def ask_take_over(self) -> None:
+        if self._mode is Mode.POLICY:
+            self._become(Mode.PAUSED)
+            self._say("the guard asks for somebody to press Take over, or Start, on the page")
 
     def command(self, t: float) -> np.ndarray | None:
         return self._teleoperator.command(t)

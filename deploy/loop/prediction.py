@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -66,6 +66,13 @@ class Guidance:
             raise InputError(f"rtc.overlap={self.overlap} must be at least 0")
 
 
+class Prediction(NamedTuple):
+    """A chunk [H, A] in the data's units, and what extensions say of it, by name (`sample.Sample.notes`)."""
+
+    chunk: np.ndarray
+    notes: Mapping[str, float]
+
+
 def predict(
     policy: Policy,
     obs: Mapping[str, np.ndarray],
@@ -75,7 +82,22 @@ def predict(
     generator: list[torch.Generator],
     guidance: Guidance,
 ) -> np.ndarray:
-    """Chunks [B, H, A] in the data's units for histories `obs`, key → [B, To, …].
+    """Chunks [B, H, A] in the data's units: see `predict_noted`."""
+    return predict_noted(
+        policy, obs, requests, noise_generator=noise_generator, generator=generator, guidance=guidance
+    )[0]
+
+
+def predict_noted(
+    policy: Policy,
+    obs: Mapping[str, np.ndarray],
+    requests: Sequence[Request | None],
+    *,
+    noise_generator: list[torch.Generator],
+    generator: list[torch.Generator],
+    guidance: Guidance,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Chunks [B, H, A] in the data's units for histories `obs`, key → [B, To, …], and notes of them, name → [B].
 
     requests: of each row what was asked for; None for a row whose chunk nobody will use. Raises
     `Unavailable` where the policy is behind a server that does not answer, and `InputError` where the policy fails, or
@@ -96,7 +118,7 @@ def predict(
         raise
     except Exception as error:  # whatever a policy can fail with: the robot stops, and one line says why
         raise InputError(f"the policy failed: {type(error).__name__}: {error}".strip()[:500]) from error
-    return _chunks(predicted, len(requests))
+    return _chunks(predicted, len(requests)), _notes(predicted, len(requests))
 
 
 def _chunks(predicted: Any, n: int) -> np.ndarray:
@@ -111,6 +133,16 @@ def _chunks(predicted: Any, n: int) -> np.ndarray:
         given = f"{chunks.dtype} {list(chunks.shape)}"
         raise InputError(f"the policy's action_pred is {given}, not numbers [{n}, H, A]")
     return chunks
+
+
+def _notes(predicted: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+    """Whatever else a policy answered that is a number for each of `n` rows."""
+    others = {name: value for name, value in dict(predicted).items() if name not in ("action", "action_pred")}
+    return {
+        name: value
+        for name, value in others.items()
+        if isinstance(value, np.ndarray) and value.shape == (n,) and value.dtype.kind in "iuf"
+    }
 
 
 def continued(policy: DiffusionPolicy, running: Running, delay: int, guidance: Guidance) -> dict[str, Any]:
@@ -133,15 +165,15 @@ def predict_one(
     noise_generator: torch.Generator,
     generator: torch.Generator,
     guidance: Guidance,
-) -> np.ndarray:
-    """A chunk [H, A] for one history, key → [To, …], by a call with a batch of one."""
+) -> Prediction:
+    """For one history, key → [To, …], by a call with a batch of one."""
     obs = {key: value[None] for key, value in history.items()}
     noise: dict[str, Any] = {"noise_generator": [noise_generator], "generator": [generator]}
-    result: np.ndarray = predict(policy, obs, [request], guidance=guidance, **noise)[0]
-    return result
+    chunks, notes = predict_noted(policy, obs, [request], guidance=guidance, **noise)
+    return Prediction(chunks[0], {name: float(note[0]) for name, note in notes.items()})
 
 
-def rehearse(policy: DiffusionPolicy | PolicyElsewhere, guidance: Guidance, running: int | None) -> None:
+def rehearse(policy: DiffusionPolicy | PolicyElsewhere, guidance: Guidance, running: int | None) -> Prediction:
     """A prediction from observations of zeros, which takes as long as any other, once the first is over.
 
     running: of how many steps the chunk is that it has to continue; None: of none. Raises `Unavailable`.
@@ -149,9 +181,9 @@ def rehearse(policy: DiffusionPolicy | PolicyElsewhere, guidance: Guidance, runn
     spec = policy.spec
     rest = None if running is None else np.zeros((running, *spec.action.shape))
     request = Request(step=0, running=rest, delay=1)
-    obs = {
-        key: np.zeros((1, spec.n_obs_steps, *value.shape), dtype=value.dtype)
-        for key, value in spec.observations.items()
+    history = {
+        key: np.zeros((spec.n_obs_steps, *value.shape), dtype=value.dtype) for key, value in spec.observations.items()
     }
     noise_generator, generator = generators(0)
-    predict(policy, obs, [request], noise_generator=[noise_generator], generator=[generator], guidance=guidance)
+    noise: dict[str, Any] = {"noise_generator": noise_generator, "generator": generator}
+    return predict_one(request, history, policy=policy, guidance=guidance, **noise)

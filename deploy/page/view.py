@@ -88,6 +88,7 @@ class View:
             "loop": now - self._loop.t < 2 * SILENCE,
             "setpoint": None if setpoint is None else setpoint.values["command"].tolist(),
             "step": self._step(),
+            "guard": self._guard(),
             "timing": self._timing(),
             "totals": self._totals,
             "trail": list(self._trail),
@@ -153,6 +154,11 @@ class View:
         values = self._recent[-1].values
         numbers = {name: int(values[name]) for name in ("seed", "step", "command_step")}
         return {**numbers, "reward": _plain(values["reward"]), "operator": bool(values["operator"])}
+
+    def _guard(self) -> dict[str, object] | None:
+        """The level of the newest chunk that has one, and whether there is an alarm; None where nobody guards."""
+        levels = [record.values["guard_level"] for record in self._recent if not np.isnan(record.values["guard_level"])]
+        return {"level": _plain(levels[-1]), "alarm": bool(self._recent[-1].values["guard_alarm"])} if levels else None
 
     def _timing(self) -> dict[str, dict[str, float] | None]:
         """Median and largest of the recent steps, in ms; the delay in control steps."""

@@ -22,14 +22,16 @@ from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.episode import ControlLoop
 from action_diffusion.deploy.loop.events import NoSubscriber, Status, StepRecord
 from action_diffusion.deploy.loop.gate import Gate
+from action_diffusion.deploy.loop.guarding import Guarding
 from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Thought, Unavailable
 from action_diffusion.deploy.loop.operator import NoOperator
-from action_diffusion.deploy.loop.prediction import Guidance, predict_one
+from action_diffusion.deploy.loop.prediction import Guidance, Prediction, predict_one
 from action_diffusion.deploy.records.reader import Recorded, read_limits
 from action_diffusion.deploy.robot.robots import Feedback, Observation
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.action_queue import ActionQueue, Request
+from action_diffusion.policy.extensions.guard import LEVEL
 from action_diffusion.policy.history import History
 
 
@@ -101,7 +103,7 @@ class ReplayOperator(NoOperator):
         return self._robot.shown()
 
 
-class ReplayWorker(InferenceWorker[np.ndarray]):
+class ReplayWorker(InferenceWorker[Prediction]):
     """Answers when the recorded run had its answers: with those, or with what the policy says.
 
     A request that was not made then, under another scheduling, takes as long as the one before it.
@@ -112,10 +114,10 @@ class ReplayWorker(InferenceWorker[np.ndarray]):
     ) -> None:
         super().__init__(clock=clock)
         self._recorded, self._robot, self._thinks, self._other = recorded, robot, thinks, other
-        self._delay, self._status, self._chunk = 0, Status.ARRIVED, np.zeros(0)
+        self._delay, self._status, self._said = 0, Status.ARRIVED, Prediction(np.zeros(0), {})
         self._asked = False
 
-    def ask(self, step: int, work: Callable[[], np.ndarray]) -> None:
+    def ask(self, step: int, work: Callable[[], Prediction]) -> None:
         row, chunks = self._recorded.answers.get(step), self._recorded.chunks
         self._asked, self._status = True, Status.ARRIVED
         if row is not None:
@@ -127,18 +129,20 @@ class ReplayWorker(InferenceWorker[np.ndarray]):
         elif not self._thinks:
             raise InputError(f"control step {step}: no chunk was recorded for it; give bundle=, to have one predicted")
         if self._thinks:
-            self._chunk = work()
+            self._said = work()
         elif row is not None:
-            self._chunk = _narrow(chunks["chunk"][row])
+            self._said = Prediction(_narrow(chunks["chunk"][row]), {})
+        if row is not None and "noted_level" in chunks and np.isfinite(chunks["noted_level"][row]):
+            self._said = self._said._replace(notes={LEVEL: float(chunks["noted_level"][row])})
         self._due = step + self._delay
 
-    def answer(self, step: int) -> Thought[np.ndarray] | None:
+    def answer(self, step: int) -> Thought[Prediction] | None:
         if not self._asked or step < self._due or self._status is Status.DROPPED:
             return None
         self._asked = False
         if self._status is Status.UNAVAILABLE:
             raise Unavailable("nobody was there to answer")
-        return Thought(self._chunk, 0.0)
+        return Thought(self._said, 0.0)
 
     def forget(self) -> bool:
         asked, self._asked = self._asked, False
@@ -196,7 +200,7 @@ def replay(
     robot = ReplayRobot(recorded, clock, control_rate=attrs["control_rate"], lookahead=attrs["lookahead"])
     noise_generator, generator = generators(recorded.seed)
 
-    def think(request: Request, history: Mapping[str, np.ndarray]) -> np.ndarray:
+    def think(request: Request, history: Mapping[str, np.ndarray]) -> Prediction:
         assert policy is not None
         noise = {"noise_generator": noise_generator, "generator": generator}
         return predict_one(request, history, policy=policy, guidance=guidance, **noise)
@@ -208,6 +212,7 @@ def replay(
         worker=ReplayWorker(recorded, robot, clock, thinks=policy is not None, other=other),
         think=_keeping(think, generator, recorded),
         gate=Gate(limits=read_limits(attrs["limits"])),
+        guarding=Guarding(attrs["config"].get("guard", {}).get("action", "warn")),
         clock=clock,
         seed=recorded.seed,
         keys=[key for key in recorded.seen if key != "action"],
@@ -221,16 +226,16 @@ def replay(
 
 
 def _keeping(
-    think: Callable[..., np.ndarray], generator: torch.Generator, recorded: Recorded
-) -> Callable[..., np.ndarray]:
+    think: Callable[..., Prediction], generator: torch.Generator, recorded: Recorded
+) -> Callable[..., Prediction]:
     """Where nobody answered, no noise of the steps was drawn either."""
 
     @functools.wraps(think)
-    def kept(request: Request, history: Mapping[str, np.ndarray]) -> np.ndarray:
+    def kept(request: Request, history: Mapping[str, np.ndarray]) -> Prediction:
         row, state = recorded.answers.get(request.step), generator.get_state()
-        chunk = think(request, history)
+        said = think(request, history)
         if row is not None and recorded.chunks["status"][row] == Status.UNAVAILABLE:
             generator.set_state(state)
-        return chunk
+        return said
 
     return kept

@@ -28,14 +28,15 @@ _SEEN_BYTES, _MOST_SLOTS, _LEAST_SLOTS = 32 << 20, 128, 8
 TEXT = 480
 STEPS: Fields = {
     **dict.fromkeys(("sent", "reward", "inference_ms", "jump", "observation_age_ms", "lateness_ms"), ("f8", ())),
+    "guard_level": ("f8", ()),
     **dict.fromkeys(("seed", "step", "control_step", "command_step", "delay", "missed_ticks"), ("i8", ())),
-    **dict.fromkeys(("commanded", "held", "operator", "fresh"), ("?", ())),
+    **dict.fromkeys(("commanded", "held", "operator", "fresh", "guard_alarm"), ("?", ())),
     "interventions": (f"S{TEXT}", ()),
     "refusals": (f"S{TEXT}", ()),
 }
 """Of the ring `steps`, beside `action`. Numbers that there were none of are NaN, a delay −1."""
 CHUNKS: Fields = {
-    **dict.fromkeys(("asked", "observed", "seconds"), ("f8", ())),
+    **dict.fromkeys(("asked", "observed", "seconds", "noted_level"), ("f8", ())),
     **dict.fromkeys(("seed", "requested_step", "known_step", "delay", "n_running"), ("i8", ())),
     "status": ("i4", ()),
 }
@@ -102,6 +103,7 @@ class RunStream:
             "asked": answer.asked,
             "observed": answer.observed,
             "seconds": _number(answer.seconds),
+            "noted_level": _number(answer.noted_level),
             "seed": self._seed,
             "requested_step": request.step,
             "known_step": answer.step,
@@ -140,6 +142,8 @@ class RunStream:
             "held": record.held,
             "operator": record.operator,
             "fresh": seen.fresh,
+            "guard_level": _number(record.guard_level),
+            "guard_alarm": record.guard_alarm,
             "interventions": _text(record.interventions),
             "refusals": _text(seen.refusals),
             "action": np.zeros(self._size) if record.action is None else record.action,

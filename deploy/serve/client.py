@@ -94,7 +94,7 @@ class RemotePolicy:
         delay: Sequence[int] | None = None,
         guidance: Mapping[str, object] | None = None,
     ) -> dict[str, np.ndarray]:
-        """`action` [(B,) Ta, A] and `action_pred` [(B,) H, A], to whatever `DiffusionPolicy.predict` takes.
+        """`action` [(B,) Ta, A], `action_pred` [(B,) H, A] and notes, to whatever `DiffusionPolicy.predict` takes.
 
         The initial noise is `noise`, or is drawn here from `noise_generator`, on a CPU. `generator` draws that of the
         steps: its state travels there and back, row by row; where there is none the server has its own. What is only
@@ -125,9 +125,8 @@ class RemotePolicy:
         chunks = np.stack([self._array(answer, "action_pred", shape) for answer in answers]).astype(np.float32)
         now = self.spec.n_obs_steps - 1
         actions = chunks[:, now : now + self.spec.n_action_steps]
-        return (
-            {"action": actions, "action_pred": chunks} if batched else {"action": actions[0], "action_pred": chunks[0]}
-        )
+        made = self._notes(answers) | {"action": actions, "action_pred": chunks}
+        return made if batched else {name: value[0] for name, value in made.items()}
 
     def continuing(
         self, running: Sequence[np.ndarray | None], delay: Sequence[int], guidance: Mapping[str, object]
@@ -192,6 +191,18 @@ class RemotePolicy:
         if value.shape != shape:
             raise Unavailable(f"{self._url}: {name} has shape {list(value.shape)}, not {list(shape)}")
         return value.copy()
+
+    def _notes(self, answers: Sequence[Mapping[str, object]]) -> dict[str, np.ndarray]:
+        """What the extensions of the server's policy say of each row, name → float32 [B]."""
+        rows = [answer.get("notes", {}) for answer in answers]
+        numbers = [
+            {name: value for name, value in row.items() if isinstance(name, str) and isinstance(value, int | float)}
+            for row in rows
+            if isinstance(row, dict)
+        ]
+        if numbers != rows or any(row.keys() != numbers[0].keys() for row in numbers):
+            raise Unavailable(f"{self._url}: notes are {shortened(rows[0])}, not numbers by name")
+        return {name: np.array([row[name] for row in numbers], np.float32) for name in numbers[0]}
 
     def _advance(self, generator: torch.Generator, answer: Mapping[str, object]) -> None:
         state = self._array(answer, "generator", tuple(generator.get_state().shape))

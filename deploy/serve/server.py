@@ -21,9 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from action_diffusion.deploy.serve.access import is_authorized, require_token
 from action_diffusion.deploy.serve.session import ClientSession, Question
@@ -181,7 +179,7 @@ class PolicyServer:
 
     def _think(
         self, connection: ServerConnection, session: ClientSession, question: Question
-    ) -> tuple[float, float, dict[str, np.ndarray]]:
+    ) -> tuple[float, float, dict[str, Any]]:
         """In the worker thread: when it began and ended, and the answer. Not for a client that has left meanwhile."""
         if connection.close_code is not None:
             raise self._closed(None, None)

@@ -129,8 +129,9 @@ class ClientSession:
             options["guidance"] = _guidance(extra["guidance"], horizon)
         return options
 
-    def answer(self, policy: DiffusionPolicy, question: Question) -> dict[str, np.ndarray]:
-        """Float32 `actions` [Ta, A] in the data's units; where `whole` is asked for, `action_pred` [H, A] too."""
+    def answer(self, policy: DiffusionPolicy, question: Question) -> dict[str, Any]:
+        """Float32 `actions` [Ta, A] in the data's units; where `whole` is asked for, `action_pred` [H, A] too, and
+        `notes` of extensions, name → number."""
         generator = question.generator or self.generator
         options: dict[str, Any] = {}
         if question.running is not None:
@@ -145,9 +146,11 @@ class ClientSession:
         )
         if not np.isfinite(predicted["action_pred"]).all():
             raise FloatingPointError("the predicted chunk holds NaN or infinity")
-        answer = {"actions": predicted["action"][0]}
+        answer: dict[str, Any] = {"actions": predicted["action"][0]}
         if question.whole:
-            answer["action_pred"] = predicted["action_pred"][0]
+            answer["action_pred"] = predicted.pop("action_pred")[0]
+            del predicted["action"]
+            answer["notes"] = {name: float(note[0]) for name, note in predicted.items()}
         if question.generator is not None:
             answer["generator"] = generator.get_state().numpy()
         return answer

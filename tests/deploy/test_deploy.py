@@ -282,6 +282,120 @@ def test_a_policy_that_fails_beside_the_loop_stops_the_robot():
     assert robot.stops == 1
 
 
+# A guard says how unusual each chunk is.
+
+
+class GuardedPolicy(TellingPolicy):
+    """Its chunk number n has the level `levels[n]`; the last one stays."""
+
+    def __init__(self, levels: Sequence[float], **options: Any) -> None:
+        super().__init__(**options)
+        self.levels = levels
+
+    def predict(self, obs: Mapping[str, np.ndarray], **_: Any) -> dict[str, np.ndarray]:
+        level = self.levels[min(self.calls, len(self.levels) - 1)]
+        return {**super().predict(obs), "guard.level": np.array([level], np.float32), "other": np.zeros((1, 3))}
+
+
+STRANGE = (-0.2, 0.4, 0.4, 0.4, 0.4, 0.4, -0.2)
+"""An alarm from the sum of the third on, which is of chunk 3, at step 12."""
+
+
+def guarded(action: str, levels: Sequence[float] = STRANGE, **options: Any) -> tuple[FakeRobot, list[StepRecord]]:
+    robot = FakeRobot(max_steps=options.pop("max_steps", 24))
+    policy = GuardedPolicy(levels, clock=VirtualClock(), **{"seconds": options.pop("seconds", lambda n: 0.0)})
+    return robot, drive(robot, policy, limits=WIDE, guard=action, **options)
+
+
+def test_a_guard_that_warns_is_heard_and_changes_nothing():
+    robot, records = guarded("warn")
+    assert [command[0] for command in robot.commands] == list(range(24))
+    assert [record.guard_level for record in records if record.guard_level is not None] == pytest.approx(
+        [0.0, 0.4, 0.8, 1.2, 1.6, 2.0]
+    )
+    assert [record.step for record in records if record.guard_alarm] == list(range(12, 24))
+    assert [record.interventions for record in records if record.interventions] == [
+        ["guard: unusual, level 1.20: warn"]
+    ]
+
+
+def test_a_guard_that_slows_down_lets_every_second_step_rest():
+    """No action is left out; what the policy looks at is as far apart as what it commands."""
+    robot, records = guarded("slow", (-0.2, 0.4, 0.4, 0.4, 0.4, -0.2), max_steps=32)
+    assert held(records) == "x" * 12 + "x-x-x-x-" * 2 + "x" * 4
+    assert [command[0] for command in robot.commands[:12]] == list(range(12))
+    assert [command[0] for command in robot.commands[12:]] == [12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]
+    assert [t for t, _ in robot.plans[12:16]] == pytest.approx([1.2, 1.4, 1.6, 1.8])
+    assert robot.observed[-5:] == [18, 20, 26, 28, 31]
+
+
+def test_a_slow_arm_is_told_of_nothing_beyond_the_present_command():
+    class Smooth(FakeRobot):
+        lookahead = 2
+
+    robot = Smooth(max_steps=20)
+    policy = GuardedPolicy((0.4,), clock=VirtualClock())
+    drive(robot, policy, limits=WIDE, guard="slow")
+    told = [len(actions) for _, actions in robot.plans]
+    assert told == [3, 3, 2, 1] * 2 + [1] * 6
+
+
+@pytest.mark.parametrize("scheduling", ["sync", "naive"])
+def test_a_guard_that_holds_asks_until_a_chunk_is_usual_again(scheduling):
+    robot, records = guarded("hold", scheduling=scheduling)
+    assert held(records) == "x" * 12 + "---" + "x" * 9
+    assert [command[0] for command in robot.commands] == [*range(12), *range(15, 24)]
+    assert all(record.interventions for record in records if record.held)
+
+
+class Person:
+    """Presses Start once the loop has asked for them."""
+
+    def __init__(self) -> None:
+        self.commands, self.mark, self.asked, self._fresh = False, None, 0, False
+
+    def begin(self) -> None:
+        pass
+
+    def wait(self, hold: Any) -> bool:
+        return True
+
+    def begin_step(self) -> bool:
+        fresh, self._fresh = self._fresh, False
+        return fresh
+
+    def ask_take_over(self) -> None:
+        self.asked, self._fresh = self.asked + 1, True
+
+    def command(self, t: float) -> np.ndarray | None:
+        return None
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_guard_that_asks_for_a_person_begins_anew_with_them():
+    person = Person()
+    _, records = guarded("takeover", (0.4,), operator=person)
+    assert held(records) == ("x" * 8 + "-") * 2 + "x" * 6
+    assert person.asked == 2
+    assert [record.guard_alarm for record in records] == [record.held for record in records]
+
+
+def test_a_level_that_is_no_number_is_unusual(tmp_path):
+    _, records = guarded("hold", (float("nan"),))
+    assert held(records) == "-" * 24
+    with RunLog(tmp_path, control_rate=10.0) as log:
+        for record in records:
+            log.write(record)
+    assert {row["guard_level"] for row in read_log(tmp_path)} == {None}
+
+
+def test_to_hold_needs_a_guard(bundle, tmp_path):
+    with pytest.raises(InputError, match=r"guard\.action=hold needs a guard: give deploy extensions=\[guard\]"):
+        run(deploy(bundle, tmp_path, "guard.action=hold"), clock=VirtualClock())
+
+
 def test_real_time_chunking_needs_the_network():
     with pytest.raises(InputError, match="scheduling=rtc differentiates through the policy's network"):
         drive(FakeRobot(), TellingPolicy(clock=VirtualClock()), limits=WIDE, scheduling="rtc")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deployments import deploy, read_log, save_bundle
+from deployments import add_guard, deploy, read_log, save_bundle
 from processes import Forked
 
 from action_diffusion import cli
@@ -69,6 +69,26 @@ def test_a_run_is_recorded_and_replays_to_the_same_commands(bundle, tmp_path, ca
     for source in ([], [f"bundle={bundle}", "device=cpu"]):
         code, out = replayed(capsys, f"replay={tmp_path}", *source)
         assert (code, SAME in out) == (0, True), out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["slow", "hold"])
+def test_what_a_guard_did_replays(tmp_path, capsys, action):
+    """By the recorded levels: the replay needs no guard."""
+    bundle = save_bundle(tmp_path / "bundle", horizon=16)
+    add_guard(bundle, horizon=16)
+    out = tmp_path / "run"
+    options = [f"guard.action={action}", "extensions=[guard]", "scheduling=naive", "page=false"]
+    assert run(deploy(bundle, out, *options)) == 0
+    rows, steps = read_log(out), read_table(out / "record.zarr", "steps")
+    assert steps["guard_alarm"].tolist() == [row["guard_alarm"] for row in rows]
+    assert steps["guard_alarm"].any()
+    assert steps["held"][steps["guard_alarm"]].any()
+    known = [(index, row["guard_level"]) for index, row in enumerate(rows) if row["guard_level"] is not None]
+    assert [steps["guard_level"][index] for index, _ in known] == [level for _, level in known]
+    for source in ([], [f"bundle={bundle}", "device=cpu"]):
+        code, said = replayed(capsys, f"replay={out}", *source)
+        assert (code, SAME in said) == (0, True), said
 
 
 @pytest.mark.slow

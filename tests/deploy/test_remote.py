@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deployments import TO, deploy, read_log, save_bundle
+from deployments import TO, add_guard, deploy, read_log, save_bundle
 from servers import Server, serving
 
-from action_diffusion import cli
+from action_diffusion import cli, configuration
 from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.deploy.loop.prediction import Guidance, predict
@@ -88,6 +88,54 @@ def test_a_deployment_through_a_server_is_the_local_one(server, bundle, tmp_path
         logs.append(read_log(tmp_path / name))
     assert [row["action"] for row in logs[0]] == [row["action"] for row in logs[1]]
     assert len(logs[1]) == 24
+
+
+@pytest.mark.slow
+def test_what_extensions_note_travels(tmp_path):
+    """So a guard on the server does what it does on the robot's computer."""
+    bundle = save_bundle(tmp_path / "bundle")
+    add_guard(bundle)
+    logs = []
+    with serving(bundle, "extensions=[guard]") as server:
+        local, remote = bundles.load(bundle, extensions=["guard"], precision="fp32"), RemotePolicy(server.url)
+        expected = local.predict(histories(3), **noises(3, seed=1))
+        found = remote.predict(histories(3), **noises(3, seed=1))
+        assert {name for name in found if name.startswith("guard.")} == {
+            "guard.observation",
+            "guard.chunk",
+            "guard.level",
+        }
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-3)
+        alone = remote.predict({"state": histories(1)["state"][0]}, **noises(1, seed=1))
+        assert np.shape(alone["guard.level"]) == ()
+        remote.close()
+        for name, words in (
+            ("local", [f"bundle={bundle}", "extensions=[guard]"]),
+            ("remote", [f"server={server.url}"]),
+        ):
+            words = [*words, f"output_dir={tmp_path / name}", "device=cpu", "guard.action=slow", "n_episodes=2"]
+            assert run(configuration.settings("deploy", words), clock=VirtualClock()) == 0
+            logs.append(read_log(tmp_path / name))
+    assert [row["action"] for row in logs[0]] == [row["action"] for row in logs[1]]
+    assert [row["guard_alarm"] for row in logs[0]] == [row["guard_alarm"] for row in logs[1]]
+    assert any(row["held"] for row in logs[0])
+
+
+@pytest.mark.slow
+def test_to_act_on_alarms_needs_a_guard_on_the_server(server, tmp_path):
+    words = [f"server={server.url}", f"output_dir={tmp_path}", "guard.action=hold"]
+    with pytest.raises(InputError, match=r"give action-diffusion serve extensions=\[guard\]"):
+        run(configuration.settings("deploy", words), clock=VirtualClock())
+
+
+@pytest.mark.parametrize("notes", [5, [1.0], {"guard.level": "high"}, {1: 2.0}, {"guard.level": None}])
+def test_notes_that_are_none_are_no_answer(notes):
+    remote = RemotePolicy.__new__(RemotePolicy)
+    remote._url = "ws://elsewhere:1"
+    with pytest.raises(Unavailable, match="ws://elsewhere:1: notes are"):
+        remote._notes([{"notes": {"guard.level": 1.0}}, {"notes": notes}])
+    assert remote._notes([{}, {}]) == {}
 
 
 @pytest.mark.slow

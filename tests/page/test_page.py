@@ -543,7 +543,7 @@ def test_what_the_page_shows_of_events_and_of_a_machine_that_is_too_slow(tmp_pat
         (f"refused: command[0] = {39 / 7:g} is outside", 20),
         ("refused: stale", 20),
     ]
-    assert said["advice"] is None
+    assert said["advice"] is said["guard"] is None
     step = StepRecord(
         seed=0,
         step=0,
@@ -563,8 +563,10 @@ def test_what_the_page_shows_of_events_and_of_a_machine_that_is_too_slow(tmp_pat
     seen = Seen(0.0, 0, 0, Observation(0.0, {"state": np.zeros(5, np.float32)}), False, [])
     recording.stepped(step, seen)
     assert view.state()["advice"].startswith("Too slow: a chunk takes 250 ms, a control step 100. scheduling=rtc")
-    recording.stepped(dataclasses.replace(step, inference_ms=5.0), seen)
-    recording.stepped(dataclasses.replace(step, inference_ms=5.0), seen)
+    assert view.state()["guard"] is None
+    recording.stepped(dataclasses.replace(step, inference_ms=5.0, guard_level=1.5), seen)
+    recording.stepped(dataclasses.replace(step, inference_ms=5.0, guard_alarm=True), seen)
+    assert view.state()["guard"] == {"level": 1.5, "alarm": True}
     assert "other programs keep this machine busy" in view.state()["advice"]
     for _ in range(200):
         recording.stepped(dataclasses.replace(step, missed_ticks=0), seen)

@@ -22,6 +22,7 @@ from action_diffusion.deploy.ipc.rings import RingReader, shared_folder
 from action_diffusion.options import Deploy
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy
+from action_diffusion.policy.extensions.extension import Fitted, write
 from action_diffusion.policy.model.normalizer import fit
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
@@ -46,6 +47,18 @@ def save_bundle(path: Path, *, encoder: Mapping[str, Any] | None = None, **chang
     config = TINY | {"features": {}, "encoder": encoder or TINY["encoder"]}
     bundles.save(path, build_policy(config, PolicySpec(**values | changes)), {"policy": config})
     return path
+
+
+def add_guard(bundle: Path, horizon: int = HORIZON) -> None:
+    """Fit a guard by hand that finds everything unusual that is not in the middle of what was demonstrated."""
+    arrays = {
+        "conditions": np.zeros((1, TO * 5)),
+        "scale": np.ones(TO * 5),
+        "noise": np.ones((1, horizon, 2)),
+        "grid": np.array([[50.0, 0.7, 0.7]]),
+        "thresholds": np.array([1e6, 1.0, 0.1, 2.0]),
+    }
+    write(bundle, "guard", Fitted({}, {name: value.astype(np.float32) for name, value in arrays.items()}))
 
 
 def deploy(bundle: Path, output_dir: Path, *options: str) -> Deploy:

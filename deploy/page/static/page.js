@@ -72,6 +72,12 @@ function show(next) {
   say("phase", NAMES[state.phase]);
   ["mode", "phase"].forEach((id) => { $(id).dataset.state = state[id]; });
   $("loop").hidden = state.loop;
+  $("guard").hidden = !state.guard;
+  if (state.guard) {
+    const { level, alarm } = state.guard;
+    say("guard", `${alarm ? "unusual" : "guard"} ${level == null ? "" : level.toFixed(1)}`);
+    $("guard").dataset.state = alarm ? "ALARM" : level > 0.5 ? "UNUSUAL" : "USUAL";
+  }
   const why = reasons();
   ORDERS.forEach((order) => { $(order).disabled = Boolean(why[order]); });
   const named = (reason) => ORDERS.filter((order) => why[order] === reason).map((order) => $(order).textContent).join(", ");
@@ -94,7 +100,7 @@ function reasons() {
   const over = state.mode === "OVER" && "no episode is under way";
   const nothing = !(about.plane || about.teleop) && "start deploy with teleop=, there is nothing to point at";
   return {
-    start: state.mode === "POLICY" && "the policy commands",
+    start: state.mode === "POLICY" && !state.guard?.alarm && "the policy commands",
     pause: state.mode === "PAUSED" && "it is paused",
     take_over: nothing || over || (state.mode === "PERSON" && "you command"),
     success: over,
