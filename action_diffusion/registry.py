@@ -202,7 +202,9 @@ OBJECTIVES = Registry(
         "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
     },
 )
-EXTENSIONS = Registry("extension", "extensions", {})
+EXTENSIONS = Registry(
+    "extension", "extensions", {"constraint": "action_diffusion.policy.extensions.constraint:Constraint"}
+)
 PROCESSES = Registry(
     "process",
     "processes",
