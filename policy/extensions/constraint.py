@@ -47,6 +47,9 @@ SHORTER = (1.0, 0.5, 0.25)
 """Of the way to the wanted place: the steps that are tried in other directions."""
 ROUNDING = 1e-5
 """Share of the largest demonstrated action by which obstacles are larger: normalising and back rounds."""
+_ALL: Any = FITS["constraint"]
+OPTIONS = {name: hint for name, hint in hints(_ALL).items() if name not in Fit.__annotations__}
+"""Of `fit constraint`, beside those of every fit: name → type."""
 OUTSIDE = 100.0
 """How much worse it is to leave the workspace than to move as far, where a way out of an obstacle is chosen."""
 
@@ -90,8 +93,8 @@ class Box:
     def way_out(self, places: Tensor, directions: Tensor) -> Tensor:
         within = ((places > self.low) & (places < self.high)).all(-1, keepdim=True)
         face = torch.where(directions > 0, self.high, self.low)
-        out = ((face - places.unsqueeze(-2)) / torch.where(directions == 0, torch.nan, directions)).nan_to_num(torch.inf)
-        return torch.where(within, out.amin(-1), 0.0)
+        out = (face - places.unsqueeze(-2)) / torch.where(directions == 0, torch.nan, directions)
+        return torch.where(within, out.nan_to_num(torch.inf).amin(-1), 0.0)
 
     def hit(self, first: Tensor, second: Tensor) -> Tensor:
         way = second - first
@@ -131,7 +134,7 @@ class Region:
         return found
 
     def push(self, path: Tensor, start: Tensor) -> Tensor:
-        """P: `path` [B, L, n], which begins at `start` [B, n], outside of each obstacle in turn, inside the workspace."""
+        """P: `path` [B, L, n], which begins at `start` [B, n], out of each obstacle in turn, in the workspace."""
         directions = _directions(path)
         shares = torch.arange(1, PARTS + 1, device=path.device).unsqueeze(-1) / PARTS
         for obstacle in self.obstacles:
@@ -162,7 +165,7 @@ class Region:
         way = wanted - at
         length = torch.linalg.vector_norm(way, dim=-1, keepdim=True)
         allowed = length.clamp_max(reach)
-        straight = at + way * (allowed / length.clamp_min(torch.finfo(way.dtype).tiny))
+        straight: Tensor = at + way * (allowed / length.clamp_min(torch.finfo(way.dtype).tiny))
         if not self.hit(at, straight).any():
             return straight
         sideways = [at.unsqueeze(1) + share * allowed.unsqueeze(1) * _directions(at) for share in SHORTER]
@@ -171,8 +174,7 @@ class Region:
         touched = self.hit(at.unsqueeze(1), there)
         touched[:, -1] = False
         distance = (there - wanted.unsqueeze(1)).square().sum(-1)
-        best = torch.where(touched, torch.inf, distance).argmin(-1)
-        return there[torch.arange(len(there), device=there.device), best]
+        return _chosen(there, torch.where(touched, torch.inf, distance))
 
     def freed(self, places: Tensor) -> Tensor:
         """Those of `places` [B, n] that are not allowed, where they come out first; the others as they are."""
@@ -185,7 +187,7 @@ class Region:
         ways = (lengths[:, None, None] * _directions(places)).flatten(0, 1)
         there = (found.unsqueeze(1) + ways).clamp(self.low, self.high)
         distance = torch.where(self.free(there), (there - places.unsqueeze(1)).square().sum(-1), torch.inf)
-        best = there[torch.arange(len(there), device=there.device), distance.argmin(-1)]
+        best = _chosen(there, distance)
         return torch.where(self.free(found).unsqueeze(-1), found, best)
 
 
@@ -283,16 +285,16 @@ def limits(policy: DiffusionPolicy, words: Mapping[str, Any]) -> tuple[Tensor, T
 def _rounding(policy: DiffusionPolicy) -> float:
     """What normalising and back may change of an action, in its unit."""
     demonstrated = policy.spec.normalizer["action"]
-    return ROUNDING * max(1e-3, *(abs(value) for end in ("min", "max") for value in demonstrated.get(end) or (1.0,)))
+    ends = [abs(float(value)) for end in ("min", "max") for value in demonstrated.get(end) or (1.0,)]
+    return ROUNDING * max(1e-3, *ends)
 
 
 def checked(policy: DiffusionPolicy, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `fit constraint`, where they fit the policy. Raises `InputError`."""
-    own = {name: hint for name, hint in hints(FITS["constraint"]).items() if name not in hints(Fit)}
-    for name in own:
+    for name in OPTIONS:
         if name not in options:
             raise InputError(f"extension constraint: {name} is missing in what was fitted")
-    words = {name: check(options[name], hint, f"constraint: {name}") for name, hint in own.items()}
+    words = {name: check(options[name], hint, f"constraint: {name}") for name, hint in OPTIONS.items()}
     if not any(words[name] for name in ("discs", "boxes", "low", "high", "speed")):
         raise InputError("constraint: nothing to keep to: give discs, boxes, low, high or speed")
     n_action, columns, n = policy.spec.action.shape[0], words["columns"], len(words["columns"])
@@ -330,6 +332,12 @@ def checked(policy: DiffusionPolicy, options: Mapping[str, Any]) -> dict[str, An
 def _check_columns(name: str, columns: Sequence[int], size: int, what: str) -> None:
     if len(set(columns)) < len(columns) or max(columns) >= size:
         raise InputError(f"constraint: {name}={list(columns)}: expected different ones of {what}, from 0 to {size - 1}")
+
+
+def _chosen(places: Tensor, distance: Tensor) -> Tensor:
+    """Of `places` [B, K, n] those of the smallest `distance` [B, K], [B, n]."""
+    best = distance.argmin(-1)[:, None, None]
+    return places.take_along_dim(best, dim=1).squeeze(1)
 
 
 def _directions(like: Tensor) -> Tensor:
