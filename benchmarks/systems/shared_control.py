@@ -114,7 +114,7 @@ def agreement(seed: int) -> dict[str, float]:
     person, found = two_ways(200, random), dict[str, float]()
     for name, rounds in (("guided", ROUNDS), ("set alone", 0), ("independent", None)):
         shared = SharedControl(policy, rounds=rounds or 0)
-        shared.own(None if rounds is None else AXIS, person)
+        shared.own(None if rounds is None else AXIS, person[:, :1])
         noise = torch.Generator().manual_seed(seed)
         chunk = policy.predict({"state": nothing[:200]}, noise_generator=noise)["action_pred"]
         shared.own(None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from action_diffusion.deploy.loop.clock import Clock, Pacer
 from action_diffusion.deploy.loop.events import Answer, NoSubscriber, Outcome, Seen, Status, StepRecord, Subscriber
 from action_diffusion.deploy.loop.gate import Gate
 from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Unavailable
-from action_diffusion.deploy.loop.operator import NoOperator, Operator
+from action_diffusion.deploy.loop.operator import EVERYTHING, NoOperator, Operator, owned_of
 from action_diffusion.deploy.loop.prediction import Guidance, predict_one
 from action_diffusion.deploy.robot.robots import Feedback, Observation, Robot
 from action_diffusion.envs.rollout import Policy, generators
@@ -139,6 +140,8 @@ class ControlLoop:
         self._start = 0.0
         self._control_step = -1
         self._steps = 0
+        self._person: np.ndarray | None = None
+        self._shared = False
         history.reset()
         gate.reset()
         queue.reset()
@@ -150,15 +153,18 @@ class ControlLoop:
             self._start = tick
         self._control_step += 1 + missed
         fresh, person = self._operator.begin_step(), self._operator.commands
-        if fresh:
+        self._person = self._operator.command(self._clock.now()) if person else None
+        owned = self._owned() if person else None
+        if fresh or self._shared != (owned is not None):
             self._forget()
+        self._shared = owned is not None
         self._queue.begin_step(self._control_step)
         arrival = self._receive()
         observation = self._observe(tick) if self._queue.will_be_seen else None
-        may_ask = not person and (arrival is None or arrival.refusal is None)
+        may_ask = (self._shared or not person) and (arrival is None or arrival.refusal is None)
         if may_ask and observation is not None and self._queue.wants_chunk:
-            arrival = self._ask(tick, observation.t) or arrival
-        sent, held, refusal, (reward, done) = self._command(person)
+            arrival = self._ask(tick, observation.t, owned) or arrival
+        sent, held, refusal, (reward, done) = self._command(person, owned)
         if observation is None and self._subscriber.looks:  # after the command, so that nobody waits for it
             observation = self._robot.observe(self._keys, tick)
         swap = None if arrival is None else arrival.swap
@@ -179,6 +185,8 @@ class ControlLoop:
             missed_ticks=0 if fresh else missed,
             interventions=refusals + self._robot.events(),
             operator=person,
+            owned=self._operator.owned if person else 0,
+            person=None if self._person is None else self._person.tolist(),
         )
         command_step = self._queue.step
         self._subscriber.stepped(record, Seen(tick, self._control_step, command_step, observation, fresh, refusals))
@@ -198,9 +206,17 @@ class ControlLoop:
         self._history.observe(observation.values)
         return observation
 
-    def _ask(self, tick: float, observed: float) -> _Arrival | None:
+    def _owned(self) -> np.ndarray | None:
+        """Which values of the action are the person's, bool [A]; None where all of them are."""
+        number, size = self._operator.owned, len(self._gate.limits.low)
+        fits = self._person is None or self._person.shape == (size,)  # the gate refuses what does not
+        return owned_of(number, size) if number != EVERYTHING and fits else None
+
+    def _ask(self, tick: float, observed: float, owned: np.ndarray | None) -> _Arrival | None:
         """Ask for a chunk. Where the loop thinks by itself, control steps may pass until it is there."""
         request, history = self._queue.request(), self._history.stacked()
+        if owned is not None and self._person is not None:
+            request = replace(request, owned=owned, person=self._person[None])
         self._asked = request, tick, observed
         self._worker.ask(request.step, functools.partial(self._think, request, history))
         passed = math.ceil((self._clock.now() - tick) * self._robot.control_rate - 1e-9) - 1
@@ -230,17 +246,19 @@ class ControlLoop:
         late = None if swap is not None else "the chunk arrived after all of its actions were due"
         return _Arrival(thought.seconds, swap, late)
 
-    def _command(self, person: bool) -> tuple[float, bool, str | None, Feedback]:
+    def _command(self, person: bool, owned: np.ndarray | None) -> tuple[float, bool, str | None, Feedback]:
         """Send this step's command, or hold where there is none or the gate refuses it.
 
-        person: whether a person says what it is. Returns when that was (s), whether the robot held, why the gate
-        refused, and what the robot answers.
+        person: whether a person says what it is; owned: of these values, where the policy says the others. Returns when
+        that was (s), whether the robot held, why the gate refused, and what the robot answers.
         """
-        if person:
-            shown = self._operator.command(self._clock.now())
-            actions = [] if shown is None else [shown]
-        else:
-            actions = self._queue.plan(1 + self._robot.lookahead)
+        actions = [] if person and owned is None else self._queue.plan(1 + self._robot.lookahead)
+        if person and self._person is None:
+            actions = []
+        elif self._person is not None and owned is None:
+            actions = [self._person]
+        elif self._person is not None and owned is not None:
+            actions = [np.where(owned, self._person, action) for action in actions[:1]]
         refusal = self._gate.refuse(actions[0]) if actions else None
         sent = self._clock.now()
         if not actions or refusal is not None:

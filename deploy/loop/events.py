@@ -36,6 +36,8 @@ class StepRecord:
         missed_ticks: ticks without a command between the step before and this one.
         interventions: why the gate kept a command from the robot, and what the robot's own guards did; mostly empty.
         operator: a person commanded, not the policy.
+        owned: which values of the action were the person's, see `operator.bits`; the policy said the others.
+        person: what the person said, [A]; None where nobody did.
     """
 
     seed: int
@@ -52,6 +54,8 @@ class StepRecord:
     missed_ticks: int
     interventions: list[str]
     operator: bool = False
+    owned: int = 0
+    person: list[float] | None = None
 
 
 class Outcome(NamedTuple):

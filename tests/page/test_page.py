@@ -195,7 +195,14 @@ def test_a_page_that_dies_or_hangs_changes_nothing_else(deployment, open_page, n
 LIMITS = {"low": [-2.0] * 3, "high": [2.0] * 3, "max_step": [1.0] * 3}
 LIMITS |= {"velocity": [2.0] * 3, "acceleration": [10.0] * 3, "jerk": [200.0] * 3}
 ABOUT = {"n_obs_steps": 2, "control_rate": 10.0, "cameras": [], "dimensions": ["a", "b", "c"], "plane": None}
-ABOUT |= {"task": "a test", "units": ["", "", ""], "low": LIMITS["low"], "high": LIMITS["high"], "teleop": None}
+ABOUT |= {
+    "task": "a test",
+    "units": ["", "", ""],
+    "low": LIMITS["low"],
+    "high": LIMITS["high"],
+    "teleop": None,
+    "parts": [[0], [1, 2]],
+}
 
 
 class Served:
