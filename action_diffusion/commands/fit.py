@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
+from typing import Any
 
 from action_diffusion.errors import unknown
 from action_diffusion.options.extensions import FITS, Fit
@@ -41,10 +43,13 @@ def _lines() -> list[str]:
     common = {field.name for field in fields(Fit)}
     lines = []
     for name, takes in FITS.items():
-        given = [f"{field.name}={_shown(field.default)}" for field in fields(takes) if field.name not in common]
-        lines += ["", f"  fit {name} {' '.join(given)}", f"      {(takes.__doc__ or '').strip()}"]
+        given = [f"{field.name}={_shown(field)}" for field in fields(takes) if field.name not in common]
+        words = {f"  fit {name} {' '.join(given)}": 8, f"      {' '.join((takes.__doc__ or '').split())}": 6}
+        lines += ["", *(textwrap.fill(text, 100, subsequent_indent=" " * n) for text, n in words.items())]
     return lines
 
 
-def _shown(default: object) -> str:
+def _shown(field: Field[Any]) -> str:
+    """Its default, as one would type it; … where it has none."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
     return "…" if default is MISSING else "null" if default is None else str(default).replace(" ", "")
