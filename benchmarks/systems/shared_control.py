@@ -22,12 +22,12 @@ from benchmarks.systems.system import Measured, System
 STARTS, STEPS = 20, 300
 EVERY = 4
 """Control steps from one chunk to the next."""
-DELAY, TREMBLE, KEEPS = 3, 20.0, 0.8
+DELAY, TREMBLE, KEEPS = 1, 20.0, 0.8
 """The person acts on what was DELAY control steps ago; their hand is TREMBLE px off (sd), KEEPS of it from the last."""
 AXIS = np.array([True, False])
 """Of the person: x."""
-FADING = 6
-ROUNDS = 1
+ROUNDS, FADING = 1, 1
+"""The person's hand shakes, so that what it does now says little of what it does next."""
 
 
 class Person:

@@ -20,8 +20,8 @@ from action_diffusion.policy.rtc import BETA, MASKS, Running, continuing, runnin
 from action_diffusion.policy.spec import PolicySpec
 
 METHODS = ("auto", "guidance", "trained", "both")
-SHARED_ROUNDS, SHARED_FADING = 1, 6
-"""See `SharedControl`: a person who owns a part of the action is believed to go on as they are for so many steps."""
+SHARED_ROUNDS, SHARED_FADING = 1, 1
+"""See `SharedControl`: what a person does now says where they go, and little of what they do next."""
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deployments import Deployment, save_bundle
+from deployments import Deployment, save_bundle, until
 from websockets.sync.client import connect
 
 from action_diffusion import cli
@@ -70,6 +70,7 @@ def test_a_person_owns_x_and_the_record_replays(tmp_path, capsys):
     bundle = save_bundle(tmp_path / "bundle", env={"name": "pusht", "max_steps": 1000})
     run = Deployment(bundle, tmp_path / "run", "scheduling=naive")
     try:
+        until(lambda: run.steps.count > 5)
         with connect(run.url.replace("http", "ws") + "/live", proxy=None) as socket:
             socket.send('{"order": "own", "values": [1, 0]}')
             socket.send('{"order": "take_over"}')
