@@ -14,7 +14,7 @@ from action_diffusion import __version__
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.ipc.rings import Moment
 from action_diffusion.deploy.loop.events import NoSubscriber, Subscriber
-from action_diffusion.deploy.loop.operator import NoOperator, Operator, PageOperator
+from action_diffusion.deploy.loop.operator import MOST_VALUES, NoOperator, Operator, PageOperator
 from action_diffusion.deploy.page.link import PageLink, page_port
 from action_diffusion.deploy.page.view import About
 from action_diffusion.deploy.records.reader import plain_limits
@@ -81,7 +81,7 @@ class Subscribers:
         try:
             if port is not None:
                 self._teleoperator = teleoperator(config, processes, limits)
-                self._open(config, processes, _about(processes, spec, limits, config.teleop), port)
+                self._open(config, processes, _about(processes, spec, limits, config), port)
         except BaseException:
             self.close()
             raise
@@ -125,7 +125,7 @@ class Subscribers:
             self._recording.close()
 
 
-def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, teleop: str | None) -> About:
+def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, config: Deploy) -> About:
     """What the page is told at its start."""
     parts = robot.layout.groups_of(len(limits.low))
     names = [name if size == 1 else f"{name}[{index}]" for name, size, _ in parts for index in range(size)]
@@ -139,8 +139,19 @@ def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, teleop: str | 
         "low": limits.low.tolist(),
         "high": limits.high.tolist(),
         "plane": robot.plane,
-        "teleop": teleop,
+        "teleop": config.teleop,
+        "parts": [] if config.server else _parts(robot, len(limits.low)),
     }
+
+
+def _parts(robot: ProcessRobot, size: int) -> list[list[int]]:
+    """See `About`; none where there are too many for a person to point at."""
+    found, first = list[list[int]](), 0
+    for group, (_, width, _) in zip(robot.layout.groups, robot.layout.groups_of(size), strict=True):
+        columns = list(range(first, first + width))
+        found += [columns] if group.kind == "rotation" else [[column] for column in columns]
+        first += width
+    return found if size <= MOST_VALUES else []
 
 
 def _attrs(config: Mapping[str, object], robot: Robot, spec: PolicySpec, limits: Limits) -> dict[str, object]:

@@ -66,11 +66,15 @@ class Request:
         running: what the running chunk has from this step on, [n, A] in the data's units, for the new one to continue;
             None where it need not, or where there is none.
         delay: the control steps that the chunk is expected to take.
+        owned: which values of an action are a person's, bool [A], for the chunk to go with; None: none of them.
+        person: what these are from this step on, [L, A] in the data's units; the others are not looked at.
     """
 
     step: int
     running: np.ndarray | None
     delay: int
+    owned: np.ndarray | None = None
+    person: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ Chunking", 2025) is told which these are, and needs no guidance and no gradients
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,23 +148,8 @@ class RealTimeChunking(Hook):
         if self.rounds == 0:
             guided = estimate + _at_most(residual, self._gain(state.step) * _pull(state, residual))
         else:
-            guided = estimate + self._fitted(state, residual)
+            guided = estimate + fitted(state, lambda correction: residual - self.weight * correction, self.rounds)
         return guided if self.pinned is None else torch.where(self.pinned, self.running, guided)
-
-    def _fitted(self, state: StepState, residual: Tensor) -> Tensor:
-        """The correction of at most `rounds` rounds; a row ends where a round brings it little nearer."""
-        correction, going = torch.zeros_like(residual), torch.ones_like(residual[:, :1, :1])
-        for _ in range(self.rounds):
-            left = residual - self.weight * correction
-            pull = _pull(state, left)
-            along, square, length = _dot(left, pull), _dot(pull, pull), _dot(left, left)
-            tiny = torch.finfo(left.dtype).tiny
-            step = (along / square.clamp_min(tiny)).clamp_min(0.0)  # backwards would be noise of the Jacobian
-            correction = correction + going * step * pull
-            going = going * (step * along > LITTLE * length)
-            if not going.any():
-                break
-        return correction
 
     def _gain(self, step: Step) -> float:
         """(1 − τ) w (a + b)."""
@@ -255,6 +240,26 @@ def continuing(
         pinned=running.weights("hard") > 0 if pin else None,
         clip_range=policy.sampler.reach if policy.process.family == "diffusion" else math.inf,
     )
+
+
+def fitted(state: StepState, left: Callable[[Tensor], Tensor], rounds: int) -> Tensor:
+    """The correction [B, H, A] of the estimate, of at most `rounds` rounds; a row ends where they bring little.
+
+    left: of a correction, the residual that it leaves, [B, H, A].
+    """
+    correction = torch.zeros_like(state.x0_hat)
+    going = torch.ones_like(correction[:, :1, :1])
+    for _ in range(rounds):
+        residual = left(correction)
+        pull = _pull(state, residual)
+        along, square, length = _dot(residual, pull), _dot(pull, pull), _dot(residual, residual)
+        tiny = torch.finfo(residual.dtype).tiny
+        step = (along / square.clamp_min(tiny)).clamp_min(0.0)  # backwards would be noise of the Jacobian
+        correction = correction + going * step * pull
+        going = going * (step * along > LITTLE * length)
+        if not going.any():
+            break
+    return correction
 
 
 def _pull(state: StepState, residual: Tensor) -> Tensor:

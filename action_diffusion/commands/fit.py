@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -51,10 +52,12 @@ def _lines() -> list[str]:
     lines = []
     for name, takes in FITS.items():
         given = [f"{field.name}={_shown(field)}" for field in fields(takes) if field.name not in common]
-        lines += ["", f"  fit {name} {' '.join(given)}", f"      {(takes.__doc__ or '').strip()}"]
+        words = {f"  fit {name} {' '.join(given)}": 8, f"      {' '.join((takes.__doc__ or '').split())}": 6}
+        lines += ["", *(textwrap.fill(text, 100, subsequent_indent=" " * n) for text, n in words.items())]
     return lines
 
 
 def _shown(field: Field[Any]) -> str:
+    """Its default, as one would type it; … where it has none."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     return "…" if default is MISSING else "null" if default is None else str(default).replace(" ", "")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from action_diffusion.deploy.loop.events import Answer, NoSubscriber, Outcome, S
 from action_diffusion.deploy.loop.gate import Gate
 from action_diffusion.deploy.loop.guarding import Guarding
 from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Unavailable
-from action_diffusion.deploy.loop.operator import NoOperator, Operator
+from action_diffusion.deploy.loop.operator import EVERYTHING, NoOperator, Operator, owned_of
 from action_diffusion.deploy.loop.prediction import Guidance, Prediction, predict_one
 from action_diffusion.deploy.robot.robots import Feedback, Observation, Robot
 from action_diffusion.envs.rollout import Policy, generators
@@ -149,6 +150,8 @@ class ControlLoop:
         self._start = 0.0
         self._control_step = -1
         self._steps = 0
+        self._person: np.ndarray | None = None
+        self._shared = False
         history.reset()
         gate.reset()
         queue.reset()
@@ -160,18 +163,21 @@ class ControlLoop:
             self._start = tick
         self._control_step += 1 + missed
         fresh, person = self._operator.begin_step(), self._operator.commands
-        if fresh:
+        self._person = self._operator.command(self._clock.now()) if person else None
+        owned = self._owned() if person else None
+        if fresh or self._shared != (owned is not None):
             self._forget()
+        self._shared = owned is not None
         self._queue.begin_step(self._control_step)
         rests = self._guarding.rests() and not person
         if rests:
             self._queue.rest()
         arrival = self._receive()
         observation = self._observe(tick) if self._queue.will_be_seen and not rests else None
-        may_ask = not (person or rests) and (arrival is None or arrival.refusal is None)
+        may_ask = (self._shared or not person) and not rests and (arrival is None or arrival.refusal is None)
         if may_ask and observation is not None and self._queue.wants_chunk:
-            arrival = self._ask(tick, observation.t) or arrival
-        sent, held, refusal, (reward, done) = self._command(person, rests)
+            arrival = self._ask(tick, observation.t, owned) or arrival
+        sent, held, refusal, (reward, done) = self._command(person, owned, rests)
         if observation is None and self._subscriber.looks:  # after the command, so that nobody waits for it
             observation = self._robot.observe(self._keys, tick)
         swap = None if arrival is None else arrival.swap
@@ -194,6 +200,8 @@ class ControlLoop:
             operator=person,
             guard_level=None if arrival is None else arrival.level,
             guard_alarm=self._guarding.alarm,
+            owned=self._operator.owned if person else 0,
+            person=None if self._person is None else self._person.tolist(),
         )
         command_step = self._queue.step
         self._subscriber.stepped(record, Seen(tick, self._control_step, command_step, observation, fresh, refusals))
@@ -214,9 +222,17 @@ class ControlLoop:
         self._history.observe(observation.values)
         return observation
 
-    def _ask(self, tick: float, observed: float) -> _Arrival | None:
+    def _owned(self) -> np.ndarray | None:
+        """Which values of the action are the person's, bool [A]; None where all of them are."""
+        number, size = self._operator.owned, len(self._gate.limits.low)
+        fits = self._person is None or self._person.shape == (size,)  # the gate refuses what does not
+        return owned_of(number, size) if number != EVERYTHING and fits else None
+
+    def _ask(self, tick: float, observed: float, owned: np.ndarray | None) -> _Arrival | None:
         """Ask for a chunk. Where the loop thinks by itself, control steps may pass until it is there."""
         request, history = self._queue.request(), self._history.stacked()
+        if owned is not None and self._person is not None:
+            request = replace(request, owned=owned, person=self._person[None])
         self._asked = request, tick, observed
         self._worker.ask(request.step, functools.partial(self._think, request, history))
         passed = math.ceil((self._clock.now() - tick) * self._robot.control_rate - 1e-9) - 1
@@ -241,7 +257,7 @@ class ControlLoop:
             return None
         self._tell(Status.ARRIVED, thought.answer, thought.seconds)
         remark = self._guarding.take(thought.answer.notes)
-        noted = {"level": self._guarding.level, "remark": remark}
+        noted: dict[str, Any] = {"level": self._guarding.level, "remark": remark}
         if self._guarding.keeps_back:
             self._queue.clear()
             if self._guarding.asks:
@@ -254,17 +270,20 @@ class ControlLoop:
         late = None if swap is not None else "the chunk arrived after all of its actions were due"
         return _Arrival(thought.seconds, swap, late, **noted)
 
-    def _command(self, person: bool, rests: bool) -> tuple[float, bool, str | None, Feedback]:
+    def _command(self, person: bool, owned: np.ndarray | None, rests: bool) -> tuple[float, bool, str | None, Feedback]:
         """Send this step's command, or hold where there is none, the guard wants a rest, or the gate refuses it.
 
-        person: whether a person says what it is. Returns when that was (s), whether the robot held, why the gate
-        refused, and what the robot answers.
+        person: whether a person says what it is; owned: of these values, where the policy says the others. Returns when
+        that was (s), whether the robot held, why the gate refused, and what the robot answers.
         """
-        if person:
-            shown = self._operator.command(self._clock.now())
-            actions = [] if shown is None else [shown]
-        else:
-            actions = [] if rests else self._queue.plan(1 if self._guarding.slows else 1 + self._robot.lookahead)
+        lookahead = 0 if self._guarding.slows else self._robot.lookahead
+        actions = [] if rests or (person and owned is None) else self._queue.plan(1 + lookahead)
+        if person and self._person is None:
+            actions = []
+        elif self._person is not None and owned is None:
+            actions = [self._person]
+        elif self._person is not None and owned is not None:
+            actions = [np.where(owned, self._person, action) for action in actions[:1]]
         refusal = self._gate.refuse(actions[0]) if actions else None
         sent = self._clock.now()
         if not actions or refusal is not None:

@@ -38,6 +38,8 @@ class StepRecord:
         operator: a person commanded, not the policy.
         guard_level: how near an alarm is, above 1 there is one; None where no chunk arrived, or nobody guards.
         guard_alarm: whether there is one (`guarding.Guarding`).
+        owned: which values of the action were the person's, see `operator.bits`; the policy said the others.
+        person: what the person said, [A]; None where nobody did.
     """
 
     seed: int
@@ -56,6 +58,8 @@ class StepRecord:
     operator: bool = False
     guard_level: float | None = None
     guard_alarm: bool = False
+    owned: int = 0
+    person: list[float] | None = None
 
 
 class Outcome(NamedTuple):

@@ -25,11 +25,13 @@ from action_diffusion.deploy.ipc.rings import Fields, RingReader, RingWriter
 if TYPE_CHECKING:  # the page's process imports this, and none of the simulators
     from action_diffusion.deploy.robot.robots import Feedback
 
-ORDERS: Fields = {"order": ("i4", ())}
 MOST_VALUES = 32
-"""Of a command that somebody points at."""
+"""Of a command that somebody points at, or shares with the policy."""
+ORDERS: Fields = {"order": ("i4", ()), "owned": ("i8", ())}
 POINTS: Fields = {"size": ("i4", ()), "values": ("f8", (MOST_VALUES,))}
-MODES: Fields = {"mode": ("i4", ())}
+MODES: Fields = {"mode": ("i4", ()), "owned": ("i8", ())}
+EVERYTHING = -1
+"""Is owned, see `bits`."""
 STALE = 0.5
 """How old (s) a person's command may be; then the robot holds."""
 _LOOK = 0.02
@@ -44,7 +46,18 @@ class Mode(enum.IntEnum):
 class Order(enum.IntEnum):
     """What a person may ask the loop for."""
 
-    START, PAUSE, TAKE_OVER, SUCCESS, FAILURE = 1, 2, 3, 4, 5
+    START, PAUSE, TAKE_OVER, SUCCESS, FAILURE, OWN = 1, 2, 3, 4, 5, 6
+
+
+def bits(owned: np.ndarray | None) -> int:
+    """Which values of an action are somebody's, bool [A <= MOST_VALUES], as one number; `EVERYTHING` for None."""
+    return EVERYTHING if owned is None else sum(1 << i for i, mine in enumerate(owned) if mine)
+
+
+def owned_of(number: int, size: int) -> np.ndarray | None:
+    """The inverse of `bits`, for actions of `size` values; None where all of them are owned."""
+    owned = np.array([number >> i & 1 for i in range(size)], bool)
+    return None if owned.all() else owned
 
 
 MARKS = {Order.SUCCESS: "success", Order.FAILURE: "failure"}
@@ -63,11 +76,14 @@ class Operator(Protocol):
 
     Attributes:
         commands: whether the person commands, and not the policy.
+        owned: which values of the action are the person's while they command, see `bits`; the policy fills in the rest.
         mark: what the person said of this episode, which is then over: "success", "failure"; None so far.
     """
 
     @property
     def commands(self) -> bool: ...
+    @property
+    def owned(self) -> int: ...
     @property
     def mark(self) -> str | None: ...
 
@@ -97,6 +113,7 @@ class NoOperator:
     """Nobody watches."""
 
     commands = False
+    owned = EVERYTHING
     mark: str | None = None
 
     def begin(self) -> None:
@@ -159,6 +176,7 @@ class PageOperator:
         self._teleoperator: Teleoperator = teleoperator or Pointer(folder)
         self._waits, self._say = waits, say
         self.mark: str | None = None
+        self.owned = EVERYTHING
         self._fresh = self._next_waits = False
         self._become(Mode.OVER)
 
@@ -172,7 +190,7 @@ class PageOperator:
 
     def _become(self, mode: Mode) -> None:
         self._mode = mode
-        self._modes.append(time.monotonic(), {"mode": int(mode)})
+        self._modes.append(time.monotonic(), {"mode": int(mode), "owned": self.owned})
 
     def begin(self) -> None:
         self.listen()
@@ -191,7 +209,10 @@ class PageOperator:
         for record in self._orders.after(self._heard):
             self._heard = record.number
             order = Order(int(record.values["order"]))
-            if self._mode is not Mode.OVER:
+            if order is Order.OWN:
+                self.owned = int(record.values["owned"])
+                self._become(self._mode)
+            elif self._mode is not Mode.OVER:
                 self._obey(order)
             elif order in (Order.PAUSE, Order.START):
                 self._next_waits = order is Order.PAUSE
@@ -241,7 +262,11 @@ class Orders:
 
     def give(self, order: Order) -> None:
         """Ask the loop for it."""
-        self._orders.append(time.monotonic(), {"order": int(order)})
+        self._orders.append(time.monotonic(), {"order": int(order), "owned": EVERYTHING})
+
+    def own(self, owned: np.ndarray) -> None:
+        """From now on these values, bool [A <= MOST_VALUES], are the person's while they command."""
+        self._orders.append(time.monotonic(), {"order": int(Order.OWN), "owned": bits(owned)})
 
     def point(self, values: np.ndarray) -> None:
         """A command [A <= MOST_VALUES], for the time in which the person commands."""

@@ -14,11 +14,14 @@ from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.action_queue import Request
+from action_diffusion.policy.extensions.shared import SharedControl
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.rtc import BETA, MASKS, Running, continuing, running_chunks
 from action_diffusion.policy.spec import PolicySpec
 
 METHODS = ("auto", "guidance", "trained", "both")
+SHARED_ROUNDS, SHARED_FADING = 1, 1
+"""See `SharedControl`: what a person does now says where they go, and little of what they do next."""
 
 
 @runtime_checkable
@@ -106,6 +109,7 @@ def predict_noted(
     running = [None if request is None else request.running for request in requests]
     delay = [0 if request is None else request.delay for request in requests]
     options: dict[str, Any] = {}
+    shared = _shared(policy, requests)
     if isinstance(policy, PolicyElsewhere):
         options = policy.continuing(running, delay, asdict(guidance))
     elif any(rest is not None for rest in running):
@@ -118,7 +122,26 @@ def predict_noted(
         raise
     except Exception as error:  # whatever a policy can fail with: the robot stops, and one line says why
         raise InputError(f"the policy failed: {type(error).__name__}: {error}".strip()[:500]) from error
+    finally:
+        if shared is not None:
+            shared.own(None)
     return _chunks(predicted, len(requests)), _notes(predicted, len(requests))
+
+
+def _shared(policy: Policy, requests: Sequence[Request | None]) -> SharedControl | None:
+    """Lets the policy know what of its chunks is a person's; None where nothing is."""
+    given = [request.person for request in requests if request is not None and request.owned is not None]
+    longest = max((person for person in given if person is not None), key=len, default=None)
+    if longest is None:
+        return None
+    if not isinstance(policy, DiffusionPolicy):
+        raise InputError("a person can own a part of the action only where the policy is on this machine")
+    nobody = np.zeros(longest.shape[1], bool), longest[:1]
+    pairs = [nobody if r is None or r.owned is None or r.person is None else (r.owned, r.person) for r in requests]
+    shared = SharedControl(policy, rounds=SHARED_ROUNDS, fading=SHARED_FADING)
+    filled = [np.pad(person, ((0, len(longest) - len(person)), (0, 0)), mode="edge") for _, person in pairs]
+    shared.own(np.stack([owned for owned, _ in pairs]), np.stack(filled))
+    return shared
 
 
 def _chunks(predicted: Any, n: int) -> np.ndarray:

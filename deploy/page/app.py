@@ -31,6 +31,7 @@ class Page(BasePage):
         super().__init__(name="page", about=about, admission=admission)
         self._view, self._orders = view, orders
         self._cameras, self._n_dimensions = about["cameras"], len(about["dimensions"])
+        self._parts = about["parts"]
         self._said, self._at = "", -PERIOD
 
     def _state(self) -> str:
@@ -53,13 +54,20 @@ class Page(BasePage):
             await asyncio.sleep(PERIOD)
 
     def _obey(self, message: str, socket: WebSocket) -> None:
-        """An order, {"order": "pause"}, or {"order": "point", "values": […]}."""
+        """An order, {"order": "pause"}, {"order": "point", "values": […]}, or {"order": "own", "values": [1, 0, …]}."""
         said = understood(message)
         if said.get("order") == "point":
             point = finite(said.get("values"), self._n_dimensions, "a point has a finite value for each dimension")
             if len(point) > MOST_VALUES:
                 raise Nonsense("there are too many dimensions to point at")
             self._orders.point(point)
+            return
+        if said.get("order") == "own":
+            owned = finite(said.get("values"), self._n_dimensions, "owned is 1 or 0 for each dimension") > 0
+            parts = [set(owned[part]) for part in self._parts]
+            if not owned.any() or not parts or any(len(values) > 1 for values in parts):
+                raise Nonsense("what is owned is one dimension or more, and a rotation as a whole")
+            self._orders.own(owned)
             return
         try:
             self._orders.give(Order[str(said["order"]).upper()])

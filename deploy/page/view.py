@@ -15,7 +15,7 @@ import numpy as np
 from action_diffusion.deploy.ipc.channels import Phase, text
 from action_diffusion.deploy.ipc.processes import SILENCE
 from action_diffusion.deploy.ipc.rings import Moment, Record, RingReader
-from action_diffusion.deploy.loop.operator import Mode
+from action_diffusion.deploy.loop.operator import Mode, owned_of
 
 if TYPE_CHECKING:
     from action_diffusion.deploy.robot.process_robot import Plane
@@ -28,7 +28,9 @@ NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 
 
 class About(TypedDict):
-    """What does not change in a run. dimensions, units, low, high: of each number of a command; teleop: the device."""
+    """What does not change in a run. dimensions, units, low, high: of each number of a command; teleop: the device.
+    parts: the numbers, one or those of a rotation, that may be a person's while the policy has the others; none where
+    nothing can be shared."""
 
     task: str
     control_rate: float
@@ -40,6 +42,7 @@ class About(TypedDict):
     high: list[float]
     plane: Plane | None
     teleop: str | None
+    parts: list[list[int]]
 
 
 class View:
@@ -83,6 +86,7 @@ class View:
         silent = setpoint is None or now - setpoint.t > 2 * SILENCE
         return {
             "mode": Mode.OVER.name if mode is None else Mode(int(mode.values["mode"])).name,
+            "owned": self._owned(mode),
             "phase": "SILENT" if silent else phase.name,
             "emergency": self._emergency.t > 0,
             "loop": now - self._loop.t < 2 * SILENCE,
@@ -100,6 +104,12 @@ class View:
                 for t, line, times in reversed(self._events.values())
             ],
         }
+
+    def _owned(self, mode: Record | None) -> list[bool]:
+        """Which numbers of a command are the person's while they command."""
+        size = len(self._about["dimensions"])
+        owned = None if mode is None else owned_of(int(mode.values["owned"]), size)
+        return [True] * size if owned is None else owned.tolist()
 
     def look(self) -> None:
         """Take what is new: at least every second, so that nothing is missed."""

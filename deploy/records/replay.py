@@ -24,7 +24,7 @@ from action_diffusion.deploy.loop.events import NoSubscriber, Status, StepRecord
 from action_diffusion.deploy.loop.gate import Gate
 from action_diffusion.deploy.loop.guarding import Guarding
 from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Thought, Unavailable
-from action_diffusion.deploy.loop.operator import NoOperator
+from action_diffusion.deploy.loop.operator import EVERYTHING, NoOperator
 from action_diffusion.deploy.loop.prediction import Guidance, Prediction, predict_one
 from action_diffusion.deploy.records.reader import Recorded, read_limits
 from action_diffusion.deploy.robot.robots import Feedback, Observation
@@ -50,8 +50,15 @@ class ReplayRobot:
         """A value of the present step."""
         return self._recorded.steps[name][self._row].item()
 
+    def owned(self) -> int:
+        """What of it was a person's; all, in records of when nothing was shared."""
+        return int(self.at("owned")) if "owned" in self._recorded.steps else EVERYTHING
+
     def shown(self) -> np.ndarray | None:
-        """The command of this step, [A], where it was one of a person."""
+        """What the person said in this step, [A]; in old records, what of it was commanded."""
+        if "person" in self._recorded.steps:
+            said = self._recorded.steps["person"][self._row]
+            return None if np.isnan(said).any() else said
         return None if self.at("held") else self._recorded.seen["action"][self._row]
 
     def observe(self, keys: Sequence[str], t: float) -> Observation:
@@ -95,6 +102,10 @@ class ReplayOperator(NoOperator):
     @property
     def commands(self) -> bool:  # type: ignore[override]
         return bool(self._robot.at("operator"))
+
+    @property
+    def owned(self) -> int:  # type: ignore[override]
+        return self._robot.owned()
 
     def begin_step(self) -> bool:
         return bool(self._robot.at("fresh"))

@@ -29,12 +29,12 @@ TEXT = 480
 STEPS: Fields = {
     **dict.fromkeys(("sent", "reward", "inference_ms", "jump", "observation_age_ms", "lateness_ms"), ("f8", ())),
     "guard_level": ("f8", ()),
-    **dict.fromkeys(("seed", "step", "control_step", "command_step", "delay", "missed_ticks"), ("i8", ())),
+    **dict.fromkeys(("seed", "step", "control_step", "command_step", "delay", "missed_ticks", "owned"), ("i8", ())),
     **dict.fromkeys(("commanded", "held", "operator", "fresh", "guard_alarm"), ("?", ())),
     "interventions": (f"S{TEXT}", ()),
     "refusals": (f"S{TEXT}", ()),
 }
-"""Of the ring `steps`, beside `action`. Numbers that there were none of are NaN, a delay −1."""
+"""Of the ring `steps`, beside `action`, and `person`, what one said. Where there was no number: NaN, a delay −1."""
 CHUNKS: Fields = {
     **dict.fromkeys(("asked", "observed", "seconds", "noted_level"), ("f8", ())),
     **dict.fromkeys(("seed", "requested_step", "known_step", "delay", "n_running"), ("i8", ())),
@@ -77,9 +77,9 @@ class RunStream:
         (size,), horizon, seen = spec.action.shape, spec.horizon, seen_fields(spec)
         n_bytes = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in seen.values())
         n_slots = int(np.clip(_SEEN_BYTES // n_bytes, _LEAST_SLOTS, _MOST_SLOTS))
-        block = ("f8", (horizon, size))
+        block, vector = ("f8", (horizon, size)), ("f8", (size,))
         self._seen = RingWriter(folder / "seen", fields=seen, n_slots=n_slots)
-        self._steps = RingWriter(folder / "steps", fields={**STEPS, "action": ("f8", (size,))}, n_slots=256)
+        self._steps = RingWriter(folder / "steps", fields={**STEPS, "action": vector, "person": vector}, n_slots=256)
         self._chunks = RingWriter(folder / "chunks", fields={**CHUNKS, "chunk": block, "running": block}, n_slots=32)
         self._episodes = RingWriter(folder / "episodes", fields=EPISODES, n_slots=32)
         self._block, self._size, self._seed, self._say = block[1], size, 0, say
@@ -122,6 +122,10 @@ class RunStream:
             block[: len(rows)] = rows
         return block
 
+    def _vector(self, values: list[float] | None) -> list[float]:
+        """`values`, or NaN where there are none, or not as many as an action has: the gate refuses those."""
+        return values if values is not None and len(values) == self._size else [NO_NUMBER] * self._size
+
     def stepped(self, record: StepRecord, seen: Seen) -> None:
         assert seen.observation is not None
         self._seen.append(seen.observation.t, seen.observation.values)
@@ -141,6 +145,8 @@ class RunStream:
             "commanded": record.action is not None,
             "held": record.held,
             "operator": record.operator,
+            "owned": record.owned,
+            "person": self._vector(record.person),
             "fresh": seen.fresh,
             "guard_level": _number(record.guard_level),
             "guard_alarm": record.guard_alarm,

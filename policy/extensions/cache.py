@@ -158,7 +158,8 @@ class Distance:
 
     def __call__(self, u: Tensor, v: Tensor) -> Tensor:
         difference = (u - v)[:, self._executed].abs() * self._unit
-        return difference.amax(dim=(1, 2))
+        result: Tensor = difference.amax(dim=(1, 2))
+        return result
 
 
 def executed(policy: DiffusionPolicy) -> slice:

@@ -183,7 +183,8 @@ class Guard(Extension):
 
     def level(self, ratio: Tensor) -> Tensor:
         """Of ratios [B], what a `Watch` sums up."""
-        return (ratio - self.thresholds["usual"]) / self.thresholds["sum"]
+        result: Tensor = (ratio - self.thresholds["usual"]) / self.thresholds["sum"]
+        return result
 
 
 class Watch:

@@ -58,7 +58,8 @@ class DecoderLayer(nn.Module):
         """x [B, T, D] → [B, T, D]; the rest as `MemoryAttention`."""
         x = x + self.dropout(self.self_attn(self.norm1(x)))
         x = x + self.dropout(self.multihead_attn(self.norm2(x), key_value, mask))
-        return x + self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(self.norm3(x))))))
+        result: Tensor = x + self.dropout(self.linear2(self.dropout(F.gelu(self.linear1(self.norm3(x))))))
+        return result
 
 
 class TransformerDenoiser(Denoiser):

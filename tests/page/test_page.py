@@ -150,6 +150,24 @@ def test_the_emergency_stop(deployment, open_page):
     assert 0 <= statistics.median(seconds) + 0.002 < 0.1  # the browser shares the cores with the arm and the policy
 
 
+@pytest.mark.slow
+def test_boxes_leave_a_part_of_the_action_to_the_policy(deployment, open_page):
+    """They are there while a person commands, and the last one cannot be cleared."""
+    run = deployment("scheduling=naive")
+    page = open_page(run.url)
+    until(lambda: run.steps.count > 5)
+    assert page.is_hidden("#owned")
+    page.click("#take_over")
+    boxes = page.locator("#owned input")
+    page.wait_for_selector("#owned", state="visible")
+    assert [boxes.nth(index).is_checked() for index in range(boxes.count())] == [True, True]
+    boxes.nth(1).click()
+    until(lambda: int(run.steps.latest().values["owned"]) == 1)
+    until(lambda: boxes.nth(0).is_disabled() and not boxes.nth(1).is_checked(), 10)
+    boxes.nth(1).click()
+    until(lambda: int(run.steps.latest().values["owned"]) == 3)
+
+
 def stopped_for(run: Deployment, page: Any) -> float:
     """Seconds from a click on the emergency stop to the arm's; all stands still until it is cleared, then goes on."""
     events = RingReader(run.folder / "events")
@@ -199,7 +217,14 @@ def test_a_page_that_dies_or_hangs_changes_nothing_else(deployment, open_page, n
 LIMITS = {"low": [-2.0] * 3, "high": [2.0] * 3, "max_step": [1.0] * 3}
 LIMITS |= {"velocity": [2.0] * 3, "acceleration": [10.0] * 3, "jerk": [200.0] * 3}
 ABOUT = {"n_obs_steps": 2, "control_rate": 10.0, "cameras": [], "dimensions": ["a", "b", "c"], "plane": None}
-ABOUT |= {"task": "a test", "units": ["", "", ""], "low": LIMITS["low"], "high": LIMITS["high"], "teleop": None}
+ABOUT |= {
+    "task": "a test",
+    "units": ["", "", ""],
+    "low": LIMITS["low"],
+    "high": LIMITS["high"],
+    "teleop": None,
+    "parts": [[0], [1, 2]],
+}
 
 
 class Served:
@@ -338,6 +363,9 @@ def read_to_the_end(page: ClientConnection) -> None:
         ("/live", '{"order": "point", "values": [1, 2, NaN]}', 1008),
         ("/live", '{"order": "point", "values": [1, 2, 1e999]}', 1008),
         ("/live", '{"order": "point", "values": [1, 2, "x"]}', 1008),
+        ("/live", '{"order": "own", "values": [1, 1]}', 1008),
+        ("/live", '{"order": "own", "values": [0, 0, 0]}', 1008),
+        ("/live", '{"order": "own", "values": [1, 1, 0]}', 1008),
         ("/live", b'{"order": "pause"}', 1003),
         ("/live", "x" * (1 << 17), 1009),
         ("/stop", "halt", 1008),

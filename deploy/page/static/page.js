@@ -24,6 +24,7 @@ async function begin() {
   about = await admitted();
   $("operating").hidden = false;
   build();
+  owning();
   live.open(() => say("mode", "the run is over"));
   openStop();
 }
@@ -59,6 +60,23 @@ function build() {
   }));
 }
 
+function owning() {
+  // A box for each part of the action that may be the person's while the policy has the others.
+  $("owned").append(...about.parts.map((part) => {
+    const label = document.createElement("label");
+    const box = document.createElement("input");
+    box.type = "checkbox";
+    box.dataset.first = part[0];
+    box.onchange = () => {
+      const values = state.owned.map((mine, index) => Number(part.includes(index) ? box.checked : mine));
+      if (values.some(Boolean)) live.tell({ order: "own", values });
+    };
+    const name = about.dimensions[part[0]];
+    label.append(box, part.length > 1 ? name.replace(/\[.*/, "") : name);
+    return label;
+  }));
+}
+
 async function take(data) {
   const index = new Uint8Array(data, 0, 1)[0];
   const picture = await decoded(new Uint8Array(data, 1));
@@ -83,6 +101,12 @@ function show(next) {
   const named = (reason) => ORDERS.filter((order) => why[order] === reason).map((order) => $(order).textContent).join(", ");
   say("why", [...new Set(Object.values(why))].filter(Boolean).map((reason) => `${named(reason)}: ${reason}`).join(" · "));
   say("advice", state.advice ?? "");
+  $("owned").hidden = state.mode !== "PERSON" || about.parts.length < 2;
+  document.querySelectorAll("#owned input").forEach((box) => {
+    box.checked = state.owned[box.dataset.first];
+    const part = about.parts.find(([first]) => first === Number(box.dataset.first));
+    box.disabled = box.checked && part.length === state.owned.filter(Boolean).length; // the last one
+  });
   $("hint").hidden = state.mode !== "PERSON";
   const where = about.teleop ? `as the ${about.teleop} says` : "where you point on the picture";
   $("hint").textContent = `You command: the arm goes ${where}. Start gives it back to the policy.`;
