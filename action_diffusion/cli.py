@@ -42,27 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"action-diffusion {__version__}")
         return 0
     try:
-        if words[0] == "data":  # has subcommands with options of their own
-            from action_diffusion.commands.data import run
-
-            return run(words[1:])
-        if words[0] == "info":
-            from action_diffusion.commands.info import run
-
-            return run(words[1:])
-        if words[0] not in COMMANDS:
-            raise unknown("command", words[0], [*COMMANDS, "data", "info"])
-        overrides, config_dir = _split(words[1:])
-        if overrides is None:
-            from action_diffusion.commands.help import text
-
-            print(text(words[0]))
-            return 0
-        return COMMANDS[words[0]](overrides, config_dir)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            return 141  # 128 + SIGPIPE, as other programs end
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -76,6 +64,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _run(words: Sequence[str]) -> int:
+    """The subcommand `words[0]`, with its options behind it; its exit code."""
+    if words[0] == "data":  # has subcommands with options of their own
+        from action_diffusion.commands.data import run
+
+        return run(words[1:])
+    if words[0] == "info":
+        from action_diffusion.commands.info import run
+
+        return run(words[1:])
+    if words[0] not in COMMANDS:
+        raise unknown("command", words[0], [*COMMANDS, "data", "info"])
+    overrides, config_dir = _split(words[1:])
+    if overrides is None:
+        from action_diffusion.commands.help import text
+
+        print(text(words[0]))
+        return 0
+    return COMMANDS[words[0]](overrides, config_dir)
+
+
+def _reader_gone() -> bool:
+    """Whether nobody reads what is printed any more, as after `| head`. From then on nothing is printed."""
+    try:
+        sys.stdout.flush()
+        return False
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes what is left there
+        return True
 
 
 def _split(words: Sequence[str]) -> tuple[list[str] | None, str | None]:

@@ -19,6 +19,7 @@ from action_diffusion.datasets.images.pictures import picture
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, blocks
 from action_diffusion.datasets.storage.tasks import TASKS, episode_tasks
+from action_diffusion.datasets.storage.times import is_time
 from action_diffusion.memory import sized
 from action_diffusion.progress import progress
 
@@ -74,7 +75,7 @@ def inspect(buffer: ReplayBuffer) -> Inspection:
             shown = picture(buffer[key].shape, buffer[key].dtype)
             keys.append(_low(key, buffer[key], first) if shown is None else _image(key, buffer[key]))
             advance(1)
-    time = next((np.ravel(buffer[key][:]) for key in buffer.keys if key.split("_")[-1] in ("time", "timestamp")), None)
+    time = next((np.ravel(buffer[key][:]) for key in buffer.keys if is_time(key)), None)
     attrs = {name: _short(value) for name, value in buffer.attrs.items() if name not in ("task", TASKS)}
     if buffer.left_out:
         attrs["left out"] = "; ".join(f"{key}: {reason}" for key, reason in buffer.left_out.items())
