@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory.keep_freed_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(MAIN_HELP)
+        from action_diffusion.commands.help import fitted
+
+        print(fitted(MAIN_HELP))
         return 0
     if words[0] == "--version":
         print(f"action-diffusion {__version__}")
@@ -80,21 +83,21 @@ def _run(words: Sequence[str]) -> int:
         raise unknown("command", words[0], [*COMMANDS, "data", "info"])
     overrides, config_dir = _split(words[1:])
     if overrides is None:
-        from action_diffusion.commands.help import text
+        from action_diffusion.commands.help import fitted, text
 
-        print(text(words[0]))
+        print(fitted(text(words[0])))
         return 0
     return COMMANDS[words[0]](overrides, config_dir)
 
 
 def _reader_gone() -> bool:
-    """Whether nobody reads what is printed any more, as after `| head`. From then on nothing is printed."""
-    try:
-        sys.stdout.flush()
+    """Whether nobody reads what is printed any more, as after `| head`. From then on it goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not output.poll(0):
         return False
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes what is left there
-        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes what is left there
+    return True
 
 
 def _split(words: Sequence[str]) -> tuple[list[str] | None, str | None]:
