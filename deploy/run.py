@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import closing
 from datetime import datetime
@@ -157,3 +158,5 @@ def _print(log: RunLog) -> None:
     if log.notes.get("simulator_lost_s"):
         print(f"the simulator stood still for {log.notes['simulator_lost_s']:.2f} s: this machine is too busy for it")
     print(f"log: {log.path}")
+    if (log.path.parent / "record.zarr").exists():
+        print(f"the same once more, offline: action-diffusion deploy replay={shlex.quote(str(log.path.parent))}")
