@@ -208,7 +208,7 @@ def print_results(results: dict[str, object], folder: object) -> None:
             print(f"{name}: {_rounded(value)}")
     baselines = results.get("baselines")
     for name, baseline in baselines.items() if isinstance(baselines, dict) else ():
-        print(f"{name}: {_rounded(baseline['action_error_relative'])}. {baseline.get('verdict', '')}")
+        print(f"{name}: {_rounded(baseline['action_error_relative'])}; {baseline.get('verdict', '')}")
     if "verdict" in results:
         print(results["verdict"])
     print(f"report: {folder}/report.html")
