@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -37,37 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory.keep_freed_memory()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(MAIN_HELP)
+        from action_diffusion.commands.help import fitted
+
+        print(fitted(MAIN_HELP))
         return 0
     if words[0] == "--version":
         print(f"action-diffusion {__version__}")
         return 0
     try:
-        if words[0] == "data":  # has subcommands with options of their own
-            from action_diffusion.commands.data import run
-
-            return run(words[1:])
-        if words[0] == "fit":
-            from action_diffusion.commands.fit import run
-
-            return run(words[1:])
-        if words[0] == "info":
-            from action_diffusion.commands.info import run
-
-            return run(words[1:])
-        if words[0] not in COMMANDS:
-            raise unknown("command", words[0], [*COMMANDS, "data", "fit", "info"])
-        overrides, config_dir = _split(words[1:])
-        if overrides is None:
-            from action_diffusion.commands.help import text
-
-            print(text(words[0]))
-            return 0
-        return COMMANDS[words[0]](overrides, config_dir)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            return 141  # 128 + SIGPIPE, as other programs end
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -81,6 +68,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _run(words: Sequence[str]) -> int:
+    """The subcommand `words[0]`, with its options behind it; its exit code."""
+    if words[0] == "data":  # has subcommands with options of their own
+        from action_diffusion.commands.data import run
+
+        return run(words[1:])
+    if words[0] == "fit":
+        from action_diffusion.commands.fit import run
+
+        return run(words[1:])
+    if words[0] == "info":
+        from action_diffusion.commands.info import run
+
+        return run(words[1:])
+    if words[0] not in COMMANDS:
+        raise unknown("command", words[0], [*COMMANDS, "data", "fit", "info"])
+    overrides, config_dir = _split(words[1:])
+    if overrides is None:
+        from action_diffusion.commands.help import fitted, text
+
+        print(fitted(text(words[0])))
+        return 0
+    return COMMANDS[words[0]](overrides, config_dir)
+
+
+def _reader_gone() -> bool:
+    """Whether nobody reads what is printed any more, as after `| head`. From then on it goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not output.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes what is left there
+    return True
 
 
 def _split(words: Sequence[str]) -> tuple[list[str] | None, str | None]:
@@ -191,7 +213,7 @@ def print_results(results: dict[str, object], folder: object) -> None:
             print(f"{name}: {_rounded(value)}")
     baselines = results.get("baselines")
     for name, baseline in baselines.items() if isinstance(baselines, dict) else ():
-        print(f"{name}: {_rounded(baseline['action_error_relative'])}. {baseline.get('verdict', '')}")
+        print(f"{name}: {_rounded(baseline['action_error_relative'])}; {baseline.get('verdict', '')}")
     if "verdict" in results:
         print(results["verdict"])
     print(f"report: {folder}/report.html")

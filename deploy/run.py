@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import closing
 from datetime import datetime
@@ -19,6 +20,7 @@ from action_diffusion.deploy.loop.gate import Gate, demonstrated
 from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.deploy.loop.prediction import Guidance, PolicyElsewhere, rehearse
 from action_diffusion.deploy.records.run_log import RunLog
+from action_diffusion.deploy.records.stream import RECORD
 from action_diffusion.deploy.robot import robots
 from action_diffusion.deploy.robot.robots import Robot, RobotTask
 from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
@@ -164,3 +166,5 @@ def _print(log: RunLog) -> None:
     if log.notes.get("simulator_lost_s"):
         print(f"the simulator stood still for {log.notes['simulator_lost_s']:.2f} s: this machine is too busy for it")
     print(f"log: {log.path}")
+    if (log.path.parent / RECORD).exists():
+        print(f"the same once more, offline: action-diffusion deploy replay={shlex.quote(str(log.path.parent))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from action_diffusion import __version__, cli, configuration
+from action_diffusion.commands.data import SUBCOMMANDS
 from action_diffusion.policy import bundle as bundles
 
 REQUIRED = {
@@ -272,3 +274,24 @@ def test_the_installed_command_works_from_another_folder(folder):
     assert run.stderr.startswith("error: unknown task 'pusht_stat': did you mean pusht_state")
     assert run.stderr.count("\n") == 1
     assert list(folder.iterdir()) == []
+
+
+def test_nobody_reading_is_no_error(tmp_path: Path) -> None:
+    """As after `| head`: what is printed goes nowhere, and nothing is raised."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "action_diffusion", "train", "--help"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("words", ["", *cli.COMMANDS, "info", "data", *(f"data {name}" for name in SUBCOMMANDS)])
+def test_help_fits_into_eighty_columns(words, monkeypatch, capsys):
+    assert cli.main([*words.split(), "--help"]) == 0
+    wide = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([*words.split(), "--help"]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert narrow.split() == wide.split()

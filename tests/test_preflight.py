@@ -50,9 +50,18 @@ MISTAKES = {
     "evaluate bundle=own data=nowhere.zarr": "data=nowhere.zarr: no such file or folder",
     "evaluate bundle=own data=other.zarr": "unknown key of the buffer for 'state' of own",
     "evaluate bundle=own data=[other.zarr,nowhere.zarr]": "unknown key of the buffer for 'state' of own",
+    "evaluate bundle=own data=fast.zarr": "fast.zarr has 30 steps a second, own's control_rate is 10: take demonstr",
+    "train data=fast.zarr task=custom task.control_rate=10": "data convert in=fast.zarr out=fast_copy.zarr rate=10",
+    "train data=own.zarr task=custom output_dir=run": "run already holds a run: give resume=true to go on with it",
     "evaluate bundle=own sampler.timestep_spacing=karras": "sampler.timestep_spacing=karras: choose from leading,",
     "deploy bundle=nowhere": "no bundle at nowhere",
     "deploy bundle=own hardware=nowhere.yaml": "hardware=nowhere.yaml: no such file or folder",
+    "deploy": "bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT",
+    "deploy bundle=own robot=sim_push": "unknown robot 'sim_push': did you mean sim_pusht?",
+    "deploy bundle=own robot=ur": "hardware=FILE.yaml is missing: what the arm and its cameras are",
+    "deploy bundle=own scheduling=fast": "unknown scheduling 'fast': choose from ensemble, naive, rtc, sync",
+    "deploy replay=nowhere": "replay=nowhere: no such file or folder",
+    "collect output=x.zarr agent=teleop robot=urr": "unknown robot 'urr': did you mean ur?",
     "serve bundle=nowhere": "no bundle at nowhere",
     "serve bundle=own host=0.0.0.0": "host=0.0.0.0 lets other machines in: give token_file=PATH, or set",
     "deploy bundle=own page_host=0.0.0.0": "page_host=0.0.0.0 lets other machines in: give page_token_file=PATH",
@@ -90,8 +99,11 @@ def found(tmp_path_factory) -> dict[str, list]:
     ReplayBuffer.from_arrays(columns | {"action": np.zeros((20, 2), np.float32)}, [10, 20]).save(folder / "own.zarr")
     del columns["front"], columns["state"]
     ReplayBuffer.from_arrays(columns | {"action": np.zeros((20, 2), np.float32)}, [10, 20]).save(folder / "other.zarr")
-    for name in ("junk", "runs"):
+    rows = {"state": np.zeros((20, 5), np.float32), "action": np.zeros((20, 2), np.float32)}
+    ReplayBuffer.from_arrays(rows, [10, 20], attrs={"control_rate": 30.0}).save(folder / "fast.zarr")
+    for name in ("junk", "runs", "run"):
         (folder / name).mkdir()
+    (folder / "run" / "metrics.jsonl").write_text('{"step": 10}\n')
     (folder / "runs" / "run_0.csv").write_text("x,target_x\n0,1\n1,2\n")
     write_robomimic(folder / "own.hdf5")
     write_robosuite(folder / "states.hdf5")

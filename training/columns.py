@@ -6,6 +6,7 @@ by the words in their names, and by values that only count. Whoever means one na
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from action_diffusion.datasets.batches.columns import from_zero_to_one
 from action_diffusion.datasets.batches.joining import joined
 from action_diffusion.datasets.formats.cached import CONVERTED, convert_command
 from action_diffusion.datasets.images.pictures import Picture, picture
-from action_diffusion.datasets.storage.pieces import Joined
+from action_diffusion.datasets.storage.pieces import SAME_RATE, Joined
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, ZarrColumn
 from action_diffusion.envs.robosuite.absolute import COLUMN as ABSOLUTE
@@ -193,6 +194,18 @@ def check_action(buffer: ReplayBuffer, action: str) -> None:
     if action not in buffer.keys:
         error = unknown("key of the buffer for task.action.source", action, buffer.keys, buffer.name)
         raise InputError(f"{error}{_without_action(buffer, action)}")
+
+
+def check_rate(buffer: ReplayBuffer, wanted: float | None, whose: str = "the policy's control_rate") -> None:
+    """Raises `InputError` where the buffer says another rate (Hz) than is wanted; None: whatever it has."""
+    rate = buffer.rate
+    if wanted is None or rate is None or math.isclose(rate, wanted, rel_tol=SAME_RATE):
+        return
+    lower = f"; a copy of it: {convert_command(Path(buffer.name), f'rate={wanted:g}')}" if wanted < rate else ""
+    raise InputError(
+        f"{buffer.name} has {rate:g} steps a second, {whose} is {wanted:g}: take demonstrations of that rate, "
+        f"or train without task.control_rate{lower}"
+    )
 
 
 def _without_action(buffer: ReplayBuffer, action: str) -> str:

@@ -20,6 +20,7 @@ from action_diffusion.datasets.storage.checks import check_key
 from action_diffusion.datasets.storage.pieces import SAME_RATE
 from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE, ReplayBuffer
 from action_diffusion.datasets.storage.rotations import declared_rotations
+from action_diffusion.datasets.storage.times import timed
 from action_diffusion.envs import IN_PROCESSES
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.policy import IN_FRAME
@@ -39,7 +40,7 @@ def describe(
     """The specification of a policy for `task` and the shapes of `buffer`, without normaliser statistics.
 
     Where the task names no observations, those of `columns.found` are seen; drop: leave out these. Where it says no
-    control_rate, it is the buffer's.
+    control_rate, it is the buffer's, or that of its time stamps.
     """
     action = dict(task["action"])
     source = columns.action_source(task)
@@ -67,7 +68,7 @@ def describe(
         n_obs_steps=task["n_obs_steps"],
         horizon=task["horizon"],
         n_action_steps=task["n_action_steps"],
-        control_rate=float(task["control_rate"] or buffer.rate or ASSUMED_RATE),
+        control_rate=float(task["control_rate"] or buffer.rate or _timed_rate(buffer) or ASSUMED_RATE),
         task=task["name"],
         env=_environment(task.get("env"), buffer),
         demonstrations=str(buffer.attrs.get("source", "")),
@@ -88,8 +89,19 @@ def learnt_from(spec: PolicySpec, buffer: ReplayBuffer) -> list[str]:
     width = min(_MOST_WIDTH, max(map(len, ("rate", *spec.buffer_columns))))
     rate = f"{spec.control_rate:g} steps a second"
     if buffer.rate is None:
-        rate += ", which the buffer does not say: task.control_rate=HZ"
+        told = timed(buffer)
+        if told is None:
+            rate += ", which the buffer does not say: task.control_rate=HZ"
+        elif math.isclose(told[1], spec.control_rate, rel_tol=SAME_RATE):
+            rate += f", by the times in {told[0]}"
+        else:
+            rate += f", as the task says; by the times in {told[0]} there are {told[1]:g}"
     return [f"{key:{width}}  {words}" for key, words in (*spec.buffer_columns.items(), ("rate", rate))]
+
+
+def _timed_rate(buffer: ReplayBuffer) -> float | None:
+    told = timed(buffer)
+    return None if told is None else told[1]
 
 
 def _environment(env: Mapping[str, Any] | None, buffer: ReplayBuffer) -> dict[str, Any] | None:
@@ -216,11 +228,7 @@ def prepare(
     Raises `InputError` where the buffer has another rate than the policy.
     subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys).
     """
-    if buffer.rate is not None and not math.isclose(buffer.rate, spec.control_rate, rel_tol=SAME_RATE):
-        raise InputError(
-            f"{buffer.name} has {buffer.rate:g} steps a second, the policy's control_rate is {spec.control_rate:g}: "
-            "leave task.control_rate out, or take demonstrations of that rate"
-        )
+    columns.check_rate(buffer, spec.control_rate)
     chosen = np.arange(buffer.n_episodes) if subset is None else named_subset(buffer, subset)
     fraction = val_fraction if len(chosen) > 1 else 0.0
     train, held_out = (chosen[part] for part in split_episodes(len(chosen), fraction, seed))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +35,13 @@ def configured(overrides: Sequence[str], config_dir: str | None) -> dict[str, An
         return _began_with(folder, overrides)
     words, config_dir = _recall(folder, overrides, config_dir) if resumes else (list(overrides), config_dir)
     return _remember(load("train", words, config_dir), words, config_dir)
+
+
+def check_new(config: Mapping[str, Any]) -> None:
+    """Raises `InputError` where output_dir holds a run that would be overwritten."""
+    folder = config["output_dir"]
+    if folder and not config["resume"] and "RANK" not in os.environ and (Path(folder) / "metrics.jsonl").exists():
+        raise InputError(f"{folder} already holds a run: give resume=true to go on with it, or another output_dir")
 
 
 def changed_data(folder: Path, buffer: ReplayBuffer, keys: Iterable[str]) -> str | None:

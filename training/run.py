@@ -39,7 +39,7 @@ from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.trainer import Trainer
 from action_diffusion.training.validation import Rollouts, Validation
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
@@ -151,8 +151,7 @@ def _output_dir(config: Mapping[str, Any]) -> Path:
     path = Path(given) if given else Path("outputs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}"
     if config["resume"] and not given:
         raise InputError("resume=true needs output_dir=DIR, the folder of the run to go on with")
-    if not config["resume"] and "RANK" not in os.environ and (path / "metrics.jsonl").exists():
-        raise InputError(f"{path} already holds a run: give resume=true to go on with it, or another output_dir")
+    resuming.check_new({**config, "output_dir": path})
     path.mkdir(parents=True, exist_ok=True)
     checkpoints.clean(path)
     return path

@@ -63,14 +63,16 @@ class Subcommand(NamedTuple):
 
 def run(words: Sequence[str]) -> int:
     """`action-diffusion data` with the words after it; returns the exit code. Raises `InputError` for bad ones."""
+    from action_diffusion.commands.help import fitted
+
     if not words or words[0] in ("-h", "--help", "help"):
-        print(DATA_HELP)
+        print(fitted(DATA_HELP))
         return 0
     if words[0] not in SUBCOMMANDS:
         raise unknown("subcommand of data", words[0], SUBCOMMANDS)
     subcommand = SUBCOMMANDS[words[0]]
     if {"-h", "--help"} & set(words):
-        print(subcommand.help)
+        print(fitted(subcommand.help))
         return 0
     result = subcommand.run(_options(words[0], words[1:]))
     if isinstance(result, int):

@@ -30,9 +30,9 @@ on when it is started again.
 Options
   format=NAME           what to write: zarr (v3), zarr2 (v2), umi, robomimic, lerobot (v3.0), lerobot21 (v2.1), folder
                         (CSV and MP4). Default: by the ending of `out`: .zarr, .zarr.zip, .hdf5, .h5
-  rate=HZ               steps a second, where the source does not say (control_rate; default 10); where it does, fewer
-                        rows: 10 of 30 Hz keeps every third row, and where they do not divide the nearest. The values
-                        stay as they are: actions that are differences are not added up
+  rate=HZ               steps a second, where the source does not say (control_rate, or its time stamps; default 10);
+                        where it does, fewer rows: 10 of 30 Hz keeps every third row, and where they do not divide the
+                        nearest. The values stay as they are: actions that are differences are not added up
   video=high|lossless   of lerobot, lerobot21 and folder: H.264 4:4:4 (default), or of the colours as they are
   action=COLUMN,…       of CSV files: which columns are the action, such as target_x,target_y,target_z
   state=COLUMN,…        the same for the state
@@ -88,6 +88,7 @@ def _convert(
     from action_diffusion.datasets.formats.registry import named
     from action_diffusion.datasets.formats.resample import at_rate
     from action_diffusion.datasets.robomimic.export import export
+    from action_diffusion.datasets.storage.times import timed
 
     if vectors:
         from action_diffusion.datasets.formats.folder.format import opened as open_folder
@@ -100,7 +101,8 @@ def _convert(
         if rate is not None:
             raise InputError(f"rate={rate:g}: robomimic's file keeps the rate of {source}: convert that to .zarr first")
         return export(source, output)
-    known = attrs.get("control_rate")
+    known, told = attrs.get("control_rate"), timed(opened.buffer)
+    known = told[1] if known is None and told is not None else known
     settings = Settings(float(known or _RATE), "lossless" if lossless else "high")
     summary = convert(opened, output, named(to), settings)
     if known is None and to in ("lerobot", "lerobot21", "folder"):

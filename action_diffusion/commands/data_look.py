@@ -50,13 +50,19 @@ A line for each kind and key: how many findings, in which episodes, and the wors
 each: episode, first and last row (of the buffer, from 0, both included), how bad. Below, what to do. Exit code: 0 where
 nothing is found, 1 with findings, 2 where the buffer cannot be read. More: docs/doctor.md.
 
-  nan        values that are NaN or infinite          skew       a camera that is early or late beside the states
-  dropped    a step or a frame is missing             constant   a dimension that does not move
-  frozen     rows that repeat while others move       saturated  a dimension that stays at its limit
-  jump       a step that is far too large             duplicate  an episode that is there twice
-  outlier    a row off its neighbours                 idle       nothing happens at an episode's beginning or end
-  rotation   numbers that jump where nothing turns    leak       a column that tells the action of its own row
+  nan        values that are NaN or infinite
+  dropped    a step or a frame is missing
+  frozen     rows that repeat while others move
+  jump       a step that is far too large
+  outlier    a row off its neighbours
+  rotation   numbers that jump where nothing turns
   timing     gaps and jitter of the time stamps
+  skew       a camera that is early or late beside the states
+  constant   a dimension that does not move
+  saturated  a dimension that stays at its limit
+  duplicate  an episode that is there twice
+  idle       nothing happens at an episode's beginning or end
+  leak       a column that tells the action of its own row
 
 Options
   --json FILE       the findings as JSON: [{"kind", "key", "episode", "first", "last", "severity", "how_bad", "advice"}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
@@ -63,7 +64,7 @@ PARTS = """\
   policy.…                        any option of a component, such as policy.denoiser.channels=[48,96,192]
 """
 LINE = re.compile(r"( *)(\w+): *([^#]*?) *(?:# *(.*))?$")
-WIDTH, COLUMN = 120, 34
+WIDTH, COLUMN, NARROWEST = 120, 34, 60
 
 
 def text(command: str) -> str:
@@ -116,3 +117,36 @@ def _wrapped(option: str, words: str) -> str:
     head = f"{head}\n{' ' * COLUMN}" if len(head) > COLUMN - 2 else head.ljust(COLUMN)
     lines = textwrap.wrap(words, WIDTH - COLUMN, break_on_hyphens=False)
     return head + f"\n{' ' * COLUMN}".join(lines)
+
+
+def fitted(words: str, width: int | None = None) -> str:
+    """Help that is written for lines of 120, for lines of `width` characters (None: the terminal's).
+
+    What a line says behind its last gap of two spaces goes on below, with the lines that went on there already.
+    """
+    width = width or shutil.get_terminal_size((WIDTH, 24)).columns
+    if not NARROWEST <= width < WIDTH:
+        return words
+    whole: list[tuple[str, int]] = []
+    for line in words.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if whole and indent and indent == whole[-1][1]:
+            whole[-1] = f"{whole[-1][0]} {line.strip()}", indent
+            continue
+        if whole and indent == 0 and line and len(whole[-1][0]) > WIDTH * 0.8 and whole[-1][1] == 0:
+            whole[-1] = f"{whole[-1][0]} {line}", 0
+            continue
+        gaps = [gap.end() for gap in re.finditer(r"(?<=\S) {2,}(?=\S)", line)]
+        whole.append((line, gaps[-1] if gaps else 0))
+    return "\n".join(_fill(line, column, width) for line, column in whole)
+
+
+def _fill(line: str, column: int, width: int) -> str:
+    """column: where what it says begins, which is below where it is far right; 0 where the line has one part."""
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 4 * (column > 0 or line.startswith(" ")))
+    if column > width // 2:
+        head = textwrap.fill(line[:column].rstrip(), width, subsequent_indent=indent, break_on_hyphens=False)
+        return f"{head}\n{textwrap.fill(line[column:], width, initial_indent=indent, subsequent_indent=indent)}"
+    return textwrap.fill(line, width, subsequent_indent=" " * column or indent, break_on_hyphens=False)

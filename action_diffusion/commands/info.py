@@ -39,7 +39,9 @@ LIBRARIES = {"convolutions": winograd.library, "denoising step": cpu_unet.librar
 def run(words: Sequence[str]) -> int:
     """Print it; returns the exit code. Raises `InputError` for options that do not exist."""
     if any(word in ("-h", "--help") for word in words):
-        print(HELP)
+        from action_diffusion.commands.help import fitted
+
+        print(fitted(HELP))
         return 0
     given = dict(word.partition("=")[::2] for word in words)
     for name in given:

@@ -13,12 +13,17 @@ from action_diffusion.deploy.serve.access import is_loopback, read_token, requir
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
 from action_diffusion.options.policy import check_crop
+from action_diffusion.policy.action_queue import SCHEDULINGS
 from action_diffusion.policy.reading import read_config, read_spec, require, require_extensions, trained_on
 from action_diffusion.policy.spec import env_words
+from action_diffusion.registry import ARMS, ROBOTS
 
 
 def train(config: Mapping[str, Any]) -> None:
-    """The data and its columns, the crop of its images, weights to start from."""
+    """The data, its columns and rate, the crop of its images, weights to start from, a run that is there already."""
+    from action_diffusion.training.resuming import check_new
+
+    check_new(config)
     if config["init"] is not None:
         read_spec(Path(config["init"]).expanduser())
     objective = config["policy"]["objective"]
@@ -52,18 +57,27 @@ def evaluate(config: Evaluate) -> None:
         if words != tasks[simulated[0]]:
             raise InputError(f"{simulated[0]} is for {tasks[simulated[0]]}, {path} for {words}: they do not compare")
     _check_held_out(config.data, [*bundles, *compare])
-    for path in others:
-        trained_on(read_config(path), path)
+    trained = [trained_on(read_config(path), path) for path in others]
+    if trained and config.data is None:
+        _check_held_out(trained[0]["data"], others)
 
 
 def deploy(config: Deploy) -> None:
-    """The bundle, and files that are named."""
+    """The bundle, the robot, the scheduling, and files that are named."""
     if config.bundle:
         read_spec(Path(config.bundle))
         read_config(Path(config.bundle))
         require_extensions(Path(config.bundle), config.extensions)
     _check_exists("hardware", config.hardware)
+    _check_exists("replay", config.replay)
     _check_page(config)
+    if config.replay is not None:
+        return
+    if not (config.bundle or config.server or config.calibrate):
+        raise InputError("bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT")
+    if config.scheduling not in SCHEDULINGS:
+        raise unknown("scheduling", config.scheduling, SCHEDULINGS)
+    _check_robot(config.robot, config.hardware)
 
 
 def serve(config: Serve) -> None:
@@ -80,6 +94,18 @@ def collect(config: Collect) -> None:
         require(Path(config.visited_by).expanduser())
     _check_exists("hardware", config.hardware)
     _check_page(config)
+    if config.robot is not None:
+        _check_robot(config.robot, config.hardware)
+
+
+def _check_robot(name: str, hardware: str | None) -> None:
+    """That there is one of this name, and a file of a real one."""
+    if name not in ROBOTS and name not in ARMS and ":" not in name:
+        raise unknown("robot", name, ROBOTS)
+    if name not in ROBOTS or ROBOTS[name] == ROBOTS["ur"]:  # an arm of that name, in a cell that the file describes
+        from action_diffusion.deploy.robot.cell import read_cell
+
+        read_cell(hardware)
 
 
 def _check_page(config: Deploy | Collect) -> None:
@@ -106,6 +132,7 @@ def _check_data(config: Mapping[str, Any]) -> None:
     buffers = [look_at(name, cache_dir=cache_dir and Path(cache_dir)) for name in names(data)]
     buffer = columns.together(buffers, task, drop)
     columns.check_action(buffer, columns.action_source(task))
+    columns.check_rate(buffer, task["control_rate"])
     drawn = {key for one in buffers for key in columns.drawn(task, drop, one)}
     for key, options in columns.observed(task, drop, buffer).items():
         source = options.get("source") or key
@@ -127,18 +154,22 @@ def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:
 
 
 def _check_held_out(data: Any, bundles: Sequence[Path]) -> None:
-    """Of what predictions are held against: that it is there, and has what the policies observe."""
-    if data is None:
-        return
-    from action_diffusion.datasets.batches.sources import NAMES, look_at, names
+    """Of what predictions are held against: that it is there, and has what the policies observe, at their rates."""
+    from action_diffusion.datasets.batches.sources import HUMAN, NAMES, look_at, names
+    from action_diffusion.training import columns
 
-    for name in names(data):
+    for name in names(data or []):
+        if name == HUMAN:
+            continue  # it may have to be downloaded
         if name not in NAMES:
             _check_exists("data", name)
         buffer = look_at(name)
         for path in bundles:
             spec = read_spec(path)
+            if spec.env is not None:
+                continue
             seen = {key: value.source or key for key, value in (spec.observations | spec.estimates).items()}
-            for key, source in (seen | {"action": spec.action.source}).items() if spec.env is None else ():
+            for key, source in (seen | {"action": spec.action.source}).items():
                 if source not in buffer.keys:
                     raise unknown(f"key of the buffer for {key!r} of {path}", source, buffer.keys, buffer.name)
+            columns.check_rate(buffer, spec.control_rate, f"{path}'s control_rate")

@@ -73,7 +73,7 @@ def resolve(data: str | Path, *, cache_dir: Path | None = None) -> Path:
         return _human_file(cache_dir or cache_folder())
     looks_like_path = os.sep in name or path.suffix or name.startswith(("~", "."))
     if not path.exists() and not looks_like_path:
-        raise unknown("data set", name, NAMES, where="data= (a path works too)")
+        raise InputError(f"{unknown('data set', name, NAMES)}; there is no file or folder of that name either")
     return path
 
 

@@ -19,6 +19,7 @@ from action_diffusion.datasets.doctor.survey import Survey, survey, temporary_fo
 from action_diffusion.datasets.doctor.turns import renamed
 from action_diffusion.datasets.storage.growing import TIME, read_table
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.times import rate_of
 from action_diffusion.errors import InputError
 
 _LEAST_SOUND = 0.3
@@ -63,10 +64,7 @@ def control_rate(buffer: ReplayBuffer, time: np.ndarray | None) -> float | None:
     said = buffer.attrs.get("control_rate") or buffer.attrs.get("fps")
     if isinstance(said, int | float) and said > 0:
         return float(said)
-    if time is None or len(time) < 2:
-        return None
-    period = float(np.median(np.diff(time)))
-    return 1 / period if period > 0 else None
+    return None if time is None else rate_of(time, buffer.episode_ends)
 
 
 def _recorded_time(buffer: ReplayBuffer) -> tuple[str, np.ndarray] | None:

@@ -9,6 +9,7 @@ import numpy as np
 from action_diffusion.datasets.doctor.finding import Finding
 from action_diffusion.datasets.doctor.runs import runs_in_episodes
 from action_diffusion.datasets.doctor.survey import Survey
+from action_diffusion.datasets.storage.times import is_time
 
 GAP = 1.5
 """Periods between two rows from which on a row is missing."""
@@ -58,6 +59,6 @@ def times(survey: Survey, time: np.ndarray, key: str) -> Iterator[Finding]:
 def time_column(survey: Survey) -> tuple[str, np.ndarray] | None:
     """The first key that holds a time for each row."""
     for key, low in survey.low.items():
-        if low.raw.shape[1] == 1 and low.raw.dtype.kind in "iuf" and key.split("_")[-1] in ("time", "timestamp"):
+        if low.raw.shape[1] == 1 and low.raw.dtype.kind in "iuf" and is_time(key):
             return key, low.values[:, 0]
     return None

@@ -15,10 +15,13 @@ from rich.table import Table
 
 from action_diffusion.datasets.doctor.examine import control_rate
 from action_diffusion.datasets.doctor.finding import spans
+from action_diffusion.datasets.formats.cached import CONVERTED
 from action_diffusion.datasets.images.pictures import picture
+from action_diffusion.datasets.storage.dimensions import NAMES, dimension_names
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, blocks
 from action_diffusion.datasets.storage.tasks import TASKS, episode_tasks
+from action_diffusion.datasets.storage.times import is_time
 from action_diffusion.memory import sized
 from action_diffusion.progress import progress
 
@@ -26,6 +29,8 @@ SAMPLE_ROWS = 2000
 """Frames of a camera that are looked at, evenly over the buffer."""
 _BYTES = re.compile(r"[A-Za-z0-9+/_-]{70,}={0,2}")
 """Base64, which no hash or word is as long as."""
+_ELSEWHERE = ("task", TASKS, NAMES, "control_rate", CONVERTED, "hdf5_attributes")
+"""Attributes that have lines of their own, and what only conversions back need."""
 DIMENSIONS = 8
 """Of a key, that are listed and plotted."""
 
@@ -33,7 +38,8 @@ DIMENSIONS = 8
 @dataclass
 class Key:
     """least, most, mean, step: [D] of each dimension, for images of all pixels [1]; step: median difference to the row
-    before. sample: [n, D], rows evenly over the buffer; of images the frames' mean."""
+    before. sample: [n, D], rows evenly over the buffer; of images the frames' mean. names: of the dimensions, or None.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -45,6 +51,7 @@ class Key:
     mean: np.ndarray
     step: np.ndarray
     sample: np.ndarray
+    names: list[str] | None = None
 
 
 @dataclass
@@ -73,9 +80,10 @@ def inspect(buffer: ReplayBuffer) -> Inspection:
         for key in buffer.keys:
             shown = picture(buffer[key].shape, buffer[key].dtype)
             keys.append(_low(key, buffer[key], first) if shown is None else _image(key, buffer[key]))
+            keys[-1].names = dimension_names(buffer.attrs, key, len(keys[-1].least))
             advance(1)
-    time = next((np.ravel(buffer[key][:]) for key in buffer.keys if key.split("_")[-1] in ("time", "timestamp")), None)
-    attrs = {name: _short(value) for name, value in buffer.attrs.items() if name not in ("task", TASKS)}
+    time = next((np.ravel(buffer[key][:]) for key in buffer.keys if is_time(key)), None)
+    attrs = {name: _short(value) for name, value in buffer.attrs.items() if name not in _ELSEWHERE}
     if buffer.left_out:
         attrs["left out"] = "; ".join(f"{key}: {reason}" for key, reason in buffer.left_out.items())
     size = _size(buffer.path) if buffer.path else None
@@ -165,7 +173,8 @@ def _range_table(keys: Sequence[Key]) -> Table:
     """Where a line is short the names of keys are folded, and numbers stay whole."""
     table = Table(box=None, pad_edge=False)
     table.add_column("key", overflow="fold")
-    for heading in ("dimension", "least", "most", "mean", "median step"):
+    table.add_column("dimension", justify="right", overflow="fold")
+    for heading in ("least", "most", "mean", "median step"):
         table.add_column(heading, justify="right", no_wrap=True)
     for key in keys:
         for number, cells in enumerate(ranges_of(key)):
@@ -177,7 +186,7 @@ def ranges_of(key: Key) -> list[tuple[str, ...]]:
     """Of the first dimensions, and of all others together: place, least, most, mean and median step in words."""
     rows = []
     for d in range(min(len(key.least), DIMENSIONS)):
-        place = "pixels" if key.image else str(d) if len(key.least) > 1 else ""
+        place = "pixels" if key.image else key.names[d] if key.names else str(d) if len(key.least) > 1 else ""
         rows.append((place, *(f"{values[d]:.4g}" for values in (key.least, key.most, key.mean, key.step))))
     if len(key.least) > DIMENSIONS:
         rows.append((f"… {len(key.least) - 1}", *_overall(key)))

@@ -35,7 +35,7 @@ def view(buffer: ReplayBuffer, episodes: Sequence[int], output: Path | None) -> 
     rr = _rerun()
     if output is not None and output.suffix != ".rrd":
         raise InputError(f"output={output}: expected a file that ends in .rrd")
-    recording = rr.RecordingStream(f"action-diffusion {buffer.name}")
+    recording = rr.RecordingStream(f"action-diffusion {Path(buffer.name).name}")
     if output is None:
         if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
             raise InputError("there is no screen for rerun's viewer: write a file with output=FILE.rrd")

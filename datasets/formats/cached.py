@@ -45,6 +45,8 @@ _SAMPLES, _SAMPLE_BYTES, _MARGIN = 4, 2 << 20, 1.2
 def convert_command(path: Path, *options: str) -> str:
     """What to type for a copy of one's own."""
     name = path.name.removesuffix(".hdf5").removesuffix(".h5") or "demos"
+    if name.endswith((".zarr", ".zarr.zip")):
+        name = f"{name.removesuffix('.zip').removesuffix('.zarr')}_copy"
     words = (f"in={path}", f"out={name}.zarr", *options)
     return f"action-diffusion data convert {' '.join(shlex.quote(word) for word in words)}"
 

@@ -8,7 +8,9 @@ import numpy as np
 
 from action_diffusion.datasets.formats.columns import SomeRows
 from action_diffusion.datasets.formats.contract import Opened
+from action_diffusion.datasets.storage.pieces import SAME_RATE
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.times import timed
 from action_diffusion.errors import InputError
 
 _HIGHEST = 1e6
@@ -16,7 +18,9 @@ _HIGHEST = 1e6
 
 
 def at_rate(opened: Opened, rate: float | None) -> Opened:
-    """What was opened, at `rate` (Hz; None: as it is). Where it says none of its own, `rate` is its `control_rate`.
+    """What was opened, at `rate` (Hz; None: as it is).
+
+    Where neither its attributes nor its time stamps say another rate, `rate` is its `control_rate`.
 
     Raises `InputError` for a `control_rate` that is none, and where rows would have to be made up.
     """
@@ -29,6 +33,9 @@ def at_rate(opened: Opened, rate: float | None) -> Opened:
         return opened
     if known is not None and is_rate:
         return _lower(opened, float(known), rate)
+    told = timed(buffer)
+    if told is not None and not math.isclose(told[1], rate, rel_tol=SAME_RATE):
+        return _lower(opened, told[1], rate)
     buffer.attrs["control_rate"] = rate
     return Opened(buffer, opened.left_out, (*opened.said, f"{rate:g} Hz, as rate= says: the source does not say"))
 

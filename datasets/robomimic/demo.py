@@ -208,7 +208,7 @@ def _allowed(path: str, length: int) -> tuple[int, ...]:
 
 def _check_lengths(demo: Demo, length: int, left_out: Mapping[str, str]) -> None:
     if length == 0:
-        raise InputError(f"{demo.where} is empty")
+        raise InputError(f"{demo.where} is an episode without steps: leave it out")
     rows = {path: count for path, (count, _) in demo.numbers.items() if path not in left_out}
     wrong = any(count not in _allowed(path, length) for path, count in rows.items())
     if demo.n_samples is not None:

@@ -337,3 +337,20 @@ def test_what_the_buffer_lacks_is_named(data, tmp_path, capsys, words, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_rate_that_only_time_stamps_tell_is_taken_and_said() -> None:
+    n = EPISODES * LENGTH
+    time = (np.arange(n) % LENGTH * 1001 / 30_000).round(6)
+    buffer = buffer_of({**leaky(), "timestamp": time})
+    spec = describe(TASK, buffer, {})
+    assert spec.control_rate == 29.97
+    assert learnt_from(spec, buffer)[-1].endswith("29.97 steps a second, by the times in timestamp")
+    other = describe({**TASK, "control_rate": 10.0}, buffer, {})
+    assert learnt_from(other, buffer)[-1].endswith("as the task says; by the times in timestamp there are 29.97")
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e9, 29.97])
+def test_times_in_milliseconds_and_numbers_of_frames_tell_no_rate(scale: float) -> None:
+    time = np.arange(EPISODES * LENGTH) % LENGTH / 29.97
+    assert describe(TASK, buffer_of({**leaky(), "timestamp": time * scale}), {}).control_rate == 10

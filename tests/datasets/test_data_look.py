@@ -316,3 +316,13 @@ def test_rotations_are_said_and_keep_with_their_column(buffer: ReplayBuffer) -> 
 
 def test_numbers() -> None:
     assert numbers("3,7-9,8", "drop", 10) == [3, 7, 8, 9]
+
+
+def test_inspect_calls_dimensions_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attrs = {"names": {"action": ["pan", "lift"], "state": ["only"]}, "control_rate": 10.0, "hdf5_attributes": "x"}
+    rows = {"action": np.ones((4, 2)), "state": np.ones((4, 2))}
+    ReplayBuffer.from_arrays(rows, [4], attrs).save(tmp_path / "a.zarr")
+    assert run("inspect", str(tmp_path / "a.zarr")) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[-5] for line in out.splitlines()[-4:]] == ["pan", "lift", "0", "1"]
+    assert not any(line.startswith(("names", "control_rate", "hdf5")) for line in out.splitlines())

@@ -258,3 +258,20 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
 def test_a_rate_that_is_none(rate: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"rate=.*(: expected| must be) steps a second, from 0.01 to 10000"):
         data.run(["convert", "in=a.zarr", f"out={tmp_path / 'b'}", "format=folder", f"rate={rate}"])
+
+
+def test_chosen_columns_keep_their_names(tmp_path: Path) -> None:
+    root = runs(tmp_path / "runs", ["x", "y", "v_0", "v_1", "a", "b"])
+    attrs = opened(root, {"action": ["x", "y"], "state": ["v", "a"]}).buffer.attrs
+    assert attrs["names"] == {"action": ["x", "y"]}  # one name of v's two values says neither
+
+
+def test_time_stamps_tell_the_rate_that_rate_lowers(tmp_path: Path) -> None:
+    times = [str(row / 20) for row in range(5)]
+    root = runs(tmp_path / "runs", ["v", "timestamp"], texts(times))
+    with pytest.raises(InputError, match="rate=60: runs has 20 Hz"):
+        data_convert.run({"in": str(root), "out": str(tmp_path / "a.zarr"), "rate": 60.0})
+    data_convert.run({"in": str(root), "out": str(tmp_path / "b.zarr"), "rate": 10.0})
+    buffer = ReplayBuffer.open(tmp_path / "b.zarr")
+    assert buffer.attrs["control_rate"] == 10
+    assert buffer["timestamp"][:3].tolist() == [0.0, 0.1, 0.2]

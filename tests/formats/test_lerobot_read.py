@@ -465,3 +465,16 @@ def test_a_lower_rate_leaves_rows_out_in_the_open(
 def test_a_higher_rate_is_refused(v30: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"rate=20: .* has 10 Hz: for a lower rate rows are left out, they are never"):
         convert(v30, tmp_path / "b.zarr", rate=20.0)
+
+
+@pytest.mark.parametrize("wrapped", [list, lambda names: {"motors": names}])
+def test_names_of_dimensions_are_kept_and_written(wrapped, v30: Path, tmp_path: Path) -> None:
+    joints = ["pan", "lift", "elbow", "roll", "yaw", "gripper"]
+    feature_of("action", names=wrapped(joints))(v30)
+    feature_of("observation.state", names=["too", "few"])(v30)
+    convert(v30, tmp_path / "b.zarr")
+    assert ReplayBuffer.open(tmp_path / "b.zarr").attrs["names"] == {"action": joints}
+    convert(tmp_path / "b.zarr", tmp_path / "back", format="lerobot")
+    features = json.loads((tmp_path / "back/meta/info.json").read_text())["features"]
+    assert features["action"]["names"] == joints
+    assert features["observation.state"]["names"] is None

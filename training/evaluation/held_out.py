@@ -15,6 +15,7 @@ from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.datasets.batches.sources import names
 from action_diffusion.datasets.batches.windows import Windows, make_windows, split_episodes
 from action_diffusion.datasets.robomimic.attributes import subset as named_subset
+from action_diffusion.datasets.storage.dimensions import are_names
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -192,16 +193,12 @@ def _dimensions(buffer: ReplayBuffer, spec: PolicySpec) -> tuple[list[str], list
     source, size = spec.action.source, spec.action.shape[0]
     told = [buffer.attrs.get(name) for name in ("names", "units")]
     names, units = (given.get(source) if isinstance(given, Mapping) else None for given in told)
-    if names is not None and not _are_words(names, size):
+    if names is not None and not are_names(names, size):
         warnings.warn(f"{buffer.name}: names of {source} are not {size} different words, and are left", stacklevel=2)
         names = None
     unit = spec.action.unit or (units if isinstance(units, str) else "")
     parts = [part.strip() for part in unit.split(",")]
     return names or [f"{source} {index}" for index in range(size)], parts if len(parts) == size else [unit] * size
-
-
-def _are_words(names: Any, size: int) -> bool:
-    return isinstance(names, list) and all(isinstance(n, str) for n in names) and len({*names}) == len(names) == size
 
 
 def _batches(source: BatchSource, keys: Sequence[str]) -> Iterator[Any]:

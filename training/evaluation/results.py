@@ -7,6 +7,7 @@ and a small difference can be told from chance.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.policy.spec import env_words
 from action_diffusion.training.evaluation.statistics import paired_interval, spread
 
+LINE_SECONDS = 10.0
+"""Between two lines of progress where there is no terminal."""
 _NAMES = ("task", "n_episodes", "mean_score", "success_rate", "scores", "seeds")
 
 
@@ -137,8 +140,30 @@ def showing(progress: Progress | None) -> Iterator[Progress]:
         yield progress
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with Progress(*columns, console=console) if console.is_terminal else _Lines(console) as bars:
         yield bars
+
+
+class _Lines(Progress):
+    """For what is no terminal: no bars, a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console=console, disable=True)
+        self._line = time.monotonic()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._tell(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._tell(task_id)
+
+    def _tell(self, task_id: TaskID) -> None:
+        if time.monotonic() - self._line > LINE_SECONDS:
+            self._line, task = time.monotonic(), self._tasks[task_id]
+            self.console.print(f"{task.description}: {task.percentage:.0f} %")
 
 
 def _compare_errors(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from action_diffusion.datasets.formats.folder.csv_rows import header, read_words
 from action_diffusion.datasets.formats.folder.episodes import FolderEpisode, description, episodes_of, unused
 from action_diffusion.datasets.formats.journal import Journal, JournalStep
 from action_diffusion.datasets.formats.video import EncodedVideoWriter, Part, check_times, video_column
+from action_diffusion.datasets.storage.dimensions import NAMES, are_names
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, reading, row_bytes
 from action_diffusion.datasets.storage.tasks import TASK, TASK_WORDS, TASKS
@@ -68,6 +69,10 @@ def opened(path: Path, vectors: Mapping[str, Sequence[str]] | None = None) -> Op
             read = functools.partial(_read, episodes, key)
             columns[key] = PiecewiseColumn(kind.row, kind.dtype, ends, read)
     attrs: dict[str, Any] = {"source": path.name}
+    chosen = {key: list(names) for key, names in (vectors or {}).items()}
+    named = {key: names for key, names in chosen.items() if are_names(names, *columns[key].shape[1:])}
+    if named:
+        attrs[NAMES] = named
     if notes is not None:
         columns, attrs = restored(columns, notes.get(MARK), str(path))
     left_out = unused(path, episodes)

@@ -53,7 +53,7 @@ def files_of(info: Info) -> Files:
             f"{info.totals[0]!r} with {info.totals[1]!r}"
         )
     if (found.lengths < 1).any():
-        raise InputError(f"{info.root}: episode {int(np.argmax(found.lengths < 1))} is empty")
+        raise InputError(f"{info.root}: episode {int(np.argmax(found.lengths < 1))} has no steps: leave it out")
     used = {table.path for table in found.tables}
     unused = [file for file in info.root.glob("data/*/*.parquet") if file not in used]
     info.said += [f"{file.relative_to(info.root)} belongs to no episode, and was left out" for file in sorted(unused)]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from action_diffusion.datasets.formats.contract import MARK
 from action_diffusion.datasets.formats.lerobot.names import EPISODES_A_CHUNK, INFO, TEMPLATES, V21, V30
 from action_diffusion.datasets.formats.paths import TEXT_BYTES, fields, filled, inside
+from action_diffusion.datasets.storage.dimensions import are_names
 from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError
 
@@ -32,10 +33,11 @@ _LONGEST = 200
 
 
 class Feature(NamedTuple):
-    """shape: of a row, as it is declared."""
+    """shape: of a row, as it is declared. names: of the values of a vector, where each has one."""
 
     dtype: str
     shape: tuple[int, ...]
+    names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -137,8 +139,14 @@ def _features(file: Path, found: object) -> dict[str, Feature]:
             raise InputError(f"{file}: feature {_short(name)} must have a dtype and a shape of whole numbers")
         if not isinstance(feature.get("dtype"), str):
             raise InputError(f"{file}: feature {_short(name)} must have a dtype, such as float32")
-        features[name] = Feature(feature["dtype"], tuple(shape))
+        features[name] = Feature(feature["dtype"], tuple(shape), _names(feature.get("names"), shape))
     return features
+
+
+def _names(found: object, shape: list[int]) -> tuple[str, ...]:
+    """From ["x", "y"], or {"motors": ["x", "y"]}; () for anything else."""
+    names = next(iter(found.values())) if isinstance(found, dict) and len(found) == 1 else found
+    return tuple(names) if len(shape) == 1 and isinstance(names, list) and are_names(names, shape[0]) else ()
 
 
 def _is_whole(value: object) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from action_diffusion.datasets.formats.columns import is_image, native
 from action_diffusion.datasets.formats.contract import MARK, Settings, kept
 from action_diffusion.datasets.formats.video import PIXELS
+from action_diffusion.datasets.storage.dimensions import dimension_names
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.tasks import TASK, task_words
 from action_diffusion.errors import InputError
@@ -120,7 +121,9 @@ def _feature(buffer: ReplayBuffer, key: str, settings: Settings, version: str) -
             "has_audio": False,
         }
         return {"dtype": "video", "shape": [height, width, 3], "names": ["height", "width", "channels"], "info": info}
-    feature = {"dtype": native(column.dtype).name, "shape": [vector_length(column.shape)], "names": None}
+    length = vector_length(column.shape)
+    names = dimension_names(buffer.attrs, key, length)
+    feature = {"dtype": native(column.dtype).name, "shape": [length], "names": names}
     return {**feature, "fps": whole_rate(settings)} if version == V30 else feature
 
 

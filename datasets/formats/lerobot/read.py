@@ -29,6 +29,7 @@ from action_diffusion.datasets.formats.parquet import (
     number_type,
     numbers,
 )
+from action_diffusion.datasets.storage.dimensions import NAMES
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, reading
 from action_diffusion.datasets.storage.tasks import TASK, TASKS, renamed_tasks
@@ -72,6 +73,8 @@ def _opened(path: Path) -> Opened:
         columns = {keys[name]: column for name, column in stored.items()}
         attrs = {"source": path.name, "control_rate": info.rate, TASKS: tasks or [""]}
         attrs |= {"robot_type": info.robot} if info.robot else {}
+        named = {keys[name]: list(info.features[name].names) for name in stored if info.features[name].names}
+        attrs |= {NAMES: named} if named else {}
     buffer = ReplayBuffer(columns=columns, episode_ends=files.episode_ends, attrs=attrs, path=path)
     return Opened(buffer, tuple(left_out), tuple(info.said))
 
