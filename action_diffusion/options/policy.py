@@ -163,6 +163,14 @@ class Shortcut(MeanFlow):
     )
 
 
+@dataclass
+class Sobolev(Denoising):
+    """`policy.objective`, see `policy.objectives.sobolev`."""
+
+    gain: str = "gain"
+    weight: Annotated[float, Above(0, 1e6)] = 1.0
+
+
 COMPONENTS: dict[str, dict[str, type]] = {
     "encoder": {"observation": Encoder},
     "denoiser": {"unet1d": Unet1d},
@@ -174,6 +182,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
         "mean_flow": MeanFlow,
         "mip": Denoising,
         "shortcut": Shortcut,
+        "sobolev": Sobolev,
     },
     "features": {"sin_cos": SinCos, "magnified": Magnified, "planar_object": PlanarObject},
     "action_frame": {"planar_object": PlanarObjectFrame, "position": PositionFrame},
