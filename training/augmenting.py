@@ -1,0 +1,318 @@
+"""More demonstrations of the demonstrations: ways into and out of their states, imagined, put together and filtered.
+
+                     backward model            forward model
+    episode 3   ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ▶ s ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ▶        s: any demonstrated state, an anchor
+    a new one   s₋ₖ … s₋₂ s₋₁           s           s₁ s₂ … sₘ           states, by two diffusion models
+                a = g(s, s′) between any two of them                     actions, by the inverse dynamics
+    kept where  |f(s, a) − s′| ≤ tolerance · a typical step, and every state is as near to a demonstrated one of another
+                episode as those are to each other
+
+Where episodes meet, the way in may be of one and the way out of another: what is put together goes from where one
+begins to where the other ends ("BiTrajDiff: Bidirectional Trajectory Generation with Diffusion Models for Offline
+Reinforcement Learning", 2025, has the two models and the stitching; its rewards and its filter by them are left out).
+g and f are learnt; whoever has a simulator gives its step as `dynamics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor, nn
+
+from action_diffusion.datasets.storage.checks import check_finite
+from action_diffusion.datasets.storage.provenance import with_provenance
+from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE, ReplayBuffer
+from action_diffusion.errors import InputError
+from action_diffusion.options.data import Augment
+from action_diffusion.policy import kernels
+from action_diffusion.policy.build import build_policy, fit_normalizer
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.progress import progress
+
+Dynamics = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""States [n, D] and actions [n, A] → the states [n, D] after them."""
+
+GENERATED = "generated"
+"""The column that says which rows were: bool [N]. It is a flag, which no policy observes."""
+NEAR = 0.99
+"""Quantile of the distances from a demonstrated state to the nearest one of another episode."""
+SLACK = 0.05
+"""Of their range, by which actions may be beyond the demonstrated ones."""
+_BATCH, _LR, _TRIES, _AT_ONCE = 128, 1e-3, 20, 256
+
+
+class Episodes(NamedTuple):
+    """states [N, D] and actions [N, A] of demonstrations, ends [E] of their episodes, goals [N, D] or None."""
+
+    states: np.ndarray
+    actions: np.ndarray
+    ends: np.ndarray
+    goals: np.ndarray | None
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.concatenate([[0], self.ends[:-1]])
+
+    @property
+    def last(self) -> np.ndarray:
+        """Of each row, the last one of its episode: [N]."""
+        return np.repeat(self.ends - 1, self.ends - self.starts)
+
+    @property
+    def first(self) -> np.ndarray:
+        return np.repeat(self.starts, self.ends - self.starts)
+
+    @property
+    def followed(self) -> np.ndarray:
+        """Rows that have one after them in their episode."""
+        return np.flatnonzero(np.arange(len(self.states)) < self.last)
+
+
+def augment(options: Augment, dynamics: Dynamics | None = None) -> dict[str, Any]:
+    """Write the buffer `out`: the episodes of `in`, and new ones behind them. Returns numbers to report.
+
+    Raises `InputError` for columns that are not there or do not fit, an output that exists, episodes of a single row,
+    and where not one new episode passes the filter.
+    """
+    source, output = Path(options.in_).expanduser(), Path(options.out).expanduser()
+    if output.exists():
+        raise InputError(f"{output} exists: choose another path, or remove it")
+    buffer = ReplayBuffer.open(source)
+    given = _episodes(buffer, options)
+    torch.manual_seed(options.seed)
+    random = np.random.default_rng(options.seed)
+    made, tried = generated(given, options, random, dynamics)
+    columns = {options.state: [given.states], options.action: [given.actions]}
+    columns |= {GENERATED: [np.zeros(len(given.states), bool)]}
+    if options.goal is not None and given.goals is not None:
+        columns[options.goal] = [given.goals]
+    for states, actions in made:
+        columns[options.state].append(states[:-1])
+        columns[options.action].append(actions)
+        columns[GENERATED].append(np.ones(len(actions), bool))
+        if options.goal is not None:
+            columns[options.goal].append(np.repeat(states[-1:], len(actions), axis=0))
+    ends = np.concatenate([given.ends, given.ends[-1] + np.cumsum([len(actions) for _, actions in made])])
+    what = f"augment episodes={options.episodes} horizon={options.horizon} seed={options.seed}"
+    arrays = {key: np.concatenate(parts) for key, parts in columns.items()}
+    ReplayBuffer.from_arrays(arrays, ends, with_provenance(buffer, what)).save(output)
+    left_out = [key for key in buffer.keys if key not in arrays]
+    report = {
+        "output": str(output),
+        "episodes": len(ends),
+        "generated": len(made),
+        "tried": tried,
+        "steps": int(ends[-1]),
+    }
+    return report | ({"left_out": ", ".join(left_out)} if left_out else {})
+
+
+def _episodes(buffer: ReplayBuffer, options: Augment) -> Episodes:
+    named = {"state": options.state, "action": options.action} | ({"goal": options.goal} if options.goal else {})
+    found = {}
+    for what, key in named.items():
+        values = np.asarray(buffer[key][:])  # which says what there is
+        if values.ndim != 2 or values.dtype.kind not in "fiu":
+            raise InputError(f"{buffer.name}: {what}={key} has shape {list(values.shape)}, expected numbers [N, D]")
+        check_finite(values, key, buffer.name)
+        found[what] = values.astype(np.float32)
+    goal = found.get("goal")
+    if goal is not None and goal.shape != found["state"].shape:
+        raise InputError(
+            f"{buffer.name}: goal={options.goal} has {goal.shape[1]} values, expected the {found['state'].shape[1]} of "
+            f"{options.state}: a new episode's goal is the state that it ends in"
+        )
+    episodes = Episodes(found["state"], found["action"], np.asarray(buffer.episode_ends), goal)
+    if len(episodes.ends) < 2 or not len(episodes.followed):
+        raise InputError(f"{buffer.name}: nothing to put together: at least two episodes of two rows are needed")
+    return episodes
+
+
+def generated(
+    given: Episodes, options: Augment, random: np.random.Generator, dynamics: Dynamics | None = None
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """New episodes, states [T + 1, D] and actions [T, A] each, as many as `options` wants or `_TRIES` times as many
+    tries have given; and the number of tries. Raises `InputError` where there is none."""
+    models = [trajectories(given, options, backward) for backward in (False, True)]
+    act, learnt = inverse_and_forward(given, options)
+    accept = Filter(given, dynamics or learnt, options.tolerance)
+    generator = torch.Generator().manual_seed(options.seed)
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    tried = 0
+    with progress("generating", options.episodes) as advance:
+        while len(kept) < options.episodes and tried < _TRIES * options.episodes:
+            anchors = given.states[random.integers(len(given.states), size=_AT_ONCE)]
+            after, before = (imagined(model, anchors, generator) for model in models)
+            for anchor, ahead, behind in zip(anchors, after, before, strict=True):
+                states = np.concatenate([behind[::-1], anchor[None], ahead])
+                tried += 1
+                if len(states) < 2 or len(kept) == options.episodes:
+                    continue
+                actions = act(states[:-1], states[1:])
+                if accept(states, actions):
+                    kept.append((states, actions))
+                    advance(1)
+    if not kept:
+        raise InputError(
+            f"none of {tried} imagined episodes passes the filter: give more steps=, or a larger tolerance="
+        )
+    return kept, tried
+
+
+def windows(given: Episodes, horizon: int, backward: bool) -> np.ndarray:
+    """What comes after each row, or before it and then the nearest first: [N, horizon, D + 1].
+
+    The last value says whether it is a row of the episode, 1, or the episode is over, 0, whose end is repeated.
+    """
+    steps = np.arange(len(given.states))[:, None] + (-1 if backward else 1) * np.arange(1, horizon + 1)
+    rows = np.maximum(steps, given.first[:, None]) if backward else np.minimum(steps, given.last[:, None])
+    return np.concatenate([given.states[rows], (rows == steps)[..., None]], axis=2).astype(np.float32)
+
+
+def trajectories(given: Episodes, options: Augment, backward: bool) -> DiffusionPolicy:
+    """A diffusion model of `windows`, given the state that they begin at."""
+    chunks = windows(given, options.horizon, backward)
+    size = given.states.shape[1]
+    spec = PolicySpec(
+        observations={"state": ObservationSpec(shape=(size,))},
+        action=ActionSpec(shape=(size + 1,)),
+        n_obs_steps=1,
+        horizon=options.horizon,
+        n_action_steps=options.horizon,
+        control_rate=ASSUMED_RATE,
+    )
+    places = list(range(size))
+    config = {
+        "encoder": {"name": "observation"},
+        "denoiser": {"name": "unet1d", "channels": [64, 128], "n_groups": 8, "kernel_size": 5},
+        "process": {"name": "diffusion", "prediction": "sample"},
+        "sampler": {"scheduler": "ddim", "num_inference_steps": 20},
+        "objective": {"name": "denoising"},
+        "normalizer": {"default": "minmax"},
+        "action_frame": {"name": "position", "observation": "state", "columns": places, "action_columns": places},
+    }
+    values = {"state": given.states, "action": chunks.reshape(-1, size + 1)}
+    statistics = fit_normalizer(config, spec, values.__getitem__, lambda _: (given.states, chunks))
+    model = build_policy(config, replace(spec, normalizer=statistics))
+    kernels.for_training(model.train())
+    states, targets = torch.from_numpy(given.states).unsqueeze(1), torch.from_numpy(chunks)
+    _descend(
+        model,
+        lambda rows: model({"state": states[rows]}, targets[rows]),
+        len(states),
+        options.steps,
+        "learning what came before" if backward else "learning what comes after",
+    )
+    return model.eval().requires_grad_(False)
+
+
+def imagined(model: DiffusionPolicy, states: np.ndarray, generator: torch.Generator) -> list[np.ndarray]:
+    """From each of the states [n, D] on, the states up to where the episode is over: [k, D] each."""
+    now = torch.from_numpy(states).unsqueeze(1)
+    with torch.inference_mode():
+        chunks = model.sample({"state": now}, noise_generator=generator).action.numpy()
+    lasts = np.logical_and.accumulate(chunks[..., -1] > 0.5, axis=1).sum(axis=1)
+    return [chunk[:length, :-1] for chunk, length in zip(chunks, lasts, strict=True)]
+
+
+def inverse_and_forward(given: Episodes, options: Augment) -> tuple[Dynamics, Dynamics]:
+    """g: states and those after them → actions [n, A], within `SLACK` of what was demonstrated; f: see `Dynamics`.
+
+    Both tell what a step changes, in units of what demonstrated ones do.
+    """
+    rows = given.followed
+    now, change, action = given.states[rows], given.states[rows + 1] - given.states[rows], given.actions[rows]
+    inverse = _Regression((now, change), action, options.steps, "learning what acts between two states")
+    forward = _Regression((now, action), change, options.steps, "learning what an action changes")
+    low, high = given.actions.min(axis=0), given.actions.max(axis=0)
+    slack = SLACK * (high - low)
+
+    def act(states: np.ndarray, after: np.ndarray) -> np.ndarray:
+        return np.clip(inverse(states, after - states), low - slack, high + slack)
+
+    return act, lambda states, actions: states + forward(states, actions)
+
+
+class _Regression:
+    """y [n, A] of x [n, D] and z [n, C], standardised, by a network of two layers beside a linear map."""
+
+    def __init__(self, given: tuple[np.ndarray, np.ndarray], target: np.ndarray, steps: int, words: str) -> None:
+        x = np.concatenate(given, axis=1)
+        self._x, self._y = ((part.mean(axis=0), part.std(axis=0) + 1e-8) for part in (x, target))
+        inputs, targets = (
+            torch.from_numpy((part - mean) / spread).float()
+            for part, (mean, spread) in ((x, self._x), (target, self._y))
+        )
+        hidden = nn.Sequential(
+            nn.Linear(x.shape[1], 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, target.shape[1])
+        )
+        self._net = nn.ModuleList([hidden, nn.Linear(x.shape[1], target.shape[1])])
+        _descend(
+            self._net,
+            lambda rows: nn.functional.smooth_l1_loss(self._of(inputs[rows]), targets[rows], beta=0.1),
+            len(x),
+            2 * steps,
+            words,
+        )
+
+    def _of(self, x: Tensor) -> Tensor:
+        result: Tensor = self._net[0](x) + self._net[1](x)
+        return result
+
+    def __call__(self, *given: np.ndarray) -> np.ndarray:
+        x = (np.concatenate(given, axis=1) - self._x[0]) / self._x[1]
+        with torch.no_grad():
+            y = self._of(torch.from_numpy(x).float()).numpy()
+        result: np.ndarray = (y * self._y[1] + self._y[0]).astype(np.float32)
+        return result
+
+
+class Filter:
+    """Whether an episode could have been: it obeys the dynamics, and is where demonstrations are.
+
+    tolerance: how far a step may end beside where the dynamics say, in root mean squares of a demonstrated step.
+    """
+
+    def __init__(self, given: Episodes, dynamics: Dynamics, tolerance: float) -> None:
+        self._dynamics = dynamics
+        self._spread = given.states.std(axis=0) + 1e-8
+        rows = given.followed
+        steps = (given.states[rows + 1] - given.states[rows]) / self._spread
+        self.most = tolerance * float(np.sqrt((steps**2).sum(axis=1).mean()))
+        self._tree = cKDTree(given.states / self._spread)
+        self.reach = self._reach(given)
+
+    def _reach(self, given: Episodes) -> float:
+        """How far demonstrated states are from the nearest one of another episode, `NEAR` of them at most."""
+        found = []
+        for start, end in zip(given.starts, given.ends, strict=True):
+            others = np.delete(given.states, np.s_[start:end], axis=0) / self._spread
+            found.append(cKDTree(others).query(given.states[start:end] / self._spread)[0])
+        return float(np.quantile(np.concatenate(found), NEAR))
+
+    def __call__(self, states: np.ndarray, actions: np.ndarray) -> bool:
+        """states [T + 1, D], actions [T, A]."""
+        off = (self._dynamics(states[:-1], actions) - states[1:]) / self._spread
+        distance = self._tree.query(states / self._spread)[0]
+        return bool(np.linalg.norm(off, axis=1).max() <= self.most and distance.max() <= self.reach)
+
+
+def _descend(module: nn.Module, loss: Callable[[Tensor], Tensor], n: int, steps: int, words: str) -> None:
+    """`steps` of AdamW on batches of n examples, with a rate that falls to nothing. loss: of the rows given."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=_LR, weight_decay=1e-6)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with progress(words, steps) as advance:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(torch.randint(n, (min(_BATCH, n),))).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1)
