@@ -25,9 +25,11 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
+from action_diffusion.datasets.batches.sources import open_data
 from action_diffusion.datasets.storage.checks import check_finite
-from action_diffusion.datasets.storage.provenance import with_provenance
+from action_diffusion.datasets.storage.provenance import PROVENANCE, with_provenance
 from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE, ReplayBuffer
+from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.errors import InputError
 from action_diffusion.options.data import Augment
 from action_diffusion.policy import kernels
@@ -45,16 +47,17 @@ NEAR = 0.99
 """Quantile of the distances from a demonstrated state to the nearest one of another episode."""
 SLACK = 0.05
 """Of their range, by which actions may be beyond the demonstrated ones."""
-_BATCH, _LR, _TRIES, _AT_ONCE = 128, 1e-3, 20, 256
+KEPT = (PROVENANCE, "control_rate", "fps", "units", "task", "source")
+"""Attributes of a buffer that hold for new episodes as well."""
+_BATCH, _LR, _TRIES, _AT_ONCE, _LOOKED_AT = 128, 1e-3, 20, 256, 200
 
 
 class Episodes(NamedTuple):
-    """states [N, D] and actions [N, A] of demonstrations, ends [E] of their episodes, goals [N, D] or None."""
+    """states [N, D] and actions [N, A] of demonstrations, ends [E] of their episodes."""
 
     states: np.ndarray
     actions: np.ndarray
     ends: np.ndarray
-    goals: np.ndarray | None
 
     @property
     def starts(self) -> np.ndarray:
@@ -81,28 +84,29 @@ def augment(options: Augment, dynamics: Dynamics | None = None) -> dict[str, Any
     Raises `InputError` for columns that are not there or do not fit, an output that exists, episodes of a single row,
     and where not one new episode passes the filter.
     """
-    source, output = Path(options.in_).expanduser(), Path(options.out).expanduser()
+    output = Path(options.out).expanduser()
     if output.exists():
         raise InputError(f"{output} exists: choose another path, or remove it")
-    buffer = ReplayBuffer.open(source)
+    buffer = open_data(options.in_)
     given = _episodes(buffer, options)
     torch.manual_seed(options.seed)
     random = np.random.default_rng(options.seed)
     made, tried = generated(given, options, random, dynamics)
-    columns = {options.state: [given.states], options.action: [given.actions]}
-    columns |= {GENERATED: [np.zeros(len(given.states), bool)]}
-    if options.goal is not None and given.goals is not None:
-        columns[options.goal] = [given.goals]
+    keys = [options.state, options.action, *([options.goal] if options.goal else [])]
+    columns = {key: [np.asarray(buffer[key][:])] for key in keys}
+    before = np.asarray(buffer[GENERATED][:], bool) if GENERATED in buffer else np.zeros(len(given.states), bool)
+    columns[GENERATED] = [before]
     for states, actions in made:
         columns[options.state].append(states[:-1])
         columns[options.action].append(actions)
         columns[GENERATED].append(np.ones(len(actions), bool))
-        if options.goal is not None:
+        if options.goal:
             columns[options.goal].append(np.repeat(states[-1:], len(actions), axis=0))
     ends = np.concatenate([given.ends, given.ends[-1] + np.cumsum([len(actions) for _, actions in made])])
     what = f"augment episodes={options.episodes} horizon={options.horizon} seed={options.seed}"
     arrays = {key: np.concatenate(parts) for key, parts in columns.items()}
-    ReplayBuffer.from_arrays(arrays, ends, with_provenance(buffer, what)).save(output)
+    attrs = {name: value for name, value in with_provenance(buffer, what).items() if name in KEPT}
+    ReplayBuffer.from_arrays(arrays, ends, attrs).save(output)
     left_out = [key for key in buffer.keys if key not in arrays]
     report = {
         "output": str(output),
@@ -123,13 +127,17 @@ def _episodes(buffer: ReplayBuffer, options: Augment) -> Episodes:
             raise InputError(f"{buffer.name}: {what}={key} has shape {list(values.shape)}, expected numbers [N, D]")
         check_finite(values, key, buffer.name)
         found[what] = values.astype(np.float32)
+    turns = declared_rotations(buffer, {})
+    for key in named.values():
+        if turns.get(key):
+            raise InputError(f"{buffer.name}: {key} holds rotations, between which nothing can be imagined here")
     goal = found.get("goal")
     if goal is not None and goal.shape != found["state"].shape:
         raise InputError(
             f"{buffer.name}: goal={options.goal} has {goal.shape[1]} values, expected the {found['state'].shape[1]} of "
             f"{options.state}: a new episode's goal is the state that it ends in"
         )
-    episodes = Episodes(found["state"], found["action"], np.asarray(buffer.episode_ends), goal)
+    episodes = Episodes(found["state"], found["action"], np.asarray(buffer.episode_ends))
     if len(episodes.ends) < 2 or not len(episodes.followed):
         raise InputError(f"{buffer.name}: nothing to put together: at least two episodes of two rows are needed")
     return episodes
@@ -152,11 +160,10 @@ def generated(
             after, before = (imagined(model, anchors, generator) for model in models)
             for anchor, ahead, behind in zip(anchors, after, before, strict=True):
                 states = np.concatenate([behind[::-1], anchor[None], ahead])
+                if len(kept) == options.episodes:
+                    break
                 tried += 1
-                if len(states) < 2 or len(kept) == options.episodes:
-                    continue
-                actions = act(states[:-1], states[1:])
-                if accept(states, actions):
+                if len(states) > 1 and accept(states, actions := act(states[:-1], states[1:])):
                     kept.append((states, actions))
                     advance(1)
     if not kept:
@@ -191,7 +198,7 @@ def trajectories(given: Episodes, options: Augment, backward: bool) -> Diffusion
     places = list(range(size))
     config = {
         "encoder": {"name": "observation"},
-        "denoiser": {"name": "unet1d", "channels": [64, 128], "n_groups": 8, "kernel_size": 5},
+        "denoiser": {"name": "unet1d", "channels": [32, 64], "n_groups": 4, "kernel_size": 5},
         "process": {"name": "diffusion", "prediction": "sample"},
         "sampler": {"scheduler": "ddim", "num_inference_steps": 20},
         "objective": {"name": "denoising"},
@@ -292,7 +299,8 @@ class Filter:
     def _reach(self, given: Episodes) -> float:
         """How far demonstrated states are from the nearest one of another episode, `NEAR` of them at most."""
         found = []
-        for start, end in zip(given.starts, given.ends, strict=True):
+        every = -(-len(given.ends) // _LOOKED_AT)
+        for start, end in zip(given.starts[::every], given.ends[::every], strict=True):
             others = np.delete(given.states, np.s_[start:end], axis=0) / self._spread
             found.append(cKDTree(others).query(given.states[start:end] / self._spread)[0])
         return float(np.quantile(np.concatenate(found), NEAR))

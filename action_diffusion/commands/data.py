@@ -150,7 +150,7 @@ def _absolute(options: Mapping[str, Any]) -> Mapping[str, Any]:
 def _augment(options: Mapping[str, Any]) -> Mapping[str, Any]:
     from action_diffusion.training.augmenting import augment
 
-    return augment(check({"in_" if key == "in" else key: value for key, value in options.items()}, Augment))
+    return augment(check(dict(options), Augment))
 
 
 SUBCOMMANDS = {

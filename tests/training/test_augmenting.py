@@ -34,7 +34,7 @@ def buffer(**changes: Any) -> ReplayBuffer:
 
 def episodes() -> Episodes:
     columns = chain()
-    return Episodes(columns["state"], columns["action"], 8 * np.arange(1, 13), None)
+    return Episodes(columns["state"], columns["action"], 8 * np.arange(1, 13))
 
 
 def options(**changes: Any) -> Augment:
@@ -65,7 +65,7 @@ def test_dynamics_are_learnt_from_steps_within_episodes() -> None:
             actions.append(random.uniform(-1, 1, 2))
             at = at + 0.5 * actions[-1]
         ends.append(len(states))
-    given = Episodes(np.float32(states), np.float32(actions), np.array(ends), None)
+    given = Episodes(np.float32(states), np.float32(actions), np.array(ends))
     act, after = inverse_and_forward(given, options(steps=300))
     at, action = np.float32(random.normal(size=(50, 2))), np.float32(random.uniform(-0.9, 0.9, (50, 2)))
     np.testing.assert_allclose(after(at, action), at + 0.5 * action, atol=0.03)
