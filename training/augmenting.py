@@ -1,11 +1,11 @@
 """More demonstrations of the demonstrations: ways into and out of their states, imagined, put together and filtered.
 
-                     backward model            forward model
-    episode 3   ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ▶ s ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ▶        s: any demonstrated state, an anchor
-    a new one   s₋ₖ … s₋₂ s₋₁           s           s₁ s₂ … sₘ           states, by two diffusion models
-                a = g(s, s′) between any two of them                     actions, by the inverse dynamics
-    kept where  |f(s, a) − s′| ≤ tolerance · a typical step, and every state is as near to a demonstrated one of another
-                episode as those are to each other
+                      backward model        forward model
+    demonstrated      ─ ─ ─ ─ ─ ─ ─ ─ ▶ s   s ─ ─ ─ ─ ─ ─ ─ ─ ▶     s: an anchor, where one ends or begins
+    a new episode     s₋ₖ … s₋₂ s₋₁       s       s₁ s₂ … sₘ        states, by two diffusion models
+                      a = g(s, s') between any two of them          actions, by the inverse dynamics
+    kept where        something comes before s, and after it; |f(s, a) - s'| ≤ tolerance · a typical step; and each
+                      state is as near to a demonstrated one as those of different episodes are to each other
 
 Where episodes meet, the way in may be of one and the way out of another: what is put together goes from where one
 begins to where the other ends ("BiTrajDiff: Bidirectional Trajectory Generation with Diffusion Models for Offline
@@ -49,7 +49,7 @@ SLACK = 0.05
 """Of their range, by which actions may be beyond the demonstrated ones."""
 KEPT = (PROVENANCE, "control_rate", "fps", "units", "task", "source")
 """Attributes of a buffer that hold for new episodes as well."""
-_BATCH, _LR, _TRIES, _AT_ONCE, _LOOKED_AT = 128, 1e-3, 20, 256, 200
+_BATCH, _LR, _TRIES, _AT_ONCE, _LOOKED_AT = 128, 1e-3, 100, 256, 200
 
 
 class Episodes(NamedTuple):
@@ -154,16 +154,18 @@ def generated(
     generator = torch.Generator().manual_seed(options.seed)
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     tried = 0
+    anchored = np.union1d(given.starts, given.ends - 1) if options.anchors == "ends" else np.arange(len(given.states))
     with progress("generating", options.episodes) as advance:
         while len(kept) < options.episodes and tried < _TRIES * options.episodes:
-            anchors = given.states[random.integers(len(given.states), size=_AT_ONCE)]
+            anchors = given.states[random.choice(anchored, _AT_ONCE)]
             after, before = (imagined(model, anchors, generator) for model in models)
             for anchor, ahead, behind in zip(anchors, after, before, strict=True):
-                states = np.concatenate([behind[::-1], anchor[None], ahead])
                 if len(kept) == options.episodes:
                     break
                 tried += 1
-                if len(states) > 1 and accept(states, actions := act(states[:-1], states[1:])):
+                states = np.concatenate([behind[::-1], anchor[None], ahead])
+                actions = act(states[:-1], states[1:])
+                if len(behind) and len(ahead) and accept(states, actions):
                     kept.append((states, actions))
                     advance(1)
     if not kept:
@@ -200,7 +202,7 @@ def trajectories(given: Episodes, options: Augment, backward: bool) -> Diffusion
         "encoder": {"name": "observation"},
         "denoiser": {"name": "unet1d", "channels": [32, 64], "n_groups": 4, "kernel_size": 5},
         "process": {"name": "diffusion", "prediction": "sample"},
-        "sampler": {"scheduler": "ddim", "num_inference_steps": 20},
+        "sampler": {"scheduler": "ddim", "num_inference_steps": 10},
         "objective": {"name": "denoising"},
         "normalizer": {"default": "minmax"},
         "action_frame": {"name": "position", "observation": "state", "columns": places, "action_columns": places},
@@ -247,15 +249,21 @@ def inverse_and_forward(given: Episodes, options: Augment) -> tuple[Dynamics, Dy
     return act, lambda states, actions: states + forward(states, actions)
 
 
+def spread(values: np.ndarray) -> np.ndarray:
+    """The standard deviation [D] of values [N, D]; 1 where nothing but rounding differs."""
+    deviation = values.std(axis=0)
+    result: np.ndarray = np.where(deviation > 1e-6 * np.abs(values).max(axis=0), deviation, 1.0).astype(np.float32)
+    return result
+
+
 class _Regression:
     """y [n, A] of x [n, D] and z [n, C], standardised, by a network of two layers beside a linear map."""
 
     def __init__(self, given: tuple[np.ndarray, np.ndarray], target: np.ndarray, steps: int, words: str) -> None:
         x = np.concatenate(given, axis=1)
-        self._x, self._y = ((part.mean(axis=0), part.std(axis=0) + 1e-8) for part in (x, target))
+        self._x, self._y = ((part.mean(axis=0), spread(part)) for part in (x, target))
         inputs, targets = (
-            torch.from_numpy((part - mean) / spread).float()
-            for part, (mean, spread) in ((x, self._x), (target, self._y))
+            torch.from_numpy((part - mean) / scale).float() for part, (mean, scale) in ((x, self._x), (target, self._y))
         )
         hidden = nn.Sequential(
             nn.Linear(x.shape[1], 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, target.shape[1])
@@ -289,7 +297,7 @@ class Filter:
 
     def __init__(self, given: Episodes, dynamics: Dynamics, tolerance: float) -> None:
         self._dynamics = dynamics
-        self._spread = given.states.std(axis=0) + 1e-8
+        self._spread = spread(given.states)
         rows = given.followed
         steps = (given.states[rows + 1] - given.states[rows]) / self._spread
         self.most = tolerance * float(np.sqrt((steps**2).sum(axis=1).mean()))

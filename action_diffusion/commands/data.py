@@ -48,16 +48,17 @@ action-diffusion data augment in=DIR.zarr out=OTHER.zarr [name=value …]     ne
   action-diffusion data augment in=demos.zarr out=more.zarr episodes=500
   action-diffusion data augment in=demos.zarr out=more.zarr goal=goal
 
-From demonstrated states on, one diffusion model imagines what comes after, another one what came before; learnt
-dynamics say which actions that takes, and refuse what cannot be. OTHER.zarr holds the old episodes and the new ones,
-whose rows are true in the column `generated`; `provenance` says how it was made. For states, not for cameras: other
-columns are left out, and named. More: docs/augment.md.
+From where a demonstration ends or begins, one diffusion model imagines what comes after, another one what came before.
+New episodes are those with both; learnt dynamics say which actions they take, and refuse what cannot be. OTHER.zarr
+holds the old episodes and the new ones, whose rows are true in the column `generated`; `provenance` says how it was
+made. For states, not for cameras: other columns are left out, and named. More: docs/augment.md.
 
 Options
   episodes=200      new ones
   horizon=32        steps that are imagined before and after a state, at most; an even number
   steps=1000        of training, for each model
   tolerance=0.25    how far a step may end beside where the dynamics say, in typical steps
+  anchors=ends      states to begin at: ends, where a demonstration begins or ends; or all
   state=state       the column of states, [N, D], which should say all that matters
   action=action     that of actions, [N, A]
   goal=KEY          a column of goals, [N, D], which in a new episode is the state that it ends in

@@ -47,6 +47,7 @@ class Augment:
     horizon: Annotated[int, Even] = 32
     steps: Annotated[int, Between(1, 10_000_000)] = 1000
     tolerance: Annotated[float, Above(0, 1000)] = 0.25
+    anchors: Annotated[str, OneOf("ends", "all")] = "ends"
     state: str = "state"
     action: str = "action"
     goal: str | None = None

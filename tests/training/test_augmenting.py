@@ -16,25 +16,27 @@ from action_diffusion.options.data import Augment
 from action_diffusion.training.augmenting import Episodes, Filter, augment, inverse_and_forward, windows
 
 
-def chain(n: int = 12, length: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
-    """Points that go right along x by 0.1 a step: half of the episodes end where the other half begin, at x = 0."""
+def chain(n: int = 24, length: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
+    """Points that go right along x by half of the action: half of the episodes end where the others begin, at x = 0."""
     random = np.random.default_rng(seed)
-    first = np.where(np.arange(n) % 2, 0.0, -0.1 * (length - 1))
-    y = random.uniform(-0.01, 0.01, n)
-    states = np.stack([first[:, None] + 0.1 * np.arange(length), y[:, None] + np.zeros(length)], axis=2)
-    action = np.tile([0.2, 0.0], (n * length, 1)) + random.normal(0, 1e-3, (n * length, 2))
+    steps = random.uniform(0.06, 0.14, (n, length))
+    first = np.where(np.arange(n) % 2, 0.0, -steps[:, 1:].sum(axis=1))
+    x = first[:, None] + np.cumsum(steps, axis=1) - steps
+    y = random.uniform(-0.3, 0.3, n)[:, None] + np.zeros(length)
+    states = np.stack([x, y], axis=2)
+    action = np.stack([2 * steps, np.zeros_like(steps)], axis=2).reshape(-1, 2)
     columns = {"state": states.reshape(-1, 2), "action": action, "goal": np.repeat(states[:, -1], length, axis=0)}
     return {key: value.astype(np.float32) for key, value in columns.items()}
 
 
 def buffer(**changes: Any) -> ReplayBuffer:
     columns = chain() | changes
-    return ReplayBuffer.from_arrays(columns, 8 * np.arange(1, 13), {"control_rate": 10.0})
+    return ReplayBuffer.from_arrays(columns, 8 * np.arange(1, 25), {"control_rate": 10.0})
 
 
 def episodes() -> Episodes:
     columns = chain()
-    return Episodes(columns["state"], columns["action"], 8 * np.arange(1, 13))
+    return Episodes(columns["state"], columns["action"], 8 * np.arange(1, 25))
 
 
 def options(**changes: Any) -> Augment:
@@ -44,7 +46,7 @@ def options(**changes: Any) -> Augment:
 def test_windows_of_what_comes_after_and_before() -> None:
     given = episodes()
     after, before = windows(given, 4, backward=False), windows(given, 4, backward=True)
-    assert after.shape == before.shape == (96, 4, 3)
+    assert after.shape == before.shape == (192, 4, 3)
     np.testing.assert_array_equal(after[0, :, :2], given.states[1:5])
     np.testing.assert_array_equal(after[5, :, 2], [1, 1, 0, 0])
     np.testing.assert_array_equal(after[5, 1:, :2], given.states[[7, 7, 7]])
@@ -78,33 +80,33 @@ def test_what_cannot_be_is_refused() -> None:
     given = episodes()
     accept = Filter(given, lambda states, actions: states + 0.5 * actions, tolerance=0.25)
     states = given.states[:8]
-    actions = np.tile(np.float32([0.2, 0.0]), (7, 1))
+    actions = given.actions[:7]
     assert accept(states, actions)
     jumped = states.copy()
     jumped[4:] += [0.2, 0.0]
     assert not accept(jumped, actions)  # the dynamics say otherwise
-    aside = states + np.float32([0.0, 0.5])
+    aside = states + np.float32([0.0, 0.9])
     assert not accept(aside, actions)  # nothing was ever there
 
 
 def test_new_episodes_go_from_where_one_begins_to_where_another_ends(tmp_path: Path) -> None:
-    buffer(extra=np.zeros((96, 3), np.float32)).save(tmp_path / "a.zarr")
+    buffer(extra=np.zeros((192, 3), np.float32)).save(tmp_path / "a.zarr")
     out = tmp_path / "b.zarr"
     given = options(in_=str(tmp_path / "a.zarr"), out=str(out), goal="goal", steps=250, tolerance=0.6)
     report = augment(given, dynamics=lambda states, actions: states + 0.5 * actions)
     made = ReplayBuffer.open(out)
     assert report["left_out"] == "extra"
-    assert report["generated"] == made.n_episodes - 12 == 8
+    assert report["generated"] == made.n_episodes - 24 == 8
     flags, states = made["generated"][:], made["state"][:]
-    np.testing.assert_array_equal(flags, np.arange(made.n_steps) >= 96)
-    np.testing.assert_array_equal(states[:96], chain()["state"])
-    starts = np.concatenate([[0], made.episode_ends[:-1]])[12:]
-    lengths = states[made.episode_ends[12:] - 1, 0] - states[starts, 0]
-    assert lengths.max() > 0.9  # a demonstration is 0.7 long
+    np.testing.assert_array_equal(flags, np.arange(made.n_steps) >= 192)
+    np.testing.assert_array_equal(states[:192], chain()["state"])
+    starts = np.concatenate([[0], made.episode_ends[:-1]])[24:]
+    lengths = states[made.episode_ends[24:] - 1, 0] - states[starts, 0]
+    assert lengths.min() > 0.8  # a demonstration is 0.7 long, and a row
     goals = made["goal"][:]
-    for start, end in zip(starts, made.episode_ends[12:], strict=True):
+    for start, end in zip(starts, made.episode_ends[24:], strict=True):
         assert (goals[start:end] == goals[start]).all()
-        np.testing.assert_allclose(goals[start, 0], states[end - 1, 0] + 0.1, atol=0.1)
+        np.testing.assert_allclose(goals[start, 0], states[end - 1, 0] + 0.1, atol=0.15)
     assert made.attrs["provenance"][-1]["what"] == "augment episodes=8 horizon=8 seed=0"
     assert made.rate == 10.0
 
@@ -112,10 +114,10 @@ def test_new_episodes_go_from_where_one_begins_to_where_another_ends(tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "columns", "message"),
     [
-        ({"goal": "goals"}, {}, "did you mean goal"),
-        ({"goal": "action"}, {"action": np.zeros((96, 3), np.float32)}, "goal=action has 3 values, expected the 2 of"),
-        ({"state": "x"}, {"x": np.zeros((96, 4, 4, 3), np.uint8)}, r"state=x has shape \[96, 4, 4, 3\], expected"),
-        ({}, {"state": np.full((96, 2), np.nan, np.float32)}, "data/state is NaN at row 0"),
+        ({"goal": "goals"}, {}, "no key 'goals'"),
+        ({"goal": "action"}, {"action": np.zeros((192, 3), np.float32)}, "goal=action has 3 values, expected the 2 of"),
+        ({"state": "x"}, {"x": np.zeros((192, 4, 4, 3), np.uint8)}, r"state=x has shape \[192, 4, 4, 3\], expected"),
+        ({}, {"state": np.full((192, 2), np.nan, np.float32)}, "data/state is NaN at row 0"),
         ({"tolerance": 1e-6, "steps": 1, "episodes": 1}, {}, "none of .* imagined episodes passes the filter"),
     ],
 )
