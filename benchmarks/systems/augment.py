@@ -74,7 +74,10 @@ def measure(seed: int) -> Measured:
 
 
 def demonstrations(random: np.random.Generator) -> ReplayBuffer:
-    """From anywhere in the left room into the door (A to B) or the closet (A to D), or from the door on (B to C)."""
+    """From anywhere in the left room into the door (A to B) or the closet (A to D), or from the door on (B to C).
+
+    They end at rest.
+    """
     states, actions, goals, ends = [], [], [], []
     for episode in range(EPISODES):
         left = np.array([-random.uniform(0.3, 0.9), random.uniform(*LOW)])
@@ -93,6 +96,9 @@ def demonstrations(random: np.random.Generator) -> ReplayBuffer:
                 actions.append(action)
                 goals.append(way[-1])
                 at = step(at[None], action[None])[0]
+        states.append(at)
+        actions.append(np.zeros(2))
+        goals.append(way[-1])
         ends.append(len(states))
     columns = {
         key: np.array(values, np.float32) for key, values in (("state", states), ("action", actions), ("goal", goals))
