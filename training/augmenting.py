@@ -5,7 +5,7 @@
     a new episode     s₋ₖ … s₋₂ s₋₁       s       s₁ s₂ … sₘ        states, by two diffusion models
                       a = g(s, s') between any two of them          actions, by the inverse dynamics
     kept where        something comes before s, and after it; |f(s, a) - s'| ≤ tolerance · a typical step; and each
-                      state is as near to a demonstrated one as those of different episodes are to each other
+                      state is about as near to a demonstrated one as those of different episodes are to each other
 
 Where episodes meet, the way in may be of one and the way out of another: what is put together goes from where one
 begins to where the other ends ("BiTrajDiff: Bidirectional Trajectory Generation with Diffusion Models for Offline
@@ -43,8 +43,9 @@ Dynamics = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 GENERATED = "generated"
 """The column that says which rows were: bool [N]. It is a flag, which no policy observes."""
-NEAR = 0.99
-"""Quantile of the distances from a demonstrated state to the nearest one of another episode."""
+NEAR, FARTHER = 0.99, 2.0
+"""Quantile of the distances from a demonstrated state to the nearest one of another episode; and how many times as far
+an imagined one may be."""
 SLACK = 0.05
 """Of their range, by which actions may be beyond the demonstrated ones."""
 KEPT = (PROVENANCE, "control_rate", "fps", "units", "task", "source")
@@ -176,13 +177,15 @@ def generated(
 
 
 def windows(given: Episodes, horizon: int, backward: bool) -> np.ndarray:
-    """What comes after each row, or before it and then the nearest first: [N, horizon, D + 1].
+    """Steps from each row to the one after it, and so on; or to the one before it, and so on: [N, horizon, D + 1].
 
-    The last value says whether it is a row of the episode, 1, or the episode is over, 0, whose end is repeated.
+    The last value says whether a step leads to a row of the episode, 1, or the episode is over, 0, and it stays there.
+    Steps, and not places: what is off in one of them does not make the way jagged.
     """
     steps = np.arange(len(given.states))[:, None] + (-1 if backward else 1) * np.arange(1, horizon + 1)
     rows = np.maximum(steps, given.first[:, None]) if backward else np.minimum(steps, given.last[:, None])
-    return np.concatenate([given.states[rows], (rows == steps)[..., None]], axis=2).astype(np.float32)
+    ways = np.concatenate([given.states[:, None], given.states[rows]], axis=1)
+    return np.concatenate([np.diff(ways, axis=1), (rows == steps)[..., None]], axis=2).astype(np.float32)
 
 
 def trajectories(given: Episodes, options: Augment, backward: bool) -> DiffusionPolicy:
@@ -197,7 +200,6 @@ def trajectories(given: Episodes, options: Augment, backward: bool) -> Diffusion
         n_action_steps=options.horizon,
         control_rate=ASSUMED_RATE,
     )
-    places = list(range(size))
     config = {
         "encoder": {"name": "observation"},
         "denoiser": {"name": "unet1d", "channels": [32, 64], "n_groups": 4, "kernel_size": 5},
@@ -205,7 +207,6 @@ def trajectories(given: Episodes, options: Augment, backward: bool) -> Diffusion
         "sampler": {"scheduler": "ddim", "num_inference_steps": 10},
         "objective": {"name": "denoising"},
         "normalizer": {"default": "minmax"},
-        "action_frame": {"name": "position", "observation": "state", "columns": places, "action_columns": places},
     }
     values = {"state": given.states, "action": chunks.reshape(-1, size + 1)}
     statistics = fit_normalizer(config, spec, values.__getitem__, lambda _: (given.states, chunks))
@@ -228,7 +229,8 @@ def imagined(model: DiffusionPolicy, states: np.ndarray, generator: torch.Genera
     with torch.inference_mode():
         chunks = model.sample({"state": now}, noise_generator=generator).action.numpy()
     lasts = np.logical_and.accumulate(chunks[..., -1] > 0.5, axis=1).sum(axis=1)
-    return [chunk[:length, :-1] for chunk, length in zip(chunks, lasts, strict=True)]
+    ways = states[:, None] + np.cumsum(chunks[..., :-1], axis=1)
+    return [way[:length] for way, length in zip(ways, lasts, strict=True)]
 
 
 def inverse_and_forward(given: Episodes, options: Augment) -> tuple[Dynamics, Dynamics]:
@@ -244,7 +246,8 @@ def inverse_and_forward(given: Episodes, options: Augment) -> tuple[Dynamics, Dy
     slack = SLACK * (high - low)
 
     def act(states: np.ndarray, after: np.ndarray) -> np.ndarray:
-        return np.clip(inverse(states, after - states), low - slack, high + slack)
+        found: np.ndarray = np.clip(inverse(states, after - states), low - slack, high + slack)
+        return found
 
     return act, lambda states, actions: states + forward(states, actions)
 
@@ -305,13 +308,13 @@ class Filter:
         self.reach = self._reach(given)
 
     def _reach(self, given: Episodes) -> float:
-        """How far demonstrated states are from the nearest one of another episode, `NEAR` of them at most."""
+        """How far a state may be from the nearest demonstrated one."""
         found = []
         every = -(-len(given.ends) // _LOOKED_AT)
         for start, end in zip(given.starts[::every], given.ends[::every], strict=True):
             others = np.delete(given.states, np.s_[start:end], axis=0) / self._spread
             found.append(cKDTree(others).query(given.states[start:end] / self._spread)[0])
-        return float(np.quantile(np.concatenate(found), NEAR))
+        return FARTHER * float(np.quantile(np.concatenate(found), NEAR))
 
     def __call__(self, states: np.ndarray, actions: np.ndarray) -> bool:
         """states [T + 1, D], actions [T, A]."""
