@@ -209,6 +209,7 @@ OBJECTIVES = Registry(
         "mean_flow": "action_diffusion.policy.objectives.flow_maps:MeanFlow",
         "mip": "action_diffusion.policy.objectives.objective:Mip",
         "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
+        "sobolev": "action_diffusion.policy.objectives.sobolev:Sobolev",
     },
 )
 EXTENSIONS = Registry(

@@ -22,6 +22,7 @@ from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.objectives.objective import Network, Objective
+from action_diffusion.policy.objectives.sobolev import Sobolev
 from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.rotations import continuous, valid
@@ -59,6 +60,11 @@ class DiffusionPolicy(nn.Module):
             raise InputError(
                 f"policy.objective.max_delay={max_delay} must be between 0 and {spec.horizon - spec.n_obs_steps}: of "
                 f"{spec.horizon} steps {spec.n_obs_steps - 1} are past, and one at least is to be learnt"
+            )
+        if isinstance(objective, Sobolev) and spec.camera_order:
+            raise InputError(
+                f"policy.objective: sobolev is for states, and the policy sees {', '.join(spec.camera_order)}: how "
+                "pictures move with what the gains are of is not known"
             )
         self.spec = spec
         self.features = nn.ModuleDict({module_name(key): feature for key, feature in features.items()})
@@ -166,10 +172,12 @@ class DiffusionPolicy(nn.Module):
         action: Tensor,
         mask: Tensor | None = None,
         *,
+        gain: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The training loss, a scalar. action [B, H, A] in the data's units; mask [B, H], False where padded.
 
+        gain: [B, A, D] or [B, A · D], which the objective `sobolev` needs, and no other takes.
         `generator` draws crops, times and noise: the loss is a function of the weights, the batch and its state (and of
         torch's own random numbers where a network has dropout).
         With an estimator, `obs` holds the recorded state as well, and its loss is added.
@@ -178,6 +186,8 @@ class DiffusionPolicy(nn.Module):
         loss = self._denoising_loss(seen, obs, action, mask, generator)
         if self.estimator is not None and seen.output is not None:
             loss = loss + self.estimator.loss(seen.output, obs[self.estimator.key][:, -1].float())
+        if isinstance(self.objective, Sobolev):
+            loss = loss + self._feedback_loss(self.objective, obs, action, gain, generator)
         return loss
 
     def _denoising_loss(
@@ -205,6 +215,26 @@ class DiffusionPolicy(nn.Module):
                 taught["teacher"] = _network(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
         pairs = self.objective.pairs(network, self.process, x0, generator, **taught)
         return self.objective.reduced(pairs, self.process, counts, len(x0))
+
+    def _feedback_loss(
+        self,
+        objective: Sobolev,
+        obs: Mapping[str, Tensor],
+        action: Tensor,
+        gain: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """In float32, since it is made of differences between neighbours."""
+        if gain is None:
+            raise InputError("policy.objective: sobolev learns from gains, and none are given")
+        with torch.autocast(action.device.type, enabled=False):
+            states = [key for key in self.spec.observations if key in self.spec.states]
+            beside, action = objective.neighbours(obs, states, action, gain, generator)
+            seen = self.see(beside, generator)
+            x0 = self.normalize_action(action, seen.obs)
+            network = _network(self.denoiser, seen.condition, self._prefix(None, x0, 1))
+            slopes = objective.slopes(network, self.process, x0, self.spec.n_obs_steps - 1, generator)
+            return objective.weight * objective.reduced([slopes], self.process, None, len(x0))
 
     def _draw_prefix(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Of n training examples, the steps that are given: bool [n, H]; each delay up to `max_delay` as often."""

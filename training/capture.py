@@ -39,13 +39,15 @@ class CapturedGradient:
 
     def __call__(self, batch: Batch, seed: int) -> Tensor:
         """The loss of `batch` with the random numbers of a generator with this seed; a tensor of its own."""
-        keys, tensors = list(batch.obs), [*batch.obs.values(), batch.action, batch.mask]
+        keys, gains = list(batch.obs), [] if batch.gain is None else [batch.gain]
+        tensors = [*batch.obs.values(), batch.action, batch.mask, *gains]
         if self._graph is None:
 
             def loss(*given: Tensor) -> Tensor:
-                *observations, action, mask = given
+                observations, (action, mask, *gain) = given[: len(keys)], given[len(keys) :]
                 obs = dict(zip(keys, observations, strict=True))
-                return self._gradient(Batch(obs, action, mask), self._generator).detach()
+                batch = Batch(obs, action, mask, gain=gain[0] if gain else None)
+                return self._gradient(batch, self._generator).detach()
 
             self._graph = Graph(loss, tensors, generator=self._generator, before=self._forget)
         self._generator.manual_seed(seed)

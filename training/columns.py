@@ -23,6 +23,7 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, ZarrColumn
 from action_diffusion.envs.robosuite.absolute import COLUMN as ABSOLUTE
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options.policy import Sobolev
 from action_diffusion.rotations import RotationColumns
 
 _WORDS = {
@@ -49,17 +50,29 @@ def action_source(task: Mapping[str, Any]) -> str:
     return task["action"].get("source") or "action"
 
 
-def observed(task: Mapping[str, Any], drop: Sequence[str] | None, buffer: ReplayBuffer) -> dict[str, dict[str, Any]]:
+def gain_source(config: Mapping[str, Any]) -> str | None:
+    """The column of feedback gains that the objective of a training's configuration learns from, if it does."""
+    objective = config.get("policy", {}).get("objective", {})
+    return objective.get("gain", Sobolev.gain) if objective.get("name") == "sobolev" else None
+
+
+def observed(
+    task: Mapping[str, Any], drop: Sequence[str] | None, buffer: ReplayBuffer, gain: str | None = None
+) -> dict[str, dict[str, Any]]:
     """The observations of a policy, name → options: those of the task, or else those of `found`, without `drop`.
 
-    Raises `InputError` for a name in `drop` that is not there, and where nothing is left.
+    gain: the column of feedback gains, which is not observed. Raises `InputError` for a name in `drop` that is not
+    there, where nothing is left, and for gains that are not there.
     """
     named, action = task.get("observations"), action_source(task)
+    if gain is not None and gain not in buffer.keys:
+        raise unknown("key of the buffer for policy.objective.gain", gain, buffer.keys, buffer.name)
     known = list(named) if named else [key for key in buffer.keys if key != action]
     for name in drop or ():
         if name not in known:
             raise unknown("observation", name, known, f"drop of {buffer.name}")
-    seen = {key: dict(options) for key, options in (named or found(buffer, action)).items() if key not in (drop or ())}
+    unnamed = {} if named else {key: options for key, options in found(buffer, action).items() if key != gain}
+    seen = {key: dict(options) for key, options in (named or unnamed).items() if key not in (drop or ())}
     if drop and not seen:
         raise InputError(f"drop=[{','.join(drop)}] leaves no observation of {buffer.name}")
     return seen
@@ -74,7 +87,9 @@ def drawn(task: Mapping[str, Any], drop: Sequence[str] | None, buffer: ReplayBuf
     return [key for key in dict.fromkeys(images) if key not in buffer.keys]
 
 
-def together(buffers: Sequence[ReplayBuffer], task: Mapping[str, Any], drop: Sequence[str] | None) -> ReplayBuffer:
+def together(
+    buffers: Sequence[ReplayBuffer], task: Mapping[str, Any], drop: Sequence[str] | None, gain: str | None = None
+) -> ReplayBuffer:
     """The buffers as one. Raises `InputError` where what the policy learns from is not in all of them: `joined`."""
     if len(buffers) == 1:
         return buffers[0]
@@ -82,7 +97,7 @@ def together(buffers: Sequence[ReplayBuffer], task: Mapping[str, Any], drop: Seq
     seen = [named] if named else [found(buffer, action) for buffer in buffers]
     wanted = {key: options for some in seen for key, options in some.items() if key not in (drop or ())}
     wanted |= task.get("estimates") or {}
-    needed = {action, *(options.get("source") or key for key, options in wanted.items())}
+    needed = {action, *([gain] if gain else ()), *(options.get("source") or key for key, options in wanted.items())}
     return joined(buffers, sorted(needed - {key for buffer in buffers for key in drawn(task, drop, buffer)}))
 
 
@@ -147,7 +162,7 @@ def became(
     for key in buffer.keys:
         seen_as = [name for name, source in sources.items() if source == key]
         if key == action:
-            words[key] = f"the action: {_vector(buffer[key])}"
+            words[key] = f"the action: {vector(buffer[key])}"
         elif seen_as:
             alias = "" if seen_as == [key] else f" (as {', '.join(seen_as)})"
             words[key] = f"observed{alias}: {_what(buffer[key])}"
@@ -164,10 +179,11 @@ def became(
 
 def _what(column: Column) -> str:
     shown = picture(column.shape, column.dtype)
-    return _vector(column) if shown is None else _camera(column, shown)
+    return vector(column) if shown is None else _camera(column, shown)
 
 
-def _vector(column: Column) -> str:
+def vector(column: Column) -> str:
+    """A row, in words."""
     row = column.shape[1:] or (1,)
     n = int(np.prod(row))
     return f"{n} value{'s' if n > 1 else ''}" + (

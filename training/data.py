@@ -35,18 +35,23 @@ _MOST_WIDTH = 40
 
 
 def describe(
-    task: Mapping[str, Any], buffer: ReplayBuffer, versions: dict[str, str], drop: Sequence[str] | None = None
+    task: Mapping[str, Any],
+    buffer: ReplayBuffer,
+    versions: dict[str, str],
+    drop: Sequence[str] | None = None,
+    gain: str | None = None,
 ) -> PolicySpec:
     """The specification of a policy for `task` and the shapes of `buffer`, without normaliser statistics.
 
     Where the task names no observations, those of `columns.found` are seen; drop: leave out these. Where it says no
-    control_rate, it is the buffer's, or that of its time stamps.
+    control_rate, it is the buffer's, or that of its time stamps. gain: the column of feedback gains, which is seen only
+    by the objective.
     """
     action = dict(task["action"])
     source = columns.action_source(task)
     columns.check_action(buffer, source)
     _check_state(buffer, source, "the action")
-    named = columns.observed(task, drop, buffer)
+    named = columns.observed(task, drop, buffer, gain)
     if not named:
         reasons = ", ".join(f"{key} ({columns.why_not(buffer, key)})" for key in buffer.keys if key != source)
         raise InputError(f"{buffer.name} holds no observations beside {source!r}: {reasons or 'no other key'}")
@@ -57,6 +62,9 @@ def describe(
         for key, options in (task.get("estimates") or {}).items()
     }
     sources = {key: spec.source for key, spec in (observations | estimates).items()}
+    became = columns.became(buffer, source, sources, rotations, _dropped(task, drop))
+    if gain is not None:
+        became[gain] = f"feedback gains: {columns.vector(buffer[gain])}"
     return PolicySpec(
         observations=observations,
         action=ActionSpec(
@@ -74,7 +82,7 @@ def describe(
         demonstrations=str(buffer.attrs.get("source", "")),
         estimates=estimates,
         versions=versions,
-        buffer_columns=columns.became(buffer, source, sources, rotations, _dropped(task, drop)),
+        buffer_columns=became,
     )
 
 
@@ -222,11 +230,13 @@ def prepare(
     subset: str | None = None,
     memory_gb: float | None = None,
     cache_dir: Path | None = None,
+    gain: str | None = None,
 ) -> TrainingData:
     """Split by episode and load what the policy needs into the fastest memory that holds it.
 
     Raises `InputError` where the buffer has another rate than the policy.
-    subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys).
+    subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys). gain: the column of
+    feedback gains.
     """
     columns.check_rate(buffer, spec.control_rate)
     chosen = np.arange(buffer.n_episodes) if subset is None else named_subset(buffer, subset)
@@ -246,6 +256,7 @@ def prepare(
         device=device,
         memory_gb=memory_gb,
         cache_dir=cache_dir,
+        gain_key=gain,
         rotations={k: v.rotations for k, v in spec.states.items()} | {"action": spec.action.rotations},
     )
     ends = buffer.episode_ends

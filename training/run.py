@@ -109,7 +109,7 @@ def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
 
             buffer = sources.with_images(buffer, render_states, key=key, cache_dir=cache_dir)
         buffers.append(buffer)
-    return columns.together(buffers, task, drop)
+    return columns.together(buffers, task, drop, columns.gain_source(config))
 
 
 def final_evaluation(
@@ -179,7 +179,8 @@ def _device(config: Mapping[str, Any]) -> torch.device:
 
 def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device) -> tuple[PolicySpec, TrainingData]:
     dataset = config["dataset"]
-    spec = describe(config["task"], buffer, bundles.versions(), config.get("drop"))
+    gain = columns.gain_source(config)
+    spec = describe(config["task"], buffer, bundles.versions(), config.get("drop"), gain)
     data = prepare(
         buffer,
         spec,
@@ -190,6 +191,7 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
         subset=dataset["subset"],
         memory_gb=dataset["memory_gb"],
         cache_dir=_path(dataset["cache_dir"]),
+        gain=gain,
     )
     return spec, data
 

@@ -185,7 +185,7 @@ class Trainer:
 
     def _backward(self, batch: Any, generator: torch.Generator) -> torch.Tensor:
         with self.accelerator.autocast():
-            loss = self.model(batch.obs, batch.action, batch.mask, generator=generator)
+            loss = self.model(batch.obs, batch.action, batch.mask, generator=generator, **batch.beside)
             self.accelerator.backward(loss)
         result: torch.Tensor = loss.detach()
         return result

@@ -38,7 +38,7 @@ class Validation:
         losses, errors = [], []
         for indices in self.batches:
             batch = self.source.gather(indices)
-            losses.append(self.policy(batch.obs, batch.action, batch.mask, generator=generator))
+            losses.append(self.policy(batch.obs, batch.action, batch.mask, generator=generator, **batch.beside))
             chunk = self.policy.sample(batch.obs, noise_generator=generator, generator=generator).action
             error = (chunk - batch.action)[:, executed].abs().mean(-1)
             errors.append(error[batch.mask[:, executed]].mean())

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from action_diffusion.commands import data_convert, data_look, data_report
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options.data import Absolute, Convert, DataReport, Doctor, Edit, Inspect, View
-from action_diffusion.schema import hints
+from action_diffusion.options.data import Absolute, Augment, Convert, DataReport, Doctor, Edit, Inspect, View
+from action_diffusion.schema import check, hints
 
 DATA_HELP = """\
 action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at them, mend them, bring them
@@ -24,6 +24,7 @@ action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at th
   action-diffusion data edit PATH out=OTHER.zarr drop=3,7     drop, trim, split, merge, relabel
   action-diffusion data convert in=PATH out=PATH     LeRobot, UMI, robomimic, Zarr v2 and v3, folders: there and back
   action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     a column of absolute actions, from relative ones
+  action-diffusion data augment in=DIR.zarr out=OTHER.zarr      new episodes, put together from what was demonstrated
 
 PATH is a replay buffer, or a LeRobot folder, HDF5 or a folder of CSV and MP4, which is converted into the cache once.
 `--help` after a subcommand explains it. plugins=FILE.py adds formats of your own to each: docs/extending.md.
@@ -39,6 +40,29 @@ action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     absolute actions, 
 The recorded states are put into the simulator, whose controllers say what pose each action asked for: position, 6D
 rotation (Zhou et al. 2019) and gripper. The new actions are then executed from each episode's first state, and how far
 the hands stray from the recording is printed.
+"""
+
+AUGMENT_HELP = """\
+action-diffusion data augment in=DIR.zarr out=OTHER.zarr [name=value …]     new episodes, put together from old ones
+
+  action-diffusion data augment in=demos.zarr out=more.zarr episodes=500
+  action-diffusion data augment in=demos.zarr out=more.zarr goal=goal
+
+From where a demonstration ends or begins, one diffusion model imagines what comes after, another one what came before.
+New episodes are those with both; learnt dynamics say which actions they take, and refuse what cannot be. OTHER.zarr
+holds the old episodes and the new ones, whose rows are true in the column `generated`; `provenance` says how it was
+made. For states, not for cameras: other columns are left out, and named. More: docs/augment.md.
+
+Options
+  episodes=200      new ones
+  horizon=32        steps that are imagined before and after a state, at most; an even number
+  steps=1000        of training, for each model
+  tolerance=0.25    how far a step may end beside where the dynamics say, in typical steps
+  anchors=ends      states to begin at: ends, where a demonstration begins or ends; or all
+  state=state       the column of states, [N, D], which should say all that matters
+  action=action     that of actions, [N, A]
+  goal=KEY          a column of goals, [N, D], which in a new episode is the state that it ends in
+  seed=0
 """
 
 
@@ -126,9 +150,16 @@ def _absolute(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return add_absolute(source, Path(options["out"]).expanduser())
 
 
+def _augment(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    from action_diffusion.training.augmenting import augment
+
+    return augment(check(dict(options), Augment))
+
+
 SUBCOMMANDS = {
     "convert": Subcommand(data_convert.run, data_convert.HELP, Convert),
     "absolute": Subcommand(_absolute, ABSOLUTE_HELP, Absolute),
+    "augment": Subcommand(_augment, AUGMENT_HELP, Augment),
     "inspect": Subcommand(data_look.inspect, data_look.INSPECT_HELP, Inspect, ("path",)),
     "report": Subcommand(data_report.run, data_report.HELP, DataReport, ("path",)),
     "view": Subcommand(data_look.view, data_look.VIEW_HELP, View, ("path",)),

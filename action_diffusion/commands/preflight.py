@@ -130,11 +130,12 @@ def _check_data(config: Mapping[str, Any]) -> None:
         return  # it may have to be downloaded
     cache_dir = config["dataset"]["cache_dir"]
     buffers = [look_at(name, cache_dir=cache_dir and Path(cache_dir)) for name in names(data)]
-    buffer = columns.together(buffers, task, drop)
+    gain = columns.gain_source(config)
+    buffer = columns.together(buffers, task, drop, gain)
     columns.check_action(buffer, columns.action_source(task))
     columns.check_rate(buffer, task["control_rate"])
     drawn = {key for one in buffers for key in columns.drawn(task, drop, one)}
-    for key, options in columns.observed(task, drop, buffer).items():
+    for key, options in columns.observed(task, drop, buffer, gain).items():
         source = options.get("source") or key
         if source not in buffer.keys and source not in drawn:
             raise unknown(f"key of the buffer for observation {key!r}", source, buffer.keys, buffer.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from action_diffusion.options.data import Absolute, Convert, DataReport, Doctor, Edit, Inspect, View
+from action_diffusion.options.data import Absolute, Augment, Convert, DataReport, Doctor, Edit, Inspect, View
 from action_diffusion.options.extensions import FITS, Fit
 from action_diffusion.options.policy import AnySampler
 from action_diffusion.options.task import Task
@@ -218,6 +218,7 @@ COMMANDS: dict[str, type] = {
     "serve": Serve,
     "data convert": Convert,
     "data absolute": Absolute,
+    "data augment": Augment,
     "data inspect": Inspect,
     "data report": DataReport,
     "data view": View,

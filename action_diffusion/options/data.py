@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from action_diffusion.options.words import AsTyped, Plugins
-from action_diffusion.schema import Between, FilePath, Matching, OneOf
+from action_diffusion.options.words import AsTyped, Plugins, Seed
+from action_diffusion.schema import Above, Between, FilePath, Matching, OneOf
 
+Even = Matching("an even number, from 2 to 1024", lambda n: 2 <= n <= 1024 and n % 2 == 0)
 _STEPS_A_SECOND = Matching("steps a second, from 0.01 to 10000", lambda rate: 0.01 <= rate <= 1e4)
 
 
@@ -33,6 +34,24 @@ class Absolute:
 
     in_: FilePath
     out: FilePath
+    plugins: Plugins = None
+
+
+@dataclass(kw_only=True)
+class Augment:
+    """`action-diffusion data augment`."""
+
+    in_: FilePath
+    out: FilePath
+    episodes: Annotated[int, Between(1, 1_000_000)] = 200
+    horizon: Annotated[int, Even] = 32
+    steps: Annotated[int, Between(1, 10_000_000)] = 1000
+    tolerance: Annotated[float, Above(0, 1000)] = 0.25
+    anchors: Annotated[str, OneOf("ends", "all")] = "ends"
+    state: str = "state"
+    action: str = "action"
+    goal: str | None = None
+    seed: Seed = 0
     plugins: Plugins = None
 
 

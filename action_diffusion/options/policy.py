@@ -13,6 +13,15 @@ from action_diffusion.schema import Above, Between, ByName, FilePath, Matching, 
 
 
 @dataclass
+class Context:
+    """`policy.encoder.context`, see `policy.context.Context`."""
+
+    size: Annotated[int, Between(1, 4096)] = 16
+    recent: Annotated[int, Between(1, MOST_STEPS)] = 2
+    hidden: Annotated[int, Between(1, 4096)] = 64
+
+
+@dataclass
 class Encoder:
     """`policy.encoder`, see `policy.encoder.ObservationEncoder`."""
 
@@ -30,6 +39,7 @@ class Encoder:
     weights: FilePath | None = None
     channels_last: bool = True
     group_norm_channels: Annotated[int, Between(1, 1024)] = 16
+    context: Context | None = None
 
 
 def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None) -> None:
@@ -196,6 +206,14 @@ class Consistency(FlowMap):
     solver_steps: Annotated[int, Between(1, 64)] = 4
 
 
+@dataclass
+class Sobolev(Denoising):
+    """`policy.objective`, see `policy.objectives.sobolev`."""
+
+    gain: str = "gain"
+    weight: Annotated[float, Above(0, 1e6)] = 1.0
+
+
 COMPONENTS: dict[str, dict[str, type]] = {
     "encoder": {"observation": Encoder},
     "denoiser": {"dit": DiT, "transformer": Transformer, "unet1d": Unet1d},
@@ -208,6 +226,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
         "mean_flow": MeanFlow,
         "mip": Denoising,
         "shortcut": Shortcut,
+        "sobolev": Sobolev,
     },
     "features": {"sin_cos": SinCos, "magnified": Magnified, "planar_object": PlanarObject},
     "action_frame": {"planar_object": PlanarObjectFrame, "position": PositionFrame},

@@ -18,6 +18,7 @@ class PushT:
     image_size: Annotated[int, Between(8, 2048)] = 96
     max_steps: Count = 300
     control_rate: Annotated[float, Above(0, 100)] = 10.0
+    actuator_drift: Annotated[float, Between(0, 200)] = 0.0
 
 
 @dataclass

@@ -68,6 +68,7 @@ def trained(
     *,
     steps: int,
     n_action_steps: int = 1,
+    gain: np.ndarray | None = None,
     seed: int = 0,
     batch_size: int = 256,
     lr: float = 1e-3,
@@ -75,11 +76,11 @@ def trained(
 ) -> DiffusionPolicy:
     """A policy of states, key → [N, To, D], and chunks [N, H, A], with the average of its weights, for `predict`.
 
-    sections: of `policy`, instead of those of `SMALL`.
+    gain: [N, A, D], for the objective `sobolev`. sections: of `policy`, instead of those of `SMALL`.
     """
     torch.manual_seed(seed)
     policy = build_policy(SMALL | sections, described(obs, action, n_action_steps=n_action_steps))
-    fit(policy, obs, action, steps=steps, seed=seed, batch_size=batch_size, lr=lr)
+    fit(policy, obs, action, steps=steps, gain=gain, seed=seed, batch_size=batch_size, lr=lr)
     return policy
 
 
@@ -89,6 +90,7 @@ def fit(
     action: np.ndarray,
     *,
     steps: int,
+    gain: np.ndarray | None = None,
     seed: int = 0,
     batch_size: int = 256,
     lr: float = 1e-3,
@@ -97,6 +99,7 @@ def fit(
     kernels.for_training(policy.train())
     tensors = {key: torch.as_tensor(value, dtype=torch.float32) for key, value in obs.items()}
     chunks = torch.as_tensor(action, dtype=torch.float32)
+    gains = None if gain is None else torch.as_tensor(gain, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     parameters = list(policy.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-6, betas=(0.95, 0.999))
@@ -106,7 +109,8 @@ def fit(
         for _ in range(steps):
             rows = torch.randint(len(chunks), (batch_size,), generator=generator)
             batch = {key: value[rows] for key, value in tensors.items()}
-            loss = policy(batch, chunks[rows], generator=generator)
+            given = None if gains is None else gains[rows]
+            loss = policy(batch, chunks[rows], gain=given, generator=generator)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -54,12 +54,19 @@ class Batch:
     obs: float32 [B, To, ...] for states, uint8 [B, To, H, W, 3] for images
     action: float32 [B, horizon, A]
     mask: bool [B, horizon], False where a step repeats the first or last row of its episode
+    gain: float32 [B, A · D], of the row now, where the source has a `gain_key`
     """
 
     obs: dict[str, Tensor]
     action: Tensor
     mask: Tensor
     critic: Critic | None = None
+    gain: Tensor | None = None
+
+    @property
+    def beside(self) -> dict[str, Tensor]:
+        """What a loss takes beside observations, action and mask, by name."""
+        return {} if self.gain is None else {"gain": self.gain}
 
 
 class BatchSource:
@@ -70,6 +77,7 @@ class BatchSource:
     memory_gb: limit (10^9 bytes) of memory for the arrays; None measures what is free. Arrays beyond it are
         decoded once into files in `cache_dir` (default: the user's cache folder) and read from there.
     rotations: name of the observation, or "action" -> its rotations, which are continuous in every window
+    gain_key: the column of feedback gains, for `Batch.gain`
     reward_key, gamma: for `gather(critic=True)`
     mode: None chooses
 
@@ -90,6 +98,7 @@ class BatchSource:
         memory_gb: float | None = None,
         cache_dir: Path | None = None,
         rotations: Mapping[str, Sequence[RotationColumns]] | None = None,
+        gain_key: str | None = None,
         reward_key: str | None = None,
         gamma: float = 0.99,
         mode: Mode | None = None,
@@ -102,7 +111,8 @@ class BatchSource:
         self._rotations = dict(rotations or {})
         self._action = ObsKey(action_key, None, "action")
         self._reward = ObsKey(reward_key, None, "state") if reward_key else None
-        wanted = {*observations.values(), self._action, *([self._reward] if self._reward else [])}
+        self._gain = ObsKey(gain_key, None, "action") if gain_key else None
+        wanted = {*observations.values(), self._action, *(key for key in (self._reward, self._gain) if key)}
         sizes = {key: array_bytes(buffer, key) for key in sorted(wanted, key=repr)}
         self.n_bytes = sum(sizes.values())
         self.mode: Mode = mode or choose_mode(self.n_bytes, self.device, memory_gb)
@@ -158,6 +168,7 @@ class BatchSource:
             action=self.windowed("action", rows),
             mask=torch.from_numpy(mask).to(self.device),
             critic=self._criticise(indices, crop, offsets) if critic else None,
+            gain=self._take(self._gain, self.windows.now(indices)) if self._gain else None,
         )
 
     def _observe(self, rows: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # pygame prints an adv
 import cv2
 from gym_pusht.envs.pusht import PushTEnv, pymunk_to_shapely
 
-OBSERVATIONS = ("state", "agent_pos", "keypoint", "image")
+OBSERVATIONS = ("state", "agent_pos", "keypoint", "image", "last_action", "drift")
+DRIFT_STREAM = 17  # of the random numbers that decide how an actuator has drifted
 IMAGE_SIZE = 96
 PHYSICS_RATE = 100.0
 GOAL_POSE = (256.0, 256.0, np.pi / 4)  # block x, y (px), angle (rad)
@@ -130,11 +131,14 @@ class PushT:
 
     The reward is clip(coverage / 0.95, 0, 1), coverage being the share of the goal that the block covers.
     Observations: `state` float32 [5] (agent x, y, block x, y in px, block angle in [0, 2 pi) rad),
-    `agent_pos` float32 [2], `keypoint` float32 [9, 2] (px), `image` uint8 [image_size, image_size, 3].
+    `agent_pos` float32 [2], `keypoint` float32 [9, 2] (px), `image` uint8 [image_size, image_size, 3]; `last_action`
+    float32 [2], the finger's place before there is one, and `drift` float32 [2] (px).
 
     Args:
         control_rate: actions per second (Hz), a divisor of the simulator's 100. The paper's task has 10; a higher one
             shows what happens within one of its steps.
+        actuator_drift: standard deviation (px) of a hidden offset [2], drawn from an episode's seed, by which the
+            finger aims beside every target. 0, the paper's task: none.
 
     Source: Chi et al., "Diffusion Policy" (RSS 2023), section V; gym-pusht.
     """
@@ -142,7 +146,14 @@ class PushT:
     action_shape: tuple[int, ...] = (2,)
     recorded = ("state",)
 
-    def __init__(self, *, image_size: int = IMAGE_SIZE, max_steps: int = 300, control_rate: float = 10.0) -> None:
+    def __init__(
+        self,
+        *,
+        image_size: int = IMAGE_SIZE,
+        max_steps: int = 300,
+        control_rate: float = 10.0,
+        actuator_drift: float = 0.0,
+    ) -> None:
         if not 0 < control_rate <= PHYSICS_RATE or PHYSICS_RATE % control_rate:
             raise InputError(f"PushT's control_rate={control_rate} must divide {PHYSICS_RATE:g} Hz")
         self.control_rate = control_rate
@@ -152,6 +163,9 @@ class PushT:
         self._sim.control_hz = control_rate
         self._sim._setup()
         self._steps = 0
+        self._actuator_drift = actuator_drift
+        self._drift = np.zeros(2)
+        self._told: np.ndarray | None = None
 
     def metadata(self) -> dict[str, object]:
         """What a recording says of this simulator, beside its control rate: nothing, since there is one PushT."""
@@ -164,11 +178,12 @@ class PushT:
     def reset(self, seed: int) -> None:
         """Begin at the paper's start number `seed`."""
         self.reset_to(initial_state(seed))
+        self._drift = self._actuator_drift * np.random.default_rng([DRIFT_STREAM, seed]).normal(size=2)
 
     def reset_to(self, state: np.ndarray) -> None:
         """Begin at `state` [5] as gym-pusht's `reset_to_state` reads it: the paper's starts are meant so."""
         self._sim.reset(options={"reset_to_state": state})
-        self._sim._last_action = None
+        self._sim._last_action = self._told = None
         self._steps = 0
 
     def restore(self, state: np.ndarray, velocity: Sequence[float] = (0.0, 0.0)) -> None:
@@ -178,7 +193,7 @@ class PushT:
         """
         self._sim._setup()  # forgets the contacts of earlier steps, which would push and be drawn
         self._place(state, velocity)
-        self._sim._last_action = None
+        self._sim._last_action = self._told = None
         self._steps = 0
 
     def _place(self, state: np.ndarray, velocity: Sequence[float]) -> None:
@@ -198,7 +213,8 @@ class PushT:
         target = np.asarray(action, dtype=np.float64)
         if target.shape != self.action_shape or not np.isfinite(target).all():
             raise InputError(f"a PushT action is two finite numbers (x, y in px), got {action!r}")
-        reward = self._sim.advance(target)
+        self._told = target
+        reward = self._sim.advance(target + self._drift)
         self._steps += 1
         return reward, reward >= 1.0 or self._steps >= self.max_steps
 
@@ -211,7 +227,11 @@ class PushT:
             return self._picture(self._image_size)
         if key not in OBSERVATIONS:
             raise unknown("PushT observation", key, OBSERVATIONS)
+        if key == "drift":
+            return self._drift.astype(np.float32)
         state = np.asarray(self._sim.get_obs(), dtype=np.float64)
+        if key == "last_action":
+            return (state[:2] if self._told is None else self._told).astype(np.float32)
         if key == "keypoint":
             result: np.ndarray = keypoints(state[None])[0]
             return result

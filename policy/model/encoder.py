@@ -23,6 +23,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.model import augment as augmentation
 from action_diffusion.policy.model import resnet
+from action_diffusion.policy.model.context import Context
 from action_diffusion.registry import AUGMENTATIONS, check_arguments
 
 Size = tuple[int, int]
@@ -90,6 +91,8 @@ class ObservationEncoder(nn.Module):
     weights: safetensors file with torchvision weights of the backbone, to start from.
     channels_last: memory layout of the convolutions, faster on CPUs and on tensor cores.
     group_norm_channels: channels per group of GroupNorm.
+    context: options of `context.Context`, which tells from all To steps what is not observed; then only the last ones
+    are in the embedding. None: all To steps are.
 
     Raises `InputError` for a key without a shape, a shape that is not (H, W, 3), a crop larger than its frame, cameras
     that share a network but differ in size, and what the parts refuse.
@@ -116,6 +119,7 @@ class ObservationEncoder(nn.Module):
         weights: str | None = None,
         channels_last: bool = True,
         group_norm_channels: int = 16,
+        context: Mapping[str, int] | None = None,
     ):
         super().__init__()
         self.image_keys = tuple(image_keys)
@@ -145,10 +149,13 @@ class ObservationEncoder(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         self.step_dim = sum(self.state_dims.values()) + feature_dim * len(self.image_keys)
-        self.output_dim = n_obs_steps * self.step_dim
+        self.context: Context | None = None
+        if context is not None:
+            self.context = Context(step_dim=self.step_dim, n_obs_steps=n_obs_steps, **context)
+        self.output_dim = n_obs_steps * self.step_dim if self.context is None else self.context.output_dim
 
     def forward(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Embedding [B, To * D], float32.
+        """Embedding [B, To * D], or [B, recent * D + size] with a `context`, float32.
 
         obs: a state is a float [B, To, n], normalised already; a camera is uint8 [B, To, H, W, 3], 0 to 255, or in
         training [B, To, h, w, 3] when the `early_crop` has been cut already. `generator` draws crops and jitter,
@@ -163,7 +170,8 @@ class ObservationEncoder(nn.Module):
         if len({len(part) for part in parts}) > 1:
             counts = ", ".join(f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys))
             raise InputError(f"observations have different numbers of windows: {counts}")
-        return torch.cat(parts, dim=2).flatten(1)
+        steps = torch.cat(parts, dim=2)
+        return steps.flatten(1) if self.context is None else cast(Tensor, self.context(steps))
 
     @property
     def early_crop(self) -> Size | None:

@@ -180,3 +180,23 @@ def test_observations_and_pictures() -> None:
 def test_unknown_environment() -> None:
     with pytest.raises(InputError, match="unknown environment 'puhst': did you mean pusht"):
         envs.make("puhst")
+
+
+def test_a_drifted_actuator_aims_beside_every_target() -> None:
+    plain, drifted = PushT(), PushT(actuator_drift=30.0)
+    drifts = []
+    for seed in range(3):
+        drifted.reset(seed)
+        plain.reset(seed)
+        drift = drifted.observe(["drift"])["drift"].astype(np.float64)
+        drifts.append(drift)
+        np.testing.assert_array_equal(*(env.observe(["last_action"])["last_action"] for env in (plain, drifted)))
+        for target in ([200.0, 210.0], [260.0, 300.0]):
+            plain.step(np.array(target))
+            drifted.step(np.array(target) - drift)
+            np.testing.assert_allclose(drifted.observe(["last_action"])["last_action"], target - drift, rtol=1e-6)
+        np.testing.assert_allclose(*(env.observe(["state"])["state"] for env in (plain, drifted)), atol=1e-3)
+    assert not np.allclose(drifts[0], drifts[1])
+    drifted.reset(0)
+    np.testing.assert_array_equal(drifted.observe(["drift"])["drift"], np.float32(drifts[0]))
+    assert not plain.observe(["drift"])["drift"].any()
