@@ -89,7 +89,8 @@ class Layout:
         """The mean distance of neighbours [K · N, H, A] where they overlap, [N]."""
         parts = chunks.unflatten(0, (self.n_chunks, -1))
         between = parts[:-1, :, -self.overlap :] - parts[1:, :, : self.overlap]
-        return between.norm(dim=-1).mean(dim=(0, 2))
+        result: Tensor = between.norm(dim=-1).mean(dim=(0, 2))
+        return result
 
 
 class Composition(Hook):
