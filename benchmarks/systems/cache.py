@@ -22,7 +22,7 @@ from action_diffusion.policy.extensions.cache import Cache, Prediction, Reuse, d
 from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import read_config
-from action_diffusion.policy.sample import Encoded
+from action_diffusion.policy.sample import Acting, Encoded
 from action_diffusion.training.fitting import demonstrations
 from benchmarks.systems import policies
 from benchmarks.systems.system import Measured, System
@@ -121,7 +121,8 @@ def measure(seed: int) -> Measured:
         return float(asked[:, 1].mean()), float((moved[:, 1] > TOLERANCE).mean())
 
     evaluations, violations = tested(Prediction.of(fitted.arrays, count), fitted.options["budget"])
-    beside, ways = {}, {"plain": [], "cache": [Cache(policy, fitted)]}
+    beside: dict[str, float] = {}
+    ways: dict[str, list[Acting]] = {"plain": [], "cache": [Cache(policy, fitted)]}
     for n in (math.floor(evaluations), math.ceil(evaluations)):
         asked = schedule(policy, train, fitted, n, seed)
         beside[f"violations of {n} fixed"] = tested(scheduled(asked, count), 1.0)[1]

@@ -7,6 +7,7 @@ to one at least 11 cells away; two chunks reach 10.8 at the highest speed.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def measure(seed: int) -> Measured:
     )
     start, goal = torch.tensor(tasks(rng), dtype=torch.float32).unbind(dim=1)
 
-    def plans(**options: object) -> dict[str, float]:
+    def plans(**options: Any) -> dict[str, float]:
         made: Plans = compose(
             policy,
             {"maze": torch.zeros(1, 1, 1)},

@@ -8,6 +8,7 @@ Its least is known, by the Riccati equation; the controller that reaches it move
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +25,12 @@ STARTS, CONTROLLERS = 64, 16
 """Starts that plans are made from, and demonstrations from each that they are held against."""
 Controller = Callable[[np.ndarray, int], np.ndarray]
 """States [N, 2] and the step → accelerations [N]."""
+
+
+def planned(u: np.ndarray, state: np.ndarray, step: int) -> np.ndarray:
+    """The control of a plan u [N, STEPS] at a step, wherever one is: [N]."""
+    found: np.ndarray = u[:, step]
+    return found
 
 
 def rollout(start: np.ndarray, control: Controller) -> np.ndarray:
@@ -115,18 +122,16 @@ def measure(seed: int) -> Measured:
     }
     best = rollout(start, optimum())
     demos = np.stack([cost(demonstrated(start, rng)) for _ in range(CONTROLLERS)], axis=1)
-    measured, baseline = (
-        {},
-        {
-            "cost demonstrated": demos.mean(),
-            "cost best demonstrated": demos.min(axis=1).mean(),
-            "cost optimum": cost(best).mean(),
-            "outside optimum": (distances(best) > limit).mean(),
-        },
-    )
+    measured: dict[str, float] = {}
+    baseline: dict[str, float] = {
+        "cost demonstrated": demos.mean(),
+        "cost best demonstrated": demos.min(axis=1).mean(),
+        "cost optimum": cost(best).mean(),
+        "outside optimum": (distances(best) > limit).mean(),
+    }
     for name, chunk in plans.items():
         u = chunk[..., 0].double().numpy()
-        path = rollout(start, lambda state, step, u=u: u[:, step])
+        path = rollout(start, partial(planned, u))
         into = measured if name == "drift" else baseline
         into |= {
             f"cost {name}": cost(path).mean(),

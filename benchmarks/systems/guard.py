@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,10 @@ def cost(policy: DiffusionPolicy, rounds: int = 60) -> float:
             result: torch.Tensor = policy.denoiser(x, film.at(step.index, rows))
             return result
 
-        works = {"guard": lambda: guard.finish(seen, chunk), "loop": lambda: policy.sampler.run(denoise, chunk)}
+        works: dict[str, Callable[[], object]] = {
+            "guard": lambda: guard.finish(seen, chunk),
+            "loop": lambda: policy.sampler.run(denoise, chunk),
+        }
         for _ in range(rounds):
             for name, work in works.items():
                 began = time.process_time()

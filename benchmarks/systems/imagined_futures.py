@@ -6,6 +6,8 @@ tells it nothing. Who comes near enough to the trap stays there, within the seco
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -71,7 +73,7 @@ def measure(seed: int) -> Measured:
     def avoided(action: torch.Tensor) -> float:
         return float(1.0 - simulate(state, action.double().numpy())[1].mean())
 
-    def chosen(**options: object) -> torch.Tensor:
+    def chosen(**options: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         found = choose(policy, observed(state), known, n_samples=8, n_futures=2, generator=generator, **options)
         return found.action

@@ -80,8 +80,8 @@ def episodes(policy: DiffusionPolicy, seeds: Sequence[int], owned: np.ndarray, *
             if owned.any():
                 commands[row] = people[row].command(seen["state"])
         if step % EVERY == 0 and not owned.all():
-            doing = [extrapolated(np.array(person.recent), FADING) for person in people] if owned.any() else None
-            shared.own(owned if told else None, doing)
+            said = [extrapolated(np.array(person.recent), FADING) for person in people] if owned.any() else None
+            shared.own(owned if told else None, None if said is None else np.stack(said))
             stacked = [history.stacked() for history in histories]
             obs = {key: np.stack([each[key] for each in stacked]) for key in keys}
             first, later = zip(*noise, strict=True)

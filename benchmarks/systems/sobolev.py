@@ -3,6 +3,8 @@ trajectories has left to do where it begins with their roll-outs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from scipy.linalg import solve_discrete_are
@@ -20,7 +22,7 @@ u·EFFORT·u."""
 DEMONSTRATIONS, STARTS, NEAR = 6, 20, 0.02
 COST_TO_GO = solve_discrete_are(A, B, STATE, EFFORT)
 GAIN = -np.linalg.solve(EFFORT + B.T @ COST_TO_GO @ B, B.T @ COST_TO_GO @ A)
-SECTIONS = {"sampler": {"scheduler": "ddim", "num_inference_steps": 10, "clip": None}}
+SECTIONS: dict[str, Any] = {"sampler": {"scheduler": "ddim", "num_inference_steps": 10, "clip": None}}
 
 
 def measure(seed: int) -> Measured:
@@ -31,10 +33,11 @@ def measure(seed: int) -> Measured:
     starts = random.normal(0, 1, (STARTS, 4))
     near = random.normal(0, 0.5, (64, 4))
     found = {}
-    for name, beside in {
+    ways: dict[str, dict[str, Any]] = {
         "plain": {},
         "sobolev": {"gain": gain, "objective": {"name": "sobolev", "weight": 5.0}},
-    }.items():
+    }
+    for name, beside in ways.items():
         policy = policies.trained({"state": obs}, action, steps=500, batch_size=64, seed=seed, **beside, **SECTIONS)
         found[f"{name} Jacobian error"] = float(
             np.linalg.norm(jacobian(policy, near) - GAIN, axis=(1, 2)).mean() / np.linalg.norm(GAIN)

@@ -795,7 +795,7 @@ def test_what_does_not_fit_is_refused(tmp_path, changes, options, message):
 
 @pytest.mark.slow
 def test_a_driver_of_ones_own_is_named_on_the_command_line(tmp_path, capsys):
-    changes = {
+    changes: dict[str, Any] = {
         "observations": {"state": ObservationSpec(shape=(2,), source="state")},
         "normalizer": {"state": fit(np.eye(2)), "action": fit(np.array([[-1.0, 0.0], [1.0, 1.0]]))},
         "env": None,

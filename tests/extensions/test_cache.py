@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,8 @@ class Recording(Hook):
 
 class Spy(Prediction):
     """Remembers what was predicted of one row: (step, [after it])."""
+
+    asked: list[tuple[Any, ...]]
 
     def ahead(self, step, last, change):
         result = super().ahead(step, last, change)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import TINY, demonstrations, tiny_policy
 
+from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
 from action_diffusion.options.extensions import FITS
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.constraint import Box, Constraint, Disc, Region
 from action_diffusion.policy.extensions.extension import Fitted, write
 
-WIDE = {"low": torch.tensor([-100.0, -100.0]), "high": torch.tensor([100.0, 100.0])}
+WIDE: dict[str, Any] = {"low": torch.tensor([-100.0, -100.0]), "high": torch.tensor([100.0, 100.0])}
 UNIT = Disc(torch.tensor([0.0, 0.0]), 1.0)
 RIGHT = torch.tensor([[1.0, 0.0]])
 
@@ -87,7 +89,7 @@ def test_what_comes_out_of_a_walk_is_allowed_whatever_goes_in(n):
     path = 3 * torch.randn(200, 12, n, generator=random)
     discs = [Disc(torch.randn(n, generator=random), 0.7) for _ in range(3)]
     boxes = [Box(torch.full((n,), 1.0), torch.full((n,), 1.8))]
-    ends = {"low": torch.full((n,), -2.5), "high": torch.full((n,), 2.5)}
+    ends: dict[str, Any] = {"low": torch.full((n,), -2.5), "high": torch.full((n,), 2.5)}
     region = Region([*discs, *boxes], **ends, step=0.8)
     start = region.freed(2 * torch.randn(200, n, generator=random))
     found = region.walk(region.push(path, start), start)
@@ -203,8 +205,10 @@ def test_a_file_that_lacks_a_limit_is_refused():
         Constraint(tiny_policy(demonstrations()), Fitted(limits))
 
 
-class Actions:
-    """As much of a `BatchSource` as is looked at."""
+class Actions(BatchSource):
+    """As much of it as is looked at."""
+
+    def __init__(self) -> None: ...
 
     def values(self, name):
         return np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])

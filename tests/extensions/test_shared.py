@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def test_owned_values_come_out_in_the_units_of_the_data(sections, rounds):
     policy = tiny_policy(demonstrations(), **sections)
     plain = policy.predict(observations(), noise_generator=torch.Generator().manual_seed(0))["action_pred"]
     shared = SharedControl(policy, rounds=rounds)
-    shared.own(FIRST, [[101.0, np.nan], [102.0, np.nan]])
+    shared.own(FIRST, np.array([[101.0, np.nan], [102.0, np.nan]]))
     found = policy.predict(observations(), noise_generator=torch.Generator().manual_seed(0))["action_pred"]
     expected = np.broadcast_to([101, 102, 102, 102, 102, 102, 102], (3, 7))
     np.testing.assert_allclose(found[:, 1:, 0], expected, atol=1e-3)
@@ -46,7 +47,7 @@ def test_owned_values_come_out_in_the_units_of_the_data(sections, rounds):
 def test_each_chunk_may_have_a_person_of_its_own():
     policy = tiny_policy(demonstrations())
     shared = SharedControl(policy, rounds=0)
-    shared.own([[True, False], [False, True], [False, False]], np.full((3, 1, 2), 103.0))
+    shared.own(np.array([[True, False], [False, True], [False, False]]), np.full((3, 1, 2), 103.0))
     found = policy.predict(observations())["action_pred"][:, 1:]
     np.testing.assert_allclose(found[0, :, 0], 103, atol=1e-3)
     np.testing.assert_allclose(found[1, :, 1], 103, atol=1e-3)
@@ -58,7 +59,7 @@ def test_what_fades_counts_less_and_less():
     shared = SharedControl(policy, fading=4)
     seen = policy.see({key: torch.from_numpy(value) for key, value in observations().items()})
     chunk = policy.normalize_action(torch.full((3, 8, 2), 100.0), seen.obs)
-    shared.own(FIRST, [[104.0, 0.0]])
+    shared.own(FIRST, np.array([[104.0, 0.0]]))
     found = policy.unnormalize_action(shared.put(seen, chunk), seen.obs)[0]
     torch.testing.assert_close(found[:, 0], torch.tensor([100.0, 104, 103, 102, 101, 100, 100, 100]), atol=1e-3, rtol=0)
     torch.testing.assert_close(found[:, 1], torch.full((8,), 100.0), atol=1e-3, rtol=0)
@@ -82,7 +83,7 @@ def sampled(rounds, owned, rows=400):
     process = Diffusion(prediction="sample")
     sampler = Sampler(process=process, scheduler="ddim", num_inference_steps=20)
     ways = 0.7 * torch.stack([torch.ones(4, 2), -torch.ones(4, 2)])
-    same = SimpleNamespace(
+    same: Any = SimpleNamespace(
         spec=SimpleNamespace(action=SimpleNamespace(shape=(2,), rotations=()), horizon=4, n_obs_steps=1),
         device=torch.device("cpu"),
         extensions=[],
@@ -110,7 +111,7 @@ def test_the_free_value_goes_the_way_that_the_owned_one_went():
 def test_a_person_goes_on_as_they_are_or_as_they_were_moving():
     recent = np.array([[0.0, 5.0], [1.0, 5.0], [2.0, 8.0]])
     np.testing.assert_allclose(extrapolated(recent, 2), [[2, 8], [2, 8]])
-    np.testing.assert_allclose(extrapolated(recent, 3, velocity=True), [[2, 8], [3, 9.5], [4, 11]])
+    np.testing.assert_allclose(extrapolated(recent, 3, velocity=True), np.array([[2, 8], [3, 9.5], [4, 11]]))
     np.testing.assert_allclose(extrapolated(recent[:1], 2, velocity=True), [[0, 5], [0, 5]])
 
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from action_diffusion.policy.kernels.gpu_unet import GpuUnet
 pytest.importorskip("triton", reason="the package triton is not installed: torch for CUDA on Linux brings it along")
 
 
-NETS = (
+NETS: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (8, 2, {"channels": (16, 40), "n_groups": 2}),
     (4, 1, {"channels": (16, 24, 40), "kernel_size": 3, "n_groups": 2, "action_dim": 7, "activation": "mish"}),
     (3, 2, {"channels": (24,), "kernel_size": 7, "n_groups": 2, "marked": True, "activation": "gelu"}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gaussian import gaussian, gaussian_policy
@@ -90,7 +92,7 @@ def test_a_round_goes_down_the_reconstruction_error_by_its_gradient():
 def test_plans_are_in_the_datas_units_and_the_best_of_the_candidates():
     policy = gaussian_policy(0.5)
     start, goal = (10 * end for end in ends_of(3))
-    options = {"n_chunks": 3, "overlap": 2, "rounds": 1, "restarts": (0.9, 0.5)}
+    options: dict[str, Any] = {"n_chunks": 3, "overlap": 2, "rounds": 1, "restarts": (0.9, 0.5)}
     found = compose(policy, OBS, start, goal, **options, generator=torch.Generator().manual_seed(0))
     assert found.action.shape == (3, 20, 2)
     torch.testing.assert_close(found.action[:, 0], start)
@@ -104,7 +106,7 @@ def test_what_cannot_be_is_refused():
     start, goal = torch.zeros(1, 2), torch.ones(1, 2)
 
     def refused(words: str, **changes) -> None:
-        given = {"obs": OBS, "start": start, "goal": goal, "n_chunks": 3, "overlap": 2} | changes
+        given: dict[str, Any] = {"obs": OBS, "start": start, "goal": goal, "n_chunks": 3, "overlap": 2} | changes
         with pytest.raises(InputError, match=words):
             compose(policy, **given)
 

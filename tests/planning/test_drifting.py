@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_re_weighted_samples_have_the_mean_of_the_tilted_gaussian():
 def test_a_drift_and_its_denoising_move_the_mean_as_computed():
     """A linear cost moves chunks by s_r √(H A); denoising from a, b takes a mean m to ρ m, ρ = a s / √(a² s² + b²)."""
     policy, rounds = gaussian_policy(SD), 4
-    options = {"n_samples": 4000, "rounds": rounds, "temperature": 1e6, "step": 0.05, "noise": 0.6}
+    options: dict[str, Any] = {"n_samples": 4000, "rounds": rounds, "temperature": 1e6, "step": 0.05, "noise": 0.6}
     found = drift(policy, observed(), lambda a: -a[:, 0, 0] / 10, generator=torch.Generator().manual_seed(0), **options)
     mean, expected = 0.0, [0.0]
     for turn in range(rounds):

@@ -68,7 +68,8 @@ def test_a_denoiser_that_has_the_gains_moves_alike(process: Process) -> None:
             return process.target(scale * clean, eps, times)
 
         pair = objective.slopes(network, process, chunks, 1, torch.Generator().manual_seed(2))
-        assert torch.allclose(*noises[0].chunk(2), atol=1e-3)  # the same noise for both
+        first, second = noises[0].chunk(2)
+        assert torch.allclose(first, second, atol=1e-3)  # the same noise for both
         return pair.output, pair.target
 
     output, target = slopes(1.0)

@@ -17,7 +17,7 @@ from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.model.denoiser import Denoiser
 from action_diffusion.policy.model.dit import DiffusionTransformer, modulated
 from action_diffusion.policy.model.transformer import TransformerDenoiser
-from action_diffusion.policy.policy import Prefix
+from action_diffusion.policy.sample import Prefix
 
 SMALL: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2}
 NAMES = ("transformer", "dit")
@@ -25,7 +25,7 @@ STATE = np.arange(10, dtype=np.float32).reshape(2, 5) + 100
 TIMES = torch.tensor([90.0, 40.0, 0.0])
 
 
-def lively(net: Denoiser) -> Denoiser:
+def lively(net: Any) -> Any:
     """All weights drawn anew, so that none is 0 and everything has an effect."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def lively(net: Denoiser) -> Denoiser:
     return net.eval()
 
 
-def network(name: str, **options: Any) -> Denoiser:
+def network(name: str, **options: Any) -> Any:
     """A = 3; conditions of 10 values, for the transformer of two observations."""
     if name == "dit":
         return lively(DiffusionTransformer(action_dim=3, condition_dim=10, **SMALL | options))

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.diffusion.process import Step
+from action_diffusion.policy.diffusion.sampler import DenoiserCall
 from action_diffusion.policy.model import normalizer
 from action_diffusion.policy.model.denoiser import Denoiser, Film
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 
 
-def gaussian(sd: float):
+def gaussian(sd: float) -> DenoiserCall:
     """The exact denoiser, predicting the sample, of chunks whose numbers are independent N(0, sd²)."""
 
     def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:

@@ -40,7 +40,8 @@ def episodes() -> Episodes:
 
 
 def options(**changes: Any) -> Augment:
-    return Augment(**{"in_": "a.zarr", "out": "b.zarr", "episodes": 8, "horizon": 8, "steps": 60} | changes)
+    given: dict[str, Any] = {"in_": "a.zarr", "out": "b.zarr", "episodes": 8, "horizon": 8, "steps": 60}
+    return Augment(**given | changes)
 
 
 def test_windows_of_what_comes_after_and_before() -> None:
@@ -68,12 +69,13 @@ def test_dynamics_are_learnt_from_steps_within_episodes() -> None:
             actions.append(random.uniform(-1, 1, 2))
             at = at + 0.5 * actions[-1]
         ends.append(len(states))
-    given = Episodes(np.float32(states), np.float32(actions), np.array(ends))
+    given = Episodes(np.array(states, np.float32), np.array(actions, np.float32), np.array(ends))
     act, after = inverse_and_forward(given, options(steps=300))
-    at, action = np.float32(random.normal(size=(50, 2))), np.float32(random.uniform(-0.9, 0.9, (50, 2)))
-    np.testing.assert_allclose(after(at, action), at + 0.5 * action, atol=0.03)
-    np.testing.assert_allclose(act(at, at + 0.5 * action), action, atol=0.06)
-    far = act(at, at + 10)  # no demonstrated action does that
+    start = random.normal(size=(50, 2)).astype(np.float32)
+    action = random.uniform(-0.9, 0.9, (50, 2)).astype(np.float32)
+    np.testing.assert_allclose(after(start, action), start + 0.5 * action, atol=0.03)
+    np.testing.assert_allclose(act(start, start + 0.5 * action), action, atol=0.06)
+    far = act(start, start + 10)  # no demonstrated action does that
     assert np.abs(far).max() <= 1.1
 
 
@@ -86,7 +88,7 @@ def test_what_cannot_be_is_refused() -> None:
     jumped = states.copy()
     jumped[4:] += [0.2, 0.0]
     assert not accept(jumped, actions)  # the dynamics say otherwise
-    aside = states + np.float32([0.0, 0.9])
+    aside = states + np.array([0.0, 0.9], np.float32)
     assert not accept(aside, actions)  # nothing was ever there
 
 

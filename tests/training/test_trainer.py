@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def trained(folder: Path, policy: Any = None, **changes: Any) -> tuple[Trainer, 
         max_steps=10, warmup=0, validate_every=0, rollout_every=0, checkpoint_every=0, **{"lr": 0.05, **changes}
     )
     trainer = Trainer(
-        policy=policy or Regression(),
+        policy=policy if policy is not None else cast(Any, Regression()),
         source=Consecutive(),
         settings=settings,
         accelerator=Accelerator(cpu=True, gradient_accumulation_steps=settings.gradient_accumulation_steps),
