@@ -73,9 +73,7 @@ class Guard(Extension):
         self._squares = self._conditions.square().sum(dim=1)
         self._grid = [Step(index, *level) for index, level in enumerate(fitted.arrays["grid"].tolist())]
         times = [[step.time, 0.0] if policy.sampler.two_times else step.time for step in self._grid]
-        with torch.no_grad():
-            self._times = torch.tensor(times, device=policy.device)
-            self._steps = policy.denoiser.prepare(self._scale[None], self._times).steps
+        self._times = torch.tensor(times, device=policy.device)
         self.thresholds = dict(zip(THRESHOLDS, fitted.arrays["thresholds"].tolist(), strict=True))
 
     @classmethod
@@ -162,8 +160,8 @@ class Guard(Extension):
     def chunk_score(self, condition: Tensor, normalized: Tensor) -> Tensor:
         """Of chunks [B, H, A], normalised, for conditions [B, C] → [B]: the denoising error, see above."""
         policy = self.policy
-        film = policy.denoiser.prepare(condition, self._times[:0])  # what depends on the steps is known
-        films = self._steps.unsqueeze(1) + film.condition  # [L, B, F]
+        film = policy.denoiser.prepare(condition, self._times)
+        films = film.steps.unsqueeze(1) + film.condition  # [L, B, F]
         noisy = self._signal * normalized + self._noise  # [L, B, H, A]
         rows = noisy.flatten(0, 1)
         if policy.max_delay:
