@@ -83,8 +83,10 @@ def demonstrated(start: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return rollout(start, lambda state, step: noise[:, step] - stiffness * state[:, 0] - damping * state[:, 1])
 
 
-def starts(n: int, rng: np.random.Generator) -> np.ndarray:
-    return np.column_stack([rng.choice([-1.0, 1.0], n) * rng.uniform(1.0, 2.0, n), rng.uniform(-0.5, 0.5, n)])
+def starts(n: int, rng: np.random.Generator, *, margin: float = 0.0) -> np.ndarray:
+    """States [n, 2] at rest nearly, on either side; margin: how far within the range of the demonstrations' starts."""
+    position, velocity = rng.uniform(1.0 + margin, 2.0 - margin, n), rng.uniform(margin - 0.5, 0.5 - margin, n)
+    return np.column_stack([rng.choice([-1.0, 1.0], n) * position, velocity])
 
 
 def descended(u: torch.Tensor, cost: Callable[[torch.Tensor], torch.Tensor], steps: int = 200) -> torch.Tensor:
@@ -111,7 +113,7 @@ def measure(seed: int) -> Measured:
         return found
 
     limit = np.quantile(distances(held_out), 0.99)
-    start = starts(STARTS, rng)
+    start = starts(STARTS, rng, margin=0.2)
     obs = {"state": torch.tensor(start[:, None], dtype=torch.float32)}
     price, generator = planned_cost(start), torch.Generator().manual_seed(seed)
     sampled = policy.sample(obs, n_samples=2, noise_generator=generator).action[:, 0]

@@ -95,10 +95,11 @@ class Imagination:
         batch_size: int = 256,
         lr: float = 1e-3,
         seed: int = 0,
-        network: Mapping[str, Any] = NETWORK,
+        network: Mapping[str, Any] | None = None,
     ) -> Imagination:
         """Learn what follows: embedding [N, C] (`DiffusionPolicy.encode`) and chunk [N, H, A] in the data's units →
         future [N, T, C] and value [N, T] (any numbers; more is better). T must suit the denoiser (here: be even).
+        network: sections of `policy`, instead of those of `NETWORK`.
 
         Raises `InputError` for arrays that do not fit each other, and for NaN or infinity in them.
         """
@@ -112,7 +113,7 @@ class Imagination:
                 raise InputError(f"{name} holds NaN or infinity")
         target = np.concatenate([future, value[:, :, None]], axis=2).astype(np.float32)
         torch.manual_seed(seed)
-        model = build_policy(network, describe(embedding, chunk, target))
+        model = build_policy(NETWORK | dict(network or {}), describe(embedding, chunk, target))
         tensors = [torch.as_tensor(array, dtype=torch.float32) for array in (embedding[:, None], chunk, target)]
         tensors[1] = tensors[1].flatten(1).unsqueeze(1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-6)
