@@ -61,7 +61,7 @@ def measure(seed: int) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         given, more = Path(folder) / "demos.zarr", Path(folder) / "more.zarr"
         demonstrations(random).save(given)
-        options: dict[str, Any] = {"episodes": 200, "horizon": 16, "steps": 800, "goal": "goal", "seed": seed}
+        options: dict[str, Any] = {"episodes": 200, "horizon": 16, "steps": 700, "goal": "goal", "seed": seed}
         report = augment(Augment(in_=str(given), out=str(more), **options))
         buffers = {"plain": ReplayBuffer.open(given), "augmented": ReplayBuffer.open(more)}
         found = {name: success(trained(buffer, seed), seed) for name, buffer in buffers.items()}
