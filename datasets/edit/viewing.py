@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def view(buffer: ReplayBuffer, episodes: Sequence[int], output: Path | None) -> 
     rr = _rerun()
     if output is not None and output.suffix != ".rrd":
         raise InputError(f"output={output}: expected a file that ends in .rrd")
-    recording = rr.RecordingStream(f"action-diffusion {Path(buffer.name).name}")
+    recording = rr.RecordingStream(re.sub(r"[^\w -]", "-", f"action-diffusion {buffer.name}"))  # it takes no others
     if output is None:
         if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
             raise InputError("there is no screen for rerun's viewer: write a file with output=FILE.rrd")

@@ -269,7 +269,7 @@ def test_chosen_columns_keep_their_names(tmp_path: Path) -> None:
 def test_time_stamps_tell_the_rate_that_rate_lowers(tmp_path: Path) -> None:
     times = [str(row / 20) for row in range(5)]
     root = runs(tmp_path / "runs", ["v", "timestamp"], texts(times))
-    with pytest.raises(InputError, match="rate=60: runs has 20 Hz"):
+    with pytest.raises(InputError, match=r"rate=60: .*runs has 20 Hz"):
         data_convert.run({"in": str(root), "out": str(tmp_path / "a.zarr"), "rate": 60.0})
     data_convert.run({"in": str(root), "out": str(tmp_path / "b.zarr"), "rate": 10.0})
     buffer = ReplayBuffer.open(tmp_path / "b.zarr")
