@@ -167,7 +167,7 @@ class Guard(Extension):
         rows = noisy.flatten(0, 1)
         if policy.max_delay:
             rows = Prefix.none(rows).mark(rows)
-        output = policy.denoiser(rows, films.flatten(0, 1)).view_as(noisy)
+        output: Tensor = policy.denoiser(rows, films.flatten(0, 1)).view_as(noisy)
         errors = [
             (policy.process.x0_from_output(said, x, step) - normalized).square().mean(dim=(1, 2)) / step.sigma**2
             for said, x, step in zip(output, noisy, self._grid, strict=True)
@@ -184,7 +184,8 @@ class Guard(Extension):
 
     def level(self, ratio: Tensor) -> Tensor:
         """Of ratios [B], what a `Watch` sums up."""
-        return (ratio - self.thresholds["usual"]) / self.thresholds["sum"]
+        result: Tensor = (ratio - self.thresholds["usual"]) / self.thresholds["sum"]
+        return result
 
 
 class Watch:
