@@ -63,7 +63,7 @@ def test_the_first_help_names_every_command(words, capsys):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     for command in cli.COMMANDS:
-        assert f"  action-diffusion {command} " in out
+        assert re.search(rf"^  action-diffusion {command}\b", out, re.MULTILINE)
     assert "--help" in out
 
 

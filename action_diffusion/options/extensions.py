@@ -54,11 +54,12 @@ class Constraint(Fit):
 @dataclass(kw_only=True)
 class Guard(Fit):
     """How unusual an observation and a chunk are. quantile: of held-out demonstrations, above which one of them is
-    unusual. episodes: share of held-out episodes that raise no alarm. sigmas: noise levels of the chunk's score, a row
-    of a denoising step each."""
+    unusual. episodes: share of held-out episodes that raise no alarm. chunk: say of each chunk as well, which takes an
+    evaluation of the denoiser. sigmas: noise levels of that, a row each."""
 
     quantile: Annotated[float, Between(0.5, 0.9999)] = 0.99
     episodes: Annotated[float, Between(0.5, 0.9999)] = 0.95
+    chunk: bool = False
     sigmas: Annotated[list[Annotated[float, Between(0.01, 100)]], Sized(1, 16)] = field(default_factory=lambda: [0.1])
 
 

@@ -69,12 +69,14 @@ def measure(seed: int) -> Measured:
     policy = bundles.load(bundle, extensions=["guard"], precision="fp32")
     guard = policy.extensions[0]
     assert isinstance(guard, Guard)
+    guard.notes_chunks = True  # to be held against
     train, held_out, _ = demonstrations(policy, Path(bundle), config)
     random = np.random.default_rng(seed)
     batch = held_out.gather(random.choice(len(held_out), min(1000, len(held_out)), replace=False))
     places = untouched(train.values("state")[:, 2:4], random)
     chunk, observation, own = separated(guard, batch, places, random)
     flagged, alone = deployed(policy, seed)
+    guard.notes_chunks = False
     separate = {"AUROC of chunks": chunk, "AUROC of observations": observation}
     measured = {**separate, **flagged, "denoising steps": cost(policy)}
     passed = (

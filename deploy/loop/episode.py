@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -257,18 +257,18 @@ class ControlLoop:
             return None
         self._tell(Status.ARRIVED, thought.answer, thought.seconds)
         remark = self._guarding.take(thought.answer.notes)
-        noted: dict[str, Any] = {"level": self._guarding.level, "remark": remark}
+        noted = functools.partial(_Arrival, thought.seconds, level=self._guarding.level, remark=remark)
         if self._guarding.keeps_back:
             self._queue.clear()
             if self._guarding.asks:
                 self._operator.ask_take_over()
-            return _Arrival(thought.seconds, None, "guard: the robot holds, the chunk is unusual", **noted)
+            return noted(None, "guard: the robot holds, what it sees is unusual")
         try:
             swap = self._queue.receive(thought.answer.chunk)
         except InputError as error:
-            return _Arrival(thought.seconds, None, str(error), **noted)
+            return noted(None, str(error))
         late = None if swap is not None else "the chunk arrived after all of its actions were due"
-        return _Arrival(thought.seconds, swap, late, **noted)
+        return noted(swap, late)
 
     def _command(self, person: bool, owned: np.ndarray | None, rests: bool) -> tuple[float, bool, str | None, Feedback]:
         """Send this step's command, or hold where there is none, the guard wants a rest, or the gate refuses it.

@@ -10,7 +10,7 @@ moves it), on a fixed grid of L noise levels and with fixed noise n, so that it 
     s(a | o)² = 1/L Σ_l mean ‖D(a_l a + b_l n_l, t_l; o) − a‖² / σ_l²,      σ_l = b_l / a_l
 
 in normalised units. All levels are rows of one evaluation, which on a GPU costs what one row does; on a CPU each costs
-a denoising step, and the least noise alone tells as much as several levels: it is what there is by default.
+a denoising step, and the least noise alone tells as much as several levels.
 
 A chunk that the policy made itself is seldom unusual to it. In a deployment the observation says more: its score is the
 distance of its condition [C], each value over its standard deviation, to the nearest of up to `MOST_CONDITIONS` that
@@ -57,10 +57,10 @@ BATCH = 128
 
 
 class Guard(Extension):
-    """Notes of each chunk, float32 [B]: guard.observation and guard.chunk, over their thresholds, and guard.level,
-    which is what a `Watch` sums up: below 0 where the observation is usual.
+    """Notes of each chunk, float32 [B]: guard.observation, over its threshold, and guard.level, which is what a `Watch`
+    sums up: below 0 where the observation is usual. With the option `chunk` also guard.chunk, over its threshold.
 
-    It leaves the chunks as they are.
+    It leaves the chunks as they are. notes_chunks: the option, which takes an evaluation of the denoiser.
     """
 
     def __init__(self, policy: DiffusionPolicy, fitted: Fitted) -> None:
@@ -74,6 +74,7 @@ class Guard(Extension):
         self._grid = [Step(index, *level) for index, level in enumerate(fitted.arrays["grid"].tolist())]
         times = [[step.time, 0.0] if policy.sampler.two_times else step.time for step in self._grid]
         self._times = torch.tensor(times, device=policy.device)
+        self.notes_chunks = bool(fitted.options.get("chunk", False))
         self.thresholds = dict(zip(THRESHOLDS, fitted.arrays["thresholds"].tolist(), strict=True))
 
     @classmethod
@@ -81,7 +82,7 @@ class Guard(Extension):
     def fit(
         cls, policy: DiffusionPolicy, train: BatchSource, held_out: BatchSource, options: Mapping[str, Any]
     ) -> Fitted:
-        """See `Extension`. options: sigmas, quantile, episodes, seed."""
+        """See `Extension`. options: chunk, sigmas, quantile, episodes, seed."""
         random = np.random.default_rng(options["seed"])
         known = random.choice(len(train), min(MOST_CONDITIONS, len(train)), replace=False)
         conditions = torch.cat([policy.see(batch.obs).condition for batch in _batches(train, np.sort(known))])
@@ -110,7 +111,7 @@ class Guard(Extension):
         if not np.isfinite(thresholds).all() or min(thresholds) <= 0:
             raise InputError(f"guard: thresholds of {thresholds} come of these demonstrations, expected above 0")
         arrays["thresholds"] = np.array(thresholds, np.float32)
-        found = {name: round(value, 6) for name, value in zip(THRESHOLDS, thresholds, strict=True)}
+        found = {f"{name}_threshold": round(value, 6) for name, value in zip(THRESHOLDS, thresholds, strict=True)}
         return Fitted({**options, **found, "windows": len(ratios), "held_out_episodes": len(episodes)}, arrays)
 
     @torch.no_grad()
@@ -166,7 +167,7 @@ class Guard(Extension):
         rows = noisy.flatten(0, 1)
         if policy.max_delay:
             rows = Prefix.none(rows).mark(rows)
-        output = policy.denoiser(rows, films.flatten(0, 1)).view_as(noisy)
+        output: Tensor = policy.denoiser(rows, films.flatten(0, 1)).view_as(noisy)
         errors = [
             (policy.process.x0_from_output(said, x, step) - normalized).square().mean(dim=(1, 2)) / step.sigma**2
             for said, x, step in zip(output, noisy, self._grid, strict=True)
@@ -176,8 +177,10 @@ class Guard(Extension):
     @torch.no_grad()
     def finish(self, seen: Encoded, normalized: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         observation = self.observation_score(seen.condition) / self.thresholds["observation"]
-        chunk = self.chunk_score(seen.condition, normalized) / self.thresholds["chunk"]
-        return normalized, {"guard.observation": observation, "guard.chunk": chunk, LEVEL: self.level(observation)}
+        notes = {"guard.observation": observation, LEVEL: self.level(observation)}
+        if self.notes_chunks:
+            notes["guard.chunk"] = self.chunk_score(seen.condition, normalized) / self.thresholds["chunk"]
+        return normalized, notes
 
     def level(self, ratio: Tensor) -> Tensor:
         """Of ratios [B], what a `Watch` sums up."""

@@ -35,9 +35,7 @@ def source(buffer, episodes) -> BatchSource:
 
 
 def made(**changes):
-    return tiny_policy(
-        demonstrations(), sampler=SAMPLER, process={"name": "diffusion", "prediction": "sample"} | changes
-    )
+    return tiny_policy(demonstrations(), **({"sampler": SAMPLER, "process": X0} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +176,7 @@ def test_the_network_is_asked_for_few_more_rows_than_it_has_to(fitted):
     policy, found = fitted
     counted = []
     handle = policy.denoiser.register_forward_pre_hook(lambda module, given: counted.append(len(given[0])))
-    hook = Reuse(policy, Prediction.of(found.arrays, STEPS), 1.5)
+    hook = Reuse(policy, Prediction.of(found.arrays, STEPS), 50.0)
     sampled(policy, list(range(6)), hook)
     handle.remove()
     assert set(counted) <= {1, 2, 4, 6}
@@ -283,9 +281,9 @@ def test_it_is_fitted_by_the_command_and_acts_in_the_bundle(tmp_path, capsys):
     policy, path = made(), tmp_path / "bundle"
     config = load("train", ["task=pusht_state_generic", f"data={tmp_path / 'data.zarr'}"])
     bundles.save(path, policy, config | {"policy": TINY | {"sampler": SAMPLER, "process": X0}})
-    assert main(["fit", "cache", f"bundle={path}", "tolerance=2", "alpha=0.2", "device=cpu"]) == 0
+    assert main(["fit", "cache", f"bundle={path}", "tolerance=200", "alpha=0.2", "device=cpu"]) == 0
     assert "evaluations: " in capsys.readouterr().out
-    assert read(path, "cache").options["tolerance"] == 2.0
+    assert read(path, "cache").options["tolerance"] == 200.0
     loaded = bundles.load(path, extensions=["cache"])
     made_of = loaded.predict({"state": observations(2)["state"].numpy()})
     assert (made_of["cache.evaluations"] < STEPS).all()

@@ -19,7 +19,7 @@ from action_diffusion.policy.extensions.extension import Fitted, write
 from action_diffusion.policy.extensions.guard import THRESHOLDS, Guard, Watch, grid, reached
 from action_diffusion.policy.model.denoiser import Film
 
-OPTIONS = {"seed": 0, "quantile": 0.9, "episodes": 0.5, "sigmas": [0.1, 0.5]}
+OPTIONS = {"seed": 0, "chunk": True, "quantile": 0.9, "episodes": 0.5, "sigmas": [0.1, 0.5]}
 
 
 def source(buffer, episodes) -> BatchSource:

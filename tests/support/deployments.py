@@ -58,7 +58,7 @@ def add_guard(bundle: Path, horizon: int = HORIZON) -> None:
         "grid": np.array([[50.0, 0.7, 0.7]]),
         "thresholds": np.array([1e6, 1.0, 0.1, 2.0]),
     }
-    write(bundle, "guard", Fitted({}, {name: value.astype(np.float32) for name, value in arrays.items()}))
+    write(bundle, "guard", Fitted({"chunk": True}, {name: value.astype(np.float32) for name, value in arrays.items()}))
 
 
 def deploy(bundle: Path, output_dir: Path, *options: str) -> Deploy:
