@@ -102,9 +102,9 @@ def test_by_the_clean_chunk_the_same_is_taught(objective: Objective) -> None:
     for by_velocity, by_sample in zip(*found, strict=True):
         error, scaled = (pair.output - pair.target for pair in (by_velocity, by_sample))
         share = (scaled / error).flatten(1)
-        clear = error.abs().flatten(1).amin(dim=1) > 1e-3
+        clear = error.abs().flatten(1).amin(dim=1) > 1e-2
         assert clear.any()
-        torch.testing.assert_close(share[clear, 0], share[clear, 1], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(share[clear, 0], share[clear, 1], rtol=5e-3, atol=5e-3)
         assert ((share[clear] > 0) & (share[clear] < 1.001)).all()
 
 

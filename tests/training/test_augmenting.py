@@ -105,7 +105,7 @@ def test_new_episodes_go_from_where_one_begins_to_where_another_ends(tmp_path: P
     np.testing.assert_array_equal(states[:192], chain()["state"])
     starts = np.concatenate([[0], made.episode_ends[:-1]])[24:]
     lengths = states[made.episode_ends[24:] - 1, 0] - states[starts, 0]
-    assert np.median(lengths) > 0.9  # a demonstration is 0.7 long
+    assert np.median(lengths) > 0.75  # a demonstration is 0.7 long
     goals = made["goal"][:]
     for start, end in zip(starts, made.episode_ends[24:], strict=True):
         assert (goals[start:end] == goals[start]).all()
