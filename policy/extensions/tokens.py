@@ -1,6 +1,6 @@
 """Two heads on one encoder: tokens choose, the denoiser does (after HybridVLA, Liu et al. 2025).
 
-A token head (`model.token_head`) is trained on the policy's own encoded observations, whose weights stay as they are.
+A token head (`token_head`) is trained on the policy's own encoded observations, whose weights stay as they are.
 It commits itself: after the first token says left, no later one says right. A denoiser in few steps does not: between
 two ways its first estimate is their mean. Tokens are rounded, and the denoiser is not. So
 
@@ -24,7 +24,7 @@ from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
 from action_diffusion.policy.extensions.extension import Extension, Fitted
-from action_diffusion.policy.model.token_head import ChunkTokens, TokenHead
+from action_diffusion.policy.extensions.token_head import ChunkTokens, TokenHead
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded
 from action_diffusion.progress import progress

@@ -8,8 +8,10 @@ A chunk takes one `prepare` and K calls of `forward`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -43,3 +45,24 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         """x [B, H, A] and film [B, F], the sum of a row of either part of `Film` → [B, H, A]."""
         raise NotImplementedError
+
+
+class SinusoidalEmbedding(nn.Module):
+    """Sines and cosines of a time [N] → [N, dim] (Vaswani et al. 2017; Ho et al. 2020)."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int):
+        super().__init__()
+        half = dim // 2
+        exponent = torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1))
+        self.register_buffer("frequencies", exponent.exp(), persistent=False)
+
+    def forward(self, times: Tensor) -> Tensor:
+        angles = times[:, None].float() * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def time_mlp(dim: int) -> nn.Sequential:
+    """A time, or how far a step goes, [N] → [N, dim]."""
+    return nn.Sequential(SinusoidalEmbedding(dim), nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))

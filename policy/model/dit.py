@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from action_diffusion.policy.model.attention import SelfAttention, check_sizes
 from action_diffusion.policy.model.conv import Linear
-from action_diffusion.policy.model.denoiser import Denoiser, Film
-from action_diffusion.policy.model.times import SinusoidalEmbedding, time_mlp
+from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding, time_mlp
 
 
 class Block(nn.Module):

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError
 from action_diffusion.policy.model.attention import SelfAttention, check_sizes
 from action_diffusion.policy.model.conv import Linear
-from action_diffusion.policy.model.denoiser import Denoiser, Film
-from action_diffusion.policy.model.times import SinusoidalEmbedding
+from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding
 
 
 class MemoryAttention(nn.Module):

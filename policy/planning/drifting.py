@@ -16,7 +16,8 @@ observation's n chunks,
 with λ = temperature · (the standard deviation of J among the n), so that no one has to know the scale of the cost. The
 drift leaves the demonstrations' support, and the denoising brings the chunk back to it: what the cost asks for that was
 never demonstrated does not survive. b_r falls from `noise` in the first round to half of it in the last: wide moves
-first. The result is denoised; of all rounds' chunks the one that costs least is the plan.
+first. The result is denoised; of all rounds' chunks the one that costs least, among those that are
+allowed, is the plan.
 
 Done once more at every chunk, it is a receding-horizon controller.
 """
@@ -36,16 +37,19 @@ from action_diffusion.policy.policy import DiffusionPolicy
 
 Cost = Callable[[Tensor], Tensor]
 """Chunks [N, H, A] in the data's units → their costs [N], differentiable."""
+Allowed = Callable[[Tensor], Tensor]
+"""Chunks [N, H, A] in the data's units → whether each may be the plan, bool [N]."""
 
 
 @dataclass(frozen=True)
 class Drifted:
     """action: the plan of each observation, [B, H, A], data's units; cost: its cost [B]. costs: those of the n chunks
-    after each round, [rounds + 1, B, n]; the first are the policy's own."""
+    after each round, [rounds + 1, B, n]; the first are the policy's own. allowed: bool [B], False where none was."""
 
     action: Tensor
     cost: Tensor
     costs: Tensor
+    allowed: Tensor
 
 
 def drift(
@@ -58,13 +62,15 @@ def drift(
     temperature: float = 0.3,
     step: float = 0.1,
     noise: float = 0.5,
+    allowed: Allowed | None = None,
     generator: torch.Generator | None = None,
 ) -> Drifted:
     """Plans for observations (key → [B, To, …], data's units), see the file.
 
     n_samples: n. temperature > 0: the smaller, the sooner a few chunks are all that is left. step >= 0: how far the
     first round moves a chunk, root mean square, normalised units; 0: re-weighting alone. noise: b of the first round,
-    in (0, 1); the more, the nearer to the demonstrations. generator: all that is drawn.
+    in (0, 1); the more, the nearer to the demonstrations. allowed: what the plan must keep to, such as a distance from
+    demonstrated states; None: nothing. generator: all that is drawn.
     Raises `InputError` for values that cannot be, and for a cost that is no finite number for each chunk.
     """
     if n_samples < 2 or rounds < 1 or not temperature > 0 or not step >= 0:
@@ -79,19 +85,22 @@ def drift(
         chunks, costs = [], []
         for turn in range(rounds + 1):
             z = draw_noise(shape, generator, policy.device, torch.float32)
-            made = policy.sample(obs, noise=z, n_samples=n_samples, generator=generator, hooks=restart)
-            x = made.normalized.flatten(0, 1)
+            sample = policy.sample(obs, noise=z, n_samples=n_samples, generator=generator, hooks=restart)
+            x = sample.normalized.flatten(0, 1)
             found, gradient = _costs(policy, cost, x, seen)
-            chunks.append(made.action)
+            chunks.append(sample.action)
             costs.append(found.unflatten(0, (-1, n_samples)))
             left = 1.0 - turn / rounds
             rms = gradient.square().mean(dim=(1, 2), keepdim=True).sqrt()
             x = x - step * left * gradient / rms.clamp_min(torch.finfo(rms.dtype).tiny)
             kept = resampled(weights(costs[-1], temperature), generator)
             restart = [Restart(x[kept], noise * (1.0 + left) / 2.0)]
-    least, which = torch.cat(costs, dim=1).min(dim=1)
-    action = torch.cat(chunks, dim=1)[torch.arange(len(which)), which]
-    return Drifted(action, least, torch.stack(costs))
+    every, made = torch.cat(costs, dim=1), torch.cat(chunks, dim=1)
+    may = torch.ones_like(every, dtype=torch.bool) if allowed is None else allowed(made.flatten(0, 1)).view_as(every)
+    any_may = may.any(dim=1)
+    which = every.masked_fill(any_may.unsqueeze(1) & ~may, torch.inf).argmin(dim=1)
+    row = torch.arange(len(which), device=which.device)
+    return Drifted(made[row, which], every[row, which], torch.stack(costs), any_may)
 
 
 def weights(costs: Tensor, temperature: float) -> Tensor:

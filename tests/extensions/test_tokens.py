@@ -14,8 +14,8 @@ from action_diffusion.errors import InputError
 from action_diffusion.options.extensions import Tokens as Options
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.extension import Fitted, write
+from action_diffusion.policy.extensions.token_head import ChunkTokens, TokenHead, cosine_basis
 from action_diffusion.policy.extensions.tokens import Tokens
-from action_diffusion.policy.model.token_head import ChunkTokens, TokenHead, cosine_basis
 
 
 def source() -> BatchSource:

@@ -53,6 +53,23 @@ def test_re_weighted_samples_have_the_mean_of_the_tilted_gaussian():
     assert others.std().item() == pytest.approx(sd, rel=0.02)
 
 
+def test_the_plan_is_the_cheapest_of_what_is_allowed():
+    policy = gaussian_policy(SD)
+
+    def plan(allowed):
+        generator = torch.Generator().manual_seed(0)
+        return drift(policy, observed(3), distance, n_samples=8, rounds=2, allowed=allowed, generator=generator)
+
+    free, below, never = (plan(a) for a in (None, lambda a: a[:, 0, 0] < 1.0, lambda a: a[:, 0, 0] > 1e6))
+    assert (free.action[:, 0, 0] > 1.0).any()
+    assert (below.action[:, 0, 0] < 1.0).all()
+    assert below.allowed.all()
+    assert (below.cost >= free.cost).all()
+    torch.testing.assert_close(below.cost, distance(below.action))
+    assert not never.allowed.any()
+    torch.testing.assert_close(never.action, free.action)
+
+
 def test_a_drift_and_its_denoising_move_the_mean_as_computed():
     """A linear cost moves chunks by s_r √(H A); denoising from a, b takes a mean m to ρ m, ρ = a s / √(a² s² + b²)."""
     policy, rounds = gaussian_policy(SD), 4
