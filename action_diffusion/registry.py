@@ -142,11 +142,18 @@ def use_plugins(files: str | list[str] | None) -> None:
         return
     named = [Path(file).expanduser().resolve() for file in ([files] if isinstance(files, str) else files)]
     for file in named:
-        if not file.is_file() or file.suffix != ".py":
-            raise InputError(f"plugins={file}: no such Python file")
+        if not _is_python(file):
+            raise InputError(f"plugins={str(file)[:400]}: no such Python file")
     known = [Path(file) for file in os.environ.get(PLUGINS, "").split(os.pathsep) if file]
     os.environ[PLUGINS] = os.pathsep.join(map(str, dict.fromkeys([*known, *named])))
     load_plugins()
+
+
+def _is_python(file: Path) -> bool:
+    try:
+        return file.suffix == ".py" and file.is_file()
+    except OSError:  # of a name that is too long
+        return False
 
 
 def load_plugins() -> None:

@@ -300,6 +300,7 @@ def test_a_deployment_holds_while_its_server_is_gone_and_then_goes_on(tmp_path):
         try:
             until(lambda: steps() > 10, 60)
             servers[0].process.kill()
+            time.sleep(2.0)  # longer than a chunk lasts
             servers.append(Server(bundle, f"port={servers[0].port}"))
             there = steps()
             until(lambda: steps() > there + 50, 60)
