@@ -238,9 +238,9 @@ def _policy(
         action=_turned(spec.action, theirs.action),
     )
     policy = build_policy(config["policy"], spec)
-    bundles.load_weights(policy, path, new=("denoiser.span_embedding.",) if checkpoint is None and taught else ())
+    bundles.load_weights(policy, path, new=("denoiser.span_",) if checkpoint is None and taught else ())
     if taught:
-        policy.learn_from(bundles.load(Path(taught)))
+        policy.learn_from(bundles.load(Path(taught), data.train.device))
     return spec, policy
 
 

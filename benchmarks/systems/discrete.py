@@ -58,7 +58,7 @@ def measure(seed: int) -> Measured:
             "the best set itself": float((reached > reward[shown].max()).mean()),
         },
         {"switches alone": float(_reward(alone, reward).mean()), "demonstrations": float(reward[rows].mean())},
-        bool(reached.max() >= BAR and reached.mean() >= _reward(alone, reward).mean() + 0.1),
+        bool(reached.max() >= BAR and reached.mean() >= BAR - 0.1),
     )
 
 
@@ -77,6 +77,6 @@ def _reward(on: np.ndarray, reward: np.ndarray) -> np.ndarray:
 SYSTEM = System(
     name="discrete",
     what="masked diffusion chooses sets: a bandit of 4,096 with a known best one",
-    bar=f"the best of 64 chunks earns {BAR} of the best set's reward, their mean 0.1 more than switches drawn alone",
+    bar=f"the best of 64 chunks earns {BAR} of the best set's reward, their mean {BAR - 0.1:.2f}",
     measure=measure,
 )

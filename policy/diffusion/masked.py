@@ -67,6 +67,8 @@ class Masked:
 class MaskedSolver(Solver):
     """As many values appear in each step, in the mean; all are there after the last."""
 
+    gaussian = False
+
     def __init__(self, n_steps: int) -> None:
         left = [1.0 - index / n_steps for index in range(n_steps)]
         steps = [Step(index, Flow.TIME_SCALE * s, 1.0 - s, s) for index, s in enumerate(left)]

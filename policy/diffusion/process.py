@@ -141,6 +141,9 @@ class Solver:
         _check_levels(steps, moves, last)
         return cls(steps=steps, moves=moves)
 
+    gaussian = True
+    """Whether x_next ~ N(`mean`, spread²), as a recorded chain says."""
+
     def noisy(self, mean: Tensor, x: Tensor, z: Tensor, step: Step) -> Tensor:
         """x_next [B, H, A] of a step whose `spread` is above 0. z: standard normal."""
         return torch.add(mean, z, alpha=self.moves[step.index].spread)

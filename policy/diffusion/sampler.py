@@ -181,6 +181,8 @@ class Sampler:
         step_noise: what `draw_step_noise` gave; without it, `generator` draws it here. grad=True keeps the graph
         through every step; otherwise only what a hook asks for is differentiated.
         """
+        if return_chain and not self.solver.gaussian:
+            raise InputError(f"return_chain: the steps of scheduler={self.scheduler} draw no normal numbers to record")
         if self.solver.start != 1.0:
             noise = self.solver.start * noise
         for hook in hooks:

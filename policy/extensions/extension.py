@@ -132,6 +132,10 @@ def write(bundle: Path, name: str, fitted: Fitted) -> Path:
     return path
 
 
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
 def read(bundle: Path, name: str) -> Fitted:
     """What `write` stored. Raises `InputError`."""
     require_extensions(bundle, [name])
@@ -142,7 +146,7 @@ def read(bundle: Path, name: str) -> Fitted:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        options = json.loads(header["options"])
+        options = json.loads(header["options"], parse_constant=_refuse)
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a fitted extension: {str(error)[:200]}") from None
     if not isinstance(options, dict):

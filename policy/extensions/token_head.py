@@ -35,7 +35,8 @@ class ChunkTokens:
         if frequencies > horizon:
             raise InputError(f"frequencies={frequencies} are more than a chunk of {horizon} steps has")
         self.levels, self.size = levels, size
-        self.basis = cosine_basis(horizon)[:frequencies]
+        with torch.device("cpu"):
+            self.basis = cosine_basis(horizon)[:frequencies]
         self.vocabulary = 2 * levels + 1
 
     def encode(self, chunk: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ two ways is neither, so here the one begins and the other ends.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,14 +22,17 @@ from torch import Tensor
 
 from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
+from action_diffusion.options.extensions import Tokens as Options
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
 from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.extensions.token_head import ChunkTokens, TokenHead
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded
 from action_diffusion.progress import progress
+from action_diffusion.schema import Above, check, hints
 
 BATCH = 256
+OPTIONS = hints(Options)
 
 
 class Tokens(Extension):
@@ -38,9 +41,14 @@ class Tokens(Extension):
     def __init__(self, policy: DiffusionPolicy, fitted: Fitted) -> None:
         super().__init__(policy, fitted)
         try:
-            self.tokens, self.head = _parts(policy, fitted.options)
+            for option in ("frequencies", "levels", "hidden", "until", "confidence"):
+                check(fitted.options[option], OPTIONS[option], option)
+            check(fitted.options["size"], Annotated[float, Above(0, 1e12)], "size")
+            with torch.device("meta"):  # no memory before the arrays' shapes are looked at
+                self.tokens, self.head = _parts(policy, fitted.options)
             self.until, self.confidence = float(fitted.options["until"]), float(fitted.options["confidence"])
-            self.head.load_state_dict({name: torch.from_numpy(value) for name, value in fitted.arrays.items()})
+            weights = {name: torch.from_numpy(value) for name, value in fitted.arrays.items()}
+            self.head.load_state_dict(weights, assign=True)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"extension tokens does not belong to this policy: {str(error)[:200]}") from None
         self.head = self.head.to(policy.device).eval().requires_grad_(False)

@@ -79,7 +79,9 @@ def test_what_cannot_be_is_named(bundle, tmp_path):
         attach(policy, bundle, ["still"])
 
 
-@pytest.mark.parametrize("damage", ["bytes", "no header", "options no mapping", "NaN", "other weights"])
+@pytest.mark.parametrize(
+    "damage", ["bytes", "no header", "options no mapping", "NaN", "NaN among options", "other weights"]
+)
 def test_a_file_that_is_damaged_or_not_for_these_weights_is_refused(bundle, damage):
     path = extension_file(bundle, "still")
     write(bundle, "still", Fitted({}, {"x": np.zeros(2, np.float32)}))
@@ -91,6 +93,8 @@ def test_a_file_that_is_damaged_or_not_for_these_weights_is_refused(bundle, dama
         save_file({"x": value}, path)
     elif damage == "options no mapping":
         save_file({"x": value}, path, metadata=header | {"options": json.dumps([1])})
+    elif damage == "NaN among options":
+        save_file({"x": value}, path, metadata=header | {"options": '{"until": NaN}'})
     elif damage == "NaN":
         save_file({"x": value * np.nan}, path, metadata=header)
     else:

@@ -111,6 +111,6 @@ def test_what_cannot_be_is_named() -> None:
     with pytest.raises(InputError, match="frequencies=9 must be at most 8"):
         Tokens.fit(policy, source(), source(), options(frequencies=9))
     fitted = Tokens.fit(policy, source(), source(), options(steps=1))
-    for changes in ({"hidden": 32}, {"levels": "many"}, {"until": None}):
+    for changes in ({"hidden": 32}, {"hidden": 4096}, {"levels": "many"}, {"until": None}, {"size": -1.0}):
         with pytest.raises(InputError, match="does not belong to this policy"):
             Tokens(policy, Fitted({**fitted.options, **changes}, fitted.arrays))

@@ -217,8 +217,8 @@ def test_precisions_belong_to_devices(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_denoiser_equals_itself(make_policy):
-    """Compiled by C++, one level of the network: each kernel takes the compiler two seconds."""
-    policy = calm(make_policy(**SAMPLE, denoiser={"name": "unet1d", "channels": [8], "time_dim": 16}))
+    """Compiled by C++, two levels of the network: each kernel takes the compiler two seconds."""
+    policy = calm(make_policy(**SAMPLE, denoiser={"name": "unet1d", "channels": [8, 16], "time_dim": 16}))
     expected = chunk(policy)
     accelerate(policy, precision="fp32", compile=True)
     torch.testing.assert_close(chunk(policy), expected, atol=1e-5, rtol=0)

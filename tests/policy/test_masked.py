@@ -77,6 +77,11 @@ def test_rows_do_not_know_each_other() -> None:
     assert set(sampled([0, 1, 2]).unique().tolist()) <= {-1.0, 1.0}
 
 
+def test_its_steps_are_no_chain_of_normal_ones() -> None:
+    with pytest.raises(InputError, match="scheduler=masked"):
+        sampler(2).run(lambda x, step, rows: x, torch.zeros(1, 1, 1), return_chain=True)
+
+
 def test_another_scheduler_or_prediction_is_refused() -> None:
     with pytest.raises(InputError, match="masked"):
         Sampler(process=Masked(), scheduler="ddim", num_inference_steps=5)
