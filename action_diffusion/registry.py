@@ -235,6 +235,7 @@ METHODS = Registry(
     "method",
     "methods",
     {
+        "dppo": "action_diffusion.training.reward.methods.dppo:Dppo",
         "dsrl": "action_diffusion.training.reward.methods.dsrl:Dsrl",
         "idql": "action_diffusion.training.reward.methods.idql:Idql",
     },

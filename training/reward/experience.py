@@ -110,6 +110,8 @@ class Experience:
         rows: list[dict[str, Tensor]] = []
         for index, trial in enumerate(ready):
             now = {name: value[index].detach() for name, value in acted.remembered.items()}
+            place = {"simulator": self._workers.index(trial.run.worker), "time": len(trial.run.rewards)}
+            now |= {name: now["condition"].new_tensor(value) for name, value in place.items()}
             if trial.waiting is not None:
                 rows.append({**trial.waiting, "next_condition": now["condition"]})
             trial.waiting, trial.counted = now, len(trial.run.rewards)
