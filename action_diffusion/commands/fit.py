@@ -8,9 +8,10 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.errors import unknown
+from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import COMMANDS
 from action_diffusion.options.extensions import FITS, Fit
+from action_diffusion.options.finetune import LEARNT
 from action_diffusion.policy.reading import read_config, read_spec
 from action_diffusion.registry import EXTENSIONS
 
@@ -30,6 +31,11 @@ def run(words: Sequence[str]) -> int:
         return 0
     from action_diffusion.configuration import plain, settings_of
 
+    if words[0] in LEARNT:
+        raise InputError(
+            f"{words[0]} learns from trials, not from demonstrations: action-diffusion finetune "
+            f"method={LEARNT[words[0]]} bundle=…"
+        )
     if words[0] not in FITS:
         plain(
             "fit", [word for word in words[1:] if word.startswith("plugins=")], {"bundle": "a bundle"}

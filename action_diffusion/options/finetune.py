@@ -11,16 +11,18 @@ from action_diffusion.schema import Above, Between, ByName, FilePath, OneOf, Sec
 
 Layers = Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)]
 Rate = Annotated[float, Above(0, 1)]
+Octaves = Annotated[int, Between(0, 16)]
 Rows = Annotated[int, Between(1, 10_000_000)]
 
 
 @dataclass
 class Critics:
-    """What methods with critics of chunks share. hidden: sizes of their layers. members: of each ensemble, of which the
-    least counts. updates: for each chunk that was tried. follow: share that targets move by. warmup: chunks before the
-    first update. capacity: rows that are kept."""
+    """What methods with critics of chunks share. hidden: sizes of their layers. octaves: waves beside each value of a
+    condition. members: of each ensemble, of which the least counts. updates: for each chunk that was tried. follow:
+    share that targets move by. warmup: chunks before the first update. capacity: rows that are kept."""
 
     hidden: Layers = field(default_factory=lambda: [256, 256])
+    octaves: Octaves = 4
     members: Annotated[int, Between(1, 64)] = 2
     updates: Annotated[float, Above(0, 1000)] = 2.0
     batch_size: Annotated[int, Between(2, 65_536)] = 256
@@ -36,7 +38,8 @@ class Dsrl(Critics):
 
     bound: Annotated[float, Above(0, 100)] = 1.5
     decoded: Annotated[int, Between(1, 256)] = 4
-    entropy: Annotated[float, Between(-100, 100)] = -1.0
+    expectile: Annotated[float, Between(0.5, below=1)] = 0.7
+    entropy: Annotated[float, Between(-100, 100)] = 0.0
 
 
 @dataclass
@@ -65,9 +68,12 @@ class Dppo:
     critic_lr: Rate = 1e-3
     most_kl: Annotated[float, Above(0, 1e6)] = 0.05
     hidden: Layers = field(default_factory=lambda: [256, 256])
+    octaves: Octaves = 4
 
 
 METHODS: dict[str, type] = {"dppo": Dppo, "dsrl": Dsrl, "idql": Idql}
+LEARNT = {"best_of": "idql", "steering": "dsrl"}
+"""Extensions that no demonstrations teach, by the method that does."""
 MethodSection = Annotated[Section, ByName(METHODS)]
 
 
@@ -82,7 +88,7 @@ class Budget:
 class Trials:
     """`trials.*`: what is learnt from."""
 
-    reward: Annotated[str, OneOf("success", "dense")] = "success"
+    reward: Annotated[str, OneOf("both", "success", "dense")] = "both"
     gamma: Annotated[float, Between(0.5, below=1)] = 0.99
     n_envs: Annotated[int, Between(1, 4096)] | None = None
     seed: Seed = 1_000_000

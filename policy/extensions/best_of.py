@@ -7,18 +7,16 @@ Without `drawn` each of n noises is denoised. With it only the n are that a crit
 adds no noise of its own, since else the noise at the beginning does not say which chunk comes of it.
 
 Q is the least of an ensemble. What is executed of a chunk is judged, in normalised units. `action-diffusion finetune
-method=idql` learns both critics in a simulator, `action-diffusion fit best_of` offline, from data with rewards.
+method=idql` learns both critics in a simulator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.extensions.stored import condition_dim, executed, hidden_sizes, restore, whole
@@ -40,10 +38,11 @@ class BestOf(Extension):
         self.noises = max(self.candidates, whole("best_of", fitted, "drawn", 0, MOST))
         sizes: dict[str, Any] = {"hidden": hidden_sizes("best_of", fitted)}
         sizes["members"] = whole("best_of", fitted, "members", 1, 64)
-        dims = condition_dim(policy), spec.action.shape[0]
+        sizes["octaves"] = whole("best_of", fitted, "octaves", 0, 16)
+        sizes["condition_dim"], n = condition_dim(policy), spec.action.shape[0]
         with torch.device("meta"):  # no memory before the arrays' shapes are looked at
-            self.critic = Value(input_dim=dims[0] + spec.n_action_steps * dims[1], **sizes)
-            self.noise_critic = Value(input_dim=dims[0] + spec.horizon * dims[1], **sizes)
+            self.critic = Value(action_dim=spec.n_action_steps * n, **sizes)
+            self.noise_critic = Value(action_dim=spec.horizon * n, **sizes)
         restore("best_of", fitted, "critic", self.critic, policy.device)
         if self.noises > self.candidates:
             if not policy.sampler.deterministic:
@@ -52,14 +51,6 @@ class BestOf(Extension):
                     "draws none in its steps: sampler.scheduler=ddim (eta=0), dpm_solver++ or flow"
                 )
             restore("best_of", fitted, "noise_critic", self.noise_critic, policy.device)
-
-    @classmethod
-    def fit(
-        cls, policy: DiffusionPolicy, train: BatchSource, held_out: BatchSource, options: Mapping[str, Any]
-    ) -> Fitted:
-        raise InputError(
-            "extension best_of learns from trials, not from demonstrations: action-diffusion finetune method=idql"
-        )
 
     def start(self, seen: Encoded, noise: Tensor) -> Tensor:
         if self.noises == self.candidates:

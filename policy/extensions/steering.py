@@ -9,16 +9,12 @@ cannot leave what the policy knows: every w gives a chunk that the policy would 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Extension, Fitted
-from action_diffusion.policy.extensions.stored import condition_dim, hidden_sizes, number, restore
+from action_diffusion.policy.extensions.stored import condition_dim, hidden_sizes, number, restore, whole
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded
 from action_diffusion.policy.value.networks import NoiseActor
@@ -39,17 +35,10 @@ class Steering(Extension):
                 condition_dim=condition_dim(policy),
                 noise_dim=policy.spec.horizon * policy.spec.action.shape[0],
                 bound=number("steering", fitted, "bound", 1e-3, 100.0),
+                octaves=whole("steering", fitted, "octaves", 0, 16),
                 hidden=hidden_sizes("steering", fitted),
             )
         restore("steering", fitted, "actor", self.actor, policy.device)
-
-    @classmethod
-    def fit(
-        cls, policy: DiffusionPolicy, train: BatchSource, held_out: BatchSource, options: Mapping[str, Any]
-    ) -> Fitted:
-        raise InputError(
-            "extension steering learns from trials, not from demonstrations: action-diffusion finetune method=dsrl"
-        )
 
     def start(self, seen: Encoded, noise: Tensor) -> Tensor:
         best = self.actor.best(seen.condition.float()).view(len(noise), 1, *noise.shape[2:])

@@ -44,25 +44,59 @@ class EnsembleMlp(nn.Module):
         return x
 
 
-class Value(nn.Module):
-    """What a condition, or a condition and what is done (a chunk, a noise), is worth: inputs joined → [n, B]."""
+def waves(condition: Tensor, octaves: int) -> Tensor:
+    """[B, C] → [B, C · (1 + 2 octaves)]: beside each value, sin and cos of π, 2π, 4π … times it.
 
-    def __init__(self, *, input_dim: int, hidden: Sequence[int] = (256, 256), members: int = 2) -> None:
+    A small network hardly sees differences of a hundredth of a range, and that is what decides whether a task is done
+    (Tancik et al. 2020, "Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains").
+    """
+    if octaves == 0:
+        return condition
+    angle = torch.cat([condition * (math.pi * 2**octave) for octave in range(octaves)], dim=-1)
+    return torch.cat([condition, angle.sin(), angle.cos()], dim=-1)
+
+
+class Value(nn.Module):
+    """What a condition [B, C] is worth, or a condition and what is done in it (a chunk, a noise) [B, D] → [n, B].
+
+    octaves: see `waves`, of the condition.
+    """
+
+    def __init__(
+        self,
+        *,
+        condition_dim: int,
+        action_dim: int = 0,
+        octaves: int = 0,
+        hidden: Sequence[int] = (256, 256),
+        members: int = 2,
+    ) -> None:
         super().__init__()
+        self.octaves = octaves
+        input_dim = condition_dim * (1 + 2 * octaves) + action_dim
         self.net = EnsembleMlp(input_dim=input_dim, hidden=hidden, members=members)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        result: Tensor = self.net(torch.cat(inputs, dim=-1)).squeeze(-1)
+    def forward(self, condition: Tensor, *done: Tensor) -> Tensor:
+        result: Tensor = self.net(torch.cat([waves(condition, self.octaves), *done], dim=-1)).squeeze(-1)
         return result
 
 
 class NoiseActor(nn.Module):
     """A Gaussian over initial noise, squashed into ±bound: w = bound · tanh(u), u ~ N(μ(s), σ(s)²)."""
 
-    def __init__(self, *, condition_dim: int, noise_dim: int, bound: float, hidden: Sequence[int] = (256, 256)) -> None:
+    def __init__(
+        self,
+        *,
+        condition_dim: int,
+        noise_dim: int,
+        bound: float,
+        octaves: int = 0,
+        hidden: Sequence[int] = (256, 256),
+    ) -> None:
         super().__init__()
-        self.net = EnsembleMlp(input_dim=condition_dim, hidden=hidden, output_dim=2 * noise_dim, members=1)
-        self.bound = bound
+        input_dim = condition_dim * (1 + 2 * octaves)
+        self.net = EnsembleMlp(input_dim=input_dim, hidden=hidden, output_dim=2 * noise_dim, members=1)
+        self.bound, self.octaves = bound, octaves
 
     def best(self, condition: Tensor) -> Tensor:
         """[B, C] → the noise of the mean, [B, D]."""
@@ -80,6 +114,6 @@ class NoiseActor(nn.Module):
         return self.bound * torch.tanh(before), log_density.sum(dim=-1)
 
     def _moments(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = self.net(condition)[0].chunk(2, dim=-1)
+        mean, log_std = self.net(waves(condition, self.octaves))[0].chunk(2, dim=-1)
         span = MOST_LOG_STD - LEAST_LOG_STD
         return mean, LEAST_LOG_STD + 0.5 * span * (torch.tanh(log_std) + 1)

@@ -31,6 +31,11 @@ def bundle(tmp_path_factory) -> Path:
     return path
 
 
+def test_what_learns_from_trials_is_not_fitted(bundle, capsys):
+    assert main(["fit", "steering", f"bundle={bundle}"]) == 2
+    assert "finetune method=dsrl" in capsys.readouterr().err
+
+
 def weights(path: Path) -> str:
     return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
 
@@ -70,7 +75,7 @@ def test_a_bundle_says_which_of_its_extensions_act(bundle, tmp_path):
         (["method.n=4"], "unknown option 'n' in method"),
         (["budget.env_steps=0"], "budget.env_steps=0 must be at least 1"),
         (["trials.gamma=1"], "trials.gamma=1 must be below 1"),
-        (["trials.reward=points"], "choose from success, dense"),
+        (["trials.reward=points"], "choose from both, success, dense"),
         (["resume=true"], "needs output_dir"),
         (["resume=true", "output_dir=nowhere"], "holds no run to go on with"),
     ],

@@ -19,7 +19,7 @@ from action_diffusion.training.reward.methods.dppo import Dppo, advantages, surr
 from action_diffusion.training.reward.methods.dsrl import Dsrl
 from action_diffusion.training.reward.methods.idql import Idql
 
-SMALL = {"hidden": (32, 32), "updates": 1.0, "batch_size": 64, "lr": 3e-3, "warmup": 64, "follow": 0.05}
+SMALL = {"hidden": (32, 32), "octaves": 0, "updates": 1.0, "batch_size": 64, "lr": 3e-3, "warmup": 64, "follow": 0.05}
 
 
 def observations(n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
@@ -117,7 +117,7 @@ def test_samplers_whose_noise_does_not_say_the_chunk_are_refused():
 )
 def test_a_fitted_file_that_does_not_fit_is_refused(options, words):
     policy = gaussian_policy(steps=2)
-    whole = {"n": 4, "drawn": 0, "hidden": [8], "members": 2}
+    whole = {"n": 4, "drawn": 0, "hidden": [8], "octaves": 0, "members": 2}
     with pytest.raises(InputError, match=words):
         BestOf(policy, Fitted(whole | options))
 

@@ -62,7 +62,7 @@ def test_a_critic_learns_the_values_of_a_chain():
     states, gamma = torch.eye(5), 0.9
     following = torch.cat([states[1:], states[:1]])
     discount = torch.tensor([gamma] * 4 + [0.0])
-    critic = Value(input_dim=5, hidden=(64,), members=2)
+    critic = Value(condition_dim=5, hidden=(64,), members=2)
     target, optimizer = averaged_copy(critic), torch.optim.Adam(critic.parameters(), lr=3e-3)
     for _ in range(1500):
         with torch.no_grad():

@@ -42,17 +42,18 @@ class Turn(NamedTuple):
 class Reward(NamedTuple):
     """What of the simulator's reward r in [0, 1] is learnt from, each step; at most 0, so that sooner is better.
 
-    kind "success": −1 until r reaches 1. "dense": r − 1. gamma: discount of a control step, in (0, 1).
+    kind "success": −1 until r reaches 1. "dense": r − 1. "both": the mean of the two, which is the same as either where
+    the simulator knows success only. gamma: discount of a control step, in (0, 1).
     """
 
-    kind: str = "success"
+    kind: str = "both"
     gamma: float = 0.99
 
     def of(self, rewards: Sequence[float], chunk_steps: int) -> tuple[float, float]:
         """Of executed steps: the discounted sum, in units of a whole chunk's, and γ^n, which is 0 after a success."""
-        given = np.asarray(rewards) - 1.0
-        if self.kind == "success":
-            given = np.where(np.asarray(rewards) >= 1.0, 0.0, -1.0)
+        dense = np.asarray(rewards) - 1.0
+        success = np.where(np.asarray(rewards) >= 1.0, 0.0, -1.0)
+        given = {"success": success, "dense": dense, "both": (success + dense) / 2}[self.kind]
         total = float((given * self.gamma ** np.arange(len(given))).sum()) / chunk_steps
         return total, 0.0 if rewards and rewards[-1] >= 1.0 else self.gamma ** len(given)
 

@@ -83,6 +83,7 @@ class Dppo(Method):
         critic_lr: float = 1e-3,
         most_kl: float = 0.05,
         hidden: Sequence[int] = (256, 256),
+        octaves: int = 4,
     ) -> None:
         super().__init__(policy, seed=seed, capacity=2 * chunks)
         solver = policy.sampler.solver
@@ -100,7 +101,8 @@ class Dppo(Method):
         self.stds = [max(spread, floor) for spread in self.spreads[self.first :]]
         self.shape = (self.spec.horizon, *self.spec.action.shape)
         torch.manual_seed(seed)
-        self.value = Value(input_dim=condition_dim(policy), hidden=hidden, members=1).to(self.device)
+        dim = condition_dim(policy)
+        self.value = Value(condition_dim=dim, hidden=hidden, octaves=octaves, members=1).to(self.device)
         policy.denoiser.requires_grad_(True)
         self.parameters = list(policy.denoiser.parameters())
         self.modules = {"denoiser": policy.denoiser, "value": self.value}

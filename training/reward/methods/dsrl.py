@@ -2,21 +2,24 @@
 Diffusion Policy with Latent Space Reinforcement Learning").
 
 With a sampler that draws nothing in its steps, a chunk is a function a = π(s, w) of the initial noise. So noise is the
-action of another problem, which soft actor-critic learns (Haarnoja et al. 2018), w in [−b, b]:
+action of another problem, w in [−b, b], and what is learnt cannot leave what the policy knows:
 
-    critic of actions    Q(s, a)    ←  r + γⁿ · (min Q'_w(s', w') − α log p(w' | s')),     w' ~ actor(s')
-    critic of noise      Q_w(s, w)  ←  min Q(s, π(s, w)),      of what was tried, and of other noises of the same state
-    actor                max E[min Q_w(s, w) − α log p(w | s)],   α so that the entropy stays at its target
+    critic of actions    Q(s, a)    ←  r + γⁿ V(s')
+    value                V(s)       ←  the expectile τ of min Q'(s, π(s, w)),     w of the actor, and of plain noise
+    critic of noise      A(s, w)    ←  min Q(s, π(s, w)) less its mean over the noises of this state, over its spread
+    actor                max E[A(s, w) − α log p(w | s)],   α so that the entropy stays at its target (Haarnoja et al.
+                         2018)
 
-The critic of actions can learn from chunks that came of no known noise, the critic of noise needs none to have been
-executed: `decoded` noises a state are denoised when it is visited, in one batch with the one that is tried, and kept
-with the row (decided here: the paper denoises in every update, which costs as much as all the rest many times over; and
-the target of Q is read off the critic of noise, for the same reason).
+`decoded` noises of each state are denoised when it is visited, in one batch with the one that is tried, and kept with
+the row. Decided here: the paper denoises in every update, which costs as much as all the rest many times over. And its
+critic of noise learns Q itself; of that nearly all is which state it is, and what a chunk makes of it drowns in the
+error of the fit. So the value is one network, what noise adds is another one, and what noise adds is learnt centred.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +29,17 @@ from action_diffusion.policy.extensions.extension import Fitted
 from action_diffusion.policy.extensions.stored import arrays, condition_dim, executed
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.value.networks import NoiseActor, Value
-from action_diffusion.training.reward.critics import averaged_copy, follow, step
+from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
 from action_diffusion.training.reward.experience import Acted
 from action_diffusion.training.reward.method import Method
 from action_diffusion.training.reward.transitions import Rows
 
 
 class Dsrl(Method):
-    """bound: b. decoded: other noises that are denoised for each state. hidden: layers of all networks. members: of
-    each ensemble. updates: of all networks for each chunk that was tried. warmup: chunks from plain noise before the
-    first update. follow: share that the target moves by. entropy: the target, per number of the noise, beside that of a
-    standard normal one; None: no entropy is asked for. capacity: rows that are kept.
+    """bound: b. decoded: other noises that are denoised for each state, half of them the actor's. expectile: τ.
+    entropy: of the actor, for each number of the noise. hidden, octaves: of all networks. members: of the critic of
+    actions. updates: of all networks for each chunk that was tried. warmup: chunks from plain noise before the first
+    update. follow: share that the target moves by. capacity: rows that are kept.
 
     Raises `InputError` for a policy whose sampler draws noise in its steps, or does not look at where it begins.
     """
@@ -50,14 +53,16 @@ class Dsrl(Method):
         seed: int = 0,
         bound: float = 1.5,
         decoded: int = 4,
+        expectile: float = 0.7,
+        entropy: float = 0.0,
         hidden: Sequence[int] = (256, 256),
+        octaves: int = 4,
         members: int = 2,
         updates: float = 1.0,
-        batch_size: int = 256,
+        batch_size: int = 128,
         lr: float = 3e-4,
         warmup: int = 500,
         follow: float = 0.005,
-        entropy: float = -1.0,
         capacity: int = 200_000,
     ) -> None:
         super().__init__(policy, seed=seed, capacity=capacity)
@@ -71,58 +76,56 @@ class Dsrl(Method):
                 f"method=dsrl steers by the noise that chunks begin with, and scheduler={policy.sampler.scheduler} "
                 "begins with none: take method=idql"
             )
-        spec = self.spec
+        spec, dim = self.spec, condition_dim(policy)
         self.shape = (spec.horizon, *spec.action.shape)
-        noise_dim, action_dim = spec.horizon * spec.action.shape[0], spec.n_action_steps * spec.action.shape[0]
-        dim = condition_dim(policy)
+        noise_dim, action_dim = (steps * spec.action.shape[0] for steps in (spec.horizon, spec.n_action_steps))
         torch.manual_seed(seed)
-        self.critic = Value(input_dim=dim + action_dim, hidden=hidden, members=members).to(self.device)
-        self.noise_critic = Value(input_dim=dim + noise_dim, hidden=hidden, members=members).to(self.device)
-        self.noise_target = averaged_copy(self.noise_critic)
-        self.actor = NoiseActor(condition_dim=dim, noise_dim=noise_dim, bound=bound, hidden=hidden).to(self.device)
-        self.temperature = torch.nn.ParameterDict({"log_alpha": torch.tensor(-5.0, device=self.device)})
-        self.entropy = entropy * noise_dim
-        self.bound, self.decoded, self.hidden, self.warmup = bound, decoded, list(hidden), warmup
-        self.updates, self.batch_size, self.share = updates, batch_size, follow
-        self.critic_optimizer = torch.optim.Adam([*self.critic.parameters(), *self.noise_critic.parameters()], lr=lr)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=lr)
-        self.alpha_optimizer = torch.optim.Adam([self.temperature["log_alpha"]], lr=10 * lr)
+        sizes: dict[str, Any] = {"condition_dim": dim, "hidden": hidden, "octaves": octaves}
+        self.critic = Value(action_dim=action_dim, members=members, **sizes).to(self.device)
+        self.target = averaged_copy(self.critic)
+        self.value = Value(members=1, **sizes).to(self.device)
+        self.noise_critic = Value(action_dim=noise_dim, members=2, **sizes).to(self.device)
+        self.actor = NoiseActor(noise_dim=noise_dim, bound=bound, **sizes).to(self.device)
+        self.temperature = torch.nn.ParameterDict({"log_alpha": torch.tensor(-3.0, device=self.device)})
         self.modules = {
             "critic": self.critic,
+            "target": self.target,
+            "value": self.value,
             "noise_critic": self.noise_critic,
-            "noise_target": self.noise_target,
             "actor": self.actor,
             "temperature": self.temperature,
         }
+        learnt = (self.critic, self.value, self.noise_critic)
+        self.parameters = [parameter for module in learnt for parameter in module.parameters()]
         self.optimizers = {
-            "critic": self.critic_optimizer,
-            "actor": self.actor_optimizer,
-            "temperature": self.alpha_optimizer,
+            "critics": torch.optim.Adam(self.parameters, lr=lr),
+            "actor": torch.optim.Adam(self.actor.parameters(), lr=lr),
+            "temperature": torch.optim.Adam(self.temperature.parameters(), lr=10 * lr),
         }
+        self.entropy = entropy * noise_dim
+        self.bound, self.decoded, self.expectile, self.hidden = bound, decoded, expectile, list(hidden)
+        self.warmup, self.updates, self.batch_size, self.share = warmup, updates, batch_size, follow
         self._owed = 0.0
 
     @property
     def learning(self) -> bool:
+        """Whether there are rows enough."""
         return len(self.rows) >= self.warmup
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, np.ndarray]) -> Acted:
         tensors = self.tensors(obs)
-        seen = self.policy.see(tensors)
-        condition = seen.condition.float()
-        b, k = len(condition), self.decoded
-        others = self.normal(b, k, *self.shape).clamp(-self.bound, self.bound)
-        if self.learning:
-            tried = self.actor.draw(condition)[0].view(b, 1, *self.shape)
-            half = self.actor.draw(condition.repeat_interleave(k // 2, dim=0))[0].view(b, k // 2, *self.shape)
-            others = torch.cat([half, others[:, k // 2 :]], dim=1)
-        else:
-            tried = self.normal(b, 1, *self.shape).clamp(-self.bound, self.bound)
-        noise = torch.cat([tried, others], dim=1)
-        sample = self.policy.sample(tensors, noise=noise.flatten(0, 1), n_samples=k + 1)
-        action = executed(self.policy, sample.normalized.flatten(0, 1)).unflatten(0, (b, k + 1))
+        condition = self.policy.see(tensors).condition.float()
+        b, k = len(condition), self.decoded + 1
+        noise = self.normal(b, k, *self.shape).clamp(-self.bound, self.bound)
+        if self.learning:  # the first is tried; every second other one is the actor's as well
+            own = (k + 1) // 2
+            repeated = condition.repeat_interleave(own, dim=0)
+            noise[:, :own] = self.actor.draw(repeated, self.random)[0].view(b, own, *self.shape)
+        sample = self.policy.sample(tensors, noise=noise.flatten(0, 1), n_samples=k)
+        action = executed(self.policy, sample.normalized.reshape(b * k, *self.shape)).unflatten(0, (b, k))
         remembered = {"condition": condition, "noise": noise.flatten(2), "action": action}
-        return Acted(sample.action[:, 0].float().cpu().numpy(), remembered)
+        return Acted(sample.action.view(b, k, *self.shape)[:, 0].float().cpu().numpy(), remembered)
 
     def learn(self, rows: Rows) -> dict[str, float]:
         if rows:
@@ -137,37 +140,36 @@ class Dsrl(Method):
         return numbers
 
     def _update(self, rows: Rows) -> dict[str, float]:
-        alpha = self.temperature["log_alpha"].exp().detach()
-        condition, action = rows["condition"], rows["action"]
+        condition, action, count = rows["condition"], rows["action"], rows["action"].shape[1]
+        repeated = condition.repeat_interleave(count, dim=0)
         with torch.no_grad():
-            noise, log_density = self.actor.draw(rows["next_condition"])
-            following = self.noise_target(rows["next_condition"], noise).amin(0) - alpha * log_density
-            target = rows["reward"] + rows["discount"] * following
+            known = self.target(repeated, action.flatten(0, 1)).amin(0).view(-1, count)
+            aim = rows["reward"] + rows["discount"] * self.value(rows["next_condition"])[0]
+            centred = known - known.mean(dim=1, keepdim=True)
+            spread = centred.std().clamp_min(1e-6)
+        value_loss = expectile_loss(known - self.value(condition)[0].unsqueeze(1), self.expectile)
         said = self.critic(condition, action[:, 0])
-        loss = (said - target).square().mean()
-        which = torch.randint(action.shape[1], (len(action), 1, 1), generator=self.random).to(self.device)
-        with torch.no_grad():
-            taught = self.critic(condition, action.take_along_dim(which, dim=1)[:, 0]).amin(0)
-        noise_said = self.noise_critic(condition, rows["noise"].take_along_dim(which, dim=1)[:, 0])
-        distilled = (noise_said - taught).square().mean()
-        step(self.critic_optimizer, loss + distilled, [*self.critic.parameters(), *self.noise_critic.parameters()])
-        follow(self.noise_target, self.noise_critic, self.share)
-        noise, log_density = self.actor.draw(condition)
-        value = self.noise_critic(condition, noise).amin(0)
-        step(self.actor_optimizer, (alpha * log_density - value).mean(), self.actor.parameters())
+        critic_loss = (said - aim).square().mean()
+        added = self.noise_critic(repeated, rows["noise"].flatten(0, 1))
+        noise_loss = (added - (centred / spread).flatten()).square().mean()
+        step(self.optimizers["critics"], value_loss + critic_loss + noise_loss, self.parameters)
+        follow(self.target, self.critic, self.share)
+
+        alpha = self.temperature["log_alpha"].exp()
+        noise, log_density = self.actor.draw(condition, self.random)
+        gain = self.noise_critic(condition, noise).amin(0)
+        step(self.optimizers["actor"], (alpha.detach() * log_density - gain).mean(), self.actor.parameters())
         entropy = -log_density.detach().mean()
-        step(
-            self.alpha_optimizer,
-            self.temperature["log_alpha"] * (entropy - self.entropy),
-            [self.temperature["log_alpha"]],
-        )
+        step(self.optimizers["temperature"], alpha.log() * (entropy - self.entropy), self.temperature.parameters())
         return {
-            "critic_loss": float(loss.detach()),
-            "distilled_loss": float(distilled.detach()),
+            "critic_loss": float(critic_loss.detach()),
+            "noise_loss": float(noise_loss.detach()),
             "value": float(said.detach().mean()),
-            "alpha": float(alpha),
+            "spread": float(spread),
+            "alpha": float(alpha.detach()),
             "entropy": float(entropy),
         }
 
     def fitted(self) -> dict[str, Fitted]:
-        return {"steering": Fitted({"bound": self.bound, "hidden": self.hidden}, arrays(actor=self.actor))}
+        options = {"bound": self.bound, "hidden": self.hidden, "octaves": self.actor.octaves}
+        return {"steering": Fitted(options, arrays(actor=self.actor))}

@@ -15,6 +15,7 @@ before it is denoised.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Idql(Method):
         expectile: float = 0.7,
         drawn: int = 0,
         hidden: Sequence[int] = (256, 256),
+        octaves: int = 4,
         members: int = 2,
         updates: float = 2.0,
         batch_size: int = 256,
@@ -65,10 +67,11 @@ class Idql(Method):
         self.shape = (spec.horizon, *spec.action.shape)
         action_dim, noise_dim = (steps * spec.action.shape[0] for steps in (spec.n_action_steps, spec.horizon))
         torch.manual_seed(seed)
-        self.critic = Value(input_dim=dim + action_dim, hidden=hidden, members=members).to(self.device)
+        sizes: dict[str, Any] = {"condition_dim": dim, "hidden": hidden, "octaves": octaves}
+        self.critic = Value(action_dim=action_dim, members=members, **sizes).to(self.device)
         self.target = averaged_copy(self.critic)
-        self.value = Value(input_dim=dim, hidden=hidden, members=1).to(self.device)
-        self.noise_critic = Value(input_dim=dim + noise_dim, hidden=hidden, members=members).to(self.device)
+        self.value = Value(members=1, **sizes).to(self.device)
+        self.noise_critic = Value(action_dim=noise_dim, members=members, **sizes).to(self.device)
         self.modules = {
             "critic": self.critic,
             "target": self.target,
@@ -142,6 +145,7 @@ class Idql(Method):
         }
 
     def fitted(self) -> dict[str, Fitted]:
-        options = {"n": self.n, "drawn": self.drawn, "hidden": self.hidden, "members": self.members}
+        options: dict[str, Any] = {"n": self.n, "drawn": self.drawn, "octaves": self.critic.octaves}
+        options |= {"hidden": self.hidden, "members": self.members}
         modules = {"critic": self.critic} | ({"noise_critic": self.noise_critic} if self.drawn else {})
         return {"best_of": Fitted(options, arrays(**modules))}
