@@ -1,9 +1,10 @@
 """The initial noise, chosen by what learnt from reward which noise leads where (DSRL, Wagenmaker et al. 2025).
 
-    condition ──actor──▶ w in ±bound ──the frozen policy, without noise of its own──▶ chunk
+    condition, drawn noise ──actor──▶ w in ±bound ──the frozen policy, without noise of its own──▶ chunk
 
 A sampler that draws nothing in its steps makes of each noise one chunk, so noise is as good as an action, and one that
-cannot leave what the policy knows: every w gives a chunk that the policy would make. Nothing of the policy changes.
+cannot leave what the policy knows: every w gives a chunk that the policy would make. Nothing of the policy changes. The
+actor stays as random as it learnt to be: who is stuck gets out of it by trying something else.
 `action-diffusion finetune method=dsrl` learns the actor.
 """
 
@@ -21,7 +22,7 @@ from action_diffusion.policy.value.networks import NoiseActor
 
 
 class Steering(Extension):
-    """Every chunk begins at the actor's best noise; what is drawn is not looked at."""
+    """Every chunk begins at a noise of the actor, which the one that was drawn is turned into."""
 
     def __init__(self, policy: DiffusionPolicy, fitted: Fitted) -> None:
         super().__init__(policy, fitted)
@@ -41,5 +42,6 @@ class Steering(Extension):
         restore("steering", fitted, "actor", self.actor, policy.device)
 
     def start(self, seen: Encoded, noise: Tensor) -> Tensor:
-        best = self.actor.best(seen.condition.float()).view(len(noise), 1, *noise.shape[2:])
-        return best.expand_as(noise).contiguous()
+        condition = seen.condition.float().repeat_interleave(noise.shape[1], dim=0)
+        turned, _ = self.actor.draw(condition, noise.flatten(0, 1).flatten(1))
+        return turned.view_as(noise)

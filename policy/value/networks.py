@@ -98,15 +98,9 @@ class NoiseActor(nn.Module):
         self.net = EnsembleMlp(input_dim=input_dim, hidden=hidden, output_dim=2 * noise_dim, members=1)
         self.bound, self.octaves = bound, octaves
 
-    def best(self, condition: Tensor) -> Tensor:
-        """[B, C] → the noise of the mean, [B, D]."""
-        mean, _ = self._moments(condition)
-        return self.bound * torch.tanh(mean)
-
-    def draw(self, condition: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """[B, C] → a noise [B, D], differentiable, and its log-density [B]."""
+    def draw(self, condition: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, C], and standard normal numbers [B, D] → a noise [B, D], differentiable, and its log-density [B]."""
         mean, log_std = self._moments(condition)
-        eps = torch.randn(mean.shape, generator=generator, device=mean.device)
         before = mean + log_std.exp() * eps
         log_density = -0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)
         # log(1 − tanh²) without its cancellation (Haarnoja et al. 2018, appendix C)

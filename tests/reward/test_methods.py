@@ -56,7 +56,7 @@ def earned(policy: DiffusionPolicy) -> float:
 def test_dsrl_steers_to_the_side_that_earns():
     policy = gaussian_policy(steps=5)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    method = Dsrl(policy, **SMALL, decoded=2)
+    method = Dsrl(policy, **SMALL, decoded=2, entropy=-1.0)
     train(method, 50)
     assert earned(policy) < 0.2
     policy.extensions = [Steering(policy, method.fitted()["steering"])]

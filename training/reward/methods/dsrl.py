@@ -18,11 +18,13 @@ error of the fit. So the value is one network, what noise adds is another one, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Fitted
@@ -121,11 +123,14 @@ class Dsrl(Method):
         if self.learning:  # the first is tried; every second other one is the actor's as well
             own = (k + 1) // 2
             repeated = condition.repeat_interleave(own, dim=0)
-            noise[:, :own] = self.actor.draw(repeated, self.random)[0].view(b, own, *self.shape)
+            noise[:, :own] = self.actor.draw(repeated, self._eps(repeated))[0].view(b, own, *self.shape)
         sample = self.policy.sample(tensors, noise=noise.flatten(0, 1), n_samples=k)
         action = executed(self.policy, sample.normalized.reshape(b * k, *self.shape)).unflatten(0, (b, k))
         remembered = {"condition": condition, "noise": noise.flatten(2), "action": action}
         return Acted(sample.action.view(b, k, *self.shape)[:, 0].float().cpu().numpy(), remembered)
+
+    def _eps(self, condition: Tensor) -> Tensor:
+        return self.normal(len(condition), math.prod(self.shape))
 
     def learn(self, rows: Rows) -> dict[str, float]:
         if rows:
@@ -156,7 +161,7 @@ class Dsrl(Method):
         follow(self.target, self.critic, self.share)
 
         alpha = self.temperature["log_alpha"].exp()
-        noise, log_density = self.actor.draw(condition, self.random)
+        noise, log_density = self.actor.draw(condition, self._eps(condition))
         gain = self.noise_critic(condition, noise).amin(0)
         step(self.optimizers["actor"], (alpha.detach() * log_density - gain).mean(), self.actor.parameters())
         entropy = -log_density.detach().mean()
