@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from action_diffusion.policy.model.attention import SelfAttention, check_sizes
 from action_diffusion.policy.model.conv import Linear
-from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding, time_mlp
+from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding, embed_times, time_mlp
 
 
 class Block(nn.Module):
@@ -86,10 +86,7 @@ class DiffusionTransformer(Denoiser):
     def prepare(self, condition: Tensor, times: Tensor) -> Film:
         """Everything that depends only on the observation or only on the step. condition [B, C], times [K] or
         [K, 2]."""
-        if self.span_embedding is None:
-            embedded = self.time_embedding(times)
-        else:
-            embedded = self.time_embedding(times[:, 0]) + self.span_embedding(times[:, 0] - times[:, 1])
+        embedded = embed_times(times, self.time_embedding, self.span_embedding)
         return Film(
             steps=self.time_film(F.silu(embedded)),
             condition=self.condition_film(F.silu(self.condition_embedding(condition))),

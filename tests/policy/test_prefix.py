@@ -168,7 +168,7 @@ def chunk(policy, running: np.ndarray, delay: int, **guidance) -> np.ndarray:
     noise, steps = generators(0)
     request = Request(step=0, running=running, delay=delay)
     options: dict[str, Any] = {"noise_generator": [noise], "generator": [steps], "guidance": Guidance(**guidance)}
-    return predict(policy, {"state": STATE[None]}, [request], **options)[0]
+    return predict(policy, {"state": STATE[None]}, [request], **options).chunks[0]
 
 
 def test_real_time_chunking_goes_on_from_the_running_chunk(policy, monkeypatch):
