@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.diffusion.process import Process, Step
+from action_diffusion.policy.diffusion.process import Process
 from action_diffusion.policy.diffusion.sampler import ChainStep, Generators, Hook, Sampler, draw_noise
+from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.model.estimator import PlanarPose
 from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame

@@ -47,8 +47,8 @@ import torch
 from torch import Tensor
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.diffusion.process import Step
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
+from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Prefix
 

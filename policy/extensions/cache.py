@@ -40,8 +40,9 @@ from torch import Tensor
 
 from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
-from action_diffusion.policy.diffusion.process import Process, Step
+from action_diffusion.policy.diffusion.process import Process
 from action_diffusion.policy.diffusion.sampler import DenoiserCall, Hook, StepState
+from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.extensions.extension import Extension, Fitted, check_sampler, sampler_words
 from action_diffusion.policy.policy import IN_FRAME, DiffusionPolicy
 from action_diffusion.policy.sample import Encoded
