@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from action_diffusion.deploy.loop.clock import Clock, Pacer
-from action_diffusion.deploy.loop.events import Answer, NoSubscriber, Outcome, Seen, Status, StepRecord, Subscriber
+from action_diffusion.deploy.loop.events import Answer, ChunkStatus, NoSubscriber, Outcome, Seen, StepRecord, Subscriber
 from action_diffusion.deploy.loop.gate import Gate
 from action_diffusion.deploy.loop.guarding import Guarding
 from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Unavailable
@@ -212,7 +212,7 @@ class ControlLoop:
     def _forget(self) -> None:
         """Somebody else has commanded, or nobody: what the policy saw and said before no longer counts."""
         if self._worker.forget():
-            self._tell(Status.DROPPED)
+            self._tell(ChunkStatus.DROPPED)
         self._history.reset()
         self._queue.reset()
         self._guarding.reset()
@@ -240,7 +240,7 @@ class ControlLoop:
         self._queue.begin_step(self._control_step + max(0, passed))
         return self._receive()
 
-    def _tell(self, status: Status, said: Prediction | None = None, seconds: float | None = None) -> None:
+    def _tell(self, status: ChunkStatus, said: Prediction | None = None, seconds: float | None = None) -> None:
         """What became of the last request."""
         assert self._asked is not None
         chunk, level = (None, None) if said is None else (said.chunk, said.notes.get(LEVEL))
@@ -252,11 +252,11 @@ class ControlLoop:
             thought = self._worker.answer(self._queue.step)
         except Unavailable as error:
             self._queue.drop()
-            self._tell(Status.UNAVAILABLE)
+            self._tell(ChunkStatus.UNAVAILABLE)
             return _Arrival(None, None, str(error))
         if thought is None:
             return None
-        self._tell(Status.ARRIVED, thought.answer, thought.seconds)
+        self._tell(ChunkStatus.ARRIVED, thought.answer, thought.seconds)
         remark = self._guarding.take(thought.answer.notes)
         noted = functools.partial(_Arrival, thought.seconds, level=self._guarding.level, remark=remark)
         if self._guarding.keeps_back:

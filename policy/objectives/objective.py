@@ -140,7 +140,7 @@ class Denoising(Objective):
         yield Pair(network(process.add_noise(x0, eps, times), times), process.target(x0, eps, times))
 
 
-class Mip(Denoising):
+class TwoRegressions(Denoising):
     """The same for the process `Mip`: two regressions ("Much Ado About Noising", Pan et al. 2025)."""
 
     family = "mip"

@@ -319,7 +319,7 @@ def test_the_gradient_goes_straight_through_the_clip(running, weight):
 
 @pytest.mark.parametrize("tau", [0.0, 1e-9, 0.5, 1 - 1e-9])
 def test_the_gain_is_clipped_at_both_ends(tau, running, weight):
-    from action_diffusion.policy.diffusion.process import Step
+    from action_diffusion.policy.diffusion.solver import Step
 
     hook = RealTimeChunking(running=running, weight=weight, beta=BETA)
     expected = 2.0 if tau == 0.5 else BETA
