@@ -1,8 +1,8 @@
 """Every option of every command: its type, and what it may be. No torch is imported here.
 
 A component's options are those of its constructor: `FlowOptions` of `Flow`, in `COMPONENTS` by kind and name
-(`policy.registry` builds them; the constructors of plugins check their own). A test holds the two beside each other, as it does the defaults in
-`configs/`.
+(`policy.registry` builds them; the constructors of plugins check their own). A test holds the two beside each other, as
+it does the defaults in `configs/`.
 """
 
 from __future__ import annotations
