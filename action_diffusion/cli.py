@@ -16,6 +16,7 @@ MAIN_HELP = """\
 action-diffusion: demonstrations in, a diffusion policy that works on a real arm out.
 
   action-diffusion train                                   train and evaluate on PushT; 10 minutes at most on 2 cores
+  action-diffusion finetune bundle=outputs/…/bundle        better than its demonstrations, by trying in simulation
   action-diffusion evaluate bundle=outputs/…/bundle        success rate with its interval, videos, a report
   action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
   action-diffusion deploy bundle=outputs/…/bundle          run a bundle in real time
@@ -134,7 +135,7 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
     config = configured(overrides, config_dir)
     preflight.train(config)
     from action_diffusion.training.run import train
-    from action_diffusion.training.trainer import Interrupted
+    from action_diffusion.training.signals import Interrupted
 
     try:
         results = train(config)
@@ -147,6 +148,28 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
         return 130
     if results:
         print_results(results, f"{config['output_dir']}/evaluation")
+    return 0
+
+
+def _finetune(overrides: list[str], config_dir: str | None) -> int:
+    from action_diffusion.configuration import settings
+
+    config = settings("finetune", overrides, config_dir)
+    preflight.finetune(config)
+    from action_diffusion.training.reward.finetune import finetune
+    from action_diffusion.training.signals import Interrupted
+
+    try:
+        results = finetune(config)
+    except Interrupted as stop:
+        print(
+            f"interrupted: saved at step {stop.step}. Go on with the same words, and output_dir={config.output_dir} "
+            "resume=true",
+            file=sys.stderr,
+        )
+        return 130
+    if results:
+        print_results(results, f"{config.output_dir}/evaluation/comparison")
     return 0
 
 
@@ -227,6 +250,7 @@ def _rounded(value: object) -> object:
 
 COMMANDS: dict[str, Callable[[list[str], str | None], int]] = {
     "train": _train,
+    "finetune": _finetune,
     "evaluate": _evaluate,
     "collect": _collect,
     "deploy": _deploy,

@@ -27,8 +27,12 @@ from action_diffusion.registry import use_plugins
 from action_diffusion.schema import FilePath, alternatives, check, hint_at, needed, without_rules
 
 BUDGETS = ("train.max_minutes", "train.max_steps", "train.max_epochs")
-GROUPS = {"train": ("task", "encoder", "denoiser", "scheduler", "objective"), "collect": ("task",)}
-OPEN = re.compile(r"(policy|task)\.\w+\.|sampler\.")
+GROUPS = {
+    "train": ("task", "encoder", "denoiser", "scheduler", "objective"),
+    "collect": ("task",),
+    "finetune": ("method",),
+}
+OPEN = re.compile(r"(policy|task)\.\w+\.|sampler\.|method\.")
 """Options of components, which need not stand in a file."""
 TASK_KEYS = ("name", "control_rate", "n_obs_steps", "horizon", "n_action_steps", "action")
 

@@ -223,8 +223,20 @@ EXTENSIONS = Registry(
     "extension",
     "extensions",
     {
-        name: f"action_diffusion.policy.extensions.{name}:{name.capitalize()}"
-        for name in ("cache", "constraint", "guard", "tokens")
+        "best_of": "action_diffusion.policy.extensions.best_of:BestOf",
+        "cache": "action_diffusion.policy.extensions.cache:Cache",
+        "constraint": "action_diffusion.policy.extensions.constraint:Constraint",
+        "guard": "action_diffusion.policy.extensions.guard:Guard",
+        "steering": "action_diffusion.policy.extensions.steering:Steering",
+        "tokens": "action_diffusion.policy.extensions.tokens:Tokens",
+    },
+)
+METHODS = Registry(
+    "method",
+    "methods",
+    {
+        "dsrl": "action_diffusion.training.reward.methods.dsrl:Dsrl",
+        "idql": "action_diffusion.training.reward.methods.idql:Idql",
     },
 )
 PROCESSES = Registry(

@@ -19,33 +19,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from action_diffusion.envs.base import Env
-from action_diffusion.envs.workers import EnvWorker, Executed, InlineWorker, Lost, ProcessWorker, Start
+from action_diffusion.envs.running import Episode, Running, Spec, generators
+from action_diffusion.envs.workers import EnvWorker, InlineWorker, Lost, ProcessWorker
 from action_diffusion.errors import InputError
-from action_diffusion.policy.agent import Agent
 
 ProgressCallback = Callable[[float, Sequence[float]], None]
 """Called after every turn with the share of the work that is done, in [0, 1], and the scores so far."""
 
 LostCallback = Callable[[int, str], None]
 """Called with the seed of an episode whose simulator was lost, and why."""
-ATTEMPTS = 2
-"""How often an episode is begun before it is given up."""
-
-
-class Spec(Protocol):
-    """The part of a policy's specification that control needs."""
-
-    @property
-    def n_obs_steps(self) -> int: ...
-    @property
-    def n_action_steps(self) -> int: ...
 
 
 class Policy(Protocol):
@@ -63,27 +51,6 @@ class Policy(Protocol):
     ) -> Mapping[str, np.ndarray]:
         """From histories {key: [B, To, ...]} to at least {"action_pred": [B, H, A]} in the data's units."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Episode:
-    """One finished episode of T steps; of 0 steps, with a score of 0, where its simulator was lost every time.
-
-    Attributes:
-        seed: the start.
-        score: the maximum reward, in [0, 1].
-        rewards: float64 [T].
-        actions: what was executed, [T, A] in the data's units: `replay` shows the episode again from them.
-    """
-
-    seed: int
-    score: float
-    rewards: np.ndarray
-    actions: np.ndarray
-
-    @property
-    def n_steps(self) -> int:
-        return len(self.rewards)
 
 
 def rollout(
@@ -117,13 +84,13 @@ def rollout(
     try:
         for _ in range(min(n_envs, len(seeds))):
             workers.append(ProcessWorker(make_env) if in_processes else InlineWorker(make_env))
-        running: list[_Running] = []
+        running: list[Running] = []
         while len(finished) < len(seeds):
             idle = [worker for worker in workers if all(run.worker is not worker for run in running)]
             for worker in idle[: len(waiting)]:
                 index = _next_episode(waiting, seeds, running, policy_batch)
                 waiting.remove(index)
-                running.append(_Running(worker=worker, index=index, seed=seeds[index], spec=policy.spec))
+                running.append(Running(worker=worker, index=index, seed=seeds[index], spec=policy.spec))
             _turn(policy, running, keys, policy_batch, on_lost)
             finished |= {run.index: run.episode() for run in running if run.done}
             running = [run for run in running if not run.done]
@@ -138,14 +105,14 @@ def rollout(
 
 def _turn(
     policy: Policy,
-    running: Sequence[_Running],
+    running: Sequence[Running],
     keys: Sequence[str],
     policy_batch: int,
     on_lost: LostCallback | None,
 ) -> None:
     """Begin what has not begun, then let every episode execute one chunk."""
 
-    def answers(runs: Sequence[_Running], take: Callable[[_Running], None]) -> None:
+    def answers(runs: Sequence[Running], take: Callable[[Running], None]) -> None:
         for run in runs:
             try:
                 take(run)
@@ -157,13 +124,13 @@ def _turn(
     fresh = [run for run in running if not run.begun]
     for run in fresh:
         run.worker.begin(run.seed, keys)
-    answers(fresh, _Running.take_start)
+    answers(fresh, Running.take_start)
     ready = [run for run in running if run.begun]
     for call in _pack(ready, policy_batch):
         _predict(policy, call, policy_batch)
     for run in ready:
         run.send_chunk(keys)
-    answers(ready, _Running.take_outcome)
+    answers(ready, Running.take_outcome)
 
 
 def replay(*, env: Env, episode: Episode, size: int = 256, every: int = 1) -> Iterator[np.ndarray]:
@@ -191,74 +158,6 @@ def replay(*, env: Env, episode: Episode, size: int = 256, every: int = 1) -> It
             yield env.render(size)
 
 
-def generators(*seed: int) -> tuple[torch.Generator, torch.Generator]:
-    """Two independent CPU generators for one row: for the initial noise, and for the noise of the steps."""
-    states = np.random.SeedSequence(seed).generate_state(2, np.uint64)
-    noise, steps = (torch.Generator().manual_seed(int(state)) for state in states)
-    return noise, steps
-
-
-class _Running:
-    """One episode that is under way."""
-
-    def __init__(self, *, worker: EnvWorker, index: int, seed: int, spec: Spec) -> None:
-        self.worker, self.index, self.seed, self._spec = worker, index, seed, spec
-        self._attempts, self.done = 0, False
-        self.max_steps = 1
-        self.begin_again()
-
-    def begin_again(self) -> None:
-        """As at first, with the same noise; given up when that has been tried often enough."""
-        self._attempts += 1
-        self.begun, self.done = False, self._attempts > ATTEMPTS
-        self.agent = Agent(n_obs_steps=self._spec.n_obs_steps, n_action_steps=self._spec.n_action_steps)
-        self.noise_generator, self.generator = generators(self.seed)
-        self.rewards: list[float] = []
-        self.actions: list[np.ndarray] = []
-
-    def take_start(self) -> None:
-        start = self.worker.answer()
-        assert isinstance(start, Start)
-        self.max_steps, self.action_shape = start.max_steps, start.action_shape
-        self.agent.observe(start.observation)
-        self.begun = True
-
-    def accept(self, chunk: np.ndarray) -> None:
-        try:
-            self.agent.accept(chunk)
-        except InputError as error:
-            raise InputError(f"seed {self.seed}, episode step {len(self.rewards)}: {error}") from None
-        if chunk.shape[1:] != self.action_shape:
-            raise InputError(
-                f"seed {self.seed}: the policy's actions have shape {list(chunk.shape[1:])}, "
-                f"the simulator takes {list(self.action_shape)}"
-            )
-
-    def send_chunk(self, keys: Sequence[str]) -> None:
-        """Let the simulator act until the agent needs another chunk or the episode ends."""
-        self._plan: list[tuple[np.ndarray, bool]] = []
-        while not self.agent.needs_chunk:
-            self._plan.append((self.agent.act(), self.agent.will_be_seen))
-        self.worker.execute(self._plan, keys, self.max_steps - len(self.rewards))
-
-    def take_outcome(self) -> None:
-        outcome = self.worker.answer()
-        assert isinstance(outcome, Executed)
-        self.actions += [action for action, _ in self._plan[: len(outcome.rewards)]]
-        self.rewards += outcome.rewards
-        self.done = outcome.done
-        for observation in outcome.observations:
-            self.agent.observe(observation)
-
-    def episode(self) -> Episode:
-        return Episode(
-            seed=self.seed,
-            score=max(self.rewards, default=0.0),
-            rewards=np.asarray(self.rewards),
-            actions=np.asarray(self.actions),
-        )
-
-
 def _check_numbers(seeds: Sequence[int], n_envs: int, policy_batch: int) -> None:
     for name, value in (("n_envs", n_envs), ("policy_batch", policy_batch), ("n_episodes", len(seeds))):
         if value < 1:
@@ -267,15 +166,15 @@ def _check_numbers(seeds: Sequence[int], n_envs: int, policy_batch: int) -> None
         raise InputError(f"seed {min(seeds)} is negative; seeds start at 0")
 
 
-def _next_episode(waiting: Sequence[int], seeds: Sequence[int], running: Sequence[_Running], policy_batch: int) -> int:
+def _next_episode(waiting: Sequence[int], seeds: Sequence[int], running: Sequence[Running], policy_batch: int) -> int:
     """The first waiting episode whose row the fewest running episodes share: two of a row need two calls."""
     shared = Counter(run.seed % policy_batch for run in running)
     return min(waiting, key=lambda index: (shared[seeds[index] % policy_batch], index))
 
 
-def _pack(running: Sequence[_Running], policy_batch: int) -> list[dict[int, _Running]]:
+def _pack(running: Sequence[Running], policy_batch: int) -> list[dict[int, Running]]:
     """Spread episodes over as few calls as their rows allow: for each call, who sits in which row."""
-    calls: list[dict[int, _Running]] = []
+    calls: list[dict[int, Running]] = []
     for run in running:
         row = run.seed % policy_batch
         call = next((call for call in calls if row not in call), None)
@@ -286,7 +185,7 @@ def _pack(running: Sequence[_Running], policy_batch: int) -> list[dict[int, _Run
     return calls
 
 
-def _predict(policy: Policy, call: Mapping[int, _Running], policy_batch: int) -> None:
+def _predict(policy: Policy, call: Mapping[int, Running], policy_batch: int) -> None:
     """Give every episode of one call its chunk. Free rows repeat an observation; what they get is dropped."""
     histories = {row: run.agent.history() for row, run in call.items()}
     padding = next(iter(histories.values()))
@@ -301,3 +200,6 @@ def _predict(policy: Policy, call: Mapping[int, _Running], policy_batch: int) ->
     )
     for row, run in call.items():
         run.accept(np.asarray(predicted["action_pred"][row]))
+
+
+__all__ = ["Episode", "LostCallback", "Policy", "ProgressCallback", "generators", "replay", "rollout"]

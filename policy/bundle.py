@@ -34,10 +34,10 @@ from safetensors.torch import load_file, save_file
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy, check_sections, check_statistics
-from action_diffusion.policy.extensions.extension import attach
+from action_diffusion.policy.extensions.extension import Fitted, attach, write
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.reading import read_config, read_spec, refuse_targets, require
+from action_diffusion.policy.reading import acting, read_config, read_spec, refuse_targets, require
 from action_diffusion.registry import required
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -103,7 +103,7 @@ def load(
     *,
     verify: bool = False,
     sampler: Mapping[str, Any] | None = None,
-    extensions: Sequence[str] = (),
+    extensions: Sequence[str] | None = None,
     precision: str | None = None,
     compile: bool = False,
     cuda_graph: bool = False,
@@ -112,8 +112,8 @@ def load(
 
     verify: also compute the golden pair and compare. sampler: values that replace those of the bundle's sampler
     (scheduler, num_inference_steps, …), within the family that it was trained with. extensions: names of what acts
-    while chunks are made (`policy.extensions`), in order. precision, compile, cuda_graph: faster ways to denoise, see
-    `kernels.accelerate`; the golden pair is compared without them.
+    while chunks are made (`policy.extensions`), in order; None: what the bundle itself says. precision, compile,
+    cuda_graph: faster ways to denoise, see `kernels.accelerate`; the golden pair is compared without them.
     Raises `InputError` naming the file and what is wrong with it.
     """
     path = Path(path)
@@ -136,9 +136,60 @@ def load(
     policy = policy.to(resolve_device(device)).eval()
     if verify:
         verify_golden(policy, path)
-    attach(policy, path, extensions)
+    attach(policy, path, acting(path, extensions))
     accelerate(policy, precision=precision, compile=compile, cuda_graph=cuda_graph)
     return policy
+
+
+def derive(
+    source: Path,
+    path: Path,
+    *,
+    sampler: Mapping[str, Any] | None = None,
+    fitted: Mapping[str, Fitted] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a bundle, atomically, that is `source` but for what is given.
+
+    sampler: values that replace those of its sampler. fitted: extensions, by name, which act in it from then on unless
+    others are asked for. weights: instead of its own; what was fitted to those is then left out.
+    Raises `InputError` for a source that cannot be loaded, and when the disk is full; what was there before stays.
+    """
+    source, path = Path(source), Path(path)
+    config, own = read_config(source), source / "golden.safetensors"
+    policy = load(source, sampler=sampler, extensions=())
+    config["policy"] = config["policy"] | {"sampler": _merge_sampler(config["policy"]["sampler"], sampler or {})}
+    golden = load_numpy(own) if own.is_file() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        kept = ["spec.json", *(("episodes.safetensors",) if (source / "episodes.safetensors").is_file() else ())]
+        kept += ["model.safetensors"] if weights is None else []
+        if weights is None and (source / "extensions").is_dir():
+            (folder / "extensions").mkdir()
+            kept += [f"extensions/{file.name}" for file in sorted((source / "extensions").glob("*.safetensors"))]
+        for name in kept:
+            shutil.copyfile(source / name, folder / name)
+        state = {k: v.detach().cpu().contiguous() for k, v in (weights or policy.state_dict()).items()}
+        if weights is not None:
+            save_file(state, folder / "model.safetensors")
+        if golden:
+            seen = {key.removeprefix("obs."): value for key, value in golden.items() if key.startswith("obs.")}
+            save_numpy(_golden(policy, state, seen), folder / "golden.safetensors")
+        if fitted:
+            config["extensions"] = list(fitted)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        for name, one in (fitted or {}).items():
+            write(folder, name, one)
+        for file in folder.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        folder.chmod(0o755)
+        _replace(folder, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"could not write the bundle {path}: {error}; what was there before is kept") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_weights(policy: DiffusionPolicy, path: Path, *, new: tuple[str, ...] = ()) -> None:
@@ -257,6 +308,7 @@ def _sync(path: Path) -> None:
 
 
 __all__ = [
+    "derive",
     "load",
     "load_weights",
     "read_config",

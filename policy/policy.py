@@ -253,8 +253,16 @@ class DiffusionPolicy(nn.Module):
             noise = draw_noise(shape, noise_generator, device, torch.float32)
         elif noise.shape != shape:
             raise InputError(f"noise has shape {list(noise.shape)}, expected {list(shape)}")
-        drawn = self.sampler.draw_step_noise(noise, generator)
-        prefix = self._prefix(prefix, noise, n_samples)
+        noises = max((acting.noises for acting in self.extensions), default=1)
+        candidates = max((acting.candidates for acting in self.extensions), default=1)
+        if candidates > 1 and return_chain:
+            raise InputError("return_chain: an extension chooses among several chunks, of which each has its own")
+        if noises > 1:  # those after the first as well from each row's own generator
+            more = [draw_noise(shape, noise_generator, device, torch.float32) for _ in range(noises - 1)]
+            noise = torch.stack([noise, *more], dim=1).flatten(0, 1)
+        begun = noise[: rows * candidates]
+        drawn = self._step_noise(begun, generator, candidates)
+        prefix = self._prefix(prefix, begun, n_samples * candidates)
         chain: list[ChainStep] = []
         notes: dict[str, Tensor] = {}
         extended = bool(hooks or self.extensions)
@@ -264,10 +272,16 @@ class DiffusionPolicy(nn.Module):
             action, normalized = self.chunk(noise, *given, *(obs[key] for key in self.spec.observations))
         else:
             options: dict[str, Any] = {"hooks": hooks, "grad": grad, "return_chain": return_chain}
-            action, normalized, chain, notes = self._sample(obs, noise, drawn, prefix, n_samples, **options)
+            action, normalized, chain, notes = self._sample(obs, noise, drawn, prefix, n_samples, noises, **options)
         if n_samples > 1:
             normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
         return Sample(action, normalized, chain, notes)
+
+    def _step_noise(self, noise: Tensor, generator: Generators, candidates: int) -> Tensor | None:
+        """For the rows of `noise` [B · candidates, H, A], each candidate's after the one before it."""
+        drawn = [self.sampler.draw_step_noise(noise[::candidates], generator) for _ in range(candidates)]
+        parts = [part for part in drawn if part is not None]
+        return torch.stack(parts, dim=2).flatten(1, 2) if len(parts) > 1 else drawn[0]
 
     def _prefix(self, given: Prefix | None, noise: Tensor, n_samples: int) -> Prefix | None:
         """For the rows of `noise` [B · n, H, A], no step where none is given; None for a denoiser that has no mark."""
@@ -289,13 +303,18 @@ class DiffusionPolicy(nn.Module):
         drawn: Tensor | None,
         prefix: Prefix | None,
         n_samples: int = 1,
+        noises: int = 1,
         **options: Any,
     ) -> tuple[Tensor, Tensor, list[ChainStep], dict[str, Tensor]]:
-        """Chunks [B · n, H, A] in the data's units and normalised, the chain and notes; all noise is given."""
+        """Chunks [B · n, H, A] in the data's units and normalised, the chain and notes; all noise is given, of which
+        there may be several for each chunk."""
         with torch.set_grad_enabled(options["grad"]):
-            seen = self.see(obs)
-            if n_samples > 1:
-                seen = replace(seen, condition=seen.condition.repeat_interleave(n_samples, dim=0))
+            seen = asked = _repeated(self.see(obs), n_samples)
+            if self.extensions:
+                noise = noise.unflatten(0, (-1, noises))
+                for acting in self.extensions:
+                    noise = acting.start(asked, noise)
+                seen, noise = _repeated(asked, noise.shape[1]), noise.flatten(0, 1)
             film = self.denoiser.prepare(seen.condition, self.sampler.times(seen.condition.device))
 
         def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
@@ -311,7 +330,14 @@ class DiffusionPolicy(nn.Module):
             notes.update(said)
         if prefix is not None:
             normalized = torch.where(prefix.steps.unsqueeze(-1), prefix.action, normalized)
-        return self.unnormalize_action(normalized, seen.obs), normalized, chain, notes
+        chooser = next((acting for acting in self.extensions if acting.candidates > 1), None)
+        if chooser is not None:
+            several = normalized.unflatten(0, (-1, chooser.candidates))
+            chosen = chooser.choose(asked, several) + chooser.candidates * torch.arange(
+                len(several), device=noise.device
+            )
+            normalized, notes = normalized[chosen], {name: note[chosen] for name, note in notes.items()}
+        return self.unnormalize_action(normalized, asked.obs), normalized, chain, notes
 
     def chunk(self, noise: Tensor, *given: Tensor) -> tuple[Tensor, Tensor]:
         """Chunks [B, H, A] in the data's units and normalised, as a function of nothing but tensors, without gradients.
@@ -360,6 +386,11 @@ class DiffusionPolicy(nn.Module):
         made = {name: note.float().cpu().numpy() for name, note in sample.notes.items()}
         made |= {"action": action, "action_pred": chunk}
         return made if batched else {name: value[0] for name, value in made.items()}
+
+
+def _repeated(seen: Encoded, times: int) -> Encoded:
+    """Each row so many times, one after the other."""
+    return seen if times == 1 else replace(seen, condition=seen.condition.repeat_interleave(times, dim=0))
 
 
 def _network(denoiser: Any, condition: Tensor, prefix: Prefix | None) -> Network:

@@ -38,6 +38,18 @@ def extension_file(bundle: Path, name: str) -> Path:
     return Path(bundle) / "extensions" / f"{name}.safetensors"
 
 
+def acting(bundle: Path, asked: Iterable[str] | None) -> list[str]:
+    """The extensions that act in a bundle's chunks: those asked for, or (None) those that its config.yaml names.
+
+    Raises `InputError` for names that nobody has, and for those that are not fitted to it.
+    """
+    names = read_config(Path(bundle)).get("extensions") or [] if asked is None else list(asked)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{Path(bundle) / 'config.yaml'}: extensions={shown(names)}, expected a list of names")
+    require_extensions(bundle, names)
+    return names
+
+
 def require_extensions(bundle: Path, names: Iterable[str]) -> None:
     """`InputError` for names of extensions that nobody has, and for those that are not fitted to a bundle."""
     for name in names:

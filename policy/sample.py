@@ -1,15 +1,14 @@
 """What goes into a chunk and what comes out of it, and what may act in between.
 
-obs ─▶ Encoded ─▶ noise ──denoising steps, Prefix kept──▶ normalised chunk ─▶ Sample
-          │                    ▲ hooks                          ▲ finish
-          └──────────────── Extension ──────────────────────────┘
+obs ─▶ Encoded ─▶ noise ──denoising steps, Prefix kept──▶ normalised chunks ─▶ one of them ─▶ Sample
+          │         ▲ start     ▲ hooks                          ▲ finish        ▲ choose
+          └─────────┴───────────┴──── Acting ────────────────────┴───────────────┘
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,15 +59,31 @@ class Sample:
     notes: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Acting(Protocol):
-    """What acts while a chunk is made, see `policy.extensions`. B: rows, each a chunk; `seen` has their conditions."""
+class Acting:
+    """What acts while a chunk is made, see `policy.extensions`. B: rows, each a chunk; `seen` has their conditions.
 
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether one of its hooks does (`Hook.needs_gradient`)."""
+    What a class does not override does nothing. Of those that act together one may choose among several chunks.
+    """
+
+    needs_gradient: bool = False
+    """Whether one of its hooks does (`Hook.needs_gradient`)."""
+    noises: int = 1
+    """How many initial noises it wants to see for each chunk."""
+    candidates: int = 1
+    """How many chunks it wants to choose from; the noises that `start` returns."""
+
+    def start(self, seen: Encoded, noise: Tensor) -> Tensor:
+        """The initial noise [B, candidates, H, A] to go on with, of what was drawn, [B, noises, H, A]."""
+        return noise
 
     def hooks(self, seen: Encoded) -> Sequence[Hook]:
         """Hooks of one sampling run, made anew for each."""
+        return ()
 
     def finish(self, seen: Encoded, normalized: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The chunks [B, H, A], normalised, to go on with, and what there is to say of each: name → [B]."""
+        return normalized, {}
+
+    def choose(self, seen: Encoded, normalized: Tensor) -> Tensor:
+        """Which of its candidates [B, candidates, H, A] each chunk is, int64 [B]."""
+        return torch.zeros(len(normalized), dtype=torch.long, device=normalized.device)

@@ -44,7 +44,7 @@ def save_checkpoint(
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=root))
     try:
-        tensors, numbers = _flatten_optimizer(optimizer)
+        tensors, numbers = flatten_optimizer(optimizer)
         save_file(_unshare(weights), folder / "weights.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
         (folder / "state.json").write_text(json.dumps(state | {"step": step, "optimizer": numbers}, indent=1))
@@ -120,7 +120,7 @@ def clean(output_dir: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     state = optimizer.state_dict()
     tensors = {
         f"{index}.{key}": value.detach().cpu().contiguous()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from action_diffusion.training import checkpoints
 from action_diffusion.training.capture import CapturedGradient, check_capturable
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.progress import TrainingBar
+from action_diffusion.training.signals import Interrupted, stop_signals
 
 
 class StepSource(Protocol):
@@ -59,14 +59,6 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     merit: float | None = None
-
-
-class Interrupted(Exception):
-    """Ctrl-C (or a termination signal): the run was saved at `step`."""
-
-    def __init__(self, step: int):
-        super().__init__(f"interrupted at step {step}")
-        self.step = step
 
 
 class Trainer:
@@ -122,14 +114,13 @@ class Trainer:
             1,
             len(source) // (settings.batch_size * accelerator.num_processes * settings.gradient_accumulation_steps),
         )
-        self._stop_requested = False
 
     # -- the loop ---------------------------------------------------------------------------------------------
 
     def run(self) -> Progress:
         """Train until the budget is spent. Raises `Interrupted` after saving, on Ctrl-C."""
         self._started = time.monotonic() - self.progress.seconds
-        with self._signals(), TrainingBar(enabled=self.show_progress) as bar:
+        with stop_signals() as self._stop_requested, TrainingBar(enabled=self.show_progress) as bar:
             losses: list[torch.Tensor] = []
             last_log = (time.monotonic(), self.progress.step)
             while not self._spent():
@@ -240,7 +231,7 @@ class Trainer:
         return self._any_process(self.share >= 1.0) if self.settings.max_minutes is not None else self.share >= 1.0
 
     def _stop_together(self) -> bool:
-        return self._any_process(self._stop_requested)
+        return self._any_process(self._stop_requested())
 
     def _any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -342,26 +333,6 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(step=state["step"], seconds=state["seconds"], merit=state["merit"])
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C asks the loop to save and stop; a second one interrupts at once."""
-
-        def request(number: int, frame: Any) -> None:
-            self._stop_requested = True
-            signal.signal(number, before[signal.Signals(number)])
-
-        before = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, request)
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def make_optimizer(policy: DiffusionPolicy, settings: TrainSettings) -> torch.optim.AdamW:

@@ -22,6 +22,15 @@ action-diffusion train [name=value …]     from demonstrations to a policy bund
   action-diffusion train task=custom data=my_robot.zarr             your own robot: keys and cameras from the data
   action-diffusion train output_dir=runs/a resume=true              go on with a run that was stopped
 """,
+    "finetune": """\
+action-diffusion finetune bundle=DIR [name=value …]     better than its demonstrations: it tries, and learns from reward
+
+  action-diffusion finetune bundle=outputs/a/bundle                          the noise is steered, the policy stays
+  action-diffusion finetune bundle=outputs/a/bundle method=idql              the best of several chunks, by a critic
+  action-diffusion finetune bundle=outputs/a/bundle output_dir=better resume=true     go on with a run that was stopped
+
+It ends with a bundle, compared with the one that it began with: docs/finetune.md.
+""",
     "evaluate": """\
 action-diffusion evaluate bundle=DIR [name=value …]     how good is a policy, with intervals, videos and a report
 
@@ -70,8 +79,8 @@ WIDTH, COLUMN, NARROWEST = 120, 34, 60
 def text(command: str) -> str:
     """The help of `command`: how it is called, and every option with its default."""
     parts = [EXAMPLES[command], "Options, with their defaults"]
-    if command == "train":
-        parts += [_wrapped(f"{group}=…", ", ".join(choices(group))) for group in GROUPS]
+    groups = {"train": GROUPS, "finetune": ("method",)}.get(command, ())
+    parts += [_wrapped(f"{group}=…", ", ".join(choices(group))) for group in groups]
     parts += [_wrapped(option, words) for option, words in options(command)]
     if command == "train":
         parts += [PARTS.rstrip(), _settings()]

@@ -12,9 +12,10 @@ from typing import Any
 from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
+from action_diffusion.options.finetune import Finetune
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.action_queue import SCHEDULINGS
-from action_diffusion.policy.reading import read_config, read_spec, require, require_extensions, trained_on
+from action_diffusion.policy.reading import acting, read_config, read_spec, require, trained_on
 from action_diffusion.policy.spec import env_words
 from action_diffusion.registry import ARMS, ROBOTS
 
@@ -39,6 +40,25 @@ def train(config: Mapping[str, Any]) -> None:
     _check_data(config)
 
 
+def finetune(config: Finetune) -> None:
+    """The bundle, its simulator, and a run that is there already."""
+    path = Path(config.bundle)
+    spec = read_spec(path)
+    read_config(path)
+    if spec.env is None:
+        raise InputError(f"{path}: its task, {spec.task}, has no simulator to try things in")
+    if config.resume and config.output_dir is None:
+        raise InputError("resume=true needs output_dir=DIR, the folder of the run to go on with")
+    if config.output_dir is not None:
+        there = (Path(config.output_dir) / "progress.jsonl").exists()
+        if there and not config.resume:
+            raise InputError(
+                f"{config.output_dir} already holds a run: give resume=true to go on with it, or another output_dir"
+            )
+        if config.resume and not (Path(config.output_dir) / "checkpoint").is_dir():
+            raise InputError(f"{config.output_dir} holds no run to go on with")
+
+
 def evaluate(config: Evaluate) -> None:
     """The bundles, and what there is to hold them against."""
     bundles = [Path(path) for path in config.bundles]
@@ -47,7 +67,7 @@ def evaluate(config: Evaluate) -> None:
         require(path)
         read_spec(path)
         read_config(path)
-        require_extensions(path, config.extensions)
+        acting(path, config.extensions)
     simulated = [path for path in (*bundles, *compare) if read_spec(path).env is not None]
     others = [path for path in (*bundles, *compare) if path not in simulated]
     if simulated and others:
@@ -67,7 +87,7 @@ def deploy(config: Deploy) -> None:
     if config.bundle:
         read_spec(Path(config.bundle))
         read_config(Path(config.bundle))
-        require_extensions(Path(config.bundle), config.extensions)
+        acting(Path(config.bundle), config.extensions)
     _check_exists("hardware", config.hardware)
     _check_exists("replay", config.replay)
     _check_page(config)
@@ -85,7 +105,7 @@ def serve(config: Serve) -> None:
     require_token(config.host, read_token(config.token_file), option="host", files="token_file")
     read_spec(Path(config.bundle))
     read_config(Path(config.bundle))
-    require_extensions(Path(config.bundle), config.extensions)
+    acting(Path(config.bundle), config.extensions)
 
 
 def collect(config: Collect) -> None:

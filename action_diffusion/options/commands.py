@@ -7,6 +7,7 @@ from typing import Annotated
 
 from action_diffusion.options.data import Absolute, Augment, Convert, DataReport, Doctor, Edit, Inspect, View
 from action_diffusion.options.extensions import FITS, Fit
+from action_diffusion.options.finetune import Finetune
 from action_diffusion.options.policy import AnySampler
 from action_diffusion.options.task import Task
 from action_diffusion.options.train import Data, Train
@@ -43,7 +44,7 @@ class Evaluate:
     precision: Precision = "fp32"
     compile: bool = False
     cuda_graph: bool = False
-    extensions: Extensions = ()  # type: ignore[assignment]
+    extensions: Extensions | None = None
     plugins: Plugins = None
     data: Data | None = None
     sampler: AnySampler = field(default_factory=AnySampler)
@@ -174,7 +175,7 @@ class Deploy:
     replay: FilePath | None = None
     calibrate: bool = False
     calibration: Calibration = field(default_factory=Calibration)
-    extensions: Extensions = ()  # type: ignore[assignment]
+    extensions: Extensions | None = None
     plugins: Plugins = None
     output_dir: FilePath | None = None
     device: Device = "auto"
@@ -199,7 +200,7 @@ class Serve:
     token_file: FilePath | None = None
     max_connections: Annotated[int, Between(1, 10_000)] = 16
     max_message_mb: Annotated[float, Above(0, 4096)] = 16.0
-    extensions: Extensions = ()  # type: ignore[assignment]
+    extensions: Extensions | None = None
     plugins: Plugins = None
     remember: bool = True
     seed: Annotated[int, Between(0, 2**63 - 1)] | None = None
@@ -212,6 +213,7 @@ class Serve:
 
 COMMANDS: dict[str, type] = {
     "train": Train,
+    "finetune": Finetune,
     "evaluate": Evaluate,
     "collect": Collect,
     "deploy": Deploy,

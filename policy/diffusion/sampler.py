@@ -215,6 +215,11 @@ class Sampler:
         return x, chain
 
     @property
+    def deterministic(self) -> bool:
+        """Whether no step draws noise: then the initial noise alone says which chunk it becomes."""
+        return not any(move.spread for move in self.solver.moves)
+
+    @property
     def _drawing(self) -> list[int]:
         """Indices of the steps that draw noise."""
         return [index for index, move in enumerate(self.solver.moves) if move.draws]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,16 +19,14 @@ from typing import Any, ClassVar
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
-from torch import Tensor
 
 from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.options.extensions import Fit
-from action_diffusion.policy.diffusion.sampler import Hook
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import extension_file, require_extensions
-from action_diffusion.policy.sample import Encoded
+from action_diffusion.policy.sample import Acting
 from action_diffusion.registry import EXTENSIONS
 from action_diffusion.schema import shown
 
@@ -48,8 +46,8 @@ class Fitted:
     weights: str = ""
 
 
-class Extension:
-    """Base of all extensions; what it does not override does nothing.
+class Extension(Acting):
+    """Base of all extensions, see `sample.Acting` for what one may do.
 
     One instance acts in every chunk of a policy, for rows that do not know each other: what it keeps from chunk to
     chunk is no state of an episode.
@@ -57,8 +55,6 @@ class Extension:
 
     options: ClassVar[type[Fit]] = Fit
     """What `action-diffusion fit` takes, of an extension that is not this package's; those have `FITS`."""
-    needs_gradient: ClassVar[bool] = False
-    """Whether one of its hooks differentiates through the network."""
 
     def __init__(self, policy: DiffusionPolicy, fitted: Fitted) -> None:
         """Raises `InputError` where `fitted` lacks what it needs, or is for another sampler."""
@@ -73,14 +69,6 @@ class Extension:
         options: of `options.extensions`, by name. Raises `InputError` for demonstrations that are too few.
         """
         raise NotImplementedError
-
-    def hooks(self, seen: Encoded) -> Sequence[Hook]:
-        """See `sample.Acting`."""
-        return ()
-
-    def finish(self, seen: Encoded, normalized: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """See `sample.Acting`."""
-        return normalized, {}
 
 
 def sampler_words(policy: DiffusionPolicy) -> dict[str, Any]:
@@ -112,7 +100,11 @@ def attach(policy: DiffusionPolicy, bundle: Path, names: Iterable[str]) -> None:
     names = list(names)
     if len(set(names)) < len(names):
         raise InputError(f"extensions={names} names one twice")
-    policy.extensions = [EXTENSIONS.load(name, "extensions")(policy, read(bundle, name)) for name in names]
+    found: list[Acting] = [EXTENSIONS.load(name, "extensions")(policy, read(bundle, name)) for name in names]
+    choosing = [name for name, one in zip(names, found, strict=True) if one.candidates > 1]
+    if len(choosing) > 1:
+        raise InputError(f"extensions: {' and '.join(choosing)} each choose among chunks, and one can")
+    policy.extensions = found
 
 
 def weights_hash(bundle: Path) -> str:

@@ -31,10 +31,10 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.rtc import fitted
-from action_diffusion.policy.sample import Encoded
+from action_diffusion.policy.sample import Acting, Encoded
 
 
-class SharedControl:
+class SharedControl(Acting):
     """See above and `sample.Acting`. While a person owns something it is the first of the policy's extensions, so that
     limits which act as well hold for the person's values too; else it is none of them, and costs nothing.
 

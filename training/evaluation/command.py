@@ -14,7 +14,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.options import Evaluate
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.inference import OPTIONS
-from action_diffusion.policy.reading import trained_on
+from action_diffusion.policy.reading import acting, trained_on
 from action_diffusion.training.data import prepare
 from action_diffusion.training.evaluation.comparison import write_comparison, write_seed_summary
 from action_diffusion.training.evaluation.held_out import ComparedWindows, choose, evaluate_held_out
@@ -83,7 +83,7 @@ def _windows(config: Evaluate, paths: Sequence[Path]) -> _Asked | None:
 def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | None) -> dict[str, Any]:
     faster: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS}
     sampler = vars(config.sampler)
-    extensions = list(config.extensions)
+    extensions = acting(path, config.extensions)
     policy = bundles.load(path, str(config.device), sampler=sampler, extensions=extensions, **faster)
     metrics = path.parent / "metrics.jsonl"
     where: dict[str, Any] = {"output_dir": folder, "metrics_file": metrics if metrics.exists() else None}

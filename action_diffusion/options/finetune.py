@@ -1,0 +1,107 @@
+"""Options of `action-diffusion finetune`: what every method takes, and what each takes beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from action_diffusion.options.policy import AnySampler
+from action_diffusion.options.words import Count, Device, Plugins, Seed
+from action_diffusion.schema import Above, Between, ByName, FilePath, OneOf, Section, Sized
+
+Layers = Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)]
+Rate = Annotated[float, Above(0, 1)]
+Rows = Annotated[int, Between(1, 10_000_000)]
+
+
+@dataclass
+class Critics:
+    """What methods with critics of chunks share. hidden: sizes of their layers. members: of each ensemble, of which the
+    least counts. updates: for each chunk that was tried. follow: share that targets move by. warmup: chunks before the
+    first update. capacity: rows that are kept."""
+
+    hidden: Layers = field(default_factory=lambda: [256, 256])
+    members: Annotated[int, Between(1, 64)] = 2
+    updates: Annotated[float, Above(0, 1000)] = 2.0
+    batch_size: Annotated[int, Between(2, 65_536)] = 256
+    lr: Rate = 3e-4
+    follow: Rate = 0.005
+    warmup: Annotated[int, Between(1, 1_000_000)] = 500
+    capacity: Rows = 200_000
+
+
+@dataclass
+class Dsrl(Critics):
+    """`method=dsrl`, see `training.reward.methods.dsrl`."""
+
+    bound: Annotated[float, Above(0, 100)] = 1.5
+    decoded: Annotated[int, Between(1, 256)] = 4
+    entropy: Annotated[float, Between(-100, 100)] = -1.0
+
+
+@dataclass
+class Idql(Critics):
+    """`method=idql`, see `training.reward.methods.idql`."""
+
+    n: Annotated[int, Between(2, 1024)] = 16
+    tried: Annotated[int, Between(1, 256)] = 4
+    expectile: Annotated[float, Between(0.5, below=1)] = 0.7
+    drawn: Annotated[int, Between(0, 1024)] = 0
+
+
+METHODS: dict[str, type] = {"dsrl": Dsrl, "idql": Idql}
+MethodSection = Annotated[Section, ByName(METHODS)]
+
+
+@dataclass
+class Budget:
+    """`budget.*`. env_steps: control steps of all simulators together."""
+
+    env_steps: Annotated[int, Between(1, 1_000_000_000)] = 100_000
+
+
+@dataclass
+class Trials:
+    """`trials.*`: what is learnt from."""
+
+    reward: Annotated[str, OneOf("success", "dense")] = "success"
+    gamma: Annotated[float, Between(0.5, below=1)] = 0.99
+    n_envs: Annotated[int, Between(1, 4096)] | None = None
+    seed: Seed = 1_000_000
+
+
+@dataclass
+class Watching:
+    """`watch.*`: evaluations on the way, of which the best is kept."""
+
+    every: Annotated[int, Between(1, 1_000_000_000)] = 20_000
+    n_episodes: Count = 100
+    seed: Seed = 200_000
+
+
+@dataclass
+class Final:
+    """`evaluation.*`: at the end, beside the policy that it began with; n_episodes=0: none."""
+
+    n_episodes: Annotated[int, Between(0, 100_000)] = 50
+    seed: Seed = 100_000
+    n_videos: Annotated[int, Between(0, 1000)] = 6
+
+
+@dataclass(kw_only=True)
+class Finetune:
+    """`action-diffusion finetune`."""
+
+    bundle: FilePath
+    method: MethodSection
+    output_dir: FilePath | None = None
+    resume: bool = False
+    seed: Seed = 0
+    plugins: Plugins = None
+    device: Device = "auto"
+    budget: Budget = field(default_factory=Budget)
+    trials: Trials = field(default_factory=Trials)
+    watch: Watching = field(default_factory=Watching)
+    evaluation: Final = field(default_factory=Final)
+    checkpoint_every: Annotated[int, Between(1, 1_000_000_000)] = 20_000
+    sampler: AnySampler = field(default_factory=AnySampler)

@@ -1,0 +1,80 @@
+"""`action-diffusion finetune` from its words to a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, demonstrations, tiny_policy
+
+from action_diffusion.cli import main
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.extensions.best_of import BestOf
+
+SHORT = (
+    *("device=cpu", "trials.n_envs=4", "watch.n_episodes=2", "evaluation.n_episodes=2", "evaluation.n_videos=0"),
+    *("method.warmup=8", "method.hidden=[16]", "method.batch_size=16"),
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    policy = tiny_policy(demonstrations())
+    path = tmp_path_factory.mktemp("finetune") / "bundle"
+    config = {"policy": TINY | {"encoder": {"name": "observation"}}}
+    bundles.save(path, policy, config, golden_obs={"state": np.full((2, 5), 100, np.float32)})
+    return path
+
+
+def weights(path: Path) -> str:
+    return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_run_stops_goes_on_and_ends_as_a_bundle(bundle, tmp_path, capsys):
+    words = ["finetune", f"bundle={bundle}", f"output_dir={tmp_path / 'run'}", "checkpoint_every=32", *SHORT]
+    assert main([*words, "budget.env_steps=64", "watch.every=32"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/progress.jsonl").read_text().splitlines()]
+    assert [row["env_steps"] for row in rows] == [0, 32, 64]
+    assert main([*words, "budget.env_steps=96", "watch.every=32"]) == 2
+    assert "already holds a run: give resume=true" in capsys.readouterr().err
+    assert main([*words, "budget.env_steps=96", "watch.every=32", "resume=true"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/progress.jsonl").read_text().splitlines()]
+    assert [row["env_steps"] for row in rows] == [0, 32, 64, 96]
+    assert "critic_loss" in rows[-1]
+    assert (tmp_path / "run/evaluation/comparison/report.html").exists()
+    assert (tmp_path / "run/curves.png").exists()
+    assert weights(tmp_path / "run/bundle") == weights(bundle)
+    bundles.load(tmp_path / "run/bundle", verify=True)
+
+
+def test_a_bundle_says_which_of_its_extensions_act(bundle, tmp_path):
+    words = ["finetune", f"bundle={bundle}", f"output_dir={tmp_path}", "budget.env_steps=64", "watch.every=64", *SHORT]
+    assert main([*words, "method=idql", "method.n=2", "evaluation.n_episodes=0"]) == 0
+    fitted = bundles.load(tmp_path / "bundle")
+    names = json.dumps(bundles.read_config(tmp_path / "bundle").get("extensions"))
+    if names != "null":  # the best may be what it began with
+        assert isinstance(fitted.extensions[0], BestOf)
+    assert bundles.load(tmp_path / "bundle", extensions=[]).extensions == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method=ppo2"], "method 'ppo2'"),
+        (["method.bound=-1"], "method.bound=-1"),
+        (["method.n=4"], "unknown option 'n' in method"),
+        (["budget.env_steps=0"], "budget.env_steps=0 must be at least 1"),
+        (["trials.gamma=1"], "trials.gamma=1 must be below 1"),
+        (["trials.reward=points"], "choose from success, dense"),
+        (["resume=true"], "needs output_dir"),
+        (["resume=true", "output_dir=nowhere"], "holds no run to go on with"),
+    ],
+)
+def test_bad_words_are_one_line(bundle, words, said, capsys):
+    assert main(["finetune", f"bundle={bundle}", *words]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""Trials: many simulators at once, a chunk at a time, from starts that never repeat.
+
+obs of all simulators ──act──▶ chunks and what is remembered of them ──executed──▶ rewards
+                                                 │
+   rows of `Transitions` ◀── completed when the next condition of the same episode is known ──┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from action_diffusion.envs.base import Env
+from action_diffusion.envs.running import Episode, Running, Spec
+from action_diffusion.envs.workers import EnvWorker, InlineWorker, Lost, ProcessWorker
+from action_diffusion.training.reward.transitions import Rows
+
+
+class Acted(NamedTuple):
+    """chunk: [B, H, A] in the data's units, finite. remembered: name → [B, …]; among them "condition" [B, C]."""
+
+    chunk: np.ndarray
+    remembered: Mapping[str, Tensor]
+
+
+Act = Callable[[Mapping[str, np.ndarray]], Acted]
+"""Histories, key → [B, To, …], to chunks."""
+
+
+class Turn(NamedTuple):
+    """Of one chunk in each simulator: finished rows, episodes that ended, and how many steps were executed."""
+
+    rows: Rows
+    episodes: list[Episode]
+    steps: int
+
+
+class Reward(NamedTuple):
+    """What of the simulator's reward r in [0, 1] is learnt from, each step; at most 0, so that sooner is better.
+
+    kind "success": −1 until r reaches 1. "dense": r − 1. gamma: discount of a control step, in (0, 1).
+    """
+
+    kind: str = "success"
+    gamma: float = 0.99
+
+    def of(self, rewards: Sequence[float], chunk_steps: int) -> tuple[float, float]:
+        """Of executed steps: the discounted sum, in units of a whole chunk's, and γ^n, which is 0 after a success."""
+        given = np.asarray(rewards) - 1.0
+        if self.kind == "success":
+            given = np.where(np.asarray(rewards) >= 1.0, 0.0, -1.0)
+        total = float((given * self.gamma ** np.arange(len(given))).sum()) / chunk_steps
+        return total, 0.0 if rewards and rewards[-1] >= 1.0 else self.gamma ** len(given)
+
+
+class _Trial:
+    """An episode that is under way, and the chunk in it whose next condition is not known yet."""
+
+    def __init__(self, run: Running) -> None:
+        self.run = run
+        self.waiting: dict[str, Tensor] | None = None
+        self.counted = 0
+
+
+class Experience:
+    """n_envs simulators that begin a new episode whenever one ends.
+
+    seeds: of the starts, an endless supply. Raises `InputError` as `rollout` does.
+    """
+
+    def __init__(
+        self,
+        *,
+        make_env: Callable[[], Env],
+        spec: Spec,
+        keys: Sequence[str],
+        seeds: Iterable[int],
+        n_envs: int,
+        reward: Reward,
+        in_processes: bool = False,
+        on_lost: Callable[[int, str], None] | None = None,
+    ) -> None:
+        self.spec, self.keys, self.reward, self.on_lost = spec, list(keys), reward, on_lost
+        self._seeds = iter(seeds)
+        self._workers: list[EnvWorker] = []
+        try:
+            for _ in range(n_envs):
+                self._workers.append(ProcessWorker(make_env) if in_processes else InlineWorker(make_env))
+        except BaseException:
+            self.close()
+            raise
+        self._trials = [self._new(worker) for worker in self._workers]
+
+    def _new(self, worker: EnvWorker) -> _Trial:
+        return _Trial(Running(worker=worker, index=0, seed=next(self._seeds), spec=self.spec))
+
+    def turn(self, act: Act) -> Turn:
+        """Let every simulator execute one chunk."""
+        fresh = [trial for trial in self._trials if not trial.run.begun]
+        for trial in fresh:
+            trial.run.worker.begin(trial.run.seed, self.keys)
+        self._answers(fresh, Running.take_start)
+        ready = [trial for trial in self._trials if trial.run.begun]
+        histories = [trial.run.agent.history() for trial in ready]
+        acted = act({key: np.stack([history[key] for history in histories]) for key in self.keys})
+        rows: list[dict[str, Tensor]] = []
+        for index, trial in enumerate(ready):
+            now = {name: value[index].detach() for name, value in acted.remembered.items()}
+            if trial.waiting is not None:
+                rows.append({**trial.waiting, "next_condition": now["condition"]})
+            trial.waiting, trial.counted = now, len(trial.run.rewards)
+            trial.run.accept(acted.chunk[index])
+            trial.run.send_chunk(self.keys)
+        self._answers(ready, Running.take_outcome)
+        steps, episodes = 0, []
+        for index, trial in enumerate(self._trials):
+            if trial.waiting is None:  # lost
+                continue
+            given = trial.run.rewards[trial.counted :]
+            steps += len(given)
+            reward, discount = self.reward.of(given, self.spec.n_action_steps)
+            condition = trial.waiting["condition"]
+            trial.waiting |= {"reward": condition.new_tensor(reward), "discount": condition.new_tensor(discount)}
+            if trial.run.done:
+                if discount == 0.0:  # what follows a success counts for nothing; what a time limit hides is left out
+                    rows.append({**trial.waiting, "next_condition": condition})
+                episodes.append(trial.run.episode())
+                self._trials[index] = self._new(trial.run.worker)
+        return Turn(_stacked(rows), episodes, steps)
+
+    def _answers(self, trials: Sequence[_Trial], take: Callable[[Running], Any]) -> None:
+        for trial in trials:
+            try:
+                take(trial.run)
+            except Lost as lost:
+                trial.waiting = None
+                trial.run.begin_again()
+                if trial.run.done:  # lost again and again: another start
+                    self._trials[self._trials.index(trial)] = self._new(trial.run.worker)
+                if self.on_lost is not None:
+                    self.on_lost(trial.run.seed, str(lost))
+
+    def close(self) -> None:
+        """Release the simulators."""
+        for worker in self._workers:
+            worker.close()
+
+
+def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> Rows:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}

@@ -1,0 +1,1 @@
+"""Ways to learn from reward, a file each, on `training.reward.method.Method`."""
