@@ -227,7 +227,7 @@ EXTENSIONS = Registry(
         "cache": "action_diffusion.policy.extensions.cache:Cache",
         "constraint": "action_diffusion.policy.extensions.constraint:Constraint",
         "guard": "action_diffusion.policy.extensions.guard:Guard",
-        "steering": "action_diffusion.policy.extensions.steering:Steering",
+        "steering": "action_diffusion.policy.extensions.steering:NoiseSteering",
         "tokens": "action_diffusion.policy.extensions.tokens:Tokens",
     },
 )

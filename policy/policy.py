@@ -23,7 +23,7 @@ from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.objectives.objective import Network, Objective
-from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample
+from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample, network_of
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.rotations import continuous, valid
 
@@ -203,11 +203,11 @@ class DiffusionPolicy(nn.Module):
             prefix = Prefix(x0, self._draw_prefix(len(x0), generator, x0.device))
             counts = ~prefix.steps if counts is None else counts & ~prefix.steps
 
-        network = _network(self.denoiser, condition, prefix)
+        network = network_of(self.denoiser, condition, prefix)
         taught: dict[str, Any] = {}
         for teacher in self._teachers:
             with torch.no_grad():
-                taught["teacher"] = _network(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
+                taught["teacher"] = network_of(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
         pairs = self.objective.pairs(network, self.process, x0, generator, **taught)
         return self.objective.reduced(pairs, self.process, counts, len(x0))
 
@@ -217,7 +217,7 @@ class DiffusionPolicy(nn.Module):
         """See `objective.Learner`; no step of the chunks is fixed."""
         seen = self.see(obs, generator)
         x0 = self.normalize_action(action, seen.obs)
-        return _network(self.denoiser, seen.condition, self._prefix(None, x0, 1)), x0
+        return network_of(self.denoiser, seen.condition, self._prefix(None, x0, 1)), x0
 
     def _draw_prefix(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Of n training examples, the steps that are given: bool [n, H]; each delay up to `max_delay` as often."""
@@ -391,14 +391,3 @@ class DiffusionPolicy(nn.Module):
 def _repeated(seen: Encoded, times: int) -> Encoded:
     """Each row so many times, one after the other."""
     return seen if times == 1 else replace(seen, condition=seen.condition.repeat_interleave(times, dim=0))
-
-
-def _network(denoiser: Any, condition: Tensor, prefix: Prefix | None) -> Network:
-    """A denoiser with the conditions [B, C] of the examples, as objectives call it."""
-
-    def network(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
-        film = denoiser.prepare(condition if rows is None else condition[rows], times)
-        result: Tensor = denoiser(x if prefix is None else prefix.mark(x, rows), film.steps + film.condition)
-        return result
-
-    return network

@@ -31,7 +31,7 @@ class Critics:
 
 
 @dataclass
-class Dsrl(Critics):
+class DsrlOptions(Critics):
     """`method=dsrl`, see `training.reward.methods.dsrl`."""
 
     bound: Annotated[float, Above(0, 100)] = 1.5
@@ -40,7 +40,7 @@ class Dsrl(Critics):
 
 
 @dataclass
-class Idql(Critics):
+class IdqlOptions(Critics):
     """`method=idql`, see `training.reward.methods.idql`."""
 
     n: Annotated[int, Between(2, 1024)] = 16
@@ -49,12 +49,12 @@ class Idql(Critics):
     drawn: Annotated[int, Between(0, 1024)] = 0
 
 
-METHODS: dict[str, type] = {"dsrl": Dsrl, "idql": Idql}
+METHODS: dict[str, type] = {"dsrl": DsrlOptions, "idql": IdqlOptions}
 MethodSection = Annotated[Section, ByName(METHODS)]
 
 
 @dataclass
-class Budget:
+class BudgetSettings:
     """`budget.*`. env_steps: control steps of all simulators together."""
 
     env_steps: Annotated[int, Between(1, 1_000_000_000)] = 100_000
@@ -99,7 +99,7 @@ class Finetune:
     seed: Seed = 0
     plugins: Plugins = None
     device: Device = "auto"
-    budget: Budget = field(default_factory=Budget)
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
     trials: Trials = field(default_factory=Trials)
     watch: Watching = field(default_factory=Watching)
     evaluation: Final = field(default_factory=Final)

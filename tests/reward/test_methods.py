@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,13 +13,13 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.extensions.best_of import BestOf
 from action_diffusion.policy.extensions.extension import Fitted
-from action_diffusion.policy.extensions.steering import Steering
+from action_diffusion.policy.extensions.steering import NoiseSteering
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.reward.method import Method
 from action_diffusion.training.reward.methods.dsrl import Dsrl
 from action_diffusion.training.reward.methods.idql import Idql
 
-SMALL = {"hidden": (32, 32), "updates": 4.0, "batch_size": 64, "lr": 3e-3, "warmup": 64, "follow": 0.05}
+SMALL: dict[str, Any] = {"hidden": (32, 32), "updates": 4.0, "batch_size": 64, "lr": 3e-3, "warmup": 64, "follow": 0.05}
 
 
 def observations(n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
@@ -57,7 +59,7 @@ def test_dsrl_steers_to_the_side_that_earns():
     method = Dsrl(policy, **SMALL, decoded=2)
     train(method, 60)
     assert earned(policy) < 0.2
-    policy.extensions = [Steering(policy, method.fitted()["steering"])]
+    policy.extensions = [NoiseSteering(policy, method.fitted()["steering"])]
     assert earned(policy) > 0.85
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
 
@@ -100,7 +102,7 @@ def test_samplers_whose_noise_does_not_say_the_chunk_are_refused():
     with pytest.raises(InputError, match=r"method\.drawn=8"):
         Idql(policy, drawn=8)
     with pytest.raises(InputError, match="extension steering"):
-        Steering(policy, Fitted({}))
+        NoiseSteering(policy, Fitted({}))
 
 
 @pytest.mark.parametrize(
