@@ -227,7 +227,7 @@ EXTENSIONS = Registry(
         "cache": "action_diffusion.policy.extensions.cache:Cache",
         "constraint": "action_diffusion.policy.extensions.constraint:Constraint",
         "guard": "action_diffusion.policy.extensions.guard:Guard",
-        "steering": "action_diffusion.policy.extensions.steering:NoiseSteering",
+        "steering": "action_diffusion.policy.extensions.steering:Steering",
         "tokens": "action_diffusion.policy.extensions.tokens:Tokens",
     },
 )
@@ -235,6 +235,7 @@ METHODS = Registry(
     "method",
     "methods",
     {
+        "dppo": "action_diffusion.training.reward.methods.dppo:Dppo",
         "dsrl": "action_diffusion.training.reward.methods.dsrl:Dsrl",
         "idql": "action_diffusion.training.reward.methods.idql:Idql",
     },

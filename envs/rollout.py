@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from action_diffusion.envs.base import Env
-from action_diffusion.envs.running import Episode, RunningEpisode, Spec, generators
+from action_diffusion.envs.running import Episode, Running, Spec, generators
 from action_diffusion.envs.workers import EnvWorker, InlineWorker, Lost, ProcessWorker
 from action_diffusion.errors import InputError
 
@@ -84,13 +84,13 @@ def rollout(
     try:
         for _ in range(min(n_envs, len(seeds))):
             workers.append(ProcessWorker(make_env) if in_processes else InlineWorker(make_env))
-        running: list[RunningEpisode] = []
+        running: list[Running] = []
         while len(finished) < len(seeds):
             idle = [worker for worker in workers if all(run.worker is not worker for run in running)]
             for worker in idle[: len(waiting)]:
                 index = _next_episode(waiting, seeds, running, policy_batch)
                 waiting.remove(index)
-                running.append(RunningEpisode(worker=worker, index=index, seed=seeds[index], spec=policy.spec))
+                running.append(Running(worker=worker, index=index, seed=seeds[index], spec=policy.spec))
             _turn(policy, running, keys, policy_batch, on_lost)
             finished |= {run.index: run.episode() for run in running if run.done}
             running = [run for run in running if not run.done]
@@ -105,14 +105,14 @@ def rollout(
 
 def _turn(
     policy: Policy,
-    running: Sequence[RunningEpisode],
+    running: Sequence[Running],
     keys: Sequence[str],
     policy_batch: int,
     on_lost: LostCallback | None,
 ) -> None:
     """Begin what has not begun, then let every episode execute one chunk."""
 
-    def answers(runs: Sequence[RunningEpisode], take: Callable[[RunningEpisode], None]) -> None:
+    def answers(runs: Sequence[Running], take: Callable[[Running], None]) -> None:
         for run in runs:
             try:
                 take(run)
@@ -124,13 +124,13 @@ def _turn(
     fresh = [run for run in running if not run.begun]
     for run in fresh:
         run.worker.begin(run.seed, keys)
-    answers(fresh, RunningEpisode.take_start)
+    answers(fresh, Running.take_start)
     ready = [run for run in running if run.begun]
     for call in _pack(ready, policy_batch):
         _predict(policy, call, policy_batch)
     for run in ready:
         run.send_chunk(keys)
-    answers(ready, RunningEpisode.take_outcome)
+    answers(ready, Running.take_outcome)
 
 
 def replay(*, env: Env, episode: Episode, size: int = 256, every: int = 1) -> Iterator[np.ndarray]:
@@ -166,17 +166,15 @@ def _check_numbers(seeds: Sequence[int], n_envs: int, policy_batch: int) -> None
         raise InputError(f"seed {min(seeds)} is negative; seeds start at 0")
 
 
-def _next_episode(
-    waiting: Sequence[int], seeds: Sequence[int], running: Sequence[RunningEpisode], policy_batch: int
-) -> int:
+def _next_episode(waiting: Sequence[int], seeds: Sequence[int], running: Sequence[Running], policy_batch: int) -> int:
     """The first waiting episode whose row the fewest running episodes share: two of a row need two calls."""
     shared = Counter(run.seed % policy_batch for run in running)
     return min(waiting, key=lambda index: (shared[seeds[index] % policy_batch], index))
 
 
-def _pack(running: Sequence[RunningEpisode], policy_batch: int) -> list[dict[int, RunningEpisode]]:
+def _pack(running: Sequence[Running], policy_batch: int) -> list[dict[int, Running]]:
     """Spread episodes over as few calls as their rows allow: for each call, who sits in which row."""
-    calls: list[dict[int, RunningEpisode]] = []
+    calls: list[dict[int, Running]] = []
     for run in running:
         row = run.seed % policy_batch
         call = next((call for call in calls if row not in call), None)
@@ -187,7 +185,7 @@ def _pack(running: Sequence[RunningEpisode], policy_batch: int) -> list[dict[int
     return calls
 
 
-def _predict(policy: Policy, call: Mapping[int, RunningEpisode], policy_batch: int) -> None:
+def _predict(policy: Policy, call: Mapping[int, Running], policy_batch: int) -> None:
     """Give every episode of one call its chunk. Free rows repeat an observation; what they get is dropped."""
     histories = {row: run.agent.history() for row, run in call.items()}
     padding = next(iter(histories.values()))

@@ -58,7 +58,7 @@ def generators(*seed: int) -> tuple[torch.Generator, torch.Generator]:
     return noise, steps
 
 
-class RunningEpisode:
+class Running:
     """One episode that is under way."""
 
     def __init__(self, *, worker: EnvWorker, index: int, seed: int, spec: Spec) -> None:

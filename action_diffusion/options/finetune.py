@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from action_diffusion.options.policy import AnySampler
-from action_diffusion.options.words import Count, Device, Plugins, Seed
+from action_diffusion.options.words import MOST_STEPS, Count, Device, Plugins, Seed
 from action_diffusion.schema import Above, Between, ByName, FilePath, OneOf, Section, Sized
 
 Layers = Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)]
@@ -49,7 +49,25 @@ class IdqlOptions(Critics):
     drawn: Annotated[int, Between(0, 1024)] = 0
 
 
-METHODS: dict[str, type] = {"dsrl": DsrlOptions, "idql": IdqlOptions}
+@dataclass
+class DppoOptions:
+    """`method=dppo`, see `training.reward.methods.dppo`."""
+
+    chunks: Annotated[int, Between(2, 1_000_000)] = 1024
+    trained: Annotated[int, Between(1, MOST_STEPS)] | None = None
+    floor: Annotated[float, Above(0, 10)] = 0.1
+    clip: Annotated[float, Above(0, 1)] = 0.1
+    denoising_discount: Annotated[float, Above(0, 1)] = 0.95
+    gae: Annotated[float, Between(0, 1)] = 0.95
+    epochs: Annotated[int, Between(1, 1000)] = 5
+    batch_size: Annotated[int, Between(2, 65_536)] = 256
+    lr: Rate = 3e-5
+    critic_lr: Rate = 1e-3
+    most_kl: Annotated[float, Above(0, 1e6)] = 0.05
+    hidden: Layers = field(default_factory=lambda: [256, 256])
+
+
+METHODS: dict[str, type] = {"dppo": DppoOptions, "dsrl": DsrlOptions, "idql": IdqlOptions}
 MethodSection = Annotated[Section, ByName(METHODS)]
 
 

@@ -9,65 +9,9 @@ Rows that act on a PushT policy train it first, in two minutes of one core, and 
 code: 0, 1 where a row does not pass, 2 for bad input, 130 after Ctrl-C, which keeps the rows that are done.
 """
 
-from __future__ import annotations
-
-import json
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from action_diffusion.files import atomic_path
-from benchmarks.peer.arguments import Parser, chosen, guarded, json_path
-from benchmarks.report import machine
-from benchmarks.systems.system import System, systems
-
-
-def run(rows: Sequence[System], seed: int, output: Path | None, console: Console) -> int:
-    """Measure one after the other, show, write; returns the exit code."""
-    done: list[dict[str, Any]] = []
-    try:
-        for number, system in enumerate(rows, 1):
-            console.print(f"[{number}/{len(rows)}] {system.name}: {system.what}", soft_wrap=True)
-            began = time.perf_counter()
-            done.append({**system.row(seed), "seconds": round(time.perf_counter() - began, 1)})
-    finally:
-        if done:
-            console.print(_table(done))
-            if output is not None:
-                with atomic_path(output) as temporary:
-                    temporary.write_text(
-                        json.dumps({"machine": machine(), "seed": seed, "rows": done}, indent=1) + "\n"
-                    )
-                console.print(f"rows: {output}", soft_wrap=True)
-    return 0 if all(row["passed"] for row in done) else 1
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("system", "measured", "beside", "bar", "passed", box=None, pad_edge=False)
-    for row in rows:
-        numbers = [", ".join(f"{name} {value:.4g}" for name, value in row[part].items()) for part in PARTS]
-        table.add_row(row["name"], *numbers, row["bar"], "yes" if row["passed"] else "no")
-    return table
-
-
-PARTS = ("measured", "baseline")
-
-
-def main(words: Sequence[str]) -> int:
-    """Returns the exit code."""
-    known = systems()
-    parser = Parser("python -m benchmarks.systems", __doc__, rows=list(known), json="systems.json", instructions=False)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(list(words))
-    names = chosen("row", "--only", options.only, list(known))
-    output = json_path(options.json)
-    return guarded(lambda console: run([known[name] for name in names], options.seed, output, console))
-
+from benchmarks.systems.command import main
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main(sys.argv[1:], "benchmarks.systems", __doc__))

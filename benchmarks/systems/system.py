@@ -41,9 +41,10 @@ class System:
         }
 
 
-def systems() -> dict[str, System]:
-    """All of them by name: the `SYSTEM` of each file in this folder that has one."""
-    here = Path(__file__).parent
-    modules = [importlib.import_module(f"benchmarks.systems.{file.stem}") for file in sorted(here.glob("*.py"))]
+def systems(package: str = "benchmarks.systems") -> dict[str, System]:
+    """All of them by name: the `SYSTEM` of each file in the folder of `package` that has one."""
+    here = Path(__file__).parents[2] / Path(*package.split("."))
+    names = sorted(file.stem for file in here.glob("*.py") if not file.stem.startswith("__"))
+    modules = [importlib.import_module(f"{package}.{name}") for name in names]
     found = [module.SYSTEM for module in modules if hasattr(module, "SYSTEM")]
     return {system.name: system for system in found}

@@ -16,7 +16,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.action_queue import Request
 from action_diffusion.policy.extensions.shared import SharedControl
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.rtc import BETA, MASKS, Running, continuing, running_chunks
+from action_diffusion.policy.rtc import BETA, MASKS, RunningChunks, continuing, running_chunks
 from action_diffusion.policy.spec import PolicySpec
 
 METHODS = ("auto", "guidance", "trained", "both")
@@ -160,7 +160,7 @@ def _notes(predicted: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
     }
 
 
-def continued(policy: DiffusionPolicy, running: Running, delay: int, guidance: Guidance) -> dict[str, Any]:
+def continued(policy: DiffusionPolicy, running: RunningChunks, delay: int, guidance: Guidance) -> dict[str, Any]:
     """Options of `predict` with which chunks continue running ones; `delay`: the longest."""
     how = asdict(guidance)
     method = how.pop("method")

@@ -245,6 +245,12 @@ class Sampler:
             x0_raw = self.process.x0_from_output(denoise(x, step, None), x, step)
         return StepState(step, x, self._clip(x0_raw, "x0"), x0_raw)
 
+    def mean(self, output: Tensor, x: Tensor, step: Step) -> Tensor:
+        """The mean [B, H, A] that a step leads to, of what the network says of x [B, H, A], as `run` has it without
+        hooks; of a scheduler that looks at its last estimate only."""
+        x0_hat = self._clip(self.process.x0_from_output(output, x, step), "x0")
+        return self._clip(self.solver.mean([x0_hat], x, step), "x")
+
     def _clip(self, value: Tensor, target: str) -> Tensor:
         if self.clip != target:
             return value

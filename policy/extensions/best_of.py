@@ -24,7 +24,7 @@ from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.extensions.stored import condition_dim, executed, hidden_sizes, restore, whole
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded
-from action_diffusion.policy.value.networks import ValueNetwork
+from action_diffusion.policy.value.networks import Value
 
 MOST = 1024
 """Noises or candidates a chunk."""
@@ -42,8 +42,8 @@ class BestOf(Extension):
         sizes["members"] = whole("best_of", fitted, "members", 1, 64)
         dims = condition_dim(policy), spec.action.shape[0]
         with torch.device("meta"):  # no memory before the arrays' shapes are looked at
-            self.critic = ValueNetwork(input_dim=dims[0] + spec.n_action_steps * dims[1], **sizes)
-            self.noise_critic = ValueNetwork(input_dim=dims[0] + spec.horizon * dims[1], **sizes)
+            self.critic = Value(input_dim=dims[0] + spec.n_action_steps * dims[1], **sizes)
+            self.noise_critic = Value(input_dim=dims[0] + spec.horizon * dims[1], **sizes)
         restore("best_of", fitted, "critic", self.critic, policy.device)
         if self.noises > self.candidates:
             if not policy.sampler.deterministic:

@@ -24,7 +24,7 @@ from action_diffusion.policy.sample import Encoded
 from action_diffusion.policy.value.networks import NoiseActor
 
 
-class NoiseSteering(Extension):
+class Steering(Extension):
     """Every chunk begins at the actor's best noise; what is drawn is not looked at."""
 
     def __init__(self, policy: DiffusionPolicy, fitted: Fitted) -> None:

@@ -44,7 +44,7 @@ class EnsembleMlp(nn.Module):
         return x
 
 
-class ValueNetwork(nn.Module):
+class Value(nn.Module):
     """What a condition, or a condition and what is done (a chunk, a noise), is worth: inputs joined → [n, B]."""
 
     def __init__(self, *, input_dim: int, hidden: Sequence[int] = (256, 256), members: int = 2) -> None:

@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 import torch
 from gaussian import gaussian_policy
+from tiny import demonstrations, tiny_policy
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.extensions.best_of import BestOf
 from action_diffusion.policy.extensions.extension import Fitted
-from action_diffusion.policy.extensions.steering import NoiseSteering
+from action_diffusion.policy.extensions.steering import Steering
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.reward.method import Method
+from action_diffusion.training.reward.methods.dppo import Dppo, advantages, surrogate
 from action_diffusion.training.reward.methods.dsrl import Dsrl
 from action_diffusion.training.reward.methods.idql import Idql
 
-SMALL: dict[str, Any] = {"hidden": (32, 32), "updates": 4.0, "batch_size": 64, "lr": 3e-3, "warmup": 64, "follow": 0.05}
+SMALL: dict[str, Any] = {"hidden": (32, 32), "updates": 1.0, "batch_size": 64, "lr": 3e-3, "warmup": 64, "follow": 0.05}
 
 
 def observations(n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
@@ -57,9 +59,9 @@ def test_dsrl_steers_to_the_side_that_earns():
     policy = gaussian_policy(steps=5)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     method = Dsrl(policy, **SMALL, decoded=2)
-    train(method, 60)
+    train(method, 50)
     assert earned(policy) < 0.2
-    policy.extensions = [NoiseSteering(policy, method.fitted()["steering"])]
+    policy.extensions = [Steering(policy, method.fitted()["steering"])]
     assert earned(policy) > 0.85
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
 
@@ -67,7 +69,7 @@ def test_dsrl_steers_to_the_side_that_earns():
 def test_idql_chooses_the_chunk_that_earns():
     policy = gaussian_policy(steps=5)
     method = Idql(policy, **SMALL, n=16, tried=2)
-    train(method, 60)
+    train(method, 50)
     policy.extensions = [BestOf(policy, method.fitted()["best_of"])]
     assert earned(policy) > 0.75
 
@@ -75,7 +77,7 @@ def test_idql_chooses_the_chunk_that_earns():
 def test_noises_are_judged_before_they_are_denoised():
     policy = gaussian_policy(steps=5)
     method = Idql(policy, **SMALL, n=1, tried=2, drawn=16)
-    train(method, 100)
+    train(method, 80)
     policy.extensions = [BestOf(policy, method.fitted()["best_of"])]
     assert policy.extensions[0].candidates == 1
     assert earned(policy) > 0.6
@@ -102,7 +104,7 @@ def test_samplers_whose_noise_does_not_say_the_chunk_are_refused():
     with pytest.raises(InputError, match=r"method\.drawn=8"):
         Idql(policy, drawn=8)
     with pytest.raises(InputError, match="extension steering"):
-        NoiseSteering(policy, Fitted({}))
+        Steering(policy, Fitted({}))
 
 
 @pytest.mark.parametrize(
@@ -120,3 +122,68 @@ def test_a_fitted_file_that_does_not_fit_is_refused(options, words):
     whole = {"n": 4, "drawn": 0, "hidden": [8], "members": 2}
     with pytest.raises(InputError, match=words):
         BestOf(policy, Fitted(whole | options))
+
+
+def test_policy_gradients_move_the_policy_to_the_side_that_earns():
+    torch.manual_seed(0)
+    policy = tiny_policy(demonstrations(), sampler={"scheduler": "ddim", "num_inference_steps": 5})
+    method = Dppo(policy, chunks=64, floor=0.3, lr=3e-3, epochs=4, batch_size=64, hidden=(32,), most_kl=1.0)
+    random = np.random.default_rng(0)
+
+    def mean(chunk):
+        return torch.as_tensor(chunk)[:, 1:5, 0].mean(dim=1)
+
+    middle, told = float(mean(method.act(seen(64, random)).chunk).mean()), []
+    for _ in range(20):
+        obs = seen(64, random)
+        acted = method.act(obs)
+        reward = torch.tanh((mean(acted.chunk) - middle) / 5).float()
+        condition = acted.remembered["condition"]
+        rows = {**acted.remembered, "reward": reward, "discount": torch.zeros(64), "next_condition": condition}
+        method.learn(rows | {"simulator": torch.arange(64.0), "time": torch.zeros(64)})
+        told.append(float(reward.mean()))
+    assert np.mean(told[-5:]) > np.mean(told[:5]) + 0.3
+
+
+def seen(n: int, random: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"state": random.normal(100, 5, (n, 2, 5)).astype(np.float32)}
+
+
+def test_the_ratio_is_one_before_the_first_update():
+    """The density of what was tried, said again by the same weights; a step's is that of its own normal."""
+    policy = gaussian_policy(steps=5)
+    method = Dppo(policy, floor=0.2, trained=3)
+    acted = method.act(observations(4, np.random.default_rng(0)))
+    rows = dict(acted.remembered)
+    assert rows["before"].shape == (4, 3, 8, 2)
+    density = method._log_density(rows, torch.arange(4))
+    z = (rows["after"] - torch.stack([means(policy, rows, index) for index in range(3)], dim=1)) / 0.2
+    expected = torch.distributions.Normal(0, 0.2).log_prob(0.2 * z)[:, :, 0:4].flatten(2).mean(2)
+    torch.testing.assert_close(density, expected)
+
+
+def means(policy: DiffusionPolicy, rows: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+    """Of a Gaussian policy's step: x0 of x by the posterior mean, then DDIM's equation 12 without noise."""
+    step, x = policy.sampler.steps[2 + index], rows["before"][:, index]
+    x0 = step.a * 0.3**2 / (step.a**2 * 0.3**2 + step.b**2) * x
+    last = index == 2
+    a, b = (1.0, 0.0) if last else (policy.sampler.steps[3 + index].a, policy.sampler.steps[3 + index].b)
+    return a * x0 + b * (x - step.a * x0) / step.b
+
+
+def test_the_clipped_surrogate_is_ppos():
+    ratio, advantage = torch.tensor([[1.5, 0.5]]), torch.tensor([2.0])
+    found = surrogate(ratio, advantage, torch.tensor([0.5, 1.0]), torch.tensor([0.1, 0.2]))
+    assert float(found) == pytest.approx(-(1.1 * 1.0 + 0.5 * 2.0) / 2)
+
+
+def test_advantages_follow_an_episode_and_no_further():
+    """Two simulators; the second row of the first begins another episode."""
+    error = torch.tensor([1.0, 10.0, 2.0, 3.0])
+    found = advantages(
+        error,
+        torch.tensor([0.5, 0.5, 0.5, 0.0]),
+        torch.tensor([0.0, 1.0, 0.0, 1.0]),
+        torch.tensor([4.0, 0.0, 0.0, 4.0]),
+    )
+    assert found.tolist() == [1.0, 10 + 0.5 * 3, 2.0, 3.0]

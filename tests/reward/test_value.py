@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from action_diffusion.policy.value.networks import EnsembleMlp, NoiseActor, ValueNetwork
+from action_diffusion.policy.value.networks import EnsembleMlp, NoiseActor, Value
 from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
 
 
@@ -62,7 +62,7 @@ def test_a_critic_learns_the_values_of_a_chain():
     states, gamma = torch.eye(5), 0.9
     following = torch.cat([states[1:], states[:1]])
     discount = torch.tensor([gamma] * 4 + [0.0])
-    critic = ValueNetwork(input_dim=5, hidden=(64,), members=2)
+    critic = Value(input_dim=5, hidden=(64,), members=2)
     target, optimizer = averaged_copy(critic), torch.optim.Adam(critic.parameters(), lr=3e-3)
     for _ in range(1500):
         with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from action_diffusion.envs.base import Env
-from action_diffusion.envs.running import Episode, RunningEpisode, Spec
+from action_diffusion.envs.running import Episode, Running, Spec
 from action_diffusion.envs.workers import EnvWorker, InlineWorker, Lost, ProcessWorker
 from action_diffusion.training.reward.transitions import Rows
 
@@ -60,7 +60,7 @@ class Reward(NamedTuple):
 class _Trial:
     """An episode that is under way, and the chunk in it whose next condition is not known yet."""
 
-    def __init__(self, run: RunningEpisode) -> None:
+    def __init__(self, run: Running) -> None:
         self.run = run
         self.waiting: dict[str, Tensor] | None = None
         self.counted = 0
@@ -96,26 +96,28 @@ class Experience:
         self._trials = [self._new(worker) for worker in self._workers]
 
     def _new(self, worker: EnvWorker) -> _Trial:
-        return _Trial(RunningEpisode(worker=worker, index=0, seed=next(self._seeds), spec=self.spec))
+        return _Trial(Running(worker=worker, index=0, seed=next(self._seeds), spec=self.spec))
 
     def turn(self, act: Act) -> Turn:
         """Let every simulator execute one chunk."""
         fresh = [trial for trial in self._trials if not trial.run.begun]
         for trial in fresh:
             trial.run.worker.begin(trial.run.seed, self.keys)
-        self._answers(fresh, RunningEpisode.take_start)
+        self._answers(fresh, Running.take_start)
         ready = [trial for trial in self._trials if trial.run.begun]
         histories = [trial.run.agent.history() for trial in ready]
         acted = act({key: np.stack([history[key] for history in histories]) for key in self.keys})
         rows: list[dict[str, Tensor]] = []
         for index, trial in enumerate(ready):
             now = {name: value[index].detach() for name, value in acted.remembered.items()}
+            place = {"simulator": self._workers.index(trial.run.worker), "time": len(trial.run.rewards)}
+            now |= {name: now["condition"].new_tensor(value) for name, value in place.items()}
             if trial.waiting is not None:
                 rows.append({**trial.waiting, "next_condition": now["condition"]})
             trial.waiting, trial.counted = now, len(trial.run.rewards)
             trial.run.accept(acted.chunk[index])
             trial.run.send_chunk(self.keys)
-        self._answers(ready, RunningEpisode.take_outcome)
+        self._answers(ready, Running.take_outcome)
         steps, episodes = 0, []
         for index, trial in enumerate(self._trials):
             if trial.waiting is None:  # lost
@@ -132,7 +134,7 @@ class Experience:
                 self._trials[index] = self._new(trial.run.worker)
         return Turn(_stacked(rows), episodes, steps)
 
-    def _answers(self, trials: Sequence[_Trial], take: Callable[[RunningEpisode], Any]) -> None:
+    def _answers(self, trials: Sequence[_Trial], take: Callable[[Running], Any]) -> None:
         for trial in trials:
             try:
                 take(trial.run)

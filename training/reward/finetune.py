@@ -166,7 +166,9 @@ class Run:
         found = float((scores >= 1.0).mean()), float(scores.mean())
         if found > self.best:
             self.best = found
-            bundles.derive(Path(self.config.bundle), self.folder / "bundle", sampler=self.sampler, fitted=fitted)
+            weights = self.policy.state_dict() if self.method.trains_policy and self.steps else None
+            changes: dict[str, Any] = {"sampler": self.sampler, "fitted": fitted, "weights": weights}
+            bundles.derive(Path(self.config.bundle), self.folder / "bundle", **changes)
         self._log(success=found[0], score=found[1])
         return found
 

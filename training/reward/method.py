@@ -23,6 +23,8 @@ class Method:
 
     deterministic: ClassVar[bool] = False
     """Whether it needs a sampler that draws no noise in its steps."""
+    trains_policy: ClassVar[bool] = False
+    """Whether the policy's own weights change, which the bundle then has."""
 
     def __init__(self, policy: DiffusionPolicy, *, seed: int, capacity: int) -> None:
         self.policy, self.spec, self.device = policy, policy.spec, policy.device

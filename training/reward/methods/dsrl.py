@@ -25,7 +25,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Fitted
 from action_diffusion.policy.extensions.stored import arrays, condition_dim, executed
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.value.networks import NoiseActor, ValueNetwork
+from action_diffusion.policy.value.networks import NoiseActor, Value
 from action_diffusion.training.reward.critics import averaged_copy, follow, step
 from action_diffusion.training.reward.experience import Acted
 from action_diffusion.training.reward.method import Method
@@ -76,8 +76,8 @@ class Dsrl(Method):
         noise_dim, action_dim = spec.horizon * spec.action.shape[0], spec.n_action_steps * spec.action.shape[0]
         dim = condition_dim(policy)
         torch.manual_seed(seed)
-        self.critic = ValueNetwork(input_dim=dim + action_dim, hidden=hidden, members=members).to(self.device)
-        self.noise_critic = ValueNetwork(input_dim=dim + noise_dim, hidden=hidden, members=members).to(self.device)
+        self.critic = Value(input_dim=dim + action_dim, hidden=hidden, members=members).to(self.device)
+        self.noise_critic = Value(input_dim=dim + noise_dim, hidden=hidden, members=members).to(self.device)
         self.noise_target = averaged_copy(self.noise_critic)
         self.actor = NoiseActor(condition_dim=dim, noise_dim=noise_dim, bound=bound, hidden=hidden).to(self.device)
         self.temperature = torch.nn.ParameterDict({"log_alpha": torch.tensor(-5.0, device=self.device)})

@@ -23,7 +23,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Fitted
 from action_diffusion.policy.extensions.stored import arrays, condition_dim, executed
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.value.networks import ValueNetwork
+from action_diffusion.policy.value.networks import Value
 from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
 from action_diffusion.training.reward.experience import Acted
 from action_diffusion.training.reward.method import Method
@@ -65,10 +65,10 @@ class Idql(Method):
         self.shape = (spec.horizon, *spec.action.shape)
         action_dim, noise_dim = (steps * spec.action.shape[0] for steps in (spec.n_action_steps, spec.horizon))
         torch.manual_seed(seed)
-        self.critic = ValueNetwork(input_dim=dim + action_dim, hidden=hidden, members=members).to(self.device)
+        self.critic = Value(input_dim=dim + action_dim, hidden=hidden, members=members).to(self.device)
         self.target = averaged_copy(self.critic)
-        self.value = ValueNetwork(input_dim=dim, hidden=hidden, members=1).to(self.device)
-        self.noise_critic = ValueNetwork(input_dim=dim + noise_dim, hidden=hidden, members=members).to(self.device)
+        self.value = Value(input_dim=dim, hidden=hidden, members=1).to(self.device)
+        self.noise_critic = Value(input_dim=dim + noise_dim, hidden=hidden, members=members).to(self.device)
         self.modules = {
             "critic": self.critic,
             "target": self.target,
