@@ -214,7 +214,7 @@ OBJECTIVES = Registry(
         "denoising": "action_diffusion.policy.objectives.objective:Denoising",
         "flow_map": "action_diffusion.policy.objectives.flow_maps:FlowMap",
         "mean_flow": "action_diffusion.policy.objectives.flow_maps:MeanFlow",
-        "mip": "action_diffusion.policy.objectives.objective:Mip",
+        "mip": "action_diffusion.policy.objectives.objective:TwoRegressions",
         "shortcut": "action_diffusion.policy.objectives.flow_maps:Shortcut",
         "sobolev": "action_diffusion.policy.objectives.sobolev:Sobolev",
     },
@@ -262,7 +262,7 @@ FEATURES = Registry(
 ACTION_FRAMES = Registry(
     "action frame",
     "action_frames",
-    {"planar_object": f"{_POLICY}.frames:PlanarObject", "position": f"{_POLICY}.frames:Position"},
+    {"planar_object": f"{_POLICY}.frames:PlanarObjectFrame", "position": f"{_POLICY}.frames:Position"},
 )
 ENVS = Registry(
     "environment",

@@ -16,7 +16,7 @@ from action_diffusion.deploy.ipc.rings import Moment
 from action_diffusion.deploy.loop.events import NoSubscriber, Subscriber
 from action_diffusion.deploy.loop.operator import MOST_VALUES, NoOperator, Operator, PageOperator
 from action_diffusion.deploy.page.link import PageLink, page_port
-from action_diffusion.deploy.page.view import About
+from action_diffusion.deploy.page.view import AboutRun
 from action_diffusion.deploy.records.reader import plain_limits
 from action_diffusion.deploy.records.stream import RECORD, RunStream
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
@@ -86,7 +86,7 @@ class Subscribers:
             self.close()
             raise
 
-    def _open(self, config: Deploy, robot: ProcessRobot, about: About, port: int) -> None:
+    def _open(self, config: Deploy, robot: ProcessRobot, about: AboutRun, port: int) -> None:
         module = "action_diffusion.deploy.page.process"
         self._page = PageLink(
             module,
@@ -125,7 +125,7 @@ class Subscribers:
             self._recording.close()
 
 
-def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, config: Deploy) -> About:
+def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, config: Deploy) -> AboutRun:
     """What the page is told at its start."""
     parts = robot.layout.groups_of(len(limits.low))
     names = [name if size == 1 else f"{name}[{index}]" for name, size, _ in parts for index in range(size)]
@@ -145,7 +145,7 @@ def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, config: Deploy
 
 
 def _parts(robot: ProcessRobot, size: int) -> list[list[int]]:
-    """See `About`; none where there are too many for a person to point at."""
+    """See `AboutRun`; none where there are too many for a person to point at."""
     found, first = list[list[int]](), 0
     for group, (_, width, _) in zip(robot.layout.groups, robot.layout.groups_of(size), strict=True):
         columns = list(range(first, first + width))

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.diffusion.process import Process, Step
+from action_diffusion.policy.diffusion.process import Process
 from action_diffusion.policy.diffusion.sampler import ChainStep, Generators, Hook, Sampler, draw_noise
+from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.model.estimator import PlanarPose
 from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.objectives.objective import Network, Objective
-from action_diffusion.policy.objectives.sobolev import Sobolev
-from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample
+from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample, network_of
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.rotations import continuous, valid
 
@@ -55,16 +55,12 @@ class DiffusionPolicy(nn.Module):
     ):
         super().__init__()
         objective.check(process)
+        objective.check_cameras(spec.camera_order)
         max_delay = objective.max_delay
         if not 0 <= max_delay <= spec.horizon - spec.n_obs_steps:
             raise InputError(
                 f"policy.objective.max_delay={max_delay} must be between 0 and {spec.horizon - spec.n_obs_steps}: of "
                 f"{spec.horizon} steps {spec.n_obs_steps - 1} are past, and one at least is to be learnt"
-            )
-        if isinstance(objective, Sobolev) and spec.camera_order:
-            raise InputError(
-                f"policy.objective: sobolev is for states, and the policy sees {', '.join(spec.camera_order)}: how "
-                "pictures move with what the gains are of is not known"
             )
         self.spec = spec
         self.features = nn.ModuleDict({module_name(key): feature for key, feature in features.items()})
@@ -186,9 +182,8 @@ class DiffusionPolicy(nn.Module):
         loss = self._denoising_loss(seen, obs, action, mask, generator)
         if self.estimator is not None and seen.output is not None:
             loss = loss + self.estimator.loss(seen.output, obs[self.estimator.key][:, -1].float())
-        if isinstance(self.objective, Sobolev):
-            loss = loss + self._feedback_loss(self.objective, obs, action, gain, generator)
-        return loss
+        further = self.objective.further_loss(self, obs, action, gain, generator)
+        return loss if further is None else loss + further
 
     def _denoising_loss(
         self,
@@ -208,33 +203,21 @@ class DiffusionPolicy(nn.Module):
             prefix = Prefix(x0, self._draw_prefix(len(x0), generator, x0.device))
             counts = ~prefix.steps if counts is None else counts & ~prefix.steps
 
-        network = _network(self.denoiser, condition, prefix)
+        network = network_of(self.denoiser, condition, prefix)
         taught: dict[str, Any] = {}
         for teacher in self._teachers:
             with torch.no_grad():
-                taught["teacher"] = _network(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
+                taught["teacher"] = network_of(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
         pairs = self.objective.pairs(network, self.process, x0, generator, **taught)
         return self.objective.reduced(pairs, self.process, counts, len(x0))
 
-    def _feedback_loss(
-        self,
-        objective: Sobolev,
-        obs: Mapping[str, Tensor],
-        action: Tensor,
-        gain: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """In float32, since it is made of differences between neighbours."""
-        if gain is None:
-            raise InputError("policy.objective: sobolev learns from gains, and none are given")
-        with torch.autocast(action.device.type, enabled=False):
-            states = [key for key in self.spec.observations if key in self.spec.states]
-            beside, action = objective.neighbours(obs, states, action, gain, generator)
-            seen = self.see(beside, generator)
-            x0 = self.normalize_action(action, seen.obs)
-            network = _network(self.denoiser, seen.condition, self._prefix(None, x0, 1))
-            slopes = objective.slopes(network, self.process, x0, self.spec.n_obs_steps - 1, generator)
-            return objective.weight * objective.reduced([slopes], self.process, None, len(x0))
+    def shown(
+        self, obs: Mapping[str, Tensor], action: Tensor, generator: torch.Generator | None
+    ) -> tuple[Network, Tensor]:
+        """See `objective.Learner`; no step of the chunks is fixed."""
+        seen = self.see(obs, generator)
+        x0 = self.normalize_action(action, seen.obs)
+        return network_of(self.denoiser, seen.condition, self._prefix(None, x0, 1)), x0
 
     def _draw_prefix(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Of n training examples, the steps that are given: bool [n, H]; each delay up to `max_delay` as often."""
@@ -408,14 +391,3 @@ class DiffusionPolicy(nn.Module):
 def _repeated(seen: Encoded, times: int) -> Encoded:
     """Each row so many times, one after the other."""
     return seen if times == 1 else replace(seen, condition=seen.condition.repeat_interleave(times, dim=0))
-
-
-def _network(denoiser: Any, condition: Tensor, prefix: Prefix | None) -> Network:
-    """A denoiser with the conditions [B, C] of the examples, as objectives call it."""
-
-    def network(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
-        film = denoiser.prepare(condition if rows is None else condition[rows], times)
-        result: Tensor = denoiser(x if prefix is None else prefix.mark(x, rows), film.steps + film.condition)
-        return result
-
-    return network

@@ -47,8 +47,8 @@ import torch
 from torch import Tensor
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.diffusion.process import Step
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
+from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Prefix
 
@@ -160,7 +160,7 @@ class RealTimeChunking(Hook):
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningChunks:
     """What arms execute while new chunks are computed, as these see it. See `running_chunks`.
 
     action: [B, H, A], normalised, in the action frame of the new observations. delay, end: int [B], steps from now on
@@ -188,7 +188,7 @@ def running_chunks(
     obs: Mapping[str, np.ndarray],
     running: Sequence[np.ndarray | None],
     delay: Sequence[int],
-) -> Running:
+) -> RunningChunks:
     """Running chunks as `policy` would have predicted them from the *new* observations.
 
     A chunk that was learnt in an object's frame is expressed there again, because the frame has moved meanwhile.
@@ -215,12 +215,12 @@ def running_chunks(
     with torch.no_grad():
         seen = tensors if policy.estimator is None else policy.see(tensors).obs
         normalized = policy.normalize_action(torch.from_numpy(padded).to(device), seen)
-    return Running(normalized, torch.tensor(delay, device=device), torch.from_numpy(end).to(device), now)
+    return RunningChunks(normalized, torch.tensor(delay, device=device), torch.from_numpy(end).to(device), now)
 
 
 def continuing(
     policy: DiffusionPolicy,
-    running: Running,
+    running: RunningChunks,
     *,
     mask: str = "exponential",
     beta: float = BETA,

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from action_diffusion.policy.diffusion.sampler import ChainStep, Hook
+from action_diffusion.policy.objectives.objective import Network
 
 
 @dataclass(frozen=True)
@@ -87,3 +89,14 @@ class Acting:
     def choose(self, seen: Encoded, normalized: Tensor) -> Tensor:
         """Which of its candidates [B, candidates, H, A] each chunk is, int64 [B]."""
         return torch.zeros(len(normalized), dtype=torch.long, device=normalized.device)
+
+
+def network_of(denoiser: Any, condition: Tensor, prefix: Prefix | None) -> Network:
+    """A denoiser with the conditions [B, C] of the examples, as objectives call it."""
+
+    def network(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        film = denoiser.prepare(condition if rows is None else condition[rows], times)
+        result: Tensor = denoiser(x if prefix is None else prefix.mark(x, rows), film.steps + film.condition)
+        return result
+
+    return network

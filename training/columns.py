@@ -23,7 +23,7 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, ZarrColumn
 from action_diffusion.envs.robosuite.absolute import COLUMN as ABSOLUTE
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options.policy import Sobolev
+from action_diffusion.options.policy import SobolevOptions
 from action_diffusion.rotations import RotationColumns
 
 _WORDS = {
@@ -53,7 +53,7 @@ def action_source(task: Mapping[str, Any]) -> str:
 def gain_source(config: Mapping[str, Any]) -> str | None:
     """The column of feedback gains that the objective of a training's configuration learns from, if it does."""
     objective = config.get("policy", {}).get("objective", {})
-    return objective.get("gain", Sobolev.gain) if objective.get("name") == "sobolev" else None
+    return objective.get("gain", SobolevOptions.gain) if objective.get("name") == "sobolev" else None
 
 
 def observed(

@@ -1,8 +1,8 @@
 """Every option of every command: its type, and what it may be. No torch is imported here.
 
-A component's options are those of its constructor, in `COMPONENTS` by kind and name (`policy.registry` builds them; the
-constructors of plugins check their own); a test holds the two beside each other, as it does the defaults in
-`configs/`.
+A component's options are those of its constructor: `FlowOptions` of `Flow`, in `COMPONENTS` by kind and name
+(`policy.registry` builds them; the constructors of plugins check their own). A test holds the two beside each other, as
+it does the defaults in `configs/`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 from action_diffusion.options.commands import (
     COMMANDS,
     Calibration,
-    Camera,
+    CameraTiming,
     Collect,
     Deploy,
     Evaluate,
-    RealTimeChunking,
+    RtcSettings,
     Safety,
     Serve,
     Simulated,
@@ -43,7 +43,7 @@ __all__ = [
     "AsTyped",
     "BundleConfig",
     "Calibration",
-    "Camera",
+    "CameraTiming",
     "Collect",
     "Dataset",
     "Deploy",
@@ -54,7 +54,7 @@ __all__ = [
     "Plugins",
     "Policy",
     "Rate",
-    "RealTimeChunking",
+    "RtcSettings",
     "Safety",
     "Sampler",
     "Serve",

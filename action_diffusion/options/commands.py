@@ -56,7 +56,7 @@ class Evaluate:
 
 
 @dataclass(kw_only=True)
-class Camera:
+class CameraTiming:
     """`simulated.camera`: how slow and unreliable a simulated one is."""
 
     rate: Annotated[float, Above(0, 1000)] = 20.0
@@ -73,7 +73,7 @@ class Simulated:
     """`simulated.*`."""
 
     latency: Seconds = 0.0
-    camera: Camera = field(default_factory=Camera)
+    camera: CameraTiming = field(default_factory=CameraTiming)
 
 
 @dataclass(kw_only=True)
@@ -114,7 +114,7 @@ class Collect:
 
 
 @dataclass(kw_only=True)
-class RealTimeChunking:
+class RtcSettings:
     """`rtc.*` of deploy, see `deploy.prediction.Guidance`."""
 
     method: str = "auto"
@@ -143,7 +143,7 @@ class Safety:
 
 
 @dataclass(kw_only=True)
-class Guarding:
+class GuardSettings:
     """`guard.*` of deploy, see `deploy.loop.guarding`."""
 
     action: Annotated[str, OneOf("warn", "slow", "hold", "takeover")] = "warn"
@@ -165,7 +165,7 @@ class Deploy:
     scheduling: str = "sync"
     delay: Annotated[int, Between(0, MOST_STEPS)] | None = None
     execution_horizon: Annotated[int, Between(1, MOST_STEPS)] | None = None
-    rtc: RealTimeChunking = field(default_factory=RealTimeChunking)
+    rtc: RtcSettings = field(default_factory=RtcSettings)
     page: bool | Port | None = None
     page_host: str = "127.0.0.1"
     page_token_file: FilePath | None = None
@@ -186,7 +186,7 @@ class Deploy:
     obstacles: Section | None = None
     simulated: Simulated = field(default_factory=Simulated)
     safety: Safety = field(default_factory=Safety)
-    guard: Guarding = field(default_factory=Guarding)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     sampler: AnySampler = field(default_factory=AnySampler)
 
 

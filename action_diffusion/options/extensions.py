@@ -25,7 +25,7 @@ class Fit:
 
 
 @dataclass(kw_only=True)
-class Cache(Fit):
+class CacheOptions(Fit):
     """Asks the network less often: goes on with its last output where that is predicted to be harmless. At most a share
     alpha of chunks ends further than tolerance from what they would be, in the data's units, at any executed step."""
 
@@ -34,7 +34,7 @@ class Cache(Fit):
 
 
 @dataclass(kw_only=True)
-class Constraint(Fit):
+class ConstraintOptions(Fit):
     """Keeps chunks out of discs ([x,y,radius]) and boxes ([x0,y0,x1,y1]), between low and high (a number each action
     value), below speed (unit/s): of the action's columns that are a place. position: the observation that says where
     the arm is, which may be up to lead (s) behind its commands. margin: how far it strays from their path."""
@@ -52,7 +52,7 @@ class Constraint(Fit):
 
 
 @dataclass(kw_only=True)
-class Guard(Fit):
+class GuardOptions(Fit):
     """How unusual an observation and a chunk are. quantile: of held-out demonstrations, above which one of them is
     unusual. episodes: share of held-out episodes that raise no alarm. chunk: say of each chunk as well, which takes an
     evaluation of the denoiser. sigmas: noise levels of that, a row each."""
@@ -64,7 +64,7 @@ class Guard(Fit):
 
 
 @dataclass(kw_only=True)
-class Tokens(Fit):
+class TokensOptions(Fit):
     """A token head chooses the way, and the denoiser does it: for tasks of several ways, in few denoising steps."""
 
     frequencies: Annotated[int, Between(1, MOST_STEPS)] = 4
@@ -76,5 +76,10 @@ class Tokens(Fit):
     confidence: Share = 0.5
 
 
-FITS: dict[str, type[Fit]] = {"cache": Cache, "constraint": Constraint, "guard": Guard, "tokens": Tokens}
+FITS: dict[str, type[Fit]] = {
+    "cache": CacheOptions,
+    "constraint": ConstraintOptions,
+    "guard": GuardOptions,
+    "tokens": TokensOptions,
+}
 """By the names of the extensions."""

@@ -33,7 +33,7 @@ class Critics:
 
 
 @dataclass
-class Dsrl(Critics):
+class DsrlOptions(Critics):
     """`method=dsrl`, see `training.reward.methods.dsrl`."""
 
     bound: Annotated[float, Above(0, 100)] = 1.5
@@ -43,7 +43,7 @@ class Dsrl(Critics):
 
 
 @dataclass
-class Idql(Critics):
+class IdqlOptions(Critics):
     """`method=idql`, see `training.reward.methods.idql`."""
 
     n: Annotated[int, Between(2, 1024)] = 16
@@ -53,7 +53,7 @@ class Idql(Critics):
 
 
 @dataclass
-class Dppo:
+class DppoOptions:
     """`method=dppo`, see `training.reward.methods.dppo`."""
 
     chunks: Annotated[int, Between(2, 1_000_000)] = 1024
@@ -71,14 +71,14 @@ class Dppo:
     octaves: Octaves = 4
 
 
-METHODS: dict[str, type] = {"dppo": Dppo, "dsrl": Dsrl, "idql": Idql}
+METHODS: dict[str, type] = {"dppo": DppoOptions, "dsrl": DsrlOptions, "idql": IdqlOptions}
 LEARNT = {"best_of": "idql", "steering": "dsrl"}
 """Extensions that no demonstrations teach, by the method that does."""
 MethodSection = Annotated[Section, ByName(METHODS)]
 
 
 @dataclass
-class Budget:
+class BudgetSettings:
     """`budget.*`. env_steps: control steps of all simulators together."""
 
     env_steps: Annotated[int, Between(1, 1_000_000_000)] = 100_000
@@ -123,7 +123,7 @@ class Finetune:
     seed: Seed = 0
     plugins: Plugins = None
     device: Device = "auto"
-    budget: Budget = field(default_factory=Budget)
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
     trials: Trials = field(default_factory=Trials)
     watch: Watching = field(default_factory=Watching)
     evaluation: Final = field(default_factory=Final)

@@ -13,7 +13,7 @@ from action_diffusion.schema import Above, Between, ByName, FilePath, Matching, 
 
 
 @dataclass
-class Context:
+class ContextOptions:
     """`policy.encoder.context`, see `policy.context.Context`."""
 
     size: Annotated[int, Between(1, 4096)] = 16
@@ -22,7 +22,7 @@ class Context:
 
 
 @dataclass
-class Encoder:
+class EncoderOptions:
     """`policy.encoder`, see `policy.encoder.ObservationEncoder`."""
 
     backbone: Annotated[str, OneOf("resnet18", "resnet34", "resnet50")] = "resnet18"
@@ -39,7 +39,7 @@ class Encoder:
     weights: FilePath | None = None
     channels_last: bool = True
     group_norm_channels: Annotated[int, Between(1, 1024)] = 16
-    context: Context | None = None
+    context: ContextOptions | None = None
 
 
 def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None) -> None:
@@ -49,7 +49,7 @@ def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None) -> Non
 
 
 @dataclass
-class Unet1d:
+class Unet1dOptions:
     """`policy.denoiser`, see `policy.denoiser.ConditionalUnet1d`."""
 
     channels: Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)]
@@ -60,7 +60,7 @@ class Unet1d:
 
 
 @dataclass
-class DiT:
+class DiTOptions:
     """`policy.denoiser`, see `policy.dit.DiffusionTransformer`."""
 
     width: Annotated[int, Between(4, 8192)] = 96
@@ -69,7 +69,7 @@ class DiT:
 
 
 @dataclass
-class Transformer(DiT):
+class TransformerOptions(DiTOptions):
     """`policy.denoiser`, see `policy.transformer.TransformerDenoiser`."""
 
     causal: bool = True
@@ -77,7 +77,7 @@ class Transformer(DiT):
 
 
 @dataclass
-class PlanarPose:
+class PlanarPoseOptions:
     """`policy.estimator`, see `policy.estimator.PlanarPose`."""
 
     state: str
@@ -90,7 +90,7 @@ class PlanarPose:
 
 
 @dataclass
-class Diffusion:
+class DiffusionOptions:
     """`policy.process`, see `policy.process.Diffusion`."""
 
     prediction: str = "epsilon"
@@ -101,21 +101,21 @@ class Diffusion:
 
 
 @dataclass
-class Flow:
+class FlowOptions:
     """`policy.process`, see `policy.process.Flow`."""
 
     prediction: str = "velocity"
 
 
 @dataclass
-class SinCos:
+class SinCosOptions:
     """`policy.features.KEY`, see `policy.features`."""
 
     columns: Columns
 
 
 @dataclass
-class Magnified:
+class MagnifiedOptions:
     """`policy.features.KEY`, see `policy.features`."""
 
     columns: Columns
@@ -123,7 +123,7 @@ class Magnified:
 
 
 @dataclass
-class PlanarObject:
+class PlanarObjectOptions:
     """`policy.features.KEY`, see `policy.features`."""
 
     pose: Pose
@@ -133,7 +133,7 @@ class PlanarObject:
 
 
 @dataclass
-class PositionFrame:
+class PositionFrameOptions:
     """`policy.action_frame`, see `policy.frames.Position`."""
 
     observation: str
@@ -142,22 +142,22 @@ class PositionFrame:
 
 
 @dataclass
-class PlanarObjectFrame:
-    """`policy.action_frame`, see `policy.frames.PlanarObject`."""
+class PlanarObjectFrameOptions:
+    """`policy.action_frame`, see `policy.frames.PlanarObjectFrame`."""
 
     observation: str
     pose: Pose
 
 
 @dataclass
-class Masked:
+class MaskedOptions:
     """`policy.process`, see `policy.diffusion.masked`."""
 
     prediction: str = "sample"
 
 
 @dataclass
-class Mip:
+class MipOptions:
     """`policy.process`, see `policy.process.Mip`."""
 
     prediction: str = "sample"
@@ -165,7 +165,7 @@ class Mip:
 
 
 @dataclass
-class Denoising:
+class DenoisingOptions:
     """`policy.objective`, see `policy.objectives`."""
 
     loss: Annotated[str, OneOf("mse", "l1", "huber")] | None = "mse"
@@ -175,21 +175,21 @@ class Denoising:
 
 
 @dataclass
-class FlowMap(Denoising):
+class FlowMapOptions(DenoisingOptions):
     """`policy.objective`, see `policy.objectives.flow_maps`."""
 
     distilled: Annotated[float, Above(0, 1)] = 0.5
 
 
 @dataclass
-class MeanFlow(Denoising):
+class MeanFlowOptions(DenoisingOptions):
     """`policy.objective`, see `policy.objectives.flow_maps`."""
 
     distilled: Annotated[float, Above(0, 1)] = 0.25
 
 
 @dataclass
-class Shortcut(MeanFlow):
+class ShortcutOptions(MeanFlowOptions):
     """`policy.objective`, see `policy.objectives.flow_maps`."""
 
     finest: Annotated[int, Matching("a power of two, from 2 to 1024", lambda n: 2 <= n <= 1024 and not n & (n - 1))] = (
@@ -198,7 +198,7 @@ class Shortcut(MeanFlow):
 
 
 @dataclass
-class Consistency(FlowMap):
+class ConsistencyOptions(FlowMapOptions):
     """`policy.objective`, see `policy.objectives.consistency`."""
 
     teacher: FilePath | None = None
@@ -207,7 +207,7 @@ class Consistency(FlowMap):
 
 
 @dataclass
-class Sobolev(Denoising):
+class SobolevOptions(DenoisingOptions):
     """`policy.objective`, see `policy.objectives.sobolev`."""
 
     gain: str = "gain"
@@ -215,21 +215,21 @@ class Sobolev(Denoising):
 
 
 COMPONENTS: dict[str, dict[str, type]] = {
-    "encoder": {"observation": Encoder},
-    "denoiser": {"dit": DiT, "transformer": Transformer, "unet1d": Unet1d},
-    "estimator": {"planar_pose": PlanarPose},
-    "process": {"diffusion": Diffusion, "flow": Flow, "masked": Masked, "mip": Mip},
+    "encoder": {"observation": EncoderOptions},
+    "denoiser": {"dit": DiTOptions, "transformer": TransformerOptions, "unet1d": Unet1dOptions},
+    "estimator": {"planar_pose": PlanarPoseOptions},
+    "process": {"diffusion": DiffusionOptions, "flow": FlowOptions, "masked": MaskedOptions, "mip": MipOptions},
     "objective": {
-        "consistency": Consistency,
-        "denoising": Denoising,
-        "flow_map": FlowMap,
-        "mean_flow": MeanFlow,
-        "mip": Denoising,
-        "shortcut": Shortcut,
-        "sobolev": Sobolev,
+        "consistency": ConsistencyOptions,
+        "denoising": DenoisingOptions,
+        "flow_map": FlowMapOptions,
+        "mean_flow": MeanFlowOptions,
+        "mip": DenoisingOptions,
+        "shortcut": ShortcutOptions,
+        "sobolev": SobolevOptions,
     },
-    "features": {"sin_cos": SinCos, "magnified": Magnified, "planar_object": PlanarObject},
-    "action_frame": {"planar_object": PlanarObjectFrame, "position": PositionFrame},
+    "features": {"sin_cos": SinCosOptions, "magnified": MagnifiedOptions, "planar_object": PlanarObjectOptions},
+    "action_frame": {"planar_object": PlanarObjectFrameOptions, "position": PositionFrameOptions},
 }
 
 

@@ -12,7 +12,7 @@ from action_diffusion.schema import Above, Between, ByName, Matching, OneOf, Sec
 
 
 @dataclass
-class PushT:
+class PushTOptions:
     """`task.env` of PushT, see `envs.pusht.PushT`."""
 
     image_size: Annotated[int, Between(8, 2048)] = 96
@@ -22,7 +22,7 @@ class PushT:
 
 
 @dataclass
-class Manipulation:
+class ManipulationOptions:
     """`task.env` of robosuite's tasks, see `envs.manipulation.Manipulation`."""
 
     env_args: Section | None = None
@@ -30,7 +30,9 @@ class Manipulation:
     max_steps: Count | None = None
 
 
-Environment = Annotated[Section, ByName({name: PushT if name == "pusht" else Manipulation for name in ENVS.own}, ENVS)]
+Environment = Annotated[
+    Section, ByName({name: PushTOptions if name == "pusht" else ManipulationOptions for name in ENVS.own}, ENVS)
+]
 Rate = Annotated[float, Above(0, 10_000)]
 Rotation = Annotated[str, Matching("a rotation, such as quaternion_xyzw or rotation_vector@3", bool)]
 """Of a column of the buffer: its representation (`action_diffusion.rotations.SIZES`), and @ where it begins."""

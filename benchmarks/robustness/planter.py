@@ -31,7 +31,7 @@ class Planted:
 
 
 @dataclass
-class Episode:
+class CleanEpisode:
     """start: its first row in the source. low: {key: [T, …]}, copies. frames: {key: rows of the source [T]}.
     changed: {(key, step): frame}."""
 
@@ -101,12 +101,12 @@ class Planter:
             planted_rows.append(Planted(kind, key, index, *rows, size, either))
         return buffer, planted_rows
 
-    def episode(self, index: int) -> Episode:
+    def episode(self, index: int) -> CleanEpisode:
         rows = np.arange(self._survey.starts[index], self._survey.ends[index])
         low = {key: np.array(self._survey.low[key].raw[rows]) for key in self._survey.low}
-        return Episode(int(rows[0]), low, {key: rows.copy() for key in self._survey.cameras})
+        return CleanEpisode(int(rows[0]), low, {key: rows.copy() for key in self._survey.cameras})
 
-    def _joined(self, episodes: list[Episode]) -> ReplayBuffer:
+    def _joined(self, episodes: list[CleanEpisode]) -> ReplayBuffer:
         ends = np.cumsum([len(episode) for episode in episodes])
         arrays: dict[str, Any] = {}
         for key in self._survey.low:
@@ -135,7 +135,7 @@ class Planter:
         of_key = [choice for choice in choices if choice[0] == key]
         return of_key[self.random.integers(len(of_key))]
 
-    def step(self, episode: Episode, edge: int, without: str | None = None, moving: int = 1) -> int | None:
+    def step(self, episode: CleanEpisode, edge: int, without: str | None = None, moving: int = 1) -> int | None:
         """A step `edge` or more from the ends; if `without` is given, one from which on within `moving` steps the
         motion of other keys is half its median or more."""
         steps = np.arange(edge, len(episode) - edge)
@@ -152,7 +152,7 @@ class Planter:
         raw = self._survey.low[key].raw[:, d]
         return float(raw.min()), float(raw.max())
 
-    def set(self, episode: Episode, key: str, d: int, steps: slice, values: np.ndarray | float) -> None:
+    def set(self, episode: CleanEpisode, key: str, d: int, steps: slice, values: np.ndarray | float) -> None:
         """Whole numbers stay whole, and angles that wrap stay where they belong."""
         low = self._survey.low[key]
         wrapped = not np.array_equal(low.raw[:, d], low.values[:, d])
@@ -173,9 +173,9 @@ class Planter:
     def other_episode(self) -> int:
         return int(self.random.choice(self.untouched))
 
-    def frame(self, episode: Episode, key: str, step: int) -> np.ndarray:
+    def frame(self, episode: CleanEpisode, key: str, step: int) -> np.ndarray:
         return np.array(self._buffer[key][int(episode.frames[key][step])])
 
 
-Plant = Callable[[Planter, Episode, int, float], Place]
+Plant = Callable[[Planter, CleanEpisode, int, float], Place]
 """Changes a copy of the episode with that index; the size is 1 or more."""

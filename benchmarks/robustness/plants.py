@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.robustness.planter import EDGE, Episode, Place, Plant, Planter
+from benchmarks.robustness.planter import EDGE, CleanEpisode, Place, Plant, Planter
 
 
-def _nan(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _nan(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     key, d = planter.dimension()
     step = int(planter.random.integers(len(episode)))
     episode.low[key][step, d] = planter.random.choice([np.nan, np.inf, -np.inf])
     return key, step, step, ()
 
 
-def _dropped(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _dropped(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     key = planter.camera() if episode.frames and planter.random.random() < 0.5 else ""
     step = planter.step(episode, EDGE, without=key)
     if step is None:
@@ -40,7 +40,7 @@ def _dropped(planter: Planter, episode: Episode, index: int, size: float) -> Pla
     return "all", step, step, ()
 
 
-def _frozen(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _frozen(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     n = round(5 * size)
     key = str(planter.random.choice([*planter.restless_keys(), *episode.frames]))
     step = planter.step(episode, n, without=key, moving=4)
@@ -51,7 +51,7 @@ def _frozen(planter: Planter, episode: Episode, index: int, size: float) -> Plac
     return key, step, step + n - 2, ()
 
 
-def _jump(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _jump(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     key, d = planter.dimension()
     step = planter.step(episode, EDGE)
     if step is None:
@@ -62,7 +62,7 @@ def _jump(planter: Planter, episode: Episode, index: int, size: float) -> Place:
     return key, step, step, ()
 
 
-def _outlier(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _outlier(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     step = planter.step(episode, EDGE)
     if step is None:
         return None
@@ -77,7 +77,7 @@ def _outlier(planter: Planter, episode: Episode, index: int, size: float) -> Pla
     return key, step, step, ()
 
 
-def _skew(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _skew(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     key, lag = planter.camera(), min(5, round(2 * size))
     n = len(episode) - lag
     if n < 50:
@@ -92,13 +92,13 @@ def _skew(planter: Planter, episode: Episode, index: int, size: float) -> Place:
     return key, from_step, n - 1, ()
 
 
-def _constant(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _constant(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     key, d = planter.dimension(restless=True)
     episode.low[key][:, d] = episode.low[key][0, d]
     return key, 0, len(episode) - 1, ()
 
 
-def _saturated(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _saturated(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     key, d = planter.dimension(restless=True)
     values, n = episode.low[key][:, d].astype(float), round(8 * size)
     if len(values) < 2 * n:
@@ -115,7 +115,7 @@ def _saturated(planter: Planter, episode: Episode, index: int, size: float) -> P
     return key, int(clipped[0]), int(clipped[-1]), ()
 
 
-def _duplicate(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _duplicate(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     other = planter.other_episode()
     copy = planter.episode(other)
     n = max(2, round(len(copy) * min(1.0, 0.6 * size)))
@@ -125,7 +125,7 @@ def _duplicate(planter: Planter, episode: Episode, index: int, size: float) -> P
     return "all", 0, n - 1, (index, other)
 
 
-def _idle(planter: Planter, episode: Episode, index: int, size: float) -> Place:
+def _idle(planter: Planter, episode: CleanEpisode, index: int, size: float) -> Place:
     n, steps = round(10 * size), np.arange(len(episode))
     if planter.random.random() < 0.5:
         episode.take(np.concatenate([np.zeros(n, int), steps]))

@@ -18,7 +18,7 @@ from action_diffusion.options.extensions import Fit
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy import kernels
 from action_diffusion.policy.build import build_policy
-from action_diffusion.policy.extensions.cache import Cache, Prediction, Reuse, deviations, drawn
+from action_diffusion.policy.extensions.cache import Cache, Reuse, ReuseCost, deviations, drawn
 from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import read_config
@@ -34,12 +34,12 @@ PAPER = {"name": "unet1d", "channels": [512, 1024, 2048], "kernel_size": 5, "tim
 Steps = tuple[int, ...]
 
 
-def scheduled(asked: Steps, n: int) -> Prediction:
+def scheduled(asked: Steps, n: int) -> ReuseCost:
     """With which the network is asked at these of n steps, whatever it says."""
     spent = np.full((n, n), np.inf)
     for first, after in zip(asked, [*asked[1:], n], strict=True):
         spent[first, first:after] = 0.0
-    return Prediction(np.ones((n, n)), spent)
+    return ReuseCost(np.ones((n, n)), spent)
 
 
 class Scheduled(Extension):
@@ -64,7 +64,7 @@ def schedule(policy: DiffusionPolicy, train: BatchSource, fitted: Fitted, n: int
         moved, _ = deviations(policy, train, windows, scheduled(asked, count), both, seed)
         return float(np.quantile(moved[:, 1], 1 - ALPHA))
 
-    spent = Prediction.of(fitted.arrays, count).spent
+    spent = ReuseCost.of(fitted.arrays, count).spent
     best: list[dict[int, tuple[float, Steps]]] = [{0: (0.0, ())}, *({} for _ in range(count))]
     for first in range(count):
         for made, (before, asked) in best[first].items():
@@ -115,12 +115,12 @@ def measure(seed: int) -> Measured:
     fitted = Cache.fit(policy, train, calibrate, options)
     count, windows = policy.sampler.num_inference_steps, drawn(test, WINDOWS, seed)
 
-    def tested(prediction: Prediction, budget: float) -> tuple[float, float]:
+    def tested(prediction: ReuseCost, budget: float) -> tuple[float, float]:
         """Evaluations a chunk, and the share beyond the tolerance."""
         moved, asked = deviations(policy, test, windows, prediction, np.array([0.0, budget]), seed)
         return float(asked[:, 1].mean()), float((moved[:, 1] > TOLERANCE).mean())
 
-    evaluations, violations = tested(Prediction.of(fitted.arrays, count), fitted.options["budget"])
+    evaluations, violations = tested(ReuseCost.of(fitted.arrays, count), fitted.options["budget"])
     beside: dict[str, float] = {}
     ways: dict[str, list[Acting]] = {"plain": [], "cache": [Cache(policy, fitted)]}
     for n in (math.floor(evaluations), math.ceil(evaluations)):

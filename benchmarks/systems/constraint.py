@@ -12,7 +12,7 @@ from torch import Tensor
 
 from action_diffusion.envs.pusht.simulator import PushT, initial_state
 from action_diffusion.envs.rollout import rollout
-from action_diffusion.options.extensions import Constraint as Options
+from action_diffusion.options.extensions import ConstraintOptions
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.constraint import OPTIONS, Constraint
 from action_diffusion.policy.extensions.extension import Extension, Fitted
@@ -96,7 +96,9 @@ def starts(first: int) -> list[int]:
 
 def limits(policy: DiffusionPolicy, **given: Any) -> Fitted:
     """As `fit constraint` stores them."""
-    options = Options(bundle="-", discs=[list(DISC)], margin=MARGIN, position=next(iter(policy.spec.states)), **given)
+    options = ConstraintOptions(
+        bundle="-", discs=[list(DISC)], margin=MARGIN, position=next(iter(policy.spec.states)), **given
+    )
     return Fitted({name: value for name, value in vars(options).items() if name in OPTIONS})
 
 

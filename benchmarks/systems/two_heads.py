@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from action_diffusion.options.extensions import Tokens as Options
+from action_diffusion.options.extensions import TokensOptions
 from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.extensions.tokens import Tokens
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -54,7 +54,7 @@ def measure(seed: int) -> Measured:
     obs, action = {"asked": asked[:, None]}, curves(asked, random.choice([-1.0, 1.0], len(asked)))
     policy = trained(obs, action, steps=3000, n_action_steps=HORIZON, seed=seed, batch_size=128, lr=2e-3)
     policy.sampler = _sampler(policy, STEPS)
-    options = vars(Options(bundle="", seed=seed, levels=8))
+    options = vars(TokensOptions(bundle="", seed=seed, levels=8))
     cut = len(asked) * 9 // 10
     parts = [source({"asked": obs["asked"][part]}, action[part]) for part in (slice(cut), slice(cut, None))]
     head = Tokens(policy, Tokens.fit(policy, parts[0], parts[1], options))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from action_diffusion.deploy.loop.clock import Clock, Pacer
-from action_diffusion.deploy.loop.events import Answer, NoSubscriber, Outcome, Seen, Status, StepRecord, Subscriber
+from action_diffusion.deploy.loop.events import Answer, ChunkStatus, NoSubscriber, Outcome, Seen, StepRecord, Subscriber
 from action_diffusion.deploy.loop.gate import Gate
 from action_diffusion.deploy.loop.guarding import Guarding
 from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Unavailable
@@ -67,8 +67,6 @@ def run_episode(
     Raises:
         InputError: for observations that the robot does not have or that the policy does not take.
     """
-    operator, subscriber = operator or NoOperator(), subscriber or NoSubscriber()
-    worker: InferenceWorker[Prediction] = InferenceWorker(clock=clock, beside=beside, delay=delay)
     noise_generator, generator = generators(seed)
     think = functools.partial(
         predict_one,
@@ -77,37 +75,21 @@ def run_episode(
         generator=generator,
         guidance=guidance or Guidance(),
     )
-    episode = ControlLoop(
+    loop = ControlLoop(
         robot=robot,
         history=history,
         queue=queue,
-        worker=worker,
+        worker=InferenceWorker(clock=clock, beside=beside, delay=delay),
         think=think,
         gate=gate,
         guarding=Guarding(guard),
         clock=clock,
         seed=seed,
         keys=keys,
-        operator=operator,
-        subscriber=subscriber,
+        operator=operator or NoOperator(),
+        subscriber=subscriber or NoSubscriber(),
     )
-    done, steps, score = False, 0, None
-    try:
-        robot.begin(seed)
-        subscriber.began(seed)
-        operator.begin()
-        while not done and operator.wait(robot.hold):
-            record, done = episode.step()
-            steps += 1
-            if record.reward is not None:
-                score = record.reward if score is None else max(score, record.reward)
-            log(record)
-    finally:
-        robot.stop()
-        operator.end()
-        subscriber.ended(seed, operator.mark)
-        worker.close()
-    return Outcome(steps, score, operator.mark)
+    return loop.run(log)
 
 
 class _Arrival(NamedTuple):
@@ -155,6 +137,25 @@ class ControlLoop:
         history.reset()
         gate.reset()
         queue.reset()
+
+    def run(self, log: Callable[[StepRecord], None]) -> Outcome:
+        """The episode from its beginning to its end, whatever that is."""
+        done, score = False, None
+        try:
+            self._robot.begin(self._seed)
+            self._subscriber.began(self._seed)
+            self._operator.begin()
+            while not done and self._operator.wait(self._robot.hold):
+                record, done = self.step()
+                if record.reward is not None:
+                    score = record.reward if score is None else max(score, record.reward)
+                log(record)
+        finally:
+            self._robot.stop()
+            self._operator.end()
+            self._subscriber.ended(self._seed, self._operator.mark)
+            self._worker.close()
+        return Outcome(self._steps, score, self._operator.mark)
 
     def step(self) -> tuple[StepRecord, bool]:
         """Wait for the next tick and live through it; also returns whether the episode is over."""
@@ -211,7 +212,7 @@ class ControlLoop:
     def _forget(self) -> None:
         """Somebody else has commanded, or nobody: what the policy saw and said before no longer counts."""
         if self._worker.forget():
-            self._tell(Status.DROPPED)
+            self._tell(ChunkStatus.DROPPED)
         self._history.reset()
         self._queue.reset()
         self._guarding.reset()
@@ -239,7 +240,7 @@ class ControlLoop:
         self._queue.begin_step(self._control_step + max(0, passed))
         return self._receive()
 
-    def _tell(self, status: Status, said: Prediction | None = None, seconds: float | None = None) -> None:
+    def _tell(self, status: ChunkStatus, said: Prediction | None = None, seconds: float | None = None) -> None:
         """What became of the last request."""
         assert self._asked is not None
         chunk, level = (None, None) if said is None else (said.chunk, said.notes.get(LEVEL))
@@ -251,11 +252,11 @@ class ControlLoop:
             thought = self._worker.answer(self._queue.step)
         except Unavailable as error:
             self._queue.drop()
-            self._tell(Status.UNAVAILABLE)
+            self._tell(ChunkStatus.UNAVAILABLE)
             return _Arrival(None, None, str(error))
         if thought is None:
             return None
-        self._tell(Status.ARRIVED, thought.answer, thought.seconds)
+        self._tell(ChunkStatus.ARRIVED, thought.answer, thought.seconds)
         remark = self._guarding.take(thought.answer.notes)
         noted = functools.partial(_Arrival, thought.seconds, level=self._guarding.level, remark=remark)
         if self._guarding.keeps_back:

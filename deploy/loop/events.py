@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
     mark: str | None = None
 
 
-class Status(enum.IntEnum):
+class ChunkStatus(enum.IntEnum):
     """What became of a request: its chunk arrived, nobody was there to answer, or it was no longer wanted."""
 
     ARRIVED, UNAVAILABLE, DROPPED = 0, 1, 2
@@ -88,7 +88,7 @@ class Answer(NamedTuple):
     asked: float
     observed: float
     step: int
-    status: Status
+    status: ChunkStatus
     chunk: np.ndarray | None = None
     seconds: float | None = None
     noted_level: float | None = None

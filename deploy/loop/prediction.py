@@ -16,7 +16,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.action_queue import Request
 from action_diffusion.policy.extensions.shared import SharedControl
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.rtc import BETA, MASKS, Running, continuing, running_chunks
+from action_diffusion.policy.rtc import BETA, MASKS, RunningChunks, continuing, running_chunks
 from action_diffusion.policy.spec import PolicySpec
 
 METHODS = ("auto", "guidance", "trained", "both")
@@ -69,6 +69,13 @@ class Guidance:
             raise InputError(f"rtc.overlap={self.overlap} must be at least 0")
 
 
+class Predictions(NamedTuple):
+    """Chunks [B, H, A] in the data's units, and what extensions say of them, name → [B]."""
+
+    chunks: np.ndarray
+    notes: Mapping[str, np.ndarray]
+
+
 class Prediction(NamedTuple):
     """A chunk [H, A] in the data's units, and what extensions say of it, by name (`sample.Sample.notes`)."""
 
@@ -84,23 +91,8 @@ def predict(
     noise_generator: list[torch.Generator],
     generator: list[torch.Generator],
     guidance: Guidance,
-) -> np.ndarray:
-    """Chunks [B, H, A] in the data's units: see `predict_noted`."""
-    return predict_noted(
-        policy, obs, requests, noise_generator=noise_generator, generator=generator, guidance=guidance
-    )[0]
-
-
-def predict_noted(
-    policy: Policy,
-    obs: Mapping[str, np.ndarray],
-    requests: Sequence[Request | None],
-    *,
-    noise_generator: list[torch.Generator],
-    generator: list[torch.Generator],
-    guidance: Guidance,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Chunks [B, H, A] in the data's units for histories `obs`, key → [B, To, …], and notes of them, name → [B].
+) -> Predictions:
+    """Chunks for histories `obs`, key → [B, To, …].
 
     requests: of each row what was asked for; None for a row whose chunk nobody will use. Raises
     `Unavailable` where the policy is behind a server that does not answer, and `InputError` where the policy fails, or
@@ -125,7 +117,7 @@ def predict_noted(
     finally:
         if shared is not None:
             shared.own(None)
-    return _chunks(predicted, len(requests)), _notes(predicted, len(requests))
+    return Predictions(_chunks(predicted, len(requests)), _notes(predicted, len(requests)))
 
 
 def _shared(policy: Policy, requests: Sequence[Request | None]) -> SharedControl | None:
@@ -168,7 +160,7 @@ def _notes(predicted: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
     }
 
 
-def continued(policy: DiffusionPolicy, running: Running, delay: int, guidance: Guidance) -> dict[str, Any]:
+def continued(policy: DiffusionPolicy, running: RunningChunks, delay: int, guidance: Guidance) -> dict[str, Any]:
     """Options of `predict` with which chunks continue running ones; `delay`: the longest."""
     how = asdict(guidance)
     method = how.pop("method")
@@ -192,7 +184,7 @@ def predict_one(
     """For one history, key → [To, …], by a call with a batch of one."""
     obs = {key: value[None] for key, value in history.items()}
     noise: dict[str, Any] = {"noise_generator": [noise_generator], "generator": [generator]}
-    chunks, notes = predict_noted(policy, obs, [request], guidance=guidance, **noise)
+    chunks, notes = predict(policy, obs, [request], guidance=guidance, **noise)
     return Prediction(chunks[0], {name: float(note[0]) for name, note in notes.items()})
 
 

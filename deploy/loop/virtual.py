@@ -99,21 +99,21 @@ def run_episodes(
 
 def _predict(policy: Policy, asking: Sequence[_Walk], rows: int, guidance: Guidance) -> list[_Walk]:
     """One policy call for as many as have different rows; returns the others. Free rows repeat an observation."""
-    seated: dict[int, _Walk] = {}
-    left = [walk for walk in asking if seated.setdefault(walk.seed % rows, walk) is not walk]
-    histories = {row: walk.history.stacked() for row, walk in seated.items()}
+    chosen: dict[int, _Walk] = {}
+    left = [walk for walk in asking if chosen.setdefault(walk.seed % rows, walk) is not walk]
+    histories = {row: walk.history.stacked() for row, walk in chosen.items()}
     padding = next(iter(histories.values()))
     obs = {key: np.stack([histories.get(row, padding)[key] for row in range(rows)]) for key in padding}
-    pairs = [seated[row].generators if row in seated else generators(row) for row in range(rows)]
-    chunks = predict(
+    pairs = [chosen[row].generators if row in chosen else generators(row) for row in range(rows)]
+    chunks, _ = predict(
         policy,
         obs,
-        [seated[row].request if row in seated else None for row in range(rows)],
+        [chosen[row].request if row in chosen else None for row in range(rows)],
         noise_generator=[noise for noise, _ in pairs],
         generator=[steps for _, steps in pairs],
         guidance=guidance,
     )
-    for row, walk in seated.items():
+    for row, walk in chosen.items():
         walk.take(chunks[row])
     return left
 

@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket
 
 from action_diffusion.deploy.loop.operator import MOST_VALUES, Order, Orders
 from action_diffusion.deploy.page.shared import Admission, BasePage, Nonsense, finite, understood
-from action_diffusion.deploy.page.view import About, View
+from action_diffusion.deploy.page.view import AboutRun, RunView
 
 PERIOD = 0.1
 
@@ -27,7 +27,7 @@ class Page(BasePage):
         orders: to the loop.
     """
 
-    def __init__(self, *, view: View, about: About, orders: Orders, admission: Admission) -> None:
+    def __init__(self, *, view: RunView, about: AboutRun, orders: Orders, admission: Admission) -> None:
         super().__init__(name="page", about=about, admission=admission)
         self._view, self._orders = view, orders
         self._cameras, self._n_dimensions = about["cameras"], len(about["dimensions"])

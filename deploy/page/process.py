@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from action_diffusion.deploy.ipc.processes import Ending, report, serve
 from action_diffusion.deploy.loop.operator import Orders
 from action_diffusion.deploy.page.link import MISSING
-from action_diffusion.deploy.page.view import About, View
+from action_diffusion.deploy.page.view import AboutRun, RunView
 from action_diffusion.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ CHANNEL = "connections"
 """The socket in the run's folder through which they come."""
 
 
-def run(*, folder: Path, name: str, host: str, token_file: str | None, about: About) -> None:
+def run(*, folder: Path, name: str, host: str, token_file: str | None, about: AboutRun) -> None:
     """Serve the page, of which others know as `host`, until asked to end, or until the loop is gone.
 
     Raises `InputError` for a missing token, and a missing extra.
@@ -39,7 +39,7 @@ def run(*, folder: Path, name: str, host: str, token_file: str | None, about: Ab
     admission, ending = Admission(host=host, token_file=token_file, run=folder.name), Ending()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 5)
-    view = View(folder, about)
+    view = RunView(folder, about)
     page = Page(view=view, about=about, orders=Orders(folder), admission=admission)
 
     def is_over() -> bool:

@@ -27,7 +27,7 @@ SLOW = 0.05
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 
 
-class About(TypedDict):
+class AboutRun(TypedDict):
     """What does not change in a run. dimensions, units, low, high: of each number of a command; teleop: the device.
     parts: the numbers, one or those of a rotation, that may be a person's while the policy has the others; none where
     nothing can be shared."""
@@ -45,10 +45,10 @@ class About(TypedDict):
     parts: list[list[int]]
 
 
-class View:
+class RunView:
     """Reads the rings in `folder`."""
 
-    def __init__(self, folder: Path, about: About) -> None:
+    def __init__(self, folder: Path, about: AboutRun) -> None:
         self._folder, self._about = folder, about
         self._rings: dict[str, RingReader] = {}
         self._heard: dict[str, int] = {}

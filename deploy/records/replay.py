@@ -20,7 +20,7 @@ import torch
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.episode import ControlLoop
-from action_diffusion.deploy.loop.events import NoSubscriber, Status, StepRecord
+from action_diffusion.deploy.loop.events import ChunkStatus, NoSubscriber, StepRecord
 from action_diffusion.deploy.loop.gate import Gate
 from action_diffusion.deploy.loop.guarding import Guarding
 from action_diffusion.deploy.loop.inference_worker import InferenceWorker, Thought, Unavailable
@@ -125,18 +125,18 @@ class ReplayWorker(InferenceWorker[Prediction]):
     ) -> None:
         super().__init__(clock=clock)
         self._recorded, self._robot, self._thinks, self._other = recorded, robot, thinks, other
-        self._delay, self._status, self._said = 0, Status.ARRIVED, Prediction(np.zeros(0), {})
+        self._delay, self._status, self._said = 0, ChunkStatus.ARRIVED, Prediction(np.zeros(0), {})
         self._asked = False
 
     def ask(self, step: int, work: Callable[[], Prediction]) -> None:
         row, chunks = self._recorded.answers.get(step), self._recorded.chunks
-        self._asked, self._status = True, Status.ARRIVED
+        self._asked, self._status = True, ChunkStatus.ARRIVED
         if row is not None:
             self._robot.think()
             self._delay = int(chunks["known_step"][row]) - step
-            self._status = Status(int(chunks["status"][row]))
+            self._status = ChunkStatus(int(chunks["status"][row]))
         elif not self._other:
-            self._status = Status.DROPPED  # the episode was over before it came
+            self._status = ChunkStatus.DROPPED  # the episode was over before it came
         elif not self._thinks:
             raise InputError(f"control step {step}: no chunk was recorded for it; give bundle=, to have one predicted")
         if self._thinks:
@@ -148,10 +148,10 @@ class ReplayWorker(InferenceWorker[Prediction]):
         self._due = step + self._delay
 
     def answer(self, step: int) -> Thought[Prediction] | None:
-        if not self._asked or step < self._due or self._status is Status.DROPPED:
+        if not self._asked or step < self._due or self._status is ChunkStatus.DROPPED:
             return None
         self._asked = False
-        if self._status is Status.UNAVAILABLE:
+        if self._status is ChunkStatus.UNAVAILABLE:
             raise Unavailable("nobody was there to answer")
         return Thought(self._said, 0.0)
 
@@ -245,7 +245,7 @@ def _keeping(
     def kept(request: Request, history: Mapping[str, np.ndarray]) -> Prediction:
         row, state = recorded.answers.get(request.step), generator.get_state()
         said = think(request, history)
-        if row is not None and recorded.chunks["status"][row] == Status.UNAVAILABLE:
+        if row is not None and recorded.chunks["status"][row] == ChunkStatus.UNAVAILABLE:
             generator.set_state(state)
         return said
 

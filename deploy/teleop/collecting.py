@@ -19,7 +19,7 @@ from action_diffusion.deploy.teleop.devices.registry import SHOWS_PLACES, everyt
 from action_diffusion.deploy.teleop.scenes import describe
 from action_diffusion.deploy.teleop.session import TeleopSession
 from action_diffusion.deploy.teleop.showing import open_page, teller
-from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
+from action_diffusion.deploy.teleop.steering import SignalMapping, Speeds, steering_of
 from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, World, gate_of, is_plane
 from action_diffusion.envs.demonstration import EXPERTS
 from action_diffusion.errors import InputError
@@ -156,7 +156,7 @@ def _clock(config: Collect, world: World) -> tuple[Clock, float]:
     return MonotonicClock(), float(config.countdown)
 
 
-def _steering(config: Collect, world: World) -> Steering:
+def _steering(config: Collect, world: World) -> SignalMapping:
     speeds = Speeds().scaled(float(config.speed))
     options: dict[str, Any] = {"grab": config.device != "script"}
     if isinstance(world, RobotWorld):

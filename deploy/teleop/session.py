@@ -22,7 +22,7 @@ import numpy as np
 from action_diffusion.deploy.loop.clock import Clock, Pacer
 from action_diffusion.deploy.loop.gate import Gate
 from action_diffusion.deploy.teleop.devices.device import Ask, Device, Signals
-from action_diffusion.deploy.teleop.steering import Steering
+from action_diffusion.deploy.teleop.steering import SignalMapping
 from action_diffusion.deploy.teleop.world import World
 from action_diffusion.errors import InputError
 
@@ -90,7 +90,7 @@ class TeleopSession:
         *,
         world: World,
         device: Device,
-        steering: Steering,
+        steering: SignalMapping,
         gate: Gate,
         sink: Sink,
         clock: Clock,

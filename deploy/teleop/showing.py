@@ -22,7 +22,7 @@ POINTING = (
 )
 
 
-class About(TypedDict):
+class AboutTeleop(TypedDict):
     """What does not change. points: the pointer shows targets; emergency: there is an arm that can be stopped."""
 
     task: str
@@ -60,7 +60,7 @@ def open_page(
     return shown, page
 
 
-def _about(config: Collect, world: World, driver: Device | None) -> About:
+def _about(config: Collect, world: World, driver: Device | None) -> AboutTeleop:
     """What the page is told at its start."""
     points = driver is None and is_plane(world)
     return {

@@ -51,7 +51,7 @@ class Speeds:
         )
 
 
-class Steering(Protocol):
+class SignalMapping(Protocol):
     """Turns signals into actions; remembers where it was."""
 
     def reset(self) -> None:
@@ -223,7 +223,7 @@ def steering_of(
     grab: bool = True,
     arm_limits: Limits | None = None,
     gripper: tuple[float, float] | None = None,
-) -> Steering:
+) -> SignalMapping:
     """What fits actions of `groups` (see `world.World`)."""
     if groups is None:
         return RelativeSteering(limits, rate, speeds)

@@ -14,7 +14,7 @@ from action_diffusion.deploy.robot.cell import read_cell
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.teleop.devices.device import Device
 from action_diffusion.deploy.teleop.devices.registry import make_device
-from action_diffusion.deploy.teleop.steering import Speeds, Steering, steering_of
+from action_diffusion.deploy.teleop.steering import SignalMapping, Speeds, steering_of
 from action_diffusion.deploy.teleop.world import action_of, command_limits, place_of
 from action_diffusion.errors import unknown
 from action_diffusion.options import Deploy
@@ -36,7 +36,7 @@ class DeviceTeleoperator:
     def __init__(
         self,
         device: Device,
-        steering: Steering,
+        steering: SignalMapping,
         present: Callable[[], np.ndarray],
         action: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ) -> None:

@@ -62,8 +62,8 @@ def cost_to_go(pose: Pose) -> np.ndarray:
     """
     shift = np.abs(rotated(pose.centre - GOAL.centre, -np.asarray(GOAL.angle)))
     turn = np.abs((pose.angle - GOAL.angle + np.pi) % (2 * np.pi) - np.pi)
-    settled = np.exp(-turn / 0.3)[..., None]
-    shifts_open = 1 - settled * (1 - _unfinished(shift - 1.0, 4.0 + 0.15 * shift[..., ::-1]))
+    turned = np.exp(-turn / 0.3)[..., None]
+    shifts_open = 1 - turned * (1 - _unfinished(shift - 1.0, 4.0 + 0.15 * shift[..., ::-1]))
     turn_open = _unfinished(turn - 0.015, 0.08 + 0.15 * shift.sum(axis=-1) / TURN)
     result: np.ndarray = (shift + OVERHEAD * shifts_open).sum(axis=-1) + TURN * turn + OVERHEAD * turn_open
     return result

@@ -89,7 +89,7 @@ def render_states(states: np.ndarray, size: int = IMAGE_SIZE) -> np.ndarray:
 
 
 class _Simulator(PushTEnv):  # type: ignore[misc]
-    """gym-pusht, with one thing settled: a body's shapes are a set in memory order, and areas summed in another order
+    """gym-pusht, with one thing decided: a body's shapes are a set in memory order, and areas summed in another order
     differ in the last bit, so the same episode would be rewarded differently from run to run. And what need not be
     computed again is not: the goal, and the coverage by a block that did not move."""
 

@@ -21,16 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from action_diffusion.policy.diffusion.process import (
-    Flow,
-    Move,
-    Solver,
-    Step,
-    check_member,
-    check_prediction,
-    check_steps,
-    given,
-)
+from action_diffusion.policy.diffusion.process import Flow, check_member, check_prediction, check_steps, given
+from action_diffusion.policy.diffusion.solver import Move, Solver, Step
 
 
 class Masked:

@@ -21,7 +21,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.diffusion.process import Process, Step
+from action_diffusion.policy.diffusion.process import Process
+from action_diffusion.policy.diffusion.solver import Step
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 DenoiserCall = Callable[[Tensor, Step, Tensor | None], Tensor]

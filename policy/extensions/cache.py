@@ -6,7 +6,7 @@
 
 After Muninn (Puthumanaillam et al. 2026, arXiv 2605.09999), in terms of x0 so that it holds for every scheduler. f_k is
 the network's estimate of the clean chunk at step k, d(u, v) the largest difference of two chunks over the executed
-steps and the action's dimensions, in the data's units. Of demonstrations are known (`Prediction`)
+steps and the action's dimensions, in the data's units. Of demonstrations are known (`ReuseCost`)
 
     typical[j, k]     mean d(f_j, f_k): how far the estimate moves on
     ratio[j, k]       quantile of (d(f_j, f_k) / typical[j, k]) / (d(f_j−1, f_j) / typical[j−1, j])
@@ -40,8 +40,9 @@ from torch import Tensor
 
 from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
-from action_diffusion.policy.diffusion.process import Process, Step
+from action_diffusion.policy.diffusion.process import Process
 from action_diffusion.policy.diffusion.sampler import DenoiserCall, Hook, StepState
+from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.extensions.extension import Extension, Fitted, check_sampler, sampler_words
 from action_diffusion.policy.policy import IN_FRAME, DiffusionPolicy
 from action_diffusion.policy.sample import Encoded
@@ -59,7 +60,7 @@ LEAST = 1e-9
 
 
 @dataclass(frozen=True)
-class Prediction:
+class ReuseCost:
     """How far reuse moves the final chunk. typical, spent: [K, K], of steps; the latter is of the estimate of step j
     from step j + 1 up to k, where the change was the usual one."""
 
@@ -67,7 +68,7 @@ class Prediction:
     spent: np.ndarray
 
     @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray], n_steps: int) -> Prediction:
+    def of(cls, arrays: Mapping[str, np.ndarray], n_steps: int) -> ReuseCost:
         """Of the arrays of `Fitted`. Raises `InputError` for those that are not for so many steps."""
         shapes = {"typical": (n_steps, n_steps), "ratio": (n_steps, n_steps), "sensitivity": (n_steps,)}
         for name, shape in shapes.items():
@@ -94,7 +95,7 @@ class Reuse(Hook):
     budget: in the data's units, one for all rows or one each. Where a gradient is asked for, nothing is reused.
     """
 
-    def __init__(self, policy: DiffusionPolicy, prediction: Prediction, budget: float | np.ndarray) -> None:
+    def __init__(self, policy: DiffusionPolicy, prediction: ReuseCost, budget: float | np.ndarray) -> None:
         self._process, self._prediction, self._budget = policy.process, prediction, budget
         self._measure = Distance(policy)
 
@@ -174,7 +175,7 @@ class Cache(Extension):
     def __init__(self, policy: DiffusionPolicy, fitted: Fitted) -> None:
         super().__init__(policy, fitted)
         check_sampler("cache", policy, fitted)
-        self._prediction = Prediction.of(fitted.arrays, policy.sampler.num_inference_steps)
+        self._prediction = ReuseCost.of(fitted.arrays, policy.sampler.num_inference_steps)
         budget = fitted.options.get("budget")
         if not isinstance(budget, int | float) or not 0 <= budget < math.inf:
             raise InputError(f"extension cache: budget={budget} must be a number, and not negative")
@@ -205,7 +206,7 @@ class Cache(Extension):
         n = max(LEAST_FITTED, EVALUATIONS // policy.sampler.num_inference_steps**2)
         arrays["sensitivity"] = sensitivities(policy, train, windows[:n], seed)
         arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
-        prediction = Prediction.of(arrays, policy.sampler.num_inference_steps)
+        prediction = ReuseCost.of(arrays, policy.sampler.num_inference_steps)
         budgets = tolerance * LADDER
         windows = drawn(held_out, MOST_CALIBRATED, seed + 1)
         moved, asked = deviations(policy, held_out, windows, prediction, budgets, seed + 1)
@@ -335,7 +336,7 @@ def deviations(
     policy: DiffusionPolicy,
     source: BatchSource,
     windows: np.ndarray,
-    prediction: Prediction,
+    prediction: ReuseCost,
     budgets: np.ndarray,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -351,7 +352,7 @@ def deviations(
 class _Ladder(Reuse):
     """Of the samples of a window, each has a budget of its own."""
 
-    def __init__(self, policy: DiffusionPolicy, prediction: Prediction, budgets: np.ndarray) -> None:
+    def __init__(self, policy: DiffusionPolicy, prediction: ReuseCost, budgets: np.ndarray) -> None:
         super().__init__(policy, prediction, budgets)
         self._each = budgets
 

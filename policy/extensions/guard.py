@@ -40,7 +40,8 @@ from torch import Tensor
 from action_diffusion.datasets.batches.loader import Batch, BatchSource
 from action_diffusion.datasets.batches.windows import Windows
 from action_diffusion.errors import InputError
-from action_diffusion.policy.diffusion.process import Process, Step
+from action_diffusion.policy.diffusion.process import Process
+from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded, Prefix

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.errors import InputError
-from action_diffusion.options.extensions import Tokens as Options
+from action_diffusion.options.extensions import TokensOptions
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
 from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.extensions.token_head import ChunkTokens, TokenHead
@@ -32,7 +32,7 @@ from action_diffusion.progress import progress
 from action_diffusion.schema import Above, check, hints
 
 BATCH = 256
-OPTIONS = hints(Options)
+OPTIONS = hints(TokensOptions)
 
 
 class Tokens(Extension):

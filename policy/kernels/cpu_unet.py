@@ -21,7 +21,7 @@ from torch import Tensor
 
 from action_diffusion import native
 from action_diffusion.policy.kernels.layers import Run, UnetKernel
-from action_diffusion.policy.kernels.program import Convolve, Resize, Value, record
+from action_diffusion.policy.kernels.program import Activations, Convolve, Resize, record
 from action_diffusion.policy.model.conv import Double, GroupNorm, Halve, Linear
 from action_diffusion.policy.model.unet import ConditionalUnet1d
 
@@ -144,7 +144,7 @@ class _Program:
         self._margin = max(1, net.kernel_size // 2)
         self._groups, self._activation = net.n_groups, CODES[net.activation]
         self._operations: list[_Operation] = []
-        self._sequences: dict[Value, _Sequence] = {}
+        self._sequences: dict[Activations, _Sequence] = {}
         program = record(net, steps)
         for operation in program.operations:
             if isinstance(operation, Convolve):
@@ -188,11 +188,11 @@ class _Program:
             add_row=added.row if added else 0,
         )
 
-    def _as_one(self, value: Value) -> _Sequence:
+    def _as_one(self, value: Activations) -> _Sequence:
         """What is side by side has zeros between, which a sum must not have: laid out anew."""
         if not value.parts:
             return self._at(value)
-        whole = Value(value.steps, value.channels)
+        whole = Activations(value.steps, value.channels)
         same = torch.eye(value.channels, dtype=torch.float32, device="cpu")
         packed = self._weights(("join", value.channels), same[None], torch.zeros_like(same[0]), _parts(value))
         self._add(value, whole, packed, in_first=self._margin)
@@ -208,14 +208,16 @@ class _Program:
         else:
             self._double(layer, x, out)
 
-    def _double(self, layer: Double, x: Value, out: Value) -> None:
+    def _double(self, layer: Double, x: Activations, out: Activations) -> None:
         """Even steps are reached by taps 3 and 1 (of the step before and the step itself), odd ones by taps 2 and 0."""
         for odd, taps in enumerate(([3, 1], [2, 0])):
             packed = self._weights((layer, odd), layer.weight[taps], layer.bias)
             first, start = self._margin - 1 + odd, self._margin + odd
             self._add(x, out, packed, in_first=first, out_first=start, out_stride=2, steps=x.steps)
 
-    def _add(self, x: Value, out: Value, packed: tuple[Tensor, Tensor], **given: float | int | None) -> None:
+    def _add(
+        self, x: Activations, out: Activations, packed: tuple[Tensor, Tensor], **given: float | int | None
+    ) -> None:
         weight, bias = packed
         source, target = self._at(x), self._at(out)
         values = {
@@ -240,7 +242,7 @@ class _Program:
 
     # -- memory
 
-    def _at(self, value: Value) -> _Sequence:
+    def _at(self, value: Activations) -> _Sequence:
         """Where a value is: in memory of its own, or a part of another's."""
         if value not in self._sequences:
             if value.place is None:
@@ -253,14 +255,14 @@ class _Program:
                 self._sequences[value] = _Sequence(start, whole.row, whole.memory[:, :, first:])
         return self._sequences[value]
 
-    def _zeros(self, value: Value) -> _Sequence:
+    def _zeros(self, value: Activations) -> _Sequence:
         row = sum(_round_up(part.channels) for part in value.parts or (value,))
         size = value.steps + 2 * self._margin, self._batch, row
         memory = torch.zeros(size, dtype=torch.float32, device="cpu")
         return _Sequence(memory.data_ptr(), row, memory)
 
 
-def _parts(value: Value) -> int:
+def _parts(value: Activations) -> int:
     return len(value.parts) or 1
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from action_diffusion.policy.kernels.layers import UnetKernel
-from action_diffusion.policy.kernels.program import Convolve, Program, Resize, Value, record
+from action_diffusion.policy.kernels.program import Activations, Convolve, Program, Resize, record
 from action_diffusion.policy.model.conv import Double, Halve
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ class _Step:
 
         self._net, self._matrix, self._film, self._dtype, self._between = net, matrix, film, dtype, between
         self._batch = len(film)
-        self._maps: dict[Value, Tensor] = {}
-        self._rows_of: dict[Value, Tensor] = {}
+        self._maps: dict[Activations, Tensor] = {}
+        self._rows_of: dict[Activations, Tensor] = {}
 
     def run(self, program: Program, x: Tensor) -> Tensor:
         self._spread(x.reshape(-1, x.shape[2]), program.entering)
@@ -154,15 +154,15 @@ class _Step:
         else:  # a shortcut, which is only added
             self._rows_of[out] = torch.addmm(bias, self._seen(x, 1), matrix)
 
-    def _spread(self, rows: Tensor, out: Value, bias: Tensor | None = None) -> None:
+    def _spread(self, rows: Tensor, out: Activations, bias: Tensor | None = None) -> None:
         self._between(rows, *self._places(out), steps=out.steps, group=min(SPREAD, rows.shape[1]), bias=bias)
 
     # -- maps
 
-    def _seen(self, value: Value, taps: int) -> Tensor:
+    def _seen(self, value: Activations, taps: int) -> Tensor:
         return self._rows_of[value] if value in self._rows_of else _rows(self._map(value), taps)
 
-    def _places(self, value: Value) -> list[Tensor]:
+    def _places(self, value: Activations) -> list[Tensor]:
         """Where a value is written: for its own readers, for those of what it is a part of, or for both."""
         places = [] if value.place is not None and value.taps == 0 else [self._map(value)]
         if value.place is not None:
@@ -171,7 +171,7 @@ class _Step:
             places.append(self._map(value.place)[..., first : first + value.channels])
         return places
 
-    def _map(self, value: Value) -> Tensor:
+    def _map(self, value: Activations) -> Tensor:
         if value not in self._maps:
             size = self._batch * value.steps, value.taps, value.channels
             self._maps[value] = torch.empty(size, dtype=self._dtype, device=self._film.device)

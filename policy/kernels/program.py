@@ -19,13 +19,13 @@ from action_diffusion.policy.model.unet import ConditionalUnet1d, ConvBlock, Res
 
 
 @dataclass(eq=False)
-class Value:
+class Activations:
     """steps × channels of every sequence. parts: what it is made of, side by side; place: what it is a part of."""
 
     steps: int
     channels: int
-    parts: tuple[Value, ...] = ()
-    place: Value | None = None
+    parts: tuple[Activations, ...] = ()
+    place: Activations | None = None
     taps: int = 0
     """The most steps that one of its own readers sees at once; 0: it is read as a part of another only."""
 
@@ -36,10 +36,10 @@ class Convolve:
 
     conv: Conv1d
     norm: GroupNorm
-    source: Value
-    out: Value
+    source: Activations
+    out: Activations
     film: int | None = None
-    added: Value | None = None
+    added: Activations | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,55 +47,57 @@ class Resize:
     """Another length, or other channels."""
 
     layer: Halve | Double | Linear
-    source: Value
-    out: Value
+    source: Activations
+    out: Activations
 
 
 @dataclass(eq=False)
 class Program:
     """operations: in order, from `entering` to `leaving`."""
 
-    entering: Value
-    leaving: Value
+    entering: Activations
+    leaving: Activations
     operations: list[Convolve | Resize] = field(default_factory=list)
 
 
 def record(net: ConditionalUnet1d, steps: int) -> Program:
     """For chunks of so many steps, which the levels of `net` halve."""
-    entering = Value(steps, net.input_dim)
+    entering = Activations(steps, net.input_dim)
     recorder = _ProgramRecorder(entering)
     recorder.program.leaving = net.walk(entering, layer=recorder.layer, residual=recorder.residual, join=recorder.join)
     return recorder.program
 
 
 class _ProgramRecorder:
-    def __init__(self, entering: Value) -> None:
+    def __init__(self, entering: Activations) -> None:
         self.program = Program(entering, entering)
         self._film = 0
 
-    def residual(self, block: ResidualBlock, x: Value) -> Value:
+    def residual(self, block: ResidualBlock, x: Activations) -> Activations:
         start, self._film = self._film, self._film + block.film_size
         shortcut = x if isinstance(block.shortcut, nn.Identity) else self.layer(block.shortcut, x)
         hidden = self._convolve(block.first, x, film=start)
         return self._convolve(block.second, hidden, added=shortcut)
 
-    def layer(self, layer: Any, x: Value) -> Value:
+    def layer(self, layer: Any, x: Activations) -> Activations:
         if isinstance(layer, ConvBlock):
             return self._convolve(layer, x)
         taps = {Halve: 3, Double: 3}.get(type(layer), 1)
         steps = {Halve: x.steps // 2, Double: 2 * x.steps}.get(type(layer), x.steps)
-        out = Value(steps, layer.bias.shape[-1])
+        out = Activations(steps, layer.bias.shape[-1])
         self._add(Resize(layer, x, out), taps)
         return out
 
-    def join(self, up: Value, skipped: Value) -> Value:
-        both = Value(up.steps, up.channels + skipped.channels, (up, skipped))
+    def join(self, up: Activations, skipped: Activations) -> Activations:
+        both = Activations(up.steps, up.channels + skipped.channels, (up, skipped))
         up.place = skipped.place = both
         return both
 
-    def _convolve(self, block: ConvBlock, x: Value, film: int | None = None, added: Value | None = None) -> Value:
+    def _convolve(
+        self, block: ConvBlock, x: Activations, film: int | None = None, added: Activations | None = None
+    ) -> Activations:
         weight = block.conv.weight
-        out = Value(x.steps, weight.shape[-1])
+        out = Activations(x.steps, weight.shape[-1])
         self._add(Convolve(block.conv, block.norm, x, out, film, added), len(weight))
         return out
 

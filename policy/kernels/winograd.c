@@ -1,4 +1,4 @@
-/* Convolutions by fewer products (see winograd.py), on float32 with the channels last: 3 x 3 over images, 5 along time.
+/* Winograd convolutions (see winograd.py), on float32 with the channels last: 3 x 3 over images, 5 along time.
  *
  * A tile is a few outputs, read from inputs that overlap those of its neighbours. Tiles are taken some at a time, so
  * that all between reading an input and writing an output stays in a cache:

@@ -9,6 +9,7 @@ A chunk takes one `prepare` and K calls of `forward`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,16 @@ class SinusoidalEmbedding(nn.Module):
     def forward(self, times: Tensor) -> Tensor:
         angles = times[:, None].float() * self.frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def embed_times(
+    times: Tensor, embed: Callable[[Tensor], Tensor], embed_span: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """times [K], or [K, 2] where `embed_span` says how far a step goes, see `Denoiser.prepare` → [K, D]."""
+    if embed_span is None:
+        return embed(times)
+    begin, end = times.unbind(dim=1)
+    return embed(begin) + embed_span(begin - end)
 
 
 def time_mlp(dim: int) -> nn.Sequential:

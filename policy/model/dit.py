@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from action_diffusion.policy.model.attention import SelfAttention, check_sizes
 from action_diffusion.policy.model.conv import Linear
-from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding, time_mlp
+from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding, embed_times, time_mlp
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """Attention of all actions to all, then an MLP, each modulated (adaLN-Zero).
 
     x [B, H, D], film [B, 6 D]: shift, scale and gate of either → [B, H, D].
@@ -67,7 +67,7 @@ class DiffusionTransformer(Denoiser):
         self.time_embedding = time_mlp(width)
         self.span_embedding = time_mlp(width) if two_times else None
         self.condition_embedding = nn.Sequential(nn.Linear(condition_dim, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(layers))
         self.out = Linear(width, action_dim)
         self.film_sizes = [6 * width] * layers + [2 * width]
         self.time_film = nn.Linear(width, sum(self.film_sizes))
@@ -86,10 +86,7 @@ class DiffusionTransformer(Denoiser):
     def prepare(self, condition: Tensor, times: Tensor) -> Film:
         """Everything that depends only on the observation or only on the step. condition [B, C], times [K] or
         [K, 2]."""
-        if self.span_embedding is None:
-            embedded = self.time_embedding(times)
-        else:
-            embedded = self.time_embedding(times[:, 0]) + self.span_embedding(times[:, 0] - times[:, 1])
+        embedded = embed_times(times, self.time_embedding, self.span_embedding)
         return Film(
             steps=self.time_film(F.silu(embedded)),
             condition=self.condition_film(F.silu(self.condition_embedding(condition))),

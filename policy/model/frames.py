@@ -62,7 +62,7 @@ class Position(ActionFrame):
         return action + self._origin(now)
 
 
-class PlanarObject(ActionFrame):
+class PlanarObjectFrame(ActionFrame):
     """Actions [x, y] in the frame of an object in the plane, whose pose (x, y, angle in rad) the observation holds.
 
     With R the rotation by the angle, and o the origin: enter is Rᵀ (a − o), leave is R a + o.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError
 from action_diffusion.policy.model.attention import SelfAttention, check_sizes
 from action_diffusion.policy.model.conv import Linear
-from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding
+from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding, embed_times
 
 
 class MemoryAttention(nn.Module):
@@ -119,10 +119,8 @@ class TransformerDenoiser(Denoiser):
     def prepare(self, condition: Tensor, times: Tensor) -> Film:
         """Keys and values of the memory, [K, F] and [B, F]: for each token (time first), for each layer, 2 D values;
         each part with zeros where the other has its own. condition [B, C], times [K] or [K, 2]."""
-        if self.span_emb is None:
-            time = self.time_emb(times)
-        else:
-            time = self.time_emb(times[:, 0]) + self.span_emb(self.time_emb(times[:, 0] - times[:, 1]))
+        span = None if self.span_emb is None else nn.Sequential(self.time_emb, self.span_emb)
+        time = embed_times(times, self.time_emb, span)
         observations = self.cond_obs_emb(rearrange(condition, "b (t c) -> b t c", t=self.n_obs_steps))
         positions = self.cond_pos_emb.weight
         steps = self._keys_and_values(time.unsqueeze(1) + positions[:1])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.model.activations import ACTIVATIONS, Activation
 from action_diffusion.policy.model.conv import Conv1d, Double, GroupNorm, Halve, Linear
-from action_diffusion.policy.model.denoiser import Denoiser, Film, time_mlp
+from action_diffusion.policy.model.denoiser import Denoiser, Film, embed_times, time_mlp
 
 Value = TypeVar("Value")
 """What goes through the U-Net: a tensor, or what stands for one."""
@@ -135,10 +135,7 @@ class ConditionalUnet1d(Denoiser):
     def prepare(self, condition: Tensor, times: Tensor) -> Film:
         """Everything that depends only on the observation or only on the step. condition [B, C], times [K] or
         [K, 2]."""
-        if self.span_embedding is None:
-            embedded = self.time_embedding(times)
-        else:
-            embedded = self.time_embedding(times[:, 0]) + self.span_embedding(times[:, 0] - times[:, 1])
+        embedded = embed_times(times, self.time_embedding, self.span_embedding)
         return Film(
             steps=self.time_film(F.mish(embedded)),
             condition=self.condition_film(F.mish(condition)),

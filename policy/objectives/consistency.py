@@ -25,7 +25,7 @@ from torch import Tensor
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.process import Flow, Process
-from action_diffusion.policy.objectives.flow_maps import TwoTimes, noisy, told
+from action_diffusion.policy.objectives.flow_maps import Examples, TwoTimes
 from action_diffusion.policy.objectives.objective import Network, Pair
 
 
@@ -61,24 +61,16 @@ class Consistency(TwoTimes):
             raise InputError("policy.objective: consistency learns from a teacher: policy.objective.teacher=DIR/bundle")
         return super().pairs(network, process, x0, generator, teacher)
 
-    def _taught(
-        self,
-        network: Network,
-        x0: Tensor,
-        eps: Tensor,
-        rows: Tensor,
-        generator: torch.Generator | None,
-        teacher: Network | None,
-    ) -> tuple[Tensor, Pair]:
-        assert teacher is not None
-        s, m, r = self._times(len(rows), generator, x0.device)
-        x = noisy(x0, eps, s)
+    def _taught(self, of: Examples) -> tuple[Tensor, Pair]:
+        assert of.teacher is not None
+        s, m, r = self._times(len(of.rows), of.generator, of.x0.device)
+        x = of.at(s)
         with torch.no_grad():
-            middle = self._solve(teacher, x, s, m, rows)
-            rest = network(middle, told(m, r), rows)
+            middle = self._solve(of.teacher, x, s, m, of.rows)
+            rest = of.velocity(middle, m, r)
             end = middle + (m - r).view(-1, 1, 1) * rest
             target = (end - x) / (s - r).view(-1, 1, 1)
-        return s, Pair(network(x, told(s, r), rows), target, rows)
+        return s, Pair(of.velocity(x, s, r), target, of.rows)
 
     def _times(self, n: int, generator: torch.Generator | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """s > r and s > m ≥ r, multiples of 1 / bins, [n] each."""

@@ -60,6 +60,29 @@ def _ends(n: int, generator: torch.Generator | None, device: torch.device) -> tu
     return ends.max(dim=0).values, ends.min(dim=0).values
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Examples:
+    """What a network teaches itself of: clean chunks and noise [R, H, A] of the examples `rows` [R].
+
+    network, teacher: say velocities. generator: draws the times.
+    """
+
+    network: Network
+    teacher: Network | None
+    x0: Tensor
+    eps: Tensor
+    rows: Tensor
+    generator: torch.Generator | None
+
+    def at(self, s: Tensor) -> Tensor:
+        """x_s [R, H, A] at s [R]."""
+        return noisy(self.x0, self.eps, s)
+
+    def velocity(self, x: Tensor, s: Tensor, r: Tensor) -> Tensor:
+        """The network's mean velocity [R, H, A] from x at s to r, [R] each."""
+        return self.network(x, told(s, r), self.rows)
+
+
 @dataclass(kw_only=True, eq=False)
 class TwoTimes(Objective):
     """distilled: the share of examples, above 0 and at most 1, that the network teaches itself."""
@@ -92,23 +115,21 @@ class TwoTimes(Objective):
             output = network(noisy(x0[of_data], eps[of_data], s), told(s, s), of_data)
             yield Pair(output, process.target(x0[of_data], eps[of_data], Flow.TIME_SCALE * s), of_data)
         rows = rows[:taught]
-        said = velocities(network, process.prediction)
-        flow = None if teacher is None else velocities(teacher, process.prediction)
-        s, pair = self._taught(said, x0[rows], eps[rows], rows, generator, flow)
+        examples = Examples(
+            network=velocities(network, process.prediction),
+            teacher=None if teacher is None else velocities(teacher, process.prediction),
+            x0=x0[rows],
+            eps=eps[rows],
+            rows=rows,
+            generator=generator,
+        )
+        s, pair = self._taught(examples)
         if process.prediction == "sample":  # F − F* is s (u − u*)
             pair = pair._replace(output=s.view(-1, 1, 1) * pair.output, target=s.view(-1, 1, 1) * pair.target)
         yield pair
 
-    def _taught(
-        self,
-        network: Network,
-        x0: Tensor,
-        eps: Tensor,
-        rows: Tensor,
-        generator: torch.Generator | None,
-        teacher: Network | None,
-    ) -> tuple[Tensor, Pair]:
-        """Of the examples `rows`, whose x0 and eps are [R, H, A]: where they begin, s [R], and velocities."""
+    def _taught(self, of: Examples) -> tuple[Tensor, Pair]:
+        """Where the examples begin, s [R], and their velocities: said, and to be said."""
         raise NotImplementedError
 
 
@@ -121,24 +142,16 @@ class _Composed(TwoTimes):
         """Times s ≥ m ≥ r, [n] each, and whether the short steps are the shortest that there are, bool [n]."""
         raise NotImplementedError
 
-    def _taught(
-        self,
-        network: Network,
-        x0: Tensor,
-        eps: Tensor,
-        rows: Tensor,
-        generator: torch.Generator | None,
-        teacher: Network | None,
-    ) -> tuple[Tensor, Pair]:
-        s, m, r, shortest = self._spans(len(rows), generator, x0.device)
-        x = noisy(x0, eps, s)
+    def _taught(self, of: Examples) -> tuple[Tensor, Pair]:
+        s, m, r, shortest = self._spans(len(of.rows), of.generator, of.x0.device)
+        x = of.at(s)
         with torch.no_grad():
-            first = network(x, told(s, torch.where(shortest, s, m)), rows)
+            first = of.velocity(x, s, torch.where(shortest, s, m))
             middle = x + (s - m).view(-1, 1, 1) * first
-            second = network(middle, told(m, torch.where(shortest, m, r)), rows)
+            second = of.velocity(middle, m, torch.where(shortest, m, r))
             h = ((s - m) / (s - r).clamp_min(1e-6)).view(-1, 1, 1)
             target = h * first + (1.0 - h) * second
-        return s, Pair(network(x, told(s, r), rows), target, rows)
+        return s, Pair(of.velocity(x, s, r), target, of.rows)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -197,22 +210,14 @@ class MeanFlow(TwoTimes):
     STEP: ClassVar[float] = 0.005
     """Of the flow's time: small beside a step, and large beside float32's rounding."""
 
-    def _taught(
-        self,
-        network: Network,
-        x0: Tensor,
-        eps: Tensor,
-        rows: Tensor,
-        generator: torch.Generator | None,
-        teacher: Network | None,
-    ) -> tuple[Tensor, Pair]:
-        s, r = _ends(len(rows), generator, x0.device)
-        x, velocity = noisy(x0, eps, s), x0 - eps
+    def _taught(self, of: Examples) -> tuple[Tensor, Pair]:
+        s, r = _ends(len(of.rows), of.generator, of.x0.device)
+        x, velocity = of.at(s), of.x0 - of.eps
         with torch.no_grad():
-            later = network(x - self.STEP * velocity, told(s + self.STEP, r), rows)
-            sooner = network(x + self.STEP * velocity, told(s - self.STEP, r), rows)
+            later = of.velocity(x - self.STEP * velocity, s + self.STEP, r)
+            sooner = of.velocity(x + self.STEP * velocity, s - self.STEP, r)
             change = (later - sooner) / (2 * self.STEP)
             target = velocity - (s - r).view(-1, 1, 1) * change
-        output = network(x, told(s, r), rows)
+        output = of.velocity(x, s, r)
         error = (output.detach() - target).square().mean(dim=(1, 2))
-        return s, Pair(output, target, rows, 1.0 / (error + 1e-3))
+        return s, Pair(output, target, of.rows, 1.0 / (error + 1e-3))

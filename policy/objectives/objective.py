@@ -9,7 +9,7 @@ well as where it begins, has `two_times`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import check_process
 from action_diffusion.policy.diffusion.process import Process
+from action_diffusion.policy.spec import PolicySpec
 
 LOSSES = {
     "mse": nn.functional.mse_loss,
@@ -32,6 +33,23 @@ class Network(Protocol):
 
     def __call__(self, x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
         """x [R, H, A], times [R], or [R, 2] for `two_times` → [R, H, A]. rows [R]: examples that x is of; None: all."""
+
+
+class Learner(Protocol):
+    """The policy that learns, for an objective that looks at other observations than those of the batch."""
+
+    @property
+    def spec(self) -> PolicySpec: ...
+
+    @property
+    def process(self) -> Process: ...
+
+    def shown(
+        self, obs: Mapping[str, Tensor], action: Tensor, generator: torch.Generator | None
+    ) -> tuple[Network, Tensor]:
+        """For obs, key → [B, To, …], and chunks [B, H, A], in the data's units: the denoiser with the condition of
+        these observations, and the clean chunks x0 [B, H, A] as it works on them."""
+        ...
 
 
 class Pair(NamedTuple):
@@ -80,11 +98,28 @@ class Objective:
         if self.family is not None:
             check_process(type(self).__name__, self.family, process.family, process.prediction)
 
+    def check_cameras(self, cameras: Sequence[str]) -> None:
+        """Raises `InputError` for cameras that the policy sees, where it cannot learn from pictures. Here: it can."""
+
     def pairs(
         self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None
     ) -> Iterable[Pair]:
         """What the network says of clean chunks x0 [B, H, A], made noisy by what `generator` draws, and should say."""
         raise NotImplementedError
+
+    def further_loss(
+        self,
+        policy: Learner,
+        obs: Mapping[str, Tensor],
+        action: Tensor,
+        gain: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor | None:
+        """What is added to the loss of `pairs`, a scalar; None where nothing is, as here.
+
+        obs, action, gain: of a training batch, as `DiffusionPolicy.forward` takes them.
+        """
+        return None
 
     def reduced(self, pairs: Iterable[Pair], process: Process, counts: Tensor | None, n: int) -> Tensor:
         """The loss, a scalar: the mean over all pairs of n examples. counts: steps that do, [n, H] bool; None: all."""
@@ -105,7 +140,7 @@ class Denoising(Objective):
         yield Pair(network(process.add_noise(x0, eps, times), times), process.target(x0, eps, times))
 
 
-class Mip(Denoising):
+class TwoRegressions(Denoising):
     """The same for the process `Mip`: two regressions ("Much Ado About Noising", Pan et al. 2025)."""
 
     family = "mip"

@@ -13,7 +13,7 @@ Neural Networks" (Czarnecki et al. 2017) for the gains of a demonstrator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.process import Process
-from action_diffusion.policy.objectives.objective import Denoising, Network, Pair
+from action_diffusion.policy.objectives.objective import Denoising, Learner, Network, Pair
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,6 +41,32 @@ class Sobolev(Denoising):
         super().__post_init__()
         if not 0.0 < self.weight < float("inf"):
             raise InputError(f"policy.objective.weight={self.weight} must be above 0")
+
+    def check_cameras(self, cameras: Sequence[str]) -> None:
+        if cameras:
+            raise InputError(
+                f"policy.objective: sobolev is for states, and the policy sees {', '.join(cameras)}: how pictures move "
+                "with what the gains are of is not known"
+            )
+
+    def further_loss(
+        self,
+        policy: Learner,
+        obs: Mapping[str, Tensor],
+        action: Tensor,
+        gain: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Of the slopes, in float32, since these are differences between neighbours. Raises `InputError` without
+        gains."""
+        if gain is None:
+            raise InputError("policy.objective: sobolev learns from gains, and none are given")
+        spec, process = policy.spec, policy.process
+        with torch.autocast(action.device.type, enabled=False):
+            states = [key for key in spec.observations if key in spec.states]
+            network, x0 = policy.shown(*self.neighbours(obs, states, action, gain, generator), generator)
+            slopes = self.slopes(network, process, x0, spec.n_obs_steps - 1, generator)
+            return self.weight * self.reduced([slopes], process, None, len(x0))
 
     def neighbours(
         self,

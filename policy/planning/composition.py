@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.diffusion.process import Process, Step
+from action_diffusion.policy.diffusion.process import Process
 from action_diffusion.policy.diffusion.sampler import DenoiserCall, Hook, StepState, draw_noise
+from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.planning.restart import Restart
 from action_diffusion.policy.policy import DiffusionPolicy
 

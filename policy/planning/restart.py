@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.diffusion.process import Step
 from action_diffusion.policy.diffusion.sampler import DenoiserCall, Hook, StepState
+from action_diffusion.policy.diffusion.solver import Step
 
 
 class Restart(Hook):

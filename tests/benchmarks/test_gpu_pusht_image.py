@@ -50,6 +50,7 @@ def test_the_run_goes_from_demonstrations_to_a_score(tmp_path):
     assert "score" in found.stdout
 
 
+@pytest.mark.slow
 def test_without_a_folder_it_says_so(tmp_path):
     found = run("benchmarks.speed.gpu_pusht_image", "device=cpu", cache=tmp_path)
     assert found.returncode == 2

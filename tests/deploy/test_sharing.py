@@ -46,7 +46,7 @@ def chunks(policy, requests):
     obs = {"state": np.full((len(requests), 2, 5), 250.0, np.float32)}
     pairs = [generators(row) for row in range(len(requests))]
     noise = {"noise_generator": [first for first, _ in pairs], "generator": [second for _, second in pairs]}
-    return predict(policy, obs, requests, guidance=Guidance(), **noise)
+    return predict(policy, obs, requests, guidance=Guidance(), **noise).chunks
 
 
 def test_a_request_brings_what_the_person_does_row_by_row(tmp_path):

@@ -167,6 +167,7 @@ def test_it_goes_where_it_is_told_to_in_either_form_of_a_rotation(robot):
     assert robot.events() == []
 
 
+@pytest.mark.slow
 def test_what_is_no_pose_is_refused_and_the_arm_holds(robot):
     robot.begin(100001)
     present = hand(robot)

@@ -18,7 +18,7 @@ from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
 from action_diffusion.policy.diffusion.sampler import Hook
 from action_diffusion.policy.extensions import cache
-from action_diffusion.policy.extensions.cache import Cache, Prediction, Reuse, conformal, said
+from action_diffusion.policy.extensions.cache import Cache, Reuse, ReuseCost, conformal, said
 from action_diffusion.policy.extensions.extension import Fitted, read
 from action_diffusion.policy.model.denoiser import Denoiser, Film
 
@@ -58,12 +58,12 @@ def sampled(policy, rows, hook=None, seed=0, **options):
         )
 
 
-def fixed(*steps: int) -> Prediction:
+def fixed(*steps: int) -> ReuseCost:
     """That of nobody: the network is asked at these steps, whatever the change."""
     spent = np.full((STEPS, STEPS), np.inf)
     for first, after in zip(steps, [*steps[1:], STEPS], strict=True):
         spent[first, first:after] = 0.0
-    return Prediction(np.ones((STEPS, STEPS)), spent)
+    return ReuseCost(np.ones((STEPS, STEPS)), spent)
 
 
 class Linear(Denoiser):
@@ -86,7 +86,7 @@ def test_for_a_linear_denoiser_the_predicted_deviation_is_exact():
     windows, train = np.arange(16), source(demonstrations(), np.arange(4))
     arrays = cache.fitted_to(cache.recorded(policy, train, windows, 0), cache.Distance(policy))
     arrays["sensitivity"] = cache.sensitivities(policy, train, windows, 0)
-    prediction = Prediction.of(arrays, STEPS)
+    prediction = ReuseCost.of(arrays, STEPS)
     record = Recording()
     plain = sampled(policy, [0, 1, 2], record).action[:, 1:5]
     for step in (3, 6, STEPS - 2):
@@ -109,7 +109,7 @@ class Recording(Hook):
         return state.x0_hat
 
 
-class Spy(Prediction):
+class Spy(ReuseCost):
     """Remembers what was predicted of one row: (step, [after it])."""
 
     asked: list[tuple[Any, ...]]
@@ -123,7 +123,7 @@ class Spy(Prediction):
 @pytest.mark.parametrize("budget", [0.3, 1.5, 6.0])
 def test_reuse_goes_on_until_the_budget_is_spent_and_never_beyond(fitted, budget):
     policy, found = fitted
-    known = Prediction.of(found.arrays, STEPS)
+    known = ReuseCost.of(found.arrays, STEPS)
     for row in range(4):
         spy, record = Spy(known.typical, known.spent), Recording()
         object.__setattr__(spy, "asked", [])
@@ -162,7 +162,7 @@ class Both(Hook):
 
 def test_a_row_does_not_depend_on_its_neighbours(fitted):
     policy, found = fitted
-    hook = Reuse(policy, Prediction.of(found.arrays, STEPS), 1.5)
+    hook = Reuse(policy, ReuseCost.of(found.arrays, STEPS), 1.5)
     together = sampled(policy, list(range(6)), hook).action
     evaluations = hook.evaluations.tolist()
     assert len(set(evaluations)) > 1
@@ -176,7 +176,7 @@ def test_the_network_is_asked_for_few_more_rows_than_it_has_to(fitted):
     policy, found = fitted
     counted = []
     handle = policy.denoiser.register_forward_pre_hook(lambda module, given: counted.append(len(given[0])))
-    hook = Reuse(policy, Prediction.of(found.arrays, STEPS), 50.0)
+    hook = Reuse(policy, ReuseCost.of(found.arrays, STEPS), 50.0)
     sampled(policy, list(range(6)), hook)
     handle.remove()
     assert set(counted) <= {1, 2, 4, 6}
@@ -234,7 +234,7 @@ def test_what_the_network_would_say_of_an_estimate(process, step):
 
 def test_where_a_gradient_is_asked_for_nothing_is_reused(fitted):
     policy, found = fitted
-    hook = Reuse(policy, Prediction.of(found.arrays, STEPS), 1e6)
+    hook = Reuse(policy, ReuseCost.of(found.arrays, STEPS), 1e6)
     hook.needs_gradient = True
     plain = sampled(policy, [0]).action
     torch.testing.assert_close(sampled(policy, [0], hook).action.detach(), plain, rtol=1e-4, atol=1e-3)

@@ -11,7 +11,7 @@ from tiny import TINY, demonstrations, tiny_policy
 from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.errors import InputError
-from action_diffusion.options.extensions import Tokens as Options
+from action_diffusion.options.extensions import TokensOptions
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.extension import Fitted, write
 from action_diffusion.policy.extensions.token_head import ChunkTokens, TokenHead, cosine_basis
@@ -31,7 +31,7 @@ def source() -> BatchSource:
 
 
 def options(**changes):
-    return vars(Options(bundle="", steps=20, hidden=16)) | changes
+    return vars(TokensOptions(bundle="", steps=20, hidden=16)) | changes
 
 
 def test_the_basis_is_scipys() -> None:

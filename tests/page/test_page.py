@@ -32,7 +32,7 @@ from action_diffusion.deploy.loop.events import Seen, StepRecord
 from action_diffusion.deploy.loop.operator import Order, Pointer
 from action_diffusion.deploy.page.connections import PATIENCE
 from action_diffusion.deploy.page.link import PageLink
-from action_diffusion.deploy.page.view import View
+from action_diffusion.deploy.page.view import RunView
 from action_diffusion.deploy.records.stream import RunStream
 from action_diffusion.deploy.robot.robots import Observation
 from action_diffusion.deploy.sim.robots import board
@@ -544,7 +544,7 @@ def test_what_the_page_shows_of_events_and_of_a_machine_that_is_too_slow(tmp_pat
     events = RingWriter(tmp_path / "events", fields=EVENTS, n_slots=64)
     state = RingWriter(tmp_path / "state", fields={"state": ("f8", (5,))}, n_slots=4)
     about: Any = ABOUT | {"plane": {"camera": None, "size": [512, 512], "board": board()}}
-    view: Any = View(tmp_path, about)
+    view: Any = RunView(tmp_path, about)
     assert view.state()["scene"] is None
     state.append(0.0, {"state": np.arange(5.0)})
     for number in range(40):

@@ -19,6 +19,9 @@ def data(n: int = 512) -> tuple[np.ndarray, ...]:
     return embedding, chunk, future, np.repeat(-np.abs(future[:, 1, :1]), 2, axis=1)
 
 
+pytestmark = pytest.mark.slow  # a model is trained first
+
+
 @pytest.fixture(scope="module")
 def imagination() -> Imagination:
     network = {"denoiser": {"name": "unet1d", "channels": [32], "n_groups": 4}}

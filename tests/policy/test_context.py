@@ -43,6 +43,7 @@ def winds(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.stack([at / 4, told, torch.zeros_like(told)], dim=2), wind
 
 
+@pytest.mark.slow
 def test_a_hidden_wind_is_learnt() -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)

@@ -12,12 +12,12 @@ from scipy.spatial.transform import Rotation
 from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.model.features import PlanarObject as PlanarFeature
-from action_diffusion.policy.model.frames import PlanarObject, Position
+from action_diffusion.policy.model.frames import PlanarObjectFrame, Position
 
 PLANAR = {"name": "planar_object", "observation": "state", "pose": [2, 3, 4]}
 POSITION = {"name": "position", "observation": "state", "columns": [0, 1], "action_columns": [0, 1]}
 FRAMES = {
-    "planar": PlanarObject(observation="state", pose=[2, 3, 4], n=5, n_action=2),
+    "planar": PlanarObjectFrame(observation="state", pose=[2, 3, 4], n=5, n_action=2),
     "position": Position(observation="state", columns=[3, 0], action_columns=[0, 1], n=5, n_action=2),
 }
 

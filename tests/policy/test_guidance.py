@@ -319,7 +319,7 @@ def test_the_gradient_goes_straight_through_the_clip(running, weight):
 
 @pytest.mark.parametrize("tau", [0.0, 1e-9, 0.5, 1 - 1e-9])
 def test_the_gain_is_clipped_at_both_ends(tau, running, weight):
-    from action_diffusion.policy.diffusion.process import Step
+    from action_diffusion.policy.diffusion.solver import Step
 
     hook = RealTimeChunking(running=running, weight=weight, beta=BETA)
     expected = 2.0 if tau == 0.5 else BETA
@@ -351,7 +351,7 @@ def test_the_exponential_mask_is_the_published_one():
     mask=st.sampled_from(sorted(MASKS)),
     overlap=st.none() | st.integers(0, 12),
 )
-def test_masks_hold_what_is_settled_and_leave_what_the_running_chunk_has_not(delay, end, length, mask, overlap):
+def test_masks_hold_the_prefix_and_leave_what_the_running_chunk_has_not(delay, end, length, mask, overlap):
     found = weights(torch.tensor([delay, 0]), torch.tensor([end, 0]), length, mask, overlap)
     assert found.shape == (2, length)
     assert (found[1] == 0).all()  # no running chunk

@@ -338,6 +338,7 @@ def test_without_its_teacher_a_consistency_policy_cannot_be_trained() -> None:
         flow_policy(objective={"name": "consistency"})({"state": torch.randn(4, 2, 5)}, torch.randn(4, 8, 2))
 
 
+@pytest.mark.slow
 def test_a_teacher_trains_a_policy_that_loads_without_it(tmp_path) -> None:
     words = [
         "device=cpu",

@@ -70,7 +70,7 @@ def test_delays_that_leave_nothing_to_learn_are_refused(make_policy, max_delay, 
         make_policy(objective={"loss": "mse", "max_delay": max_delay})
 
 
-def test_training_gives_settled_steps_clean_and_learns_the_others(policy, monkeypatch):
+def test_training_gives_prefix_steps_clean_and_learns_the_others(policy, monkeypatch):
     seen = {}
 
     def denoise(x, film):
@@ -108,7 +108,7 @@ def test_the_loss_is_a_mean_over_what_counts(make_policy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_a_chunk_keeps_what_is_settled_and_rows_are_independent(make_policy, case):
+def test_a_chunk_keeps_the_prefix_and_rows_are_independent(make_policy, case):
     policy = make_policy(**(OBJECTIVE | case)).eval()
     known = prefix(3, [2, 0, 3])
     with torch.inference_mode():  # no gradients anywhere
@@ -168,7 +168,7 @@ def chunk(policy, running: np.ndarray, delay: int, **guidance) -> np.ndarray:
     noise, steps = generators(0)
     request = Request(step=0, running=running, delay=delay)
     options: dict[str, Any] = {"noise_generator": [noise], "generator": [steps], "guidance": Guidance(**guidance)}
-    return predict(policy, {"state": STATE[None]}, [request], **options)[0]
+    return predict(policy, {"state": STATE[None]}, [request], **options).chunks[0]
 
 
 def test_real_time_chunking_goes_on_from_the_running_chunk(policy, monkeypatch):

@@ -122,6 +122,7 @@ def words(data: object, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_gains_of_a_buffer_are_learnt_from_and_not_observed(tmp_path) -> None:
     gain = np.zeros((80, 2, 5), np.float32)
     demonstrations(4, 20).with_column("feedback", gain).save(tmp_path / "a.zarr")

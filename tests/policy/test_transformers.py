@@ -170,7 +170,7 @@ def test_two_times_are_where_a_step_begins_and_where_it_ends(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_marks_of_settled_steps_are_seen(name):
+def test_marks_of_prefix_steps_are_seen(name):
     net = network(name, marked=True)
     x, condition = given(channels=4)
     marked = x.clone()
@@ -248,7 +248,7 @@ def test_a_bundle_gives_the_same_chunks(make_policy, parts, tmp_path, tiny_confi
 
 
 @pytest.mark.slow
-def test_a_chunk_goes_on_from_settled_steps_and_rows_are_independent(make_policy, parts):
+def test_a_chunk_goes_on_from_prefix_steps_and_rows_are_independent(make_policy, parts):
     policy = made(make_policy, parts, objective={"loss": "mse", "max_delay": 3})
     action = torch.rand(3, 8, 2, generator=torch.Generator().manual_seed(0)) - 0.5
     step = torch.arange(8) - 1

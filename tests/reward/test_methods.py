@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,10 @@ from action_diffusion.training.reward.methods.dppo import Dppo, advantages, surr
 from action_diffusion.training.reward.methods.dsrl import Dsrl
 from action_diffusion.training.reward.methods.idql import Idql
 
-SMALL = {"hidden": (32, 32), "octaves": 0, "updates": 1.0, "batch_size": 64, "lr": 3e-3, "warmup": 64, "follow": 0.05}
+SMALL: dict[str, Any] = {
+    **{"hidden": (32, 32), "octaves": 0, "updates": 1.0, "batch_size": 64},
+    **{"lr": 3e-3, "warmup": 64, "follow": 0.05},
+}
 
 
 def observations(n: int, random: np.random.Generator) -> dict[str, np.ndarray]:

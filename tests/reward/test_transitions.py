@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,8 @@ def test_a_reward_is_what_sooner_is_better_by(kind, rewards, total, discount):
 class Counting:
     """A number that every step adds an action to; done with a reward of 1 where it is 10, or cut off after 12 steps."""
 
-    control_rate, max_steps, action_shape = 10.0, 12, (1,)
+    control_rate, max_steps = 10.0, 12
+    action_shape: tuple[int, ...] = (1,)
 
     def reset(self, seed: int) -> None:
         self.number, self.steps = float(seed % 2), 0
@@ -92,7 +94,7 @@ class Spec:
     n_obs_steps, n_action_steps = 1, 4
 
 
-def experience(speed: float, n_envs: int = 2) -> tuple[Experience, object]:
+def experience(speed: float, n_envs: int = 2) -> tuple[Experience, Any]:
     trials = Experience(
         make_env=Counting, spec=Spec(), keys=["state"], seeds=itertools.count(), n_envs=n_envs, reward=Reward("success")
     )

@@ -43,7 +43,7 @@ def test_an_expectile_leans_to_the_best():
     """τ = ½ is half the mean squared error; the 0.9-expectile of 0 and 1 is 0.9."""
     target = torch.tensor([0.0, 1.0])
     assert float(expectile_loss(target, 0.5)) == pytest.approx(0.25)
-    value = torch.zeros((), requires_grad=True)
+    value = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([value], lr=0.5)
     for _ in range(200):
         step(optimizer, expectile_loss(target - value, 0.9), [value])
@@ -51,7 +51,7 @@ def test_an_expectile_leans_to_the_best():
 
 
 def test_a_loss_that_is_not_finite_is_named():
-    value = torch.zeros((), requires_grad=True)
+    value = torch.nn.Parameter(torch.zeros(()))
     with pytest.raises(FloatingPointError, match="the critic's loss became nan"):
         step(torch.optim.SGD([value], lr=0.1), value / 0.0 * 0.0, [value])
 

@@ -58,6 +58,7 @@ def test_windows_of_what_comes_after_and_before() -> None:
     assert not after[15, :, 2].any()
 
 
+@pytest.mark.slow
 def test_dynamics_are_learnt_from_steps_within_episodes() -> None:
     """A step moves by half of the action: exact in the data, which the linear part finds."""
     random = np.random.default_rng(0)
@@ -92,6 +93,7 @@ def test_what_cannot_be_is_refused() -> None:
     assert not accept(aside, actions)  # nothing was ever there
 
 
+@pytest.mark.slow
 def test_new_episodes_go_from_where_one_begins_to_where_another_ends(tmp_path: Path) -> None:
     buffer(extra=np.zeros((192, 3), np.float32)).save(tmp_path / "a.zarr")
     out = tmp_path / "b.zarr"

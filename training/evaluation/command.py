@@ -17,7 +17,7 @@ from action_diffusion.policy.inference import OPTIONS
 from action_diffusion.policy.reading import acting, trained_on
 from action_diffusion.training.data import prepare
 from action_diffusion.training.evaluation.comparison import write_comparison, write_seed_summary
-from action_diffusion.training.evaluation.held_out import Chosen, choose, evaluate_held_out
+from action_diffusion.training.evaluation.held_out import ComparedWindows, choose, evaluate_held_out
 from action_diffusion.training.evaluation.results import compare, summarise_seeds, write_results
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.run import open_data
@@ -65,7 +65,7 @@ class _Asked:
 
     data: str
     buffer: ReplayBuffer
-    chosen: Chosen
+    chosen: ComparedWindows
 
 
 def _windows(config: Evaluate, paths: Sequence[Path]) -> _Asked | None:

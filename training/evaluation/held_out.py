@@ -30,7 +30,7 @@ _BATCH = 64
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ComparedWindows:
     """Windows to compare on.
 
     now: int64 [W], the rows at which a policy acts. ends: int64 [E], of the buffer's episodes. n_action_steps: executed
@@ -51,7 +51,7 @@ class Chosen:
 
 def choose(
     buffer: ReplayBuffer, bundles: Sequence[tuple[Path, PolicySpec]], *, own_data: Sequence[str] | None
-) -> Chosen:
+) -> ComparedWindows:
     """Windows, the same for all `bundles`, of the episodes in `buffer` that none of them was trained on.
 
     own_data: the names of the training's `data`, where `buffer` is that: of the episodes that it held out, and
@@ -80,7 +80,7 @@ def choose(
     now = _rows(buffer.episode_ends, indices, specs[0])
     names, units = _dimensions(buffer, specs[0])
     n = len(np.unique(np.searchsorted(buffer.episode_ends, now, side="right")))
-    return Chosen(
+    return ComparedWindows(
         now=now,
         ends=buffer.episode_ends,
         n_action_steps=min(spec.n_action_steps for spec in specs),
@@ -93,7 +93,7 @@ def choose(
 def evaluate_held_out(
     policy: DiffusionPolicy,
     source: BatchSource,
-    chosen: Chosen,
+    chosen: ComparedWindows,
     *,
     output_dir: Path,
     settings: Mapping[str, Any],

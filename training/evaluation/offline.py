@@ -2,6 +2,14 @@
 
 This is all that can be said of a policy whose task has no simulator, which is the usual case for an arm. It
 is not a success rate, and is never called one.
+
+results.json holds `task`, `n_windows`, `n_steps`, `n_action_steps`, `names`, `units`, `action_error` (mean absolute
+error, in the data's units, averaged over dimensions), `action_error_relative` (the same as a share of range; None where
+every dimension is constant), `errors` (by name: `mae`, `rmse`, `range`, `relative_mae`, `relative_rmse`), `steps_ahead`
+[H], `mae_ahead` [H][A], `relative_ahead` [H] (None where no step is left or every dimension is constant), `settings`,
+`versions`, `seconds`. With a `Reference` also `origin`, `origin_kind`, `n_episodes`, `episode_ids`, `episode_errors`
+(relative; None where every dimension is constant), `episode_steps`, `action_error_relative_interval` (95 %, bootstrap
+over episodes; None where there is but one) and `baselines` (`baselines.chunks`, `results.against_baseline`).
 """
 
 from __future__ import annotations
@@ -76,13 +84,11 @@ def evaluate_offline(
 ) -> dict[str, Any]:
     """Compare a sampled chunk with the demonstrated one for every window, and write what came of it.
 
-    Writes results.json (what is returned) and report.html into `output_dir`. Errors count the steps that
-    would be executed and are not padding; `relative` ones are shares of each dimension's range in the
-    data that is compared with.
+    Writes results.json (what is returned) and report.html into `output_dir`. Errors count the steps that would be
+    executed and are not padding; `relative` ones are shares of each dimension's range in these data.
 
     Args:
-        batches: (observations {key: [B, To, ...]}, action [B, H, A], mask bool [B, H]: False where padded),
-            in the data's units.
+        batches: (observations {key: [B, To, …]}, action [B, H, A], mask bool [B, H], False where padded); data's units.
         settings: plain data for the report and results.json.
         reference: for what is said of episodes: where they come from, the error of each, baselines, a curve along one.
         names, units: of the A action dimensions; "action 0" and so on, and none, without.
@@ -92,20 +98,9 @@ def evaluate_offline(
         metrics_file: a `metrics.jsonl`, for learning curves in the report.
         progress: a bar is added to this one; without it, one is shown on stderr.
 
-    Returns:
-        `task`, `n_windows`, `n_steps`, `n_action_steps`, `names`, `units`, `action_error` (mean absolute error, in the
-        data's units, averaged over dimensions), `action_error_relative` (the same as a share of range; None
-        where every dimension is constant), `errors` (by name: `mae`, `rmse`, `range`, `relative_mae`,
-        `relative_rmse`), `steps_ahead` [H], `mae_ahead` [H][A], `relative_ahead` [H] (None where no step is
-        left or every dimension is constant), `settings`, `versions`, `seconds`.
-        With a `reference` also `origin`, `origin_kind`, `n_episodes`, `episode_ids`, `episode_errors` (relative; None
-        where every dimension is constant), `episode_steps`, `action_error_relative_interval` (95 %, bootstrap over
-        episodes; None where there is but one) and `baselines` (`baselines.chunks`, `results.against_baseline`).
-
     Raises:
-        InputError: for no windows or plots, names that are not one for each dimension, shapes that do not fit
-            together, actions or chunks that are not finite, unreadable metrics, or a disk that does not take
-            the files.
+        InputError: for no windows or plots, names that are not one for each dimension, shapes that do not fit together,
+            actions or chunks that are not finite, unreadable metrics, or a disk that does not take the files.
     """
     folder, now = Path(output_dir), policy.spec.n_obs_steps - 1
     count = n_action_steps or policy.spec.n_action_steps
@@ -115,43 +110,18 @@ def evaluate_offline(
     metrics = read_metrics(Path(metrics_file)) if metrics_file is not None else []
     began = time.perf_counter()
     sampled = _sample(policy, batches, seed, progress)
-    predicted, demonstrated, mask = sampled.predicted, sampled.demonstrated, sampled.mask
-    names = _names(names, demonstrated.shape[2])
-    executed = _executed(mask, now, count)
-    error = np.abs(predicted - demonstrated)
-    span = np.ptp(demonstrated[mask], axis=0) if reference is None else reference.span
-    results = {
-        "task": task,
-        "n_windows": len(predicted),
-        "n_steps": int(executed.sum()),
-        "n_action_steps": count,
-        "names": names,
-        "units": list(units) or [""] * len(names),
-        **_by_dimension(error[executed], span, names),
-        **_by_step(error, mask, span, now),
-    }
+    names = _names(names, sampled.demonstrated.shape[2])
+    errors = _errors(sampled, now, count, reference)
+    counts = {"n_windows": len(errors.error), "n_steps": int(errors.executed.sum()), "n_action_steps": count}
+    results: dict[str, Any] = {"task": task, **counts, "names": names, "units": list(units) or [""] * len(names)}
+    results |= _by_dimension(errors, names) | _by_step(errors, sampled.mask, now)
     if reference is not None:
-        results |= _by_episode(error, executed, span, reference)
-        constant = baselines.chunks(sampled.states, reference.before, demonstrated[:, now], span, names)
-        for name, (chunk, made_of) in constant.items():
-            off = np.abs(chunk[:, None] - demonstrated)
-            one = _by_dimension(off[executed], span, names) | _by_episode(off, executed, span, reference)
-            results.setdefault("baselines", {})[name] = against_baseline(results, one, name) | {"made_of": made_of}
+        results |= _by_episode(errors, reference)
+        results["baselines"] = _baselines(results, sampled, errors, reference, names, now)
     results |= {"settings": settings, "versions": versions(), "seconds": time.perf_counter() - began}
     write_results(folder / "results.json", results)
-    chosen = _choose(error, executed, span, n_plots)
-    rows = [index for _, index in chosen]
     labels = [f"{name} [{unit}]" if unit else name for name, unit in zip(names, results["units"], strict=True)]
-    chunks = plot_chunks(
-        predicted=predicted[rows],
-        demonstrated=demonstrated[rows],
-        mask=mask[rows],
-        now=now,
-        names=labels,
-        n_action_steps=count,
-        titles=[label for label, _ in chosen],
-        frames={key: frames[rows] for key, frames in sampled.frames.items()},
-    )
+    chunks = _plot_chosen(sampled, errors, now, labels, count, n_plots)
     whole = b"" if reference is None else _along(policy, reference, results, labels, count, seed, progress)
     write_offline_report(folder / "report.html", results=results, metrics=metrics, chunks=chunks, episode=whole)
     return results
@@ -164,15 +134,6 @@ def _names(names: Sequence[str], n: int) -> list[str]:
     return chosen
 
 
-def _executed(mask: np.ndarray, now: int, count: int) -> np.ndarray:
-    """Which steps [N, H] would be executed and are not padding."""
-    executed = mask.copy()
-    executed[:, :now] = executed[:, now + count :] = False
-    if not executed.any():
-        raise InputError("every step that would be executed is padding: nothing can be compared")
-    return executed
-
-
 class _Sampled(NamedTuple):
     """float64 [N, H, A] twice, bool [N, H], and what was seen now: states [N, D] and small frames [N, h, w, 3]."""
 
@@ -181,6 +142,24 @@ class _Sampled(NamedTuple):
     mask: np.ndarray
     states: dict[str, np.ndarray]
     frames: dict[str, np.ndarray]
+
+
+class _Errors(NamedTuple):
+    """Absolute errors, float [N, H, A]; which steps would be executed and are not padding, bool [N, H]; and the range
+    of each action, float [A]."""
+
+    error: np.ndarray
+    executed: np.ndarray
+    span: np.ndarray
+
+
+def _errors(sampled: _Sampled, now: int, count: int, reference: Reference | None) -> _Errors:
+    executed = sampled.mask.copy()
+    executed[:, :now] = executed[:, now + count :] = False
+    if not executed.any():
+        raise InputError("every step that would be executed is padding: nothing can be compared")
+    span = np.ptp(sampled.demonstrated[sampled.mask], axis=0) if reference is None else reference.span
+    return _Errors(np.abs(sampled.predicted - sampled.demonstrated), executed, span)
 
 
 def _sample(policy: Policy, batches: Batches, seed: int, progress: Progress | None) -> _Sampled:
@@ -236,11 +215,12 @@ def _check(chunk: np.ndarray, action: np.ndarray, mask: np.ndarray) -> None:
             raise InputError(f"{what} hold NaN or infinity")
 
 
-def _by_dimension(error: np.ndarray, span: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Mean and root mean square of `error` [steps, A], by name."""
+def _by_dimension(errors: _Errors, names: Sequence[str]) -> dict[str, Any]:
+    """Mean and root mean square over the executed steps, by name."""
+    error, span = errors.error[errors.executed], errors.span
     mae, rmse = error.mean(axis=0), np.sqrt((error**2).mean(axis=0))
     varies = span > 0
-    errors = {
+    by_name = {
         name: {
             "mae": float(mae[index]),
             "rmse": float(rmse[index]),
@@ -251,11 +231,12 @@ def _by_dimension(error: np.ndarray, span: np.ndarray, names: Sequence[str]) -> 
         for index, name in enumerate(names)
     }
     relative = float((mae[varies] / span[varies]).mean()) if varies.any() else None
-    return {"action_error": float(mae.mean()), "action_error_relative": relative, "errors": errors}
+    return {"action_error": float(mae.mean()), "action_error_relative": relative, "errors": by_name}
 
 
-def _by_step(error: np.ndarray, mask: np.ndarray, span: np.ndarray, now: int) -> dict[str, Any]:
-    """Mean of `error` [N, H, A] at every step of a chunk, counted from now, without padding."""
+def _by_step(errors: _Errors, mask: np.ndarray, now: int) -> dict[str, Any]:
+    """Mean at every step of a chunk, counted from now, without padding: where mask [N, H] is False."""
+    error, span = errors.error, errors.span
     varies = span > 0
     mae = [error[mask[:, step], step].mean(axis=0) if mask[:, step].any() else None for step in range(mask.shape[1])]
     return {
@@ -267,8 +248,9 @@ def _by_step(error: np.ndarray, mask: np.ndarray, span: np.ndarray, now: int) ->
     }
 
 
-def _by_episode(error: np.ndarray, executed: np.ndarray, span: np.ndarray, reference: Reference) -> dict[str, Any]:
+def _by_episode(errors: _Errors, reference: Reference) -> dict[str, Any]:
     """Mean relative error of each episode, and the interval over episodes of their mean, each step counted once."""
+    error, executed, span = errors
     episode, n = np.repeat(reference.episode, executed.sum(axis=1)), len(reference.ids)
     steps = np.bincount(episode, minlength=n)
     found: dict[str, Any] = {
@@ -283,9 +265,29 @@ def _by_episode(error: np.ndarray, executed: np.ndarray, span: np.ndarray, refer
     varies = span > 0
     if varies.any():
         relative = (error[executed][:, varies] / span[varies]).mean(axis=1)
-        errors = np.bincount(episode, weights=relative, minlength=n) / steps
-        interval = list(paired_interval(errors, np.zeros(n), weights=steps)) if n > 1 else None
-        found |= {"episode_errors": errors.tolist(), "action_error_relative_interval": interval}
+        means = np.bincount(episode, weights=relative, minlength=n) / steps
+        interval = list(paired_interval(means, np.zeros(n), weights=steps)) if n > 1 else None
+        found |= {"episode_errors": means.tolist(), "action_error_relative_interval": interval}
+    return found
+
+
+def _baselines(
+    results: Mapping[str, Any],
+    sampled: _Sampled,
+    errors: _Errors,
+    reference: Reference,
+    names: Sequence[str],
+    now: int,
+) -> dict[str, Any]:
+    """By name, what chunks that need no policy would have had, beside `results`."""
+    constant = baselines.chunks(
+        sampled.states, reference.before, sampled.demonstrated[:, now], errors.span, list(names)
+    )
+    found = {}
+    for name, (chunk, made_of) in constant.items():
+        off = errors._replace(error=np.abs(chunk[:, None] - sampled.demonstrated))
+        one = _by_dimension(off, names) | _by_episode(off, reference)
+        found[name] = against_baseline(results, one, name) | {"made_of": made_of}
     return found
 
 
@@ -315,8 +317,26 @@ def _along(
     )
 
 
-def _choose(error: np.ndarray, executed: np.ndarray, span: np.ndarray, count: int) -> list[tuple[str, int]]:
+def _plot_chosen(
+    sampled: _Sampled, errors: _Errors, now: int, labels: Sequence[str], n_action_steps: int, n_plots: int
+) -> bytes:
+    chosen = _choose(errors, n_plots)
+    rows = [index for _, index in chosen]
+    return plot_chunks(
+        predicted=sampled.predicted[rows],
+        demonstrated=sampled.demonstrated[rows],
+        mask=sampled.mask[rows],
+        now=now,
+        names=labels,
+        n_action_steps=n_action_steps,
+        titles=[label for label, _ in chosen],
+        frames={key: frames[rows] for key, frames in sampled.frames.items()},
+    )
+
+
+def _choose(errors: _Errors, count: int) -> list[tuple[str, int]]:
     """Windows to plot, evenly by their mean relative error over executed steps."""
+    error, executed, span = errors
     scale = np.where(span > 0, span, np.inf)
     steps = executed.sum(axis=1)
     total = np.where(executed, (error / scale).mean(axis=2), 0.0).sum(axis=1)

@@ -163,17 +163,12 @@ def plot_chunks(
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(max(4.8, 2.4 * n), 0.6 + sum(heights)), layout="constrained")
         grid = figure.subplots(len(heights), n, squeeze=False, height_ratios=heights)
-        for row, (camera, seen) in enumerate(cameras.items()):
-            grid[row, 0].set_ylabel(camera)
-            for axes, picture in zip(grid[row], seen, strict=True):
-                axes.imshow(picture, interpolation="none")
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
+        for panels, (camera, seen) in zip(grid, cameras.items(), strict=False):
+            _show(panels, camera, seen)
         panels = grid[len(cameras) :]
         for row, name in enumerate(names):
             panels[row, 0].set_ylabel(name)
-            for column in range(n):
-                axes = panels[row, column]
+            for column, axes in enumerate(panels[row]):
                 axes.sharex(panels[0, 0])
                 axes.sharey(panels[row, 0])
                 axes.label_outer()
@@ -256,6 +251,15 @@ def _checked_chunks(
     if titles and len(titles) != n:
         raise InputError(f"{len(titles)} titles for {n} windows")
     return n, horizon, size
+
+
+def _show(panels: np.ndarray, camera: str, frames: np.ndarray) -> None:
+    """What a camera saw, uint8 [N, h, w, 3], in a row of N panels."""
+    panels[0].set_ylabel(camera)
+    for axes, picture in zip(panels, frames, strict=True):
+        axes.imshow(picture, interpolation="none")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
 
 
 def _shade(axes: Axes, n_action_steps: int) -> None:

@@ -93,32 +93,26 @@ def evaluate(
 ) -> dict[str, Any]:
     """Roll the policy out from `n_episodes` starts, the seeds from `seed` upward, and write what came of it.
 
-    Writes into `output_dir`: results.json (what is returned), report.html, and videos/seed_<seed>.mp4 of the
-    best, the worst and some episodes between. Scores do not depend on `n_envs` (see `envs.rollout`).
+    Writes into `output_dir`: results.json (what is returned), report.html, and videos/seed_<seed>.mp4 of the best, the
+    worst and some episodes between. Scores do not depend on `n_envs` (see `envs.rollout`).
 
     Args:
         env_name: what results.json calls the task. env: the simulator's name and settings, for it.
-        keys: the observations that the policy wants.
+        keys: the observations that the policy wants. demonstrations: what it learnt from, for the report.
         in_processes: see `rollout`; a simulator that is lost is reported with its seed, and started again.
-        demonstrations: what the policy learnt from, for the report.
         settings: plain data for the report and results.json; the arguments here that shape scores are added.
-        metrics_file: a `metrics.jsonl`, for learning curves in the report.
-        progress: bars are added to this one; without it, one is shown on stderr.
+        metrics_file: a `metrics.jsonl`, for learning curves. progress: takes the bars; None: one is shown on stderr.
 
     Raises:
-        InputError: for bad numbers, settings that are not plain data, unreadable metrics, actions that are
-            NaN or do not fit the simulator (naming the seed), or a disk that does not take the files.
+        InputError: for bad numbers, settings that are not plain data, unreadable metrics, actions that are NaN or do
+            not fit the simulator (naming the seed), or a disk that does not take the files.
     """
-    folder, spec = Path(output_dir), policy.spec
-    for name, value, least in (("n_episodes", n_episodes, 1), ("n_videos", n_videos, 0)):
-        if value < least:
-            raise InputError(f"{name} is {value}; it must be at least {least}")
-    sizes = {"n_envs": n_envs, "policy_batch": policy_batch}
-    own = {"n_obs_steps": spec.n_obs_steps, "n_action_steps": spec.n_action_steps, "seed": seed, **sizes}
-    settings = plain({**settings, **own})
+    folder, sizes = Path(output_dir), {"n_envs": n_envs, "policy_batch": policy_batch}
+    _check_counts(n_episodes=(n_episodes, 1), n_videos=(n_videos, 0))
+    steps = {"n_obs_steps": policy.spec.n_obs_steps, "n_action_steps": policy.spec.n_action_steps}
+    settings = plain({**settings, **steps, "seed": seed, **sizes})
     metrics = read_metrics(Path(metrics_file)) if metrics_file is not None else []
-    seeds = list(range(seed, seed + n_episodes))
-    began = time.perf_counter()
+    seeds, began = list(range(seed, seed + n_episodes)), time.perf_counter()
     failures: list[dict[str, Any]] = []
     with showing(progress) as bars:
         episodes = rollout(
@@ -131,22 +125,21 @@ def evaluate(
             on_lost=_note(failures),
             **sizes,
         )
-        results = {
-            "task": env_name,
-            "env": None if env is None else dict(env),
-            "demonstrations": demonstrations,
-            **_summary([episode.score for episode in episodes]),
-            "seeds": seeds,
-            "simulator_failures": failures,
-            "settings": settings,
-            "versions": versions(),
-            "seconds": time.perf_counter() - began,
-            "score_definition": SCORE_DEFINITION,
-        }
+        about = {"task": env_name, "env": None if env is None else dict(env), "demonstrations": demonstrations}
+        found = _summary([episode.score for episode in episodes]) | {"seeds": seeds, "simulator_failures": failures}
+        made = {"settings": settings, "versions": versions(), "seconds": time.perf_counter() - began}
+        results = about | found | made | {"score_definition": SCORE_DEFINITION}
         write_results(folder / "results.json", results)
         clips = _film(make_env, _choose(episodes, n_videos), folder / "videos", bars)
     write_report(folder / "report.html", results=results, metrics=metrics, clips=clips)
     return results
+
+
+def _check_counts(**counts: tuple[int, int]) -> None:
+    """counts: each value, and the least that it may be."""
+    for name, (value, least) in counts.items():
+        if value < least:
+            raise InputError(f"{name} is {value}; it must be at least {least}")
 
 
 def _note(failures: list[dict[str, Any]]) -> Callable[[int, str], None]:
