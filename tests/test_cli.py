@@ -21,6 +21,7 @@ REQUIRED = {
     "evaluate": ["bundle=x"],
     "collect": ["output=x"],
     "deploy": ["bundle=x"],
+    "finetune": ["bundle=x"],
     "serve": ["bundle=x"],
     "train": [],
 }
@@ -109,7 +110,7 @@ def test_version(capsys):
     ("words", "message"),
     [
         ("trian", "unknown command 'trian': did you mean train?"),
-        ("fly", "unknown command 'fly': choose from collect, data, deploy, evaluate, fit, info, serve, train"),
+        ("fly", "unknown command 'fly': choose from collect, data, deploy, evaluate, finetune, fit, info, serve, train"),
         ("train --resume", "unknown option --resume: options are written name=value"),
         ("train task", "'task' is not of the form name=value; see: action-diffusion train --help"),
         ("train =3", "'=3' is not of the form name=value"),

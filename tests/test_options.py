@@ -15,15 +15,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from action_diffusion import registry
 from action_diffusion.configuration import _items, choices, load, override
 from action_diffusion.errors import InputError
 from action_diffusion.options import COMMANDS, COMPONENTS, Policy, TrainSettings, check_policy
+from action_diffusion.options.finetune import METHODS
 from action_diffusion.policy.bundle import resolve_device
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.registry import POLICY_PARTS
 from action_diffusion.schema import check, hint_at, hints
 
 REQUIRED = {"train": [], "evaluate": ["bundle=x"], "collect": ["output=x"], "deploy": [], "serve": ["bundle=x"]}
+REQUIRED["finetune"] = ["bundle=x"]
 CONFIGS = {name: load(name, words) for name, words in REQUIRED.items()}
 OPTIONS = [(name, path) for name, config in CONFIGS.items() for path, _ in _items(config)]
 
@@ -108,15 +111,27 @@ def test_what_trained_nonsense_or_a_traceback_is_refused(word):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_a_type(name):
-    """Those of components are in `COMPONENTS`."""
+    """Those of components are in `COMPONENTS`, those of methods in `METHODS`."""
     without = [path for of, path in OPTIONS if of == name and hint_at(COMMANDS[name], path) is None]
-    assert not [path for path in without if not path.startswith(("policy.", "task.env.", "train."))]
+    assert not [path for path in without if not path.startswith(("policy.", "task.env.", "train.", "method."))]
     assert name == "collect" or not [path for path in without if path.startswith("train.")]
 
 
 @pytest.mark.parametrize("task", choices("task"))
 def test_all_that_ships_is_in_range(task):
     check(load("train", [f"task={task}", "data=x"]), COMMANDS["train"])
+
+
+@pytest.mark.parametrize("name", choices("method"))
+def test_options_of_a_method_are_those_of_its_class_and_of_its_file(name):
+    taken = inspect.signature(registry.METHODS.load(name)).parameters
+    declared = dataclasses.asdict(METHODS[name]())
+    assert declared.keys() == taken.keys() - {"policy", "seed"}
+    written = load("finetune", ["bundle=x", f"method={name}"])["method"]
+    assert written == declared | {"name": name}
+    for key, value in declared.items():
+        default = taken[key].default
+        assert value == (list(default) if isinstance(default, tuple) else default)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, of in COMPONENTS.items() for name in of])

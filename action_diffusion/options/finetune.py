@@ -24,8 +24,8 @@ class Critics:
     hidden: Layers = field(default_factory=lambda: [256, 256])
     octaves: Octaves = 4
     members: Annotated[int, Between(1, 64)] = 2
-    updates: Annotated[float, Above(0, 1000)] = 2.0
-    batch_size: Annotated[int, Between(2, 65_536)] = 256
+    updates: Annotated[float, Above(0, 1000)] = 1.0
+    batch_size: Annotated[int, Between(2, 65_536)] = 128
     lr: Rate = 3e-4
     follow: Rate = 0.005
     warmup: Annotated[int, Between(1, 1_000_000)] = 500
