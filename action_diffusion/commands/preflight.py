@@ -14,7 +14,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.action_queue import SCHEDULINGS
-from action_diffusion.policy.reading import read_config, read_spec, require, require_extensions, trained_on
+from action_diffusion.policy.reading import check_sampler, read_config, read_spec, require, require_extensions, trained_on
 from action_diffusion.policy.spec import env_words
 from action_diffusion.registry import ARMS, ROBOTS
 
@@ -40,7 +40,11 @@ def train(config: Mapping[str, Any]) -> None:
 
 
 def evaluate(config: Evaluate) -> None:
-    """The bundles, and what there is to hold them against."""
+    """The bundles, what there is to hold them against, and an evaluation that is there already."""
+    from action_diffusion.training.evaluation.results import check_new
+
+    if config.output_dir is not None:
+        check_new(Path(config.output_dir))
     bundles = [Path(path) for path in config.bundles]
     compare = [] if config.compare is None else [Path(config.compare)]
     for path in (*bundles, *compare):
@@ -48,6 +52,7 @@ def evaluate(config: Evaluate) -> None:
         read_spec(path)
         read_config(path)
         require_extensions(path, config.extensions)
+        check_sampler(path, vars(config.sampler))
     simulated = [path for path in (*bundles, *compare) if read_spec(path).env is not None]
     others = [path for path in (*bundles, *compare) if path not in simulated]
     if simulated and others:
@@ -63,11 +68,13 @@ def evaluate(config: Evaluate) -> None:
 
 
 def deploy(config: Deploy) -> None:
-    """The bundle, the robot, the scheduling, and files that are named."""
+    """The bundle, the robot, that they fit, the scheduling, files that are named, and a log that is there already."""
+    spec = None
     if config.bundle:
-        read_spec(Path(config.bundle))
+        spec = read_spec(Path(config.bundle))
         read_config(Path(config.bundle))
         require_extensions(Path(config.bundle), config.extensions)
+        check_sampler(Path(config.bundle), vars(config.sampler))
     _check_exists("hardware", config.hardware)
     _check_exists("replay", config.replay)
     _check_page(config)
@@ -78,6 +85,16 @@ def deploy(config: Deploy) -> None:
     if config.scheduling not in SCHEDULINGS:
         raise unknown("scheduling", config.scheduling, SCHEDULINGS)
     _check_robot(config.robot, config.hardware)
+    if config.calibrate:
+        return
+    if config.output_dir is not None:
+        from action_diffusion.deploy.records.run_log import check_new
+
+        check_new(Path(config.output_dir))
+    if spec is not None:
+        from action_diffusion.deploy.robot.fitting import check_spec
+
+        check_spec(config, spec)
 
 
 def serve(config: Serve) -> None:
@@ -86,6 +103,7 @@ def serve(config: Serve) -> None:
     read_spec(Path(config.bundle))
     read_config(Path(config.bundle))
     require_extensions(Path(config.bundle), config.extensions)
+    check_sampler(Path(config.bundle), vars(config.sampler))
 
 
 def collect(config: Collect) -> None:

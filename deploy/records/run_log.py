@@ -17,6 +17,15 @@ from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path, writing
 
 
+NAME = "log.jsonl"
+
+
+def check_new(output_dir: Path) -> None:
+    """Raises `InputError` for a folder that holds a log already."""
+    if (output_dir / NAME).exists():
+        raise InputError(f"{output_dir} already holds a log: give another output_dir")
+
+
 class RunLog:
     """Appends a JSON object a step to DIR/log.jsonl, whole lines at once, so that a stopped run leaves them all.
 
@@ -38,9 +47,8 @@ class RunLog:
         self._interventions = 0
         self.notes: dict[str, object] = {}
         self._file: TextIO | None = None
-        self.path = output_dir / "log.jsonl"
-        if self.path.exists():
-            raise InputError(f"{output_dir} already holds a log: give another output_dir")
+        self.path = output_dir / NAME
+        check_new(output_dir)
 
     def write(self, record: StepRecord) -> None:
         """Add one step; what is not finite is not known, and null."""

@@ -21,16 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from action_diffusion.policy.diffusion.process import (
-    Flow,
-    Move,
-    Solver,
-    Step,
-    check_member,
-    check_prediction,
-    check_steps,
-    given,
-)
+from action_diffusion.options.policy import check_member, check_n_inference
+from action_diffusion.policy.diffusion.process import Flow, Move, Solver, Step, check_prediction, given
 
 
 class Masked:
@@ -59,7 +51,7 @@ class Masked:
 
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
         check_member(self.family, name)
-        check_steps(name, n_steps, None)
+        check_n_inference(name, n_steps, None)
         given(name, options)
         return MaskedSolver(n_steps)
 
