@@ -14,7 +14,14 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.action_queue import SCHEDULINGS
-from action_diffusion.policy.reading import check_sampler, read_config, read_spec, require, require_extensions, trained_on
+from action_diffusion.policy.reading import (
+    check_sampler,
+    read_config,
+    read_spec,
+    require,
+    require_extensions,
+    trained_on,
+)
 from action_diffusion.policy.spec import env_words
 from action_diffusion.registry import ARMS, ROBOTS
 

@@ -16,7 +16,6 @@ from action_diffusion.deploy.loop.events import StepRecord
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path, writing
 
-
 NAME = "log.jsonl"
 
 

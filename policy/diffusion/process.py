@@ -247,7 +247,9 @@ class Diffusion:
                 raise
             chosen = {"timestep_spacing": spacing, **options, "num_inference_steps": n_steps}
             listed = " ".join(f"{option}={str(value).lower()}" for option, value in chosen.items())
-            raise InputError(f"sampler: {name} with {listed}: {error}; {accepted_steps(self.num_train_timesteps)}") from None
+            raise InputError(
+                f"sampler: {name} with {listed}: {error}; {accepted_steps(self.num_train_timesteps)}"
+            ) from None
 
     def _step(self, index: int, time: float) -> Step:
         """At a training step; between two of them, where the logarithm of sigma is that much between theirs."""
