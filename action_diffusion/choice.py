@@ -78,7 +78,7 @@ class Table:
         return {_key(operation, size, threads): name for (operation, size, threads, _), name in self.known.items()}
 
     def take(self, ways: Mapping[str, str]) -> None:
-        """Take `ways`, as `taken` gave them in another process, wherever they can be had: the last bits depend on it."""
+        """Take `ways`, `taken` in another process, wherever they can be had: the last bits depend on it."""
         self._told = dict(ways)
         self.known.clear()
 

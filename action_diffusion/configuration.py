@@ -190,7 +190,7 @@ def _parse(name: str, word: str) -> Override:
 
 
 def _is_list(name: str, key: str) -> bool:
-    """Whether an option is a list, and nothing else; those of a policy's parts, whose types are not known yet, are not."""
+    """Whether an option is a list, and nothing else; not of a policy's parts, whose types are not known yet."""
     hints = alternatives(hint_at(COMMANDS[name], key))
     parts = [without_rules(hint) for hint in hints if hint is not type(None)]
     return bool(parts) and all(get_origin(part) is list for part in parts)
