@@ -99,7 +99,7 @@ def deploy(config: Deploy) -> None:
 
         check_new(Path(config.output_dir))
     if spec is not None:
-        from action_diffusion.deploy.robot.fitting import check_spec
+        from action_diffusion.deploy.fitting import check_spec
 
         check_spec(config, spec)
 

@@ -1,6 +1,6 @@
 """Whether a policy fits a robot, as far as a bundle says it without its network, and a driver without hardware.
 
-What is refused here is refused in a second; `robots.check_fit` looks at the robot that has started.
+What is refused here is refused in a second; `robot.robots.check_fit` looks at the robot that has started.
 """
 
 from __future__ import annotations
