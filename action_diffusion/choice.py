@@ -70,6 +70,17 @@ class Table:
         self.seconds = _read(path)
         self.spent = 0.0
         self._measuring = False
+        self._told: Mapping[str, str] = {}
+
+    @property
+    def taken(self) -> dict[str, str]:
+        """The ways of this process so far: operation, size and threads → way."""
+        return {_key(operation, size, threads): name for (operation, size, threads, _), name in self.known.items()}
+
+    def take(self, ways: Mapping[str, str]) -> None:
+        """Take `ways`, `taken` in another process, wherever they can be had: the last bits depend on it."""
+        self._told = dict(ways)
+        self.known.clear()
 
     def choose(
         self, operation: str, size: tuple[Any, ...], ways: Mapping[str, Callable[[], object]], ours: Collection[str]
@@ -79,7 +90,9 @@ class Table:
         allowed = [name for name in ways if not (setting == "off" and name in ours)]
         if setting == "on" and any(name in ours for name in allowed):
             allowed = [name for name in allowed if name in ours]
-        key = f"{operation} {_written(size)} threads={threads}"
+        key = _key(operation, size, threads)
+        if self._told.get(key) in allowed:
+            allowed = [self._told[key]]
         late = self.spent >= BUDGET and not self._measuring
         if len(allowed) > 1 and not late and not self._knows(key, allowed):
             self._measure(key, {name: ways[name] for name in allowed})
@@ -121,7 +134,7 @@ class Table:
 
     def clear(self) -> None:
         """Forget what was measured, in the file too."""
-        self.known, self.seconds, self.spent = {}, {}, 0.0
+        self.known, self.seconds, self.spent, self._told = {}, {}, 0.0, {}
         with suppress(OSError):
             self.path.unlink()
 
@@ -137,6 +150,10 @@ class Table:
         except OSError:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def _key(operation: str, size: tuple[Any, ...], threads: int) -> str:
+    return f"{operation} {_written(size)} threads={threads}"
 
 
 def _written(size: tuple[Any, ...]) -> str:

@@ -184,11 +184,20 @@ def _parse(name: str, word: str) -> Override:
         listed = value[0] == "[" and (lists or value[-1] == "]")
         if value != "null" and value[0] not in "'\"" and not listed:  # in quotes already, or a list
             word = f"{key}={_quoted(value)}"
+    elif value and value[0] != "[" and value != "null" and "${" not in value and _is_list(name, key):
+        word = f"{key}=[{value}]"  # of one, or with commas
     try:
         return OverridesParser.create().parse_override(word)
     except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
         word = word if len(word) < 200 else f"{word[:200]}…"
         raise InputError(f"{word!r} cannot be read ({_short(error)[:200]}): put quotes around its value") from None
+
+
+def _is_list(name: str, key: str) -> bool:
+    """Whether an option is a list, and nothing else; not of a policy's parts, whose types are not known yet."""
+    hints = alternatives(hint_at(COMMANDS[name], key))
+    parts = [without_rules(hint) for hint in hints if hint is not type(None)]
+    return bool(parts) and all(get_origin(part) is list for part in parts)
 
 
 def _quoted(text: str) -> str:

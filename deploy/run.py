@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from action_diffusion import choice
 from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.loop.clock import Clock, MonotonicClock
 from action_diffusion.deploy.loop.episode import run_episode
@@ -56,13 +57,14 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
         robots.check_fit(robot, policy.spec)
         limits = demonstrated(policy.spec.normalizer["action"], config.safety.margin).within(robot.limits)
         _warm_up(policy, queue, guidance, config.guard.action)
+        computing = {"threads": threads, "ways": choice.table().taken, "machine": choice.machine()}
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
         beside = Path(config.bundle).parent if config.bundle else Path()
         output_dir = Path(config.output_dir) if config.output_dir else beside / stamp
         with (
             RunLog(output_dir, control_rate=policy.spec.control_rate) as log,
             closing(
-                Subscribers(config, robot, policy.spec, limits=limits, output_dir=output_dir, threads=threads)
+                Subscribers(config, robot, policy.spec, limits=limits, output_dir=output_dir, computing=computing)
             ) as subscribers,
         ):
             try:

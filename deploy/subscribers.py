@@ -28,9 +28,21 @@ from action_diffusion.policy.spec import PolicySpec
 
 _KEPT = (
     *("robot", "seed", "n_episodes", "scheduling", "delay", "execution_horizon", "rtc", "sampler"),
-    *("device", "precision", "compile", "cuda_graph", "threads", "simulated", "safety", "dry_run", "guard"),
+    *(
+        "device",
+        "precision",
+        "compile",
+        "cuda_graph",
+        "simulated",
+        "safety",
+        "dry_run",
+        "guard",
+        "extensions",
+        "server",
+    ),
+    *("threads", "ways", "machine"),
 )
-"""Of the configuration, what the record keeps; threads: torch's, on which the last bits of a chunk depend."""
+"""Of the configuration, what the record keeps; the last are what the last bits of a chunk depend on."""
 
 
 class Subscribers:
@@ -40,7 +52,7 @@ class Subscribers:
         config: `configs/deploy.yaml`: page, page_host, page_token_file, wait, teleop, record and what that keeps.
         limits: of the loop's gate.
         output_dir: where the record goes.
-        threads: torch's, on which the last bits of a chunk depend.
+        computing: torch's threads and the kernels' ways, on which the last bits of a chunk depend.
         say: takes a line for whoever started the run.
 
     Raises:
@@ -55,7 +67,7 @@ class Subscribers:
         *,
         limits: Limits,
         output_dir: Path,
-        threads: int | None = None,
+        computing: Mapping[str, object] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.subscriber: Subscriber = NoSubscriber()
@@ -76,7 +88,7 @@ class Subscribers:
         if not config.record and port is None:
             return
         output = output_dir / RECORD if config.record else None
-        attrs = _attrs({**asdict(config), "threads": threads}, robot, spec, limits)
+        attrs = _attrs({**asdict(config), **(computing or {})}, robot, spec, limits)
         self.subscriber = self._recording = RunStream(processes.folder, spec, output=output, attrs=attrs)
         try:
             if port is not None:
@@ -168,5 +180,5 @@ def _attrs(config: Mapping[str, object], robot: Robot, spec: PolicySpec, limits:
         "n_action_steps": spec.n_action_steps,
         "lookahead": robot.lookahead,
         "limits": plain_limits(limits),
-        "config": {key: config[key] for key in _KEPT},
+        "config": {key: config.get(key) for key in _KEPT},
     }

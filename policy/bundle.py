@@ -33,6 +33,7 @@ from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 from action_diffusion.errors import InputError
+from action_diffusion.options.policy import with_sampler
 from action_diffusion.policy.build import build_policy, check_sections, check_statistics
 from action_diffusion.policy.extensions.extension import Fitted, attach, write
 from action_diffusion.policy.kernels import accelerate
@@ -123,12 +124,12 @@ def load(
         raise InputError(f"{path / 'config.yaml'}: no 'policy' section")
     with _named(path / "config.yaml"):
         check_sections(policy_config)
-    if sampler:
-        policy_config = policy_config | {"sampler": _merge_sampler(policy_config["sampler"], sampler)}
+    own = policy_config["sampler"]
+    policy_config = with_sampler(policy_config, sampler or {})
     encoder = policy_config.get("encoder")
     if isinstance(encoder, dict) and encoder.get("weights"):  # initial weights from a file were only for training
         policy_config = policy_config | {"encoder": encoder | {"weights": None}}
-    with _named(path / "config.yaml"):
+    with _named(path / "config.yaml", unless=None if policy_config["sampler"] == own else "sampler"):
         policy = build_policy(policy_config, spec)
     load_weights(policy, path)
     with _named(path / "spec.json"):
@@ -158,7 +159,7 @@ def derive(
     source, path = Path(source), Path(path)
     config, own = read_config(source), source / "golden.safetensors"
     policy = load(source, sampler=sampler, extensions=())
-    config["policy"] = config["policy"] | {"sampler": _merge_sampler(config["policy"]["sampler"], sampler or {})}
+    config["policy"] = with_sampler(config["policy"], sampler or {})
     golden = load_numpy(own) if own.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -260,11 +261,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Errors say which file they are about."""
+def _named(file: Path, unless: str | None = None) -> Iterator[None]:
+    """Errors say which file they are about. unless: the first word of those that are about what was given beside it."""
     try:
         yield
     except InputError as error:
+        if unless is not None and str(error).startswith(unless):
+            raise
         raise InputError(f"{file}: {error}") from None
 
 
@@ -280,15 +283,6 @@ def _golden(policy: DiffusionPolicy, state: Mapping[str, Any], obs: Mapping[str,
     policy.train(training)
     inputs = {f"obs.{key}": np.ascontiguousarray(value) for key, value in obs.items()}
     return inputs | {"noise": noise, "action_pred": np.ascontiguousarray(chunk["action_pred"])}
-
-
-def _merge_sampler(own: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    changes = {key: value for key, value in changes.items() if value is not None}
-    base = dict(own)
-    if changes.get("scheduler", own["scheduler"]) != own["scheduler"]:
-        # Options such as eta or timestep_spacing belong to one scheduler.
-        base = {key: own[key] for key in ("scheduler", "num_inference_steps", "clip", "clip_range") if key in own}
-    return base | changes
 
 
 def _replace(folder: Path, path: Path) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options import BundleConfig
+from action_diffusion.options import BundleConfig, check_policy
+from action_diffusion.options.policy import with_sampler
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.registry import EXTENSIONS
 from action_diffusion.schema import check, shown
@@ -61,6 +62,19 @@ def require_extensions(bundle: Path, names: Iterable[str]) -> None:
                 f"{bundle}: extension {name!r} is not fitted (there: {', '.join(fitted) or 'none'}): "
                 f"action-diffusion fit {name} bundle={bundle}"
             )
+
+
+def check_sampler(bundle: Path, changes: Mapping[str, Any]) -> None:
+    """`InputError` for options that a bundle's policy cannot be sampled with, see `options.policy.with_sampler`."""
+    if all(value is None for value in changes.values()):
+        return
+    policy = read_config(bundle).get("policy")
+    try:
+        check_policy(policy)
+    except InputError as error:
+        raise InputError(f"{bundle / 'config.yaml'}: {error}") from None
+    assert isinstance(policy, dict)
+    with_sampler(policy, changes)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -110,7 +110,10 @@ def test_version(capsys):
     ("words", "message"),
     [
         ("trian", "unknown command 'trian': did you mean train?"),
-        ("fly", "unknown command 'fly': choose from collect, data, deploy, evaluate, finetune, fit, info, serve, train"),
+        (
+            "fly",
+            "unknown command 'fly': choose from collect, data, deploy, evaluate, finetune, fit, info, serve, train",
+        ),
         ("train --resume", "unknown option --resume: options are written name=value"),
         ("train task", "'task' is not of the form name=value; see: action-diffusion train --help"),
         ("train =3", "'=3' is not of the form name=value"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from action_diffusion.configuration import GROUPS, choices, load
+from action_diffusion.configuration import GROUPS, _parse, choices, load
 from action_diffusion.errors import InputError
 from action_diffusion.options import TrainSettings
 from action_diffusion.policy.build import build_policy, fit_normalizer
@@ -176,7 +176,7 @@ def test_defaults_are_those_of_the_settings():
         ("train", "device=null", "device=null: expected a word, such as auto"),
         ("train", "data=[a,3]", r"data\[1\]=3: expected a path"),
         ("train", "data=[]", "data has 0 values, expected 1 to 64"),
-        ("train", "drop=wrist", r"drop=wrist: expected names in brackets, such as \[wrist,front\]"),
+        ("train", "drop=", "drop=: expected names in brackets, such as"),
         (
             "train",
             "task.observations.stat=null",
@@ -218,6 +218,29 @@ def test_options_of_components_need_not_stand_in_a_file():
     assert config["policy"]["encoder"] == {"name": "observation", "crop": [84, 84], "share": True}
     assert config["policy"]["sampler"]["eta"] == 0.5
     assert load("evaluate", ["bundle=x", "sampler.eta=0.5"])["sampler"]["eta"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "expected"),
+    [
+        ("train", "drop=wrist", ["wrist"]),
+        ("train", "drop=wrist,front", ["wrist", "front"]),
+        ("train", "drop=[wrist]", ["wrist"]),
+        ("train", "drop=null", None),
+        ("evaluate", "extensions=guard", ["guard"]),
+        ("collect", "gripper=0,1", [0, 1]),
+        ("fit guard", "sigmas=0.2", [0.2]),
+        ("fit constraint", "columns=2,3", [2, 3]),
+    ],
+)
+def test_a_list_needs_no_brackets(name, word, expected):
+    parsed = _parse(name, word)
+    assert parsed.value() == expected
+    if name == "train":
+        value = load("train", [word])
+        for key in word.partition("=")[0].split("."):
+            value = value[key]
+        assert value == expected
 
 
 @pytest.mark.parametrize("key", ["policy.crop", "dataset.foo", "evaluation.foo.bar", "hydra.run.dir", "nothing"])

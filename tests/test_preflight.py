@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,21 @@ MISTAKES = {
     "train data=fast.zarr task=custom task.control_rate=10": "data convert in=fast.zarr out=fast_copy.zarr rate=10",
     "train data=own.zarr task=custom output_dir=run": "run already holds a run: give resume=true to go on with it",
     "evaluate bundle=own sampler.timestep_spacing=karras": "sampler.timestep_spacing=karras: choose from leading,",
+    "evaluate bundle=simulated sampler.num_inference_steps=1000": "error: sampler.num_inference_steps=1000 for ddim",
+    "evaluate bundle=simulated sampler.scheduler=flow": "error: sampler.scheduler=flow is of the flow family, but the",
+    "evaluate bundle=simulated sampler.shift=2": "error: sampler option not known to ddim: shift",
+    "evaluate bundle=simulated output_dir=run/evaluated": "run/evaluated already holds an evaluation: give another out",
+    "evaluate bundle=simulated output_dir=run/compared": "run/compared already holds an evaluation: give another out",
+    "train policy.sampler.num_inference_steps=1000": "error: policy.sampler.num_inference_steps=1000 for ddim must",
+    "train policy.sampler.num_inference_steps=7": "policy.sampler.num_inference_steps=7 does not divide 100 training",
     "deploy bundle=nowhere": "no bundle at nowhere",
+    "deploy bundle=own sampler.num_inference_steps=1000": "error: sampler.num_inference_steps=1000 for ddim must be",
+    "deploy server=ws://127.0.0.1:9 sampler.eta=0": "sampler.eta is for whoever predicts: give it to action-diffusion",
+    "deploy bundle=own output_dir=run/deployed": "run/deployed already holds a log: give another output_dir",
+    "deploy bundle=seven": "bundle=seven does not fit robot=sim_pusht: an action of 7 values is no command: the arm",
+    "deploy bundle=own robot=sim_arm": "robot=sim_arm does lift, can, square; this is no simulated task",
+    "deploy bundle=seven robot=ur hardware=ur.yaml": "an action of 7 values is no command: the arm takes 6",
+    "deploy bundle=own robot=ur hardware=junk.yaml": "arm ur: ",
     "deploy bundle=own hardware=nowhere.yaml": "hardware=nowhere.yaml: no such file or folder",
     "deploy": "bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT",
     "deploy bundle=own robot=sim_push": "unknown robot 'sim_push': did you mean sim_pusht?",
@@ -63,6 +78,7 @@ MISTAKES = {
     "deploy replay=nowhere": "replay=nowhere: no such file or folder",
     "collect output=x.zarr agent=teleop robot=urr": "unknown robot 'urr': did you mean ur?",
     "serve bundle=nowhere": "no bundle at nowhere",
+    "serve bundle=own sampler.num_inference_steps=1000": "error: sampler.num_inference_steps=1000 for ddim must be",
     "serve bundle=own host=0.0.0.0": "host=0.0.0.0 lets other machines in: give token_file=PATH, or set",
     "deploy bundle=own page_host=0.0.0.0": "page_host=0.0.0.0 lets other machines in: give page_token_file=PATH",
     "collect output=x.zarr visited_by=nowhere": "no bundle at nowhere",
@@ -92,6 +108,12 @@ def found(tmp_path_factory) -> dict[str, list]:
     bundles.save(folder / "simulated", policy, {"policy": TINY})
     object.__setattr__(policy.spec, "env", None)
     bundles.save(folder / "own", policy, {"policy": TINY})
+    seven = shutil.copytree(folder / "own", folder / "seven")
+    spec = json.loads((seven / "spec.json").read_text())
+    spec["action"]["shape"] = [7]
+    (seven / "spec.json").write_text(json.dumps(spec))
+    (folder / "ur.yaml").write_text("arm: {host: 127.0.0.1, model: ur5e}\n")
+    (folder / "junk.yaml").write_text("arm: {hosts: 127.0.0.1}\n")
     columns: dict[str, np.ndarray] = {
         "front": np.zeros((20, 32, 48, 3), np.uint8),
         "state": np.zeros((20, 5), np.float32),
@@ -104,6 +126,9 @@ def found(tmp_path_factory) -> dict[str, list]:
     for name in ("junk", "runs", "run"):
         (folder / name).mkdir()
     (folder / "run" / "metrics.jsonl").write_text('{"step": 10}\n')
+    for name in ("evaluated/results.json", "compared/comparison/results.json", "deployed/log.jsonl"):
+        (folder / "run" / name).parent.mkdir(parents=True)
+        (folder / "run" / name).write_text("{}\n")
     (folder / "runs" / "run_0.csv").write_text("x,target_x\n0,1\n1,2\n")
     write_robomimic(folder / "own.hdf5")
     write_robosuite(folder / "states.hdf5")

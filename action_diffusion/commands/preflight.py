@@ -15,7 +15,7 @@ from action_diffusion.options import Collect, Deploy, Evaluate, Serve
 from action_diffusion.options.finetune import Finetune
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.action_queue import SCHEDULINGS
-from action_diffusion.policy.reading import acting, read_config, read_spec, require, trained_on
+from action_diffusion.policy.reading import acting, check_sampler, read_config, read_spec, require, trained_on
 from action_diffusion.policy.spec import env_words
 from action_diffusion.registry import ARMS, ROBOTS
 
@@ -45,6 +45,7 @@ def finetune(config: Finetune) -> None:
     path = Path(config.bundle)
     spec = read_spec(path)
     read_config(path)
+    check_sampler(path, vars(config.sampler))
     if spec.env is None:
         raise InputError(f"{path}: its task, {spec.task}, has no simulator to try things in")
     if config.resume and config.output_dir is None:
@@ -60,7 +61,11 @@ def finetune(config: Finetune) -> None:
 
 
 def evaluate(config: Evaluate) -> None:
-    """The bundles, and what there is to hold them against."""
+    """The bundles, what there is to hold them against, and an evaluation that is there already."""
+    from action_diffusion.training.evaluation.results import check_new
+
+    if config.output_dir is not None:
+        check_new(Path(config.output_dir))
     bundles = [Path(path) for path in config.bundles]
     compare = [] if config.compare is None else [Path(config.compare)]
     for path in (*bundles, *compare):
@@ -68,6 +73,7 @@ def evaluate(config: Evaluate) -> None:
         read_spec(path)
         read_config(path)
         acting(path, config.extensions)
+        check_sampler(path, vars(config.sampler))
     simulated = [path for path in (*bundles, *compare) if read_spec(path).env is not None]
     others = [path for path in (*bundles, *compare) if path not in simulated]
     if simulated and others:
@@ -83,11 +89,13 @@ def evaluate(config: Evaluate) -> None:
 
 
 def deploy(config: Deploy) -> None:
-    """The bundle, the robot, the scheduling, and files that are named."""
+    """The bundle, the robot, that they fit, the scheduling, files that are named, and a log that is there already."""
+    spec = None
     if config.bundle:
-        read_spec(Path(config.bundle))
+        spec = read_spec(Path(config.bundle))
         read_config(Path(config.bundle))
         acting(Path(config.bundle), config.extensions)
+        check_sampler(Path(config.bundle), vars(config.sampler))
     _check_exists("hardware", config.hardware)
     _check_exists("replay", config.replay)
     _check_page(config)
@@ -98,6 +106,16 @@ def deploy(config: Deploy) -> None:
     if config.scheduling not in SCHEDULINGS:
         raise unknown("scheduling", config.scheduling, SCHEDULINGS)
     _check_robot(config.robot, config.hardware)
+    if config.calibrate:
+        return
+    if config.output_dir is not None:
+        from action_diffusion.deploy.records.run_log import check_new
+
+        check_new(Path(config.output_dir))
+    if spec is not None:
+        from action_diffusion.deploy.fitting import check_spec
+
+        check_spec(config, spec)
 
 
 def serve(config: Serve) -> None:
@@ -106,6 +124,7 @@ def serve(config: Serve) -> None:
     read_spec(Path(config.bundle))
     read_config(Path(config.bundle))
     acting(Path(config.bundle), config.extensions)
+    check_sampler(Path(config.bundle), vars(config.sampler))
 
 
 def collect(config: Collect) -> None:

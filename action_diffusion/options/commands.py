@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from action_diffusion.errors import InputError
 from action_diffusion.options.data import Absolute, Augment, Convert, DataReport, Doctor, Edit, Inspect, View
 from action_diffusion.options.extensions import FITS, Fit
 from action_diffusion.options.finetune import Finetune
@@ -188,6 +189,12 @@ class Deploy:
     safety: Safety = field(default_factory=Safety)
     guard: GuardSettings = field(default_factory=GuardSettings)
     sampler: AnySampler = field(default_factory=AnySampler)
+
+    def __post_init__(self) -> None:
+        chosen = [f"sampler.{name}" for name, value in vars(self.sampler).items() if value is not None]
+        chosen += [name for name in ("extensions", "compile", "cuda_graph") if getattr(self, name)]
+        if self.server is not None and chosen:
+            raise InputError(f"{chosen[0]} is for whoever predicts: give it to action-diffusion serve")
 
 
 @dataclass(kw_only=True)

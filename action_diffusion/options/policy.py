@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from action_diffusion.errors import InputError
+from action_diffusion.errors import InputError, unknown
 from action_diffusion.options.words import MOST_STEPS, Column, Columns, Finite, Places, Pose, Share, Size
 from action_diffusion.registry import POLICY_PARTS
 from action_diffusion.schema import Above, Between, ByName, FilePath, Matching, OneOf, Section, Sized, check
@@ -273,6 +273,13 @@ SCHEDULERS = {
     "mip": (),
 }
 """The options of each scheduler, beside what `policy.sampler.Sampler` takes for all of them."""
+OF_ALL = ("scheduler", "num_inference_steps", "clip", "clip_range")
+"""Options of a sampler that belong to no single scheduler."""
+PROCESS_OF = {
+    **dict.fromkeys(("ddpm", "ddim", "dpm_solver++"), "diffusion"),
+    **{name: name for name in ("flow", "masked", "mip")},
+}
+"""The family of processes that each scheduler samples."""
 
 
 @dataclass(kw_only=True)
@@ -311,6 +318,10 @@ class Policy:
         if name in FAMILIES and process is not None:
             prediction = self.process.get("prediction", process().prediction)
             check_process(name, FAMILIES[name], str(self.process.get("name")), str(prediction))
+        try:
+            _check_sampling(vars(self.sampler), self.process)
+        except InputError as error:
+            raise InputError(f"policy.{error}") from None
 
 
 FAMILIES = {"consistency": "flow", "flow_map": "flow", "mean_flow": "flow", "mip": "mip", "shortcut": "flow"}
@@ -339,3 +350,69 @@ def check_sampler(scheduler: str, options: Mapping[str, Any]) -> None:
             accepted = ", ".join(SCHEDULERS.get(scheduler, ()))
             raise InputError(f"sampler option not known to {scheduler}: {name}; it takes {accepted}")
     check(dict(options), AnySampler, "sampler")
+
+
+def check_member(family: str, name: str) -> None:
+    """`InputError` for a scheduler that there is not, or that samples another family of processes."""
+    if name not in PROCESS_OF:
+        raise unknown("sampler.scheduler", name, PROCESS_OF)
+    if PROCESS_OF[name] != family:
+        fitting = ", ".join(key for key, value in PROCESS_OF.items() if value == family)
+        raise InputError(
+            f"sampler.scheduler={name} is of the {PROCESS_OF[name]} family, but the policy was trained as "
+            f"{family}: choose from {fitting}"
+        )
+
+
+def check_n_inference(name: str, n_steps: int, most: int | None) -> None:
+    """`InputError` for more denoising steps than `most`, and for none."""
+    if not 1 <= n_steps <= (most := min(most or MOST_STEPS, MOST_STEPS)):
+        raise InputError(f"sampler.num_inference_steps={n_steps} for {name} must be between 1 and {most}")
+
+
+def check_trailing(n_steps: int, n_training: int) -> None:
+    """`InputError` where trailing steps do not fall on steps of training: diffusers steps back by T // n whatever the
+    rounded ones are, so the noise levels would drift."""
+    if n_training % n_steps:
+        raise InputError(
+            f"sampler.num_inference_steps={n_steps} does not divide {n_training} training steps, as trailing spacing "
+            f"needs: {accepted_steps(n_training)}"
+        )
+
+
+def accepted_steps(n_training: int) -> str:
+    """What always goes, in words."""
+    divisors = ", ".join(str(d) for d in range(1, n_training + 1) if n_training % d == 0)
+    return (
+        f"use timestep_spacing=trailing with num_inference_steps={divisors}, or scheduler=dpm_solver++ with that "
+        "spacing in any number of steps"
+    )
+
+
+def with_sampler(policy: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `policy` of a bundle with other options of its sampler, where they are not null.
+
+    Raises `InputError` for what it cannot be sampled with, as far as that shows without making the scheduler.
+    """
+    given = {key: value for key, value in changes.items() if value is not None}
+    own, process = policy["sampler"], policy["process"]
+    if not given:
+        return dict(policy)
+    if given.get("scheduler", own["scheduler"]) != own["scheduler"]:  # others, such as eta, belong to one scheduler
+        own = {key: own[key] for key in OF_ALL if key in own}
+    sampler = {**own, **given}
+    _check_sampling(sampler, process)
+    return {**policy, "sampler": sampler}
+
+
+def _check_sampling(sampler: Mapping[str, Any], process: Mapping[str, Any]) -> None:
+    if process["name"] not in COMPONENTS["process"]:
+        return  # a plugin's says itself what goes
+    name, n_steps = sampler["scheduler"], sampler["num_inference_steps"]
+    options = {key: value for key, value in sampler.items() if key not in OF_ALL and value is not None}
+    check_member(process["name"], name)
+    check_sampler(name, options)
+    n_training = process.get("num_train_timesteps", DiffusionOptions.num_train_timesteps)
+    check_n_inference(name, n_steps, {"diffusion": n_training, "mip": 2}.get(process["name"]))
+    if name in ("ddpm", "ddim") and options.get("timestep_spacing", "trailing") == "trailing":
+        check_trailing(n_steps, n_training)

@@ -20,7 +20,8 @@ _HIGHEST = 1e6
 def at_rate(opened: Opened, rate: float | None) -> Opened:
     """What was opened, at `rate` (Hz; None: as it is).
 
-    Where neither its attributes nor its time stamps say another rate, `rate` is its `control_rate`.
+    Where neither its attributes nor its time stamps say another rate, `rate` is its `control_rate`; one that is nearly
+    `rate` (`SAME_RATE`) is called that, and every row stays.
 
     Raises `InputError` for a `control_rate` that is none, and where rows would have to be made up.
     """
@@ -42,6 +43,12 @@ def at_rate(opened: Opened, rate: float | None) -> Opened:
 
 def _lower(opened: Opened, was: float, rate: float) -> Opened:
     buffer = opened.buffer
+    if math.isclose(rate, was, rel_tol=SAME_RATE):  # 30 Hz of a camera's 29.97
+        buffer.attrs["control_rate"] = rate
+        said = (
+            f"{rate:g} Hz for {was:g} Hz: every row, {abs(rate / was - 1):.1%} {'faster' if rate > was else 'slower'}"
+        )
+        return Opened(buffer, opened.left_out, (*opened.said, said))
     if rate > was:
         raise InputError(
             f"rate={rate:g}: {buffer.name} has {was:g} Hz: for a lower rate rows are left out, they are never made up"

@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from action_diffusion.deploy.loop.events import StepRecord
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path, writing
+
+NAME = "log.jsonl"
+
+
+def check_new(output_dir: Path) -> None:
+    """Raises `InputError` for a folder that holds a log already."""
+    if (output_dir / NAME).exists():
+        raise InputError(f"{output_dir} already holds a log: give another output_dir")
 
 
 class RunLog:
@@ -37,10 +47,9 @@ class RunLog:
         self._missed = 0
         self._interventions = 0
         self.notes: dict[str, object] = {}
-        self._file: TextIO | None = None
-        self.path = output_dir / "log.jsonl"
-        if self.path.exists():
-            raise InputError(f"{output_dir} already holds a log: give another output_dir")
+        self._file: FileIO | None = None
+        self.path = output_dir / NAME
+        check_new(output_dir)
 
     def write(self, record: StepRecord) -> None:
         """Add one step; what is not finite is not known, and null."""
@@ -48,8 +57,8 @@ class RunLog:
         with writing(str(self.path)):
             if self._file is None:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("x", buffering=1, encoding="utf-8")
-            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+                self._file = self.path.open("xb", buffering=0)
+            _append(self._file, (json.dumps(plain, allow_nan=False) + "\n").encode())
         self._lateness.append(record.lateness_ms)
         if record.inference_ms is not None:
             self._inference.append(record.inference_ms)
@@ -87,8 +96,20 @@ class RunLog:
         if self._file is None:
             return
         self._file.close()
-        with atomic_path(self.output_dir / "latency.json") as temporary:
+        said = suppress(InputError) if isinstance(error, InputError) else nullcontext()  # the first reason counts
+        with said, atomic_path(self.output_dir / "latency.json") as temporary:
             temporary.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+
+
+def _append(file: FileIO, line: bytes) -> None:
+    """The whole line, or nothing of it: a full disk may take a part. Raises `OSError` where it is full."""
+    size = file.tell()
+    try:
+        while line:
+            line = line[file.write(line) :]
+    except OSError:
+        file.truncate(size)
+        raise
 
 
 def _known(value: Any) -> Any:

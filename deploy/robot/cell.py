@@ -87,6 +87,13 @@ def camera_setups(cell: Mapping[str, Any]) -> dict[str, CameraSetup]:
     return setups
 
 
+def check_cameras(keys: Sequence[str], cameras: Mapping[str, CameraSetup], hardware: str | None) -> None:
+    """Raises `InputError` for an image that a policy sees, and that no camera of the file takes."""
+    for key in keys:
+        if key not in cameras:
+            raise unknown("camera", key, cameras, f"hardware={hardware}, and the policy needs it")
+
+
 class CellRobot(ProcessRobot):
     """A `ProcessRobot` whose observations may be several states, one after the other.
 
@@ -120,9 +127,7 @@ def robot(task: RobotTask, options: RobotOptions) -> CellRobot:
     """The robot that `options` name, with the file's settings. Raises `InputError` for one that does not start."""
     cell = read_cell(options.hardware)
     cameras = camera_setups(cell)
-    for key in task.cameras:
-        if key not in cameras:
-            raise unknown("camera", key, cameras, f"hardware={options.hardware}, and the policy needs it")
+    check_cameras(task.cameras, cameras, options.hardware)
     given = cell.get("observations") or {}
     segments = Segments()
     try:

@@ -18,8 +18,7 @@ DeployedPolicy = DiffusionPolicy | RemotePolicy
 def open_policy(config: Deploy) -> DeployedPolicy:
     """What `configs/deploy.yaml` names by bundle=, by server=, or by both, which then have to be the same policy.
 
-    Raises `InputError` for neither, for a bundle that cannot be loaded, for a server that is not there, and for
-    options that are the server's to choose.
+    Raises `InputError` for neither, for a bundle that cannot be loaded, and for a server that is not there.
     """
     bundle, server = config.bundle, config.server
     if server is None:
@@ -29,10 +28,6 @@ def open_policy(config: Deploy) -> DeployedPolicy:
         return bundles.load(
             Path(bundle), str(config.device), sampler=vars(config.sampler), extensions=config.extensions, **faster
         ).requires_grad_(False)
-    chosen = [f"sampler.{name}" for name, value in vars(config.sampler).items() if value is not None]
-    chosen += [name for name in ("extensions", "compile", "cuda_graph") if getattr(config, name)]
-    if chosen:
-        raise InputError(f"{chosen[0]} is for whoever predicts: give it to action-diffusion serve")
     spec = None if bundle is None else bundles.read_spec(Path(bundle))
     remote = RemotePolicy(str(server), token=read_token(config.token_file), timeout=config.server_timeout)
     if spec is not None and spec != remote.spec:

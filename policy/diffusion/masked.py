@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from action_diffusion.policy.diffusion.process import Flow, check_member, check_prediction, check_steps, given
+from action_diffusion.options.policy import check_member, check_n_inference
+from action_diffusion.policy.diffusion.process import Flow, check_prediction, given
 from action_diffusion.policy.diffusion.solver import Move, Solver, Step
 
 
@@ -51,7 +52,7 @@ class Masked:
 
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
         check_member(self.family, name)
-        check_steps(name, n_steps, None)
+        check_n_inference(name, n_steps, None)
         given(name, options)
         return MaskedSolver(n_steps)
 

@@ -33,17 +33,15 @@ from diffusers import (
 from torch import Tensor
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options import MOST_STEPS, check_sampler
+from action_diffusion.options.policy import (
+    accepted_steps,
+    check_member,
+    check_n_inference,
+    check_sampler,
+    check_trailing,
+)
 from action_diffusion.policy.diffusion.solver import CLEAN, NOISE, Move, Solver, Step, UnmetLevels
 
-FAMILIES = {
-    "ddpm": "diffusion",
-    "ddim": "diffusion",
-    "dpm_solver++": "diffusion",
-    "flow": "flow",
-    "masked": "masked",
-    "mip": "mip",
-}
 PREDICTIONS = {
     "diffusion": ("epsilon", "sample", "v_prediction"),
     "flow": ("velocity", "sample"),
@@ -145,7 +143,7 @@ class Diffusion:
 
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
         check_member(self.family, name)
-        check_steps(name, n_steps, self.num_train_timesteps)
+        check_n_inference(name, n_steps, self.num_train_timesteps)
         options = given(name, options)
         spacing = options.pop("timestep_spacing", "linspace" if name == "dpm_solver++" else "trailing")
         common: dict[str, Any] = dict(self._betas, prediction_type="sample", timestep_spacing=spacing)
@@ -154,12 +152,8 @@ class Diffusion:
         if name == "dpm_solver++":
             scheduler = DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", **options)
         else:
-            if spacing == "trailing" and self.num_train_timesteps % n_steps:
-                # diffusers steps back by T // n whatever the rounded timesteps are, so the levels would drift.
-                raise InputError(
-                    f"sampler.num_inference_steps={n_steps} does not divide {self.num_train_timesteps} training "
-                    f"steps, as trailing spacing needs: {self._accepted()}"
-                )
+            if spacing == "trailing":
+                check_trailing(n_steps, self.num_train_timesteps)
             if name == "ddim":
                 advance["eta"] = float(options.pop("eta", 0.0))
             cls = DDIMScheduler if name == "ddim" else DDPMScheduler
@@ -173,7 +167,9 @@ class Diffusion:
                 raise
             chosen = {"timestep_spacing": spacing, **options, "num_inference_steps": n_steps}
             listed = " ".join(f"{option}={str(value).lower()}" for option, value in chosen.items())
-            raise InputError(f"sampler: {name} with {listed}: {error}; {self._accepted()}") from None
+            raise InputError(
+                f"sampler: {name} with {listed}: {error}; {accepted_steps(self.num_train_timesteps)}"
+            ) from None
 
     def _step(self, index: int, time: float) -> Step:
         """At a training step; between two of them, where the logarithm of sigma is that much between theirs."""
@@ -195,12 +191,6 @@ class Diffusion:
     @property
     def _log_sigmas(self) -> np.ndarray:
         return 0.5 * (torch.log1p(-self._alphas) - torch.log(self._alphas)).numpy()
-
-    def _accepted(self) -> str:
-        return (
-            f"use timestep_spacing=trailing with num_inference_steps={_divisors(self.num_train_timesteps)}, "
-            "or scheduler=dpm_solver++ with that spacing in any number of steps"
-        )
 
 
 class Flow:
@@ -231,7 +221,7 @@ class Flow:
 
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
         check_member(self.family, name)
-        check_steps(name, n_steps, None)
+        check_n_inference(name, n_steps, None)
         options = given(name, options)
         scheduler: Any = FlowMatchEulerDiscreteScheduler(**options)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / n_steps, n_steps).tolist())
@@ -276,7 +266,7 @@ class Mip:
 
     def solver(self, name: str, n_steps: int, **options: Any) -> Solver:
         check_member(self.family, name)
-        check_steps(name, n_steps, 2)
+        check_n_inference(name, n_steps, 2)
         given(name, options)
         steps = [
             Step(0, Flow.TIME_SCALE, 0.0, 0.0),
@@ -292,28 +282,8 @@ def check_prediction(family: str, prediction: str) -> None:
         raise unknown("prediction", prediction, PREDICTIONS[family], f"a {family} process")
 
 
-def check_member(family: str, name: str) -> None:
-    if name not in FAMILIES:
-        raise unknown("sampler.scheduler", name, FAMILIES)
-    if FAMILIES[name] != family:
-        fitting = ", ".join(key for key, value in FAMILIES.items() if value == family)
-        raise InputError(
-            f"sampler.scheduler={name} is of the {FAMILIES[name]} family, but the policy was trained as "
-            f"{family}: choose from {fitting}"
-        )
-
-
 def given(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that are not null, all of them the scheduler's."""
     given = {option: value for option, value in options.items() if value is not None}
     check_sampler(name, given)
     return given
-
-
-def check_steps(name: str, n_steps: int, most: int | None) -> None:
-    if not 1 <= n_steps <= (most := min(most or MOST_STEPS, MOST_STEPS)):
-        raise InputError(f"sampler.num_inference_steps={n_steps} for {name} must be between 1 and {most}")
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

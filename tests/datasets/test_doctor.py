@@ -96,6 +96,44 @@ def test_a_camera_that_is_late_or_early_everywhere(buffer: ReplayBuffer, lag: in
     assert ("late" if lag < 0 else "early") in found[0].how_bad
 
 
+@pytest.mark.parametrize("step", [0.3, 0.7, 1.7, 2.3, 3.1])
+def test_a_copy_at_another_rate_is_a_copy(step: float) -> None:
+    """Between the rows, with another end: no row but the first is the same."""
+    found = [finding for finding in examine(resampled(ways(6), 2, step)) if finding.kind == "duplicate"]
+    assert [finding.episode for finding in found] == [6]
+    assert "the way of episode 2 at another rate" in found[0].how_bad
+
+
+def test_other_ways_of_other_lengths_are_no_copies() -> None:
+    """From the same place to the same place; nor is what is nearly as long, whose rows a hash compares."""
+    for buffer in (ways(12), resampled(ways(12), 3, 1.05)):
+        assert not [finding for finding in examine(buffer) if finding.kind == "duplicate"]
+
+
+def ways(n: int) -> ReplayBuffer:
+    """Smooth ways of 120 to 219 rows in two dimensions, each its own between the same two places."""
+    random, rows, ends = np.random.default_rng(0), list[np.ndarray](), list[int]()
+    for index in range(n):
+        t = np.linspace(0, 1, 120 + 99 * index // max(1, n - 1))[:, None]
+        waves = sum(random.normal(0, 0.3 / k, 2) * np.sin(np.pi * k * t) for k in range(1, 5))
+        rows.append(np.array([0.0, 1.0]) * (1 - t) + np.array([1.0, 0.0]) * t + waves)
+        ends.append(len(rows[-1]) + (ends[-1] if ends else 0))
+    state = np.concatenate(rows)
+    return ReplayBuffer.from_arrays({"state": state, "action": np.roll(state, -1, axis=0)}, ends)
+
+
+def resampled(buffer: ReplayBuffer, episode: int, step: float) -> ReplayBuffer:
+    """With one more episode: that one at every `step`th row, by straight lines."""
+    start, end = ([0, *buffer.episode_ends])[episode], buffer.episode_ends[episode]
+    places = np.arange(0, end - start - 1 + 1e-9, step)
+    arrays = {}
+    for key in buffer.keys:
+        rows = buffer[key][start:end]
+        more = [np.interp(places, np.arange(len(rows)), column) for column in rows.T]
+        arrays[key] = np.concatenate([buffer[key][:], np.stack(more, axis=1)])
+    return ReplayBuffer.from_arrays(arrays, [*buffer.episode_ends.tolist(), buffer.n_steps + len(places)])
+
+
 def test_times_that_have_gaps_and_jitter(buffer: ReplayBuffer) -> None:
     rows = arrays(buffer)
     random = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import threading
 import time
@@ -589,6 +590,26 @@ def test_a_chunk_beyond_all_bounds_is_held_and_logged(huge, scheduling, tmp_path
     for text in ((tmp_path / "log.jsonl").read_text(), (tmp_path / "latency.json").read_text()):
         assert "Infinity" not in text
         assert "NaN" not in text
+
+
+def test_a_full_disk_keeps_whole_lines_and_is_one_error(tmp_path):
+    """As a file that may not grow on: half a line fits, and is taken back."""
+    records = drive(FakeRobot(), FakePolicy(lambda _: np.full((HORIZON, 2), 5.0), clock=VirtualClock()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run_out() -> None:
+        with RunLog(tmp_path, control_rate=10.0) as log:
+            for record in records[:3]:
+                log.write(record)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, hard))
+            log.write(records[3])
+
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*log\.jsonl: File too large"):
+            run_out()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [row["step"] for row in read_log(tmp_path)] == [0, 1, 2]
 
 
 @pytest.mark.slow

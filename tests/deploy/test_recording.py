@@ -18,13 +18,14 @@ import torch
 from deployments import add_guard, deploy, read_log, save_bundle
 from processes import Forked
 
-from action_diffusion import cli
+from action_diffusion import choice, cli
 from action_diffusion.datasets.storage.growing import read_table
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.ipc.rings import RingReader, shared_folder
 from action_diffusion.deploy.records.reader import open_record, plain_limits, read_limits
 from action_diffusion.deploy.run import run
+from action_diffusion.deploy.serve.policies import open_policy
 from action_diffusion.errors import InputError
 from action_diffusion.policy.action_queue import SCHEDULINGS
 from benchmarks.robustness.kills import child_of
@@ -104,6 +105,29 @@ def test_a_replay_computes_with_as_many_threads_as_the_run(bundle, tmp_path, cap
         assert (code, SAME in out) == (0, True), out
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_a_replay_computes_with_the_kernels_and_extensions_of_the_run(tmp_path, capsys, monkeypatch):
+    bundle = save_bundle(tmp_path / "bundle", horizon=16)
+    add_guard(bundle, horizon=16)
+    out = tmp_path / "run"
+    assert run(deploy(bundle, out, "extensions=[guard]", "page=false")) == 0
+    kept = ReplayBuffer.open(out / "record.zarr").attrs["config"]
+    assert kept["ways"] == choice.table().taken
+    assert kept["ways"]
+    opened, taken = [], []
+    monkeypatch.setattr(choice.Table, "take", lambda _, ways: taken.append(ways))
+    monkeypatch.setattr(
+        "action_diffusion.deploy.records.command.open_policy",
+        lambda config: opened.append(config) or open_policy(config),
+    )
+    code, said = replayed(capsys, f"replay={out}", f"bundle={bundle}", "device=cpu", f"output_dir={tmp_path / 'again'}")
+    assert (code, SAME in said) == (0, True), said
+    assert [list(config.extensions) for config in opened] == [["guard"]]
+    assert taken == [kept["ways"]]
+    assert cli.main(["deploy", f"replay={out}", f"output_dir={tmp_path / 'again'}"]) == 2
+    assert "again already holds a replay: give another output_dir" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -289,6 +289,20 @@ def test_what_does_not_fit_together_is_refused(make: Make, message: str, lerobot
     assert not (tmp_path / "out.zarr").exists()
 
 
+@pytest.mark.parametrize("format", ["lerobot", "lerobot21"])
+def test_a_camera_s_rate_is_called_the_whole_one_that_it_nearly_is(format: str, tmp_path: Path) -> None:
+    action = np.arange(8.0).reshape(4, 2)
+    ReplayBuffer.from_arrays({"action": action}, [4], attrs={"control_rate": 29.97}).save(tmp_path / "a.zarr")
+    with pytest.raises(InputError, match=r"not 29\.97 Hz: rate=30 keeps every row, and calls them that"):
+        convert(tmp_path / "a.zarr", tmp_path / "l", format=format)
+    said = convert(tmp_path / "a.zarr", tmp_path / "l", format=format, rate=30.0)
+    assert "30 Hz for 29.97 Hz: every row, 0.1% faster" in said["note"]
+    assert json.loads((tmp_path / "l" / "meta" / "info.json").read_text())["fps"] == 30
+    convert(tmp_path / "l", tmp_path / "b.zarr")
+    back = ReplayBuffer.open(tmp_path / "b.zarr")
+    assert (back["action"][:].tolist(), back.attrs["control_rate"]) == (action.tolist(), 30.0)
+
+
 @pytest.mark.parametrize(
     ("changed", "options", "message"),
     [

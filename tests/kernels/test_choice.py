@@ -143,3 +143,18 @@ def test_what_two_processes_measure_is_kept_of_both(folder):
     for name in ("one", "two"):
         assert processes.run("-c", code, name, env=environment).returncode == 0
     assert sorted(json.loads(choice.table_path().read_text())) == ["one 1 threads=1", "two 1 threads=1"]
+
+
+def test_ways_of_another_process_are_taken_unmeasured():
+    choose, ran = ways(plain=0.0, ours=0.001)
+    there = choice.Table(choice.table_path())
+    name = there.choose("product", (4, "float32"), choose, ["ours"])
+    assert there.taken == {f"product 4:float32 threads={torch.get_num_threads()}": name}
+    other = {"plain": "ours", "ours": "plain"}[name]
+    ran.clear()
+    choice.table().take({key: other for key in there.taken})
+    assert choice.fastest("product", (4, "float32"), choose, ["ours"]) == other
+    assert choice.table().taken == {key: other for key in there.taken}
+    assert not ran
+    choice.table().take({key: "gone" for key in there.taken})
+    assert choice.fastest("product", (4, "float32"), choose, ["ours"]) == name

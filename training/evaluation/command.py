@@ -18,7 +18,7 @@ from action_diffusion.policy.reading import acting, trained_on
 from action_diffusion.training.data import prepare
 from action_diffusion.training.evaluation.comparison import write_comparison, write_seed_summary
 from action_diffusion.training.evaluation.held_out import ComparedWindows, choose, evaluate_held_out
-from action_diffusion.training.evaluation.results import compare, summarise_seeds, write_results
+from action_diffusion.training.evaluation.results import check_new, compare, summarise_seeds, write_results
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.run import open_data
 
@@ -26,13 +26,15 @@ from action_diffusion.training.run import open_data
 def run(config: Evaluate) -> Iterator[tuple[dict[str, Any], Path]]:
     """Evaluate what `configs/evaluate.yaml` asks for; yields (results, folder) of each bundle, then of the summary.
 
-    Raises `InputError` for bundles that cannot be loaded or do not belong to the same task.
+    Raises `InputError` for bundles that cannot be loaded or do not belong to the same task, and for an output folder
+    that holds an evaluation.
     """
     paths = [Path(path) for path in config.bundles]
     if not paths:
         raise InputError("bundle=[] names no bundle")
     stamp = f"evaluation-{datetime.now():%Y%m%d-%H%M%S}"
     root = Path(config.output_dir) if config.output_dir else paths[0].parent / stamp
+    check_new(root)
     several, other = len(paths) > 1, None if config.compare is None else Path(config.compare)
     asked = _windows(config, paths if other is None else [*paths, other])
     results = []

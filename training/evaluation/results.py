@@ -111,6 +111,19 @@ def read_results(path: str | Path) -> dict[str, Any]:
     return results
 
 
+def check_new(folder: Path) -> None:
+    """Raises `InputError` for a folder that holds an evaluation already, of one bundle or of several."""
+    places = (
+        "results.json",
+        "summary.json",
+        "bundle_0/results.json",
+        "compare/results.json",
+        "comparison/results.json",
+    )
+    if any((folder / place).exists() for place in places):
+        raise InputError(f"{folder} already holds an evaluation: give another output_dir")
+
+
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write a results.json; it appears only when it is complete."""
     with atomic_path(path) as temporary:

@@ -19,6 +19,7 @@ from action_diffusion.datasets.formats.columns import is_image, native
 from action_diffusion.datasets.formats.contract import MARK, Settings, kept
 from action_diffusion.datasets.formats.video import PIXELS
 from action_diffusion.datasets.storage.dimensions import dimension_names
+from action_diffusion.datasets.storage.pieces import SAME_RATE
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.tasks import TASK, task_words
 from action_diffusion.errors import InputError
@@ -98,12 +99,13 @@ def make_info(buffer: ReplayBuffer, names: Mapping[str, str], settings: Settings
 
 def whole_rate(settings: Settings) -> int:
     """LeRobot's tools take whole frames a second only."""
-    if settings.rate != round(settings.rate):
-        raise InputError(
-            f"LeRobot takes whole frames a second, not {settings.rate:g} Hz: rate={max(1, int(settings.rate))} "
-            "takes the rows nearest to that"
-        )
-    return round(settings.rate)
+    rate, whole = settings.rate, max(1, round(settings.rate))
+    if rate == whole:
+        return whole
+    refused = f"LeRobot takes whole frames a second, not {rate:g} Hz: rate="
+    if math.isclose(rate, whole, rel_tol=SAME_RATE):
+        raise InputError(f"{refused}{whole} keeps every row, and calls them that")
+    raise InputError(f"{refused}{max(1, int(rate))} takes the rows nearest to that")
 
 
 def _feature(buffer: ReplayBuffer, key: str, settings: Settings, version: str) -> dict[str, Any]:

@@ -122,11 +122,12 @@ function show(next) {
 function reasons() {
   // Why a button is off; nothing where it is not.
   const over = state.mode === "OVER" && "no episode is under way";
+  const stopped = state.emergency && "the emergency stop is set: clear it first";
   const nothing = !(about.plane || about.teleop) && "start deploy with teleop=, there is nothing to point at";
   return {
-    start: state.mode === "POLICY" && !state.guard?.alarm && "the policy commands",
+    start: stopped || (state.mode === "POLICY" && !state.guard?.alarm && "the policy commands"),
     pause: state.mode === "PAUSED" && "it is paused",
-    take_over: nothing || over || (state.mode === "PERSON" && "you command"),
+    take_over: stopped || nothing || over || (state.mode === "PERSON" && "you command"),
     success: over,
     failure: over,
   };

@@ -12,6 +12,8 @@ let asked = null; // when this page asked for a stop that is not yet confirmed, 
 let arrived = false;
 let request = null;
 
+export const isSet = () => arrived;
+
 export function openStop() {
   connection = new Connection("/stop", (data) => told(JSON.parse(data)));
   connection.open();

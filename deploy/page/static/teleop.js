@@ -3,7 +3,7 @@
 
 import { drawBoard, sharp } from "./draw.js";
 import { $, admitted, decoded, Live, pointed, REPORT, say } from "./shared.js";
-import { openStop } from "./stop.js";
+import { isSet, openStop } from "./stop.js";
 
 const NAMES = { READY: "ready", COUNTDOWN: "get ready", RECORDING: "recording", OVER: "keep or discard?" };
 const BACKLOG = 4096; // bytes on their way from which on words are left out
@@ -43,7 +43,8 @@ function show(next) {
   $("watching").hidden = state.drives;
   $("countdown").hidden = state.countdown == null;
   $("countdown").textContent = Math.ceil(state.countdown ?? 0);
-  $("start").disabled = state.mode !== "READY";
+  $("start").disabled = state.mode !== "READY" || isSet();
+  $("start").title = isSet() ? "the emergency stop is set: clear it first" : "";
   $("keep").disabled = !["RECORDING", "OVER"].includes(state.mode);
   $("discard").disabled = state.mode === "READY";
   $("undo").disabled = state.mode !== "READY" || !state.episodes;
