@@ -237,6 +237,7 @@ METHODS = Registry(
     {
         "dppo": "action_diffusion.training.reward.methods.dppo:Dppo",
         "dsrl": "action_diffusion.training.reward.methods.dsrl:Dsrl",
+        "dsrl_sac": "action_diffusion.training.reward.methods.dsrl_sac:DsrlSac",
         "idql": "action_diffusion.training.reward.methods.idql:Idql",
     },
 )

@@ -11,6 +11,7 @@ from action_diffusion.schema import Above, Between, ByName, FilePath, OneOf, Sec
 
 Layers = Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)]
 Rate = Annotated[float, Above(0, 1)]
+Frequencies = Annotated[int, Between(1, MOST_STEPS)]
 Octaves = Annotated[int, Between(0, 16)]
 Rows = Annotated[int, Between(1, 10_000_000)]
 
@@ -33,13 +34,32 @@ class Critics:
 
 
 @dataclass
-class DsrlOptions(Critics):
-    """`method=dsrl`, see `training.reward.methods.dsrl`."""
+class DsrlSacOptions(Critics):
+    """`method=dsrl_sac`, see `training.reward.methods.dsrl_sac`."""
 
-    bound: Annotated[float, Above(0, 100)] = 1.5
+    frequencies: Frequencies = 2
+    bound: Annotated[float, Above(0, 100)] = 3.0
     decoded: Annotated[int, Between(1, 256)] = 4
     expectile: Annotated[float, Between(0.5, below=1)] = 0.7
     entropy: Annotated[float, Between(-100, 100)] = 0.0
+
+
+@dataclass
+class DsrlOptions:
+    """`method=dsrl`, see `training.reward.methods.dsrl`."""
+
+    frequencies: Frequencies = 2
+    bound: Annotated[float, Above(0, 100)] = 3.0
+    chunks: Annotated[int, Between(2, 1_000_000)] = 2048
+    clip: Annotated[float, Above(0, 1)] = 0.2
+    gae: Annotated[float, Between(0, 1)] = 0.95
+    epochs: Annotated[int, Between(1, 1000)] = 5
+    batch_size: Annotated[int, Between(2, 65_536)] = 512
+    lr: Rate = 1e-3
+    critic_lr: Rate = 1e-3
+    most_kl: Annotated[float, Above(0, 1e6)] = 0.05
+    hidden: Layers = field(default_factory=lambda: [256, 256])
+    octaves: Octaves = 4
 
 
 @dataclass
@@ -71,7 +91,7 @@ class DppoOptions:
     octaves: Octaves = 4
 
 
-METHODS: dict[str, type] = {"dppo": DppoOptions, "dsrl": DsrlOptions, "idql": IdqlOptions}
+METHODS: dict[str, type] = {"dppo": DppoOptions, "dsrl": DsrlOptions, "dsrl_sac": DsrlSacOptions, "idql": IdqlOptions}
 LEARNT = {"best_of": "idql", "steering": "dsrl"}
 """Extensions that no demonstrations teach, by the method that does."""
 MethodSection = Annotated[Section, ByName(METHODS)]

@@ -1,11 +1,11 @@
 """The initial noise, chosen by what learnt from reward which noise leads where (DSRL, Wagenmaker et al. 2025).
 
-    condition, drawn noise ──actor──▶ w in ±bound ──the frozen policy, without noise of its own──▶ chunk
+    condition, drawn noise ──actor──▶ its first frequencies, in ±bound ──the frozen policy──▶ chunk
 
 A sampler that draws nothing in its steps makes of each noise one chunk, so noise is as good as an action, and one that
 cannot leave what the policy knows: every w gives a chunk that the policy would make. Nothing of the policy changes. The
 actor stays as random as it learnt to be: who is stuck gets out of it by trying something else.
-`action-diffusion finetune method=dsrl` learns the actor.
+What the actor does not choose of the noise stays as it was drawn. `action-diffusion finetune method=dsrl` learns it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.extensions.stored import condition_dim, hidden_sizes, number, restore, whole
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded
-from action_diffusion.policy.value.networks import NoiseActor
+from action_diffusion.policy.value.noise import Frequencies, NoiseActor
 
 
 class Steering(Extension):
@@ -31,10 +31,12 @@ class Steering(Extension):
                 "extension steering: the noise that a chunk begins with says which it is only with a sampler that "
                 "draws none in its steps: sampler.scheduler=ddim (eta=0), dpm_solver++ or flow"
             )
+        frequencies = whole("steering", fitted, "frequencies", 1, policy.spec.horizon)
+        self.frequencies = Frequencies(policy.spec.horizon, frequencies)
         with torch.device("meta"):
             self.actor = NoiseActor(
                 condition_dim=condition_dim(policy),
-                noise_dim=policy.spec.horizon * policy.spec.action.shape[0],
+                dim=frequencies * policy.spec.action.shape[0],
                 bound=number("steering", fitted, "bound", 1e-3, 100.0),
                 octaves=whole("steering", fitted, "octaves", 0, 16),
                 hidden=hidden_sizes("steering", fitted),
@@ -42,6 +44,6 @@ class Steering(Extension):
         restore("steering", fitted, "actor", self.actor, policy.device)
 
     def start(self, seen: Encoded, noise: Tensor) -> Tensor:
-        condition = seen.condition.float().repeat_interleave(noise.shape[1], dim=0)
-        turned, _ = self.actor.draw(condition, noise.flatten(0, 1).flatten(1))
-        return turned.view_as(noise)
+        condition, drawn = seen.condition.float().repeat_interleave(noise.shape[1], dim=0), noise.flatten(0, 1)
+        coefficients, _ = self.actor.draw(condition, self.frequencies.of(drawn))
+        return self.frequencies.put(drawn, coefficients).view_as(noise)

@@ -9,22 +9,13 @@ Low frequencies come first, so that the first tokens say the coarse way, and all
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError
-
-
-def cosine_basis(horizon: int) -> Tensor:
-    """The orthonormal DCT-II: c = basis @ x over time, x = basisᵀ @ c. [H, H], a row a frequency."""
-    step = torch.arange(horizon, dtype=torch.float64)
-    basis = torch.cos(math.pi / horizon * (step + 0.5) * step.unsqueeze(1)) * math.sqrt(2 / horizon)
-    basis[0] /= math.sqrt(2)
-    return basis.float()
+from action_diffusion.policy.value.noise import cosine_basis
 
 
 class ChunkTokens:

@@ -2,7 +2,6 @@
 
     Q(s, a)     condition [B, C], executed chunk [B, Ta · A], normalised ─▶ [n, B], an ensemble of n
     V(s)        condition [B, C] ─▶ [n, B]
-    π(w | s)    condition [B, C] ─▶ noise [B, H · A] within ±bound: `NoiseActor`
 
 Layers are followed by layer norms, which keep values of what was never seen from growing without a limit (RLPD, Ball
 et al. 2023, "Efficient Online Reinforcement Learning with Offline Data").
@@ -17,8 +16,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-LEAST_LOG_STD, MOST_LOG_STD = -5.0, 1.0
 
 
 class EnsembleMlp(nn.Module):
@@ -79,35 +76,3 @@ class Value(nn.Module):
     def forward(self, condition: Tensor, *done: Tensor) -> Tensor:
         result: Tensor = self.net(torch.cat([waves(condition, self.octaves), *done], dim=-1)).squeeze(-1)
         return result
-
-
-class NoiseActor(nn.Module):
-    """A Gaussian over initial noise, squashed into ±bound: w = bound · tanh(u), u ~ N(μ(s), σ(s)²)."""
-
-    def __init__(
-        self,
-        *,
-        condition_dim: int,
-        noise_dim: int,
-        bound: float,
-        octaves: int = 0,
-        hidden: Sequence[int] = (256, 256),
-    ) -> None:
-        super().__init__()
-        input_dim = condition_dim * (1 + 2 * octaves)
-        self.net = EnsembleMlp(input_dim=input_dim, hidden=hidden, output_dim=2 * noise_dim, members=1)
-        self.bound, self.octaves = bound, octaves
-
-    def draw(self, condition: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C], and standard normal numbers [B, D] → a noise [B, D], differentiable, and its log-density [B]."""
-        mean, log_std = self._moments(condition)
-        before = mean + log_std.exp() * eps
-        log_density = -0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # log(1 − tanh²) without its cancellation (Haarnoja et al. 2018, appendix C)
-        log_density = log_density - 2 * (math.log(2) - before - F.softplus(-2 * before)) - math.log(self.bound)
-        return self.bound * torch.tanh(before), log_density.sum(dim=-1)
-
-    def _moments(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = self.net(waves(condition, self.octaves))[0].chunk(2, dim=-1)
-        span = MOST_LOG_STD - LEAST_LOG_STD
-        return mean, LEAST_LOG_STD + 0.5 * span * (torch.tanh(log_std) + 1)

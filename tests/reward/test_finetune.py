@@ -17,7 +17,7 @@ from action_diffusion.policy.extensions.best_of import BestOf
 
 SHORT = (
     *("device=cpu", "trials.n_envs=4", "watch.n_episodes=2", "evaluation.n_episodes=2", "evaluation.n_videos=0"),
-    *("method.warmup=8", "method.hidden=[16]", "method.batch_size=16"),
+    *("method=dsrl_sac", "method.warmup=8", "method.hidden=[16]", "method.batch_size=16"),
 )
 
 

@@ -17,9 +17,11 @@ from action_diffusion.policy.extensions.extension import Fitted
 from action_diffusion.policy.extensions.steering import Steering
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.reward.method import Method
-from action_diffusion.training.reward.methods.dppo import Dppo, advantages, surrogate
+from action_diffusion.training.reward.methods.dppo import Dppo
 from action_diffusion.training.reward.methods.dsrl import Dsrl
+from action_diffusion.training.reward.methods.dsrl_sac import DsrlSac
 from action_diffusion.training.reward.methods.idql import Idql
+from action_diffusion.training.reward.policy_gradient import advantages, surrogate
 
 SMALL: dict[str, Any] = {
     **{"hidden": (32, 32), "octaves": 0, "updates": 1.0, "batch_size": 64},
@@ -48,6 +50,8 @@ def train(method: Method, turns: int) -> None:
                 "reward": reward(obs, acted.chunk),
                 "discount": torch.zeros(16),
                 "next_condition": acted.remembered["condition"],
+                "simulator": torch.arange(16.0),
+                "time": torch.zeros(16),
             }
         )
 
@@ -58,11 +62,19 @@ def earned(policy: DiffusionPolicy) -> float:
     return float(reward(obs, chunk).mean())
 
 
-def test_dsrl_steers_to_the_side_that_earns():
+def steered(name: str, policy: DiffusionPolicy) -> Method:
+    if name == "dsrl_sac":
+        return DsrlSac(policy, **SMALL, decoded=2, entropy=-1.5)
+    sizes: dict[str, Any] = {"chunks": 64, "batch_size": 64, "hidden": (32, 32), "octaves": 0}
+    return Dsrl(policy, **sizes, lr=1e-2, epochs=10, most_kl=0.5)
+
+
+@pytest.mark.parametrize(("name", "turns"), [("dsrl", 120), ("dsrl_sac", 50)])
+def test_dsrl_steers_to_the_side_that_earns(name, turns):
     policy = gaussian_policy(steps=5)
-    before = {name: value.clone() for name, value in policy.state_dict().items()}
-    method = Dsrl(policy, **SMALL, decoded=2, entropy=-1.0)
-    train(method, 50)
+    before = {key: value.clone() for key, value in policy.state_dict().items()}
+    method = steered(name, policy)
+    train(method, turns)
     assert earned(policy) < 0.2
     policy.extensions = [Steering(policy, method.fitted()["steering"])]
     assert earned(policy) > 0.85
@@ -90,10 +102,12 @@ def test_what_is_tried_is_what_is_remembered():
     """The chunk that is executed is the first of the remembered ones, whose noise it came of."""
     policy = gaussian_policy(steps=5)
     obs = observations(3, np.random.default_rng(0))
-    for method in (Dsrl(policy, **SMALL), Idql(policy, **SMALL)):
+    for method in (DsrlSac(policy, **SMALL, frequencies=8), Idql(policy, **SMALL)):
         acted = method.act(obs)
-        noise = acted.remembered["noise"][:, 0].view(3, 8, 2).numpy()
-        again = policy.predict(obs, noise=noise)
+        noise = acted.remembered["noise"][:, 0].view(3, 8, 2)
+        if isinstance(method, DsrlSac):
+            noise = method.frequencies.put(torch.zeros(3, 8, 2), noise.flatten(1))
+        again = policy.predict(obs, noise=noise.numpy())
         np.testing.assert_allclose(acted.chunk, again["action_pred"], atol=1e-5)
         first = policy.normalize_action(torch.from_numpy(again["action"]), {}).flatten(1)
         torch.testing.assert_close(acted.remembered["action"][:, 0], first, atol=1e-5, rtol=0)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from action_diffusion.policy.value.networks import EnsembleMlp, NoiseActor, Value
+from action_diffusion.policy.value.networks import EnsembleMlp, Value
+from action_diffusion.policy.value.noise import Frequencies, NoiseActor
 from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
 
 
@@ -23,20 +24,38 @@ def test_members_of_an_ensemble_do_not_know_each_other():
 
 def test_the_density_of_a_noise_is_that_of_a_squashed_normal():
     torch.manual_seed(0)
-    actor = NoiseActor(condition_dim=2, noise_dim=1, bound=1.5)
+    actor = NoiseActor(condition_dim=2, dim=1, bound=1.5)
     condition = torch.randn(1, 2)
     drawn, density = actor.draw(condition.expand(200_000, 2), torch.randn(200_000, 1))
     assert float(drawn.detach().abs().max()) <= 1.5
     counts, edges = np.histogram(drawn.detach().numpy(), bins=20, range=(-1.2, 1.2))
     middle = torch.tensor((edges[1:] + edges[:-1]) / 2, dtype=torch.float32)
     measured = counts / len(drawn) / (edges[1] - edges[0])
-    mean, log_std = actor._moments(condition)
-    before = torch.atanh(middle / 1.5)
+    mean, log_std = actor.moments(condition)
+    before = 1.5 * torch.atanh(middle / 1.5)
     normal = torch.distributions.Normal(mean, log_std.exp())
-    expected = (normal.log_prob(before) - torch.log(1.5 * (1 - (middle / 1.5) ** 2))).exp().detach().numpy()[0]
+    expected = (normal.log_prob(before) - torch.log(1 - (middle / 1.5) ** 2)).exp().detach().numpy()[0]
     np.testing.assert_allclose(measured, expected, rtol=0.05, atol=0.01)
     near = (drawn.detach() - middle).abs().argmin(dim=0)
     np.testing.assert_allclose(density.detach().exp()[near].numpy(), expected, rtol=0.01)
+
+
+def test_a_noise_actor_begins_as_plain_noise():
+    actor = NoiseActor(condition_dim=3, dim=4, bound=5.0)
+    mean, log_std = actor.moments(torch.randn(10, 3))
+    assert float(mean.detach().abs().max()) < 0.05
+    assert float(log_std.detach().abs().max()) < 0.05
+
+
+def test_frequencies_of_noise_are_put_back_where_they_were():
+    noise, frequencies = torch.randn(5, 8, 2), Frequencies(8, 3)
+    torch.testing.assert_close(frequencies.put(noise, frequencies.of(noise)), noise)
+    changed = frequencies.put(noise, torch.zeros(5, 6))
+    torch.testing.assert_close(frequencies.of(changed), torch.zeros(5, 6), atol=1e-6, rtol=0)
+    whole = Frequencies(8, 8)
+    torch.testing.assert_close(whole.of(changed).view(5, 8, 2)[:, 3:], whole.of(noise).view(5, 8, 2)[:, 3:])
+    constant = torch.ones(1, 8, 1)
+    torch.testing.assert_close(whole.of(constant)[0, 0], torch.tensor(8**0.5))
 
 
 def test_an_expectile_leans_to_the_best():

@@ -68,6 +68,7 @@ def finetune(config: Finetune) -> dict[str, Any]:
     console.print(f"the best is in {folder / 'bundle'}: {run.words()}")
     if not config.evaluation.n_episodes:
         return {}
+    _set_aside(folder / "evaluation")
     asked = Evaluate(bundle=str(folder / "bundle"), compare=str(source), output_dir=str(folder / "evaluation"))
     for name in ("n_episodes", "seed", "n_videos"):
         setattr(asked, name, getattr(config.evaluation, name))
@@ -203,6 +204,12 @@ class Run:
         self.steps, self.episodes, self.seconds = int(state["steps"]), int(state["episodes"]), float(state["seconds"])
         self.best, self.first = tuple(state["best"]), tuple(state["first"])
         console.print(f"going on from {self.steps:,} steps")
+
+
+def _set_aside(evaluation: Path) -> None:
+    """Of a run that went on, the evaluation of what it was before."""
+    if evaluation.exists():
+        evaluation.rename(evaluation.with_name(f"{evaluation.name}-before-{datetime.now():%Y%m%d-%H%M%S}"))
 
 
 def _passed(before: int, now: int, every: int) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Fitted
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.reward.experience import Acted
@@ -66,3 +67,17 @@ class Method:
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers."""
         return torch.randn(shape, generator=self.random).to(self.device)
+
+
+def require_steerable(policy: DiffusionPolicy, method: str) -> None:
+    """`InputError` for a policy whose initial noise does not say which chunk comes of it."""
+    if not policy.sampler.deterministic:
+        raise InputError(
+            f"method={method} steers by the noise that chunks begin with, and this policy's sampler draws more in its "
+            "steps: give sampler.scheduler=ddim (eta=0), dpm_solver++ or flow"
+        )
+    if policy.sampler.solver.start == 0.0:
+        raise InputError(
+            f"method={method} steers by the noise that chunks begin with, and scheduler={policy.sampler.scheduler} "
+            "begins with none: take method=idql"
+        )

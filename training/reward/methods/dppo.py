@@ -30,7 +30,7 @@ from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.value.networks import Value
 from action_diffusion.training.reward.critics import step
 from action_diffusion.training.reward.experience import Acted
-from action_diffusion.training.reward.method import Method
+from action_diffusion.training.reward.policy_gradient import OnPolicy, advantages, standardised, surrogate
 from action_diffusion.training.reward.transitions import Rows
 
 
@@ -56,7 +56,7 @@ class Explore(Hook):
         return noisy
 
 
-class Dppo(Method):
+class Dppo(OnPolicy):
     """chunks: from one update to the next. trained: K', the last steps that are noisy and trained; None: all. floor:
     least standard deviation of a step, normalised. clip: ε. denoising_discount: γ_d. gae: λ. epochs: times that an
     update goes over its chunks. lr: of the denoiser; critic_lr: of the value. most_kl: where an update stops early.
@@ -85,7 +85,7 @@ class Dppo(Method):
         hidden: Sequence[int] = (256, 256),
         octaves: int = 4,
     ) -> None:
-        super().__init__(policy, seed=seed, capacity=2 * chunks)
+        super().__init__(policy, seed=seed, chunks=chunks)
         solver = policy.sampler.solver
         if solver.memory > 1 or not solver.gaussian or solver.start == 0.0:
             raise InputError(
@@ -110,12 +110,11 @@ class Dppo(Method):
             "denoiser": torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0),
             "value": torch.optim.Adam(self.value.parameters(), lr=critic_lr),
         }
-        self.chunks, self.floor, self.gae, self.epochs, self.batch_size = chunks, floor, gae, epochs, batch_size
+        self.floor, self.gae, self.epochs, self.batch_size = floor, gae, epochs, batch_size
         self.most_kl = most_kl
         depth = torch.arange(self.n_trained - 1, -1, -1, device=self.device)
         self.weights = denoising_discount ** depth.float()
         self.clips = clip * 0.1 ** (depth.float() / max(1, self.n_trained - 1))
-        self._waiting: list[Rows] = []
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, np.ndarray]) -> Acted:
@@ -128,16 +127,7 @@ class Dppo(Method):
         remembered = {"condition": condition, "before": before, "after": after}
         return Acted(sample.action.float().cpu().numpy(), remembered)
 
-    def learn(self, rows: Rows) -> dict[str, float]:
-        if rows:
-            self._waiting.append(rows)
-        if sum(len(part["reward"]) for part in self._waiting) < self.chunks:
-            return {}
-        found = {name: torch.cat([part[name] for part in self._waiting]) for name in self._waiting[0]}
-        self._waiting = []
-        return self._update({name: value.to(self.device) for name, value in found.items()})
-
-    def _update(self, rows: Rows) -> dict[str, float]:
+    def update(self, rows: Rows) -> dict[str, float]:
         condition, count = rows["condition"], len(rows["reward"])
         with torch.no_grad():
             value, following = self.value(condition)[0], self.value(rows["next_condition"])[0]
@@ -145,7 +135,7 @@ class Dppo(Method):
             advantage = advantages(error, rows["discount"] * self.gae, rows["simulator"], rows["time"])
             returned = advantage + value
             old = torch.cat([self._log_density(rows, part) for part in torch.arange(count).split(self.batch_size)])
-        standard = (advantage - advantage.mean()) / (advantage.std() + 1e-6)
+        standard = standardised(advantage)
         numbers = {"value": float(value.mean()), "kl": 0.0, "ratio": 1.0}
         for _ in range(self.epochs):
             for part in torch.randperm(count, generator=self.random).split(self.batch_size):
@@ -178,26 +168,3 @@ class Dppo(Method):
             density = torch.distributions.Normal(mean, self.stds[index]).log_prob(after)
             densities.append(executed(policy, density).mean(dim=1))
         return torch.stack(densities, dim=1)
-
-
-def surrogate(ratio: Tensor, advantage: Tensor, weights: Tensor, clips: Tensor) -> Tensor:
-    """PPO's clipped loss. ratio [n, K'], advantage [n], weights and clips [K']: of each denoising step. A scalar."""
-    wanted = advantage.unsqueeze(1) * weights
-    clipped = torch.minimum(torch.maximum(ratio, 1 - clips), 1 + clips)
-    return -torch.minimum(ratio * wanted, clipped * wanted).mean()
-
-
-def advantages(error: Tensor, decay: Tensor, simulator: Tensor, time: Tensor) -> Tensor:
-    """Σ_i (γλ)^i δ_{t+i} over the rows that follow in the same episode, [N]. error: δ; decay: γⁿλ of each row, 0 at an
-    end; simulator, time: where a row is from, in the order in which they came."""
-    found = torch.zeros_like(error)
-    for number in simulator.unique():
-        rows = (simulator == number).nonzero()[:, 0]
-        after, later = error.new_zeros(()), float("-inf")
-        for row in reversed(rows.tolist()):
-            after = error[row] + (decay[row] * after if float(time[row]) < later else 0.0)
-            found[row], later = after, float(time[row])
-    return found
-
-
-__all__ = ["Dppo", "Explore", "advantages", "surrogate"]

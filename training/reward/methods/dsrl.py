@@ -2,23 +2,20 @@
 Diffusion Policy with Latent Space Reinforcement Learning").
 
 With a sampler that draws nothing in its steps, a chunk is a function a = π(s, w) of the initial noise. So noise is the
-action of another problem, w in [−b, b], and what is learnt cannot leave what the policy knows:
+action of another problem, and what is learnt cannot leave what the policy knows. Decided here:
 
-    critic of actions    Q(s, a)    ←  r + γⁿ V(s')
-    value                V(s)       ←  the expectile τ of min Q'(s, π(s, w)),     w of the actor, and of plain noise
-    critic of noise      A(s, w)    ←  min Q(s, π(s, w)) less its mean over the noises of this state, over its spread
-    actor                max E[A(s, w) − α log p(w | s)],   α so that the entropy stays at its target (Haarnoja et al.
-                         2018)
+- Of the noise the first `frequencies` are chosen, the rest is drawn as ever: `policy.value.noise`. Few numbers are
+  learnt much sooner than all of them, and they do nearly all that noise does to a chunk.
+- Where trials are cheap they are learnt from by clipped policy gradients (PPO, Schulman et al. 2017) in u, which w is a
+  function of: each update begins with the policy as it is, and no error of a critic is ever followed.
+  `method=dsrl_sac` is the paper's soft actor-critic, for trials that are few: on an arm, in slow simulators.
 
-`decoded` noises of each state are denoised when it is visited, in one batch with the one that is tried, and kept with
-the row. Decided here: the paper denoises in every update, which costs as much as all the rest many times over. And its
-critic of noise learns Q itself; of that nearly all is which state it is, and what a chunk makes of it drowns in the
-error of the fit. So the value is one network, what noise adds is another one, and what noise adds is learnt centred.
+    actor    N(μ(s), σ(s)²) over u     ←  max E min(r A, clip(r, 1 ± clip) A),   r = p_new(u | s) / p_old(u | s)
+    value    V(s)                      ←  r + γⁿ V(s') + what GAE adds
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,22 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Fitted
-from action_diffusion.policy.extensions.stored import arrays, condition_dim, executed
+from action_diffusion.policy.extensions.stored import arrays, condition_dim
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.value.networks import NoiseActor, Value
-from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
+from action_diffusion.policy.value.networks import Value
+from action_diffusion.policy.value.noise import Frequencies, NoiseActor
+from action_diffusion.training.reward.critics import step
 from action_diffusion.training.reward.experience import Acted
-from action_diffusion.training.reward.method import Method
+from action_diffusion.training.reward.method import require_steerable
+from action_diffusion.training.reward.policy_gradient import OnPolicy, advantages, standardised, surrogate
 from action_diffusion.training.reward.transitions import Rows
 
 
-class Dsrl(Method):
-    """bound: b. decoded: other noises that are denoised for each state, half of them the actor's. expectile: τ.
-    entropy: of the actor, for each number of the noise. hidden, octaves: of all networks. members: of the critic of
-    actions. updates: of all networks for each chunk that was tried. warmup: chunks from plain noise before the first
-    update. follow: share that the target moves by. capacity: rows that are kept.
+class Dsrl(OnPolicy):
+    """frequencies: F, at most those of a chunk. bound: of each coefficient. chunks: from one update to the next. clip:
+    of the ratio. gae: λ. epochs: times that an update goes over its chunks. most_kl: where it stops early. lr: of the
+    actor; critic_lr: of the value. hidden, octaves: of both networks.
 
     Raises `InputError` for a policy whose sampler draws noise in its steps, or does not look at where it begins.
     """
@@ -53,128 +50,79 @@ class Dsrl(Method):
         policy: DiffusionPolicy,
         *,
         seed: int = 0,
-        bound: float = 1.5,
-        decoded: int = 4,
-        expectile: float = 0.7,
-        entropy: float = 0.0,
+        frequencies: int = 2,
+        bound: float = 3.0,
+        chunks: int = 2048,
+        clip: float = 0.2,
+        gae: float = 0.95,
+        epochs: int = 5,
+        batch_size: int = 512,
+        lr: float = 1e-3,
+        critic_lr: float = 1e-3,
+        most_kl: float = 0.05,
         hidden: Sequence[int] = (256, 256),
         octaves: int = 4,
-        members: int = 2,
-        updates: float = 1.0,
-        batch_size: int = 128,
-        lr: float = 3e-4,
-        warmup: int = 500,
-        follow: float = 0.005,
-        capacity: int = 200_000,
     ) -> None:
-        super().__init__(policy, seed=seed, capacity=capacity)
-        if not policy.sampler.deterministic:
-            raise InputError(
-                "method=dsrl steers by the noise that chunks begin with, and this policy's sampler draws more in its "
-                "steps: give sampler.scheduler=ddim (eta=0), dpm_solver++ or flow"
-            )
-        if policy.sampler.solver.start == 0.0:
-            raise InputError(
-                f"method=dsrl steers by the noise that chunks begin with, and scheduler={policy.sampler.scheduler} "
-                "begins with none: take method=idql"
-            )
-        spec, dim = self.spec, condition_dim(policy)
+        super().__init__(policy, seed=seed, chunks=chunks)
+        require_steerable(policy, "dsrl")
+        spec = self.spec
         self.shape = (spec.horizon, *spec.action.shape)
-        noise_dim, action_dim = (steps * spec.action.shape[0] for steps in (spec.horizon, spec.n_action_steps))
+        self.first = min(frequencies, spec.horizon)
+        self.frequencies = Frequencies(spec.horizon, self.first)
         torch.manual_seed(seed)
-        sizes: dict[str, Any] = {"condition_dim": dim, "hidden": hidden, "octaves": octaves}
-        self.critic = Value(action_dim=action_dim, members=members, **sizes).to(self.device)
-        self.target = averaged_copy(self.critic)
+        sizes: dict[str, Any] = {"condition_dim": condition_dim(policy), "hidden": hidden, "octaves": octaves}
+        dim = self.first * spec.action.shape[0]
+        self.actor = NoiseActor(dim=dim, bound=bound, **sizes).to(self.device)
         self.value = Value(members=1, **sizes).to(self.device)
-        self.noise_critic = Value(action_dim=noise_dim, members=2, **sizes).to(self.device)
-        self.actor = NoiseActor(noise_dim=noise_dim, bound=bound, **sizes).to(self.device)
-        self.temperature = torch.nn.ParameterDict({"log_alpha": torch.tensor(-3.0, device=self.device)})
-        self.modules = {
-            "critic": self.critic,
-            "target": self.target,
-            "value": self.value,
-            "noise_critic": self.noise_critic,
-            "actor": self.actor,
-            "temperature": self.temperature,
-        }
-        learnt = (self.critic, self.value, self.noise_critic)
-        self.parameters = [parameter for module in learnt for parameter in module.parameters()]
+        self.modules = {"actor": self.actor, "value": self.value}
         self.optimizers = {
-            "critics": torch.optim.Adam(self.parameters, lr=lr),
             "actor": torch.optim.Adam(self.actor.parameters(), lr=lr),
-            "temperature": torch.optim.Adam(self.temperature.parameters(), lr=10 * lr),
+            "value": torch.optim.Adam(self.value.parameters(), lr=critic_lr),
         }
-        self.entropy = entropy * noise_dim
-        self.bound, self.decoded, self.expectile, self.hidden = bound, decoded, expectile, list(hidden)
-        self.warmup, self.updates, self.batch_size, self.share = warmup, updates, batch_size, follow
-        self._owed = 0.0
-
-    @property
-    def learning(self) -> bool:
-        """Whether there are rows enough."""
-        return len(self.rows) >= self.warmup
+        self.clip, self.gae, self.epochs, self.batch_size, self.most_kl = clip, gae, epochs, batch_size, most_kl
+        self.hidden = list(hidden)
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, np.ndarray]) -> Acted:
         tensors = self.tensors(obs)
         condition = self.policy.see(tensors).condition.float()
-        b, k = len(condition), self.decoded + 1
-        noise = self.normal(b, k, *self.shape).clamp(-self.bound, self.bound)
-        if self.learning:  # the first is tried; every second other one is the actor's as well
-            own = (k + 1) // 2
-            repeated = condition.repeat_interleave(own, dim=0)
-            noise[:, :own] = self.actor.draw(repeated, self._eps(repeated))[0].view(b, own, *self.shape)
-        sample = self.policy.sample(tensors, noise=noise.flatten(0, 1), n_samples=k)
-        action = executed(self.policy, sample.normalized.reshape(b * k, *self.shape)).unflatten(0, (b, k))
-        remembered = {"condition": condition, "noise": noise.flatten(2), "action": action}
-        return Acted(sample.action.view(b, k, *self.shape)[:, 0].float().cpu().numpy(), remembered)
+        noise = self.normal(len(condition), *self.shape)
+        mean, log_std = self.actor.moments(condition)
+        before = mean + log_std.exp() * self.frequencies.of(noise)
+        sample = self.policy.sample(tensors, noise=self.frequencies.put(noise, self.actor.squashed(before)))
+        density = self._density(mean, log_std, before)
+        remembered = {"condition": condition, "before": before, "density": density}
+        return Acted(sample.action.float().cpu().numpy(), remembered)
 
-    def _eps(self, condition: Tensor) -> Tensor:
-        return self.normal(len(condition), math.prod(self.shape))
+    @staticmethod
+    def _density(mean: Tensor, log_std: Tensor, before: Tensor) -> Tensor:
+        """log p(u | s), [B]."""
+        density: Tensor = torch.distributions.Normal(mean, log_std.exp()).log_prob(before).sum(dim=-1)
+        return density
 
-    def learn(self, rows: Rows) -> dict[str, float]:
-        if rows:
-            self.rows.add(rows)
-        if not self.learning or not rows:
-            return {}
-        self._owed += self.updates * len(rows["reward"])
-        numbers: dict[str, float] = {}
-        while self._owed >= 1:
-            numbers = self._update(self.rows.sample(self.batch_size, self.random))
-            self._owed -= 1
-        return numbers
-
-    def _update(self, rows: Rows) -> dict[str, float]:
-        condition, action, count = rows["condition"], rows["action"], rows["action"].shape[1]
-        repeated = condition.repeat_interleave(count, dim=0)
+    def update(self, rows: Rows) -> dict[str, float]:
+        condition = rows["condition"]
         with torch.no_grad():
-            known = self.target(repeated, action.flatten(0, 1)).amin(0).view(-1, count)
-            aim = rows["reward"] + rows["discount"] * self.value(rows["next_condition"])[0]
-            centred = known - known.mean(dim=1, keepdim=True)
-            spread = centred.std().clamp_min(1e-6)
-        value_loss = expectile_loss(known - self.value(condition)[0].unsqueeze(1), self.expectile)
-        said = self.critic(condition, action[:, 0])
-        critic_loss = (said - aim).square().mean()
-        added = self.noise_critic(repeated, rows["noise"].flatten(0, 1))
-        noise_loss = (added - (centred / spread).flatten()).square().mean()
-        step(self.optimizers["critics"], value_loss + critic_loss + noise_loss, self.parameters)
-        follow(self.target, self.critic, self.share)
-
-        alpha = self.temperature["log_alpha"].exp()
-        noise, log_density = self.actor.draw(condition, self._eps(condition))
-        gain = self.noise_critic(condition, noise).amin(0)
-        step(self.optimizers["actor"], (alpha.detach() * log_density - gain).mean(), self.actor.parameters())
-        entropy = -log_density.detach().mean()
-        step(self.optimizers["temperature"], alpha.log() * (entropy - self.entropy), self.temperature.parameters())
-        return {
-            "critic_loss": float(critic_loss.detach()),
-            "noise_loss": float(noise_loss.detach()),
-            "value": float(said.detach().mean()),
-            "spread": float(spread),
-            "alpha": float(alpha.detach()),
-            "entropy": float(entropy),
-        }
+            value, following = self.value(condition)[0], self.value(rows["next_condition"])[0]
+            error = rows["reward"] + rows["discount"] * following - value
+            advantage = advantages(error, rows["discount"] * self.gae, rows["simulator"], rows["time"])
+            returned, standard = advantage + value, standardised(advantage)
+        one, clips = standard.new_ones(1), standard.new_full((1,), self.clip)
+        numbers, moved = {"value": float(value.mean())}, False
+        for _ in range(self.epochs):
+            for part in torch.randperm(len(condition), generator=self.random).split(self.batch_size):
+                value_loss = (self.value(condition[part])[0] - returned[part]).square().mean()
+                step(self.optimizers["value"], value_loss, self.value.parameters())
+                mean, log_std = self.actor.moments(condition[part])
+                change = self._density(mean, log_std, rows["before"][part]) - rows["density"][part]
+                kl = float((change.exp() - 1 - change).mean().detach())
+                moved = moved or kl > self.most_kl
+                numbers |= {"kl": kl, "value_loss": float(value_loss.detach())}
+                if not moved:
+                    loss = surrogate(change.exp().unsqueeze(1), standard[part], one, clips)
+                    step(self.optimizers["actor"], loss, self.actor.parameters(), most=0.5)
+        return numbers | {"deviation": float(log_std.exp().mean().detach())}
 
     def fitted(self) -> dict[str, Fitted]:
-        options = {"bound": self.bound, "hidden": self.hidden, "octaves": self.actor.octaves}
-        return {"steering": Fitted(options, arrays(actor=self.actor))}
+        options = {"frequencies": self.first, "bound": self.actor.bound, "octaves": self.actor.octaves}
+        return {"steering": Fitted({**options, "hidden": self.hidden}, arrays(actor=self.actor))}
