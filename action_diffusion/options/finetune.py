@@ -49,15 +49,16 @@ class DsrlOptions:
     """`method=dsrl`, see `training.reward.methods.dsrl`."""
 
     frequencies: Frequencies = 2
-    bound: Annotated[float, Above(0, 100)] = 3.0
-    chunks: Annotated[int, Between(2, 1_000_000)] = 2048
+    bound: Annotated[float, Above(0, 100)] = 4.0
+    deviation: Annotated[float, Between(0.05, 2.5)] = 2.0
+    chunks: Annotated[int, Between(2, 1_000_000)] = 1024
     clip: Annotated[float, Above(0, 1)] = 0.2
     gae: Annotated[float, Between(0, 1)] = 0.95
-    epochs: Annotated[int, Between(1, 1000)] = 5
+    epochs: Annotated[int, Between(1, 1000)] = 8
     batch_size: Annotated[int, Between(2, 65_536)] = 512
     lr: Rate = 1e-3
     critic_lr: Rate = 1e-3
-    most_kl: Annotated[float, Above(0, 1e6)] = 0.05
+    most_kl: Annotated[float, Above(0, 1e6)] = 0.1
     hidden: Layers = field(default_factory=lambda: [256, 256])
     octaves: Octaves = 4
 

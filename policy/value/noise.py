@@ -47,24 +47,33 @@ class Frequencies:
 class NoiseActor(nn.Module):
     """A Gaussian over coefficients of noise, squashed into ±bound: w = bound · tanh(u / bound), u ~ N(μ(s), σ(s)²).
 
-    It begins with μ near 0 and σ near 1, so nearly as the policy is without it. dim: F · A.
+    It begins with μ near 0 and σ near `deviation`: with 1 nearly as the policy is without it. dim: F · A.
     """
 
     def __init__(
-        self, *, condition_dim: int, dim: int, bound: float, octaves: int = 0, hidden: Sequence[int] = (256, 256)
+        self,
+        *,
+        condition_dim: int,
+        dim: int,
+        bound: float,
+        deviation: float = 1.0,
+        octaves: int = 0,
+        hidden: Sequence[int] = (256, 256),
     ) -> None:
         super().__init__()
         input_dim = condition_dim * (1 + 2 * octaves)
         self.net = EnsembleMlp(input_dim=input_dim, hidden=hidden, output_dim=2 * dim, members=1)
         with torch.no_grad():
             self.net.weights[-1].mul_(0.01)
+            share = (math.log(deviation) - LEAST_LOG_STD) / (MOST_LOG_STD - LEAST_LOG_STD)
+            self.net.biases[-1][..., dim:].fill_(math.log(share / (1 - share)))
         self.bound, self.octaves = bound, octaves
 
     def moments(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """[B, C] → μ and log σ of u, [B, D] each."""
         mean, raw = self.net(waves(condition, self.octaves))[0].chunk(2, dim=-1)
         span = MOST_LOG_STD - LEAST_LOG_STD
-        return mean, LEAST_LOG_STD + span * torch.sigmoid(raw + math.log(-LEAST_LOG_STD / MOST_LOG_STD))
+        return mean, LEAST_LOG_STD + span * torch.sigmoid(raw)
 
     def squashed(self, before: Tensor) -> Tensor:
         """u → w."""

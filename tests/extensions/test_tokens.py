@@ -14,8 +14,9 @@ from action_diffusion.errors import InputError
 from action_diffusion.options.extensions import TokensOptions
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.extension import Fitted, write
-from action_diffusion.policy.extensions.token_head import ChunkTokens, TokenHead, cosine_basis
+from action_diffusion.policy.extensions.token_head import ChunkTokens, TokenHead
 from action_diffusion.policy.extensions.tokens import Tokens
+from action_diffusion.policy.value.noise import cosine_basis
 
 
 def source() -> BatchSource:

@@ -36,7 +36,8 @@ from action_diffusion.training.reward.transitions import Rows
 
 
 class Dsrl(OnPolicy):
-    """frequencies: F, at most those of a chunk. bound: of each coefficient. chunks: from one update to the next. clip:
+    """frequencies: F, at most those of a chunk. bound: of each coefficient. deviation: that
+    coefficients begin with; those of plain noise have 1. chunks: from one update to the next. clip:
     of the ratio. gae: λ. epochs: times that an update goes over its chunks. most_kl: where it stops early. lr: of the
     actor; critic_lr: of the value. hidden, octaves: of both networks.
 
@@ -51,15 +52,16 @@ class Dsrl(OnPolicy):
         *,
         seed: int = 0,
         frequencies: int = 2,
-        bound: float = 3.0,
-        chunks: int = 2048,
+        bound: float = 4.0,
+        deviation: float = 2.0,
+        chunks: int = 1024,
         clip: float = 0.2,
         gae: float = 0.95,
-        epochs: int = 5,
+        epochs: int = 8,
         batch_size: int = 512,
         lr: float = 1e-3,
         critic_lr: float = 1e-3,
-        most_kl: float = 0.05,
+        most_kl: float = 0.1,
         hidden: Sequence[int] = (256, 256),
         octaves: int = 4,
     ) -> None:
@@ -72,7 +74,7 @@ class Dsrl(OnPolicy):
         torch.manual_seed(seed)
         sizes: dict[str, Any] = {"condition_dim": condition_dim(policy), "hidden": hidden, "octaves": octaves}
         dim = self.first * spec.action.shape[0]
-        self.actor = NoiseActor(dim=dim, bound=bound, **sizes).to(self.device)
+        self.actor = NoiseActor(dim=dim, bound=bound, deviation=deviation, **sizes).to(self.device)
         self.value = Value(members=1, **sizes).to(self.device)
         self.modules = {"actor": self.actor, "value": self.value}
         self.optimizers = {
