@@ -1,0 +1,43 @@
+"""A weak PushT policy, trained for half of the quick start's steps, steered by the noise that its chunks begin with.
+
+The budget is shorter than the method's own, so that the row takes some ten minutes of one core.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from action_diffusion.configuration import settings
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.extensions.extension import weights_hash
+from action_diffusion.training.reward.finetune import finetune
+from benchmarks.systems.policies import pusht, scores
+from benchmarks.systems.system import Measured, System
+
+STARTS = range(500_000, 500_100)
+STEPS = 1_000_000
+
+
+def measure(seed: int) -> Measured:
+    weak = pusht(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"bundle={weak}", f"output_dir={folder}/run", f"seed={seed}", "evaluation.n_episodes=0"]
+        finetune(settings("finetune", [*words, "method=dsrl", f"budget.env_steps={STEPS}"]))
+        better = Path(folder) / "run/bundle"
+        same = weights_hash(better) == weights_hash(weak)
+        after = scores(bundles.load(better), STARTS)
+    before = scores(bundles.load(weak), STARTS)
+    measured = {"success": float(np.mean(after >= 1)), "score": float(after.mean()), "weights untouched": float(same)}
+    baseline = {"success": float(np.mean(before >= 1)), "score": float(before.mean())}
+    return Measured(measured, baseline, same and measured["success"] >= baseline["success"] + 0.2)
+
+
+SYSTEM = System(
+    name="dsrl",
+    what="a weak PushT policy, its weights untouched, is steered by its initial noise",
+    bar=f"success 0.2 above that of the policy alone, on {len(STARTS)} starts from {STARTS.start}",
+    measure=measure,
+)
