@@ -175,6 +175,13 @@ class Denoising:
 
 
 @dataclass
+class Distillation(Denoising):
+    """`policy.objective`, see `policy.objectives.distillation`."""
+
+    teacher: FilePath | None = None
+
+
+@dataclass
 class FlowMap(Denoising):
     """`policy.objective`, see `policy.objectives.flow_maps`."""
 
@@ -222,6 +229,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
     "objective": {
         "consistency": Consistency,
         "denoising": Denoising,
+        "distillation": Distillation,
         "flow_map": FlowMap,
         "mean_flow": MeanFlow,
         "mip": Denoising,
@@ -311,6 +319,9 @@ class Policy:
         if name in FAMILIES and process is not None:
             prediction = self.process.get("prediction", process().prediction)
             check_process(name, FAMILIES[name], str(self.process.get("name")), str(prediction))
+        steps = self.sampler.num_inference_steps
+        if name == "distillation" and steps != 1:
+            raise InputError(f"sampler.num_inference_steps={steps} must be 1: objective=distillation learns one step")
 
 
 FAMILIES = {"consistency": "flow", "flow_map": "flow", "mean_flow": "flow", "mip": "mip", "shortcut": "flow"}

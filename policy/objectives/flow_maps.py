@@ -28,7 +28,7 @@ from torch import Tensor
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.process import Flow, Process
-from action_diffusion.policy.objectives.objective import Network, Objective, Pair
+from action_diffusion.policy.objectives.objective import Network, Objective, Pair, Teacher
 
 
 def told(s: Tensor, r: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class TwoTimes(Objective):
         process: Process,
         x0: Tensor,
         generator: torch.Generator | None,
-        teacher: Network | None = None,
+        teacher: Teacher | None = None,
     ) -> Iterator[Pair]:
         n = len(x0)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
@@ -93,7 +93,7 @@ class TwoTimes(Objective):
             yield Pair(output, process.target(x0[of_data], eps[of_data], Flow.TIME_SCALE * s), of_data)
         rows = rows[:taught]
         said = velocities(network, process.prediction)
-        flow = None if teacher is None else velocities(teacher, process.prediction)
+        flow = None if teacher is None else velocities(teacher.network, process.prediction)
         s, pair = self._taught(said, x0[rows], eps[rows], rows, generator, flow)
         if process.prediction == "sample":  # F − F* is s (u − u*)
             pair = pair._replace(output=s.view(-1, 1, 1) * pair.output, target=s.view(-1, 1, 1) * pair.target)

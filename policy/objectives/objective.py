@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import check_process
 from action_diffusion.policy.diffusion.process import Process
+from action_diffusion.policy.diffusion.sampler import Sampler
 
 LOSSES = {
     "mse": nn.functional.mse_loss,
@@ -32,6 +33,13 @@ class Network(Protocol):
 
     def __call__(self, x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
         """x [R, H, A], times [R], or [R, 2] for `two_times` → [R, H, A]. rows [R]: examples that x is of; None: all."""
+
+
+class Teacher(NamedTuple):
+    """Another policy's denoiser, with its condition of each example, and the sampler that it makes chunks with."""
+
+    network: Network
+    sampler: Sampler
 
 
 class Pair(NamedTuple):
@@ -79,6 +87,9 @@ class Objective:
         """Raises `InputError` for a process that it is not for."""
         if self.family is not None:
             check_process(type(self).__name__, self.family, process.family, process.prediction)
+
+    def check_teacher(self, theirs: Sampler, own: Sampler) -> None:
+        """Raises `InputError` for a teacher whose sampler it cannot learn from."""
 
     def pairs(
         self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None
