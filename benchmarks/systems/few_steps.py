@@ -22,7 +22,7 @@ STARTS = range(500_000, 500_050)
 WITHIN = 0.02
 TURNS = 25
 MORE = 300
-SLOWER = ("train.lr=2e-4", "train.warmup=20")
+SLOWER = ("train.lr=5e-4",)
 
 
 def measure(seed: int) -> Measured:
