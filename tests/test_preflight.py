@@ -41,7 +41,7 @@ MISTAKES = {
     "train objective=consistency": "objective=consistency learns from a policy: policy.objective.teacher=",
     "train objective=distillation": "objective=distillation learns from a policy: policy.objective.teacher=",
     "train objective=distillation policy.objective.teacher=nowhere": "no bundle at nowhere",
-    "train objective=distillation policy.sampler.num_inference_steps=2": "num_inference_steps=2 must be 1: objective=distil",
+    "train objective=distillation policy.sampler.num_inference_steps=2": "num_inference_steps=2 must be 1: objective",
     "train policy.encoder.weights=nowhere.safetensors": "policy.encoder.weights=nowhere.safetensors: no such file",
     "train task.horizon=1000000": "task.horizon=1000000 must be at most 1,024",
     "train device=meta": "device=meta must be a word, such as auto",

@@ -118,7 +118,9 @@ def ways(plan: Plan) -> list[Way]:
         process, family = policy.process, policy.process.family
         distilled = isinstance(policy.objective, Distillation)  # of one step, and no other
         steps = [n for n in plan.steps if n <= (1 if distilled else MOST.get(family, n))]
-        few = [{"scheduler": name, "num_inference_steps": n} for name in FEW[family] for n in steps]
+        few: list[dict[str, Any]] = [
+            {"scheduler": name, "num_inference_steps": n} for name in FEW[family] for n in steps
+        ]
         for sampler in few if distilled else REFERENCES[family] + few:
             n_times = process.num_train_timesteps if isinstance(process, Diffusion) else 0
             if sampler["scheduler"] == "ddim" and n_times % sampler["num_inference_steps"]:
