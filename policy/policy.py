@@ -22,7 +22,7 @@ from action_diffusion.policy.model.estimator import PlanarPose
 from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
-from action_diffusion.policy.objectives.objective import Network, Objective
+from action_diffusion.policy.objectives.objective import Network, Objective, Teacher
 from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample, network_of
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.rotations import continuous, valid
@@ -110,6 +110,7 @@ class DiffusionPolicy(nn.Module):
         ]
         if shapes[0] != shapes[1] or self.spec.normalizer != teacher.spec.normalizer:
             raise InputError("policy.objective.teacher has other observations, actions or statistics than this policy")
+        self.objective.check_teacher(teacher.sampler, self.sampler)
         self._teachers = (teacher.eval().requires_grad_(False),)
 
     def encode(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
@@ -207,7 +208,8 @@ class DiffusionPolicy(nn.Module):
         taught: dict[str, Any] = {}
         for teacher in self._teachers:
             with torch.no_grad():
-                taught["teacher"] = network_of(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
+                said = network_of(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
+            taught["teacher"] = Teacher(said, teacher.sampler)
         pairs = self.objective.pairs(network, self.process, x0, generator, **taught)
         return self.objective.reduced(pairs, self.process, counts, len(x0))
 

@@ -28,8 +28,9 @@ def train(config: Mapping[str, Any]) -> None:
     if config["init"] is not None:
         read_spec(Path(config["init"]).expanduser())
     objective = config["policy"]["objective"]
-    if objective.get("name") == "consistency" and objective.get("teacher") is None:
-        raise InputError("objective=consistency learns from a policy: policy.objective.teacher=outputs/…/bundle")
+    name = objective.get("name")
+    if name in ("consistency", "distillation") and objective.get("teacher") is None:
+        raise InputError(f"objective={name} learns from a policy: policy.objective.teacher=outputs/…/bundle")
     if objective.get("teacher") is not None:
         read_spec(Path(objective["teacher"]).expanduser())
     encoder = config["policy"]["encoder"]

@@ -175,6 +175,13 @@ class DenoisingOptions:
 
 
 @dataclass
+class DistillationOptions(DenoisingOptions):
+    """`policy.objective`, see `policy.objectives.distillation`."""
+
+    teacher: FilePath | None = None
+
+
+@dataclass
 class FlowMapOptions(DenoisingOptions):
     """`policy.objective`, see `policy.objectives.flow_maps`."""
 
@@ -222,6 +229,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
     "objective": {
         "consistency": ConsistencyOptions,
         "denoising": DenoisingOptions,
+        "distillation": DistillationOptions,
         "flow_map": FlowMapOptions,
         "mean_flow": MeanFlowOptions,
         "mip": DenoisingOptions,
@@ -319,7 +327,7 @@ class Policy:
             prediction = self.process.get("prediction", process().prediction)
             check_process(name, FAMILIES[name], str(self.process.get("name")), str(prediction))
         try:
-            _check_sampling(vars(self.sampler), self.process)
+            _check_sampling(vars(self.sampler), self.process, name)
         except InputError as error:
             raise InputError(f"policy.{error}") from None
 
@@ -401,14 +409,16 @@ def with_sampler(policy: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
     if given.get("scheduler", own["scheduler"]) != own["scheduler"]:  # others, such as eta, belong to one scheduler
         own = {key: own[key] for key in OF_ALL if key in own}
     sampler = {**own, **given}
-    _check_sampling(sampler, process)
+    _check_sampling(sampler, process, str(policy["objective"].get("name")))
     return {**policy, "sampler": sampler}
 
 
-def _check_sampling(sampler: Mapping[str, Any], process: Mapping[str, Any]) -> None:
+def _check_sampling(sampler: Mapping[str, Any], process: Mapping[str, Any], objective: str) -> None:
+    name, n_steps = sampler["scheduler"], sampler["num_inference_steps"]
+    if objective == "distillation" and n_steps != 1:
+        raise InputError(f"sampler.num_inference_steps={n_steps} must be 1: objective=distillation learns one step")
     if process["name"] not in COMPONENTS["process"]:
         return  # a plugin's says itself what goes
-    name, n_steps = sampler["scheduler"], sampler["num_inference_steps"]
     options = {key: value for key, value in sampler.items() if key not in OF_ALL and value is not None}
     check_member(process["name"], name)
     check_sampler(name, options)

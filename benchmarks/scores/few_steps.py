@@ -36,6 +36,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.diffusion.process import Diffusion
+from action_diffusion.policy.objectives.distillation import Distillation
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.progress import progress
 from action_diffusion.training.evaluation.rollouts import BATCH
@@ -115,14 +116,20 @@ def ways(plan: Plan) -> list[Way]:
         if policy.spec.env is None:
             raise InputError(f"{path}: {policy.spec.task} has no simulator to evaluate in")
         process, family = policy.process, policy.process.family
-        steps = [n for n in plan.steps if n <= MOST.get(family, n)]
-        few = [{"scheduler": name, "num_inference_steps": n} for name in FEW[family] for n in steps]
-        for sampler in REFERENCES[family] + few:
+        distilled = isinstance(policy.objective, Distillation)  # of one step, and no other
+        steps = [n for n in plan.steps if n <= (1 if distilled else MOST.get(family, n))]
+        few: list[dict[str, Any]] = [
+            {"scheduler": name, "num_inference_steps": n} for name in FEW[family] for n in steps
+        ]
+        for sampler in few if distilled else REFERENCES[family] + few:
             n_times = process.num_train_timesteps if isinstance(process, Diffusion) else 0
             if sampler["scheduler"] == "ddim" and n_times % sampler["num_inference_steps"]:
                 sampler = sampler | {"timestep_spacing": "leading"}  # the default, trailing, asks for equal steps
             policy = bundles.load(path, sampler=sampler, precision="fp32")  # as `evaluate` and `deploy` load it
             found.append(Way(name=names[path], sampler=sampler, policy=policy))
+    if not found:
+        listed = ",".join(map(str, plan.steps))
+        raise InputError(f"steps={listed}: none of the bundles is sampled in so many: steps=1,2")
     return found
 
 

@@ -140,12 +140,12 @@ def source(obs: Mapping[str, np.ndarray], action: np.ndarray) -> BatchSource:
     )
 
 
-def pusht(seed: int, *options: str) -> Path:
-    """The bundle of a PushT policy: the quick start's, after half of its training; options: as of `train`.
+def pusht(seed: int, *options: str, steps: int = 1100) -> Path:
+    """The bundle of a PushT policy: the quick start's, by default after half of its training; options: as of `train`.
 
     It stays in the user's cache folder, by the whole configuration and the versions of the packages.
     """
-    words = ["train.max_steps=1100", "train.tensorboard=false", "train.validate_every=1100", *options]
+    words = [f"train.max_steps={steps}", "train.tensorboard=false", f"train.validate_every={steps}", *options]
     config = load("train", [*words, f"seed={seed}", "evaluation.n_episodes=0"])
     named = json.dumps([config, bundles.versions()], sort_keys=True, default=str)
     folder = cache_folder() / "systems" / hashlib.sha256(named.encode()).hexdigest()[:16]

@@ -26,7 +26,7 @@ from torch import Tensor
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.process import Flow, Process
 from action_diffusion.policy.objectives.flow_maps import Examples, TwoTimes
-from action_diffusion.policy.objectives.objective import Network, Pair
+from action_diffusion.policy.objectives.objective import Network, Pair, Teacher
 
 
 @dataclass(kw_only=True, eq=False)
@@ -54,9 +54,9 @@ class Consistency(TwoTimes):
         process: Process,
         x0: Tensor,
         generator: torch.Generator | None,
-        teacher: Network | None = None,
+        teacher: Teacher | None = None,
     ) -> Iterator[Pair]:
-        """teacher: its denoiser, told one time [R]. Raises `InputError` without one."""
+        """teacher: its denoiser is told one time [R]. Raises `InputError` without one."""
         if teacher is None:
             raise InputError("policy.objective: consistency learns from a teacher: policy.objective.teacher=DIR/bundle")
         return super().pairs(network, process, x0, generator, teacher)

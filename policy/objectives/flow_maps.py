@@ -28,7 +28,7 @@ from torch import Tensor
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.process import Flow, Process
-from action_diffusion.policy.objectives.objective import Network, Objective, Pair
+from action_diffusion.policy.objectives.objective import Network, Objective, Pair, Teacher
 
 
 def told(s: Tensor, r: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class TwoTimes(Objective):
         process: Process,
         x0: Tensor,
         generator: torch.Generator | None,
-        teacher: Network | None = None,
+        teacher: Teacher | None = None,
     ) -> Iterator[Pair]:
         n = len(x0)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
@@ -117,7 +117,7 @@ class TwoTimes(Objective):
         rows = rows[:taught]
         examples = Examples(
             network=velocities(network, process.prediction),
-            teacher=None if teacher is None else velocities(teacher, process.prediction),
+            teacher=None if teacher is None else velocities(teacher.network, process.prediction),
             x0=x0[rows],
             eps=eps[rows],
             rows=rows,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import check_process
 from action_diffusion.policy.diffusion.process import Process
+from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.spec import PolicySpec
 
 LOSSES = {
@@ -50,6 +51,13 @@ class Learner(Protocol):
         """For obs, key → [B, To, …], and chunks [B, H, A], in the data's units: the denoiser with the condition of
         these observations, and the clean chunks x0 [B, H, A] as it works on them."""
         ...
+
+
+class Teacher(NamedTuple):
+    """Another policy's denoiser, with its condition of each example, and the sampler that it makes chunks with."""
+
+    network: Network
+    sampler: Sampler
 
 
 class Pair(NamedTuple):
@@ -100,6 +108,9 @@ class Objective:
 
     def check_cameras(self, cameras: Sequence[str]) -> None:
         """Raises `InputError` for cameras that the policy sees, where it cannot learn from pictures. Here: it can."""
+
+    def check_teacher(self, theirs: Sampler, own: Sampler) -> None:
+        """Raises `InputError` for a teacher whose sampler it cannot learn from."""
 
     def pairs(
         self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None

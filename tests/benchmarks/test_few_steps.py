@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +70,15 @@ def test_regressions_are_measured_in_the_steps_that_they_have(bundle, tmp_path):
     path = bundle("mip", **mip, sampler={"scheduler": "mip", "num_inference_steps": 2})
     found = few_steps.ways(few_steps.Plan(bundles=[path], output=tmp_path, n_episodes=1, seed=0, steps=[1, 2, 4, 8]))
     assert [way.sampler["num_inference_steps"] for way in found] == [1, 2]
+
+
+def test_a_distilled_policy_is_measured_in_its_one_step(bundle, tmp_path):
+    mip = {"process": {"name": "mip", "prediction": "sample"}, "objective": {"name": "distillation"}}
+    path = bundle("one", **mip, sampler={"scheduler": "mip", "num_inference_steps": 1})
+    plan = few_steps.Plan(bundles=[path], output=tmp_path, n_episodes=1, seed=0, steps=[1, 2])
+    assert [way.sampler["num_inference_steps"] for way in few_steps.ways(plan)] == [1]
+    with pytest.raises(InputError, match="steps=2: none of the bundles"):
+        few_steps.ways(few_steps.Plan(**vars(plan) | {"steps": [2]}))
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
 from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.objectives.consistency import Consistency
+from action_diffusion.policy.objectives.distillation import Distillation
 from action_diffusion.policy.objectives.flow_maps import FlowMap, MeanFlow, Shortcut
-from action_diffusion.policy.objectives.objective import Denoising, Objective, Pair
+from action_diffusion.policy.objectives.objective import Denoising, Objective, Pair, Teacher
 from action_diffusion.training.run import train
 
 SPREAD = 0.5
@@ -61,6 +62,10 @@ class Exact:
         return (x.double() * torch.where(s - r > 1e-6, mean, direction).view(-1, 1, 1)).to(x.dtype)
 
 
+def flow_sampler(steps: int) -> Sampler:
+    return Sampler(process=Flow(), scheduler="flow", num_inference_steps=steps, clip=None)
+
+
 def pairs(objective: Objective, n: int = 4000) -> tuple[list[Pair], Exact]:
     network, generator = Exact(), torch.Generator().manual_seed(0)
     x0 = SPREAD * torch.randn(n, 2, 1, generator=generator, dtype=torch.float64)
@@ -96,7 +101,7 @@ def test_by_the_clean_chunk_the_same_is_taught(objective: Objective) -> None:
 
     found = []
     for prediction, said in (("velocity", velocity), ("sample", clean)):
-        taught = {"teacher": said} if objective.taught else {}
+        taught = {"teacher": Teacher(said, flow_sampler(1))} if objective.taught else {}
         generator = torch.Generator().manual_seed(0)
         found.append(list(objective.pairs(said, Flow(prediction=prediction), x0, generator, **taught)))
     for by_velocity, by_sample in zip(*found, strict=True):
@@ -284,7 +289,7 @@ def test_a_teacher_that_is_right_and_a_network_that_is_agree() -> None:
         return network(x, torch.stack([times, times], dim=1), rows)
 
     objective = Consistency(distilled=1.0, solver_steps=64)
-    (taught,) = objective.pairs(network, Flow(), x0, generator, teacher)
+    (taught,) = objective.pairs(network, Flow(), x0, generator, Teacher(teacher, flow_sampler(1)))
     torch.testing.assert_close(taught.output, taught.target, atol=2e-3, rtol=2e-3)
 
 
@@ -294,6 +299,86 @@ def test_times_of_a_consistency_policy_are_in_order_and_of_its_bins() -> None:
         torch.testing.assert_close(times, times.round())
     assert ((s > r) & (s > m) & (m >= r)).all()
     assert (s.min(), s.max(), r.min(), r.max()) == (1, 5, 0, 4)
+
+
+def test_a_step_is_taught_where_a_flow_takes_the_same_noise() -> None:
+    """The flow of normal data takes z to SPREAD · z; from noise, s = 1, its velocity is then (SPREAD − 1) · z."""
+    network, told = Exact(), []
+
+    def teacher(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        return network(x, torch.stack([times, times], dim=1), rows)
+
+    def student(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        told.append(times)
+        return (SPREAD - 1) * x
+
+    x0 = torch.zeros(500, 2, 1, dtype=torch.float64)
+    (pair,) = Distillation().pairs(
+        student, Flow(), x0, torch.Generator().manual_seed(0), Teacher(teacher, flow_sampler(400))
+    )
+    torch.testing.assert_close(pair.output, pair.target, atol=1e-2, rtol=0)
+    assert pair.target.std() == pytest.approx(SPREAD, abs=0.03)
+    assert (told[0] == 100).all()
+
+
+def test_a_step_is_taught_what_two_regressions_say() -> None:
+    """Told 100, the teacher says 2; told 10, one more than it sees: 0.9 · 2 + 1 in the end, whatever the noise."""
+    process, seen = Mip(level=0.9), []
+
+    def teacher(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        return torch.where((times == 100).view(-1, 1, 1), torch.full_like(x, 2.0), x + 1.0)
+
+    def student(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        seen.append((x, times))
+        return torch.full_like(x, 0.5)
+
+    sampler = Sampler(process=process, scheduler="mip", num_inference_steps=2, clip=None)
+    (pair,) = Distillation().pairs(student, process, torch.randn(4, 3, 2), None, Teacher(teacher, sampler))
+    torch.testing.assert_close(pair.target, torch.full((4, 3, 2), 2.8))
+    torch.testing.assert_close(pair.output, torch.full((4, 3, 2), 0.5))
+    ((x, times),) = seen
+    assert (x == 0).all()
+    assert (times == 100).all()
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_what_is_taught_is_what_the_policy_does(prediction: str) -> None:
+    """Of the same noise, the pair's output is the chunk that one step makes."""
+    process = Diffusion(prediction=prediction)
+    teacher, own = (
+        Sampler(process=process, scheduler="ddim", num_inference_steps=n, clip=None, eta=0.0) for n in (5, 1)
+    )
+    Distillation().check_teacher(teacher, own)
+
+    def student(x: Tensor, times: Tensor, rows: Tensor | None = None) -> Tensor:
+        return torch.sin(x) + times.view(-1, 1, 1) / 100
+
+    (pair,) = Distillation().pairs(
+        student, process, torch.zeros(4, 3, 2), torch.Generator().manual_seed(0), Teacher(student, teacher)
+    )
+    noise = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    chunk, _ = own.run(lambda x, step, rows: student(x, torch.full((4,), step.time)), noise)
+    torch.testing.assert_close(pair.output, chunk)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        ({"scheduler": "ddim", "num_inference_steps": 5, "eta": 1.0}, r"draws noise .*ddim.*eta=0"),
+        ({"scheduler": "ddpm", "num_inference_steps": 5}, r"draws noise .*ddpm"),
+        ({"scheduler": "ddim", "num_inference_steps": 16, "timestep_spacing": "leading"}, "begin alike"),
+    ],
+)
+def test_a_teacher_whose_chunks_are_no_function_of_the_noise_is_refused(sampler, said) -> None:
+    process, one = {"name": "diffusion", "prediction": "sample"}, {"scheduler": "ddim", "num_inference_steps": 1}
+    student = flow_policy(process=process, sampler=one, objective={"name": "distillation"})
+    with pytest.raises(InputError, match=said):
+        student.learn_from(flow_policy(process=process, sampler=sampler))
+
+
+def test_distillation_is_of_one_step() -> None:
+    with pytest.raises(InputError, match="num_inference_steps=2 must be 1"):
+        flow_policy(objective={"name": "distillation"})
 
 
 def flow_policy(**changes):
@@ -333,13 +418,16 @@ def test_a_teacher_of_another_kind_is_refused(teacher, said) -> None:
         flow_policy().learn_from(flow_policy())
 
 
-def test_without_its_teacher_a_consistency_policy_cannot_be_trained() -> None:
+@pytest.mark.parametrize("objective", ["consistency", "distillation"])
+def test_without_its_teacher_a_policy_cannot_be_trained(objective) -> None:
+    policy = flow_policy(objective={"name": objective}, sampler={"scheduler": "flow", "num_inference_steps": 1})
     with pytest.raises(InputError, match=r"policy\.objective\.teacher=DIR"):
-        flow_policy(objective={"name": "consistency"})({"state": torch.randn(4, 2, 5)}, torch.randn(4, 8, 2))
+        policy({"state": torch.randn(4, 2, 5)}, torch.randn(4, 8, 2))
 
 
 @pytest.mark.slow
-def test_a_teacher_trains_a_policy_that_loads_without_it(tmp_path) -> None:
+@pytest.mark.parametrize("objective", ["consistency", "distillation"])
+def test_a_teacher_trains_a_policy_that_loads_without_it(objective, tmp_path) -> None:
     words = [
         "device=cpu",
         "train.max_steps=3",
@@ -350,7 +438,7 @@ def test_a_teacher_trains_a_policy_that_loads_without_it(tmp_path) -> None:
     words += ["evaluation.n_episodes=0", "dataset.max_episodes=4", "policy.denoiser.channels=[8,16]"]
     train(load("train", [*words, "scheduler=flow", f"output_dir={tmp_path}/a"]))
     teacher = f"policy.objective.teacher={tmp_path}/a/bundle"
-    train(load("train", [*words, "objective=consistency", teacher, f"output_dir={tmp_path}/b"]))
+    train(load("train", [*words, f"objective={objective}", "scheduler=flow", teacher, f"output_dir={tmp_path}/b"]))
     shutil.rmtree(tmp_path / "a")
     found = bundles.load(tmp_path / "b" / "bundle", verify=True)
     assert found.sampler.num_inference_steps == 1
