@@ -224,7 +224,7 @@ EXTENSIONS = Registry(
     "extensions",
     {
         name: f"action_diffusion.policy.extensions.{name}:{name.capitalize()}"
-        for name in ("cache", "constraint", "guard", "tokens")
+        for name in ("cache", "constraint", "guard", "intents", "tokens")
     },
 )
 PROCESSES = Registry(

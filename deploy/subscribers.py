@@ -28,7 +28,7 @@ from action_diffusion.policy.spec import PolicySpec
 
 _KEPT = (
     *("robot", "seed", "n_episodes", "scheduling", "delay", "execution_horizon", "rtc", "sampler"),
-    *("device", "precision", "compile", "cuda_graph", "threads", "simulated", "safety", "dry_run", "guard"),
+    *("device", "precision", "compile", "cuda_graph", "threads", "simulated", "safety", "dry_run", "guard", "intents"),
 )
 """Of the configuration, what the record keeps; threads: torch's, on which the last bits of a chunk depend."""
 

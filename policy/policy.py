@@ -281,6 +281,7 @@ class DiffusionPolicy(nn.Module):
             action, normalized = self.chunk(noise, *given, *(obs[key] for key in self.spec.observations))
         else:
             options: dict[str, Any] = {"hooks": hooks, "grad": grad, "return_chain": return_chain}
+            options["episodes"] = _episodes(generator, noise_generator, rows)
             action, normalized, chain, notes = self._sample(obs, noise, drawn, prefix, n_samples, **options)
         if n_samples > 1:
             normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
@@ -306,14 +307,17 @@ class DiffusionPolicy(nn.Module):
         drawn: Tensor | None,
         prefix: Prefix | None,
         n_samples: int = 1,
+        episodes: Sequence[int] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor, list[ChainStep], dict[str, Tensor]]:
         """Chunks [B · n, H, A] in the data's units and normalised, the chain and notes; all noise is given."""
         with torch.set_grad_enabled(options["grad"]):
-            seen = self.see(obs)
+            seen = replace(self.see(obs), episodes=episodes)
             if n_samples > 1:
                 seen = replace(seen, condition=seen.condition.repeat_interleave(n_samples, dim=0))
             film = self.denoiser.prepare(seen.condition, self.sampler.times(seen.condition.device))
+            for acting in self.extensions:
+                film = acting.modulate(seen, film)
 
         def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
             result: Tensor = self.denoiser(x if prefix is None else prefix.mark(x, rows), film.at(step.index, rows))
@@ -377,6 +381,14 @@ class DiffusionPolicy(nn.Module):
         made = {name: note.float().cpu().numpy() for name, note in sample.notes.items()}
         made |= {"action": action, "action_pred": chunk}
         return made if batched else {name: value[0] for name, value in made.items()}
+
+
+def _episodes(generator: Generators, noise_generator: Generators, rows: int) -> list[int] | None:
+    """See `Encoded.episodes`."""
+    drawing = noise_generator if generator is None else generator
+    if drawing is None:
+        return None
+    return [one.initial_seed() for one in (drawing if isinstance(drawing, Sequence) else [drawing] * rows)]
 
 
 def _network(denoiser: Any, condition: Tensor, prefix: Prefix | None) -> Network:

@@ -1,7 +1,7 @@
 """What goes into a chunk and what comes out of it, and what may act in between.
 
 obs ─▶ Encoded ─▶ noise ──denoising steps, Prefix kept──▶ normalised chunk ─▶ Sample
-          │                    ▲ hooks                          ▲ finish
+          │         ▲ modulate ▲ hooks                          ▲ finish
           └──────────────── Extension ──────────────────────────┘
 """
 
@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 
 from action_diffusion.policy.diffusion.sampler import ChainStep, Hook
+from action_diffusion.policy.model.denoiser import Film
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """condition [B, C]; obs: the observations, and an estimated state [B, 1, n]; output: the estimator's."""
+    """condition [B, C]; obs: the observations, and an estimated state [B, 1, n]; output: the estimator's.
+
+    episodes: of each of the B rows a number that is the same in all chunks of an episode, and another in others: the
+    seed of what draws its noise; None where nobody says.
+    """
 
     condition: Tensor
     obs: Mapping[str, Tensor]
     output: Tensor | None = None
+    episodes: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,9 @@ class Acting(Protocol):
     @property
     def needs_gradient(self) -> bool:
         """Whether one of its hooks does (`Hook.needs_gradient`)."""
+
+    def modulate(self, seen: Encoded, film: Film) -> Film:
+        """What the denoiser is told of the steps and of the observations, to go on with."""
 
     def hooks(self, seen: Encoded) -> Sequence[Hook]:
         """Hooks of one sampling run, made anew for each."""

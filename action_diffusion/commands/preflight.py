@@ -12,6 +12,7 @@ from typing import Any
 from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
+from action_diffusion.options.extensions import check_intending
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.action_queue import SCHEDULINGS
 from action_diffusion.policy.reading import read_config, read_spec, require, require_extensions, trained_on
@@ -41,6 +42,7 @@ def train(config: Mapping[str, Any]) -> None:
 
 def evaluate(config: Evaluate) -> None:
     """The bundles, and what there is to hold them against."""
+    check_intending(config.intents, config.extensions)
     bundles = [Path(path) for path in config.bundles]
     compare = [] if config.compare is None else [Path(config.compare)]
     for path in (*bundles, *compare):
@@ -68,6 +70,8 @@ def deploy(config: Deploy) -> None:
         read_spec(Path(config.bundle))
         read_config(Path(config.bundle))
         require_extensions(Path(config.bundle), config.extensions)
+    if config.server is None:
+        check_intending(config.intents, config.extensions)
     _check_exists("hardware", config.hardware)
     _check_exists("replay", config.replay)
     _check_page(config)
@@ -83,6 +87,7 @@ def deploy(config: Deploy) -> None:
 def serve(config: Serve) -> None:
     """The token and the bundle."""
     require_token(config.host, read_token(config.token_file), option="host", files="token_file")
+    check_intending(config.intents, config.extensions)
     read_spec(Path(config.bundle))
     read_config(Path(config.bundle))
     require_extensions(Path(config.bundle), config.extensions)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from action_diffusion.options.data import Absolute, Augment, Convert, DataReport, Doctor, Edit, Inspect, View
-from action_diffusion.options.extensions import FITS, Fit
+from action_diffusion.options.extensions import FITS, Fit, Intending
 from action_diffusion.options.policy import AnySampler
 from action_diffusion.options.task import Task
 from action_diffusion.options.train import Data, Train
@@ -44,6 +44,7 @@ class Evaluate:
     compile: bool = False
     cuda_graph: bool = False
     extensions: Extensions = ()  # type: ignore[assignment]
+    intents: Intending = field(default_factory=Intending)
     plugins: Plugins = None
     data: Data | None = None
     sampler: AnySampler = field(default_factory=AnySampler)
@@ -175,6 +176,7 @@ class Deploy:
     calibrate: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     extensions: Extensions = ()  # type: ignore[assignment]
+    intents: Intending = field(default_factory=Intending)
     plugins: Plugins = None
     output_dir: FilePath | None = None
     device: Device = "auto"
@@ -200,6 +202,7 @@ class Serve:
     max_connections: Annotated[int, Between(1, 10_000)] = 16
     max_message_mb: Annotated[float, Above(0, 4096)] = 16.0
     extensions: Extensions = ()  # type: ignore[assignment]
+    intents: Intending = field(default_factory=Intending)
     plugins: Plugins = None
     remember: bool = True
     seed: Annotated[int, Between(0, 2**63 - 1)] | None = None

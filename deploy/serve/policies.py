@@ -27,9 +27,15 @@ def open_policy(config: Deploy) -> DeployedPolicy:
             raise InputError("bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT")
         faster = {name: getattr(config, name) for name in OPTIONS}
         return bundles.load(
-            Path(bundle), str(config.device), sampler=vars(config.sampler), extensions=config.extensions, **faster
+            Path(bundle),
+            str(config.device),
+            sampler=vars(config.sampler),
+            extensions=config.extensions,
+            given={"intents": vars(config.intents)},
+            **faster,
         ).requires_grad_(False)
     chosen = [f"sampler.{name}" for name, value in vars(config.sampler).items() if value is not None]
+    chosen += [f"intents.{name}" for name, value in vars(config.intents).items() if value is not None]
     chosen += [name for name in ("extensions", "compile", "cuda_graph") if getattr(config, name)]
     if chosen:
         raise InputError(f"{chosen[0]} is for whoever predicts: give it to action-diffusion serve")

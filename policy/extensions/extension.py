@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.options.extensions import Fit
 from action_diffusion.policy.diffusion.sampler import Hook
+from action_diffusion.policy.model.denoiser import Film
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import extension_file, require_extensions
 from action_diffusion.policy.sample import Encoded
@@ -74,6 +75,10 @@ class Extension:
         """
         raise NotImplementedError
 
+    def modulate(self, seen: Encoded, film: Film) -> Film:
+        """See `sample.Acting`."""
+        return film
+
     def hooks(self, seen: Encoded) -> Sequence[Hook]:
         """See `sample.Acting`."""
         return ()
@@ -104,15 +109,29 @@ def check_sampler(name: str, policy: DiffusionPolicy, fitted: Fitted) -> None:
             )
 
 
-def attach(policy: DiffusionPolicy, bundle: Path, names: Iterable[str]) -> None:
+def attach(
+    policy: DiffusionPolicy,
+    bundle: Path,
+    names: Iterable[str],
+    given: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Let the extensions `names` of a bundle act in every chunk of `policy`, in this order.
 
+    given: name → options that replace those that it was fitted with; None as a value keeps it.
     Raises `InputError` for a name that nobody has, one that is not fitted, and a file that is damaged or not for this.
     """
     names = list(names)
     if len(set(names)) < len(names):
         raise InputError(f"extensions={names} names one twice")
-    policy.extensions = [EXTENSIONS.load(name, "extensions")(policy, read(bundle, name)) for name in names]
+    policy.extensions = [
+        EXTENSIONS.load(name, "extensions")(policy, _with(read(bundle, name), (given or {}).get(name, {})))
+        for name in names
+    ]
+
+
+def _with(fitted: Fitted, given: Mapping[str, Any]) -> Fitted:
+    changes = {key: value for key, value in given.items() if value is not None}
+    return replace(fitted, options={**fitted.options, **changes}) if changes else fitted
 
 
 def weights_hash(bundle: Path) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
+from action_diffusion.policy.model.denoiser import Film
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.rtc import fitted
 from action_diffusion.policy.sample import Encoded
@@ -84,6 +85,9 @@ class SharedControl:
         self.policy.extensions = [self, *others]
         self._owned = torch.from_numpy(mine).to(self.policy.device)
         self._values = torch.from_numpy(given.astype(np.float32)).to(self.policy.device)
+
+    def modulate(self, seen: Encoded, film: Film) -> Film:
+        return film
 
     def hooks(self, seen: Encoded) -> Sequence[Hook]:
         return [_Inpaint(self, seen)]
