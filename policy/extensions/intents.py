@@ -78,10 +78,8 @@ class Intents(Extension):
                 check(options[option], OPTIONS[option], option)
             self.names = [str(name) for name in check(options["names"], Annotated[list[str], Sized(2, MOST)], "names")]
             shares = check(options["shares"], Annotated[list[Annotated[float, Above(0, 1)]], Sized(2, MOST)], "shares")
-            with torch.device("meta"):  # no memory before the arrays' shapes are looked at
-                self.tokens = _tokens(policy, len(self.names), options)
-            weights = {name: torch.from_numpy(value) for name, value in fitted.arrays.items()}
-            self.tokens.load_state_dict(weights, assign=True)
+            self.tokens = _tokens(policy, len(self.names), options)
+            self.tokens.load_state_dict({name: torch.from_numpy(value) for name, value in fitted.arrays.items()})
             if len(shares) != len(self.names):
                 raise InputError(f"{len(shares)} shares for {len(self.names)} intents")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -111,7 +109,6 @@ class Intents(Extension):
         if options["preference"] is not None:
             _probabilities(names, options["preference"])
         kernels.for_training(policy.requires_grad_(False))
-        options = {**options, "condition_dim": _examples(policy, train, np.zeros(1, np.int64))[0].shape[1]}
         tokens = _tokens(policy, len(names), options).to(policy.device)
         _train(policy, tokens, train, torch.from_numpy(found.train).to(policy.device), options)
         said: dict[str, Any] = _losses(policy, tokens, held_out, torch.from_numpy(found.held_out).to(policy.device))
@@ -145,11 +142,14 @@ class Intents(Extension):
 
 
 def _tokens(policy: DiffusionPolicy, count: int, options: Mapping[str, Any]) -> IntentTokens:
-    dim = options["condition_dim"]
+    """Untrained, of the sizes that the policy's networks have."""
+    spec, device = policy.spec, policy.device
+    obs = {key: np.zeros((1, spec.n_obs_steps, *one.shape), one.dtype) for key, one in spec.observations.items()}
     with torch.no_grad():
-        like = next(policy.denoiser.parameters())
-        film = policy.denoiser.prepare(like.new_zeros(1, dim), policy.sampler.times(like.device)).condition.shape[1]
-    return IntentTokens(count=count, size=options["size"], hidden=options["hidden"], condition_dim=dim, film=film)
+        condition = policy.encode({key: torch.from_numpy(value).to(device) for key, value in obs.items()})
+        film = policy.denoiser.prepare(condition, policy.sampler.times(device)).condition
+    sizes = {"condition_dim": condition.shape[1], "film": film.shape[1]}
+    return IntentTokens(count=count, size=options["size"], hidden=options["hidden"], **sizes)
 
 
 def _probabilities(names: Sequence[str], preference: Any) -> np.ndarray:
@@ -162,7 +162,8 @@ def _probabilities(names: Sequence[str], preference: Any) -> np.ndarray:
     numbers = np.array([by_name.get(name, 0.0) for name in names])
     if not numbers.sum() > 0:
         raise InputError("intents.preference prefers none: give one of them a number above 0")
-    return numbers / numbers.sum()
+    result: np.ndarray = numbers / numbers.sum()
+    return result
 
 
 @dataclass(frozen=True)
