@@ -29,9 +29,9 @@ AWAY, ROUND = 150.0, 125.0
 AHEAD, MOST_STEPS, ARRIVED = 35.0, 70, 25.0
 DEMONSTRATIONS, HELD_OUT, EPISODES = 400, 40, 100
 HORIZON, OBSERVED, EXECUTED = 16, 2, 8
-STEPS, TOKEN_STEPS = 1500, 800
+STEPS, TOKEN_STEPS = 1200, 400
 FOLLOWED = 0.95
-SIDES = {"left": -1, "right": 1}
+SIDES = {"left": 1, "right": -1}
 """Of someone who looks from the start to the block (y points down): the sense of turning round the block."""
 
 
@@ -74,7 +74,7 @@ class Round:
     @property
     def side(self) -> str:
         """On which it has gone round, as `SIDES` names it."""
-        return "right" if self.passed > 0 else "left"
+        return "left" if self.passed > 0 else "right"
 
 
 def shown(side: str, round_: Round) -> np.ndarray:
@@ -166,6 +166,7 @@ def measure(seed: int) -> Measured:
     found["same side again"] = float(np.mean([a.side == b.side for a, b in zip(drawn, again, strict=True)]))
     baseline = {f"{side} followed": followed(alone, side) for side in SIDES}
     baseline["arrived"] = float(np.mean([one.arrived for one in alone]))
+    baseline["purity of motion that is not aligned"] = called(train, held_out, sides, options | {"aligned": False})[0]
     passed = min(found["left followed"], found["right followed"]) >= FOLLOWED and purity >= FOLLOWED
     return Measured(found, baseline, passed and found["same side again"] == 1.0)
 

@@ -39,7 +39,7 @@ def measure(seed: int) -> Measured:
     torch.set_num_threads(1)
     try:
         made = {name: trained_for(SECONDS, seed, *options) for name, options in NETWORKS.items()}
-        found = {}
+        found: dict[str, float] = {}
         for name, (policy, seconds, steps) in made.items():
             found |= {f"{name} score": float(scores(policy, STARTS).mean()), f"{name} seconds": seconds}
             found |= {f"{name} steps": float(steps)}

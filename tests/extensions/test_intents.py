@@ -36,8 +36,8 @@ def two_ways(seed: int = 0) -> ReplayBuffer:
     bend = np.where(side, 1.0, -1.0) * np.sin(np.pi * along)
     action = np.stack([along, bend], axis=1) + 0.01 * random.normal(size=(N * LENGTH, 2))
     state = along[:, None] + 0.01 * random.normal(size=(len(action), 5))  # which does not tell the side
-    columns = {"state": state.astype(np.float32), "action": action.astype(np.float32), "side": side.astype(np.float32)}
-    columns |= {"mixed": (along > 0.5).astype(np.int64), "number": np.arange(len(action)), "pair": action}
+    columns: dict[str, np.ndarray] = {"state": state.astype(np.float32), "action": action.astype(np.float32)}
+    columns |= {"side": side.astype(np.float32), "mixed": (along > 0.5).astype(np.int64), "pair": action}
     columns |= {"task_index": side.astype(np.int64)}
     attrs = {"tasks": ["go down", "go up"]}
     return ReplayBuffer.from_arrays(columns, np.arange(1, N + 1) * LENGTH, attrs=attrs)
@@ -202,6 +202,20 @@ def test_an_episode_keeps_its_intent_and_another_run_of_its_seed_has_the_same(po
     assert first == second == third == chunks(1, range(30))[0]
     assert set(first) == {0.0, 1.0}
     assert chunks(1, range(100, 130))[0] != first
+    policy.extensions = ()
+
+
+def test_a_generator_whose_state_came_from_elsewhere_is_of_the_same_episode(policy, fitted) -> None:
+    """As for a policy server: the state travels, and the noise that was drawn already does not change the episode."""
+    policy.extensions = [Intents(policy, fitted)]
+    obs = {"state": np.zeros((1, 2, 5), np.float32)}
+    for seed in range(8):
+        here = torch.Generator().manual_seed(seed)
+        torch.randn(5, generator=here)
+        there = torch.Generator()
+        there.set_state(here.get_state())
+        said = [policy.predict(obs, generator=one)["intents.intent"][0] for one in (here, there)]
+        assert said[0] == said[1] == policy.extensions[0].choose([seed], 1)[0]
     policy.extensions = ()
 
 
