@@ -28,7 +28,6 @@ from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.datasets.storage.tasks import episode_tasks
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options.extensions import Intents as Options
-from action_diffusion.policy import kernels
 from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.extensions.motion import clusters, motions, nearest, separation
 from action_diffusion.policy.model.denoiser import Film
@@ -108,7 +107,7 @@ class Intents(Extension):
         shares = np.bincount(found.train, minlength=len(names)) / len(found.train)
         if options["preference"] is not None:
             _probabilities(names, options["preference"])
-        kernels.for_training(policy.requires_grad_(False))
+        policy.requires_grad_(False)
         tokens = _tokens(policy, len(names), options).to(policy.device)
         _train(policy, tokens, train, torch.from_numpy(found.train).to(policy.device), options)
         said: dict[str, Any] = _losses(policy, tokens, held_out, torch.from_numpy(found.held_out).to(policy.device))
