@@ -228,6 +228,7 @@ EXTENSIONS = Registry(
         "cache": "action_diffusion.policy.extensions.cache:Cache",
         "constraint": "action_diffusion.policy.extensions.constraint:Constraint",
         "guard": "action_diffusion.policy.extensions.guard:Guard",
+        "intents": "action_diffusion.policy.extensions.intents:Intents",
         "steering": "action_diffusion.policy.extensions.steering:Steering",
         "tokens": "action_diffusion.policy.extensions.tokens:Tokens",
     },

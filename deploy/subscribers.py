@@ -38,6 +38,7 @@ _KEPT = (
         "dry_run",
         "guard",
         "extensions",
+        "intents",
         "server",
     ),
     *("threads", "ways", "machine"),

@@ -105,6 +105,7 @@ def load(
     verify: bool = False,
     sampler: Mapping[str, Any] | None = None,
     extensions: Sequence[str] | None = None,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
     precision: str | None = None,
     compile: bool = False,
     cuda_graph: bool = False,
@@ -113,8 +114,9 @@ def load(
 
     verify: also compute the golden pair and compare. sampler: values that replace those of the bundle's sampler
     (scheduler, num_inference_steps, …), within the family that it was trained with. extensions: names of what acts
-    while chunks are made (`policy.extensions`), in order; None: what the bundle itself says. precision, compile,
-    cuda_graph: faster ways to denoise, see `kernels.accelerate`; the golden pair is compared without them.
+    while chunks are made (`policy.extensions`), in order; None: what the bundle itself says. given: name → options of
+    these that replace those that they were fitted with. precision, compile, cuda_graph: faster ways to denoise, see
+    `kernels.accelerate`; the golden pair is compared without them.
     Raises `InputError` naming the file and what is wrong with it.
     """
     path = Path(path)
@@ -137,7 +139,7 @@ def load(
     policy = policy.to(resolve_device(device)).eval()
     if verify:
         verify_golden(policy, path)
-    attach(policy, path, acting(path, extensions))
+    attach(policy, path, acting(path, extensions), given)
     accelerate(policy, precision=precision, compile=compile, cuda_graph=cuda_graph)
     return policy
 

@@ -274,6 +274,7 @@ class DiffusionPolicy(nn.Module):
             action, normalized = self.chunk(noise, *given, *(obs[key] for key in self.spec.observations))
         else:
             options: dict[str, Any] = {"hooks": hooks, "grad": grad, "return_chain": return_chain}
+            options["episodes"] = _episodes(generator, noise_generator, rows)
             action, normalized, chain, notes = self._sample(obs, noise, drawn, prefix, n_samples, noises, **options)
         if n_samples > 1:
             normalized, action = (t.unflatten(0, (-1, n_samples)) for t in (normalized, action))
@@ -306,18 +307,21 @@ class DiffusionPolicy(nn.Module):
         prefix: Prefix | None,
         n_samples: int = 1,
         noises: int = 1,
+        episodes: Sequence[int] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor, list[ChainStep], dict[str, Tensor]]:
         """Chunks [B · n, H, A] in the data's units and normalised, the chain and notes; all noise is given, of which
         there may be several for each chunk."""
         with torch.set_grad_enabled(options["grad"]):
-            seen = asked = _repeated(self.see(obs), n_samples)
+            seen = asked = replace(_repeated(self.see(obs), n_samples), episodes=episodes)
             if self.extensions:
                 noise = noise.unflatten(0, (-1, noises))
                 for acting in self.extensions:
                     noise = acting.start(asked, noise)
                 seen, noise = _repeated(asked, noise.shape[1]), noise.flatten(0, 1)
             film = self.denoiser.prepare(seen.condition, self.sampler.times(seen.condition.device))
+            for acting in self.extensions:
+                film = acting.modulate(seen, film)
 
         def denoise(x: Tensor, step: Step, rows: Tensor | None = None) -> Tensor:
             result: Tensor = self.denoiser(x if prefix is None else prefix.mark(x, rows), film.at(step.index, rows))
@@ -390,6 +394,17 @@ class DiffusionPolicy(nn.Module):
         return made if batched else {name: value[0] for name, value in made.items()}
 
 
+def _episodes(generator: Generators, noise_generator: Generators, rows: int) -> list[int] | None:
+    """See `Encoded.episodes`."""
+    drawing = noise_generator if generator is None else generator
+    if drawing is None:
+        return None
+    return [one.initial_seed() for one in (drawing if isinstance(drawing, Sequence) else [drawing] * rows)]
+
+
 def _repeated(seen: Encoded, times: int) -> Encoded:
     """Each row so many times, one after the other."""
-    return seen if times == 1 else replace(seen, condition=seen.condition.repeat_interleave(times, dim=0))
+    if times == 1:
+        return seen
+    episodes = None if seen.episodes is None else [one for one in seen.episodes for _ in range(times)]
+    return replace(seen, condition=seen.condition.repeat_interleave(times, dim=0), episodes=episodes)

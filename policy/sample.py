@@ -1,7 +1,7 @@
 """What goes into a chunk and what comes out of it, and what may act in between.
 
 obs ─▶ Encoded ─▶ noise ──denoising steps, Prefix kept──▶ normalised chunks ─▶ one of them ─▶ Sample
-          │         ▲ start     ▲ hooks                          ▲ finish        ▲ choose
+          │         ▲ start     ▲ modulate, hooks                ▲ finish        ▲ choose
           └─────────┴───────────┴──── Acting ────────────────────┴───────────────┘
 """
 
@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 
 from action_diffusion.policy.diffusion.sampler import ChainStep, Hook
+from action_diffusion.policy.model.denoiser import Film
 from action_diffusion.policy.objectives.objective import Network
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """condition [B, C]; obs: the observations, and an estimated state [B, 1, n]; output: the estimator's."""
+    """condition [B, C]; obs: the observations, and an estimated state [B, 1, n]; output: the estimator's.
+
+    episodes: of each of the B rows a number that is the same in all chunks of an episode, and another in others: the
+    seed of what draws its noise; None where nobody says.
+    """
 
     condition: Tensor
     obs: Mapping[str, Tensor]
     output: Tensor | None = None
+    episodes: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,10 @@ class Acting:
     def start(self, seen: Encoded, noise: Tensor) -> Tensor:
         """The initial noise [B, candidates, H, A] to go on with, of what was drawn, [B, noises, H, A]."""
         return noise
+
+    def modulate(self, seen: Encoded, film: Film) -> Film:
+        """What the denoiser is told of the steps and of the observations, to go on with."""
+        return film
 
     def hooks(self, seen: Encoded) -> Sequence[Hook]:
         """Hooks of one sampling run, made anew for each."""

@@ -12,6 +12,7 @@ from typing import Any
 from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
+from action_diffusion.options.extensions import check_intending
 from action_diffusion.options.finetune import Finetune
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.action_queue import SCHEDULINGS
@@ -73,7 +74,7 @@ def evaluate(config: Evaluate) -> None:
         require(path)
         read_spec(path)
         read_config(path)
-        acting(path, config.extensions)
+        check_intending(config.intents, acting(path, config.extensions))
         check_sampler(path, vars(config.sampler))
     simulated = [path for path in (*bundles, *compare) if read_spec(path).env is not None]
     others = [path for path in (*bundles, *compare) if path not in simulated]
@@ -95,7 +96,7 @@ def deploy(config: Deploy) -> None:
     if config.bundle:
         spec = read_spec(Path(config.bundle))
         read_config(Path(config.bundle))
-        acting(Path(config.bundle), config.extensions)
+        check_intending(config.intents, acting(Path(config.bundle), config.extensions))
         check_sampler(Path(config.bundle), vars(config.sampler))
     _check_exists("hardware", config.hardware)
     _check_exists("replay", config.replay)
@@ -124,7 +125,7 @@ def serve(config: Serve) -> None:
     require_token(config.host, read_token(config.token_file), option="host", files="token_file")
     read_spec(Path(config.bundle))
     read_config(Path(config.bundle))
-    acting(Path(config.bundle), config.extensions)
+    check_intending(config.intents, acting(Path(config.bundle), config.extensions))
     check_sampler(Path(config.bundle), vars(config.sampler))
 
 

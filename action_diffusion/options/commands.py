@@ -7,7 +7,7 @@ from typing import Annotated
 
 from action_diffusion.errors import InputError
 from action_diffusion.options.data import Absolute, Augment, Convert, DataReport, Doctor, Edit, Inspect, View
-from action_diffusion.options.extensions import FITS, Fit
+from action_diffusion.options.extensions import FITS, Fit, Intending
 from action_diffusion.options.finetune import Finetune
 from action_diffusion.options.policy import AnySampler
 from action_diffusion.options.task import Task
@@ -46,6 +46,7 @@ class Evaluate:
     compile: bool = False
     cuda_graph: bool = False
     extensions: Extensions | None = None
+    intents: Intending = field(default_factory=Intending)
     plugins: Plugins = None
     data: Data | None = None
     sampler: AnySampler = field(default_factory=AnySampler)
@@ -177,6 +178,7 @@ class Deploy:
     calibrate: bool = False
     calibration: Calibration = field(default_factory=Calibration)
     extensions: Extensions | None = None
+    intents: Intending = field(default_factory=Intending)
     plugins: Plugins = None
     output_dir: FilePath | None = None
     device: Device = "auto"
@@ -192,6 +194,7 @@ class Deploy:
 
     def __post_init__(self) -> None:
         chosen = [f"sampler.{name}" for name, value in vars(self.sampler).items() if value is not None]
+        chosen += [f"intents.{name}" for name, value in vars(self.intents).items() if value is not None]
         chosen += [name for name in ("extensions", "compile", "cuda_graph") if getattr(self, name)]
         if self.server is not None and chosen:
             raise InputError(f"{chosen[0]} is for whoever predicts: give it to action-diffusion serve")
@@ -208,6 +211,7 @@ class Serve:
     max_connections: Annotated[int, Between(1, 10_000)] = 16
     max_message_mb: Annotated[float, Above(0, 4096)] = 16.0
     extensions: Extensions | None = None
+    intents: Intending = field(default_factory=Intending)
     plugins: Plugins = None
     remember: bool = True
     seed: Annotated[int, Between(0, 2**63 - 1)] | None = None

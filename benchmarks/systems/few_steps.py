@@ -41,7 +41,7 @@ def measure(seed: int) -> Measured:
     }
     policies = {name: bundles.load(path, sampler=sampler, precision="fp32") for name, (path, sampler) in ways.items()}
     found = {f"{name} score": float(scores(policy, STARTS).mean()) for name, policy in policies.items()}
-    found |= {f"{name} ms": ms for name, ms in _milliseconds(policies).items()}
+    found |= {f"{name} ms": ms for name, ms in milliseconds(policies).items()}
     best = max(found[f"{name} 1 score"] for name in ("mip", "ddim", "distilled"))
     return Measured(
         {name: value for name, value in found.items() if name.split()[1] in ("1", "2")},
@@ -50,7 +50,7 @@ def measure(seed: int) -> Measured:
     )
 
 
-def _milliseconds(policies: dict[str, DiffusionPolicy]) -> dict[str, float]:
+def milliseconds(policies: dict[str, DiffusionPolicy]) -> dict[str, float]:
     """A chunk at batch 1, the median; the ways take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in policies}
     for _ in range(TURNS):

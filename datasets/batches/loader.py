@@ -103,7 +103,7 @@ class BatchSource:
         gamma: float = 0.99,
         mode: Mode | None = None,
     ) -> None:
-        self.windows = windows
+        self.buffer, self.windows = buffer, windows
         self.n_obs_steps = n_obs_steps
         self.gamma = gamma
         self.device = torch.device(device)

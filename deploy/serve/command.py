@@ -60,7 +60,12 @@ def run(config: Serve) -> int:
     faster = {name: getattr(config, name) for name in OPTIONS}
     path = Path(config.bundle)
     policy = bundles.load(
-        path, str(config.device), sampler=vars(config.sampler), extensions=config.extensions, **faster
+        path,
+        str(config.device),
+        sampler=vars(config.sampler),
+        extensions=config.extensions,
+        given={"intents": vars(config.intents)},
+        **faster,
     ).requires_grad_(False)
     try:
         asyncio.run(_serve(config, policy, token))

@@ -26,7 +26,12 @@ def open_policy(config: Deploy) -> DeployedPolicy:
             raise InputError("bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT")
         faster = {name: getattr(config, name) for name in OPTIONS}
         return bundles.load(
-            Path(bundle), str(config.device), sampler=vars(config.sampler), extensions=config.extensions, **faster
+            Path(bundle),
+            str(config.device),
+            sampler=vars(config.sampler),
+            extensions=config.extensions,
+            given={"intents": vars(config.intents)},
+            **faster,
         ).requires_grad_(False)
     spec = None if bundle is None else bundles.read_spec(Path(bundle))
     remote = RemotePolicy(str(server), token=read_token(config.token_file), timeout=config.server_timeout)

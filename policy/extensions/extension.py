@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,19 +92,33 @@ def check_sampler(name: str, policy: DiffusionPolicy, fitted: Fitted) -> None:
             )
 
 
-def attach(policy: DiffusionPolicy, bundle: Path, names: Iterable[str]) -> None:
+def attach(
+    policy: DiffusionPolicy,
+    bundle: Path,
+    names: Iterable[str],
+    given: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Let the extensions `names` of a bundle act in every chunk of `policy`, in this order.
 
+    given: name → options that replace those that it was fitted with; None as a value keeps it.
     Raises `InputError` for a name that nobody has, one that is not fitted, and a file that is damaged or not for this.
     """
     names = list(names)
     if len(set(names)) < len(names):
         raise InputError(f"extensions={names} names one twice")
-    found: list[Acting] = [EXTENSIONS.load(name, "extensions")(policy, read(bundle, name)) for name in names]
+    found: list[Acting] = [
+        EXTENSIONS.load(name, "extensions")(policy, _with(read(bundle, name), (given or {}).get(name, {})))
+        for name in names
+    ]
     choosing = [name for name, one in zip(names, found, strict=True) if one.candidates > 1]
     if len(choosing) > 1:
         raise InputError(f"extensions: {' and '.join(choosing)} each choose among chunks, and one can")
     policy.extensions = found
+
+
+def _with(fitted: Fitted, given: Mapping[str, Any]) -> Fitted:
+    changes = {key: value for key, value in given.items() if value is not None}
+    return replace(fitted, options={**fitted.options, **changes}) if changes else fitted
 
 
 def weights_hash(bundle: Path) -> str:

@@ -86,12 +86,15 @@ def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | No
     faster: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS}
     sampler = vars(config.sampler)
     extensions = acting(path, config.extensions)
-    policy = bundles.load(path, str(config.device), sampler=sampler, extensions=extensions, **faster)
+    given = {"intents": vars(config.intents)}
+    policy = bundles.load(path, str(config.device), sampler=sampler, extensions=extensions, given=given, **faster)
     metrics = path.parent / "metrics.jsonl"
     where: dict[str, Any] = {"output_dir": folder, "metrics_file": metrics if metrics.exists() else None}
     settings = {"bundle": str(path), "sampler": bundles.read_config(path)["policy"]["sampler"], **faster}
     if extensions:
         settings["extensions"] = extensions
+    if intents := {name: value for name, value in vars(config.intents).items() if value is not None}:
+        settings["intents"] = intents
     settings["sampler"] |= {key: value for key, value in sampler.items() if value is not None}
     if asked is not None:
         memory_gb = trained_on(bundles.read_config(path), path)["dataset"]["memory_gb"]
