@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from action_diffusion.policy.value.networks import EnsembleMlp, NoiseActor, Value
-from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
+from action_diffusion.policy.value.averages import averaged_copy, follow
+from action_diffusion.training.reward.critics import expectile_loss, step
 
 
 def test_members_of_an_ensemble_do_not_know_each_other():
