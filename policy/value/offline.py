@@ -1,10 +1,10 @@
 """The critics of a policy that learns from recorded rewards, beside the policy while it is trained: no bundle has them.
 
-    value     Q(s, a) [n, B], an ensemble on the policy's condition and the executed part of a chunk
-    target    its average, and
-    actor     the policy's average: what will be done next, and what that is worth
-    clone     a denoiser that only imitates, and so knows what was recorded
-    steps     so many batches were learnt from
+value     Q(s, a) [n, B], an ensemble on the policy's condition and the executed part of a chunk
+target    its average, and
+actor     the policy's average: what will be done next, and what that is worth
+clone     a denoiser that only imitates, and so knows what was recorded
+steps     so many batches were learnt from
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from action_diffusion.policy.value.networks import EnsembleMlp, NoiseActor, Value
 from action_diffusion.policy.value.averages import averaged_copy, follow
+from action_diffusion.policy.value.networks import EnsembleMlp, NoiseActor, Value
 from action_diffusion.training.reward.critics import expectile_loss, step
 
 
