@@ -138,7 +138,10 @@ def together(
     gain: str | None = None,
     rewards: Collection[str] = (),
 ) -> ReplayBuffer:
-    """The buffers as one. gain, rewards: columns that are learnt from beside observations and actions. Raises `InputError` where what the policy learns from is not in all of them: `joined`."""
+    """The buffers as one. gain, rewards: columns that are learnt from beside observations and actions.
+
+    Raises `InputError` where what the policy learns from is not in all of them: `joined`.
+    """
     if len(buffers) == 1:
         return buffers[0]
     action, named = action_source(task), task.get("observations")

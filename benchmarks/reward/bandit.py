@@ -90,9 +90,11 @@ def measure(seed: int) -> Measured:
     baseline = {"best": float(cloned[best]), "outside": 1 - float(cloned.sum())}
     passed = numbers["best"] >= LEAST_BEST and numbers["outside"] <= MOST_OUTSIDE
     alike = bool((abs(cloned - 0.25) < 0.1).all()) and baseline["outside"] < MOST_OUTSIDE
-    return Measured(
-        {k: round(v, 4) for k, v in numbers.items()}, {k: round(v, 4) for k, v in baseline.items()}, passed and alike
-    )
+    return Measured(_rounded(numbers), _rounded(baseline), passed and alike)
+
+
+def _rounded(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: round(number, 4) for name, number in numbers.items()}
 
 
 SYSTEM = System(

@@ -1,9 +1,9 @@
 """Better than what was recorded, from rewards that were recorded: "Diffusion Policies as an Expressive Policy Class for
 Offline Reinforcement Learning" (Diffusion-QL, Wang et al. 2023), with DOSER's regulariser.
 
-    policy     ℓ_denoising − η · E[min_i Q_i(s, a)] / |E[…]|,   a = the sampler's chunk, differentiated through its steps
-    critics    Q_i(s, a) ← r + γⁿ · min_i Q'_i(s', a'),         a' = the average policy's chunk, s, a as recorded
-               Q_i(s, a) ← the least target of the batch,       for chunks a that are unlike what was recorded
+    policy     ℓ_denoising − η · E[Q] / E|Q|,  Q = min_i Q_i(s, a),  a = the sampler's chunk, its steps differentiated
+    critics    Q_i(s, a) ← r + γⁿ · min_i Q'_i(s', a'),      a' = the average policy's chunk; s, a as recorded
+               Q_i(s, a) ← the least target of the batch,    for chunks a that are unlike what was recorded
 
 Q is known where there is data, and unbounded elsewhere: a policy that climbs it leaves the data. What is unlike the
 data, a denoiser D tells that only imitates (DOSER): how far it moves a chunk in the sampler's last step,

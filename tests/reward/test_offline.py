@@ -92,7 +92,7 @@ def test_targets_of_a_chain() -> None:
     """r + γⁿ min Q'; r alone where the episode ended."""
     policy, objective, critics = learner()
     done = torch.arange(B) < 3
-    obs, _, outcome = batch(done=done)
+    _, _, outcome = batch(done=done)
     critics.target = Always(10.0, 4.0)
     with torch.no_grad():
         found = objective.target(policy, critics, outcome, torch.Generator().manual_seed(0))
