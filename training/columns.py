@@ -81,16 +81,21 @@ def with_rewards(buffer: ReplayBuffer, task: Mapping[str, Any], learnt: Diffusio
     """
     if learnt.terminal is not None and learnt.terminal not in buffer.keys:
         raise unknown("key of the buffer for policy.objective.terminal", learnt.terminal, buffer.keys, buffer.name)
+    if learnt.terminal is not None:
+        _check_number(buffer, learnt.terminal)
     key = learnt.reward or REWARD
     if key in buffer.keys:
+        _check_number(buffer, key)
         return buffer
     if learnt.reward is not None:
         raise unknown("key of the buffer for policy.objective.reward", key, buffer.keys, buffer.name)
     for other in ("rewards", "next.reward"):
         if other in buffer.keys:
+            _check_number(buffer, other)
             return buffer.with_column(key, buffer[other])
     action = action_source(task)
-    if (task.get("env") or {}).get("name") == "pusht" and {"state", action} <= set(buffer.keys):
+    is_pusht = (task.get("env") or {}).get("name") == "pusht" and {"state", action} <= set(buffer.keys)
+    if is_pusht and buffer["state"].shape[1:] == (5,) and buffer[action].shape[1:] == (2,):
         from action_diffusion.envs.pusht.reward import rewards
 
         return buffer.with_column(key, rewards(buffer["state"][:], buffer[action][:], buffer.episode_ends))
@@ -98,6 +103,12 @@ def with_rewards(buffer: ReplayBuffer, task: Mapping[str, Any], learnt: Diffusio
         f"{buffer.name} holds no rewards: add a column {key} [N] of what each row's action earned, 1 for what does the "
         "task, or name another by policy.objective.reward=COLUMN"
     )
+
+
+def _check_number(buffer: ReplayBuffer, key: str) -> None:
+    shape = buffer[key].shape[1:]
+    if math.prod(shape) != 1:
+        raise InputError(f"{buffer.name}: {key!r} has {list(shape)} values a row, and a reward or an end is one number")
 
 
 def observed(

@@ -216,7 +216,7 @@ class SobolevOptions(DenoisingOptions):
 
 @dataclass
 class DiffusionQlOptions(DenoisingOptions):
-    """`policy.objective`, see `policy.objectives.diffusion_ql`."""
+    """`policy.objective`, see `policy.offline.diffusion_ql`."""
 
     eta: Annotated[float, Between(0, 1e6)] = 1.0
     pessimism: Annotated[float, Between(0, 1e6)] = 1.0

@@ -18,10 +18,10 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.model import normalizer
-from action_diffusion.policy.objectives.diffusion_ql import DiffusionQl
+from action_diffusion.policy.offline.critics import OfflineCritics
+from action_diffusion.policy.offline.diffusion_ql import DiffusionQl
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
-from action_diffusion.policy.value.offline import OfflineCritics
 
 B = 16
 SECTIONS: dict[str, Any] = {
@@ -249,11 +249,12 @@ def test_a_run_goes_on_bit_exactly_and_its_bundle_only_acts(tmp_path: Path) -> N
     ("columns", "words", "message"),
     [
         ({"reward": None}, [], "holds no rewards: add a column reward"),
+        ({"reward": np.zeros((60, 2))}, [], "'reward' has [2] values a row, and a reward or an end is one number"),
         ({"reward": np.zeros(60)}, [], "'reward' counts -1 in every row (policy.objective.counted=success)"),
         ({}, ["policy.objective.reward=rewrad"], "did you mean reward"),
         ({}, ["policy.objective.terminal=done"], "key of the buffer for policy.objective.terminal"),
     ],
-    ids=["no rewards", "constant rewards", "another column", "no column of ends"],
+    ids=["no rewards", "several a row", "constant rewards", "another column", "no column of ends"],
 )
 def test_rewards_that_are_not_there_are_named(tmp_path, capsys, columns, words, message) -> None:
     data = recorded(tmp_path / "data.zarr", **columns)

@@ -26,10 +26,10 @@ from torch import Tensor
 from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.stored import condition_dim, executed
 from action_diffusion.policy.objectives.objective import Denoising, Learner, Network, Outcome
+from action_diffusion.policy.offline.critics import OfflineCritics
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Prefix, network_of
 from action_diffusion.policy.value.networks import Value
-from action_diffusion.policy.value.offline import OfflineCritics
 
 
 @dataclass(kw_only=True, eq=False)
