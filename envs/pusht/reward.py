@@ -63,7 +63,8 @@ def _coverage(states: np.ndarray) -> np.ndarray:
         polygon = place + rotated(corners, turn)
         for box in BOXES:
             area += _area(_cut(polygon, box))
-    return area / np.prod(BOXES[:, 1] - BOXES[:, 0], axis=1).sum()
+    share: np.ndarray = area / np.prod(BOXES[:, 1] - BOXES[:, 0], axis=1).sum()
+    return share
 
 
 def _cut(polygon: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -88,4 +89,5 @@ def _cut(polygon: np.ndarray, box: np.ndarray) -> np.ndarray:
 def _area(polygon: np.ndarray) -> np.ndarray:
     """Of polygons [N, V, 2], whichever way round, [N]."""
     x, y = polygon[..., 0], polygon[..., 1]
-    return 0.5 * np.abs((x * np.roll(y, -1, axis=1) - y * np.roll(x, -1, axis=1)).sum(axis=1))
+    area: np.ndarray = 0.5 * np.abs((x * np.roll(y, -1, axis=1) - y * np.roll(x, -1, axis=1)).sum(axis=1))
+    return area

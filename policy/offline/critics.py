@@ -14,6 +14,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from action_diffusion.policy.objectives.objective import Learner
+from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.value.averages import averaged_copy, follow
 from action_diffusion.policy.value.networks import Value
 
@@ -25,7 +27,7 @@ class OfflineCritics(nn.Module):
 
     def __init__(
         self,
-        policy: nn.Module,
+        policy: DiffusionPolicy,
         value: Value,
         *,
         clones: bool,
@@ -43,7 +45,7 @@ class OfflineCritics(nn.Module):
             average.eval()
         return self
 
-    def follow(self, policy: nn.Module, share: float) -> None:
+    def follow(self, policy: Learner, share: float) -> None:
         """Move the averages towards what they are of: once a batch."""
         follow(self.target, self.value, share)
         own = dict(self.actor.named_parameters())

@@ -117,9 +117,9 @@ class DiffusionQl(Denoising):
         if clone is not None and known.any():
             least = target[known].min()
             for judged in (made.detach(), self.noised(x0, generator)):
-                much = self.unlike(clone, policy, judged, x0, generator)
+                strange = self.unlike(clone, policy, judged, x0, generator)
                 error = (critics.value(condition, executed(policy, judged)) - least).square()
-                loss = loss + self.pessimism * (error * much).mean()
+                loss = loss + self.pessimism * (error * strange).mean()
         worth = critics.frozen(condition, executed(policy, made)).amin(0)
         return loss - self.eta * worth.mean() / worth.detach().abs().mean().clamp_min(1e-6)
 
@@ -133,7 +133,8 @@ class DiffusionQl(Denoising):
         )
         chunk = critics.actor.sample(outcome.next_obs, noise=noise, generator=generator).normalized
         following = critics.target(seen, executed(policy, chunk)).amin(0)
-        return outcome.reward + outcome.discount * ~outcome.done * following
+        target: Tensor = outcome.reward + outcome.discount * ~outcome.done * following
+        return target
 
     def unlike(
         self,
@@ -150,7 +151,8 @@ class DiffusionQl(Denoising):
         def error(x0: Tensor) -> Tensor:
             x = step.a * x0 + step.b * eps
             output = clone(x, torch.full((len(x),), step.time, device=x.device))
-            return (policy.process.x0_from_output(output, x, step) - x0).square().flatten(1).mean(1)
+            far: Tensor = (policy.process.x0_from_output(output, x, step) - x0).square().flatten(1).mean(1)
+            return far
 
         with torch.no_grad():
             return error(judged) > torch.quantile(error(recorded), self.quantile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_people_s_episodes_take_seconds() -> None:
     if not folder:
         pytest.skip("ACTION_DIFFUSION_DATA is not set: no human demonstrations")
     store = zarr.storage.ZipStore(Path(folder) / "pusht_cchi_v7_replay.zarr.zip", mode="r")
-    group = zarr.open_group(store, mode="r")
+    group: Any = zarr.open_group(store, mode="r")
     ends = np.asarray(group["meta/episode_ends"][:])
     found = rewards(np.asarray(group["data/state"][:]), np.asarray(group["data/action"][:]), ends)
     assert len(found) == 25_650
