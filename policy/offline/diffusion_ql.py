@@ -104,7 +104,7 @@ class DiffusionQl(Denoising):
             target = self.target(policy, critics, outcome, generator)
         known = ~outcome.truncated
         error = (critics.value(condition, executed(policy, x0)) - target).square().mean(0)
-        loss = (error * known).sum() / known.sum().clamp_min(1)
+        loss: Tensor = (error * known).sum() / known.sum().clamp_min(1)
         clone = None
         if critics.clone is not None:
             clone = network_of(critics.clone, condition, Prefix.none(x0) if self.max_delay else None)
@@ -121,7 +121,8 @@ class DiffusionQl(Denoising):
                 error = (critics.value(condition, executed(policy, judged)) - least).square()
                 loss = loss + self.pessimism * (error * strange).mean()
         worth = critics.frozen(condition, executed(policy, made)).amin(0)
-        return loss - self.eta * worth.mean() / worth.detach().abs().mean().clamp_min(1e-6)
+        gain: Tensor = worth.mean() / worth.detach().abs().mean().clamp_min(1e-6)
+        return loss - self.eta * gain
 
     def target(
         self, policy: Learner, critics: OfflineCritics, outcome: Outcome, generator: torch.Generator | None
