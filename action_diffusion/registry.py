@@ -212,6 +212,7 @@ OBJECTIVES = Registry(
     {
         "consistency": "action_diffusion.policy.objectives.consistency:Consistency",
         "denoising": "action_diffusion.policy.objectives.objective:Denoising",
+        "diffusion_ql": "action_diffusion.policy.offline.diffusion_ql:DiffusionQl",
         "distillation": "action_diffusion.policy.objectives.distillation:Distillation",
         "flow_map": "action_diffusion.policy.objectives.flow_maps:FlowMap",
         "mean_flow": "action_diffusion.policy.objectives.flow_maps:MeanFlow",

@@ -37,7 +37,7 @@ from action_diffusion.options.policy import with_sampler
 from action_diffusion.policy.build import build_policy, check_sections, check_statistics
 from action_diffusion.policy.extensions.extension import Fitted, attach, write
 from action_diffusion.policy.kernels import accelerate
-from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.policy import CRITICS, DiffusionPolicy
 from action_diffusion.policy.reading import acting, read_config, read_spec, refuse_targets, require
 from action_diffusion.registry import required
 
@@ -80,7 +80,8 @@ def save(
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         state = {k: v.detach().cpu().contiguous() for k, v in (weights or policy.state_dict()).items()}
-        save_file(state, folder / "model.safetensors")
+        acting = {name: value for name, value in state.items() if not name.startswith(CRITICS)}
+        save_file(acting, folder / "model.safetensors")
         (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
         spec = replace(policy.spec, requires=required(config.get("policy") or {}, policy.spec.env))
         (folder / "spec.json").write_text(json.dumps(spec.to_json(), indent=1) + "\n")

@@ -27,6 +27,8 @@ from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample, netw
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.rotations import continuous, valid
 
+CRITICS = "critics."
+"""What names of the critics' weights begin with."""
 IN_FRAME = "action_in_frame"
 """The normaliser's key for actions in the policy's action frame; "action" is always for those in the data's units."""
 
@@ -72,6 +74,8 @@ class DiffusionPolicy(nn.Module):
         self.process = process
         self.sampler = sampler
         self.objective = objective
+        self.critics: nn.Module | None = None
+        """Of an objective that learns from rewards, while it does."""
         self.extensions: Sequence[Acting] = ()
         """What acts while chunks are made, in order (`extensions.attach`)."""
         self._teachers: tuple[DiffusionPolicy, ...] = ()  # of a tuple, weights are not this policy's
@@ -112,6 +116,15 @@ class DiffusionPolicy(nn.Module):
             raise InputError("policy.objective.teacher has other observations, actions or statistics than this policy")
         self.objective.check_teacher(teacher.sampler, self.sampler)
         self._teachers = (teacher.eval().requires_grad_(False),)
+
+    def learn_from_rewards(self) -> None:
+        """Give the policy the critics of its objective, which is `rewarded`; they are trained with it, and not stored
+        in bundles."""
+        self.critics = self.objective.critics(self).to(self.device)
+
+    def acting(self) -> dict[str, nn.Parameter]:
+        """The weights that chunks are made with, by name: all but the critics'."""
+        return {name: weight for name, weight in self.named_parameters() if not name.startswith(CRITICS)}
 
     def encode(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Observation history (key → [B, To, …], data's units, images uint8) → condition [B, C]."""
@@ -169,12 +182,13 @@ class DiffusionPolicy(nn.Module):
         action: Tensor,
         mask: Tensor | None = None,
         *,
-        gain: Tensor | None = None,
         generator: torch.Generator | None = None,
+        **beside: Any,
     ) -> Tensor:
         """The training loss, a scalar. action [B, H, A] in the data's units; mask [B, H], False where padded.
 
-        gain: [B, A, D] or [B, A · D], which the objective `sobolev` needs, and no other takes.
+        beside: what some objectives need (`Batch.beside`): gain [B, A, D] or [B, A · D] `sobolev`, outcome those that
+        are `rewarded`.
         `generator` draws crops, times and noise: the loss is a function of the weights, the batch and its state (and of
         torch's own random numbers where a network has dropout).
         With an estimator, `obs` holds the recorded state as well, and its loss is added.
@@ -183,7 +197,7 @@ class DiffusionPolicy(nn.Module):
         loss = self._denoising_loss(seen, obs, action, mask, generator)
         if self.estimator is not None and seen.output is not None:
             loss = loss + self.estimator.loss(seen.output, obs[self.estimator.key][:, -1].float())
-        further = self.objective.further_loss(self, obs, action, gain, generator)
+        further = self.objective.further_loss(self, obs, action, beside, generator)
         return loss if further is None else loss + further
 
     def _denoising_loss(

@@ -23,7 +23,7 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, ZarrColumn
 from action_diffusion.envs.robosuite.absolute import COLUMN as ABSOLUTE
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options.policy import SobolevOptions
+from action_diffusion.options.policy import DiffusionQlOptions, SobolevOptions
 from action_diffusion.rotations import RotationColumns
 
 _WORDS = {
@@ -40,6 +40,8 @@ _NAMES = {
     "a simulator's whole state": ("states",),
 }
 """Reason → what the whole name is."""
+REWARD = "reward"
+"""The column of rewards that is learnt from where none is named."""
 _STRAIGHT = 1e-4
 """Of its step from row to row, by which what counts may be off."""
 UMI = re.compile(r"robot\d+_(eef_pos|eef_rot_axis_angle|gripper_width)")
@@ -54,6 +56,59 @@ def gain_source(config: Mapping[str, Any]) -> str | None:
     """The column of feedback gains that the objective of a training's configuration learns from, if it does."""
     objective = config.get("policy", {}).get("objective", {})
     return objective.get("gain", SobolevOptions.gain) if objective.get("name") == "sobolev" else None
+
+
+def learnt_rewards(config: Mapping[str, Any]) -> DiffusionQlOptions | None:
+    """The objective of a training's configuration, if it learns from rewards."""
+    objective = config.get("policy", {}).get("objective", {})
+    if objective.get("name") != "diffusion_ql":
+        return None
+    return DiffusionQlOptions(**{name: value for name, value in objective.items() if name != "name"})
+
+
+def reward_columns(learnt: DiffusionQlOptions | None) -> dict[str, str]:
+    """What it learns from, column → what it is, beside observations and actions."""
+    if learnt is None:
+        return {}
+    ends = {} if learnt.terminal is None else {learnt.terminal: "ends of episodes"}
+    return {learnt.reward or REWARD: "rewards", **ends}
+
+
+def with_rewards(buffer: ReplayBuffer, task: Mapping[str, Any], learnt: DiffusionQlOptions) -> ReplayBuffer:
+    """The buffer with a column of rewards: its own, under whichever name, or what PushT's states say.
+
+    Raises `InputError` where there is none, and no column of ends that is asked for.
+    """
+    if learnt.terminal is not None and learnt.terminal not in buffer.keys:
+        raise unknown("key of the buffer for policy.objective.terminal", learnt.terminal, buffer.keys, buffer.name)
+    if learnt.terminal is not None:
+        _check_number(buffer, learnt.terminal)
+    key = learnt.reward or REWARD
+    if key in buffer.keys:
+        _check_number(buffer, key)
+        return buffer
+    if learnt.reward is not None:
+        raise unknown("key of the buffer for policy.objective.reward", key, buffer.keys, buffer.name)
+    for other in ("rewards", "next.reward"):
+        if other in buffer.keys:
+            _check_number(buffer, other)
+            return buffer.with_column(key, buffer[other])
+    action = action_source(task)
+    is_pusht = (task.get("env") or {}).get("name") == "pusht" and {"state", action} <= set(buffer.keys)
+    if is_pusht and buffer["state"].shape[1:] == (5,) and buffer[action].shape[1:] == (2,):
+        from action_diffusion.envs.pusht.reward import rewards
+
+        return buffer.with_column(key, rewards(buffer["state"][:], buffer[action][:], buffer.episode_ends))
+    raise InputError(
+        f"{buffer.name} holds no rewards: add a column {key} [N] of what each row's action earned, 1 for what does the "
+        "task, or name another by policy.objective.reward=COLUMN"
+    )
+
+
+def _check_number(buffer: ReplayBuffer, key: str) -> None:
+    shape = buffer[key].shape[1:]
+    if math.prod(shape) != 1:
+        raise InputError(f"{buffer.name}: {key!r} has {list(shape)} values a row, and a reward or an end is one number")
 
 
 def observed(
@@ -88,16 +143,24 @@ def drawn(task: Mapping[str, Any], drop: Sequence[str] | None, buffer: ReplayBuf
 
 
 def together(
-    buffers: Sequence[ReplayBuffer], task: Mapping[str, Any], drop: Sequence[str] | None, gain: str | None = None
+    buffers: Sequence[ReplayBuffer],
+    task: Mapping[str, Any],
+    drop: Sequence[str] | None,
+    gain: str | None = None,
+    rewards: Collection[str] = (),
 ) -> ReplayBuffer:
-    """The buffers as one. Raises `InputError` where what the policy learns from is not in all of them: `joined`."""
+    """The buffers as one. gain, rewards: columns that are learnt from beside observations and actions.
+
+    Raises `InputError` where what the policy learns from is not in all of them: `joined`.
+    """
     if len(buffers) == 1:
         return buffers[0]
     action, named = action_source(task), task.get("observations")
     seen = [named] if named else [found(buffer, action) for buffer in buffers]
     wanted = {key: options for some in seen for key, options in some.items() if key not in (drop or ())}
     wanted |= task.get("estimates") or {}
-    needed = {action, *([gain] if gain else ()), *(options.get("source") or key for key, options in wanted.items())}
+    needed = {action, *([gain] if gain else ()), *rewards}
+    needed |= {*(options.get("source") or key for key, options in wanted.items())}
     return joined(buffers, sorted(needed - {key for buffer in buffers for key in drawn(task, drop, buffer)}))
 
 

@@ -231,12 +231,13 @@ def prepare(
     memory_gb: float | None = None,
     cache_dir: Path | None = None,
     gain: str | None = None,
+    rewards: Mapping[str, Any] | None = None,
 ) -> TrainingData:
     """Split by episode and load what the policy needs into the fastest memory that holds it.
 
     Raises `InputError` where the buffer has another rate than the policy.
     subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys). gain: the column of
-    feedback gains.
+    feedback gains. rewards: what a `BatchSource` takes for `gather(critic=True)`.
     """
     columns.check_rate(buffer, spec.control_rate)
     chosen = np.arange(buffer.n_episodes) if subset is None else named_subset(buffer, subset)
@@ -257,6 +258,7 @@ def prepare(
         memory_gb=memory_gb,
         cache_dir=cache_dir,
         gain_key=gain,
+        **(rewards or {}),
         rotations={k: v.rotations for k, v in spec.states.items()} | {"action": spec.action.rotations},
     )
     ends = buffer.episode_ends
@@ -299,10 +301,10 @@ class StepBatches:
         """See `trainer.StepSource`."""
         indices = batch_indices(len(self.source), batch_size, self.seed, step, self.rank, self.world)
         if self.crop is None:
-            return self.source.gather(indices)
+            return self.source.gather(indices, critic=self.source.rewarded)
         (size,) = self.sizes
         offsets = random_crop_offsets(batch_size, size, self.crop, np.random.default_rng([self.seed, step, self.rank]))
-        return self.source.gather(indices, crop=self.crop, offsets=offsets)
+        return self.source.gather(indices, crop=self.crop, offsets=offsets, critic=self.source.rewarded)
 
 
 def held_out_indices(source: Sized, count: int) -> np.ndarray:

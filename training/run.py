@@ -26,6 +26,7 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.options import Train, TrainSettings, plain
+from action_diffusion.options.policy import DiffusionQlOptions
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.kernels import winograd
@@ -65,6 +66,8 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
         if newest and changed:
             say(changed)
     spec, policy = _policy(config, spec, data, newest[0] if newest else None)
+    if policy.objective.rewarded:
+        policy.to(accelerator.device).learn_from_rewards()
     settings = _fit_batch(settings, len(data.train), accelerator.num_processes, say)
     say(
         f"[bold]{spec.task}[/]: {buffer.n_episodes} episodes, {buffer.n_steps:,} steps, {len(data.train):,} windows "
@@ -109,7 +112,10 @@ def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
 
             buffer = sources.with_images(buffer, render_states, key=key, cache_dir=cache_dir)
         buffers.append(buffer)
-    return columns.together(buffers, task, drop, columns.gain_source(config))
+    learnt = columns.learnt_rewards(config)
+    if learnt is not None:
+        buffers = [columns.with_rewards(buffer, task, learnt) for buffer in buffers]
+    return columns.together(buffers, task, drop, columns.gain_source(config), columns.reward_columns(learnt))
 
 
 def final_evaluation(
@@ -180,7 +186,9 @@ def _device(config: Mapping[str, Any]) -> torch.device:
 def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device) -> tuple[PolicySpec, TrainingData]:
     dataset = config["dataset"]
     gain = columns.gain_source(config)
+    learnt = columns.learnt_rewards(config)
     spec = describe(config["task"], buffer, bundles.versions(), config.get("drop"), gain)
+    spec.buffer_columns.update(columns.reward_columns(learnt))
     data = prepare(
         buffer,
         spec,
@@ -192,8 +200,24 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
         memory_gb=dataset["memory_gb"],
         cache_dir=_path(dataset["cache_dir"]),
         gain=gain,
+        rewards={} if learnt is None else _rewards(learnt),
     )
+    if learnt is not None and (earned := data.train.rewards()).min() == earned.max():
+        raise InputError(
+            f"{buffer.name}: {learnt.reward or columns.REWARD!r} counts {earned[0]:g} in every row "
+            f"(policy.objective.counted={learnt.counted}): there is nothing to learn from"
+        )
     return spec, data
+
+
+def _rewards(learnt: DiffusionQlOptions) -> dict[str, Any]:
+    """How a `BatchSource` is told of them."""
+    return {
+        "reward_key": learnt.reward or columns.REWARD,
+        "gamma": learnt.gamma,
+        "counted": learnt.counted,
+        "terminal_key": learnt.terminal,
+    }
 
 
 _Turned = TypeVar("_Turned", ActionSpec, ObservationSpec)

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
+from action_diffusion.errors import InputError
 from action_diffusion.options import TrainSettings
 from action_diffusion.policy import kernels
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -97,8 +98,10 @@ class Trainer:
         if not settings.compile:
             kernels.for_training(self.policy)
         self.optimizer = make_optimizer(policy, settings)
+        self.acting = policy.acting()
+        """What is averaged, and what a bundle holds."""
         self.ema = Average(
-            policy.parameters(),
+            self.acting.values(),
             decay=settings.ema_max_decay,
             use_ema_warmup=True,
             power=settings.ema_power,
@@ -146,7 +149,7 @@ class Trainer:
         if not self.policy.training:
             self.model.train()
         loss = self._gradient(step) if self.captured is None else self._replayed_gradient(step, self.captured)
-        self.ema.step(self.policy.parameters())
+        self.ema.step(self.acting.values())
         self.progress.step += 1
         self.progress.seconds = time.monotonic() - self._started
         return loss
@@ -183,10 +186,15 @@ class Trainer:
 
     def _clip(self) -> None:
         if self.accelerator.sync_gradients and self.settings.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+            self.accelerator.unscale_gradients()
+            critics = [] if self.policy.critics is None else list(self.policy.critics.parameters())
+            for weights in (list(self.acting.values()), critics):  # apart: neither makes the other's steps small
+                torch.nn.utils.clip_grad_norm_(weights, self.settings.max_grad_norm)
 
     def _capture(self) -> CapturedGradient:
         settings, accelerator = self.settings, self.accelerator
+        if self.policy.critics is not None:
+            raise InputError("train.cuda_graph=true does not go with policy.objective=diffusion_ql")
         check_capturable(
             device=accelerator.device,
             processes=accelerator.num_processes,
@@ -283,13 +291,13 @@ class Trainer:
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
         """The policy with the EMA weights, in evaluation mode, for as long as the context lasts."""
-        self.ema.store(self.policy.parameters())
-        self.ema.copy_to(self.policy.parameters())
+        self.ema.store(self.acting.values())
+        self.ema.copy_to(self.acting.values())
         self.policy.eval()
         try:
             yield
         finally:
-            self.ema.restore(self.policy.parameters())
+            self.ema.restore(self.acting.values())
             self.policy.train()
 
     # -- saving and resuming ----------------------------------------------------------------------------------
@@ -316,8 +324,7 @@ class Trainer:
 
     def ema_state(self) -> dict[str, torch.Tensor]:
         """The policy's state with EMA weights, by name."""
-        names = [name for name, _ in self.policy.named_parameters()]
-        shadows = dict(zip(names, self.ema.shadow_params, strict=True))
+        shadows = dict(zip(self.acting, self.ema.shadow_params, strict=True))
         return {name: shadows.get(name, value).detach() for name, value in self.policy.state_dict().items()}
 
     def resume(self, folder: Path) -> None:
@@ -327,7 +334,7 @@ class Trainer:
         checkpoints.restore_optimizer(self.optimizer, tensors, state["optimizer"])
         ema = checkpoints.load_weights(folder / "bundle" / "model.safetensors")
         with torch.no_grad():
-            for (name, _), shadow in zip(self.policy.named_parameters(), self.ema.shadow_params, strict=True):
+            for name, shadow in zip(self.acting, self.ema.shadow_params, strict=True):
                 shadow.copy_(ema[name])
         self.ema.optimization_step = state["ema_step"]
         if self.accelerator.scaler is not None and state["scaler"] is not None:

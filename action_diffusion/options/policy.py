@@ -221,6 +221,25 @@ class SobolevOptions(DenoisingOptions):
     weight: Annotated[float, Above(0, 1e6)] = 1.0
 
 
+@dataclass
+class DiffusionQlOptions(DenoisingOptions):
+    """`policy.objective`, see `policy.offline.diffusion_ql`."""
+
+    eta: Annotated[float, Between(0, 1e6)] = 1.0
+    pessimism: Annotated[float, Between(0, 1e6)] = 1.0
+    quantile: Annotated[float, Above(0, 1)] = 0.95
+    spread: Annotated[float, Between(0, 100)] = 0.5
+    warmup: Annotated[int, Between(0, 1_000_000_000)] = 1000
+    follow: Annotated[float, Above(0, 1)] = 0.005
+    reward: str | None = None
+    counted: Annotated[str, OneOf("success", "dense", "given")] = "success"
+    terminal: str | None = None
+    gamma: Annotated[float, Above(0, 1)] = 0.99
+    hidden: Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)] = field(default_factory=lambda: [256, 256])
+    octaves: Annotated[int, Between(0, 16)] = 4
+    members: Annotated[int, Between(1, 64)] = 2
+
+
 COMPONENTS: dict[str, dict[str, type]] = {
     "encoder": {"observation": EncoderOptions},
     "denoiser": {"dit": DiTOptions, "transformer": TransformerOptions, "unet1d": Unet1dOptions},
@@ -229,6 +248,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
     "objective": {
         "consistency": ConsistencyOptions,
         "denoising": DenoisingOptions,
+        "diffusion_ql": DiffusionQlOptions,
         "distillation": DistillationOptions,
         "flow_map": FlowMapOptions,
         "mean_flow": MeanFlowOptions,

@@ -12,9 +12,10 @@ copied.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,22 +29,32 @@ from action_diffusion.errors import InputError
 from action_diffusion.memory import Mode, choose_mode, memory_limit
 from action_diffusion.rotations import RotationColumns, continuous
 
-__all__ = ["Batch", "BatchSource", "Critic", "ObsKey", "random_crop_offsets"]
+SUCCESS = 1.0
+"""The reward of a step that does the task: the most that the simulators give."""
+COUNTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "given": lambda reward: reward,
+    "dense": lambda reward: reward - SUCCESS,
+    "success": lambda reward: (reward >= SUCCESS).to(reward.dtype) - 1.0,
+}
+"""What is counted of a reward in [0, 1]: with "dense" and "success" at most 0, so that sooner is better."""
+__all__ = ["COUNTED", "SUCCESS", "Batch", "BatchSource", "Critic", "ObsKey", "random_crop_offsets"]
 
 
 @dataclass
 class Critic:
     """What a value function learns from: the outcome of the n executed steps (n = Ta, or up to the end).
 
-    reward: float32 [B], sum of gamma^i r over them; r of a row is what its action earned
+    reward: float32 [B], sum of gamma^i r over them; r of a row is what its action earned, as `counted` has it
     next_obs: as `Batch.obs`, after them; where the episode is over, its last rows
-    done: bool [B], the episode ends with them
+    done: bool [B], the episode comes to its end with them, and nothing is earned after it
+    truncated: bool [B], the recording breaks off with them: what follows nobody saw, and no target can be told
     discount: float32 [B], gamma^n
     """
 
     reward: Tensor
     next_obs: dict[str, Tensor]
     done: Tensor
+    truncated: Tensor
     discount: Tensor
 
 
@@ -64,9 +75,10 @@ class Batch:
     gain: Tensor | None = None
 
     @property
-    def beside(self) -> dict[str, Tensor]:
+    def beside(self) -> dict[str, Any]:
         """What a loss takes beside observations, action and mask, by name."""
-        return {} if self.gain is None else {"gain": self.gain}
+        there = {"gain": self.gain, "outcome": self.critic}
+        return {name: value for name, value in there.items() if value is not None}
 
 
 class BatchSource:
@@ -78,7 +90,9 @@ class BatchSource:
         decoded once into files in `cache_dir` (default: the user's cache folder) and read from there.
     rotations: name of the observation, or "action" -> its rotations, which are continuous in every window
     gain_key: the column of feedback gains, for `Batch.gain`
-    reward_key, gamma: for `gather(critic=True)`
+    reward_key, gamma: for `gather(critic=True)`; counted: what it counts of a reward, one of `COUNTED`
+    terminal_key: the column that is true in the last row of an episode that came to its end; None: it did where that
+        row earned `SUCCESS`. Other episodes break off.
     mode: None chooses
 
     Actions of several axes become vectors, the last axis fastest. Images become what `pictures` says.
@@ -101,18 +115,22 @@ class BatchSource:
         gain_key: str | None = None,
         reward_key: str | None = None,
         gamma: float = 0.99,
+        counted: str = "given",
+        terminal_key: str | None = None,
         mode: Mode | None = None,
     ) -> None:
         self.buffer, self.windows = buffer, windows
         self.n_obs_steps = n_obs_steps
-        self.gamma = gamma
+        self.gamma, self._counted = gamma, COUNTED[counted]
         self.device = torch.device(device)
         self._observations = dict(observations)
         self._rotations = dict(rotations or {})
         self._action = ObsKey(action_key, None, "action")
         self._reward = ObsKey(reward_key, None, "state") if reward_key else None
         self._gain = ObsKey(gain_key, None, "action") if gain_key else None
-        wanted = {*observations.values(), self._action, *(key for key in (self._reward, self._gain) if key)}
+        self._terminal = ObsKey(terminal_key, None, "state") if terminal_key else None
+        others = (self._reward, self._terminal, self._gain)
+        wanted = {*observations.values(), self._action, *(key for key in others if key)}
         sizes = {key: array_bytes(buffer, key) for key in sorted(wanted, key=repr)}
         self.n_bytes = sum(sizes.values())
         self.mode: Mode = mode or choose_mode(self.n_bytes, self.device, memory_gb)
@@ -144,6 +162,16 @@ class BatchSource:
         """All rows of an observation, or of "action": [N, ...] as loaded, for statistics."""
         key = self._action if name == "action" else self._observations[name]
         return self._tensors[key].cpu().numpy() if self.mode == "device" else self._arrays[key]
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether `gather(critic=True)` can be asked for."""
+        return self._reward is not None
+
+    def rewards(self) -> np.ndarray:
+        """What is counted of the reward of each row: float32 [N]."""
+        assert self._reward is not None
+        return self._earned(np.arange(self._shape(self._reward)[0])).cpu().numpy()
 
     def has_rotations(self, name: str) -> bool:
         return bool(self._rotations.get(name))
@@ -214,13 +242,27 @@ class BatchSource:
         executed = np.minimum(now[:, None] + steps, end[:, None] - 1)
         weights = np.where(steps < n[:, None], self.gamma**steps, 0).astype(np.float32)
         after = (now + n)[:, None] + np.arange(1 - self.n_obs_steps, 1)
-        reward = self._take(self._reward, executed)[..., 0]
+        over = torch.from_numpy(now + n >= end).to(self.device)
+        ended = self._ended(end - 1)
         return Critic(
-            reward=(reward * torch.from_numpy(weights).to(self.device)).sum(dim=1),
+            reward=(self._earned(executed) * torch.from_numpy(weights).to(self.device)).sum(dim=1),
             next_obs=self._observe(np.clip(after, first[:, None], end[:, None] - 1), crop, offsets),
-            done=torch.from_numpy(now + n >= end).to(self.device),
+            done=over & ended,
+            truncated=over & ~ended,
             discount=torch.from_numpy((self.gamma**n).astype(np.float32)).to(self.device),
         )
+
+    def _earned(self, rows: np.ndarray) -> Tensor:
+        """What is counted of the rewards of `rows`."""
+        assert self._reward is not None
+        return self._counted(self._take(self._reward, rows)[..., 0])
+
+    def _ended(self, last: np.ndarray) -> Tensor:
+        """Whether episodes with the `last` rows [B] came to their end, bool [B]."""
+        if self._terminal is not None:
+            return self._take(self._terminal, last)[..., 0] > 0
+        assert self._reward is not None
+        return self._take(self._reward, last)[..., 0] >= SUCCESS
 
 
 def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

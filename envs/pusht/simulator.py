@@ -196,13 +196,21 @@ class PushT:
         self._sim._last_action = self._told = None
         self._steps = 0
 
+    @property
+    def velocity(self) -> tuple[float, float]:
+        """The finger's, px/s."""
+        x, y = self._sim.agent.velocity
+        return float(x), float(y)
+
     def _place(self, state: np.ndarray, velocity: Sequence[float]) -> None:
         agent, block = self._sim.agent, self._sim.block
         x, y, block_x, block_y, angle = (float(value) for value in state)
-        agent.position, agent.velocity = (x, y), (float(velocity[0]), float(velocity[1]))
+        agent.position, agent.velocity = (x, y), (0.0, 0.0)
         block.angle = angle
         block.position = (block_x, block_y)
         self._sim.space.step(1e-9)  # moves the shapes to their bodies, and finds the contacts that are drawn
+        # Only now: the impulse of a finger that pushes would be kept, and scaled by the next step's length over this.
+        agent.velocity = (float(velocity[0]), float(velocity[1]))
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
         """Move the finger towards `action` [2] (px) for one control period. Returns the reward in [0, 1], and done.

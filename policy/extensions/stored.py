@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Fitted
+from action_diffusion.policy.objectives.objective import Learner
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.schema import shown
 
@@ -29,7 +30,7 @@ def condition_dim(policy: DiffusionPolicy) -> int:
         return policy.see(obs).condition.shape[1]
 
 
-def executed(policy: DiffusionPolicy, normalized: Tensor) -> Tensor:
+def executed(policy: Learner, normalized: Tensor) -> Tensor:
     """What is executed of chunks [B, H, A], as a critic takes it: [B, Ta · A]."""
     now = policy.spec.n_obs_steps - 1
     return normalized[:, now : now + policy.spec.n_action_steps].flatten(1)

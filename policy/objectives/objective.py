@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +36,32 @@ class Network(Protocol):
         """x [R, H, A], times [R], or [R, 2] for `two_times` → [R, H, A]. rows [R]: examples that x is of; None: all."""
 
 
+class Outcome(Protocol):
+    """What came of the executed steps of a batch of B chunks, see `batches.loader.Critic`."""
+
+    reward: Tensor
+    next_obs: dict[str, Tensor]
+    done: Tensor
+    truncated: Tensor
+    discount: Tensor
+
+
 class Learner(Protocol):
-    """The policy that learns, for an objective that looks at other observations than those of the batch."""
+    """The policy that learns, for an objective that looks at more than the pairs of the batch."""
 
-    @property
-    def spec(self) -> PolicySpec: ...
+    training: bool
+    critics: nn.Module | None
+    spec: PolicySpec
+    process: Process
+    sampler: Sampler
 
-    @property
-    def process(self) -> Process: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def see(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Any: ...
+
+    def normalize_action(self, action: Tensor, obs: Mapping[str, Tensor]) -> Tensor: ...
+
+    def sample(self, obs: Mapping[str, Tensor], *, noise: Tensor, generator: Any, grad: bool) -> Any: ...
 
     def shown(
         self, obs: Mapping[str, Tensor], action: Tensor, generator: torch.Generator | None
@@ -92,6 +110,8 @@ class Objective:
     """Whether the network is told two times: where a step begins, and where it goes."""
     taught: ClassVar[bool] = False
     """Whether it learns from another policy: `pairs` then takes a `teacher`, and training reads the bundle."""
+    rewarded: ClassVar[bool] = False
+    """Whether it learns from rewards: `further_loss` then takes an `Outcome`, and training gives it `critics`."""
     family: ClassVar[str | None] = None
     """Of the processes that it is for (`Process.family`); None: any."""
 
@@ -123,14 +143,18 @@ class Objective:
         policy: Learner,
         obs: Mapping[str, Tensor],
         action: Tensor,
-        gain: Tensor | None,
+        beside: Mapping[str, Any],
         generator: torch.Generator | None,
     ) -> Tensor | None:
         """What is added to the loss of `pairs`, a scalar; None where nothing is, as here.
 
-        obs, action, gain: of a training batch, as `DiffusionPolicy.forward` takes them.
+        obs, action, beside: of a training batch, as `DiffusionPolicy.forward` takes them.
         """
         return None
+
+    def critics(self, policy: Any) -> nn.Module:
+        """What judges what a `DiffusionPolicy` does, for an objective that is `rewarded`; it learns with the policy."""
+        raise NotImplementedError
 
     def reduced(self, pairs: Iterable[Pair], process: Process, counts: Tensor | None, n: int) -> Tensor:
         """The loss, a scalar: the mean over all pairs of n examples. counts: steps that do, [n, H] bool; None: all."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,11 +54,12 @@ class Sobolev(Denoising):
         policy: Learner,
         obs: Mapping[str, Tensor],
         action: Tensor,
-        gain: Tensor | None,
+        beside: Mapping[str, Any],
         generator: torch.Generator | None,
     ) -> Tensor:
         """Of the slopes, in float32, since these are differences between neighbours. Raises `InputError` without
         gains."""
+        gain = beside.get("gain")
         if gain is None:
             raise InputError("policy.objective: sobolev learns from gains, and none are given")
         spec, process = policy.spec, policy.process

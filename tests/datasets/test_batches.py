@@ -46,7 +46,7 @@ def arrays() -> dict[str, np.ndarray]:
         "gripper": rng.random(n),
         "img": rng.integers(0, 256, (n, 10, 8, 3)).astype(np.float32),
         "points": rng.random((n, 3, 2)),
-        "reward": rng.random(n),
+        "reward": np.where(np.isin(np.arange(n), (11, n - 1)), 1.0, rng.random(n)),  # two episodes succeed
         "state": rng.standard_normal((n, 4)).astype(np.float32),
         "unused": np.full((n, 2), np.nan),
         "wrist": rng.integers(0, 256, (n, 7, 9, 3), dtype=np.uint8),
@@ -116,7 +116,8 @@ def naive_sample(index: int, crop: tuple[int, int] | None, corner: tuple[int, in
         "critic": {
             "reward": np.float64(sum(GAMMA**i * data["reward"][now + i] for i in range(n))),
             "next_obs": observe(now + n),
-            "done": np.bool_(now + n == end),
+            "done": np.bool_(now + n == end and data["reward"][end - 1] >= 1),
+            "truncated": np.bool_(now + n == end and data["reward"][end - 1] < 1),
             "discount": np.float64(GAMMA**n),
         },
     }
@@ -152,6 +153,42 @@ def test_batches_are_those_of_a_naive_loop(batches: BatchSource, data: st.DataOb
     assert batch.action.dtype == batch.obs["xy"].dtype == torch.float32
     assert batch.obs["front"].dtype == batch.obs["wrist"].dtype == torch.uint8
     assert batch.mask.dtype == torch.bool
+
+
+CHAIN = {"state": np.arange(7.0)[:, None], "action": np.zeros((7, 1)), "reward": np.array([0, 0, 1, 0, 0.2, 0, 0.5])}
+"""Two episodes: rows 0 to 2, which succeeds, and 3 to 6, which breaks off; the last says of itself that it ended."""
+
+
+@pytest.mark.parametrize(
+    ("options", "rewards", "done", "truncated"),
+    [
+        ({}, [0, 0.5, 1, 0.1, 0.2, 0.25, 0.5], [1, 2], [5, 6]),
+        ({"counted": "dense"}, [-1.5, -1, 0, -1.4, -1.3, -1.25, -0.5], [1, 2], [5, 6]),
+        ({"counted": "success"}, [-1.5, -1, 0, -1.5, -1.5, -1.5, -1], [1, 2], [5, 6]),
+        ({"terminal_key": "over"}, [0, 0.5, 1, 0.1, 0.2, 0.25, 0.5], [5, 6], [1, 2]),
+    ],
+    ids=["given", "dense", "success", "a column of ends"],
+)
+def test_an_end_is_told_from_a_recording_that_breaks_off(options, rewards, done, truncated) -> None:
+    over = np.array([False, True, False, False, False, False, True])  # in the middle it says nothing
+    buffer = ReplayBuffer.from_arrays({**CHAIN, "over": over}, np.array([3, 7]))
+    made = BatchSource(
+        buffer=buffer,
+        windows=make_windows(np.array([3, 7]), horizon=2, n_obs_steps=1, n_action_steps=2),
+        observations={"state": ObsKey("state", None, "state")},
+        action_key="action",
+        n_obs_steps=1,
+        reward_key="reward",
+        gamma=0.5,
+        **options,
+    )
+    found = made.gather(np.arange(len(made)), critic=True).critic
+    assert found is not None
+    at = np.arange(7)  # the row now of each window
+    np.testing.assert_allclose(found.reward, rewards, rtol=1e-6)
+    assert at[found.done.numpy()].tolist() == done
+    assert at[found.truncated.numpy()].tolist() == truncated
+    assert found.discount.tolist() == [0.25, 0.25, 0.5, 0.25, 0.25, 0.25, 0.5]
 
 
 def test_other_windows_share_the_arrays(batches: BatchSource) -> None:

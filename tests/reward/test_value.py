@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from action_diffusion.policy.value.averages import averaged_copy, follow
 from action_diffusion.policy.value.networks import EnsembleMlp, Value
 from action_diffusion.policy.value.noise import Frequencies, NoiseActor
-from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
+from action_diffusion.training.reward.critics import expectile_loss, step
 
 
 def test_members_of_an_ensemble_do_not_know_each_other():

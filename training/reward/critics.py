@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -14,17 +13,6 @@ def expectile_loss(error: Tensor, expectile: float) -> Tensor:
     towards the best targets (IQL, Kostrikov et al. 2022, equation 5). A scalar."""
     weight = torch.where(error < 0, 1 - expectile, expectile)
     return (weight * error.square()).mean()
-
-
-def averaged_copy(module: nn.Module) -> nn.Module:
-    """A target network: the same weights, which `follow` moves."""
-    return copy.deepcopy(module).requires_grad_(False)
-
-
-@torch.no_grad()
-def follow(target: nn.Module, source: nn.Module, share: float) -> None:
-    """target ← target + share · (source − target)."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), share)
 
 
 def step(

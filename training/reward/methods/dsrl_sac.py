@@ -27,9 +27,10 @@ import torch
 from action_diffusion.policy.extensions.extension import Fitted
 from action_diffusion.policy.extensions.stored import arrays, condition_dim, executed
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.value.averages import averaged_copy, follow
 from action_diffusion.policy.value.networks import Value
 from action_diffusion.policy.value.noise import Frequencies, NoiseActor
-from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
+from action_diffusion.training.reward.critics import expectile_loss, step
 from action_diffusion.training.reward.experience import Acted
 from action_diffusion.training.reward.method import Method, require_steerable
 from action_diffusion.training.reward.transitions import Rows

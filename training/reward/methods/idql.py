@@ -24,8 +24,9 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Fitted
 from action_diffusion.policy.extensions.stored import arrays, condition_dim, executed
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.value.averages import averaged_copy, follow
 from action_diffusion.policy.value.networks import Value
-from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
+from action_diffusion.training.reward.critics import expectile_loss, step
 from action_diffusion.training.reward.experience import Acted
 from action_diffusion.training.reward.method import Method
 from action_diffusion.training.reward.transitions import Rows
