@@ -44,6 +44,8 @@ SETTINGS = (
 )
 LEARNT = (
     "objective=diffusion_ql",
+    "policy.objective.loss=l1",
+    "policy.objective.eta=0.5",
     "policy.objective.counted=given",
     "policy.objective.terminal=terminal",
     "policy.objective.hidden=[128,128]",
@@ -51,7 +53,7 @@ LEARNT = (
     "policy.objective.warmup=400",
     "train.max_steps=1500",
 )
-CLONED = ("policy.sampler.num_inference_steps=5", "train.max_steps=600")
+CLONED = ("policy.objective.loss=l1", "policy.sampler.num_inference_steps=5", "train.max_steps=600")
 
 
 def bandit(seed: int) -> tuple[ReplayBuffer, int]:
