@@ -229,6 +229,7 @@ EXTENSIONS = Registry(
         "guard": "action_diffusion.policy.extensions.guard:Guard",
         "steering": "action_diffusion.policy.extensions.steering:Steering",
         "tokens": "action_diffusion.policy.extensions.tokens:Tokens",
+        "transport": "action_diffusion.policy.extensions.transport:Transport",
     },
 )
 METHODS = Registry(
@@ -237,6 +238,8 @@ METHODS = Registry(
     {
         "dppo": "action_diffusion.training.reward.methods.dppo:Dppo",
         "dsrl": "action_diffusion.training.reward.methods.dsrl:Dsrl",
+        "fisher": "action_diffusion.training.reward.methods.fisher:Fisher",
+        "fmq": "action_diffusion.training.reward.methods.fmq:Fmq",
         "idql": "action_diffusion.training.reward.methods.idql:Idql",
     },
 )

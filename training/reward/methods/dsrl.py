@@ -34,6 +34,7 @@ from action_diffusion.policy.value.networks import NoiseActor, Value
 from action_diffusion.training.reward.critics import averaged_copy, expectile_loss, follow, step
 from action_diffusion.training.reward.experience import Acted
 from action_diffusion.training.reward.method import Method
+from action_diffusion.training.reward.optimizers import OPTIMIZERS
 from action_diffusion.training.reward.transitions import Rows
 
 
@@ -66,6 +67,7 @@ class Dsrl(Method):
         warmup: int = 500,
         follow: float = 0.005,
         capacity: int = 200_000,
+        optimizer: str = "adam",
     ) -> None:
         super().__init__(policy, seed=seed, capacity=capacity)
         if not policy.sampler.deterministic:
@@ -100,7 +102,7 @@ class Dsrl(Method):
         learnt = (self.critic, self.value, self.noise_critic)
         self.parameters = [parameter for module in learnt for parameter in module.parameters()]
         self.optimizers = {
-            "critics": torch.optim.Adam(self.parameters, lr=lr),
+            "critics": OPTIMIZERS[optimizer](self.parameters, lr=lr),
             "actor": torch.optim.Adam(self.actor.parameters(), lr=lr),
             "temperature": torch.optim.Adam(self.temperature.parameters(), lr=10 * lr),
         }
