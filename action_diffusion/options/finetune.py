@@ -19,8 +19,8 @@ Rows = Annotated[int, Between(1, 10_000_000)]
 class Critics:
     """What methods with critics of chunks share. hidden: sizes of their layers. octaves: waves beside each value of a
     condition. members: of each ensemble, of which the least counts. updates: for each chunk that was tried. follow:
-    share that targets move by. warmup: chunks before the first update. capacity: rows that are kept. optimizer: of the critics; "adamo" where they run away
-    (`training.reward.optimizers`)."""
+    share that targets move by. warmup: chunks before the first update. capacity: rows that are kept. optimizer: of the
+    critics; "adamo" where they run away (`training.reward.optimizers`)."""
 
     hidden: Layers = field(default_factory=lambda: [256, 256])
     octaves: Octaves = 4

@@ -199,7 +199,7 @@ def flow_map(steps: int = 1) -> DiffusionPolicy:
 
 def test_fmq_moves_chunks_of_one_step_uphill_and_no_further_than_the_radius():
     torch.manual_seed(0)
-    method = Fmq(flow_map(), **SMALL, step=0.1, radius=0.3, policy_lr=3e-3)
+    method = Fmq(flow_map(), **SMALL | {"updates": 0.25}, step=0.1, radius=0.3, policy_lr=1e-2)
     random, told = np.random.default_rng(0), []
 
     def mean(chunk):
