@@ -136,6 +136,6 @@ def measure(seed: int) -> Measured:
 SYSTEM = System(
     name="fisher",
     what="A map that knows the policy's Fisher information moves along what was demonstrated, and hardly off it.",
-    bar="nearer to the demonstrated curve than a map with a plain square, at equal reward, for every budget",
+    bar="nearer to the demonstrated curve than a map with a plain square, wherever both earn the same",
     measure=measure,
 )

@@ -255,7 +255,7 @@ def test_the_map_moves_chunks_to_the_side_that_earns_and_keeps_its_budget():
     policy.extensions = [Transport(policy, method.fitted()["transport"])]
     assert earned(policy) > base + 0.3
     rows = method.rows.newest(256)
-    moved = method.map(rows["condition"], rows["base"])
+    moved = method.map(rows["condition"], rows["base"]).detach()
     assert float(moved.square().mean()) == pytest.approx(0.05, rel=0.5)
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
     with pytest.raises(InputError, match="extension transport: bound"):
