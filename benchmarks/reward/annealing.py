@@ -12,19 +12,19 @@ import math
 import torch
 from torch import Tensor
 
-from action_diffusion.policy.planning.annealing import anneal
+from action_diffusion.policy.planning.annealing import Cost, anneal
 from benchmarks.systems.system import Measured, System
 
 CHUNKS, SHAPE, ROUNDS, PAIRS = 100, (4, 2), 80, 32
 
 
-def descended(x: Tensor, cost: object, steps: int = 400) -> Tensor:
+def descended(x: Tensor, cost: Cost, steps: int = 400) -> Tensor:
     """By the exact gradient, with Adam."""
     x = x.clone().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.02)
     for _ in range(steps):
         optimizer.zero_grad()
-        cost(x).sum().backward()  # type: ignore[operator]
+        cost(x).sum().backward()
         optimizer.step()
     return x.detach()
 

@@ -63,7 +63,8 @@ def learnt(seed: int, coupling: float) -> ReturnFlow:
 def measure(seed: int) -> Measured:
     generator = torch.Generator().manual_seed(seed + 1)
     flows = {"": learnt(seed, 0.0), ", coupling 0.5": learnt(seed, 0.5)}
-    measured, baseline = {}, {}
+    measured: dict[str, float] = {}
+    baseline: dict[str, float] = {}
     for state in range(3):
         truth = returns(state, DRAWN, generator)
         seen = torch.eye(3)[state].expand(DRAWN, 3)

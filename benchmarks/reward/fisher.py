@@ -121,7 +121,8 @@ def measure(seed: int) -> Measured:
         for metric in ("fisher", "euclidean")
     }
     plain = np.array(found["euclidean"])
-    measured, baseline = {}, {"reward, frozen": frozen[0], "off, frozen": frozen[1]}
+    measured: dict[str, float] = {}
+    baseline = {"reward, frozen": frozen[0], "off, frozen": frozen[1]}
     below = []
     for index, (earned, distance) in enumerate(found["fisher"][1:]):
         if earned <= plain[-1, 0]:  # the other one earns as much with some budget between those that were tried

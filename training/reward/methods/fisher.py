@@ -88,7 +88,8 @@ class Fisher(ActorCritic):
         """Scores of the policy around chunks [B, H, A], normalised: [B, scores, Ta · A]."""
         condition, chunk = (part.repeat_interleave(self.scores, dim=0) for part in (condition, chunk))
         x = self.level.a * chunk + self.level.b * self.normal(*chunk.shape)
-        return executed(self.policy, score(self.policy, condition, x, self.level.index)).unflatten(0, (-1, self.scores))
+        found = executed(self.policy, score(self.policy, condition, x, self.level.index))
+        return found.view(-1, self.scores, self.action_dim)
 
     @torch.no_grad()
     def acted(self, rows: Rows) -> Tensor:
