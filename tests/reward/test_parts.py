@@ -42,6 +42,7 @@ def test_a_move_keeps_what_is_along_the_gradient_and_little_of_the_rest():
     torch.testing.assert_close(aligned(move, gradient, 0.5), torch.tensor([3.0, 1.5]))
     torch.testing.assert_close(aligned(move, gradient, torch.inf), move)
     torch.testing.assert_close(aligned(move, torch.zeros(2), 0.5), torch.zeros(2))
+    torch.testing.assert_close(aligned(move, torch.zeros(2), torch.inf), move)
 
 
 def test_adamo_without_a_budget_is_adam():

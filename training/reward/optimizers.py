@@ -51,13 +51,14 @@ class AdamO(torch.optim.Optimizer):
 
     def _move(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         if not state:
-            state |= {"step": 0, "mean": torch.zeros_like(gradient), "square": torch.zeros_like(gradient)}
+            state |= {"step": torch.tensor(0.0)}  # a tensor, as checkpoints have it
+            state |= {name: torch.zeros_like(gradient) for name in ("mean", "square")}
         state["step"] += 1
-        first, second = group["betas"]
+        (first, second), steps = group["betas"], float(state["step"])
         mean = state["mean"].lerp_(gradient, 1 - first)
         square = state["square"].lerp_(gradient.square(), 1 - second)
-        spread = (square / (1 - second ** state["step"])).sqrt() + group["eps"]
-        return aligned(-mean / (1 - first ** state["step"]) / spread, gradient, group["budget"])
+        spread = (square / (1 - second**steps)).sqrt() + group["eps"]
+        return aligned(-mean / (1 - first**steps) / spread, gradient, group["budget"])
 
 
 def aligned(move: Tensor, gradient: Tensor, budget: float) -> Tensor:
@@ -66,7 +67,8 @@ def aligned(move: Tensor, gradient: Tensor, budget: float) -> Tensor:
     unit = gradient / gradient.norm().clamp_min(tiny)
     along = (move * unit).sum() * unit
     across = move - along
-    return along + across * (budget * along.norm() / across.norm().clamp_min(tiny)).clamp_max(1.0)
+    share = budget * along.norm() / across.norm().clamp_min(tiny)
+    return along + across * share.nan_to_num(nan=1.0).clamp_max(1.0)  # no number: an infinite budget of nothing
 
 
 OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamo": AdamO}
