@@ -7,10 +7,12 @@ From s₀ returns gather around four places, ±0.9 ± 0.405: no normal distribut
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
-from action_diffusion.training.reward.critics import averaged_copy, follow
+from action_diffusion.training.reward.critics import follow
 from action_diffusion.training.reward.returns import ReturnFlow, path_coupled_loss, wasserstein
 from benchmarks.systems.system import Measured, System
 
@@ -46,7 +48,7 @@ def learnt(seed: int, coupling: float) -> ReturnFlow:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     flow = ReturnFlow(condition_dim=3, hidden=HIDDEN)
-    target = averaged_copy(flow)
+    target = copy.deepcopy(flow).requires_grad_(False)
     optimizer = torch.optim.Adam(flow.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):

@@ -11,6 +11,7 @@ its trials.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from benchmarks.systems.system import Measured, System
 HORIZON, TURNS, AT_ONCE, TRIED = 4, 60, 64, 500
 SCALES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Of the guidance in each of ten steps, of which the best counts."""
-FLOW = {
+FLOW: dict[str, Any] = {
     "denoiser": {"name": "unet1d", "channels": [16, 32], "n_groups": 4, "kernel_size": 3, "time_dim": 32},
     "process": {"name": "flow"},
     "objective": {"name": "flow_map"},

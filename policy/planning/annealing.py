@@ -65,8 +65,8 @@ def smoothed_gradient(
     """An estimate of ∇J_σ at chunks [B, H, A], without a bias."""
     z = draw_noise((pairs, *x.shape), generator, x.device, x.dtype)
     places = torch.stack([x + sigma * z, x - sigma * z])
-    above, below = _asked(cost, places.flatten(0, 2)).view(2, pairs, len(x))
-    return ((above - below).view(pairs, len(x), 1, 1) * z).mean(dim=0) / (2 * sigma)
+    costs = _asked(cost, places.flatten(0, 2)).view(2, pairs, len(x), 1, 1)
+    return ((costs[0] - costs[1]) * z).mean(dim=0) / (2 * sigma)
 
 
 def _unit(gradient: Tensor) -> Tensor:

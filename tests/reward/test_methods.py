@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,15 @@ from action_diffusion.training.reward.methods.fisher import Fisher, score
 from action_diffusion.training.reward.methods.fmq import Fmq
 from action_diffusion.training.reward.methods.idql import Idql
 
-SMALL = {"hidden": (32, 32), "octaves": 0, "updates": 1.0, "batch_size": 64, "lr": 3e-3, "warmup": 64, "follow": 0.05}
+SMALL: dict[str, Any] = {
+    "hidden": (32, 32),
+    "octaves": 0,
+    "updates": 1.0,
+    "batch_size": 64,
+    "lr": 3e-3,
+    "warmup": 64,
+    "follow": 0.05,
+}
 
 
 def observations(n: int, random: np.random.Generator) -> dict[str, np.ndarray]:

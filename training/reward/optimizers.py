@@ -65,10 +65,11 @@ def aligned(move: Tensor, gradient: Tensor, budget: float) -> Tensor:
     """A move with what is orthogonal to the gradient at most `budget` times as long as what is along it."""
     tiny = torch.finfo(move.dtype).tiny
     unit = gradient / gradient.norm().clamp_min(tiny)
-    along = (move * unit).sum() * unit
+    along: Tensor = (move * unit).sum() * unit
     across = move - along
     share = budget * along.norm() / across.norm().clamp_min(tiny)
-    return along + across * share.nan_to_num(nan=1.0).clamp_max(1.0)  # no number: an infinite budget of nothing
+    kept: Tensor = across * share.nan_to_num(nan=1.0).clamp_max(1.0)  # no number: an infinite budget of nothing
+    return along + kept
 
 
 OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamo": AdamO}
