@@ -232,6 +232,7 @@ EXTENSIONS = Registry(
         "intents": "action_diffusion.policy.extensions.intents:Intents",
         "steering": "action_diffusion.policy.extensions.steering:Steering",
         "tokens": "action_diffusion.policy.extensions.tokens:Tokens",
+        "transport": "action_diffusion.policy.extensions.transport:Transport",
     },
 )
 METHODS = Registry(
@@ -241,6 +242,8 @@ METHODS = Registry(
         "dppo": "action_diffusion.training.reward.methods.dppo:Dppo",
         "dsrl": "action_diffusion.training.reward.methods.dsrl:Dsrl",
         "dsrl_sac": "action_diffusion.training.reward.methods.dsrl_sac:DsrlSac",
+        "fisher": "action_diffusion.training.reward.methods.fisher:Fisher",
+        "fmq": "action_diffusion.training.reward.methods.fmq:Fmq",
         "idql": "action_diffusion.training.reward.methods.idql:Idql",
     },
 )

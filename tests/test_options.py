@@ -122,9 +122,16 @@ def test_all_that_ships_is_in_range(task):
     check(load("train", [f"task={task}", "data=x"]), COMMANDS["train"])
 
 
+def parameters(of: type) -> dict[str, inspect.Parameter]:
+    """Of a constructor, and of its base's where it passes others on."""
+    own = inspect.signature(of).parameters
+    named = {name: one for name, one in own.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    return named if len(named) == len(own) else parameters(of.__base__) | named
+
+
 @pytest.mark.parametrize("name", choices("method"))
 def test_options_of_a_method_are_those_of_its_class_and_of_its_file(name):
-    taken = inspect.signature(registry.METHODS.load(name)).parameters
+    taken = parameters(registry.METHODS.load(name))
     declared = dataclasses.asdict(METHODS[name]())
     assert declared.keys() == taken.keys() - {"policy", "seed"}
     written = load("finetune", ["bundle=x", f"method={name}"])["method"]

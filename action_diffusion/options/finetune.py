@@ -20,7 +20,8 @@ Rows = Annotated[int, Between(1, 10_000_000)]
 class Critics:
     """What methods with critics of chunks share. hidden: sizes of their layers. octaves: waves beside each value of a
     condition. members: of each ensemble, of which the least counts. updates: for each chunk that was tried. follow:
-    share that targets move by. warmup: chunks before the first update. capacity: rows that are kept."""
+    share that targets move by. warmup: chunks before the first update. capacity: rows that are kept. optimizer: of the
+    critics; "adamo" where they run away (`training.reward.optimizers`)."""
 
     hidden: Layers = field(default_factory=lambda: [256, 256])
     octaves: Octaves = 4
@@ -31,6 +32,7 @@ class Critics:
     follow: Rate = 0.005
     warmup: Annotated[int, Between(1, 1_000_000)] = 500
     capacity: Rows = 200_000
+    optimizer: Annotated[str, OneOf("adam", "adamo")] = "adam"
 
 
 @dataclass
@@ -74,6 +76,27 @@ class IdqlOptions(Critics):
 
 
 @dataclass
+class FmqOptions(Critics):
+    """`method=fmq`, see `training.reward.methods.fmq`."""
+
+    step: Annotated[float, Above(0, 10)] = 0.05
+    radius: Annotated[float, Above(0, 10)] = 0.3
+    policy_lr: Rate = 1e-4
+
+
+@dataclass
+class FisherOptions(Critics):
+    """`method=fisher`, see `training.reward.methods.fisher`."""
+
+    metric: Annotated[str, OneOf("fisher", "euclidean")] = "fisher"
+    divergence: Annotated[float, Above(0, 100)] = 0.02
+    scores: Annotated[int, Between(1, 256)] = 8
+    noise: Rate = 0.2
+    bound: Annotated[float, Above(0, 10)] = 0.5
+    damping: Annotated[float, Between(0, 1)] = 0.01
+
+
+@dataclass
 class DppoOptions:
     """`method=dppo`, see `training.reward.methods.dppo`."""
 
@@ -92,8 +115,15 @@ class DppoOptions:
     octaves: Octaves = 4
 
 
-METHODS: dict[str, type] = {"dppo": DppoOptions, "dsrl": DsrlOptions, "dsrl_sac": DsrlSacOptions, "idql": IdqlOptions}
-LEARNT = {"best_of": "idql", "steering": "dsrl"}
+METHODS: dict[str, type] = {
+    "dppo": DppoOptions,
+    "dsrl": DsrlOptions,
+    "dsrl_sac": DsrlSacOptions,
+    "fisher": FisherOptions,
+    "fmq": FmqOptions,
+    "idql": IdqlOptions,
+}
+LEARNT = {"best_of": "idql", "steering": "dsrl", "transport": "fisher"}
 """Extensions that no demonstrations teach, by the method that does."""
 MethodSection = Annotated[Section, ByName(METHODS)]
 

@@ -2,6 +2,7 @@
 
     Q(s, a)     condition [B, C], executed chunk [B, Ta · A], normalised ─▶ [n, B], an ensemble of n
     V(s)        condition [B, C] ─▶ [n, B]
+    δ(s, a)     condition [B, C], executed chunk [B, Ta · A] ─▶ how far it is moved, within ±bound: `Displacement`
 
 Layers are followed by layer norms, which keep values of what was never seen from growing without a limit (RLPD, Ball
 et al. 2023, "Efficient Online Reinforcement Learning with Offline Data").
@@ -76,3 +77,28 @@ class Value(nn.Module):
     def forward(self, condition: Tensor, *done: Tensor) -> Tensor:
         result: Tensor = self.net(torch.cat([waves(condition, self.octaves), *done], dim=-1)).squeeze(-1)
         return result
+
+
+class Displacement(nn.Module):
+    """δ(s, a) = bound · tanh(u(s, a)), which is 0 until it learns."""
+
+    def __init__(
+        self,
+        *,
+        condition_dim: int,
+        action_dim: int,
+        bound: float,
+        octaves: int = 0,
+        hidden: Sequence[int] = (256, 256),
+    ) -> None:
+        super().__init__()
+        input_dim = condition_dim * (1 + 2 * octaves) + action_dim
+        self.net = EnsembleMlp(input_dim=input_dim, hidden=hidden, output_dim=action_dim, members=1)
+        self.bound, self.octaves = bound, octaves
+        with torch.no_grad():
+            self.net.weights[-1].zero_()
+
+    def forward(self, condition: Tensor, action: Tensor) -> Tensor:
+        """[B, C] and [B, D] → [B, D]."""
+        u: Tensor = self.net(torch.cat([waves(condition, self.octaves), action], dim=-1))[0]
+        return self.bound * torch.tanh(u)

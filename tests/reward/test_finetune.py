@@ -83,3 +83,18 @@ def test_a_bundle_says_which_of_its_extensions_act(bundle, tmp_path):
 def test_bad_words_are_one_line(bundle, words, said, capsys):
     assert main(["finetune", f"bundle={bundle}", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_map_ends_as_an_extension_of_the_same_weights(bundle, tmp_path):
+    words = ["finetune", f"bundle={bundle}", f"output_dir={tmp_path / 'run'}", *SHORT, "budget.env_steps=96"]
+    words += ["watch.every=32", "method=fisher", "method.noise=0.9", "method.optimizer=adamo"]
+    assert main([*words, "evaluation.n_episodes=0"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/progress.jsonl").read_text().splitlines()]
+    assert "price" in rows[-1]
+    assert weights(tmp_path / "run/bundle") == weights(bundle)
+
+
+def test_fmq_says_what_it_needs(bundle, tmp_path, capsys):
+    words = ["finetune", f"bundle={bundle}", f"output_dir={tmp_path / 'run'}", *SHORT, "method=fmq"]
+    assert main(words) == 2
+    assert "method=fmq trains a policy that goes from noise to a chunk in one step" in capsys.readouterr().err

@@ -15,11 +15,14 @@ from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.extensions.best_of import BestOf
 from action_diffusion.policy.extensions.extension import Fitted
 from action_diffusion.policy.extensions.steering import Steering
+from action_diffusion.policy.extensions.transport import Transport
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.reward.method import Method
 from action_diffusion.training.reward.methods.dppo import Dppo
 from action_diffusion.training.reward.methods.dsrl import Dsrl
 from action_diffusion.training.reward.methods.dsrl_sac import DsrlSac
+from action_diffusion.training.reward.methods.fisher import Fisher, score
+from action_diffusion.training.reward.methods.fmq import Fmq
 from action_diffusion.training.reward.methods.idql import Idql
 from action_diffusion.training.reward.policy_gradient import advantages, surrogate
 
@@ -204,3 +207,75 @@ def test_advantages_follow_an_episode_and_no_further():
         torch.tensor([4.0, 0.0, 0.0, 4.0]),
     )
     assert found.tolist() == [1.0, 10 + 0.5 * 3, 2.0, 3.0]
+
+
+def flow_map(steps: int = 1) -> DiffusionPolicy:
+    sampler = {"scheduler": "flow", "num_inference_steps": steps, "clip": None}
+    return tiny_policy(
+        demonstrations(), process={"name": "flow"}, objective={"name": "flow_map"}, sampler=sampler
+    ).requires_grad_(False)
+
+
+def test_fmq_moves_chunks_of_one_step_uphill_and_no_further_than_the_radius():
+    torch.manual_seed(0)
+    method = Fmq(flow_map(), **SMALL | {"updates": 0.25}, step=0.1, radius=0.3, policy_lr=1e-2)
+    random, told = np.random.default_rng(0), []
+
+    def mean(chunk):
+        return torch.as_tensor(chunk)[:, 1:5, 0].mean(dim=1).float()
+
+    middle = float(mean(method.act(seen(64, random)).chunk).mean())
+    for _ in range(40):
+        acted = method.act(seen(16, random))
+        reward = torch.tanh((mean(acted.chunk) - middle) / 5)
+        condition = acted.remembered["condition"]
+        method.learn({**acted.remembered, "reward": reward, "discount": torch.zeros(16), "next_condition": condition})
+        told.append(float(reward.mean()))
+    assert np.mean(told[-5:]) > np.mean(told[:5]) + 0.1
+    rows = method.rows.newest(64)
+    noise = torch.randn(64, 8, 2, generator=torch.Generator().manual_seed(0))
+    chunk, anchor = (
+        method._jump(denoiser, rows["condition"], noise)[:, 1:5].detach()
+        for denoiser in (method.policy.denoiser, method.anchor)
+    )
+    moved = (chunk - anchor).square().mean(dim=(1, 2)).sqrt()
+    assert 0.05 < float(moved.mean()) < 0.35
+
+
+def test_the_jump_is_what_the_policy_samples():
+    method = Fmq(flow_map(), **SMALL)
+    acted = method.act(seen(3, np.random.default_rng(0)))
+    method.random.manual_seed(0)
+    again = method.acted(dict(acted.remembered))
+    torch.testing.assert_close(again, acted.remembered["action"])
+
+
+def test_policies_that_are_no_flow_maps_of_one_step_are_refused():
+    for policy in (gaussian_policy(steps=5), flow_map(2)):
+        with pytest.raises(InputError, match=r"sampler\.num_inference_steps=1"):
+            Fmq(policy)
+
+
+def test_the_score_is_that_of_the_noisy_policy():
+    """N(0, s²) made noisy is N(0, a² s² + b²)."""
+    policy = gaussian_policy(0.3, steps=5)
+    at = policy.sampler.steps[3]
+    x = torch.randn(4, 8, 2, generator=torch.Generator().manual_seed(0))
+    found = score(policy, torch.zeros(4, 5), x, 3)
+    torch.testing.assert_close(found, -x / (at.a**2 * 0.3**2 + at.b**2))
+
+
+def test_the_map_moves_chunks_to_the_side_that_earns_and_keeps_its_budget():
+    policy = gaussian_policy(steps=5)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    method = Fisher(policy, **SMALL, divergence=0.05, noise=0.9, scores=4)
+    base = earned(policy)
+    train(method, 60)
+    policy.extensions = [Transport(policy, method.fitted()["transport"])]
+    assert earned(policy) > base + 0.3
+    rows = method.rows.newest(256)
+    moved = method.map(rows["condition"], rows["base"]).detach()
+    assert float(moved.square().mean()) == pytest.approx(0.05, rel=0.5)
+    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
+    with pytest.raises(InputError, match="extension transport: bound"):
+        Transport(policy, Fitted({}))

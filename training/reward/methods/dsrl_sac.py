@@ -33,6 +33,7 @@ from action_diffusion.policy.value.noise import Frequencies, NoiseActor
 from action_diffusion.training.reward.critics import expectile_loss, step
 from action_diffusion.training.reward.experience import Acted
 from action_diffusion.training.reward.method import Method, require_steerable
+from action_diffusion.training.reward.optimizers import OPTIMIZERS
 from action_diffusion.training.reward.transitions import Rows
 
 
@@ -41,7 +42,7 @@ class DsrlSac(Method):
     noises that are denoised for each state, half of them the actor's. expectile: τ. entropy: of the actor, for each
     number of the noise. hidden, octaves: of all networks. members: of the critic of actions. updates: of all networks
     for each chunk that was tried. warmup: chunks from plain noise before the first update. follow: share that the
-    target moves by. capacity: rows that are kept.
+    target moves by. capacity: rows that are kept. optimizer: of the critics.
 
     Raises `InputError` for a policy whose sampler draws noise in its steps, or does not look at where it begins.
     """
@@ -67,6 +68,7 @@ class DsrlSac(Method):
         warmup: int = 500,
         follow: float = 0.005,
         capacity: int = 200_000,
+        optimizer: str = "adam",
     ) -> None:
         super().__init__(policy, seed=seed, capacity=capacity)
         require_steerable(policy, "dsrl_sac")
@@ -94,7 +96,7 @@ class DsrlSac(Method):
         learnt = (self.critic, self.value, self.noise_critic)
         self.parameters = [parameter for module in learnt for parameter in module.parameters()]
         self.optimizers = {
-            "critics": torch.optim.Adam(self.parameters, lr=lr),
+            "critics": OPTIMIZERS[optimizer](self.parameters, lr=lr),
             "actor": torch.optim.Adam(self.actor.parameters(), lr=lr),
             "temperature": torch.optim.Adam(self.temperature.parameters(), lr=10 * lr),
         }

@@ -29,6 +29,7 @@ from action_diffusion.policy.value.networks import Value
 from action_diffusion.training.reward.critics import expectile_loss, step
 from action_diffusion.training.reward.experience import Acted
 from action_diffusion.training.reward.method import Method
+from action_diffusion.training.reward.optimizers import OPTIMIZERS
 from action_diffusion.training.reward.transitions import Rows
 
 
@@ -57,6 +58,7 @@ class Idql(Method):
         warmup: int = 500,
         follow: float = 0.005,
         capacity: int = 200_000,
+        optimizer: str = "adam",
     ) -> None:
         super().__init__(policy, seed=seed, capacity=capacity)
         if drawn and not policy.sampler.deterministic:
@@ -81,7 +83,7 @@ class Idql(Method):
         }
         learnt = [self.critic, self.value, *((self.noise_critic,) if drawn else ())]
         self.parameters = [parameter for module in learnt for parameter in module.parameters()]
-        self.optimizers = {"critics": torch.optim.Adam(self.parameters, lr=lr)}
+        self.optimizers = {"critics": OPTIMIZERS[optimizer](self.parameters, lr=lr)}
         self.n, self.tried, self.expectile, self.drawn = n, tried, expectile, drawn
         self.hidden, self.members, self.warmup = list(hidden), members, warmup
         self.updates, self.batch_size, self.share = updates, batch_size, follow
