@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from action_diffusion.policy.build import build_policy
-from action_diffusion.policy.diffusion.process import Step
+from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.extensions.transport import Transport
 from action_diffusion.policy.model import normalizer
 from action_diffusion.policy.model.denoiser import Denoiser, Film
