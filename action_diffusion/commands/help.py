@@ -25,7 +25,8 @@ action-diffusion train [name=value …]     from demonstrations to a policy bund
     "finetune": """\
 action-diffusion finetune bundle=DIR [name=value …]     better than its demonstrations: it tries, and learns from reward
 
-  action-diffusion finetune bundle=outputs/a/bundle                          the noise is steered, the policy stays
+  action-diffusion finetune bundle=outputs/a/bundle                          its denoising steps, by policy gradients
+  action-diffusion finetune bundle=outputs/a/bundle method=dsrl              the noise is steered, the policy stays
   action-diffusion finetune bundle=outputs/a/bundle method=idql              the best of several chunks, by a critic
   action-diffusion finetune bundle=outputs/a/bundle output_dir=better resume=true     go on with a run that was stopped
 

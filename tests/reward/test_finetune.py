@@ -71,7 +71,7 @@ def test_a_bundle_says_which_of_its_extensions_act(bundle, tmp_path):
     ("words", "said"),
     [
         (["method=ppo2"], "method 'ppo2'"),
-        (["method.bound=-1"], "method.bound=-1"),
+        (["method.clip=-1"], "method.clip=-1"),
         (["method.n=4"], "unknown option 'n' in method"),
         (["budget.env_steps=0"], "budget.env_steps=0 must be at least 1"),
         (["trials.gamma=1"], "trials.gamma=1 must be below 1"),

@@ -67,7 +67,7 @@ def earned(policy: DiffusionPolicy) -> float:
 
 def steered(name: str, policy: DiffusionPolicy) -> Method:
     if name == "dsrl_sac":
-        return DsrlSac(policy, **SMALL, frequencies=8, decoded=2, entropy=-1.0)
+        return DsrlSac(policy, **SMALL, frequencies=8, entropy=-1.0)
     sizes: dict[str, Any] = {"chunks": 64, "batch_size": 64, "hidden": (32, 32), "octaves": 0}
     return Dsrl(policy, **sizes, lr=1e-2, epochs=10, most_kl=0.5)
 
