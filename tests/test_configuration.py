@@ -14,6 +14,7 @@ import torch
 from action_diffusion.configuration import GROUPS, _parse, choices, load
 from action_diffusion.errors import InputError
 from action_diffusion.options import TrainSettings
+from action_diffusion.options.policy import FAMILIES
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.registry import build
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
@@ -82,11 +83,12 @@ def test_every_combination_builds_and_samples(row):
     words = [f"{group}={choice}" for group, choice in zip(GROUPS["train"], row, strict=True)]
     small = [*(UNET if row[2].startswith("unet") else TRANSFORMER), "policy.encoder.width=0.25"]
     scheduler, objective = row[3:]
-    if objective not in ("denoising", "sobolev") and scheduler != ("mip" if objective == "mip" else "flow"):
+    if objective in FAMILIES and scheduler != FAMILIES[objective]:
         with pytest.raises(InputError, match="use scheduler="):
             load("train", [*words, *small, "data=x.zarr"])
         words.remove(f"scheduler={scheduler}")  # the objective's own
-    config = load("train", [*words, *small, "policy.sampler.num_inference_steps=2", "data=x.zarr"])
+    n_steps = 1 if objective == "distillation" else 2
+    config = load("train", [*words, *small, f"policy.sampler.num_inference_steps={n_steps}", "data=x.zarr"])
     TrainSettings(**config["train"])
     spec = specification(config["task"])
     if objective == "sobolev" and spec.camera_order:
@@ -122,7 +124,7 @@ def test_data_that_is_given_is_the_data_that_a_task_asks_for():
 def test_all_that_ships_is_a_choice():
     root = Path(__file__).resolve().parents[1] / "configs"
     groups = {path.parent.name for path in root.glob("*/*.yaml")}
-    assert groups == set(GROUPS["train"])
+    assert groups == {*GROUPS["train"], *GROUPS["finetune"]}
 
 
 # Budgets.

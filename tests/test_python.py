@@ -39,12 +39,10 @@ def test_the_page_runs(tmp_path):
 def test_typed_options_are_checked():
     task = Task(name="mine", n_obs_steps=2, horizon=8, n_action_steps=4, action=Action())
     parts: dict[str, Any] = {"encoder": {"name": "observation"}, "denoiser": {"name": "unet1d", "channels": [8]}}
-    policy = Policy(
-        **parts,
-        process={"name": "diffusion"},
-        sampler=Sampler(scheduler="ddim", num_inference_steps=0),
-        objective={"name": "denoising"},
-        normalizer={"default": "minmax"},
-    )
+    parts |= {"process": {"name": "diffusion"}, "objective": {"name": "denoising"}, "normalizer": {"default": "minmax"}}
+    with pytest.raises(InputError, match=r"policy\.sampler\.num_inference_steps"):
+        Policy(**parts, sampler=Sampler(scheduler="ddim", num_inference_steps=0))
+    policy = Policy(**parts, sampler=Sampler(scheduler="ddim", num_inference_steps=10))
+    policy.sampler.num_inference_steps = 0
     with pytest.raises(InputError, match=r"policy\.sampler\.num_inference_steps"):
         plain(Train(data="x", task=task, policy=policy, train=TrainSettings(max_steps=1)))

@@ -18,10 +18,15 @@ from action_diffusion.training.trainer import Average, Trainer, make_optimizer
 class Regression(torch.nn.Module):
     """loss = mean (W obs - action)^2"""
 
+    critics = None
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.linear = torch.nn.Linear(3, 2)
+
+    def acting(self):
+        return dict(self.named_parameters())
 
     def forward(self, obs, action, mask, *, generator):
         return (self.linear(obs["x"]) - action).square().mean()
