@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import inputs, unet
 
@@ -56,6 +56,8 @@ def kernel_of(net: ConditionalUnet1d) -> Any:
     threads=st.sampled_from([1, 2, 3]),
 )
 def test_a_step_is_what_the_layers_give(channels, steps, batch, threads, **options):
+    # Of two numbers a norm makes ±1 however near they are: rounding then counts up to 300 times, in the layers as here.
+    assume(steps * min(channels) // options["n_groups"] >= 4)
     net = unet(channels=channels, **options)
     steps *= 2 ** (len(channels) - 1)
     before = torch.get_num_threads()
