@@ -50,7 +50,7 @@ LEARNT = (
     "policy.objective.terminal=terminal",
     "policy.objective.hidden=[128,128]",
     "policy.objective.octaves=0",
-    "policy.objective.warmup=150",
+    "policy.objective.warmup=40",
     "train.max_steps=1500",
 )
 CLONED = ("policy.objective.loss=l1", "policy.sampler.num_inference_steps=5", "train.max_steps=1000")
