@@ -180,8 +180,8 @@ def derive(
         if golden:
             seen = {key.removeprefix("obs."): value for key, value in golden.items() if key.startswith("obs.")}
             save_numpy(_golden(policy, state, seen), folder / "golden.safetensors")
-        if fitted:
-            config["extensions"] = list(fitted)
+        if fitted or weights is not None:
+            config["extensions"] = list(fitted or {})
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         for name, one in (fitted or {}).items():
             write(folder, name, one)

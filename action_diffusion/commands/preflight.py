@@ -53,7 +53,7 @@ def finetune(config: Finetune) -> None:
     if config.resume and config.output_dir is None:
         raise InputError("resume=true needs output_dir=DIR, the folder of the run to go on with")
     if config.output_dir is not None:
-        there = (Path(config.output_dir) / "progress.jsonl").exists()
+        there = (Path(config.output_dir) / "checkpoint").is_dir()
         if there and not config.resume:
             raise InputError(
                 f"{config.output_dir} already holds a run: give resume=true to go on with it, or another output_dir"

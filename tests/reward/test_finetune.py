@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -12,8 +13,12 @@ import torch
 from tiny import TINY, demonstrations, tiny_policy
 
 from action_diffusion.cli import main
+from action_diffusion.configuration import settings
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.best_of import BestOf
+from action_diffusion.policy.extensions.extension import Fitted
+from action_diffusion.training.reward.finetune import Run
+from action_diffusion.training.reward.methods.idql import Idql
 
 SHORT = (
     *("device=cpu", "trials.n_envs=4", "watch.n_episodes=2", "evaluation.n_episodes=2", "evaluation.n_videos=0"),
@@ -98,3 +103,40 @@ def test_fmq_says_what_it_needs(bundle, tmp_path, capsys):
     words = ["finetune", f"bundle={bundle}", f"output_dir={tmp_path / 'run'}", *SHORT, "method=fmq"]
     assert main(words) == 2
     assert "method=fmq trains a policy that goes from noise to a chunk in one step" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_goes_on_with_whole_lines(bundle, tmp_path):
+    folder = tmp_path / "run"
+    words = [
+        "finetune",
+        f"bundle={bundle}",
+        f"output_dir={folder}",
+        *SHORT,
+        "evaluation.n_episodes=0",
+        "watch.every=32",
+    ]
+    assert main([*words, "budget.env_steps=32"]) == 0
+    with (folder / "progress.jsonl").open("a") as file:
+        file.write('{"env_steps": 64, "success": 0.0, "score": 0.0, "minutes": 1.0}\n{"env_steps": 9')
+    assert main([*words, "budget.env_steps=64", "resume=true"]) == 0
+    rows = [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+    assert [row["env_steps"] for row in rows] == [0, 32, 64]
+
+
+def test_new_weights_leave_what_acted_with_the_old_ones(bundle, tmp_path):
+    """Fitted extensions belong to weights: neither their files nor their names come along with others."""
+    fitted = {"best_of": Fitted({"n": 1, "drawn": 0, "octaves": 0, "hidden": [4], "members": 1}, {})}
+    bundles.derive(bundle, tmp_path / "chosen", fitted=fitted)
+    assert bundles.read_config(tmp_path / "chosen")["extensions"] == ["best_of"]
+    state = bundles.load(bundle).state_dict()
+    bundles.derive(tmp_path / "chosen", tmp_path / "trained", fitted={}, weights=state)
+    assert bundles.load(tmp_path / "trained", verify=True).extensions == []
+
+
+def test_no_start_is_tried_twice_or_evaluated_on(bundle, tmp_path):
+    options = ["trials.seed=10", "watch.seed=12", "watch.n_episodes=2", "evaluation.seed=15", "evaluation.n_episodes=1"]
+    config = settings("finetune", [f"bundle={bundle}", *options])
+    policy = bundles.load(bundle)
+    run = Run(config, policy, Idql(policy), tmp_path, {})
+    assert list(itertools.islice(run._starts(), 4)) == [10, 11, 14, 16]
+    assert next(run._starts()) == 17, "another iterator goes on"

@@ -21,7 +21,7 @@ def step(
     """One step down the gradient of a loss, its norm at most `most`. Raises `FloatingPointError` for a loss that is not
     finite."""
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the critic's loss became {float(loss.detach())}: lower method.lr")
+        raise FloatingPointError(f"a loss became {float(loss.detach())}: lower method.lr, or method.critic_lr")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, most)

@@ -3,17 +3,18 @@
 DIR/progress.jsonl    evaluations and losses by control steps, DIR/curves.png draws them
 DIR/checkpoint/       what goes on with resume=true
 DIR/bundle/           the best so far, by evaluations on starts that are not learnt from
-DIR/comparison/       at the end: the bundle beside the one that it began with, on other starts again, paired
+DIR/evaluation/       at the end: of the bundle beside the one that it began with, on other starts again, paired
+
+A bundle that nothing was better than stays as it was, with the sampler that it had.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -89,13 +90,16 @@ class Run:
         self.apart = name in envs.IN_PROCESSES
         self.make_env = functools.partial(envs.make, **policy.spec.env)
         self.keys = list(policy.spec.observations)
-        self.steps, self.episodes, self.seconds = 0, 0, 0.0
+        self.steps, self.episodes, self.seconds, self.next_start = 0, 0, 0.0, config.trials.seed
         self.best: tuple[float, float] = (-1.0, -1.0)
         self.first: tuple[float, float] | None = None
         self.recent: deque[bool] = deque(maxlen=RECENT)
         self.numbers: dict[str, float] = {}
+        self.log = folder / "progress.jsonl"
         if config.resume:
             self._resume()
+        else:
+            self.log.unlink(missing_ok=True)  # of a run that was ended before its first checkpoint
 
     def learn(self) -> None:
         """Until the budget is spent. Raises `Interrupted` after saving, on Ctrl-C."""
@@ -106,7 +110,7 @@ class Run:
             make_env=self.make_env,
             spec=self.policy.spec,
             keys=self.keys,
-            seeds=itertools.count(trials.seed + self.episodes),
+            seeds=self._starts(),
             n_envs=n_envs,
             reward=Reward(trials.reward, trials.gamma),
             in_processes=self.apart,
@@ -118,6 +122,7 @@ class Run:
                 advance(self.steps)
                 if self.first is None:
                     self.first = self._evaluate()
+                    self._save()
                 while self.steps < budget:
                     turn = experience.turn(self.method.act)
                     self.numbers = self.method.learn(turn.rows) or self.numbers
@@ -139,6 +144,15 @@ class Run:
         finally:
             experience.close()
 
+    def _starts(self) -> Iterator[int]:
+        """From `trials.seed` on, none twice, and none that anything is evaluated on."""
+        config = self.config
+        apart = [(part.seed, part.seed + part.n_episodes) for part in (config.watch, config.evaluation)]
+        while True:
+            self.next_start += 1
+            if not any(first < self.next_start <= end for first, end in apart):
+                yield self.next_start - 1
+
     def _check(self, rewards: set[float]) -> None:
         if self.episodes >= UNREWARDED and len(rewards) < 2:
             raise InputError(
@@ -147,13 +161,21 @@ class Run:
             )
 
     def _evaluate(self) -> tuple[float, float]:
-        """On starts apart from those that are learnt from; the best is kept as DIR/bundle."""
-        watch, fitted = self.config.watch, self.method.fitted() if self.steps else {}
-        self.policy.extensions = [EXTENSIONS.load(name)(self.policy, one) for name, one in fitted.items()]
+        """On starts apart from those that are learnt from; the best is kept as DIR/bundle. At first: of what it began
+        with, as that is."""
+        watch, source, policy = self.config.watch, Path(self.config.bundle), self.policy
+        changes: dict[str, Any] = {}
+        if self.steps:
+            fitted = self.method.fitted()
+            policy.extensions = [EXTENSIONS.load(name)(policy, one) for name, one in fitted.items()]
+            weights = policy.state_dict() if self.method.trains_policy else None
+            changes = {"sampler": self.sampler, "fitted": fitted, "weights": weights}
+        else:
+            policy = bundles.load(source, self.policy.device, precision="fp32")
         batch = BATCH_APART if self.apart else BATCH
         try:
             episodes = rollout(
-                policy=self.policy,
+                policy=policy,
                 make_env=self.make_env,
                 seeds=list(range(watch.seed, watch.seed + watch.n_episodes)),
                 keys=self.keys,
@@ -167,18 +189,16 @@ class Run:
         found = float((scores >= 1.0).mean()), float(scores.mean())
         if found > self.best:
             self.best = found
-            weights = self.policy.state_dict() if self.method.trains_policy and self.steps else None
-            changes: dict[str, Any] = {"sampler": self.sampler, "fitted": fitted, "weights": weights}
-            bundles.derive(Path(self.config.bundle), self.folder / "bundle", **changes)
+            bundles.derive(source, self.folder / "bundle", **changes)
         self._log(success=found[0], score=found[1])
         return found
 
     def _log(self, **found: float) -> None:
         tried = {"tried": float(np.mean(self.recent))} if self.recent else {}
         row = {"env_steps": self.steps, "minutes": round(self.seconds / 60, 3), **found, **tried, **self.numbers}
-        with (self.folder / "progress.jsonl").open("a") as file:
+        with self.log.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        draw(self.folder / "progress.jsonl", self.folder / "curves.png")
+        draw(self.log, self.folder / "curves.png")
         console.print(f"{self.steps:>9,} steps: success {found['success']:.2f}, score {found['score']:.3f}")
 
     def words(self) -> str:
@@ -194,6 +214,7 @@ class Run:
             "steps": self.steps,
             "episodes": self.episodes,
             "seconds": self.seconds,
+            "next_start": self.next_start,
             "best": list(self.best),
             "first": list(self.first or ()),
         }
@@ -202,7 +223,12 @@ class Run:
     def _resume(self) -> None:
         state = checkpoint.load(self.folder / "checkpoint", self.method)
         self.steps, self.episodes, self.seconds = int(state["steps"]), int(state["episodes"]), float(state["seconds"])
-        self.best, self.first = tuple(state["best"]), tuple(state["first"])
+        self.best, self.first, self.next_start = tuple(state["best"]), tuple(state["first"]), int(state["next_start"])
+        self.log.touch()  # what came after the checkpoint comes again; a kill may have cut the last line
+        known = [line for line in self.log.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in known if json.loads(line)["env_steps"] <= self.steps]
+        with atomic_path(self.log) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept))
         console.print(f"going on from {self.steps:,} steps")
 
 
