@@ -1,8 +1,10 @@
-"""What methods share whose policy goes where a critic of chunks says: the rows, the critics, and when they learn.
+"""What methods share that learn critics of chunks: the rows, the critics, and when they learn.
 
-critic     Q(s, a)  ←  r + γⁿ V(s'),   a what was tried
-value      V(s)     ←  the mean of min Q'(s, a),   a what the policy would do now
-policy     by `improve`, once for each update of the critics
+    critic     Q(s, a)  ←  r + γⁿ V(s'),   a what was tried
+    value      V(s)     ←  of min Q'(s, a): each method says of which a
+
+`ActorCritic` is for policies that go where the critic says: V is the mean of what the policy would do now, and
+`improve` moves the policy, once for each update of the critics.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from action_diffusion.training.reward.optimizers import OPTIMIZERS
 from action_diffusion.training.reward.transitions import Rows
 
 
-class ActorCritic(Method):
-    """Its options are those of `options.finetune.Critics`. Rows hold "action" [B, Ta · A]: what was tried."""
+class CriticMethod(Method):
+    """Its options are those of `options.finetune.Critics`."""
 
     def __init__(
         self,
@@ -54,7 +56,39 @@ class ActorCritic(Method):
         self.parameters = [*self.critic.parameters(), *self.value.parameters()]
         self.optimizers = {"critics": OPTIMIZERS[optimizer](self.parameters, lr=lr)}
         self.updates, self.batch_size, self.share, self.warmup, self.lr = updates, batch_size, follow, warmup, lr
+        self.hidden, self.members = list(hidden), members
         self._owed = 0.0
+
+    @property
+    def learning(self) -> bool:
+        """Whether there are rows enough."""
+        return len(self.rows) >= self.warmup
+
+    def learn(self, rows: Rows) -> dict[str, float]:
+        if rows:
+            self.rows.add(rows)
+        if not self.learning or not rows:
+            return {}
+        self._owed += self.updates * len(rows["reward"])
+        numbers: dict[str, float] = {}
+        while self._owed >= 1:
+            numbers = self.update(self.rows.sample(self.batch_size, self.random))
+            self._owed -= 1
+        return numbers
+
+    def learn_also(self, module: torch.nn.Module) -> None:
+        """Let the critics' optimizer learn this one too."""
+        more = list(module.parameters())
+        self.parameters += more
+        self.optimizers["critics"].add_param_group({"params": more})
+
+    def update(self, rows: Rows) -> dict[str, float]:
+        """One step of all networks, of rows [B]; numbers for the curves."""
+        raise NotImplementedError
+
+
+class ActorCritic(CriticMethod):
+    """Rows hold "action" [B, Ta · A]: what was tried."""
 
     def acted(self, rows: Rows) -> Tensor:
         """What the policy would do now in the conditions of rows: [B, Ta · A], normalised, without gradients."""
@@ -64,18 +98,8 @@ class ActorCritic(Method):
         """One step of the policy; numbers for the curves."""
         raise NotImplementedError
 
-    def learn(self, rows: Rows) -> dict[str, float]:
-        if rows:
-            self.rows.add(rows)
-        if len(self.rows) < self.warmup or not rows:
-            return {}
-        self._owed += self.updates * len(rows["reward"])
-        numbers: dict[str, float] = {}
-        while self._owed >= 1:
-            chosen = self.rows.sample(self.batch_size, self.random)
-            numbers = self._learn_critics(chosen) | self.improve(chosen)
-            self._owed -= 1
-        return numbers
+    def update(self, rows: Rows) -> dict[str, float]:
+        return self._learn_critics(rows) | self.improve(rows)
 
     def _learn_critics(self, rows: Rows) -> dict[str, float]:
         condition = rows["condition"]
@@ -88,6 +112,3 @@ class ActorCritic(Method):
         step(self.optimizers["critics"], critic_loss + value_loss, self.parameters)
         follow(self.target, self.critic, self.share)
         return {"critic_loss": float(critic_loss.detach()), "value": float(said.detach().mean())}
-
-
-__all__ = ["ActorCritic"]

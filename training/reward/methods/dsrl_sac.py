@@ -18,31 +18,29 @@ error of the fit. So the value is one network, what noise adds is another one, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from action_diffusion.policy.extensions.extension import Fitted
-from action_diffusion.policy.extensions.stored import arrays, condition_dim, executed
+from action_diffusion.policy.extensions.stored import arrays, executed
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.value.averages import averaged_copy, follow
+from action_diffusion.policy.value.averages import follow
 from action_diffusion.policy.value.networks import Value
 from action_diffusion.policy.value.noise import Frequencies, NoiseActor
+from action_diffusion.training.reward.actor_critic import CriticMethod
 from action_diffusion.training.reward.critics import expectile_loss, step
 from action_diffusion.training.reward.experience import Acted
-from action_diffusion.training.reward.method import Method, require_steerable
-from action_diffusion.training.reward.optimizers import OPTIMIZERS
+from action_diffusion.training.reward.method import require_steerable
 from action_diffusion.training.reward.transitions import Rows
 
 
-class DsrlSac(Method):
+class DsrlSac(CriticMethod):
     """frequencies: of the noise that are chosen, see `policy.value.noise`. bound: of each coefficient. decoded: other
     noises that are denoised for each state, half of them the actor's. expectile: τ. entropy: of the actor, for each
-    number of the noise. hidden, octaves: of all networks. members: of the critic of actions. updates: of all networks
-    for each chunk that was tried. warmup: chunks from plain noise before the first update. follow: share that the
-    target moves by. capacity: rows that are kept. optimizer: of the critics.
+    number of the noise. The others are as of `CriticMethod`.
 
     Raises `InputError` for a policy whose sampler draws noise in its steps, or does not look at where it begins.
     """
@@ -59,56 +57,24 @@ class DsrlSac(Method):
         decoded: int = 4,
         expectile: float = 0.7,
         entropy: float = 0.0,
-        hidden: Sequence[int] = (256, 256),
-        octaves: int = 4,
-        members: int = 2,
-        updates: float = 1.0,
-        batch_size: int = 128,
-        lr: float = 3e-4,
-        warmup: int = 500,
-        follow: float = 0.005,
-        capacity: int = 200_000,
-        optimizer: str = "adam",
+        **critics: Any,
     ) -> None:
-        super().__init__(policy, seed=seed, capacity=capacity)
+        super().__init__(policy, seed=seed, **critics)
         require_steerable(policy, "dsrl_sac")
-        spec, dim = self.spec, condition_dim(policy)
-        self.shape = (spec.horizon, *spec.action.shape)
-        self.first = min(frequencies, spec.horizon)
-        self.frequencies = Frequencies(spec.horizon, self.first)
-        noise_dim, action_dim = (steps * spec.action.shape[0] for steps in (self.first, spec.n_action_steps))
-        torch.manual_seed(seed)
-        sizes: dict[str, Any] = {"condition_dim": dim, "hidden": hidden, "octaves": octaves}
-        self.critic = Value(action_dim=action_dim, members=members, **sizes).to(self.device)
-        self.target = averaged_copy(self.critic)
-        self.value = Value(members=1, **sizes).to(self.device)
-        self.noise_critic = Value(action_dim=noise_dim, members=2, **sizes).to(self.device)
-        self.actor = NoiseActor(dim=noise_dim, bound=bound, **sizes).to(self.device)
+        self.first = min(frequencies, self.spec.horizon)
+        self.frequencies = Frequencies(self.spec.horizon, self.first)
+        noise_dim = self.first * self.spec.action.shape[0]
+        self.noise_critic = Value(action_dim=noise_dim, members=2, **self.sizes).to(self.device)
+        self.actor = NoiseActor(dim=noise_dim, bound=bound, **self.sizes).to(self.device)
         self.temperature = torch.nn.ParameterDict({"log_alpha": torch.tensor(-3.0, device=self.device)})
-        self.modules = {
-            "critic": self.critic,
-            "target": self.target,
-            "value": self.value,
-            "noise_critic": self.noise_critic,
-            "actor": self.actor,
-            "temperature": self.temperature,
-        }
-        learnt = (self.critic, self.value, self.noise_critic)
-        self.parameters = [parameter for module in learnt for parameter in module.parameters()]
-        self.optimizers = {
-            "critics": OPTIMIZERS[optimizer](self.parameters, lr=lr),
-            "actor": torch.optim.Adam(self.actor.parameters(), lr=lr),
-            "temperature": torch.optim.Adam(self.temperature.parameters(), lr=10 * lr),
+        self.modules |= {"noise_critic": self.noise_critic, "actor": self.actor, "temperature": self.temperature}
+        self.learn_also(self.noise_critic)
+        self.optimizers |= {
+            "actor": torch.optim.Adam(self.actor.parameters(), lr=self.lr),
+            "temperature": torch.optim.Adam(self.temperature.parameters(), lr=10 * self.lr),
         }
         self.entropy = entropy * noise_dim
-        self.bound, self.decoded, self.expectile, self.hidden = bound, decoded, expectile, list(hidden)
-        self.warmup, self.updates, self.batch_size, self.share = warmup, updates, batch_size, follow
-        self._owed = 0.0
-
-    @property
-    def learning(self) -> bool:
-        """Whether there are rows enough."""
-        return len(self.rows) >= self.warmup
+        self.bound, self.decoded, self.expectile = bound, decoded, expectile
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, np.ndarray]) -> Acted:
@@ -130,19 +96,7 @@ class DsrlSac(Method):
         }
         return Acted(sample.action.view(b, k, *self.shape)[:, 0].float().cpu().numpy(), remembered)
 
-    def learn(self, rows: Rows) -> dict[str, float]:
-        if rows:
-            self.rows.add(rows)
-        if not self.learning or not rows:
-            return {}
-        self._owed += self.updates * len(rows["reward"])
-        numbers: dict[str, float] = {}
-        while self._owed >= 1:
-            numbers = self._update(self.rows.sample(self.batch_size, self.random))
-            self._owed -= 1
-        return numbers
-
-    def _update(self, rows: Rows) -> dict[str, float]:
+    def update(self, rows: Rows) -> dict[str, float]:
         condition, action, count = rows["condition"], rows["action"], rows["action"].shape[1]
         repeated = condition.repeat_interleave(count, dim=0)
         with torch.no_grad():

@@ -14,7 +14,7 @@ before it is denoised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,20 +22,19 @@ import torch
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.extension import Fitted
-from action_diffusion.policy.extensions.stored import arrays, condition_dim, executed
+from action_diffusion.policy.extensions.stored import arrays, executed
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.value.averages import averaged_copy, follow
+from action_diffusion.policy.value.averages import follow
 from action_diffusion.policy.value.networks import Value
+from action_diffusion.training.reward.actor_critic import CriticMethod
 from action_diffusion.training.reward.critics import expectile_loss, step
 from action_diffusion.training.reward.experience import Acted
-from action_diffusion.training.reward.method import Method
-from action_diffusion.training.reward.optimizers import OPTIMIZERS
 from action_diffusion.training.reward.transitions import Rows
 
 
-class Idql(Method):
+class Idql(CriticMethod):
     """n: candidates of the bundle. tried: of which one is tried, while learning. expectile: τ. drawn: noises that the n
-    are chosen from before they are denoised; 0: none. The others are as of `Dsrl`.
+    are chosen from before they are denoised; 0: none. The others are as of `CriticMethod`.
 
     Raises `InputError` for `drawn` with a sampler that draws noise in its steps.
     """
@@ -49,45 +48,20 @@ class Idql(Method):
         tried: int = 4,
         expectile: float = 0.7,
         drawn: int = 0,
-        hidden: Sequence[int] = (256, 256),
-        octaves: int = 4,
-        members: int = 2,
-        updates: float = 1.0,
-        batch_size: int = 128,
-        lr: float = 3e-4,
-        warmup: int = 500,
-        follow: float = 0.005,
-        capacity: int = 200_000,
-        optimizer: str = "adam",
+        **critics: Any,
     ) -> None:
-        super().__init__(policy, seed=seed, capacity=capacity)
+        super().__init__(policy, seed=seed, **critics)
         if drawn and not policy.sampler.deterministic:
             raise InputError(
                 f"method.drawn={drawn}: noises are judged before they are denoised, which needs a sampler that draws "
                 "none in its steps: sampler.scheduler=ddim with sampler.eta=0, dpm_solver++ or flow"
             )
-        spec, dim = self.spec, condition_dim(policy)
-        self.shape = (spec.horizon, *spec.action.shape)
-        action_dim, noise_dim = (steps * spec.action.shape[0] for steps in (spec.n_action_steps, spec.horizon))
-        torch.manual_seed(seed)
-        sizes: dict[str, Any] = {"condition_dim": dim, "hidden": hidden, "octaves": octaves}
-        self.critic = Value(action_dim=action_dim, members=members, **sizes).to(self.device)
-        self.target = averaged_copy(self.critic)
-        self.value = Value(members=1, **sizes).to(self.device)
-        self.noise_critic = Value(action_dim=noise_dim, members=members, **sizes).to(self.device)
-        self.modules = {
-            "critic": self.critic,
-            "target": self.target,
-            "value": self.value,
-            "noise_critic": self.noise_critic,
-        }
-        learnt = [self.critic, self.value, *((self.noise_critic,) if drawn else ())]
-        self.parameters = [parameter for module in learnt for parameter in module.parameters()]
-        self.optimizers = {"critics": OPTIMIZERS[optimizer](self.parameters, lr=lr)}
+        noise_dim = self.spec.horizon * self.spec.action.shape[0]
+        self.noise_critic = Value(action_dim=noise_dim, members=self.members, **self.sizes).to(self.device)
+        self.modules["noise_critic"] = self.noise_critic
+        if drawn:
+            self.learn_also(self.noise_critic)
         self.n, self.tried, self.expectile, self.drawn = n, tried, expectile, drawn
-        self.hidden, self.members, self.warmup = list(hidden), members, warmup
-        self.updates, self.batch_size, self.share = updates, batch_size, follow
-        self._owed = 0.0
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, np.ndarray]) -> Acted:
@@ -100,7 +74,7 @@ class Idql(Method):
         chunks, normalized = (part.view(rows, k, *self.shape) for part in (sample.action, sample.normalized))
         action = executed(self.policy, normalized.flatten(0, 1)).unflatten(0, (rows, k))
         best = torch.zeros(rows, dtype=torch.long, device=self.device)
-        if len(self.rows) >= self.warmup:
+        if self.learning:
             said = self.critic(condition.repeat_interleave(k, dim=0), action.flatten(0, 1)).amin(0)
             best = said.view(rows, k).argmax(dim=1)
         first = (torch.arange(k, device=self.device) + best.unsqueeze(1)) % k  # the one that is tried comes first
@@ -112,19 +86,7 @@ class Idql(Method):
         }
         return Acted(chunks[place[:, 0], best].float().cpu().numpy(), remembered)
 
-    def learn(self, rows: Rows) -> dict[str, float]:
-        if rows:
-            self.rows.add(rows)
-        if len(self.rows) < self.warmup or not rows:
-            return {}
-        self._owed += self.updates * len(rows["reward"])
-        numbers: dict[str, float] = {}
-        while self._owed >= 1:
-            numbers = self._update(self.rows.sample(self.batch_size, self.random))
-            self._owed -= 1
-        return numbers
-
-    def _update(self, rows: Rows) -> dict[str, float]:
+    def update(self, rows: Rows) -> dict[str, float]:
         condition, action = rows["condition"], rows["action"]
         with torch.no_grad():
             known = self.target(condition, action[:, 0]).amin(0)
