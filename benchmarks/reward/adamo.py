@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from action_diffusion.training.reward.optimizers import AdamO
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.system import Measured, System
 
 FEATURES, SEEN = torch.tensor([[1.0, 0.05], [0.3, 1.5]]), torch.tensor([1.0, 0.003])
 GAMMA, STEPS, LR = 0.9, 5000, 0.01

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from action_diffusion.policy.planning.annealing import Cost, anneal
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.system import Measured, System
 
 CHUNKS, SHAPE, ROUNDS, PAIRS = 100, (4, 2), 80, 32
 

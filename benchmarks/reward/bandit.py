@@ -17,7 +17,7 @@ from action_diffusion.configuration import load
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.training.run import train
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.system import Measured, System
 
 CENTRES = 0.8 * np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
 SPREAD, REWARDS, NOISE = 0.05, (0.0, 1.5, 3.0, 5.0), 0.5

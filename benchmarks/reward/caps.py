@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from action_diffusion.policy.planning.caps import Caps, allowance, capped
-from benchmarks.systems.policies import trained
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import trained
+from benchmarks.rows.system import Measured, System
 
 HORIZON, TRIED = 8, 200
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from action_diffusion.policy.value.averages import follow
 from action_diffusion.training.reward.returns import ReturnFlow, path_coupled_loss, wasserstein
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.system import Measured, System
 
 GAMMA, STEPS, BATCH, DRAWN = 0.9, 3000, 256, 4000
 HIDDEN = (64, 64, 64)

@@ -23,7 +23,7 @@ from action_diffusion.policy.model.denoiser import Denoiser, Film
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.reward.methods.fisher import Fisher
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.system import Measured, System
 
 RADIUS, THICK, POINTS = 0.6, 0.02, 128
 GOAL = torch.tensor([0.9, 0.0])

@@ -21,8 +21,8 @@ from action_diffusion.policy.diffusion.sampler import Hook, Sampler, StepState
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.value.networks import Value
 from action_diffusion.training.reward.methods.fmq import Fmq
-from benchmarks.systems.policies import trained
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import trained
+from benchmarks.rows.system import Measured, System
 
 HORIZON, TURNS, AT_ONCE, TRIED = 4, 60, 64, 500
 SCALES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.reward.steering import STARTS, improved
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.system import Measured, System
 
 
 def measure(seed: int) -> Measured:

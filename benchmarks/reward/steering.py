@@ -11,8 +11,8 @@ from action_diffusion.configuration import settings
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.extension import weights_hash
 from action_diffusion.training.reward.finetune import finetune
-from benchmarks.systems.policies import pusht, scores
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import pusht, scores
+from benchmarks.rows.system import Measured, System
 
 STARTS = range(500_000, 500_100)
 

@@ -11,7 +11,7 @@ code: 0, 1 where a row does not pass, 2 for bad input, 130 after Ctrl-C, which k
 
 import sys
 
-from benchmarks.systems.command import main
+from benchmarks.rows.command import main
 
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[1:], "benchmarks.systems", __doc__))

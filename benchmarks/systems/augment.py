@@ -22,8 +22,8 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.options.data import Augment
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.augmenting import augment
-from benchmarks.systems import policies
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows import policies
+from benchmarks.rows.system import Measured, System
 
 WALL, DOOR, HATCH = 0.1, (0.55, 0.85), (-0.75, -0.35)
 """Half of the wall's thickness, around x = 0, and from where to where in y it is open: into the right room, C, and into

@@ -24,8 +24,8 @@ from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import read_config
 from action_diffusion.policy.sample import Acting, Encoded
 from action_diffusion.training.fitting import demonstrations
-from benchmarks.systems import policies
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows import policies
+from benchmarks.rows.system import Measured, System
 
 TOLERANCE, ALPHA = 3.0, 0.1
 WINDOWS, TRIED, STARTS = 512, 64, 200

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from action_diffusion.policy.planning.composition import Plans, compose
-from benchmarks.systems.policies import trained
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import trained
+from benchmarks.rows.system import Measured, System
 
 MAZE = np.array(
     [

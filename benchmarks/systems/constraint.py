@@ -18,8 +18,8 @@ from action_diffusion.policy.extensions.constraint import OPTIONS, Constraint
 from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Acting, Encoded
-from benchmarks.systems.policies import pusht
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import pusht
+from benchmarks.rows.system import Measured, System
 
 DISC = (130.0, 410.0, 30.0)
 """x, y, radius, px: where the finger passes on its way round the block in four episodes of ten."""

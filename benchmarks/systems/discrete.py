@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.systems.policies import trained
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import trained
+from benchmarks.rows.system import Measured, System
 
 SWITCHES, SETS = 12, 3000
 BAR = 0.95

@@ -15,8 +15,8 @@ import torch
 from scipy.spatial import cKDTree
 
 from action_diffusion.policy.planning.drifting import drift
-from benchmarks.systems.policies import trained
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import trained
+from benchmarks.rows.system import Measured, System
 
 DT, STEPS = 0.2, 16
 A, B = np.array([[1.0, DT], [0.0, 1.0]]), np.array([DT**2 / 2, DT])

@@ -15,8 +15,8 @@ import numpy as np
 
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.policy import DiffusionPolicy
-from benchmarks.systems.policies import pusht, scores
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import pusht, scores
+from benchmarks.rows.system import Measured, System
 
 STARTS = range(500_000, 500_050)
 WITHIN = 0.02

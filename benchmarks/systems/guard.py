@@ -21,8 +21,8 @@ from action_diffusion.policy.extensions.guard import Guard, Watch
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training.fitting import demonstrations, fit
-from benchmarks.systems import policies
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows import policies
+from benchmarks.rows.system import Measured, System
 
 STARTS, GONE_AT = 50, 48
 AWAY = 20.0

@@ -13,8 +13,8 @@ import torch
 
 from action_diffusion.policy.planning.imagination import Imagination, choose
 from action_diffusion.policy.policy import DiffusionPolicy
-from benchmarks.systems.policies import trained
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import trained
+from benchmarks.rows.system import Measured, System
 
 STEPS, DT = 10, 0.1
 TRAP, REACH = np.array([0.75, 0.5]), 0.3

@@ -21,8 +21,8 @@ from action_diffusion.options.extensions import IntentsOptions as Options
 from action_diffusion.policy.extensions.extension import Fitted
 from action_diffusion.policy.extensions.intents import Intents, intents_of
 from action_diffusion.policy.policy import DiffusionPolicy
-from benchmarks.systems.policies import trained
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import trained
+from benchmarks.rows.system import Measured, System
 
 AWAY, ROUND = 150.0, 125.0
 """From the block's centre (px): where the finger starts and arrives, and how far out it goes round."""

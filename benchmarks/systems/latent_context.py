@@ -14,8 +14,8 @@ import torch
 from action_diffusion.datasets.batches.sources import open_data
 from action_diffusion.datasets.batches.windows import Windows, make_windows
 from action_diffusion.policy.policy import DiffusionPolicy
-from benchmarks.systems import policies
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows import policies
+from benchmarks.rows.system import Measured, System
 
 DRIFT = 30.0
 """Standard deviation of the offset, px."""

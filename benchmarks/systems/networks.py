@@ -18,9 +18,9 @@ from action_diffusion.configuration import load
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.run import train
+from benchmarks.rows.policies import scores
+from benchmarks.rows.system import Measured, System
 from benchmarks.systems.few_steps import milliseconds
-from benchmarks.systems.policies import scores
-from benchmarks.systems.system import Measured, System
 
 SECONDS = 60.0
 STARTS = range(500_000, 500_100)

@@ -16,8 +16,8 @@ from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.shared import SharedControl, extrapolated
 from action_diffusion.policy.history import History
 from action_diffusion.policy.policy import DiffusionPolicy
-from benchmarks.systems.policies import pusht, trained
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import pusht, trained
+from benchmarks.rows.system import Measured, System
 
 STARTS, STEPS = 20, 300
 EVERY = 4

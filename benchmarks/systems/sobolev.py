@@ -10,8 +10,8 @@ import torch
 from scipy.linalg import solve_discrete_are
 
 from action_diffusion.policy.policy import DiffusionPolicy
-from benchmarks.systems import policies
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows import policies
+from benchmarks.rows.system import Measured, System
 
 DT, HORIZON, STEPS = 0.1, 4, 30
 A = np.kron([[1.0, DT], [0.0, 1.0]], np.eye(2))

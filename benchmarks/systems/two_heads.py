@@ -14,8 +14,8 @@ from action_diffusion.options.extensions import TokensOptions
 from action_diffusion.policy.diffusion.sampler import Sampler
 from action_diffusion.policy.extensions.tokens import Tokens
 from action_diffusion.policy.policy import DiffusionPolicy
-from benchmarks.systems.policies import source, trained
-from benchmarks.systems.system import Measured, System
+from benchmarks.rows.policies import source, trained
+from benchmarks.rows.system import Measured, System
 
 HORIZON, STEPS = 16, 2
 PRECISE = 0.05

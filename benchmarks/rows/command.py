@@ -14,7 +14,7 @@ from rich.table import Table
 from action_diffusion.files import atomic_path
 from benchmarks.peer.arguments import Parser, chosen, guarded, json_path
 from benchmarks.report import machine
-from benchmarks.systems.system import System, systems
+from benchmarks.rows.system import System, systems
 
 
 def run(rows: Sequence[System], seed: int, output: Path | None, console: Console) -> int:
