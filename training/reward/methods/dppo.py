@@ -8,8 +8,8 @@ A is the advantage of the chunk, by GAE (Schulman et al. 2016) on a value of the
 and ε_k grows from a tenth of `clip` at the noisiest step to `clip` at the last one, since there a change shows in what
 is executed. Only the last `trained` of the sampler's steps are noisy and trained; the earlier ones go without noise,
 with the same network (decided here: the paper keeps a frozen copy for them, which a bundle of one network cannot hold).
-The encoder stays as it is. `method.trained=1` with `method.denoising_discount=1` is DDPO's case (Black et al. 2024): a
-reward at the end of a chunk only.
+The encoder stays as it is. Where nothing after a chunk counts, and its steps count alike, this is DDPO (Black et al.
+2024): `trials.gamma=0.5 method.gae=0 method.denoising_discount=1`, as near as makes no difference over eight steps.
 
 An update learns from the chunks since the last one, several times over, and stops early where the policy has moved
 further than `most_kl`.
@@ -136,7 +136,7 @@ class Dppo(OnPolicy):
             returned = advantage + value
             old = torch.cat([self._log_density(rows, part) for part in torch.arange(count).split(self.batch_size)])
         standard = standardised(advantage)
-        numbers = {"value": float(value.mean()), "kl": 0.0, "ratio": 1.0}
+        numbers = {"value": float(value.mean()), "kl": 0.0}
         for _ in range(self.epochs):
             for part in torch.randperm(count, generator=self.random).split(self.batch_size):
                 step(
