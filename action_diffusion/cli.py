@@ -24,6 +24,7 @@ action-diffusion: demonstrations in, a diffusion policy that works on a real arm
   action-diffusion fit --help                              guards, caches, limits: what acts while chunks are made
   action-diffusion data doctor demos.zarr                  what is wrong with demonstrations; inspect, view, edit
   action-diffusion data convert in=PATH out=PATH           LeRobot, UMI, robomimic, Zarr, folders: there and back
+  action-diffusion bundle import in=PATH out=DIR           other projects' policies: in, and out again
   action-diffusion info                                    what runs on this machine, and why
 
 Each takes name=value options; `action-diffusion train --help` explains them.
@@ -77,6 +78,10 @@ def _run(words: Sequence[str]) -> int:
         from action_diffusion.commands.data import run
 
         return run(words[1:])
+    if words[0] == "bundle":
+        from action_diffusion.commands.bundle import run
+
+        return run(words[1:])
     if words[0] == "fit":
         from action_diffusion.commands.fit import run
 
@@ -86,7 +91,7 @@ def _run(words: Sequence[str]) -> int:
 
         return run(words[1:])
     if words[0] not in COMMANDS:
-        raise unknown("command", words[0], [*COMMANDS, "data", "fit", "info"])
+        raise unknown("command", words[0], [*COMMANDS, "bundle", "data", "fit", "info"])
     overrides, config_dir = _split(words[1:])
     if overrides is None:
         from action_diffusion.commands.help import fitted, text

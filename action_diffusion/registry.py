@@ -325,6 +325,7 @@ ROBOTS = Registry(
         **dict.fromkeys(("ur", "franka", "lerobot"), f"{_DEPLOY}.robot.cell:robot"),
     },
 )
+POLICY_FORMATS = Registry("policy format", "policy_formats", {})
 FORMATS = Registry(
     "format",
     "formats",

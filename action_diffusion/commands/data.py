@@ -1,18 +1,15 @@
-"""`action-diffusion data …`: subcommands on demonstrations, with help of their own.
-
-Words are `name=value`, as those of all commands; some subcommands take a PATH, and flags such as `--json FILE`, beside.
-"""
+"""`action-diffusion data …`: subcommands on demonstrations, with help of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from action_diffusion.commands import data_convert, data_look, data_report
-from action_diffusion.errors import InputError, unknown
+from action_diffusion.commands import data_convert, data_look, data_report, subcommands
+from action_diffusion.commands.subcommands import Subcommand
 from action_diffusion.options.data import Absolute, Augment, Convert, DataReport, Doctor, Edit, Inspect, View
-from action_diffusion.schema import check, hints
+from action_diffusion.schema import check
 
 DATA_HELP = """\
 action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at them, mend them, bring them
@@ -66,79 +63,9 @@ Options
 """
 
 
-class Subcommand(NamedTuple):
-    """What `run` takes, plain data by name, and returns: numbers to print, or the exit code.
-
-    `positional` are words without a name, all of them required; flags are written `--name VALUE`, where the value of
-    those in `bare` may be left out (then ""). options are the others of `takes`, and written name=value.
-    """
-
-    run: Callable[[Mapping[str, Any]], Mapping[str, Any] | int]
-    help: str
-    takes: type
-    positional: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    bare: tuple[str, ...] = ()
-
-    @property
-    def options(self) -> list[str]:
-        return [key for key in hints(self.takes) if key not in (*self.positional, *self.flags, "plugins")]
-
-
 def run(words: Sequence[str]) -> int:
     """`action-diffusion data` with the words after it; returns the exit code. Raises `InputError` for bad ones."""
-    from action_diffusion.commands.help import fitted
-
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(fitted(DATA_HELP))
-        return 0
-    if words[0] not in SUBCOMMANDS:
-        raise unknown("subcommand of data", words[0], SUBCOMMANDS)
-    subcommand = SUBCOMMANDS[words[0]]
-    if {"-h", "--help"} & set(words):
-        print(fitted(subcommand.help))
-        return 0
-    result = subcommand.run(_options(words[0], words[1:]))
-    if isinstance(result, int):
-        return result
-    for name, value in result.items():
-        print(f"{name}: {value}")
-    return 0
-
-
-def _options(name: str, words: Sequence[str]) -> dict[str, Any]:
-    """What was given to a subcommand. Only words without a name and flags are read here."""
-    from action_diffusion.configuration import plain
-
-    subcommand, named, rest = SUBCOMMANDS[name], list[str](), list(words)
-    options = (*subcommand.options, "plugins")
-    beside: dict[str, str] = {}
-    while rest:
-        word = rest.pop(0)
-        key, equals, value = word.partition("=")
-        missing = [key for key in subcommand.positional if key not in beside]
-        if word.startswith("--") and subcommand.flags:
-            shown, key = key, key[2:]
-            if key not in subcommand.flags:
-                raise unknown("flag", shown, (f"--{known}" for known in subcommand.flags))
-            if not equals and rest and not rest[0].startswith("-") and not (key in subcommand.bare and missing):
-                value = rest.pop(0)
-        elif missing and key not in options and not word.startswith("-"):
-            shown, key, value = missing[0].upper(), missing[0], word
-        elif equals and key[:1] not in ("", "-") and key not in options:
-            raise unknown("option", key, options)
-        else:
-            named.append(word)
-            continue
-        if key in beside:
-            raise InputError(f"{shown} is given twice")
-        if not value and key not in subcommand.bare:
-            raise InputError(f"{shown} is empty; see: action-diffusion data {name} --help")
-        beside[key] = value
-    for key in subcommand.positional:
-        if key not in beside:
-            raise InputError(f"{key.upper()} is required: action-diffusion data {name} {key.upper()}")
-    return plain(f"data {name}", named, beside)
+    return subcommands.run("data", SUBCOMMANDS, DATA_HELP, words)
 
 
 def _absolute(options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from action_diffusion.errors import InputError
+from action_diffusion.options.bundle import BundleExport, BundleImport, BundleInspect
 from action_diffusion.options.data import Absolute, Augment, Convert, DataReport, Doctor, Edit, Inspect, View
 from action_diffusion.options.extensions import FITS, Fit, Intending
 from action_diffusion.options.finetune import Finetune
@@ -229,6 +230,9 @@ COMMANDS: dict[str, type] = {
     "collect": Collect,
     "deploy": Deploy,
     "serve": Serve,
+    "bundle inspect": BundleInspect,
+    "bundle import": BundleImport,
+    "bundle export": BundleExport,
     "data convert": Convert,
     "data absolute": Absolute,
     "data augment": Augment,

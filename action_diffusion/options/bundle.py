@@ -1,0 +1,35 @@
+"""Options of the subcommands of `action-diffusion bundle`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from action_diffusion.options.words import AsTyped, Plugins
+from action_diffusion.schema import FilePath
+
+
+@dataclass(kw_only=True)
+class BundleInspect:
+    """`action-diffusion bundle inspect`."""
+
+    path: FilePath
+    plugins: Plugins = None
+
+
+@dataclass(kw_only=True)
+class BundleImport:
+    """`action-diffusion bundle import`."""
+
+    in_: FilePath
+    out: FilePath
+    plugins: Plugins = None
+
+
+@dataclass(kw_only=True)
+class BundleExport:
+    """`action-diffusion bundle export`."""
+
+    in_: FilePath
+    out: FilePath
+    format: AsTyped
+    plugins: Plugins = None

@@ -1,0 +1,90 @@
+"""What another project's policy is: something that a path can hold, that becomes a bundle, or is written from one.
+
+    their folder or file ─▶ PolicyFormat.read ─▶ Foreign ─▶ saved ─▶ bundle ─▶ PolicyFormat.write ─▶ theirs
+                            numbers, no code      our words
+
+Nothing that a file brings is executed, and nothing that it names outside of itself is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from action_diffusion.errors import InputError
+from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.build import build_policy, check_statistics
+from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.spec import PolicySpec
+
+
+class Foreign(NamedTuple):
+    """Another project's policy in our words.
+
+    config: as a bundle's config.yaml has it: "policy", and what else is known. weights: of the policy that this
+    describes, by name. said: what has no counterpart here, or was read otherwise than it stands there, in words.
+    """
+
+    spec: PolicySpec
+    config: Mapping[str, Any]
+    weights: Mapping[str, torch.Tensor]
+    said: tuple[str, ...] = ()
+
+
+class PolicyFormat(NamedTuple):
+    """One way in which others keep policies.
+
+    holds: whether a path is of it, told from its content. read: raises `InputError` for an unknown version, a missing
+    field, a part that this stack does not have. write: makes `path` from a loaded policy and its configuration,
+    atomically, and returns what to tell about it; options are those of the format. None: only the other way.
+    """
+
+    name: str
+    holds: Callable[[Path], bool]
+    read: Callable[[Path], Foreign] | None = None
+    write: Callable[[DiffusionPolicy, Mapping[str, Any], Path, Mapping[str, Any]], Mapping[str, Any]] | None = None
+
+
+def policy_of(foreign: Foreign) -> DiffusionPolicy:
+    """The policy that another project's file describes, with its weights, ready to predict.
+
+    Raises `InputError` naming the first weight that is missing, left over, or of another shape.
+    """
+    policy = build_policy(foreign.config["policy"], foreign.spec)
+    own = policy.state_dict()
+    for name in sorted(own.keys() ^ foreign.weights.keys()):
+        raise InputError(f"the weights {'lack' if name in own else 'have an extra'} {name!r}")
+    for name, value in own.items():
+        if value.shape != foreign.weights[name].shape:
+            there = list(foreign.weights[name].shape)
+            raise InputError(f"weight {name!r} has shape {there} there, {list(value.shape)} here")
+    policy.load_state_dict(dict(foreign.weights))
+    check_statistics(policy)
+    return policy.eval()
+
+
+def saved(foreign: Foreign, path: Path) -> DiffusionPolicy:
+    """Write a bundle of another project's policy, with a golden pair of observations that are made up."""
+    policy = policy_of(foreign)
+    bundles.save(path, policy, foreign.config, golden_obs=made_up(foreign.spec))
+    return policy
+
+
+def made_up(spec: PolicySpec, seed: int = 0) -> dict[str, np.ndarray]:
+    """Observations [To, …] that the normaliser's statistics allow: states within their ranges, images of noise."""
+    random = np.random.default_rng(seed)
+    observations = {}
+    for key, value in spec.observations.items():
+        shape = (spec.n_obs_steps, *value.shape)
+        if value.kind == "image":
+            observations[key] = random.integers(0, 256, shape, dtype=np.uint8)
+            continue
+        statistics = spec.normalizer[key]
+        scale, offset = (np.asarray(statistics[name]) for name in ("scale", "offset"))
+        normal = random.uniform(-1, 1, (*shape[:1], len(scale)))
+        observations[key] = ((normal - offset) / scale).reshape(shape).astype(value.dtype)
+    return observations
