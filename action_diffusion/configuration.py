@@ -86,7 +86,14 @@ def plain(name: str, overrides: Sequence[str], beside: Mapping[str, Any]) -> dic
             raise InputError(f"{key}= is given twice")
         if one.is_sweep_override():
             raise InputError(f"{one.input_line}: give one value, or a list in [ ]")
-        data[key] = one.value()
+        section, _, inner = key.partition(".")
+        if inner:
+            inside = data.setdefault(section, {})
+            if not isinstance(inside, dict) or inner in inside:
+                raise InputError(f"{key}= is given twice")
+            inside[inner] = one.value()
+        else:
+            data[key] = one.value()
     for key in needed(COMMANDS[name]):
         if key not in data:
             raise InputError(f"{key} is required: action-diffusion {name} {key}=…")

@@ -96,10 +96,15 @@ def read_spec(path: Path) -> PolicySpec:
     """The specification of a bundle."""
     require(path)
     file = path / "spec.json"
+    return PolicySpec.from_json(read_json(file), str(file))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of plain data. Raises `InputError` for anything else."""
     data = _read(file, "JSON", json.loads)
     if not isinstance(data, dict):
         raise InputError(f"{file}: expected an object, found {type(data).__name__}")
-    return PolicySpec.from_json(data, str(file))
+    return data
 
 
 def trained_on(config: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ PATH is a bundle, or a policy that `bundle import` takes.
 IMPORT_HELP = """\
 action-diffusion bundle import in=PATH out=DIR     another project's policy, as a bundle
 
-  action-diffusion bundle import in=pretrained_model out=outputs/pusht/bundle
+  action-diffusion bundle import in=pretrained_model out=outputs/pusht/bundle rate=10
+
+rate=HZ is needed where the policy does not say at what rate its actions are meant to be executed.
 
 What `in` holds is told from its content. Nothing in it is executed. What has no counterpart here is named.
 """
@@ -41,6 +44,8 @@ EXPORT_HELP = """\
 action-diffusion bundle export in=DIR out=PATH format=NAME     a bundle, for another project
 
   action-diffusion bundle export in=outputs/a/bundle out=pretrained_model format=lerobot
+
+sampler={…} or sampler.NAME=VALUE samples it otherwise than the bundle says: sampler.timestep_spacing=leading.
 """
 
 
@@ -71,12 +76,22 @@ def _import(options: Mapping[str, Any]) -> Mapping[str, Any]:
         raise InputError(f"out={output} is there already: give another name")
     form = detected(source)
     assert form.read is not None
-    foreign = form.read(source)
+    foreign = _timed(form.read(source), options.get("rate"), source)
     try:
         saved(foreign, output)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     return {"format": form.name, "bundle": output} | _described(foreign.spec, foreign.config) | _said(foreign.said)
+
+
+def _timed(foreign: Any, rate: float | None, source: Path) -> Any:
+    """With the rate that was asked for, or the policy's own. Raises `InputError` where neither is there."""
+    from action_diffusion.policy.interchange.contract import UNKNOWN_RATE
+
+    rate = rate or foreign.spec.control_rate
+    if rate == UNKNOWN_RATE:
+        raise InputError(f"{source} does not say at what rate its actions are meant to be executed: rate=HZ")
+    return foreign._replace(spec=replace(foreign.spec, control_rate=float(rate)))
 
 
 def _export(options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -88,10 +103,14 @@ def _export(options: Mapping[str, Any]) -> Mapping[str, Any]:
     config, form = read_config(source), writable(options["format"])
     if output.exists():
         raise InputError(f"out={output} is there already: give another name")
+    from action_diffusion.options.policy import with_sampler
     from action_diffusion.policy import bundle as bundles
 
     assert form.write is not None  # `writable` leaves out the others
-    return form.write(bundles.load(source, extensions=()), config, output, options)
+    sampler = vars(options["sampler"])
+    policy = bundles.load(source, extensions=(), sampler=sampler)
+    config["policy"] = with_sampler(config["policy"], sampler)
+    return form.write(policy, config, output, options)
 
 
 def _described(spec: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +125,7 @@ def _described(spec: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         "observations": "; ".join(observations),
         "action": f"{list(spec.action.shape)}{f', {spec.action.unit}' if spec.action.unit else ''}",
         "steps": f"{spec.n_obs_steps} seen, {spec.horizon} predicted, {spec.n_action_steps} executed",
-        "control_rate": f"{spec.control_rate:g} Hz",
+        "control_rate": f"{spec.control_rate:g} Hz" if spec.control_rate else "not said",
         "parts": ", ".join(f"{part}={name}" for part, name in named.items() if name),
         "sampler": ", ".join(f"{key}={value}" for key, value in (policy.get("sampler") or {}).items()),
         "demonstrations": config.get("data") or spec.demonstrations or "not said",

@@ -183,7 +183,7 @@ def _check_data(config: Mapping[str, Any]) -> None:
         shape = tuple(buffer[source].shape[1:]) if source in buffer.keys else ()
         if len(shape) == 3 and shape[-1] == 3:
             encoder = config["policy"]["encoder"]
-            check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"))
+            check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"), encoder.get("crop_at"))
 
 
 def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:

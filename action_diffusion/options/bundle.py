@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from action_diffusion.options.policy import AnySampler
+from action_diffusion.options.task import Rate
 from action_diffusion.options.words import AsTyped, Plugins
 from action_diffusion.schema import FilePath
 
@@ -22,6 +24,7 @@ class BundleImport:
 
     in_: FilePath
     out: FilePath
+    rate: Rate | None = None
     plugins: Plugins = None
 
 
@@ -32,4 +35,5 @@ class BundleExport:
     in_: FilePath
     out: FilePath
     format: AsTyped
+    sampler: AnySampler = field(default_factory=AnySampler)
     plugins: Plugins = None

@@ -21,12 +21,16 @@ from action_diffusion.policy.build import build_policy, check_statistics
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 
+UNKNOWN_RATE = 0.0
+"""The control rate of a policy that does not say it: whoever imports it has to."""
+
 
 class Foreign(NamedTuple):
     """Another project's policy in our words.
 
-    config: as a bundle's config.yaml has it: "policy", and what else is known. weights: of the policy that this
-    describes, by name. said: what has no counterpart here, or was read otherwise than it stands there, in words.
+    spec: its `control_rate` may be `UNKNOWN_RATE`. config: as a bundle's config.yaml has it: "policy", and what else is
+    known. weights: of the policy that this describes, by name. said: what has no counterpart here, or was read
+    otherwise than it stands there, in words.
     """
 
     spec: PolicySpec
@@ -86,5 +90,8 @@ def made_up(spec: PolicySpec, seed: int = 0) -> dict[str, np.ndarray]:
         statistics = spec.normalizer[key]
         scale, offset = (np.asarray(statistics[name]) for name in ("scale", "offset"))
         normal = random.uniform(-1, 1, (*shape[:1], len(scale)))
-        observations[key] = ((normal - offset) / scale).reshape(shape).astype(value.dtype)
+        values = (normal - offset) / scale
+        if statistics.get("min") is not None:  # which those that never changed keep to
+            values = np.clip(values, statistics["min"], statistics["max"])
+        observations[key] = values.reshape(shape).astype(value.dtype)
     return observations
