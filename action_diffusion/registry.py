@@ -326,7 +326,12 @@ ROBOTS = Registry(
     },
 )
 POLICY_FORMATS = Registry(
-    "policy format", "policy_formats", {"lerobot": "action_diffusion.policy.interchange.lerobot:LEROBOT"}
+    "policy format",
+    "policy_formats",
+    {
+        "diffusion_policy": "action_diffusion.policy.interchange.diffusion_policy:DIFFUSION_POLICY",
+        "lerobot": "action_diffusion.policy.interchange.lerobot:LEROBOT",
+    },
 )
 FORMATS = Registry(
     "format",

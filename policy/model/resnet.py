@@ -112,7 +112,7 @@ def load_weights(trunk: nn.Sequential, path: str | Path, *, described: str) -> N
         raise InputError(f"encoder.weights={path}: not a readable safetensors file: {error}") from None
     own = trunk.state_dict()
     left_out = UNUSED if isinstance(trunk[1], FrozenBatchNorm2d) else (*UNUSED, "running_mean", "running_var")
-    given = {_trunk_name(name): value for name, value in state.items() if _belongs(name, len(trunk), left_out)}
+    given = {trunk_name(name): value for name, value in state.items() if _belongs(name, len(trunk), left_out)}
     for name in (*own, *given):
         if _shape(own, name) != _shape(given, name):
             raise InputError(
@@ -153,7 +153,7 @@ def _belongs(name: str, n_places: int, left_out: Sequence[str]) -> bool:
     return int(_PLACES.get(head, 0)) < n_places
 
 
-def _trunk_name(name: str) -> str:
+def trunk_name(name: str) -> str:
     """layer2.0.conv1.weight → 5.0.conv1.weight; a name that torchvision does not use stays as it is."""
     head, _, rest = name.partition(".")
     return f"{_PLACES.get(head, head)}.{rest}"
