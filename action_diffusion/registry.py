@@ -275,6 +275,7 @@ ENVS = Registry(
     "environment",
     "envs",
     {
+        "gymnasium": "action_diffusion.envs.gymnasium.simulator:GymnasiumEnv",
         "pusht": "action_diffusion.envs.pusht.simulator:PushT",
         **{
             task: f"action_diffusion.envs.robosuite.tasks:{task}"
