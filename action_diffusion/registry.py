@@ -339,6 +339,7 @@ FORMATS = Registry(
         "lerobot": "action_diffusion.datasets.formats.lerobot.reader:LEROBOT",
         "lerobot21": "action_diffusion.datasets.formats.lerobot.reader:LEROBOT21",
         "folder": "action_diffusion.datasets.formats.folder.format:FOLDER",
+        "mcap": "action_diffusion.datasets.formats.mcap.format:MCAP",
     },
 )
 AUGMENTATIONS = Registry("augmentation", "augmentations", {"noise": f"{_POLICY}.augment:Noise"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -29,9 +29,8 @@ needs_metaworld = pytest.mark.skipif(
 class Line(gymnasium.Env):
     """A point on a line that is to reach 1; `info` says what `says` gives it."""
 
-    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 20}
-
     def __init__(self, render_mode: str | None = None, says: str = "success", actions: int = 1) -> None:
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
         self.render_mode, self.says = render_mode, says
         picture = Box(0, 255, (6, 8, 3), np.uint8)
         self.observation_space = Dict({"pixels": Dict({"top": picture}), "agent_pos": Box(-9, 9, (2,), np.float64)})
@@ -49,7 +48,7 @@ class Line(gymnasium.Env):
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.x += float(action[0])
         done = self.x >= 1
-        kinds = {
+        kinds: dict[str, dict[str, Any]] = {
             "success": {"success": float(done)},
             "is_success": {"is_success": done},
             "tasks": {
@@ -68,7 +67,7 @@ class Line(gymnasium.Env):
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
     monkeypatch.setattr(gymnasium, "registry", gymnasium.envs.registration.registry)
-    gymnasium.register("tests/Line-v0", entry_point=Line, max_episode_steps=10)
+    gymnasium.register("tests/Line-v0", entry_point=cast(Any, Line), max_episode_steps=10)
 
 
 def line(**settings: Any) -> Any:
