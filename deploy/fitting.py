@@ -28,7 +28,7 @@ def check_spec(config: Deploy, spec: PolicySpec) -> None:
         from action_diffusion.deploy.sim.panda import check_task
 
         check_task(spec.env, absolute=bool((spec.env or {}).get("absolute")))
-    driver = ARMS.load(config.robot) if config.robot in ARMS else None
+    driver: Any = ARMS.load(config.robot) if config.robot in ARMS else None
     rate = getattr(driver, "control_rate", spec.control_rate)
     if rate != spec.control_rate:
         raise InputError(
