@@ -10,6 +10,9 @@ from action_diffusion.options.words import KINDS, MOST_STEPS, AsTyped, Columns, 
 from action_diffusion.registry import ENVS
 from action_diffusion.schema import Above, Between, ByName, Matching, OneOf, Section, Sized, check
 
+Joined = dict[str, Annotated[list[AsTyped], Sized(1, 64)]]
+"""Further observations, of several of the simulator's one after the other, see `envs.joined`."""
+
 
 @dataclass
 class PushTOptions:
@@ -19,6 +22,7 @@ class PushTOptions:
     max_steps: Count = 300
     control_rate: Annotated[float, Above(0, 100)] = 10.0
     actuator_drift: Annotated[float, Between(0, 200)] = 0.0
+    joined: Joined | None = None
 
 
 @dataclass
@@ -28,6 +32,7 @@ class ManipulationOptions:
     env_args: Section | None = None
     absolute: bool = False
     max_steps: Count | None = None
+    joined: Joined | None = None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusion_policy_files as files
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,8 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.interchange.contract import policy_of, saved
 from action_diffusion.policy.interchange.diffusion_policy.form import holds, read
-from tests.support import diffusion_policy_files as files
+from action_diffusion.policy.interchange.diffusion_policy.simulators import simulator_of
+from action_diffusion.policy.spec import ObservationSpec
 
 CASES = {
     "unet_lowdim": files.unet_lowdim,
@@ -162,6 +164,16 @@ def test_another_file_of_torch_is_refused(content: Any, path: Path) -> None:
         read(path)
 
 
+def test_features_of_another_size_are_refused(path: Path) -> None:
+    checkpoint = files.unet_hybrid()
+    checkpoint.cfg["policy"]["shape_meta"]["obs"]["z_pos"]["shape"] = [3]
+    files.field_of_normalizer(checkpoint.state, "z_pos", [0.0] * 3, [1.0] * 3)
+    with pytest.raises(
+        InputError, match=r"cond_encoder takes \[54\] numbers of time and observations, cfg makes them 56"
+    ):
+        read(checkpoint.save(path))
+
+
 def _nested(depth: int) -> Any:
     inner: Any = 1
     for _ in range(depth):
@@ -205,3 +217,52 @@ def test_the_command_refuses_in_one_line(path: Path, tmp_path: Path, capsys: Any
     assert len(error.splitlines()) == 1
     assert str(path) in error
     assert not (tmp_path / "bundle").exists()
+
+
+ROBOMIMIC = {"task_name": "lift", "abs_action": True}
+
+
+@pytest.mark.parametrize(
+    ("task", "env", "rate", "note"),
+    [
+        ({"runner": "a.PushTKeypointsRunner", "max_steps": 300, "fps": 10}, None, 10.0, "is none of the simulators"),
+        (
+            {"runner": "a.RobomimicLowdimRunner", "obs_keys": ["object", "robot0_eef_pos"], "fps": 10, **ROBOMIMIC},
+            {"name": "lift", "absolute": True, "joined": {"obs": ["object", "robot0_eef_pos"]}},
+            20.0,
+            "",
+        ),
+        ({"runner": "a.KitchenLowdimRunner", "fps": 12.5}, None, 12.5, "KitchenLowdimRunner"),
+        ({"runner": "a.RealRunner"}, None, 10.0, "unless rate=HZ says another"),
+        ({"runner": None}, None, 10.0, "a task without cfg.task.env_runner"),
+    ],
+)
+def test_the_simulator_and_the_rate_are_the_task_s(task: dict[str, Any], env: Any, rate: float, note: str, path: Path):
+    checkpoint, given = files.unet_lowdim(), dict(task)
+    runner = {"_target_": given.pop("runner"), **{k: v for k, v in given.items() if k not in ROBOMIMIC}}
+    checkpoint.cfg["task"] = {
+        "name": "a_task",
+        "env_runner": runner,
+        **{k: v for k, v in given.items() if k in ROBOMIMIC},
+    }
+    foreign = read(checkpoint.save(path))
+    assert (foreign.spec.env, foreign.spec.control_rate) == (env, rate)
+    assert note in " ".join(foreign.said)
+
+
+def test_pusht_s_keypoints_are_what_the_simulator_observes() -> None:
+    """Twenty numbers: nine points and the finger."""
+    observed = {"obs": ObservationSpec(shape=(20,))}
+    runner = {
+        "_target_": "diffusion_policy.env_runner.pusht_keypoints_runner.PushTKeypointsRunner",
+        "max_steps": 300,
+        "fps": 10,
+    }
+    found = simulator_of({"task": {"name": "pusht_lowdim", "env_runner": runner}}, observed)
+    assert found.env == {
+        "name": "pusht",
+        "max_steps": 300,
+        "joined": {"obs": ["keypoint", "agent_pos"]},
+        "control_rate": 10.0,
+    }
+    assert not found.said

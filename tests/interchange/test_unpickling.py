@@ -56,7 +56,7 @@ def test_plain_values_and_tensors_come_out_as_they_went_in(path: Path) -> None:
         "flags": numbers > 3,
         "parameter": nn.Parameter(numbers),
     }
-    values = {
+    values: dict[Any, Any] = {
         "a": [1, -2.5, None, True, "ü", b"\x00\xff", (1, 2, 3, 4)],
         3: {"b": 2**40},
         "c": collections.OrderedDict(d=1),

@@ -196,7 +196,8 @@ def unet(layers: Any, x: Tensor, time: int, embedded: Tensor) -> Tensor:
             scale, film = film.chunk(2, dim=1)
             first = scale * first
         shortcut = parts["residual_conv"](h) if "residual_conv" in parts else h
-        return parts["blocks"][1]["block"](first + film) + shortcut
+        second: Tensor = parts["blocks"][1]["block"](first + film)
+        return second + shortcut
 
     h, kept = x.mT, []
     for first, second, *halve in layers["down_modules"]:
@@ -207,7 +208,8 @@ def unet(layers: Any, x: Tensor, time: int, embedded: Tensor) -> Tensor:
     for first, second, double in layers["up_modules"]:
         h = double["conv"](residual(second, residual(first, torch.cat([h, kept.pop()], dim=1))))
     out, last = layers["final_conv"]
-    return last(out["block"](h)).mT
+    said: Tensor = last(out["block"](h))
+    return said.mT
 
 
 def transformer_layers(step: int, width: int, layers: int, heads: int) -> nn.ModuleDict:
@@ -238,12 +240,13 @@ def transformer(layers: Any, x: Tensor, time: int, embedded: Tensor, *, causal: 
             "memory_mask": torch.zeros(HORIZON, 1 + SEEN).masked_fill(steps < places - 1, -math.inf),
         }
     h = layers["decoder"](layers["input_emb"](x) + layers["pos_emb"].weight, layers["encoder"](tokens), **masks)
-    return layers["head"](layers["ln_f"](h))
+    said: Tensor = layers["head"](layers["ln_f"](h))
+    return said
 
 
 def resnet(*, grouped: bool) -> nn.Module:
     norm = (lambda n: nn.GroupNorm(n // 16, n)) if grouped else None
-    net = torchvision.models.resnet18(norm_layer=norm)
+    net: nn.Module = torchvision.models.resnet18(norm_layer=norm)
     net.fc = nn.Identity()
     return net.eval()
 
@@ -354,7 +357,7 @@ def _robomimic(grouped: bool, seed: int) -> tuple[Callable[[dict[str, Tensor]], 
         state[f"{start}pool.nets.weight"] = pool.weight.detach()  # robomimic 0.3 names it twice
         nets[key] = trunk, pool, linear
 
-    def seen(key: str, value: Tensor) -> Tensor:
+    def seen(key: str, value: Tensor) -> Any:
         if key not in nets:
             return value
         trunk, pool, linear = nets[key]
@@ -385,7 +388,7 @@ def unet_image(*, seed: int = 0) -> Checkpoint:
         return torch.cat([*images, normal["a_pos"], normal["z_pos"]], dim=-1)
 
     denoise, state, policy = _unet(network, SEEN * (2 * size + 5), DDIM, 8, seed)
-    encoder = {"_target_": "diffusion_policy.model.vision.multi_image_obs_encoder.MultiImageObsEncoder"}
+    encoder: dict[str, Any] = {"_target_": "diffusion_policy.model.vision.multi_image_obs_encoder.MultiImageObsEncoder"}
     model = {"_target_": "diffusion_policy.model.vision.model_getter.get_resnet", "name": "resnet18", "weights": None}
     encoder |= {"shape_meta": _meta(), "rgb_model": model, "resize_shape": [48, 56], "crop_shape": [30, 40]}
     encoder |= {"random_crop": False, "use_group_norm": False, "share_rgb_model": True, "imagenet_norm": True}

@@ -34,6 +34,7 @@ UNUSED = re.compile(
     r"|obs_encoder\.obs_nets\.[^.]+\.(backbone|pool)\..*"  # robomimic 0.3 lists these twice
     r"|obs_encoder\.key_model_map\.[^.]+\.fc\..*"
 )
+TIME = "model.diffusion_step_encoder.3.bias"
 SHARED = "rgb"
 """What MultiImageObsEncoder calls a network that all cameras share."""
 
@@ -43,6 +44,10 @@ def unet(weights: Weights, columns: Tensor) -> dict[str, Tensor]:
 
     Raises `InputError` for a weight that ConditionalUnet1D does not have.
     """
+    sizes = {value.shape[-1] for name, value in weights.items() if name.endswith("cond_encoder.1.weight")}
+    told = len(weights.get(TIME, ())) + len(columns)
+    if sizes != {told}:
+        raise InputError(f"cond_encoder takes {sorted(sizes)} numbers of time and observations, cfg makes them {told}")
     named = {}
     for name in weights:
         known = re.fullmatch(r"model\.(?:(?:down|mid|up)_modules|diffusion_step_encoder|final_conv)\.(\S+)", name)

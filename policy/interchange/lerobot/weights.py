@@ -79,7 +79,7 @@ def from_lerobot(weights: Mapping[str, Tensor], columns: Tensor | None = None) -
     condition = stacked[:, time_dim:]
     if columns is not None and condition.shape[1] != len(columns):
         raise InputError(
-            f"cond_encoder takes {condition.shape[1]} numbers of what is observed, the configuration says {len(columns)}"
+            f"cond_encoder takes {condition.shape[1]} numbers of the observations, config.json says {len(columns)}"
         )
     ours["denoiser.time_film.weight"] = stacked[:, :time_dim]
     ours["denoiser.time_film.bias"] = torch.cat([films["bias"][block] for block in blocks])
