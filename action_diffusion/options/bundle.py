@@ -29,6 +29,26 @@ class BundleImport:
 
 
 @dataclass(kw_only=True)
+class BundlePush:
+    """`action-diffusion bundle push`. private: of a repository that is made now."""
+
+    path: FilePath
+    to: FilePath
+    private: bool = True
+    message: AsTyped = "A bundle of action-diffusion"
+    plugins: Plugins = None
+
+
+@dataclass(kw_only=True)
+class BundlePull:
+    """`action-diffusion bundle pull`."""
+
+    path: FilePath
+    out: FilePath
+    plugins: Plugins = None
+
+
+@dataclass(kw_only=True)
 class BundleExport:
     """`action-diffusion bundle export`."""
 

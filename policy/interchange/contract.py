@@ -9,6 +9,7 @@ Nothing that a file brings is executed, and nothing that it names outside of its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from action_diffusion.errors import InputError
+from action_diffusion.options import Dataset
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy, check_statistics
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -74,8 +76,22 @@ def policy_of(foreign: Foreign) -> DiffusionPolicy:
 def saved(foreign: Foreign, path: Path) -> DiffusionPolicy:
     """Write a bundle of another project's policy, with a golden pair of observations that are made up."""
     policy = policy_of(foreign)
-    bundles.save(path, policy, foreign.config, golden_obs=made_up(foreign.spec))
+    bundles.save(path, policy, {**trained_on(foreign.spec), **foreign.config}, golden_obs=made_up(foreign.spec))
     return policy
+
+
+def trained_on(spec: PolicySpec) -> dict[str, Any]:
+    """What evaluation and `fit` take of a bundle's configuration beside the policy (`BundleConfig`): the task as the
+    specification has it, and data that nobody knows."""
+    steps = {name: getattr(spec, name) for name in ("n_obs_steps", "horizon", "n_action_steps", "control_rate")}
+    task = {
+        "name": spec.task or "imported",
+        **steps,
+        "observations": {key: {"source": value.source, "kind": value.kind} for key, value in spec.observations.items()},
+        "action": {"source": spec.action.source},
+        "env": spec.env,
+    }
+    return {"data": None, "seed": 0, "dataset": asdict(Dataset()), "task": task}
 
 
 def made_up(spec: PolicySpec, seed: int = 0) -> dict[str, np.ndarray]:

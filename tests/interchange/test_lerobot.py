@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from action_diffusion import cli
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.interchange.contract import made_up
@@ -339,3 +340,22 @@ def test_lerobot_itself_says_the_same(version: str, tmp_path: Path) -> None:
     rows = interchange.measure(version, tmp_path, cases=cases)
     assert len(rows) == 2 * len(cases)
     assert [row for row in rows if not row["ok"]] == []
+
+
+def test_what_came_in_is_evaluated_and_fitted_on_data_that_is_named(tmp_path: Path, capsys) -> None:
+    written(tmp_path / "theirs", **FEATURES(environment=4))
+    bundled(tmp_path / "theirs", tmp_path / "bundle")
+    random = np.random.default_rng(0)
+    columns = {key: random.random((240, n)).astype(np.float32) for key, n in SIZES.items()}
+    ReplayBuffer.from_arrays(columns, np.arange(40, 241, 40)).save(tmp_path / "demos.zarr")
+    words = [f"bundle={tmp_path / 'bundle'}", "device=cpu"]
+    capsys.readouterr()
+    assert cli.main(["evaluate", *words, f"output_dir={tmp_path / 'out'}"]) == 2
+    assert "does not say which data it was trained on: data=PATH" in capsys.readouterr().err
+    words.append(f"data={tmp_path / 'demos.zarr'}")
+    assert cli.main(["evaluate", *words, f"output_dir={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["n_episodes"] == 6
+    assert cli.main(["fit", "guard", *words]) == 0
+
+
+SIZES = {"state": 2, "environment_state": 4, "action": 2}
