@@ -18,6 +18,7 @@ from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.interchange.contract import made_up
 from action_diffusion.policy.interchange.lerobot.export import crop_ratio
 from action_diffusion.policy.model import normalizer
+from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from benchmarks.peer import interchange
 from benchmarks.peer.peer_environment import is_there
@@ -59,12 +60,12 @@ def written(folder: Path, *, before_04: bool = False, **changes) -> tuple[lerobo
     return policy, stats
 
 
-def bundled(folder: Path, out: Path) -> bundles.DiffusionPolicy:
+def bundled(folder: Path, out: Path) -> DiffusionPolicy:
     assert cli.main(["bundle", "import", f"in={folder}", f"out={out}", "rate=12.5"]) == 0
     return bundles.load(out, verify=True)
 
 
-def inputs(policy: bundles.DiffusionPolicy, bundle: Path) -> tuple[dict, dict, np.ndarray]:
+def inputs(policy: DiffusionPolicy, bundle: Path) -> tuple[dict, dict, np.ndarray]:
     """Observations by our names and by lerobot's, and noise."""
     seen = made_up(policy.spec)
     names = bundles.read_config(bundle)["imported"]["names"]
@@ -73,7 +74,7 @@ def inputs(policy: bundles.DiffusionPolicy, bundle: Path) -> tuple[dict, dict, n
     return seen, {names[key]: torch.from_numpy(value) for key, value in seen.items()}, noise
 
 
-def ours(policy: bundles.DiffusionPolicy, seen: dict, noise: np.ndarray) -> np.ndarray:
+def ours(policy: DiffusionPolicy, seen: dict, noise: np.ndarray) -> np.ndarray:
     return policy.predict(seen, noise=noise, generator=torch.Generator().manual_seed(0))["action"]
 
 
@@ -136,7 +137,7 @@ def test_policies_of_ours_that_lerobot_can_express_go_out(make_policy, tiny_conf
     assert not (tmp_path / "out").exists()
 
 
-def own(*, camera: bool, kind: str, constant: bool) -> tuple[bundles.DiffusionPolicy, dict]:
+def own(*, camera: bool, kind: str, constant: bool) -> tuple[DiffusionPolicy, dict]:
     """A policy of ours with random weights that lerobot can express, and its configuration."""
     torch.manual_seed(5)
     sizes = {"agent_pos": 2, "keypoint": 5, "action": 3}

@@ -96,11 +96,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if repository is None:
                 return self._refuse(401, "RepoNotFound")
             if what == "preupload":
-                files = [
-                    {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
-                    for one in json.loads(body)["files"]
-                ]
-                return self._json({"files": files})
+                asked = [one["path"] for one in json.loads(body)["files"]]
+                modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in asked]
+                return self._json({"files": modes})
             commit = revision if revision in repository.commits else repository.refs.get(revision, "")
             if what == "commit":
                 return self._commit(repository, name, body)
