@@ -123,8 +123,9 @@ def from_hub(name: str, options: dict[str, Any]) -> dict[str, Any]:
     found = {key: fetch(value) if key in policies else value for key, value in options.items()}
     if "data" in found:
         found["data"] = pin(found["data"])
-    objective = (found.get("policy") or {}).get("objective") if isinstance(found.get("policy"), dict) else None
-    if objective and objective.get("teacher") is not None:
+    policy = found.get("policy")
+    objective = policy.get("objective") if isinstance(policy, dict) else None
+    if isinstance(objective, dict) and "teacher" in objective:
         objective["teacher"] = fetch(objective["teacher"])
     return found
 

@@ -37,7 +37,8 @@ action-diffusion bundle import in=PATH out=DIR     another project's policy, as 
 
   action-diffusion bundle import in=pretrained_model out=outputs/pusht/bundle rate=10
 
-rate=HZ is needed where the policy does not say at what rate its actions are meant to be executed.
+rate=HZ is needed where the policy does not say at what rate its actions are meant to be executed. sampler={…} or
+sampler.NAME=VALUE samples it otherwise than it is there: sampler.timestep_spacing=trailing.
 
 What `in` holds is told from its content. Nothing in it is executed. What has no counterpart here is named.
 """
@@ -90,6 +91,7 @@ def _inspect(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _import(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    from action_diffusion.options.policy import with_sampler
     from action_diffusion.policy.interchange.contract import saved
     from action_diffusion.policy.interchange.formats import detected
 
@@ -100,6 +102,8 @@ def _import(options: Mapping[str, Any]) -> Mapping[str, Any]:
     assert form.read is not None
     foreign = _timed(form.read(source), options.get("rate"), source)
     try:
+        policy = with_sampler(foreign.config["policy"], vars(options["sampler"]))
+        foreign = foreign._replace(config={**foreign.config, "policy": policy})
         saved(foreign, output)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None

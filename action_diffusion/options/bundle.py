@@ -25,6 +25,7 @@ class BundleImport:
     in_: FilePath
     out: FilePath
     rate: Rate | None = None
+    sampler: AnySampler = field(default_factory=AnySampler)
     plugins: Plugins = None
 
 

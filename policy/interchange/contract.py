@@ -58,7 +58,7 @@ class PolicyFormat(NamedTuple):
 def policy_of(foreign: Foreign) -> DiffusionPolicy:
     """The policy that another project's file describes, with its weights, ready to predict.
 
-    Raises `InputError` naming the first weight that is missing, left over, or of another shape.
+    Raises `InputError` naming the first weight that is missing, left over, of another shape, or not finite.
     """
     policy = build_policy(foreign.config["policy"], foreign.spec)
     own = policy.state_dict()
@@ -68,6 +68,8 @@ def policy_of(foreign: Foreign) -> DiffusionPolicy:
         if value.shape != foreign.weights[name].shape:
             there = list(foreign.weights[name].shape)
             raise InputError(f"weight {name!r} has shape {there} there, {list(value.shape)} here")
+        if not bool(torch.isfinite(foreign.weights[name]).all()):
+            raise InputError(f"weight {name!r} holds NaN or infinite values")
     policy.load_state_dict(dict(foreign.weights))
     check_statistics(policy)
     return policy.eval()

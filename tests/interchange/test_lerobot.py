@@ -225,6 +225,11 @@ def step(folder: Path, **changes) -> None:
     (folder / "policy_preprocessor.json").write_text(json.dumps(data))
 
 
+def weight(folder: Path, name: str, value: torch.Tensor) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, name: value}, folder / "model.safetensors")
+
+
 SEEN = {lerobot.STATE: {"type": "STATE", "shape": [2]}}
 CHANNELS_LAST = {"type": "VISUAL", "shape": [40, 48, 3]}
 STATISTICS = "policy_preprocessor.safetensors"
@@ -282,6 +287,12 @@ FAULTS = {
         lambda f: save_file({"model.decoder": torch.zeros(2)}, f / "model.safetensors"),
         "model.decoder is no weight",
     ),
+    "weights that are no numbers": (
+        lambda f: weight(f, "diffusion.unet.final_conv.1.bias", torch.tensor([torch.nan, 0])),
+        "NaN or infinite",
+    ),
+    "an adapter": (lambda f: changed(f, "config.json", use_peft=True), "use_peft=true"),
+    "too few steps": (lambda f: changed(f, "config.json", num_inference_steps=2), "of its input is noise"),
     "no weights": (lambda f: save_file({}, f / "model.safetensors"), "cond_encoder"),
 }
 
@@ -298,6 +309,13 @@ def test_bad_folders_get_one_line(fault, tmp_path: Path, capsys: pytest.CaptureF
         assert message in error
         assert len(error.splitlines()) == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_cannot_be_are_replaced_on_the_way(tmp_path: Path) -> None:
+    written(tmp_path / "theirs", **FEATURES(environment=4), num_inference_steps=2)
+    words = ["rate=10", "sampler.timestep_spacing=trailing", "sampler.num_inference_steps=5"]
+    assert cli.main(["bundle", "import", f"in={tmp_path / 'theirs'}", f"out={tmp_path / 'out'}", *words]) == 0
+    assert [step.time for step in bundles.load(tmp_path / "out", verify=True).sampler.steps] == [49, 39, 29, 19, 9]
 
 
 def test_the_rate_is_asked_for_or_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
