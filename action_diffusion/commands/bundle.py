@@ -40,6 +40,9 @@ action-diffusion bundle import in=PATH out=DIR     another project's policy, as 
 rate=HZ is needed where the policy does not say at what rate its actions are meant to be executed. sampler={…} or
 sampler.NAME=VALUE samples it otherwise than it is there: sampler.timestep_spacing=trailing.
 
+keys={THEIRS: OURS, …} renames observations, to what a robot or a simulator calls them, and env={name: …} says which
+simulator it acts in: keys={state: agent_pos} env={name: pusht}.
+
 What `in` holds is told from its content. Nothing in it is executed. What has no counterpart here is named.
 """
 
@@ -92,7 +95,7 @@ def _inspect(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _import(options: Mapping[str, Any]) -> Mapping[str, Any]:
     from action_diffusion.options.policy import with_sampler
-    from action_diffusion.policy.interchange.contract import saved
+    from action_diffusion.policy.interchange.contract import renamed, saved
     from action_diffusion.policy.interchange.formats import detected
 
     source, output = Path(options["in"]).expanduser(), Path(options["out"]).expanduser()
@@ -101,6 +104,9 @@ def _import(options: Mapping[str, Any]) -> Mapping[str, Any]:
     form = detected(source)
     assert form.read is not None
     foreign = _timed(form.read(source), options.get("rate"), source)
+    foreign = renamed(foreign, {key: str(name) for key, name in options.get("keys", {}).items()})
+    if "env" in options:
+        foreign = foreign._replace(spec=replace(foreign.spec, env=options["env"]))
     try:
         policy = with_sampler(foreign.config["policy"], vars(options["sampler"]))
         foreign = foreign._replace(config={**foreign.config, "policy": policy})

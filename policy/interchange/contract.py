@@ -9,14 +9,14 @@ Nothing that a file brings is executed, and nothing that it names outside of its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from action_diffusion.errors import InputError
+from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Dataset
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy, check_statistics
@@ -80,6 +80,36 @@ def saved(foreign: Foreign, path: Path) -> DiffusionPolicy:
     policy = policy_of(foreign)
     bundles.save(path, policy, {**trained_on(foreign.spec), **foreign.config}, golden_obs=made_up(foreign.spec))
     return policy
+
+
+def renamed(foreign: Foreign, keys: Mapping[str, str]) -> Foreign:
+    """With other names of observations: theirs, as they were read, to those of a robot, a simulator or a buffer.
+
+    Raises `InputError` for a name that is not there, and for two that would be one.
+    """
+    for key in keys:
+        if key not in foreign.spec.observations:
+            raise unknown("observation in keys", key, foreign.spec.observations)
+
+    def named(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {keys.get(key, key): value for key, value in values.items()}
+
+    spec, policy = foreign.spec, dict(foreign.config["policy"])
+    if len(named(spec.observations)) < len(spec.observations):
+        raise InputError(f"keys={dict(keys)}: two observations would have one name, of {', '.join(spec.observations)}")
+    observations = {
+        key: replace(value, source=keys.get(value.source, value.source))
+        for key, value in named(spec.observations).items()
+    }
+    policy["normalizer"] = named(policy["normalizer"])
+    if policy["encoder"].get("pixels"):
+        policy["encoder"] = {**policy["encoder"], "pixels": named(policy["encoder"]["pixels"])}
+    config = {**foreign.config, "policy": policy}
+    if "names" in (config.get("imported") or {}):
+        config["imported"] = {**config["imported"], "names": named(config["imported"]["names"])}
+    spec = replace(spec, observations=observations, normalizer=named(spec.normalizer))
+    said = tuple(f"{old} is called {new}" for old, new in keys.items())
+    return foreign._replace(spec=spec, config=config, said=(*foreign.said, *said))
 
 
 def trained_on(spec: PolicySpec) -> dict[str, Any]:

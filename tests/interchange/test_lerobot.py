@@ -377,4 +377,22 @@ def test_what_came_in_is_evaluated_and_fitted_on_data_that_is_named(tmp_path: Pa
     assert cli.main(["fit", "guard", *words]) == 0
 
 
+@pytest.mark.slow
+def test_what_came_in_acts_in_a_simulator_by_its_names(tmp_path: Path, capsys) -> None:
+    written(tmp_path / "theirs", **FEATURES(cameras=1, size=(96, 96)), num_inference_steps=5)
+    words = ["bundle", "import", f"in={tmp_path / 'theirs'}", "rate=10", "env={name: pusht, max_steps: 20}"]
+    for keys, message in (
+        ("{states: agent_pos}", "unknown observation in keys 'states': did you mean state?"),
+        ("{state: image}", "two observations would have one name"),
+    ):
+        assert cli.main([*words, f"out={tmp_path / 'a'}", f"keys={keys}"]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main([*words, f"out={tmp_path / 'a'}", "keys={state: agent_pos}"]) == 0
+    assert "state is called agent_pos" in capsys.readouterr().out
+    assert bundles.read_config(tmp_path / "a")["imported"]["names"]["agent_pos"] == "observation.state"
+    few = ["n_episodes=2", "n_videos=0", "device=cpu", f"output_dir={tmp_path / 'out'}"]
+    assert cli.main(["evaluate", f"bundle={tmp_path / 'a'}", *few]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["n_episodes"] == 2
+
+
 SIZES = {"state": 2, "environment_state": 4, "action": 2}
