@@ -116,6 +116,16 @@ def trained_on(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return config
 
 
+def data_for(config: Mapping[str, Any], path: Path, asked: Any) -> Any:
+    """The data that is asked for, or what the bundle at `path` was trained on. config: of `trained_on`.
+
+    Raises `InputError` where neither is there, as of a policy that came from another project.
+    """
+    if asked is None and config["data"] is None:
+        raise InputError(f"{path} does not say which data it was trained on: data=PATH")
+    return config["data"] if asked is None else asked
+
+
 def refuse_targets(config: Any, where: str) -> None:
     """`InputError` for a `_target_` anywhere inside: code is never named by configuration."""
     if isinstance(config, dict):

@@ -9,13 +9,15 @@ Nothing that a file brings is executed, and nothing that it names outside of its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from action_diffusion.errors import InputError
+from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import Dataset
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy, check_statistics
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -56,7 +58,7 @@ class PolicyFormat(NamedTuple):
 def policy_of(foreign: Foreign) -> DiffusionPolicy:
     """The policy that another project's file describes, with its weights, ready to predict.
 
-    Raises `InputError` naming the first weight that is missing, left over, or of another shape.
+    Raises `InputError` naming the first weight that is missing, left over, of another shape, or not finite.
     """
     policy = build_policy(foreign.config["policy"], foreign.spec)
     own = policy.state_dict()
@@ -66,6 +68,8 @@ def policy_of(foreign: Foreign) -> DiffusionPolicy:
         if value.shape != foreign.weights[name].shape:
             there = list(foreign.weights[name].shape)
             raise InputError(f"weight {name!r} has shape {there} there, {list(value.shape)} here")
+        if not bool(torch.isfinite(foreign.weights[name]).all()):
+            raise InputError(f"weight {name!r} holds NaN or infinite values")
     policy.load_state_dict(dict(foreign.weights))
     check_statistics(policy)
     return policy.eval()
@@ -74,8 +78,52 @@ def policy_of(foreign: Foreign) -> DiffusionPolicy:
 def saved(foreign: Foreign, path: Path) -> DiffusionPolicy:
     """Write a bundle of another project's policy, with a golden pair of observations that are made up."""
     policy = policy_of(foreign)
-    bundles.save(path, policy, foreign.config, golden_obs=made_up(foreign.spec))
+    bundles.save(path, policy, {**trained_on(foreign.spec), **foreign.config}, golden_obs=made_up(foreign.spec))
     return policy
+
+
+def renamed(foreign: Foreign, keys: Mapping[str, str]) -> Foreign:
+    """With other names of observations: theirs, as they were read, to those of a robot, a simulator or a buffer.
+
+    Raises `InputError` for a name that is not there, and for two that would be one.
+    """
+    for key in keys:
+        if key not in foreign.spec.observations:
+            raise unknown("observation in keys", key, foreign.spec.observations)
+
+    def named(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {keys.get(key, key): value for key, value in values.items()}
+
+    spec, policy = foreign.spec, dict(foreign.config["policy"])
+    if len(named(spec.observations)) < len(spec.observations):
+        raise InputError(f"keys={dict(keys)}: two observations would have one name, of {', '.join(spec.observations)}")
+    observations = {
+        key: replace(value, source=keys.get(value.source, value.source))
+        for key, value in named(spec.observations).items()
+    }
+    policy["normalizer"] = named(policy["normalizer"])
+    if policy["encoder"].get("pixels"):
+        policy["encoder"] = {**policy["encoder"], "pixels": named(policy["encoder"]["pixels"])}
+    config = {**foreign.config, "policy": policy}
+    if "names" in (config.get("imported") or {}):
+        config["imported"] = {**config["imported"], "names": named(config["imported"]["names"])}
+    spec = replace(spec, observations=observations, normalizer=named(spec.normalizer))
+    said = tuple(f"{old} is called {new}" for old, new in keys.items())
+    return foreign._replace(spec=spec, config=config, said=(*foreign.said, *said))
+
+
+def trained_on(spec: PolicySpec) -> dict[str, Any]:
+    """What evaluation and `fit` take of a bundle's configuration beside the policy (`BundleConfig`): the task as the
+    specification has it, and data that nobody knows."""
+    steps = {name: getattr(spec, name) for name in ("n_obs_steps", "horizon", "n_action_steps", "control_rate")}
+    task = {
+        "name": spec.task or "imported",
+        **steps,
+        "observations": {key: {"source": value.source, "kind": value.kind} for key, value in spec.observations.items()},
+        "action": {"source": spec.action.source},
+        "env": spec.env,
+    }
+    return {"data": None, "seed": 0, "dataset": asdict(Dataset()), "task": task}
 
 
 def made_up(spec: PolicySpec, seed: int = 0) -> dict[str, np.ndarray]:

@@ -36,7 +36,7 @@ rows = import_module("benchmarks.peer.rows")
 runtimes = import_module("benchmarks.peer.runtimes")
 serving = import_module("benchmarks.peer.peers.serving")
 session = import_module("benchmarks.peer.session")
-weights = import_module("benchmarks.peer.weights")
+weights = import_module("action_diffusion.policy.interchange.lerobot.weights")
 workers = import_module("benchmarks.peer.workers")
 
 CHANNELS = (8, 16, 32)

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from action_diffusion import cli
+from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.interchange.contract import made_up
 from action_diffusion.policy.interchange.lerobot.export import crop_ratio
 from action_diffusion.policy.model import normalizer
+from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from benchmarks.peer import interchange
 from benchmarks.peer.peer_environment import is_there
@@ -58,12 +60,12 @@ def written(folder: Path, *, before_04: bool = False, **changes) -> tuple[lerobo
     return policy, stats
 
 
-def bundled(folder: Path, out: Path) -> bundles.DiffusionPolicy:
+def bundled(folder: Path, out: Path) -> DiffusionPolicy:
     assert cli.main(["bundle", "import", f"in={folder}", f"out={out}", "rate=12.5"]) == 0
     return bundles.load(out, verify=True)
 
 
-def inputs(policy: bundles.DiffusionPolicy, bundle: Path) -> tuple[dict, dict, np.ndarray]:
+def inputs(policy: DiffusionPolicy, bundle: Path) -> tuple[dict, dict, np.ndarray]:
     """Observations by our names and by lerobot's, and noise."""
     seen = made_up(policy.spec)
     names = bundles.read_config(bundle)["imported"]["names"]
@@ -72,7 +74,7 @@ def inputs(policy: bundles.DiffusionPolicy, bundle: Path) -> tuple[dict, dict, n
     return seen, {names[key]: torch.from_numpy(value) for key, value in seen.items()}, noise
 
 
-def ours(policy: bundles.DiffusionPolicy, seen: dict, noise: np.ndarray) -> np.ndarray:
+def ours(policy: DiffusionPolicy, seen: dict, noise: np.ndarray) -> np.ndarray:
     return policy.predict(seen, noise=noise, generator=torch.Generator().manual_seed(0))["action"]
 
 
@@ -135,7 +137,7 @@ def test_policies_of_ours_that_lerobot_can_express_go_out(make_policy, tiny_conf
     assert not (tmp_path / "out").exists()
 
 
-def own(*, camera: bool, kind: str, constant: bool) -> tuple[bundles.DiffusionPolicy, dict]:
+def own(*, camera: bool, kind: str, constant: bool) -> tuple[DiffusionPolicy, dict]:
     """A policy of ours with random weights that lerobot can express, and its configuration."""
     torch.manual_seed(5)
     sizes = {"agent_pos": 2, "keypoint": 5, "action": 3}
@@ -223,6 +225,11 @@ def step(folder: Path, **changes) -> None:
     (folder / "policy_preprocessor.json").write_text(json.dumps(data))
 
 
+def weight(folder: Path, name: str, value: torch.Tensor) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, name: value}, folder / "model.safetensors")
+
+
 SEEN = {lerobot.STATE: {"type": "STATE", "shape": [2]}}
 CHANNELS_LAST = {"type": "VISUAL", "shape": [40, 48, 3]}
 STATISTICS = "policy_preprocessor.safetensors"
@@ -280,6 +287,12 @@ FAULTS = {
         lambda f: save_file({"model.decoder": torch.zeros(2)}, f / "model.safetensors"),
         "model.decoder is no weight",
     ),
+    "weights that are no numbers": (
+        lambda f: weight(f, "diffusion.unet.final_conv.1.bias", torch.tensor([torch.nan, 0])),
+        "NaN or infinite",
+    ),
+    "an adapter": (lambda f: changed(f, "config.json", use_peft=True), "use_peft=true"),
+    "too few steps": (lambda f: changed(f, "config.json", num_inference_steps=2), "of its input is noise"),
     "no weights": (lambda f: save_file({}, f / "model.safetensors"), "cond_encoder"),
 }
 
@@ -296,6 +309,13 @@ def test_bad_folders_get_one_line(fault, tmp_path: Path, capsys: pytest.CaptureF
         assert message in error
         assert len(error.splitlines()) == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_cannot_be_are_replaced_on_the_way(tmp_path: Path) -> None:
+    written(tmp_path / "theirs", **FEATURES(environment=4), num_inference_steps=2)
+    words = ["rate=10", "sampler.timestep_spacing=trailing", "sampler.num_inference_steps=5"]
+    assert cli.main(["bundle", "import", f"in={tmp_path / 'theirs'}", f"out={tmp_path / 'out'}", *words]) == 0
+    assert [step.time for step in bundles.load(tmp_path / "out", verify=True).sampler.steps] == [49, 39, 29, 19, 9]
 
 
 def test_the_rate_is_asked_for_or_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,3 +359,40 @@ def test_lerobot_itself_says_the_same(version: str, tmp_path: Path) -> None:
     rows = interchange.measure(version, tmp_path, cases=cases)
     assert len(rows) == 2 * len(cases)
     assert [row for row in rows if not row["ok"]] == []
+
+
+def test_what_came_in_is_evaluated_and_fitted_on_data_that_is_named(tmp_path: Path, capsys) -> None:
+    written(tmp_path / "theirs", **FEATURES(environment=4))
+    bundled(tmp_path / "theirs", tmp_path / "bundle")
+    random = np.random.default_rng(0)
+    columns = {key: random.random((240, n)).astype(np.float32) for key, n in SIZES.items()}
+    ReplayBuffer.from_arrays(columns, np.arange(40, 241, 40)).save(tmp_path / "demos.zarr")
+    words = [f"bundle={tmp_path / 'bundle'}", "device=cpu"]
+    capsys.readouterr()
+    assert cli.main(["evaluate", *words, f"output_dir={tmp_path / 'out'}"]) == 2
+    assert "does not say which data it was trained on: data=PATH" in capsys.readouterr().err
+    words.append(f"data={tmp_path / 'demos.zarr'}")
+    assert cli.main(["evaluate", *words, f"output_dir={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["n_episodes"] == 6
+    assert cli.main(["fit", "guard", *words]) == 0
+
+
+@pytest.mark.slow
+def test_what_came_in_acts_in_a_simulator_by_its_names(tmp_path: Path, capsys) -> None:
+    written(tmp_path / "theirs", **FEATURES(cameras=1, size=(96, 96)), num_inference_steps=5)
+    words = ["bundle", "import", f"in={tmp_path / 'theirs'}", "rate=10", "env={name: pusht, max_steps: 20}"]
+    for keys, message in (
+        ("{states: agent_pos}", "unknown observation in keys 'states': did you mean state?"),
+        ("{state: image}", "two observations would have one name"),
+    ):
+        assert cli.main([*words, f"out={tmp_path / 'a'}", f"keys={keys}"]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main([*words, f"out={tmp_path / 'a'}", "keys={state: agent_pos}"]) == 0
+    assert "state is called agent_pos" in capsys.readouterr().out
+    assert bundles.read_config(tmp_path / "a")["imported"]["names"]["agent_pos"] == "observation.state"
+    few = ["n_episodes=2", "n_videos=0", "device=cpu", f"output_dir={tmp_path / 'out'}"]
+    assert cli.main(["evaluate", f"bundle={tmp_path / 'a'}", *few]) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["n_episodes"] == 2
+
+
+SIZES = {"state": 2, "environment_state": 4, "action": 2}

@@ -174,7 +174,7 @@ def test_equals_the_plain_loop_of_diffusers(cls, noise):
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
 def test_the_noise_of_a_clipped_estimate_is_as_diffusers_has_it(prediction, own, noise):
     """diffusers keeps the noise of the estimate before it is clipped, unless told `use_clipped_model_output`."""
-    plain = DDIMScheduler(
+    plain: Any = DDIMScheduler(
         num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", prediction_type=prediction, clip_sample_range=1.2
     )
     plain.set_timesteps(10)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
-CONFIG: dict[str, Any] = {
+Config = dict[str, Any]
+CONFIG: Config = {
     "type": "diffusion",
     "n_obs_steps": 2,
     "horizon": 16,
@@ -53,7 +54,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def features(*, state: int = 2, environment: int = 0, cameras: int = 0, size: tuple[int, int] = (40, 48)) -> dict:
+def features(*, state: int = 2, environment: int = 0, cameras: int = 0, size: tuple[int, int] = (40, 48)) -> Config:
     """`input_features` and `output_features` of a policy that commands two values."""
     seen: dict[str, Any] = {STATE: {"type": "STATE", "shape": [state]}}
     for i in range(cameras):
@@ -67,7 +68,7 @@ def features(*, state: int = 2, environment: int = 0, cameras: int = 0, size: tu
 
 
 class Block(nn.Module):
-    def __init__(self, n_in: int, n_out: int, condition: int, config: dict):
+    def __init__(self, n_in: int, n_out: int, condition: int, config: Config):
         super().__init__()
         self.conv1, self.conv2 = Conv(n_in, n_out, config), Conv(n_out, n_out, config)
         self.scales = config["use_film_scale_modulation"]
@@ -85,7 +86,7 @@ class Block(nn.Module):
 
 
 class Conv(nn.Module):
-    def __init__(self, n_in: int, n_out: int, config: dict):
+    def __init__(self, n_in: int, n_out: int, config: Config):
         super().__init__()
         k = config["kernel_size"]
         self.block = nn.Sequential(nn.Conv1d(n_in, n_out, k, padding=k // 2), nn.GroupNorm(8, n_out), nn.Mish())
@@ -97,16 +98,16 @@ class Conv(nn.Module):
 class Times(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.half = dim // 2
+        self.n_rates = dim // 2
 
     def forward(self, times: Tensor) -> Tensor:
-        rates = torch.exp(torch.arange(self.half) * -(math.log(10000) / (self.half - 1)))
+        rates = torch.exp(torch.arange(self.n_rates) * -(math.log(10000) / (self.n_rates - 1)))
         angles = times.unsqueeze(-1) * rates
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class Unet(nn.Module):
-    def __init__(self, config: dict, n_action: int, embedding: int):
+    def __init__(self, config: Config, n_action: int, embedding: int):
         super().__init__()
         time, widths = config["diffusion_step_embed_dim"], config["down_dims"]
         self.diffusion_step_encoder = nn.Sequential(
@@ -131,15 +132,19 @@ class Unet(nn.Module):
     def forward(self, x: Tensor, times: Tensor, embedding: Tensor) -> Tensor:
         condition = torch.cat([self.diffusion_step_encoder(times), embedding], dim=-1)
         x, skipped = x.transpose(1, 2), []
-        for first, second, resize in self.down_modules:
+        for first, second, resize in map(_three, self.down_modules):
             x = second(first(x, condition), condition)
             skipped.append(x)
             x = resize(x)
         for block in self.mid_modules:
             x = block(x, condition)
-        for first, second, resize in self.up_modules:
+        for first, second, resize in map(_three, self.up_modules):
             x = resize(second(first(torch.cat([x, skipped.pop()], dim=1), condition), condition))
         return self.final_conv(x).transpose(1, 2)
+
+
+def _three(level: nn.Module) -> Any:
+    return level
 
 
 class Softmax(nn.Module):
@@ -154,7 +159,7 @@ class Softmax(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: dict, size: list[int]):
+    def __init__(self, config: Config, size: list[int]):
         super().__init__()
         groups = (lambda n: nn.GroupNorm(n // 16, n)) if config["use_group_norm"] else None
         network = torchvision.models.resnet18(weights=None, norm_layer=groups)
@@ -171,7 +176,7 @@ class Encoder(nn.Module):
             self.changes.append(torchvision.transforms.CenterCrop(crop))
             size = crop
         k = config["spatial_softmax_num_keypoints"]
-        self.pool, self.out = Softmax(512, *(math.ceil(side / 32) for side in size), k), nn.Linear(2 * k, 2 * k)
+        self.pool, self.out = Softmax(512, math.ceil(size[0] / 32), math.ceil(size[1] / 32), k), nn.Linear(2 * k, 2 * k)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.out(self.pool(self.backbone(self.changes(images))).flatten(1)).relu()
@@ -180,7 +185,7 @@ class Encoder(nn.Module):
 class Model(nn.Module):
     """`policy.diffusion`."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: Config):
         super().__init__()
         seen = config["input_features"]
         self.config, self.cameras = config, [key for key in seen if seen[key]["type"] == "VISUAL"]
@@ -188,7 +193,7 @@ class Model(nn.Module):
         if self.cameras:
             size = seen[self.cameras[0]]["shape"][1:]
             separate = config["use_separate_rgb_encoder_per_camera"]
-            self.rgb_encoder = (
+            self.rgb_encoder: Any = (
                 nn.ModuleList(Encoder(config, size) for _ in self.cameras) if separate else Encoder(config, size)
             )
             dim += 2 * config["spatial_softmax_num_keypoints"] * len(self.cameras)
@@ -216,7 +221,7 @@ class Model(nn.Module):
 
 
 class LeRobotPolicy(nn.Module):
-    def __init__(self, config: dict):
+    def __init__(self, config: Config):
         super().__init__()
         self.diffusion = Model(config)
 
@@ -235,7 +240,7 @@ class LeRobotPolicy(nn.Module):
         return norm(ACTION, actions[now : now + config["n_action_steps"]], inverse=True)
 
 
-def made(config: dict, seed: int = 0) -> LeRobotPolicy:
+def made(config: Config, seed: int = 0) -> LeRobotPolicy:
     """With random weights, of which none are 0 or 1 by rule."""
     torch.manual_seed(seed)
     policy = LeRobotPolicy(config).eval()
@@ -248,7 +253,7 @@ def made(config: dict, seed: int = 0) -> LeRobotPolicy:
     return policy
 
 
-def statistics(config: dict, seed: int = 1) -> dict[str, dict[str, Tensor]]:
+def statistics(config: Config, seed: int = 1) -> dict[str, dict[str, Tensor]]:
     torch.manual_seed(seed)
     found = {}
     for key, feature in {**config["input_features"], **config["output_features"]}.items():
@@ -281,11 +286,11 @@ def write(folder: Path, policy: LeRobotPolicy, stats: dict[str, dict[str, Tensor
     ):
         save_file({key: value.clone() for key, value in state.items()}, folder / f"{side}.safetensors")
         described = {"registry_name": name, "config": {**common, "features": keys}, "state_file": f"{side}.safetensors"}
-        plain: list[dict] = [{"registry_name": step, "config": {}} for step in steps]
+        plain: list[Config] = [{"registry_name": step, "config": {}} for step in steps]
         (folder / f"{side}.json").write_text(json.dumps({"name": side, "steps": [*plain, described]}))
 
 
-def normalisation(modes: dict[str, str], known: dict[str, dict], stats: dict[str, dict[str, Tensor]]) -> Any:
+def normalisation(modes: dict[str, str], known: dict[str, Config], stats: dict[str, dict[str, Tensor]]) -> Any:
     """lerobot's arithmetic. stats: for what goes in; those of the action for what comes out."""
     ends = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99")}
 

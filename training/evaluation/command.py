@@ -14,7 +14,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.options import Evaluate
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.inference import OPTIONS
-from action_diffusion.policy.reading import acting, trained_on
+from action_diffusion.policy.reading import acting, data_for, trained_on
 from action_diffusion.training.data import prepare
 from action_diffusion.training.evaluation.comparison import write_comparison, write_seed_summary
 from action_diffusion.training.evaluation.held_out import ComparedWindows, choose, evaluate_held_out
@@ -76,7 +76,7 @@ def _windows(config: Evaluate, paths: Sequence[Path]) -> _Asked | None:
     if specs[0].env is not None:
         return None
     trained = trained_on(bundles.read_config(paths[0]), paths[0])
-    data = names(config.data or trained["data"])
+    data = names(data_for(trained, paths[0], config.data))
     buffer = open_data({**trained, "data": data})
     own = data if config.data is None else None
     return _Asked(" and ".join(data), buffer, choose(buffer, list(zip(paths, specs, strict=True)), own_data=own))

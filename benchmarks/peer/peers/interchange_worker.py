@@ -62,6 +62,8 @@ def make(folder: Path, settings: dict[str, Any]) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         for module in policy.modules():
             if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
                 module.running_mean.normal_(std=0.1)
                 module.running_var.uniform_(0.5, 1.5)
     policy.save_pretrained(folder)

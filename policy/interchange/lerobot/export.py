@@ -187,7 +187,7 @@ def _features(policy: DiffusionPolicy, names: Mapping[str, str]) -> Features:
     """Names as they were where the policy was lerobot's; else states are `observation.state`, and those after the first
     `observation.environment_state` where there is no camera, which lerobot wants one or the other of."""
     keys = [key for key, value in policy.spec.observations.items() if value.kind == "state"]
-    cameras = {names.get(key, IMAGES + key): key for key in policy.spec.camera_order}
+    cameras = {names.get(key, IMAGES + key.replace("/", ".")): key for key in policy.spec.camera_order}
     vectors: dict[str, list[str]] = {}
     for i, key in enumerate(keys):
         beside = key == ENVIRONMENT.rpartition(".")[2] or (not cameras and i > 0)

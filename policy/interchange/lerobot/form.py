@@ -62,7 +62,10 @@ def read(path: Path) -> Foreign:
     parts += [(key, 2 * config.spatial_softmax_num_keypoints) for key in spec.camera_order]
     there = sorted(parts, key=lambda part: [STATE, *config.cameras, ENVIRONMENT].index(names[part[0]]))
     columns = order(parts, there, config.n_obs_steps)
-    ours = from_lerobot({name: value for name, value in weights.items() if not name.startswith(BEFORE)}, columns)
+    try:
+        ours = from_lerobot({name: value for name, value in weights.items() if not name.startswith(BEFORE)}, columns)
+    except InputError as error:
+        raise InputError(f"{folder / 'model.safetensors'}: {error}") from None
     policy = _policy(config, pipeline, names, batch_norm=any(name.endswith("running_var") for name in ours))
     kept = {"policy": policy, "imported": {"format": LEROBOT.name, "names": names}}
     return Foreign(spec, kept, ours, (*_said(config, spec, names), *pipeline.said))

@@ -93,6 +93,8 @@ def read_config(file: Path) -> Config:
         raise InputError(
             f"{file} is of type {shown(data.get('type'))}: of lerobot's policies, 'diffusion' has a counterpart here"
         )
+    if data.get("use_peft"):
+        raise InputError(f"{file}: use_peft=true: its weights are a change to others; merge them before")
     known = hints(Config)
     for key in data:
         if key not in known and key not in OTHERS:
