@@ -49,7 +49,10 @@ DTYPES = {
 }
 DICTS = ("collections.OrderedDict", "collections.defaultdict")
 TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-NODES = ("AnyNode", "BooleanNode", "BytesNode", "EnumNode", "FloatNode", "IntegerNode", "PathNode", "StringNode")
+NODES = (
+    *("AnyNode", "BooleanNode", "BytesNode", "EnumNode", "FloatNode", "IntegerNode", "PathNode", "StringNode"),
+    "InterpolationResultNode",
+)
 BUILTINS = ("bool", "bytes", "dict", "float", "int", "list", "long", "object", "str", "tuple", "unicode")
 NAMES = {
     *DTYPES,
@@ -60,6 +63,7 @@ NAMES = {
     "dill._dill._load_type",  # how dill names built-in types
     "dill.dill._load_type",
     "typing.Any",
+    *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
     "omegaconf.dictconfig.DictConfig",

@@ -250,6 +250,22 @@ def test_the_simulator_and_the_rate_are_the_task_s(task: dict[str, Any], env: An
     assert note in " ".join(foreign.said)
 
 
+def test_a_simulator_that_cannot_be_is_refused(path: Path) -> None:
+    checkpoint = files.unet_lowdim()
+    checkpoint.cfg["task"]["env_runner"] |= {"fps": 1000}
+    checkpoint.cfg["policy"]["obs_dim"] = 20
+    checkpoint.cfg["task"]["env_runner"]["max_steps"] = 300
+    checkpoint.cfg["policy"]["model"]["global_cond_dim"] = 40
+    files.field_of_normalizer(checkpoint.state, "obs", [0.0] * 20, [1.0] * 20)
+    checkpoint.state |= {
+        name: torch.zeros(len(value), 16 + 40)
+        for name, value in checkpoint.state.items()
+        if name.endswith("cond_encoder.1.weight")
+    }
+    with pytest.raises(InputError, match=r"control_rate=1000\.0 must be at most 100"):
+        read(checkpoint.save(path))
+
+
 def test_pusht_s_keypoints_are_what_the_simulator_observes() -> None:
     """Twenty numbers: nine points and the finger."""
     observed = {"obs": ObservationSpec(shape=(20,))}

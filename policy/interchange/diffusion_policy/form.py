@@ -87,7 +87,8 @@ def _foreign(file: TorchFile) -> Foreign:
     average = "" if which == "ema_model" else ", as there is no EMA of them"
     said = f"weights of {which}{average}; the optimizer, and where training was, stay behind"
     notes = (said, *simulator.said, *sampling.said, *encoder.said)
-    return Foreign(spec, {"policy": policy}, {**encoder.weights, **denoised}, notes)
+    checked = PolicySpec.from_json(spec.to_json(), "cfg")  # of the sizes that a bundle may say
+    return Foreign(checked, {"policy": policy}, {**encoder.weights, **denoised}, notes)
 
 
 class _Observed(NamedTuple):

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from action_diffusion.errors import InputError
 from action_diffusion.policy.interchange.diffusion_policy.theirs import targeted
 from action_diffusion.policy.spec import ObservationSpec
-from action_diffusion.registry import ENVS
 from action_diffusion.schema import shown
 
 ROBOSUITE_RATE, USUAL_RATE = 20.0, 10.0
 """Hz: of robosuite's tasks, where `fps` is that of videos; and of their arms, unless one says another."""
+ROBOSUITE = ("lift", "can", "square", "transport", "tool_hang")
 PUSHT_OBS = {"obs": (20,)}
 """Nine points of the T, and where the finger is."""
 
@@ -69,7 +69,7 @@ def _env(
         return {"name": "pusht", **env, "image_size": observations["image"].shape[0]}
     if kind == "PushTKeypointsRunner" and {key: value.shape for key, value in observations.items()} == PUSHT_OBS:
         return {"name": "pusht", **env, "joined": {"obs": ["keypoint", "agent_pos"]}}
-    if not isinstance(name, str) or name not in ENVS.own or not kind.startswith("Robomimic"):
+    if name not in ROBOSUITE or not kind.startswith("Robomimic"):
         return None
     env = {"name": name, "absolute": task.get("abs_action") is True, **env}
     if kind == "RobomimicImageRunner":
