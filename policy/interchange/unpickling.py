@@ -17,7 +17,7 @@ import pickletools
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,14 +127,16 @@ class TorchFile:
         except InputError as error:
             raise InputError(f"{path}: {error}; nothing of it was run") from None
 
-    def tensor(self, stored: Stored) -> Tensor:
-        """The numbers of a tensor, contiguous."""
+    def tensors(self, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+        """The numbers of tensors, by name, each contiguous and by itself."""
         with _opened(self.path) as archive:
-            data = self._read(archive, f"{self._root}data/{stored.storage.key}")
-        if not data:
-            return torch.empty(stored.size, dtype=stored.storage.dtype)
-        numbers = torch.frombuffer(bytearray(data), dtype=stored.storage.dtype)
-        return numbers.as_strided(stored.size, stored.stride, stored.offset).contiguous()
+            for name, stored in wanted.items():
+                data = self._read(archive, f"{self._root}data/{stored.storage.key}")
+                if data:
+                    numbers = torch.frombuffer(bytearray(data), dtype=stored.storage.dtype)
+                    yield name, numbers.as_strided(stored.size, stored.stride, stored.offset).contiguous()
+                else:
+                    yield name, torch.empty(stored.size, dtype=stored.storage.dtype)
 
     def _read(self, archive: zipfile.ZipFile, name: str, most: int | None = None) -> bytes:
         member = self._members[name]

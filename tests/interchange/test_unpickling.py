@@ -66,10 +66,11 @@ def test_plain_values_and_tensors_come_out_as_they_went_in(path: Path) -> None:
     values["a"][5] = file.content["values"]["a"][5]
     assert isinstance(values["a"][5], Made)  # bytes, which nothing needs
     assert file.content["values"] == values
+    assert all(isinstance(stored, Stored) for stored in file.content["tensors"].values())
+    found = dict(file.tensors(file.content["tensors"]))
+    assert list(found) == list(tensors)
     for name, value in tensors.items():
-        stored = file.content["tensors"][name]
-        assert isinstance(stored, Stored)
-        torch.testing.assert_close(file.tensor(stored), value.detach(), rtol=0, atol=0)
+        torch.testing.assert_close(found[name], value.detach(), rtol=0, atol=0)
 
 
 def test_newer_protocols_are_read(path: Path) -> None:

@@ -140,7 +140,7 @@ def _state(file: TorchFile, states: Any) -> tuple[str, dict[str, Tensor]]:
     which = next((name for name in ("ema_model", "model") if isinstance(states, dict) and name in states), None)
     if which is None or not isinstance(states[which], dict):
         raise InputError("state_dicts has neither ema_model nor model")
-    tensors, left = {}, MOST_COPIES * file.path.stat().st_size
+    wanted, left = {}, MOST_COPIES * file.path.stat().st_size
     for name, value in states[which].items():
         if not isinstance(name, str) or not isinstance(value, Stored):
             raise InputError(f"state_dicts.{which}: {shown(name)} is no tensor")
@@ -149,8 +149,10 @@ def _state(file: TorchFile, states: Any) -> tuple[str, dict[str, Tensor]]:
         left -= value.storage.count * value.storage.dtype.itemsize
         if left < 0:
             raise InputError(f"state_dicts.{which} has more numbers than the file")
-        tensors[name] = file.tensor(value).float()
-        if not bool(torch.isfinite(tensors[name]).all()):
+        wanted[name] = value
+    tensors = {name: value.float() for name, value in file.tensors(wanted)}
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
             raise InputError(f"state_dicts.{which}: {shown(name)} holds NaN or infinite values")
     return which, tensors
 
