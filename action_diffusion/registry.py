@@ -275,6 +275,7 @@ ENVS = Registry(
     "environment",
     "envs",
     {
+        "gymnasium": "action_diffusion.envs.gymnasium.simulator:GymnasiumEnv",
         "pusht": "action_diffusion.envs.pusht.simulator:PushT",
         **{
             task: f"action_diffusion.envs.robosuite.tasks:{task}"
@@ -340,6 +341,7 @@ FORMATS = Registry(
         "lerobot": "action_diffusion.datasets.formats.lerobot.reader:LEROBOT",
         "lerobot21": "action_diffusion.datasets.formats.lerobot.reader:LEROBOT21",
         "folder": "action_diffusion.datasets.formats.folder.format:FOLDER",
+        "mcap": "action_diffusion.datasets.formats.mcap.format:MCAP",
     },
 )
 AUGMENTATIONS = Registry("augmentation", "augmentations", {"noise": f"{_POLICY}.augment:Noise"})

@@ -11,7 +11,8 @@ from typing import Any, cast
 from action_diffusion.envs.base import Env
 from action_diffusion.registry import ENVS, check_arguments
 
-IN_PROCESSES = {"lift", "can", "square", "transport", "tool_hang"}
+ROBOSUITE = {"lift", "can", "square", "transport", "tool_hang"}
+IN_PROCESSES = ROBOSUITE | {"gymnasium"}
 """Simulators whose steps take long enough to be worth a process each (`envs.workers`)."""
 
 
@@ -35,4 +36,4 @@ def make(name: str, **settings: Any) -> Env:
     return cast(Env, part(**settings))
 
 
-__all__ = ["IN_PROCESSES", "Env", "at_once", "make"]
+__all__ = ["IN_PROCESSES", "ROBOSUITE", "Env", "at_once", "make"]
