@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import lerobot_policy
 import numpy as np
 import pytest
 from hub import Hub
@@ -189,3 +190,23 @@ def test_a_file_that_is_cut_off_is_not_taken_for_all_of_it(server, bundle, capsy
 def test_the_package_that_is_missing_is_named(server, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert 'pip install "action-diffusion[hub]"' in refused(["evaluate", "bundle=hf://me/it"], capsys)
+
+
+def test_what_others_published_is_imported(server, tmp_path, capsys) -> None:
+    config = {**lerobot_policy.CONFIG, **lerobot_policy.features(environment=4)}
+    lerobot_policy.write(tmp_path / "theirs", lerobot_policy.made(config), lerobot_policy.statistics(config))
+    server.add("them/pusht", contents(tmp_path / "theirs") | {"modeling.py": b"raise SystemExit"})
+    words = ["in=hf://them/pusht", f"out={tmp_path / 'bundle'}", "rate=10"]
+    assert cli.main(["bundle", "import", *words]) == 0
+    bundles.load(tmp_path / "bundle", verify=True)
+    assert cli.main(["bundle", "inspect", "hf://them/pusht"]) == 0
+    assert "format: lerobot" in capsys.readouterr().out
+
+
+def test_a_lerobot_data_set_is_read_from_there(server, buffer: ReplayBuffer, tmp_path) -> None:
+    pytest.importorskip("pyarrow")
+    buffer.save(tmp_path / "demos.zarr")
+    words = [f"in={tmp_path / 'demos.zarr'}", f"out={tmp_path / 'set'}", "format=lerobot", "rate=10"]
+    assert cli.main(["data", "convert", *words]) == 0
+    server.add("me/set", contents(tmp_path / "set") | {"README.md": b"# mine"}, kind="datasets")
+    np.testing.assert_allclose(open_data("hf://datasets/me/set")["state"][:], buffer["state"][:])
