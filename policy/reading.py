@@ -129,23 +129,35 @@ def _read(file: Path, kind: str, parse: Callable[[str], Any]) -> Any:
     if file.stat().st_size > MOST_BYTES:
         raise InputError(f"{file} has {file.stat().st_size / 2**20:,.0f} MiB, at most {MOST_BYTES >> 20} can be")
     try:
-        data = parse(file.read_text(encoding="utf-8"))
-        _count(data, file, 0)
+        text = file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise InputError(f"{file}: not valid {kind}: {shown(error)}") from None
+    return parsed(text, str(file), kind, parse)
+
+
+def parsed(text: str, where: str, kind: str, parse: Callable[[str], Any]) -> Any:
+    """What `parse` makes of a text. Raises `InputError` for what it cannot read, for more than `MOST_BYTES` and for
+    more than `MOST_VALUES`."""
+    if len(text) > MOST_BYTES:
+        raise InputError(f"{where} has {len(text) / 2**20:,.0f} MiB, at most {MOST_BYTES >> 20} can be")
+    try:
+        data = parse(text)
+        _count(data, where, 0)
     except InputError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # also of numbers of too many digits, and of dates
-        raise InputError(f"{file}: not valid {kind}: {shown(error)}") from None
+        raise InputError(f"{where}: not valid {kind}: {shown(error)}") from None
     except RecursionError:
-        raise InputError(f"{file}: not valid {kind}: too many lists in one another") from None
+        raise InputError(f"{where}: not valid {kind}: too many lists in one another") from None
     return data
 
 
-def _count(data: Any, file: Path, before: int) -> int:
+def _count(data: Any, where: str, before: int) -> int:
     """How many values there are, which may be the same ones many times over."""
     count = before + 1
     if count > MOST_VALUES:
-        raise InputError(f"{file} holds more than {MOST_VALUES:,} values")
+        raise InputError(f"{where} holds more than {MOST_VALUES:,} values")
     inside = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple | set) else ()
     for value in inside:
-        count = _count(value, file, count)
+        count = _count(value, where, count)
     return count

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from action_diffusion.options.words import AsTyped, Plugins
-from action_diffusion.schema import FilePath
+from action_diffusion.schema import Between, FilePath
+
+OPSETS, OPSET = (18, 23), 18
+"""Of ONNX: what is read and written, and what is written unless another is asked for, which the most programs read."""
 
 
 @dataclass(kw_only=True)
@@ -32,4 +36,5 @@ class BundleExport:
     in_: FilePath
     out: FilePath
     format: AsTyped
+    opset: Annotated[int, Between(*OPSETS)] | None = None
     plugins: Plugins = None
