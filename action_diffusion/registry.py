@@ -325,9 +325,7 @@ ROBOTS = Registry(
         **dict.fromkeys(("ur", "franka", "lerobot"), f"{_DEPLOY}.robot.cell:robot"),
     },
 )
-POLICY_FORMATS = Registry(
-    "policy format", "policy_formats", {"onnx": "action_diffusion.policy.interchange.onnx:ONNX"}
-)
+POLICY_FORMATS = Registry("policy format", "policy_formats", {"onnx": "action_diffusion.policy.interchange.onnx:ONNX"})
 FORMATS = Registry(
     "format",
     "formats",

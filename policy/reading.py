@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import BundleConfig, check_policy
 from action_diffusion.options.policy import with_sampler
+from action_diffusion.policy.runtime import onnx_file
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.registry import EXTENSIONS
 from action_diffusion.schema import check, shown
@@ -21,6 +24,18 @@ MOST_BYTES = 16 * 2**20
 """Of either file."""
 MOST_VALUES = 1_000_000
 """In either, where what YAML refers to counts as often as it is referred to."""
+
+
+def versions() -> dict[str, str]:
+    """The versions that shape a policy's numbers, for `spec.json` and `results.json`."""
+    names = ("action-diffusion", "torch", "torchvision", "diffusers", "numpy", "zarr", "gym-pusht", "pymunk")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def require(path: Path) -> None:
@@ -56,6 +71,10 @@ def require_extensions(bundle: Path, names: Iterable[str]) -> None:
     for name in names:
         if name not in EXTENSIONS:
             raise unknown("extensions", name, EXTENSIONS)
+        if onnx_file.is_onnx(bundle):
+            raise InputError(
+                f"extensions=[{name}]: {bundle} is an ONNX file, in which nothing acts: give it the bundle"
+            )
         if not extension_file(bundle, name).is_file():
             fitted = sorted(path.stem for path in (Path(bundle) / "extensions").glob("*.safetensors"))
             raise InputError(
@@ -66,6 +85,9 @@ def require_extensions(bundle: Path, names: Iterable[str]) -> None:
 
 def check_sampler(bundle: Path, changes: Mapping[str, Any]) -> None:
     """`InputError` for options that a bundle's policy cannot be sampled with, see `options.policy.with_sampler`."""
+    for name, value in changes.items():
+        if value is not None and onnx_file.is_onnx(bundle):
+            raise InputError(f"sampler.{name}: {bundle} is an ONNX file, whose steps are fixed: give it the bundle")
     if all(value is None for value in changes.values()):
         return
     policy = read_config(bundle).get("policy")
@@ -78,7 +100,10 @@ def check_sampler(bundle: Path, changes: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration of a bundle, as plain data; of what its evaluation reads, types are checked."""
+    """The resolved configuration of a bundle, or of an ONNX file, as plain data; of what its evaluation reads, types are
+    checked."""
+    if onnx_file.is_onnx(path):
+        return dict(onnx_file.read(path).config)
     require(path)
     return read_yaml(path / "config.yaml")
 
@@ -93,7 +118,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def read_spec(path: Path) -> PolicySpec:
-    """The specification of a bundle."""
+    """The specification of a bundle, or of an ONNX file."""
+    if onnx_file.is_onnx(path):
+        return onnx_file.read(path).spec
     require(path)
     file = path / "spec.json"
     data = _read(file, "JSON", json.loads)

@@ -52,9 +52,10 @@ def run(words: Sequence[str]) -> int:
 def _inspect(options: Mapping[str, Any]) -> Mapping[str, Any]:
     from action_diffusion.policy.interchange.formats import detected, is_bundle
     from action_diffusion.policy.reading import read_config, read_spec
+    from action_diffusion.policy.runtime.onnx_file import is_onnx
 
     path = Path(options["path"]).expanduser()
-    if is_bundle(path):
+    if is_bundle(path) or is_onnx(path):
         return _described(read_spec(path), read_config(path))
     form = detected(path)
     assert form.read is not None  # `detected` leaves out the others

@@ -17,6 +17,7 @@ from action_diffusion.options.finetune import Finetune
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.action_queue import SCHEDULINGS
 from action_diffusion.policy.reading import acting, check_sampler, read_config, read_spec, require, trained_on
+from action_diffusion.policy.runtime.onnx_file import is_onnx
 from action_diffusion.policy.spec import env_words
 from action_diffusion.registry import ARMS, ROBOTS
 
@@ -71,8 +72,8 @@ def evaluate(config: Evaluate) -> None:
     bundles = [Path(path) for path in config.bundles]
     compare = [] if config.compare is None else [Path(config.compare)]
     for path in (*bundles, *compare):
-        require(path)
-        read_spec(path)
+        if read_spec(path).env is None and is_onnx(path):
+            raise InputError(f"{path}: its task has no simulator, and an ONNX file not the episodes that were held out")
         read_config(path)
         check_intending(config.intents, acting(path, config.extensions))
         check_sampler(path, vars(config.sampler))

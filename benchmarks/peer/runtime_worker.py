@@ -1,6 +1,6 @@
 """ONNX Runtime and OpenVINO on our networks. Its argument is the folder of packages that has them.
 
-Each network is exported once, as `action_diffusion.policy.interchange.plain` lays it out, and kept in the folder that the settings name.
+Each network is exported once, as `policy.interchange.plain` lays it out, and kept in the folder that the settings name.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from action_diffusion.policy.interchange.plain import PlainUnet
 from action_diffusion.policy.model.unet import ConditionalUnet1d
 from benchmarks.peer import ours
 from benchmarks.peer.peers.serving import Say, Work, serve
-from action_diffusion.policy.interchange.plain import PlainUnet
 
 Run = Callable[[], np.ndarray]
 

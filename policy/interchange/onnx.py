@@ -118,7 +118,9 @@ def model_of(policy: DiffusionPolicy, opset: int) -> Any:
     chunk = [*(spec.horizon, *spec.action.shape)]
     with torch.no_grad():
         condition, *now = _Begin(policy)(_example(policy))
-    begin = _traced(_Begin(policy), (_example(policy),), _begin_names(policy), ["condition", "now"][: 1 + len(now)], opset)
+    begin = _traced(
+        _Begin(policy), (_example(policy),), _begin_names(policy), ["condition", "now"][: 1 + len(now)], opset
+    )
     x = torch.zeros(BATCH, *chunk)
     step = _traced(_Step(policy), (x, torch.zeros_like(condition)), ["loop/x", "loop/film"], ["loop/output"], opset)
     end = _traced(_End(policy), (x, *now), ["normalized", "now"][: 1 + len(now)], [ACTION], opset)
@@ -329,7 +331,11 @@ def _loop(policy: DiffusionPolicy, step: Any, chunk: list[int], draws: bool) -> 
     body = helper.make_graph(
         nodes,
         "denoise",
-        [value("loop/i", TensorProto.INT64, ()), value("loop/going", TensorProto.BOOL, ()), *map(value, ("loop/x", *older))],
+        [
+            value("loop/i", TensorProto.INT64, ()),
+            value("loop/going", TensorProto.BOOL, ()),
+            *map(value, ("loop/x", *older)),
+        ],
         [value("loop/going_on", TensorProto.BOOL, ()), *map(value, ("loop/x_next", *newer))],
     )
     begun = [helper.make_node("Mul", [NOISE, "sampler/start"], ["begun"], name="begun")]

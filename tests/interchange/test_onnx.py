@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import demonstrations, tiny_policy
 
-from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.interchange.onnx import write
 from action_diffusion.policy.policy import DiffusionPolicy

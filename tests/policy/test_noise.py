@@ -42,7 +42,8 @@ def test_rows_depend_on_their_own_generator_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "state", [np.zeros(5056, np.uint8), np.zeros(10, np.uint8), np.zeros(5056, np.float32), np.full(5056, 255, np.uint8)]
+    "state",
+    [np.zeros(5056, np.uint8), np.zeros(10, np.uint8), np.zeros(5056, np.float32), np.full(5056, 255, np.uint8)],
 )
 @pytest.mark.parametrize("kind", [NumpyGenerator, torch.Generator])
 def test_bytes_that_are_no_state_are_refused(state: np.ndarray, kind) -> None:
