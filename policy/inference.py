@@ -18,7 +18,7 @@ OPTIONS = ("precision", "compile", "cuda_graph")
 
 
 def choose_threads(policy: DiffusionPolicy | OnnxPolicy, *, rounds: int = 5) -> int:
-    """Predict with one of torch's threads (or ONNX Runtime's) or with all of them, whichever is faster here; returns how many.
+    """Predict with one thread (of torch, or of ONNX Runtime) or with all, whichever is faster here; returns how many.
 
     The first prediction, which allocates memory and picks kernels, is made here too.
     A small network at batch 1 is hundreds of short operations, and handing them to a second core and waiting for it can

@@ -52,7 +52,7 @@ class NumpyGenerator:
         """Begin anew; `seed` from 0 to 2^64 - 1."""
         self._seed = seed
         self._bits = np.random.MT19937()
-        self._bits._legacy_seeding(seed & 0xFFFFFFFF)  # type: ignore[attr-defined]  # torch's way, of 32 bits
+        self._bits._legacy_seeding(seed & 0xFFFFFFFF)  # torch's way, of 32 bits
         self._left_over: float | None = None
         return self
 

@@ -1,4 +1,4 @@
-"""A policy from where it lies: a bundle, which torch computes, or an ONNX file, which ONNX Runtime does without torch."""
+"""A policy from where it lies: a bundle, which torch computes, or an ONNX file, for ONNX Runtime, without torch."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def load(
 ) -> DiffusionPolicy | OnnxPolicy:
     """Load a policy, ready to `predict`.
 
-    path: a bundle's folder, or a file of `action-diffusion bundle export format=onnx`. runtime: "torch" or "onnx"; None:
-    as the path says. threads: of the CPU, with which an ONNX file computes; None: one for each core. verify: also
+    path: a bundle's folder, or a file of `action-diffusion bundle export format=onnx`. runtime: "torch" or "onnx"; None
+    is what the path says. threads: of the CPU, with which an ONNX file computes; None: one for each core. verify: also
     compute the golden pair and compare. options: those of `bundle.load`, for a bundle; an ONNX file is a fixed graph.
     Raises `InputError` naming the file and what is wrong with it.
     """
@@ -62,14 +62,14 @@ def load(
 
 def check_fixed(path: Path, options: Mapping[str, Any]) -> None:
     """`InputError` for options that would change how an ONNX file computes."""
+    flat: dict[str, Any] = {}
     for name, value in options.items():
-        inside = value if name in ("sampler", "given") else {}
-        inside = inside or {}
-        asked = [f"sampler.{part}" for part, wanted in inside.items() if name == "sampler" and wanted is not None]
-        asked += [
-            f"{part}.{key}" for part, of in inside.items() if name == "given" for key in of if of[key] is not None
-        ]
-        if name not in ("sampler", "given") and value not in UNSET.get(name, (None, [], ())):
-            asked = [name]
-        for option in asked:
-            raise InputError(f"{option}: {path} is an ONNX file, in which nothing can be changed: give it the bundle")
+        if name == "sampler":
+            flat |= {f"sampler.{part}": wanted for part, wanted in (value or {}).items()}
+        elif name == "given":
+            flat |= {f"{part}.{option}": one for part, of in (value or {}).items() for option, one in of.items()}
+        else:
+            flat[name] = value
+    for name, value in flat.items():
+        if value not in UNSET.get(name, (None, [], ())):
+            raise InputError(f"{name}: {path} is an ONNX file, in which nothing can be changed: give it the bundle")

@@ -100,8 +100,7 @@ def check_sampler(bundle: Path, changes: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration of a bundle, or of an ONNX file, as plain data; of what its evaluation reads, types are
-    checked."""
+    """The resolved configuration of a bundle, or of an ONNX file, as plain data."""
     if onnx_file.is_onnx(path):
         return dict(onnx_file.read(path).config)
     require(path)

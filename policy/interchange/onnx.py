@@ -116,11 +116,10 @@ def model_of(policy: DiffusionPolicy, opset: int) -> Any:
             f"format=onnx: the steps of sampler.scheduler={policy.sampler.scheduler} are not linear, and have no form"
         )
     chunk = [*(spec.horizon, *spec.action.shape)]
+    obs, names = _example(policy), [observation_name(key) for key in spec.observations]
     with torch.no_grad():
-        condition, *now = _Begin(policy)(_example(policy))
-    begin = _traced(
-        _Begin(policy), (_example(policy),), _begin_names(policy), ["condition", "now"][: 1 + len(now)], opset
-    )
+        condition, *now = _Begin(policy)(obs)
+    begin = _traced(_Begin(policy), (obs,), names, ["condition", "now"][: 1 + len(now)], opset)
     x = torch.zeros(BATCH, *chunk)
     step = _traced(_Step(policy), (x, torch.zeros_like(condition)), ["loop/x", "loop/film"], ["loop/output"], opset)
     end = _traced(_End(policy), (x, *now), ["normalized", "now"][: 1 + len(now)], [ACTION], opset)
@@ -194,10 +193,6 @@ def _example(policy: DiffusionPolicy) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(row if row.dtype == np.uint8 else row.astype(np.float32)) for row in rows)
 
 
-def _begin_names(policy: DiffusionPolicy) -> list[str]:
-    return [observation_name(key) for key in policy.spec.observations]
-
-
 def _traced(module: nn.Module, given: tuple[Any, ...], inputs: list[str], outputs: list[str], opset: int) -> Any:
     """The graph of a part with any batch. Raises `InputError` naming the part that torch's exporter cannot take."""
     batch = torch.export.Dim("batch", min=1)
@@ -225,7 +220,7 @@ def _traced(module: nn.Module, given: tuple[Any, ...], inputs: list[str], output
             assert program is not None
             model = program.model_proto
     except Exception as error:  # whatever tracing meets in layers, of other people's as well
-        causes = [error]
+        causes: list[BaseException] = [error]
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
         reason = " ".join(str(causes[-1]).split())[:300] or type(causes[-1]).__name__
@@ -291,7 +286,7 @@ def _loop(policy: DiffusionPolicy, step: Any, chunk: list[int], draws: bool) -> 
     loop/output, whose weights are the file's."""
     from onnx import TensorProto, helper
 
-    sampler, memory, clip = policy.sampler, policy.sampler.solver.memory, policy.sampler.clip
+    memory, clip = policy.sampler.solver.memory, policy.sampler.clip
     nodes = []
 
     def add(operator: str, inputs: Sequence[str], output: str, **options: Any) -> str:
@@ -313,8 +308,9 @@ def _loop(policy: DiffusionPolicy, step: Any, chunk: list[int], draws: bool) -> 
     said = add("Mul", ["loop/output", number("of_output")], "loop/output_part")
     estimate = clipped(add("Add", [kept, said], "loop/x0"), "x0")
     following = add("Mul", ["loop/x", number("keep")], "loop/kept")
-    for back, value in enumerate([estimate, *(f"loop/x0_{back}" for back in range(1, memory))]):
-        part = add("Mul", [value, number(f"blend{back}")], f"loop/blended{back}")
+    older = [f"loop/x0_{back}" for back in range(1, memory)]
+    for back, said_before in enumerate([estimate, *older]):
+        part = add("Mul", [said_before, number(f"blend{back}")], f"loop/blended{back}")
         following = add("Add", [following, part], f"loop/sum{back}")
     if draws:
         z = add("Gather", [STEP_NOISE, number("drawn")], "loop/z", axis=1)
@@ -322,22 +318,15 @@ def _loop(policy: DiffusionPolicy, step: Any, chunk: list[int], draws: bool) -> 
     following = clipped(following, "x")
     add("Identity", [following], "loop/x_next")
     add("Identity", ["loop/going"], "loop/going_on")
-    older = [f"loop/x0_{back}" for back in range(1, memory)]
-    newer = [add("Identity", [value], f"loop/next{i}") for i, value in enumerate([estimate, *older][: memory - 1])]
-
-    def value(name: str, kind: int = TensorProto.FLOAT, shape: Sequence[Any] = ("batch", *chunk)) -> Any:
-        return helper.make_tensor_value_info(name, kind, list(shape))
-
-    body = helper.make_graph(
-        nodes,
-        "denoise",
-        [
-            value("loop/i", TensorProto.INT64, ()),
-            value("loop/going", TensorProto.BOOL, ()),
-            *map(value, ("loop/x", *older)),
-        ],
-        [value("loop/going_on", TensorProto.BOOL, ()), *map(value, ("loop/x_next", *newer))],
+    newer = [add("Identity", [one], f"loop/next{i}") for i, one in enumerate([estimate, *older][: memory - 1])]
+    describe = helper.make_tensor_value_info
+    i, going = describe("loop/i", TensorProto.INT64, []), describe("loop/going", TensorProto.BOOL, [])
+    carried, carried_on = (
+        [describe(name, TensorProto.FLOAT, ["batch", *chunk]) for name in names]
+        for names in (["loop/x", *older], ["loop/x_next", *newer])
     )
+    going_on = describe("loop/going_on", TensorProto.BOOL, [])
+    body = helper.make_graph(nodes, "denoise", [i, going, *carried], [going_on, *carried_on])
     begun = [helper.make_node("Mul", [NOISE, "sampler/start"], ["begun"], name="begun")]
     nothing = [helper.make_node("Sub", ["begun", "begun"], [f"none{i}"], name=f"none{i}") for i in range(1, memory)]
     loop = helper.make_node(

@@ -4,8 +4,8 @@
     metadata    action_diffusion          {"format": 1, "spec": spec.json, "config": config.yaml}, as JSON
                 action_diffusion.golden   inputs and the chunk that torch made of them: safetensors, in base 64
 
-The file is all that is read: tensors that lie in others are refused, as are operators that are not ONNX's own, functions,
-branches, and loops that do not say how often they go round.
+The file is all that is read: tensors that lie in others are refused, as are operators that are not ONNX's own,
+functions, branches, and loops that do not say how often they go round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A policy that ONNX Runtime computes, from a file of `action-diffusion bundle export format=onnx`. No torch is loaded."""
+"""A policy that ONNX Runtime computes, from a file of `bundle export format=onnx`. No torch is loaded."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class OnnxPolicy:
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "auto", threads: int | None = None) -> OnnxPolicy:
-        """From a file. device: cpu, cuda, or auto: the first GPU that this ONNX Runtime can use, or the CPU. threads: of
-        the CPU; None: as many as there are cores for this process. Raises `InputError`."""
+        """From a file. device: cpu, cuda, or auto: a GPU if this ONNX Runtime can use one, or the CPU. threads: of the
+        CPU; None: as many as there are cores for this process. Raises `InputError`."""
         return cls(read(Path(path)), Path(path), device=device, threads=threads)
 
     def use(self, threads: int) -> None:
