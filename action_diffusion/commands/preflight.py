@@ -28,12 +28,14 @@ def train(config: Mapping[str, Any]) -> None:
 
     check_new(config)
     if config["init"] is not None:
+        require(Path(config["init"]).expanduser())
         read_spec(Path(config["init"]).expanduser())
     objective = config["policy"]["objective"]
     name = objective.get("name")
     if name in ("consistency", "distillation") and objective.get("teacher") is None:
         raise InputError(f"objective={name} learns from a policy: policy.objective.teacher=outputs/…/bundle")
     if objective.get("teacher") is not None:
+        require(Path(objective["teacher"]).expanduser())
         read_spec(Path(objective["teacher"]).expanduser())
     encoder = config["policy"]["encoder"]
     weights = encoder.get("weights")
@@ -46,6 +48,7 @@ def train(config: Mapping[str, Any]) -> None:
 def finetune(config: Finetune) -> None:
     """The bundle, its simulator, and a run that is there already."""
     path = Path(config.bundle)
+    require(path)
     spec = read_spec(path)
     read_config(path)
     check_sampler(path, vars(config.sampler))
@@ -99,6 +102,11 @@ def deploy(config: Deploy) -> None:
         read_config(Path(config.bundle))
         check_intending(config.intents, acting(Path(config.bundle), config.extensions))
         check_sampler(Path(config.bundle), vars(config.sampler))
+        if config.scheduling == "rtc" and is_onnx(config.bundle):
+            raise InputError(
+                f"scheduling=rtc: chunks of {config.bundle}, an ONNX file, cannot continue running ones: choose sync, "
+                "naive or ensemble, or give it the bundle"
+            )
     _check_exists("hardware", config.hardware)
     _check_exists("replay", config.replay)
     _check_page(config)

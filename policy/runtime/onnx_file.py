@@ -211,7 +211,7 @@ def _check_graph(graph: Any, onnx: ModuleType, depth: int) -> None:
             continue
         times = whole.get(node.input[0]) if node.op_type == "Loop" and node.input else None
         if times is None or depth or len(inner) != 1 or not 1 <= _number(times, onnx) <= MOST_STEPS:
-            raise InputError(f"a {node.op_type} that is no loop over 1 to {MOST_STEPS} denoising steps")
+            raise InputError(f"operator {node.op_type!r}, which is not one loop over 1 to {MOST_STEPS} denoising steps")
         _check_graph(inner[0], onnx, depth + 1)
 
 

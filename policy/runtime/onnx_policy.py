@@ -31,13 +31,14 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OnnxPolicy:
     """Predicts as `DiffusionPolicy` does, as a fixed graph: nothing acts while a chunk is made.
 
-    `spec`: its specification. `config`: the resolved configuration that it was trained with.
+    `spec`: its specification. `config`: the resolved configuration that it was trained with. `runtime`: in words.
     """
 
     def __init__(self, file: OnnxFile, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         self.spec: PolicySpec = file.spec
         self.config: Mapping[str, Any] = file.config
         self._file, self._path, self._provider = file, path, _provider(device)
+        self.runtime = f"ONNX Runtime {require('onnxruntime').__version__}"
         self.use(threads or _cores())
 
     @classmethod

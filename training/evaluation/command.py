@@ -95,6 +95,8 @@ def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | No
     metrics = path.parent / "metrics.jsonl"
     where: dict[str, Any] = {"output_dir": folder, "metrics_file": metrics if metrics.exists() else None}
     settings = {"bundle": str(path), "sampler": read_config(path)["policy"]["sampler"], **faster}
+    if isinstance(policy, OnnxPolicy):
+        settings["runtime"] = policy.runtime
     if extensions:
         settings["extensions"] = extensions
     if intents := {name: value for name, value in vars(config.intents).items() if value is not None}:
