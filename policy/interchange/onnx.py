@@ -286,7 +286,7 @@ def _loop(policy: DiffusionPolicy, step: Any, chunk: list[int], draws: bool) -> 
     loop/output, whose weights are the file's."""
     from onnx import TensorProto, helper
 
-    memory, clip = policy.sampler.solver.memory, policy.sampler.clip
+    memory, start, clip = policy.sampler.solver.memory, policy.sampler.solver.start, policy.sampler.clip
     nodes = []
 
     def add(operator: str, inputs: Sequence[str], output: str, **options: Any) -> str:
@@ -327,11 +327,12 @@ def _loop(policy: DiffusionPolicy, step: Any, chunk: list[int], draws: bool) -> 
     )
     going_on = describe("loop/going_on", TensorProto.BOOL, [])
     body = helper.make_graph(nodes, "denoise", [i, going, *carried], [going_on, *carried_on])
-    begun = [helper.make_node("Mul", [NOISE, "sampler/start"], ["begun"], name="begun")]
-    nothing = [helper.make_node("Sub", ["begun", "begun"], [f"none{i}"], name=f"none{i}") for i in range(1, memory)]
+    begun = [] if start == 1.0 else [helper.make_node("Mul", [NOISE, "sampler/start"], ["begun"], name="begun")]
+    first = "begun" if begun else NOISE
+    nothing = [helper.make_node("Sub", [first, first], [f"none{i}"], name=f"none{i}") for i in range(1, memory)]
     loop = helper.make_node(
         "Loop",
-        ["sampler/n_steps", "", "begun", *(f"none{i}" for i in range(1, memory))],
+        ["sampler/n_steps", "", first, *(f"none{i}" for i in range(1, memory))],
         ["normalized", *(f"left{i}" for i in range(1, memory))],
         name="denoise",
         body=body,

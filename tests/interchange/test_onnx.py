@@ -30,40 +30,47 @@ from action_diffusion.policy.opening import load
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.runtime.onnx_file import ABOUT, GOLDEN, STEP_NOISE, read
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
-from action_diffusion.policy.spec import ObservationSpec
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec
+from action_diffusion.rotations import RotationColumns
 
-POLICIES = {
-    "ddim": {},
-    "ddim that draws noise": {"sampler": {"scheduler": "ddim", "num_inference_steps": 5, "eta": 1.0}},
-    "ddpm": {"sampler": {"scheduler": "ddpm", "num_inference_steps": 10}},
-    "dpm_solver++": {"sampler": {"scheduler": "dpm_solver++", "num_inference_steps": 6}},
-    "v prediction, clipped samples": {
+UNET = {"name": "unet1d", "channels": [8], "time_dim": 16}
+POLICIES = {  # each part of policies once, since tracing takes seconds
+    "ddim that draws noise, prefix steps": {
+        "sampler": {"scheduler": "ddim", "num_inference_steps": 5, "eta": 1.0},
+        "objective": {"loss": "mse", "max_delay": 2},
+        "denoiser": UNET,
+    },
+    "ddpm, object's frame": {
+        "sampler": {"scheduler": "ddpm", "num_inference_steps": 10},
+        "action_frame": {"name": "planar_object", "observation": "state", "pose": [2, 3, 4]},
+        "denoiser": UNET,
+    },
+    "dpm_solver++, mish": {
+        "sampler": {"scheduler": "dpm_solver++", "num_inference_steps": 6},
+        "denoiser": UNET | {"activation": "mish"},
+    },
+    "v prediction, clipped samples, gaussian normaliser": {
         "process": {"name": "diffusion", "prediction": "v_prediction"},
         "sampler": {"scheduler": "ddim", "num_inference_steps": 4, "clip": "x"},
+        "normalizer": {"default": "gaussian"},
+        "denoiser": UNET,
     },
-    "flow": {
+    "flow, two times": {
+        "objective": {"name": "shortcut"},
         "process": {"name": "flow"},
         "sampler": {"scheduler": "flow", "num_inference_steps": 4, "clip": None},
+        "denoiser": UNET,
     },
-    "mip": {  # which begins with zeros: norms of one channel would then divide nothing by nothing
+    "mip": {  # begins with zeros: norms of one channel would then divide nothing by nothing
         "process": {"name": "mip"},
         "sampler": {"scheduler": "mip", "num_inference_steps": 2},
         "denoiser": {"name": "unet1d", "channels": [16, 32], "time_dim": 16},
     },
-    "gaussian normaliser": {"normalizer": {"default": "gaussian"}},
-    "mish": {"denoiser": {"name": "unet1d", "channels": [8, 16], "time_dim": 16, "activation": "mish"}},
-    "transformer": {"denoiser": {"name": "transformer"}},
+    "transformer, position frame": {
+        "denoiser": {"name": "transformer"},
+        "action_frame": {"name": "position", "observation": "state", "columns": [0, 1], "action_columns": [0, 1]},
+    },
     "dit": {"denoiser": {"name": "dit"}},
-    "prefix steps": {"objective": {"loss": "mse", "max_delay": 2}},
-    "two times": {
-        "objective": {"name": "shortcut"},
-        "process": {"name": "flow"},
-        "sampler": {"scheduler": "flow", "num_inference_steps": 4},
-    },
-    "position frame": {
-        "action_frame": {"name": "position", "observation": "state", "columns": [0, 1], "action_columns": [0, 1]}
-    },
-    "planar object": {"action_frame": {"name": "planar_object", "observation": "state", "pose": [2, 3, 4]}},
 }
 
 
@@ -89,10 +96,7 @@ def exported(policy: DiffusionPolicy, folder: Path, config: Mapping[str, Any] = 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiffusionPolicy, Path]:
     """A policy that draws noise in its steps, and the folder of its bundle and policy.onnx."""
-    changes = {
-        "sampler": {"scheduler": "ddim", "num_inference_steps": 4, "eta": 1.0},
-        "denoiser": {"name": "unet1d", "channels": [8], "time_dim": 16},
-    }
+    changes = {"sampler": {"scheduler": "ddim", "num_inference_steps": 4, "eta": 1.0}, "denoiser": UNET}
     policy, folder = tiny_policy(demonstrations(), **changes), tmp_path_factory.mktemp("onnx")
     exported(policy, folder, TINY | changes)
     return policy, folder
@@ -147,9 +151,28 @@ def test_pictures_with_a_crop_and_a_state_of_two_keys(tmp_path: Path) -> None:
         normalizer={"state": fit(corners), "action": fit(corners[:, :2])},
     )
     encoder = {"name": "observation", "width": 0.25, "stages": 1, "crop": [16, 16], "feature_dim": 8, "keypoints": 4}
-    policy = build_policy(TINY | {"features": {}, "encoder": encoder}, spec).eval()
+    policy = build_policy(TINY | {"features": {}, "encoder": encoder, "denoiser": UNET}, spec).eval()
     onnx = exported(policy, tmp_path)
     assert [difference(policy, onnx, rows) < 1e-4 for rows in (1, 3)] == [True, True]
+
+
+@pytest.mark.slow
+def test_rotations_are_valid_ones(tmp_path: Path) -> None:
+    """Quaternions [x, y, and four values]: of length 1 in the chunk, whatever the network says."""
+    ends, rotation = np.array([[-2.0] * 6, [2.0] * 6]), (RotationColumns(2, "quaternion_xyzw"),)
+    spec = replace(
+        tiny_policy(demonstrations()).spec,
+        observations={"state": ObservationSpec(shape=(6,), rotations=rotation)},
+        action=ActionSpec(shape=(6,), rotations=rotation),
+        normalizer={"state": fit(ends), "action": fit(ends)},
+    )
+    policy = build_policy(TINY | {"features": {}, "denoiser": UNET}, spec).eval()
+    exporter.write(policy, {"policy": TINY}, tmp_path / "policy.onnx", {"in": str(tmp_path / "nowhere")})
+    obs = {"state": np.random.default_rng(0).uniform(-1, 1, (3, 2, 6)).astype(np.float32)}
+    noise = np.random.default_rng(1).standard_normal((3, 8, 6)).astype(np.float32)
+    made = OnnxPolicy.load(tmp_path / "policy.onnx").predict(obs, noise=noise)["action_pred"]
+    np.testing.assert_allclose(np.linalg.norm(made[..., 2:], axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(made, policy.predict(obs, noise=noise)["action_pred"], atol=1e-4)
 
 
 def test_a_single_observation_has_a_single_chunk(onnx: OnnxPolicy, policy: DiffusionPolicy) -> None:
