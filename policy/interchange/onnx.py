@@ -36,7 +36,7 @@ from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.model.unet import ConditionalUnet1d
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.runtime import onnx_file
-from action_diffusion.policy.runtime.onnx_file import ACTION, NOISE, STEP_NOISE, observation_name, require
+from action_diffusion.policy.runtime.onnx_file import ACTION, MOST_BYTES, NOISE, STEP_NOISE, observation_name, require
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.policy.sample import Prefix
 
@@ -115,7 +115,10 @@ def model_of(policy: DiffusionPolicy, opset: int) -> Any:
         raise InputError(
             f"format=onnx: the steps of sampler.scheduler={policy.sampler.scheduler} are not linear, and have no form"
         )
-    chunk = [*(spec.horizon, *spec.action.shape)]
+    n_bytes = sum(weight.numel() * weight.element_size() for weight in policy.parameters())
+    if n_bytes > 0.95 * MOST_BYTES:
+        raise InputError(f"format=onnx: weights of {n_bytes / 1e9:.1f} GB, a file holds {MOST_BYTES / 1e9:.1f} at most")
+    chunk = [spec.horizon, *spec.action.shape]
     obs, names = _example(policy), [observation_name(key) for key in spec.observations]
     with torch.no_grad():
         condition, *now = _Begin(policy)(obs)
@@ -124,11 +127,12 @@ def model_of(policy: DiffusionPolicy, opset: int) -> Any:
     step = _traced(_Step(policy), (x, torch.zeros_like(condition)), ["loop/x", "loop/film"], ["loop/output"], opset)
     end = _traced(_End(policy), (x, *now), ["normalized", "now"][: 1 + len(now)], [ACTION], opset)
     draws = sum(move.draws for move in solver.moves)
-    tables = _tables(policy)
     inputs = [helper.make_tensor_value_info(NOISE, TensorProto.FLOAT, ["batch", *chunk])]
     if draws:
         inputs.append(helper.make_tensor_value_info(STEP_NOISE, TensorProto.FLOAT, ["batch", draws, *chunk]))
     loop = _loop(policy, step, chunk, bool(draws))
+    used = {name for node in (*loop, *loop[-1].attribute[0].g.node) for name in node.input}
+    tables = [table for table in _tables(policy) if table.name in used]
     parts = [_prefixed(graph, name) for graph, name in ((begin, "begin/"), (end, "end/"))]
     graph = helper.make_graph(
         [*parts[0].node, *loop, *parts[1].node],

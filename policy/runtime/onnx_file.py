@@ -75,7 +75,7 @@ def require(library: str) -> ModuleType:
 
 
 def describe(model: Any, spec: PolicySpec, config: Mapping[str, Any], golden: Mapping[str, np.ndarray]) -> None:
-    """Write the metadata into an `onnx.ModelProto`. Raises `InputError` for a golden pair that is too large."""
+    """Write the metadata into an `onnx.ModelProto`."""
     about = json.dumps({"format": FORMAT, "spec": spec.to_json(), "config": dict(config)})
     packed = base64.b64encode(safetensors.numpy.save(dict(golden))).decode()
     for name, value in ((ABOUT, about), (GOLDEN, packed)):
