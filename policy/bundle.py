@@ -36,13 +36,19 @@ from action_diffusion.policy.build import build_policy, check_sections, check_st
 from action_diffusion.policy.extensions.extension import Fitted, attach, write
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import CRITICS, DiffusionPolicy
-from action_diffusion.policy.reading import acting, read_config, read_spec, refuse_targets, require, versions
+from action_diffusion.policy.reading import (
+    GOLDEN_TOLERANCE,
+    acting,
+    read_config,
+    read_spec,
+    refuse_targets,
+    require,
+    versions,
+)
 from action_diffusion.registry import required
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Kinds of devices that hold numbers: torch names some that do not."""
-GOLDEN_TOLERANCE = 1e-3
-"""Largest difference of a golden chunk, as a share of the action's range, that verification accepts."""
 
 
 def save(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.reading import GOLDEN_TOLERANCE
 from action_diffusion.policy.runtime.onnx_file import is_onnx
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from action_diffusion.policy.policy import DiffusionPolicy
 
 RUNTIMES = ("torch", "onnx")
-TOLERANCE = 1e-3
-"""See `bundle.GOLDEN_TOLERANCE`."""
 UNSET: dict[str, tuple[Any, ...]] = {"precision": (None, "fp32"), "compile": (False,), "cuda_graph": (False,)}
 """What does not ask for anything, of options that are ways of torch to compute."""
 
@@ -56,7 +55,7 @@ def load(
     check_fixed(path, options)
     policy = OnnxPolicy.load(path, device=str(device), threads=threads)
     if verify:
-        policy.verify(TOLERANCE)
+        policy.verify(GOLDEN_TOLERANCE)
     return policy
 
 

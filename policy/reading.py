@@ -20,6 +20,8 @@ from action_diffusion.registry import EXTENSIONS
 from action_diffusion.schema import check, shown
 
 FILES = ("model.safetensors", "config.yaml", "spec.json")
+GOLDEN_TOLERANCE = 1e-3
+"""Largest difference of a golden chunk, as a share of the action's range, that verification accepts."""
 MOST_BYTES = 16 * 2**20
 """Of either file."""
 MOST_VALUES = 1_000_000

@@ -26,7 +26,7 @@ action-diffusion bundle inspect PATH     what a policy sees, does, and was train
 
   action-diffusion bundle inspect outputs/a/bundle
 
-PATH is a bundle, or a policy that `bundle import` takes.
+PATH is a bundle, an ONNX file of `bundle export`, or a policy that `bundle import` takes.
 """
 
 IMPORT_HELP = """\
@@ -41,6 +41,9 @@ EXPORT_HELP = """\
 action-diffusion bundle export in=DIR out=PATH format=NAME     a bundle, for another project
 
   action-diffusion bundle export in=outputs/a/bundle out=pretrained_model format=lerobot
+  action-diffusion bundle export in=outputs/a/bundle out=policy.onnx format=onnx opset=18
+
+format=onnx: the whole chunk in one file, which serve, deploy and evaluate take without torch.
 """
 
 

@@ -138,7 +138,9 @@ def _shared(policy: Policy, requests: Sequence[Request | None]) -> SharedControl
     longest = max((person for person in given if person is not None), key=len, default=None)
     if longest is None:
         return None
-    ours = _with_network(policy, "a person can own a part of the action only where the policy's network is at hand")
+    ours = _with_network(
+        policy, "a person can own a part of the action only where the policy is on this machine, by torch"
+    )
     from action_diffusion.policy.extensions.shared import SharedControl
 
     nobody = np.zeros(longest.shape[1], bool), longest[:1]

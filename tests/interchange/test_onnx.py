@@ -34,7 +34,7 @@ from action_diffusion.policy.spec import ActionSpec, ObservationSpec
 from action_diffusion.rotations import RotationColumns
 
 UNET = {"name": "unet1d", "channels": [8], "time_dim": 16}
-POLICIES = {  # each part of policies once, since tracing takes seconds
+POLICIES: dict[str, dict[str, Any]] = {  # each part of policies once, since tracing takes seconds
     "ddim that draws noise, prefix steps": {
         "sampler": {"scheduler": "ddim", "num_inference_steps": 5, "eta": 1.0},
         "objective": {"loss": "mse", "max_delay": 2},
