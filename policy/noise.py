@@ -149,19 +149,26 @@ def set_state(generator: torch.Generator | NumpyGenerator, state: np.ndarray) ->
         raise InputError(f"the bytes are no state of a torch.Generator on a CPU: {error}") from None
 
 
-def draw(shape: Sequence[int], generator: Any) -> np.ndarray:
+def draw(shape: Sequence[int], generator: Any, *, by_numpy: bool = False) -> np.ndarray:
     """Standard normal numbers float32 [B, …]. generator: one for all rows, or a sequence of one for each; None: anew.
 
+    by_numpy: with the same last bits whether torch is loaded or not; a generator of torch goes on as if it had drawn.
     Raises `InputError` for another number of generators than rows.
     """
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise InputError(f"{len(generator)} generators for {shape[0]} rows; give one, or one per row")
-        return np.concatenate([draw((1, *shape[1:]), one) for one in generator])
+        return np.concatenate([draw((1, *shape[1:]), one, by_numpy=by_numpy) for one in generator])
     if generator is None:
         generator = NumpyGenerator(int(np.random.SeedSequence().generate_state(1, np.uint64)[0]))
     if isinstance(generator, NumpyGenerator):
         return generator.normal(int(np.prod(shape))).reshape(shape)
+    if by_numpy:
+        ours = NumpyGenerator()
+        ours.set_state(state_of(generator))
+        values = ours.normal(int(np.prod(shape))).reshape(shape)
+        set_state(generator, ours.state())
+        return values
     import torch
 
     from action_diffusion.policy.diffusion.sampler import draw_noise

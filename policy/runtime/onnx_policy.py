@@ -90,11 +90,13 @@ class OnnxPolicy:
             observation_name(key): np.ascontiguousarray(rows[key], np.uint8 if value.kind == "image" else np.float32)
             for key, value in self.spec.observations.items()
         }
-        given[NOISE] = _shaped(NOISE, draw((n, *chunk), noise_generator) if noise is None else noise, (n, *chunk))
+        given[NOISE] = _shaped(
+            NOISE, draw((n, *chunk), noise_generator, by_numpy=True) if noise is None else noise, (n, *chunk)
+        )
         if STEP_NOISE in self._file.inputs:
             k = self._file.inputs[STEP_NOISE].shape[0]
             if step_noise is None:  # a step after the other, as the sampler draws it
-                step_noise = np.stack([draw((n, *chunk), generator) for _ in range(k)], axis=1)
+                step_noise = np.stack([draw((n, *chunk), generator, by_numpy=True) for _ in range(k)], axis=1)
             given[STEP_NOISE] = _shaped(STEP_NOISE, step_noise, (n, k, *chunk))
         elif step_noise is not None:
             raise InputError(f"step_noise: no step of {self._path} draws noise")

@@ -107,11 +107,13 @@ def test_an_evaluated_file_scores_as_the_bundle(bundle: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_deployed_file_commands_the_simulated_robot(bundle: Path, tmp_path: Path) -> None:
+def test_a_deployed_file_commands_the_simulated_robot(bundle: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "deployed"
     done = without_torch("deploy", f"bundle={bundle.parent / 'policy.onnx'}", f"output_dir={output}", "page=false")
     assert done.returncode == 0, done.stderr
     assert any(step["action"] is not None for step in read_log(output))
+    assert cli.main(["deploy", f"replay={output}", f"bundle={bundle.parent / 'policy.onnx'}"]) == 0
+    assert "bit for bit" in capsys.readouterr().out  # though torch is loaded here
 
 
 @pytest.mark.parametrize(

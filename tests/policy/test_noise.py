@@ -41,6 +41,15 @@ def test_rows_depend_on_their_own_generator_alone() -> None:
     np.testing.assert_allclose(both, draw((2, 3, 4), [generator(1), generator(2)]), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("n", [3, 24, 40])
+def test_by_numpy_both_kinds_draw_the_same_bits_and_go_on_alike(n: int) -> None:
+    torchs, ours = torch.Generator().manual_seed(4), NumpyGenerator(4)
+    for _ in range(2):
+        drawn = draw((2, n), torchs, by_numpy=True)
+        np.testing.assert_array_equal(drawn, draw((2, n), ours))
+    assert np.array_equal(state_of(torchs), state_of(ours))
+
+
 @pytest.mark.parametrize(
     "state",
     [np.zeros(5056, np.uint8), np.zeros(10, np.uint8), np.zeros(5056, np.float32), np.full(5056, 255, np.uint8)],
