@@ -309,6 +309,18 @@ def unknown_operator(model: Any, folder: Path) -> None:
     model.graph.node.append(helper.make_node("NoSuch", ["noise"], ["b"]))
 
 
+def more_memory_than_there_is(model: Any, folder: Path) -> None:
+    size = numpy_helper.from_array(np.array([2**45]), "size")
+    model.graph.initializer.append(size)
+    model.graph.node.insert(0, helper.make_node("ConstantOfShape", ["size"], ["huge"]))
+    model.graph.node.insert(1, helper.make_node("ReduceSum", ["huge"], ["sum"], keepdims=0))
+    for node in model.graph.node:
+        if node.op_type == "Loop":
+            node.input[2] = "more"
+    loop = next(i for i, node in enumerate(model.graph.node) if node.op_type == "Loop")
+    model.graph.node.insert(loop, helper.make_node("Add", ["noise", "sum"], ["more"]))
+
+
 def cut_weights(model: Any, folder: Path) -> None:
     model.graph.initializer[0].raw_data = b"123"
 
@@ -350,6 +362,7 @@ HOSTILE = {
     "another input": (other_input, "its input 'noise'"),
     "another output": (other_output, "its outputs are action"),
     "an operator that there is not": (unknown_operator, "ONNX Runtime cannot compute it"),
+    "more memory than there is": (more_memory_than_there_is, "ONNX Runtime"),
     "weights that are cut": (cut_weights, "ONNX Runtime cannot compute it"),
     "no metadata": (without_metadata, "was not made by"),
     "metadata that is no JSON": (metadata(ABOUT, "{"), "not valid JSON"),
@@ -371,7 +384,7 @@ def test_hostile_files_are_one_line(name: str, file: Path, tmp_path: Path) -> No
     change(model, tmp_path)
     (tmp_path / "p.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        OnnxPolicy.load(tmp_path / "p.onnx")
+        OnnxPolicy.load(tmp_path / "p.onnx").verify(1.0)
     assert "\n" not in str(caught.value)
     assert "p.onnx" in str(caught.value)
 
