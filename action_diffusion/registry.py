@@ -332,6 +332,7 @@ POLICY_FORMATS = Registry(
     {
         "diffusion_policy": "action_diffusion.policy.interchange.diffusion_policy:DIFFUSION_POLICY",
         "lerobot": "action_diffusion.policy.interchange.lerobot:LEROBOT",
+        "onnx": "action_diffusion.policy.interchange.onnx:ONNX",
     },
 )
 FORMATS = Registry(

@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from action_diffusion import choice
 from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.loop.clock import Clock, MonotonicClock
 from action_diffusion.deploy.loop.episode import run_episode
@@ -29,9 +28,10 @@ from action_diffusion.deploy.subscribers import Subscribers
 from action_diffusion.errors import InputError
 from action_diffusion.options import Deploy
 from action_diffusion.policy.action_queue import ActionQueue, check_room
-from action_diffusion.policy.extensions.guard import LEVEL
+from action_diffusion.policy.extensions.watch import LEVEL
 from action_diffusion.policy.history import History
 from action_diffusion.policy.inference import choose_threads
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.progress import progress
 
@@ -57,7 +57,7 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
         robots.check_fit(robot, policy.spec)
         limits = demonstrated(policy.spec.normalizer["action"], config.safety.margin).within(robot.limits)
         _warm_up(policy, queue, guidance, config.guard.action)
-        computing = {"threads": threads, "ways": choice.table().taken, "machine": choice.machine()}
+        computing = {"threads": threads} | _ways(policy)
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
         beside = Path(config.bundle).parent if config.bundle else Path()
         output_dir = Path(config.output_dir) if config.output_dir else beside / stamp
@@ -86,6 +86,15 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
     if log.path.exists():
         _print(log)
     return code
+
+
+def _ways(policy: DeployedPolicy) -> dict[str, Any]:
+    """The kernels that torch took for it, and on what machine; ONNX Runtime does not say."""
+    if isinstance(policy, OnnxPolicy):
+        return {}
+    from action_diffusion import choice
+
+    return {"ways": choice.table().taken, "machine": choice.machine()}
 
 
 def _queue(config: Deploy, spec: PolicySpec) -> ActionQueue:

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +36,20 @@ from action_diffusion.policy.build import build_policy, check_sections, check_st
 from action_diffusion.policy.extensions.extension import Fitted, attach, write
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import CRITICS, DiffusionPolicy
-from action_diffusion.policy.reading import acting, read_config, read_spec, refuse_targets, require
+from action_diffusion.policy.reading import (
+    GOLDEN_TOLERANCE,
+    acting,
+    read_config,
+    read_spec,
+    refuse_targets,
+    require,
+    versions,
+)
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.registry import required
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Kinds of devices that hold numbers: torch names some that do not."""
-GOLDEN_TOLERANCE = 1e-3
-"""Largest difference of a golden chunk, as a share of the action's range, that verification accepts."""
-
-
-def versions() -> dict[str, str]:
-    """The versions that shape a policy's numbers, for `spec.json` and `results.json`."""
-    names = ("action-diffusion", "torch", "torchvision", "diffusers", "numpy", "zarr", "gym-pusht", "pymunk")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def save(
@@ -122,6 +114,7 @@ def load(
     Raises `InputError` naming the file and what is wrong with it.
     """
     path = Path(path)
+    require(path)
     spec, config = read_spec(path), read_config(path)
     policy_config = config.get("policy")
     if not isinstance(policy_config, dict):

@@ -168,13 +168,13 @@ class DiffusionPolicy(nn.Module):
             action = self.normalizer.unnormalize("action", normalized)
         else:
             in_frame = self.normalizer.unnormalize(IN_FRAME, normalized)
-            action = self.action_frame.leave(in_frame, self._now(obs, len(normalized)))
+            action = self.action_frame.leave(in_frame, self._now(obs, normalized.shape[0]))
         return valid(action, self.spec.action.rotations)
 
     def _now(self, obs: Mapping[str, Tensor], rows: int) -> Tensor:
         assert self.action_frame is not None
         now = obs[self.action_frame.observation][:, -1].float().flatten(1)
-        return now.repeat_interleave(rows // len(now), dim=0)
+        return now.repeat_interleave(rows // now.shape[0], dim=0)
 
     def forward(
         self,

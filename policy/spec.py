@@ -22,6 +22,8 @@ MOST_BYTES = 2**30
 """Of the observations that a policy sees at once."""
 MOST_ACTION = 1e30
 """What a normalised value near 0 may stand for, in the data's units."""
+CONSTANT = 1e-6
+"""A dimension whose range is below this share of its magnitude (or below this, near zero) counts as constant."""
 DTYPES = ("float16", "float32", "float64", "uint8", "uint16", "int16", "int32", "int64", "bool")
 Side = Annotated[int, Between(1, MOST_VALUES)]
 Dtype = Annotated[str, OneOf(*DTYPES)]

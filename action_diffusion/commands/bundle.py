@@ -29,7 +29,7 @@ action-diffusion bundle inspect PATH     what a policy sees, does, and was train
 
   action-diffusion bundle inspect outputs/a/bundle
 
-PATH is a bundle, or a policy that `bundle import` takes.
+PATH is a bundle, an ONNX file of `bundle export`, or a policy that `bundle import` takes.
 """
 
 IMPORT_HELP = """\
@@ -50,6 +50,9 @@ EXPORT_HELP = """\
 action-diffusion bundle export in=DIR out=PATH format=NAME     a bundle, for another project
 
   action-diffusion bundle export in=outputs/a/bundle out=pretrained_model format=lerobot
+  action-diffusion bundle export in=outputs/a/bundle out=policy.onnx format=onnx opset=18
+
+format=onnx: the whole chunk in one file, which serve, deploy and evaluate take without torch. opset=18 to 23.
 
 sampler={…} or sampler.NAME=VALUE samples it otherwise than the bundle says: sampler.timestep_spacing=leading.
 """
@@ -83,9 +86,10 @@ def run(words: Sequence[str]) -> int:
 def _inspect(options: Mapping[str, Any]) -> Mapping[str, Any]:
     from action_diffusion.policy.interchange.formats import detected, is_bundle
     from action_diffusion.policy.reading import read_config, read_spec
+    from action_diffusion.policy.runtime.onnx_file import is_onnx
 
     path = Path(options["path"]).expanduser()
-    if is_bundle(path):
+    if is_bundle(path) or is_onnx(path):
         return _described(read_spec(path), read_config(path))
     form = detected(path)
     assert form.read is not None  # `detected` leaves out the others

@@ -26,6 +26,7 @@ from action_diffusion.policy.reading import (
     require,
     trained_on,
 )
+from action_diffusion.policy.runtime.onnx_file import is_onnx
 from action_diffusion.policy.spec import env_words
 from action_diffusion.registry import ARMS, ROBOTS
 
@@ -36,12 +37,14 @@ def train(config: Mapping[str, Any]) -> None:
 
     check_new(config)
     if config["init"] is not None:
+        require(Path(config["init"]).expanduser())
         read_spec(Path(config["init"]).expanduser())
     objective = config["policy"]["objective"]
     name = objective.get("name")
     if name in ("consistency", "distillation") and objective.get("teacher") is None:
         raise InputError(f"objective={name} learns from a policy: policy.objective.teacher=outputs/…/bundle")
     if objective.get("teacher") is not None:
+        require(Path(objective["teacher"]).expanduser())
         read_spec(Path(objective["teacher"]).expanduser())
     encoder = config["policy"]["encoder"]
     weights = encoder.get("weights")
@@ -54,6 +57,7 @@ def train(config: Mapping[str, Any]) -> None:
 def finetune(config: Finetune) -> None:
     """The bundle, its simulator, and a run that is there already."""
     path = Path(config.bundle)
+    require(path)
     spec = read_spec(path)
     read_config(path)
     check_sampler(path, vars(config.sampler))
@@ -80,8 +84,8 @@ def evaluate(config: Evaluate) -> None:
     bundles = [Path(path) for path in config.bundles]
     compare = [] if config.compare is None else [Path(config.compare)]
     for path in (*bundles, *compare):
-        require(path)
-        read_spec(path)
+        if read_spec(path).env is None and is_onnx(path):
+            raise InputError(f"{path}: its task has no simulator, and an ONNX file not the episodes that were held out")
         read_config(path)
         check_intending(config.intents, acting(path, config.extensions))
         check_sampler(path, vars(config.sampler))
@@ -107,6 +111,11 @@ def deploy(config: Deploy) -> None:
         read_config(Path(config.bundle))
         check_intending(config.intents, acting(Path(config.bundle), config.extensions))
         check_sampler(Path(config.bundle), vars(config.sampler))
+        if config.scheduling == "rtc" and is_onnx(config.bundle):
+            raise InputError(
+                f"scheduling=rtc: chunks of {config.bundle}, an ONNX file, cannot continue running ones: choose sync, "
+                "naive or ensemble, or give it the bundle"
+            )
     _check_exists("hardware", config.hardware)
     _check_exists("replay", config.replay)
     _check_page(config)

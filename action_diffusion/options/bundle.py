@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from action_diffusion.options.policy import AnySampler
 from action_diffusion.options.task import Environment, Rate
 from action_diffusion.options.words import AsTyped, Plugins, Word
-from action_diffusion.schema import FilePath
+from action_diffusion.schema import Between, FilePath
+
+OPSETS, OPSET = (18, 23), 18
+"""Of ONNX: what is read and written, and what is written unless another is asked for, which the most programs read."""
 
 
 @dataclass(kw_only=True)
@@ -59,4 +63,5 @@ class BundleExport:
     out: FilePath
     format: AsTyped
     sampler: AnySampler = field(default_factory=AnySampler)
+    opset: Annotated[int, Between(*OPSETS)] | None = None
     plugins: Plugins = None

@@ -43,6 +43,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.process import Process
 from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.extensions.extension import Extension, Fitted
+from action_diffusion.policy.extensions.watch import LEVEL
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded, Prefix
 
@@ -50,7 +51,6 @@ MOST_CONDITIONS, MOST_WINDOWS = 4096, 8192
 """To compare with, and to calibrate on."""
 LEAST_SCALE = 1e-2
 """Of the standard deviation of a condition's value, so that one that hardly ever changed does not decide alone."""
-LEVEL = "guard.level"
 THRESHOLDS = ("chunk", "observation", "usual", "sum")
 HALFWAY = 1.25
 """From a mean to half as much again."""
@@ -187,31 +187,6 @@ class Guard(Extension):
         """Of ratios [B], what a `Watch` sums up."""
         result: Tensor = (ratio - self.thresholds["usual"]) / self.thresholds["sum"]
         return result
-
-
-class Watch:
-    """The cumulative sum of an episode's levels.
-
-    Attributes:
-        sum: >= 0; infinite once a level was no number.
-        alarm: begins where the sum is above 1, and ends with the first level of at most 0, which clears the sum.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """An episode begins, or what was before no longer counts."""
-        self.sum, self.alarm = 0.0, False
-
-    def take(self, level: float) -> bool:
-        """The level of the newest chunk. Returns whether there is an alarm."""
-        if self.alarm and level <= 0.0:
-            self.reset()
-            return False
-        self.sum = math.inf if math.isnan(level) else max(0.0, self.sum + level)
-        self.alarm = self.alarm or self.sum > 1.0
-        return self.alarm
 
 
 class Unusual(NamedTuple):

@@ -8,6 +8,7 @@ Nothing that a file brings is executed, and nothing that it names outside of its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -127,7 +128,10 @@ def trained_on(spec: PolicySpec) -> dict[str, Any]:
 
 
 def made_up(spec: PolicySpec, seed: int = 0) -> dict[str, np.ndarray]:
-    """Observations [To, …] that the normaliser's statistics allow: states within their ranges, images of noise."""
+    """Observations [To, …] that the normaliser's statistics allow: states within their ranges, images of noise.
+
+    Where statistics are of what features make of a state, nobody knows its range: it is from -1 to 1.
+    """
     random = np.random.default_rng(seed)
     observations = {}
     for key, value in spec.observations.items():
@@ -137,6 +141,8 @@ def made_up(spec: PolicySpec, seed: int = 0) -> dict[str, np.ndarray]:
             continue
         statistics = spec.normalizer[key]
         scale, offset = (np.asarray(statistics[name]) for name in ("scale", "offset"))
+        if scale.size != math.prod(value.shape):
+            scale, offset = np.ones(math.prod(value.shape)), np.zeros(math.prod(value.shape))
         normal = random.uniform(-1, 1, (*shape[:1], len(scale)))
         values = (normal - offset) / scale
         if statistics.get("min") is not None:  # which those that never changed keep to

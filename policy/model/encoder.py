@@ -174,7 +174,7 @@ class ObservationEncoder(nn.Module):
             images = self._prepare(key, frames, generator).to(memory_format=self.memory_format)
             features = self.cameras[i % len(self.cameras)](images)
             parts.append(features.float().unflatten(0, frames.shape[:2]))
-        if len({len(part) for part in parts}) > 1:
+        if any(part.shape[0] != parts[0].shape[0] for part in parts[1:]):
             counts = ", ".join(f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys))
             raise InputError(f"observations have different numbers of windows: {counts}")
         steps = torch.cat(parts, dim=2)

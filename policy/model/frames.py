@@ -51,7 +51,7 @@ class Position(ActionFrame):
         self.columns, self.action_columns, self.n_action = list(columns), list(action_columns), n_action
 
     def _origin(self, now: Tensor) -> Tensor:
-        zero, sources = now.new_zeros(len(now)), dict(zip(self.action_columns, self.columns, strict=True))
+        zero, sources = torch.zeros_like(now[:, 0]), dict(zip(self.action_columns, self.columns, strict=True))
         values = [now[:, sources[i]] if i in sources else zero for i in range(self.n_action)]
         return torch.stack(values, dim=-1).unsqueeze(1)
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.model.features import module_name
+from action_diffusion.policy.spec import CONSTANT
 
 KINDS = ("minmax", "gaussian", "identity")
-CONSTANT = 1e-6
-"""A dimension whose range is below this share of its magnitude (or below this, near zero) counts as constant."""
 
 
 def fit(values: np.ndarray, kind: str = "minmax") -> dict[str, Any]:

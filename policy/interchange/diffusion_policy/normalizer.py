@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.model.normalizer import CONSTANT
+from action_diffusion.policy.spec import CONSTANT
 
 NORMALIZER = "normalizer.params_dict."
 """What names of its numbers begin with."""
