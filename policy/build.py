@@ -72,12 +72,14 @@ def fit_normalizer(
     spec: PolicySpec,
     read: Callable[[str], np.ndarray],
     read_chunks: Callable[[str], tuple[np.ndarray, np.ndarray]],
+    weigh: Callable[[str], np.ndarray | None] = lambda _: None,
 ) -> dict[str, dict[str, Any]]:
     """Statistics of every state key (after its features), of the action, and of the action in its frame.
 
     `read(key)` gives all the training steps [N, D] of an observation key or of "action". `read_chunks(key)` gives, for
-    all the training windows, that key's value now [W, D] and the chunk [W, H, A]. `config`: {"default": kind, and a
-    kind for each key that differs}.
+    all the training windows, that key's value now [W, D] and the chunk [W, H, A]. `weigh(key)` says how much each of
+    the steps of a key counts [N], for `IN_FRAME` each of the windows [W] (`normalizer.fit`). `config`: {"default":
+    kind, and a kind for each key that differs}.
     """
     kinds = dict(config["normalizer"])
     default = str(kinds.pop("default", "minmax"))
@@ -93,12 +95,14 @@ def fit_normalizer(
         if key in features:
             with torch.no_grad():
                 values = features[key](torch.from_numpy(np.asarray(values, np.float32))).numpy()
-        statistics[key] = normalizer_module.fit(values, kinds.get(key, default))
+        statistics[key] = normalizer_module.fit(values, kinds.get(key, default), weigh(key))
     frame = build_action_frame(config.get("action_frame"), spec)
     if frame is not None:
         now, chunks = (torch.from_numpy(np.asarray(part, np.float32)) for part in read_chunks(frame.observation))
         values = frame.enter(chunks, now.flatten(1)).flatten(0, 1).numpy()
-        statistics[IN_FRAME] = normalizer_module.fit(values, kinds.get("action", default))
+        weights = weigh(IN_FRAME)
+        each = None if weights is None else np.repeat(weights, chunks.shape[1])
+        statistics[IN_FRAME] = normalizer_module.fit(values, kinds.get("action", default), each)
     return statistics
 
 

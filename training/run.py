@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -22,6 +23,8 @@ from rich.markup import escape
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from action_diffusion.datasets.batches import sources
+from action_diffusion.datasets.batches.loader import BatchSource
+from action_diffusion.datasets.batches.mixing import parts_of
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
@@ -76,7 +79,7 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
     )
     if accelerator.device.type == "cpu" and winograd.library() is None:
         say("no C compiler was at hand at installation: training takes longer than it could (action-diffusion info)")
-    say("\n".join(map(escape, learnt_from(spec, buffer))), soft_wrap=True)
+    say("\n".join(map(escape, [*learnt_from(spec, buffer), *data.table()])), soft_wrap=True)
     earlier = newest[0] / "bundle" if newest else _path(config["init"])
     known = episodes.record(buffer, spec, data, earlier)
     trainer = _trainer(config, settings, policy, data, known, accelerator, output_dir)
@@ -197,6 +200,7 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
         seed=config["seed"],
         max_episodes=dataset["max_episodes"],
         subset=dataset["subset"],
+        parts=parts_of(buffer, dataset, sources.names(config["data"])),
         memory_gb=dataset["memory_gb"],
         cache_dir=_path(dataset["cache_dir"]),
         gain=gain,
@@ -237,7 +241,7 @@ def _policy(
     taught = config["policy"]["objective"].get("teacher")
     init = config["init"] or taught
     if init is None and checkpoint is None:
-        statistics = fit_normalizer(config["policy"], spec, data.statistics_rows, data.chunks)
+        statistics = fit_normalizer(config["policy"], spec, data.statistics_rows, data.chunks, data.statistics_weights)
         spec = replace(spec, normalizer=statistics)
         return spec, build_policy(config["policy"], spec)
     path = Path(init) if checkpoint is None else checkpoint / "bundle"
@@ -296,11 +300,13 @@ def _trainer(
         project = settings.wandb_project if settings.wandb else None
         metrics = MetricsLog(output_dir, tensorboard=settings.tensorboard, wandb=project, run_name=output_dir.name)
     reference = data.held_out if data.held_out is not None else data.train
-    validation = Validation(policy, reference, count=config["dataset"]["val_windows"])
+    validation = Validation(
+        policy, reference, count=config["dataset"]["val_windows"], parts=_validated(data, reference)
+    )
     rollouts = None
     if spec.env is not None and settings.rollout_every:
         rollouts = Rollouts(policy, env=spec.env, n_episodes=settings.rollout_episodes)
-    first = reference.gather(validation.indices[:1]).obs
+    first = reference.gather(validation.indices[0][:1]).obs
     golden = {key: first[key][0].cpu().numpy() for key in spec.observations}
     return Trainer(
         policy=policy,
@@ -310,6 +316,7 @@ def _trainer(
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             crop=getattr(policy.encoder, "early_crop", None),
+            draws=data.draws(config["seed"]),
         ),
         settings=settings,
         accelerator=accelerator,
@@ -322,6 +329,18 @@ def _trainer(
         validate=validation if settings.validate_every else None,
         rollout=rollouts,
     )
+
+
+def _validated(data: TrainingData, reference: BatchSource) -> dict[str, tuple[np.ndarray, float]]:
+    """Of parts that have weights: the windows of each in `reference`, if there are any, and its share."""
+    if data.parts.weights is None:
+        return {}
+    of_window, found = data.part_of_windows(reference), {}
+    for part, (name, share) in enumerate(zip(data.parts.names, data.shares(), strict=True)):
+        own = np.flatnonzero(of_window == part)
+        if len(own):
+            found[name] = own, float(share)
+    return found
 
 
 def _spawn(config: dict[str, Any], processes: int) -> dict[str, Any]:

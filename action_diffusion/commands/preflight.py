@@ -163,10 +163,12 @@ def _check_exists(name: str, path: str | None) -> None:
 
 def _check_data(config: Mapping[str, Any]) -> None:
     """Of what training reads: named columns, that buffers go together, that crops are no larger than images."""
+    from action_diffusion.datasets.batches.mixing import check_weights, parts_of
     from action_diffusion.datasets.batches.sources import HUMAN, look_at, names
     from action_diffusion.training import columns
 
     data, task, drop = config["data"], config["task"], config["drop"]
+    check_weights(config["dataset"]["weights"], data)
     if data == HUMAN:
         return  # it may have to be downloaded
     cache_dir = config["dataset"]["cache_dir"]
@@ -175,6 +177,7 @@ def _check_data(config: Mapping[str, Any]) -> None:
     buffer = columns.together(buffers, task, drop, gain)
     columns.check_action(buffer, columns.action_source(task))
     columns.check_rate(buffer, task["control_rate"])
+    parts_of(buffer, config["dataset"], names(data))
     drawn = {key for one in buffers for key in columns.drawn(task, drop, one)}
     for key, options in columns.observed(task, drop, buffer, gain).items():
         source = options.get("source") or key

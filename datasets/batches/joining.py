@@ -55,6 +55,7 @@ def joined(buffers: Sequence[ReplayBuffer], needed: Collection[str]) -> ReplayBu
         left_out={key: reason for buffer in buffers for key, reason in buffer.left_out.items()} | differences,
         name=" and ".join(buffer.name for buffer in buffers),
         paths=[path for buffer in buffers for path in buffer.paths],
+        parts=[buffer.n_episodes for buffer in buffers],
     )
 
 
