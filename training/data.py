@@ -26,8 +26,7 @@ from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.datasets.storage.times import timed
 from action_diffusion.envs import IN_PROCESSES
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.policy import IN_FRAME
-from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.policy.spec import IN_FRAME, ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.rotations import RotationColumns
 from action_diffusion.training import columns
 
@@ -210,6 +209,11 @@ class TrainingData:
         indices = np.arange(len(self.train))
         now, rows = self.train.windows.now(indices), self.train.windows.rows(indices)
         return self.train.values(key)[now], self.train.windowed("action", rows).cpu().numpy()
+
+    def history(self, key: str) -> np.ndarray:
+        """For every training window what is seen of the observation `key`, [W, To, ...]."""
+        rows = self.train.windows.rows(np.arange(len(self.train)))[:, : self.train.n_obs_steps]
+        return self.train.windowed(key, rows).cpu().numpy()
 
     def statistics_rows(self, key: str) -> np.ndarray:
         """What the training windows hold of an observation, or of "action": [n, ...], each row at least once.

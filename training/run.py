@@ -31,7 +31,7 @@ from action_diffusion.files import atomic_path
 from action_diffusion.options import Train, TrainSettings, plain
 from action_diffusion.options.policy import DiffusionQlOptions
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.build import build_policy, fit_normalizer
+from action_diffusion.policy.build import build_policy, check_statistics, fit_normalizer
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
@@ -241,7 +241,9 @@ def _policy(
     taught = config["policy"]["objective"].get("teacher")
     init = config["init"] or taught
     if init is None and checkpoint is None:
-        statistics = fit_normalizer(config["policy"], spec, data.statistics_rows, data.chunks, data.statistics_weights)
+        statistics = fit_normalizer(
+            config["policy"], spec, data.statistics_rows, data.chunks, data.statistics_weights, data.history
+        )
         spec = replace(spec, normalizer=statistics)
         return spec, build_policy(config["policy"], spec)
     path = Path(init) if checkpoint is None else checkpoint / "bundle"
@@ -266,6 +268,10 @@ def _policy(
         action=_turned(spec.action, theirs.action),
     )
     policy = build_policy(config["policy"], spec)
+    try:
+        check_statistics(policy)
+    except InputError as error:
+        raise InputError(f"{what_is_it}: {error}") from None
     bundles.load_weights(policy, path, new=("denoiser.span_",) if checkpoint is None and taught else ())
     if taught:
         policy.learn_from(bundles.load(Path(taught), data.train.device))

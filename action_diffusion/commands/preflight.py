@@ -192,9 +192,11 @@ def _check_data(config: Mapping[str, Any]) -> None:
 def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:
     """That no part of the policy is made for what it is not to see."""
     frame = policy.get("action_frame") or {}
+    named = [frame.get(option) or () for option in ("observation", "position", "rotation")]
+    framed = {key.partition("@")[0] for keys in named for key in ([keys] if isinstance(keys, str) else keys)}
     features = [key for key, options in (policy.get("features") or {}).items() if options is not None]
     for name in drop:
-        for part in ["features"] * (name in features) + ["action_frame"] * (name == frame.get("observation")):
+        for part in ["features"] * (name in features) + ["action_frame"] * (name in framed):
             raise InputError(f"drop=[{name}]: policy.{part} is made from it; give policy.{part}=null, or keep {name}")
 
 

@@ -16,8 +16,7 @@ from action_diffusion.datasets.batches.joining import joined
 from action_diffusion.datasets.batches.mixing import NONE, Draws, parts_of, table
 from action_diffusion.errors import InputError
 from action_diffusion.policy.model.normalizer import fit
-from action_diffusion.policy.policy import IN_FRAME
-from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.policy.spec import IN_FRAME, ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.data import StepBatches, TrainingData, prepare
 
 WEIGHTS = {"weights": [0.7, 0.3]}
