@@ -81,6 +81,12 @@ class RotationColumns:
             return self.reference or zeros
         return (1.0, *zeros[1:]) if self.representation == "quaternion_wxyz" else (*zeros[1:], 1.0)
 
+    @property
+    def no_rotation(self) -> str:
+        """What `missing` looks for, in words."""
+        six = self.representation == "rotation_6d"
+        return "6D rotations whose axes are zero or parallel" if six else "quaternions of zeros"
+
     def fitted(self, values: np.ndarray) -> RotationColumns:
         """With the mean rotation of rows [N, D] for its reference, so that few of them lie half a turn from it."""
         if self.representation not in SIZES:
@@ -90,8 +96,15 @@ class RotationColumns:
         return replace(self, reference=_mean(rows, self.representation)) if len(rows) else self
 
     def missing(self, values: np.ndarray) -> np.ndarray:
-        """Which rows of `values` [N, D] hold no rotation, [N] bool: quaternions of zeros."""
-        length = np.linalg.norm(np.asarray(values, np.float64)[:, self.columns], axis=1)
+        """Which rows of `values` [N, D] hold no rotation, [N] bool: quaternions of zeros, and 6D whose axes are zero or
+        parallel."""
+        part = np.asarray(values, np.float64)[:, self.columns]
+        if self.representation == "rotation_6d":
+            first, second = part[:, :3], part[:, 3:]
+            lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+            area = np.linalg.norm(np.cross(first, second), axis=1)
+            return np.asarray(area <= _SHORTEST * np.maximum(lengths, _SHORTEST))
+        length = np.linalg.norm(part, axis=1)
         return np.asarray((length < _SHORTEST) & (WIDTHS[self.representation] == 4))
 
 

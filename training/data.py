@@ -166,7 +166,7 @@ def _fitted(
         missing = np.flatnonzero(rotation.missing(rows))
         if len(missing):
             raise InputError(
-                f"{buffer.name}: {source!r} has quaternions of zeros, which are no rotation, in {len(missing)} rows, "
+                f"{buffer.name}: {source!r} has {rotation.no_rotation}, which are no rotation, in {len(missing)} rows, "
                 f"row {missing[0]} first: mend these, or drop their episodes (action-diffusion data doctor lists them)"
             )
     fitted = [rotation.fitted(rows) for rotation in rotations]

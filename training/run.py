@@ -36,13 +36,24 @@ from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training import checkpoints, columns, episodes, resuming
-from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
+from action_diffusion.training.data import (
+    StepBatches,
+    TrainingData,
+    describe,
+    held_out_indices,
+    learnt_from,
+    prepare,
+)
 from action_diffusion.training.evaluation.held_out import choose, evaluate_held_out
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.trainer import Trainer
 from action_diffusion.training.validation import Rollouts, Validation
 
+_LOOKED_AT = 1024
+"""Windows."""
+_MARGIN, _NOTED = 0.1, 0.01
+"""Of half the range that is normalised to; the share of actions beyond it that is worth a line."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -71,6 +82,8 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
     spec, policy = _policy(config, spec, data, newest[0] if newest else None)
     if policy.objective.rewarded:
         policy.to(accelerator.device).learn_from_rewards()
+    if config["init"] is not None and not newest and (line := _beyond(policy, data)):
+        say(f"{line} that {config['init']} was trained on")
     settings = _fit_batch(settings, len(data.train), accelerator.num_processes, say)
     say(
         f"[bold]{spec.task}[/]: {buffer.n_episodes} episodes, {buffer.n_steps:,} steps, {len(data.train):,} windows "
@@ -276,6 +289,25 @@ def _policy(
     if taught:
         policy.learn_from(bundles.load(Path(taught), data.train.device))
     return spec, policy
+
+
+def _beyond(policy: DiffusionPolicy, data: TrainingData) -> str | None:
+    """How many of the actions lie where no chunk can be, with statistics that are those of other data; None: hardly
+    any."""
+    if policy.sampler.clip is None:
+        return None
+    windows, states = data.train.windows, policy.spec.states
+    rows = windows.rows(held_out_indices(data.train, _LOOKED_AT))
+    obs = {key: data.train.windowed(key, rows[:, : policy.spec.n_obs_steps]).cpu() for key in states}
+    action = policy.normalize_action(data.train.windowed("action", rows).cpu(), obs)
+    low, high = policy.sampler.bounds or (-policy.sampler.clip_range, policy.sampler.clip_range)
+    share = float(((action < low - _MARGIN) | (action > high + _MARGIN)).any(-1).float().mean())
+    if share < _NOTED:
+        return None
+    return (
+        f"{100 * share:.0f} % of the actions are beyond what the policy can do, as its statistics stay and "
+        "policy.sampler.clip keeps chunks within them (null lets them out): they are unlike those"
+    )
 
 
 def _fit_batch(settings: TrainSettings, windows: int, processes: int, say: Any) -> TrainSettings:

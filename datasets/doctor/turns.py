@@ -50,7 +50,8 @@ def renamed(survey: Survey) -> Iterator[Finding]:
             for episode, (start, end) in enumerate(zip(survey.starts, survey.ends, strict=True)):
                 none = np.flatnonzero(missing[start:end]) + start
                 if len(none):
-                    span, words = (int(none[0]), int(none[-1])), f"{where}: zeros, which are no rotation"
+                    span, what = (int(none[0]), int(none[-1])), "zeros" if size == 4 else "zero or parallel axes"
+                    words = f"{where}: {what}, which are no rotation"
                     yield Finding(
                         "rotation", key, episode, *span, len(none), words, _NONE, dimensions=dimensions, rotation=place
                     )

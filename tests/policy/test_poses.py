@@ -195,6 +195,11 @@ def test_numbers_that_do_not_say_which_rotation_they_are_are_refused(representat
         Pose(spec=spec(representation), position="pose0")
 
 
+def test_rows_that_are_no_6d_rotation_are_found() -> None:
+    rows = np.array([[1, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0], [2, 0, 0, 4, 0, 0], [0.1, 0, 0, 0, 0.1, 0]])
+    assert RotationColumns(0, "rotation_6d").missing(rows).tolist() == [False, True, True, False]
+
+
 CONFIG = {
     "normalizer": {"default": "minmax"},
     "encoder": {"name": "observation"},
@@ -284,11 +289,14 @@ def test_a_motion_of_the_tool_is_learnt_for_starts_that_nobody_demonstrated() ->
     """Demonstrated upright, done anywhere. Absolute poses learn it where it was demonstrated, and only there."""
     demonstrations, alike = windows(upright(200, 0), 0), windows(upright(100, 1), 1)
     elsewhere = windows((Rotation.random(100, random_state=3), np.random.default_rng(2).uniform(-1, 1, (100, 3))), 1)
-    policies = [trained(frame, *demonstrations, steps=400) for frame in (FRAME, None)]
-    relative, absolute = ([error(policy, *tests) for tests in (alike, elsewhere)] for policy in policies)
+    subtracted = {"name": "position", "observation": "pose0", "columns": [0, 1, 2], "action_columns": [0, 1, 2]}
+    policies = [trained(frame, *demonstrations, steps=400) for frame in (FRAME, subtracted, None)]
+    relative, position, absolute = ([error(policy, *tests) for tests in (alike, elsewhere)] for policy in policies)
     for metres, radians in relative:
         assert metres < 0.01
         assert radians < 0.05
+    assert position[0][0] < 0.02
+    assert position[1][0] > 0.05
     assert absolute[0][0] < 0.05
     assert absolute[0][1] < 0.15
     assert absolute[1][0] > 0.1

@@ -242,6 +242,20 @@ def test_corrections_are_one_command(data, corrections, tmp_path):
     assert specs[0]["normalizer"] == specs[1]["normalizer"]
 
 
+@pytest.mark.slow
+def test_actions_that_an_initialisation_cannot_do_are_said(data, tmp_path, capsys):
+    assert main(arguments(data, tmp_path / "first", "train.max_steps=1", "policy.action_frame=null")) == 0
+    buffer, first = ReplayBuffer.open(data), tmp_path / "first" / "bundle"
+    arrays = {"state": buffer["state"][:], "action": buffer["action"][:] + np.float32(1000)}
+    ReplayBuffer.from_arrays(arrays, buffer.episode_ends).save(tmp_path / "far.zarr")
+    capsys.readouterr()
+    for path, told in ((tmp_path / "far.zarr", True), (data, False)):
+        words = arguments(path, tmp_path / path.stem, "train.max_steps=1", f"init={first}")
+        assert main([*words, "policy.action_frame=null"]) == 0
+        said = "100 % of the actions are beyond what the policy can do" in capsys.readouterr().err
+        assert said == told
+
+
 FORKING = """
 import functools, sys
 import torch.multiprocessing
