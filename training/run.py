@@ -296,10 +296,10 @@ def _beyond(policy: DiffusionPolicy, data: TrainingData) -> str | None:
     any."""
     if policy.sampler.clip is None:
         return None
-    windows, states = data.train.windows, policy.spec.states
-    rows = windows.rows(held_out_indices(data.train, _LOOKED_AT))
-    obs = {key: data.train.windowed(key, rows[:, : policy.spec.n_obs_steps]).cpu() for key in states}
-    action = policy.normalize_action(data.train.windowed("action", rows).cpu(), obs)
+    rows = data.train.windows.rows(held_out_indices(data.train, _LOOKED_AT))
+    seen = {key: data.train.windowed(key, rows[:, : policy.spec.n_obs_steps]) for key in policy.spec.states}
+    obs = {key: value.to(policy.device) for key, value in seen.items()}
+    action = policy.normalize_action(data.train.windowed("action", rows).to(policy.device), obs).cpu()
     low, high = policy.sampler.bounds or (-policy.sampler.clip_range, policy.sampler.clip_range)
     share = float(((action < low - _MARGIN) | (action > high + _MARGIN)).any(-1).float().mean())
     if share < _NOTED:
