@@ -269,7 +269,11 @@ FEATURES = Registry(
 ACTION_FRAMES = Registry(
     "action frame",
     "action_frames",
-    {"planar_object": f"{_POLICY}.frames:PlanarObjectFrame", "position": f"{_POLICY}.frames:Position"},
+    {
+        "planar_object": f"{_POLICY}.frames:PlanarObjectFrame",
+        "pose": f"{_POLICY}.poses:Pose",
+        "position": f"{_POLICY}.frames:Position",
+    },
 )
 ENVS = Registry(
     "environment",

@@ -224,8 +224,8 @@ def verify_golden(policy: DiffusionPolicy, path: Path) -> float:
         golden = load_numpy(file)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a readable safetensors file: {error}") from None
-    shape = (1, policy.spec.horizon, *policy.spec.action.shape)
-    for name, expected in (("noise", shape), ("action_pred", shape[1:])):
+    chunk = (policy.spec.horizon, *policy.spec.action.shape)
+    for name, expected in (("noise", (1, *policy.spec.noise_shape)), ("action_pred", chunk)):
         if name not in golden or golden[name].shape != expected:
             raise InputError(f"{file}: no {name!r} of shape {list(expected)}, so the bundle cannot be verified")
     obs = {key.removeprefix("obs."): value for key, value in golden.items() if key.startswith("obs.")}
@@ -280,8 +280,7 @@ def _golden(policy: DiffusionPolicy, state: Mapping[str, Any], obs: Mapping[str,
     training = policy.training
     policy.load_state_dict(dict(state))
     policy.eval()
-    shape = (1, policy.spec.horizon, *policy.spec.action.shape)
-    noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal((1, *policy.spec.noise_shape)).astype(np.float32)
     chunk = policy.predict(obs, noise=noise, generator=torch.Generator(policy.device).manual_seed(0))
     policy.load_state_dict(own)
     policy.train(training)

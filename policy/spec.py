@@ -16,6 +16,8 @@ from action_diffusion.rotations import RotationColumns, check_rotations
 from action_diffusion.schema import Between, OneOf, Sized, check
 
 FORMAT = 1
+IN_FRAME = "action_in_frame"
+"""The normaliser's key for actions in the policy's action frame; "action" is always for those in the data's units."""
 MOST_VALUES = 100_000
 """Of a state, or of an action; an image may have as many pixels as `MOST_BYTES` allows."""
 MOST_BYTES = 2**30
@@ -131,6 +133,13 @@ class PolicySpec:
                 f"{self.n_obs_steps} steps of observations take {seen * self.n_obs_steps / 1e9:.3g} GB, at most "
                 f"{MOST_BYTES / 1e9:.3g} GB can be"
             )
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """[H, D] of the noise that a chunk is made of, and of the chunk as the denoiser has it: of an action in the
+        policy's frame, which may have another number of values than one in the data."""
+        in_frame = self.normalizer.get(IN_FRAME)
+        return self.horizon, self.action.shape[0] if in_frame is None else len(in_frame["scale"])
 
     @property
     def states(self) -> dict[str, ObservationSpec]:

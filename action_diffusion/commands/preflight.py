@@ -181,10 +181,12 @@ def _check_exists(name: str, path: str | None) -> None:
 
 def _check_data(config: Mapping[str, Any]) -> None:
     """Of what training reads: named columns, that buffers go together, that crops are no larger than images."""
+    from action_diffusion.datasets.batches.mixing import check_weights, parts_of
     from action_diffusion.datasets.batches.sources import HUMAN, look_at, names
     from action_diffusion.training import columns
 
     data, task, drop = config["data"], config["task"], config["drop"]
+    check_weights(config["dataset"]["weights"], data)
     if data == HUMAN:
         return  # it may have to be downloaded
     cache_dir = config["dataset"]["cache_dir"]
@@ -193,6 +195,7 @@ def _check_data(config: Mapping[str, Any]) -> None:
     buffer = columns.together(buffers, task, drop, gain)
     columns.check_action(buffer, columns.action_source(task))
     columns.check_rate(buffer, task["control_rate"])
+    parts_of(buffer, config["dataset"], names(data))
     drawn = {key for one in buffers for key in columns.drawn(task, drop, one)}
     for key, options in columns.observed(task, drop, buffer, gain).items():
         source = options.get("source") or key
@@ -207,9 +210,11 @@ def _check_data(config: Mapping[str, Any]) -> None:
 def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:
     """That no part of the policy is made for what it is not to see."""
     frame = policy.get("action_frame") or {}
+    named = [frame.get(option) or () for option in ("observation", "position", "rotation")]
+    framed = {key.partition("@")[0] for keys in named for key in ([keys] if isinstance(keys, str) else keys)}
     features = [key for key, options in (policy.get("features") or {}).items() if options is not None]
     for name in drop:
-        for part in ["features"] * (name in features) + ["action_frame"] * (name == frame.get("observation")):
+        for part in ["features"] * (name in features) + ["action_frame"] * (name in framed):
             raise InputError(f"drop=[{name}]: policy.{part} is made from it; give policy.{part}=null, or keep {name}")
 
 

@@ -11,6 +11,9 @@ from action_diffusion.options.words import MOST_STEPS, Column, Columns, Finite, 
 from action_diffusion.registry import POLICY_PARTS
 from action_diffusion.schema import Above, Between, ByName, FilePath, Matching, OneOf, Section, Sized, check
 
+Keys = str | Annotated[list[str], Sized(1, 16)]
+"""Of observations, one for each gripper."""
+
 
 @dataclass
 class ContextOptions:
@@ -161,6 +164,16 @@ class PositionFrameOptions:
 
 
 @dataclass
+class PoseFrameOptions:
+    """`policy.action_frame`, see `policy.model.poses.Pose`."""
+
+    position: Keys
+    rotation: Keys | None = None
+    action_positions: Columns | None = None
+    observed: Annotated[str, OneOf("relative", "absolute")] = "relative"
+
+
+@dataclass
 class PlanarObjectFrameOptions:
     """`policy.action_frame`, see `policy.frames.PlanarObjectFrame`."""
 
@@ -276,7 +289,11 @@ COMPONENTS: dict[str, dict[str, type]] = {
         "sobolev": SobolevOptions,
     },
     "features": {"sin_cos": SinCosOptions, "magnified": MagnifiedOptions, "planar_object": PlanarObjectOptions},
-    "action_frame": {"planar_object": PlanarObjectFrameOptions, "position": PositionFrameOptions},
+    "action_frame": {
+        "planar_object": PlanarObjectFrameOptions,
+        "pose": PoseFrameOptions,
+        "position": PositionFrameOptions,
+    },
 }
 
 

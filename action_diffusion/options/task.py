@@ -53,7 +53,7 @@ OWN_ENVS = {"pusht": PushTOptions, "gymnasium": GymnasiumOptions}
 Environment = Annotated[Section, ByName({name: OWN_ENVS.get(name, ManipulationOptions) for name in ENVS.own}, ENVS)]
 Rate = Annotated[float, Above(0, 10_000)]
 Rotation = Annotated[str, Matching("a rotation, such as quaternion_xyzw or rotation_vector@3", bool)]
-"""Of a column of the buffer: its representation (`action_diffusion.rotations.SIZES`), and @ where it begins."""
+"""Of a column of the buffer: its representation (`action_diffusion.rotations.WIDTHS`), and @ where it begins."""
 Steps = Annotated[int, Between(1, MOST_STEPS)]
 
 

@@ -109,7 +109,7 @@ class RemotePolicy:
         batched = self.spec.check(obs)
         rows = {key: np.asarray(obs[key] if batched else np.asarray(obs[key])[None]) for key in self.spec.observations}
         n, shape = len(next(iter(rows.values()))), (self.spec.horizon, *self.spec.action.shape)
-        noise = self._noise(noise, noise_generator, (n, *shape))
+        noise = self._noise(noise, noise_generator, (n, *self.spec.noise_shape))
         drawing = _of_rows(generator, n)
         answers = []
         for row, steps in enumerate(drawing):

@@ -117,8 +117,8 @@ class ClientSession:
         options: dict[str, Any] = {}
         if "noise" in extra:
             options["noise"] = _finite(decode_array(extra["noise"], "noise"), "noise")[None]
-            if options["noise"].shape[1:] != (horizon, n_actions):
-                raise InputError(f"noise has shape {list(options['noise'].shape[1:])}, not {[horizon, n_actions]}")
+            if options["noise"].shape[1:] != (expected := self._spec.noise_shape):
+                raise InputError(f"noise has shape {list(options['noise'].shape[1:])}, not {list(expected)}")
         if "generator" in extra:
             options["generator"] = _generator(decode_array(extra["generator"], "generator"))
         if "running" in extra:

@@ -89,8 +89,7 @@ class Guard(Extension):
         conditions = torch.cat([policy.see(batch.obs).condition for batch in _batches(train, np.sort(known))])
         noise = torch.randn(
             len(options["sigmas"]),
-            policy.spec.horizon,
-            *policy.spec.action.shape,
+            *policy.spec.noise_shape,
             generator=torch.Generator().manual_seed(options["seed"]),
         )
         arrays = {
@@ -251,7 +250,7 @@ def _episodes(windows: Windows, random: np.random.Generator) -> list[np.ndarray]
 def _check(policy: DiffusionPolicy, fitted: Fitted) -> None:
     """`InputError` for arrays that are not what `fit` stores."""
     count, columns = len(fitted.arrays.get("grid", ())), np.shape(fitted.arrays.get("scale", 0))
-    chunk = (count, policy.spec.horizon, *policy.spec.action.shape)
+    chunk = (count, *policy.spec.noise_shape)
     expected = {"scale": columns[:1] or (1,), "noise": chunk, "grid": (count, 3), "thresholds": (len(THRESHOLDS),)}
     expected["conditions"] = (len(fitted.arrays.get("conditions", ())), *columns)
     for name, shape in expected.items():

@@ -25,9 +25,10 @@ from action_diffusion.policy.spec import CONSTANT
 KINDS = ("minmax", "gaussian", "identity")
 
 
-def fit(values: np.ndarray, kind: str = "minmax") -> dict[str, Any]:
+def fit(values: np.ndarray, kind: str = "minmax", weights: np.ndarray | None = None) -> dict[str, Any]:
     """Statistics of `values` [N, D] as plain numbers: kind, scale, offset (normalised = x · scale + offset), min, max.
 
+    weights: float [N], how much each counts in the mean and the deviation (min and max are of all); None: as any.
     Raises `InputError` for an unknown kind or an empty array.
     """
     if kind not in KINDS:
@@ -41,9 +42,12 @@ def fit(values: np.ndarray, kind: str = "minmax") -> dict[str, Any]:
         scale = 2.0 / np.where(constant, 1.0, high - low)
         offset = -1.0 - low * scale
     elif kind == "gaussian":
-        deviation = data.std(axis=0)
+        mean, deviation = data.mean(axis=0), data.std(axis=0)
+        if weights is not None:
+            mean = np.average(data, axis=0, weights=weights)
+            deviation = np.average((data - mean) ** 2, axis=0, weights=weights) ** 0.5
         scale = 1.0 / np.where(constant, 1.0, deviation)
-        offset = -data.mean(axis=0) * scale
+        offset = -mean * scale
     else:
         scale, offset = np.ones_like(low), np.zeros_like(low)
     if kind != "identity":

@@ -63,7 +63,7 @@ class DiffusionQl(Denoising):
     def critics(self, policy: DiffusionPolicy) -> OfflineCritics:
         value = Value(
             condition_dim=condition_dim(policy),
-            action_dim=policy.spec.n_action_steps * policy.spec.action.shape[0],
+            action_dim=policy.spec.n_action_steps * policy.spec.noise_shape[1],
             octaves=self.octaves,
             hidden=self.hidden,
             members=self.members,
@@ -129,9 +129,7 @@ class DiffusionQl(Denoising):
     ) -> Tensor:
         """r + γⁿ · min Q'(s', a'), [B]; r alone at the end of an episode."""
         seen = critics.actor.see(outcome.next_obs).condition
-        noise = torch.randn(
-            (len(seen), policy.spec.horizon, *policy.spec.action.shape), generator=generator, device=seen.device
-        )
+        noise = torch.randn((len(seen), *policy.spec.noise_shape), generator=generator, device=seen.device)
         chunk = critics.actor.sample(outcome.next_obs, noise=noise, generator=generator).normalized
         following = critics.target(seen, executed(policy, chunk)).amin(0)
         target: Tensor = outcome.reward + outcome.discount * ~outcome.done * following
