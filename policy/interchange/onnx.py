@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -115,6 +116,8 @@ def model_of(policy: DiffusionPolicy, opset: int) -> Any:
         raise InputError(
             f"format=onnx: the steps of sampler.scheduler={policy.sampler.scheduler} are not linear, and have no form"
         )
+    if spec.noise_shape != (spec.horizon, *spec.action.shape):
+        raise InputError("format=onnx: policy.action_frame has other numbers than the action, and no form yet")
     n_bytes = sum(weight.numel() * weight.element_size() for weight in policy.parameters())
     if n_bytes > 0.95 * MOST_BYTES:
         raise InputError(f"format=onnx: weights of {n_bytes / 1e9:.1f} GB, a file holds {MOST_BYTES / 1e9:.1f} at most")
@@ -162,7 +165,9 @@ class _Begin(nn.Module):
         seen = self.policy.see(dict(zip(self.policy.spec.observations, obs, strict=True)))
         condition = self.policy.denoiser.prepare(seen.condition, self.times).condition
         frame = self.policy.action_frame
-        return (condition,) if frame is None else (condition, seen.obs[frame.observation][:, -1].float().flatten(1))
+        if frame is None:
+            return (condition,)
+        return condition, torch.cat([seen.obs[key][:, -1].float().flatten(1) for key in frame.observations], dim=1)
 
 
 class _Step(nn.Module):
@@ -187,8 +192,11 @@ class _End(nn.Module):
 
     def forward(self, normalized: Tensor, now: Tensor | None = None) -> Tensor:
         frame = self.policy.action_frame
-        seen = {} if frame is None or now is None else {frame.observation: now.unsqueeze(1)}
-        return self.policy.unnormalize_action(normalized, seen)
+        if frame is None or now is None:
+            return self.policy.unnormalize_action(normalized, {})
+        sizes = [math.prod(self.policy.spec.states[key].shape) for key in frame.observations]
+        parts = now.unsqueeze(1).split(sizes, dim=-1)
+        return self.policy.unnormalize_action(normalized, dict(zip(frame.observations, parts, strict=True)))
 
 
 def _example(policy: DiffusionPolicy) -> tuple[Tensor, ...]:
