@@ -228,7 +228,8 @@ class DiffusionPolicy(nn.Module):
                 said = network_of(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
             taught["teacher"] = Teacher(said, teacher.sampler)
         pairs = self.objective.pairs(network, self.process, x0, generator, **taught)
-        return self.objective.reduced(pairs, self.process, counts, len(x0))
+        weights = self.objective.weights(self, condition, x0)
+        return self.objective.reduced(pairs, self.process, counts, len(x0), weights)
 
     def shown(
         self, obs: Mapping[str, Tensor], action: Tensor, generator: torch.Generator | None

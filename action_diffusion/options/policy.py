@@ -261,6 +261,7 @@ class DiffusionQlOptions(DenoisingOptions):
     pessimism: Annotated[float, Between(0, 1e6)] = 1.0
     quantile: Annotated[float, Above(0, 1)] = 0.95
     spread: Annotated[float, Between(0, 100)] = 0.5
+    temperature: Annotated[float, Above(0, 1e6)] | None = None
     warmup: Annotated[int, Between(0, 1_000_000_000)] = 1000
     follow: Annotated[float, Above(0, 1)] = 0.005
     reward: str | None = None
