@@ -146,29 +146,25 @@ def signed(value: float, digits: int) -> str:
 
 
 def verdict(
-    names: Sequence[str],
-    difference: str,
-    interval: Sequence[str] | None,
-    sign: float,
-    *,
-    words: tuple[str, str],
-    pairs: str,
-    chance: float | None = None,
+    names: Sequence[str], difference: str, sure: str | None, sign: float, *, words: tuple[str, str], pairs: str
 ) -> str:
     """Which minus which, and what it says, in a sentence.
 
-    interval: None of a single pair. sign: of the difference, 0 where it may be chance. words: for a positive and a
-    negative one. pairs: what they are. chance: p of a test, where there was one.
+    sure: how sure that is ("95 % interval …"); None of a single pair. sign: of the difference, 0 where it may be
+    chance. words: for a positive and a negative one. pairs: what they are.
     """
     begin = f"{names[0]} minus {names[1]}: {difference}"
-    if interval is None:
+    if sure is None:
         return f"{begin}; one of the {pairs} alone does not say what others would give."
-    begin += f", 95 % interval {interval[0]} to {interval[1]}"
-    begin += "" if chance is None else f", p = {chance:.2g}"
-    begin += f". On these {pairs} "
+    begin += f", {sure}. On these {pairs} "
     if sign == 0:
         return f"{begin}the two cannot be told apart."
     return f"{begin}{names[0]} {words[sign < 0]}."
+
+
+def interval_words(interval: Sequence[float], digits: int) -> str:
+    """How sure a difference is, for `verdict`."""
+    return f"95 % interval {signed(interval[0], digits)} to {signed(interval[1], digits)}"
 
 
 def sign_flip_test(differences: Sequence[float] | np.ndarray, *, seed: int = 0) -> float:
@@ -213,8 +209,8 @@ def needed_pairs(differences: Sequence[float] | np.ndarray) -> int | None:
     if len(data) == 1 or (data == data[0]).all() or data.mean() == 0:
         return None
     sure, strong = stats.norm.ppf((1 + CONFIDENCE) / 2), stats.norm.ppf(POWER)
-    effect = abs(data.mean()) / data.std(ddof=1)
-    return math.ceil(((sure + strong) / effect) ** 2 + sure**2 / 2)
+    effect = float(abs(data.mean()) / data.std(ddof=1))
+    return math.ceil(float(((sure + strong) / effect) ** 2 + sure**2 / 2))
 
 
 def _checked(values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -20,7 +20,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.policy.spec import env_words
-from action_diffusion.statistics import counts, paired_interval, paired_scores, sign_of, signed, spread, verdict
+from action_diffusion.statistics import (
+    counts,
+    interval_words,
+    paired_interval,
+    paired_scores,
+    sign_of,
+    signed,
+    spread,
+    verdict,
+)
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
@@ -51,7 +60,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str] = (
         "verdict": verdict(
             names,
             f"{signed(found['mean_difference'], 3)} in mean score",
-            None if len(a["scores"]) == 1 else [signed(end, 3) for end in interval],
+            None if len(a["scores"]) == 1 else interval_words(interval, 3),
             sign_of(interval),
             words=("scores higher", "scores lower"),
             pairs="starts",
@@ -184,7 +193,7 @@ def _compare_errors(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[
     said = verdict(
         names,
         f"{signed(100 * difference, 1)} % of range in mean action error",
-        interval and [signed(100 * end, 1) for end in interval],
+        interval and interval_words([100 * end for end in interval], 1),
         0 if interval is None else sign_of(interval),
         words=("errs more", "errs less"),
         pairs="episodes",
