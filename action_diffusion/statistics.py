@@ -179,7 +179,7 @@ def sign_flip_test(differences: Sequence[float] | np.ndarray, *, seed: int = 0) 
     Source: R. A. Fisher, "The Design of Experiments" (1935), section 21.
     """
     data = _checked(differences)
-    if not data.any():
+    if len(data) == 1 or not data.any():
         return 1.0
     found = stats.permutation_test(
         (data,),

@@ -138,7 +138,7 @@ def test_needed_pairs_says_nothing_without_a_difference_or_a_spread(differences:
 
 @pytest.mark.parametrize(
     ("better", "worse", "equal"),
-    [(3, 0, 0), (3, 0, 7), (6, 0, 0), (6, 1, 3), (2, 2, 1), (0, 0, 4), (0, 9, 0)],
+    [(3, 0, 0), (3, 0, 7), (6, 0, 0), (6, 1, 3), (2, 2, 1), (0, 0, 4), (0, 9, 0), (1, 0, 0)],
 )
 def test_the_sign_flip_test_is_mcnemars_of_successes(better: int, worse: int, equal: int) -> None:
     differences = [1.0] * better + [-1.0] * worse + [0.0] * equal
