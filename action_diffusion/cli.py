@@ -183,6 +183,10 @@ def _evaluate(overrides: list[str], config_dir: str | None) -> int:
 
     config = settings("evaluate", overrides, config_dir)
     preflight.evaluate(config)
+    if config.robot is not None:
+        from action_diffusion.deploy.trials import session
+
+        return session.run(config)
     from action_diffusion.training.evaluation.command import run
 
     for results, folder in run(config):

@@ -15,6 +15,7 @@ from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.ipc.rings import Moment
 from action_diffusion.deploy.loop.events import NoSubscriber, Subscriber
 from action_diffusion.deploy.loop.operator import MOST_VALUES, NoOperator, Operator, PageOperator
+from action_diffusion.deploy.loop.trial_operator import TrialOperator
 from action_diffusion.deploy.page.link import PageLink, page_port
 from action_diffusion.deploy.page.view import AboutRun
 from action_diffusion.deploy.records.reader import plain_limits
@@ -54,6 +55,7 @@ class Subscribers:
         limits: of the loop's gate.
         output_dir: where the record goes.
         computing: torch's threads and the kernels' ways, on which the last bits of a chunk depend.
+        trials: the page is blinded, and a person starts and marks every run (`TrialOperator`).
         say: takes a line for whoever started the run.
 
     Raises:
@@ -69,6 +71,7 @@ class Subscribers:
         limits: Limits,
         output_dir: Path,
         computing: Mapping[str, object] | None = None,
+        trials: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
         self.subscriber: Subscriber = NoSubscriber()
@@ -90,11 +93,13 @@ class Subscribers:
             return
         output = output_dir / RECORD if config.record else None
         attrs = _attrs({**asdict(config), **(computing or {})}, robot, spec, limits)
+        attrs["kind"] = "trials" if trials else "deployment"
         self.subscriber = self._recording = RunStream(processes.folder, spec, output=output, attrs=attrs)
         try:
             if port is not None:
                 self._teleoperator = teleoperator(config, processes, limits)
-                self._open(config, processes, _about(processes, spec, limits, config), port)
+                about = _about(processes, spec, limits, config)
+                self._open(config, processes, {**about, "trials": trials}, port)
         except BaseException:
             self.close()
             raise
@@ -110,19 +115,33 @@ class Subscribers:
             about=about,
             stops=True,
         )
-        self.operator = PageOperator(robot.folder, waits=config.wait, teleoperator=self._teleoperator, say=self._say)
+        if about["trials"]:
+            self.operator = TrialOperator(robot.folder, idle=lambda: self._idle(robot), say=self._say)
+        else:
+            waits, teleoperator = config.wait, self._teleoperator
+            self.operator = PageOperator(robot.folder, waits=waits, teleoperator=teleoperator, say=self._say)
         self._say(f"the operator's page: {self._page.url}")
+
+    def _idle(self, robot: ProcessRobot) -> bool:
+        """Whether there is a page for the person who is waited for."""
+        robot.arm.renew()
+        return self._page is not None and self._page.alive
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the emergency stop is set."""
+        return self._page is not None and self._emergency.t > 0
 
     def between(self) -> None:
         """Between two episodes: after an emergency stop, wait until it is cleared, and for a start after that.
 
         Raises `InputError` where nobody is there who could clear it.
         """
-        if self._page is None or not self._emergency.t:
+        if self._page is None or not self.stopped:
             return
         assert isinstance(self.operator, PageOperator)
         self._say("emergency stop: clear it on the page, then press Start")
-        while self._emergency.t:
+        while self.stopped:
             if not self._page.alive:
                 raise InputError("the emergency stop is set, and the page where it could be cleared is gone")
             time.sleep(0.05)
@@ -153,6 +172,7 @@ def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, config: Deploy
         "high": limits.high.tolist(),
         "plane": robot.plane,
         "teleop": config.teleop,
+        "trials": False,
         "parts": [] if config.server else _parts(robot, len(limits.low)),
     }
 
@@ -170,7 +190,6 @@ def _parts(robot: ProcessRobot, size: int) -> list[list[int]]:
 def _attrs(config: Mapping[str, object], robot: Robot, spec: PolicySpec, limits: Limits) -> dict[str, object]:
     """What a replay has to know."""
     return {
-        "kind": "deployment",
         "format": 1,
         "version": __version__,
         "task": spec.task,

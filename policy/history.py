@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -15,16 +15,18 @@ class History:
 
     Args:
         n_obs_steps: To (>= 1).
+        keys: of what is observed, which are kept; None: all.
 
     Raises:
         InputError: for a To below 1, and for observations that change shape or keys.
     """
 
-    def __init__(self, n_obs_steps: int) -> None:
+    def __init__(self, n_obs_steps: int, keys: Collection[str] | None = None) -> None:
         if n_obs_steps < 1:
             raise InputError(f"n_obs_steps is {n_obs_steps}; it must be at least 1")
         self._observations: deque[dict[str, np.ndarray]] = deque(maxlen=n_obs_steps)
         self.n_obs_steps = n_obs_steps
+        self._keys = keys
 
     def reset(self) -> None:
         """Forget everything: a new episode begins."""
@@ -33,7 +35,8 @@ class History:
     def observe(self, observation: Mapping[str, np.ndarray]) -> None:
         """Add the newest observation: arrays of any shape by key, the same keys and shapes throughout."""
         # Copied, because simulators and cameras reuse their buffers.
-        observation = {key: np.array(value) for key, value in observation.items()}
+        kept = observation if self._keys is None else self._keys
+        observation = {key: np.array(value) for key, value in observation.items() if key in kept}
         if self._observations:
             _check_same(observation, self._observations[-1])
         self._observations.append(observation)

@@ -37,7 +37,7 @@ def run(options: Mapping[str, Any]) -> Mapping[str, Any]:
     from action_diffusion.datasets.batches.sources import open_data
     from action_diffusion.datasets.doctor.examine import examine
     from action_diffusion.datasets.edit.inspection import inspect
-    from action_diffusion.training.evaluation.page import write_page
+    from action_diffusion.report_page import write_page
 
     buffer = open_data(options["path"])
     name = Path(buffer.name).name
@@ -56,7 +56,7 @@ def _body(buffer: ReplayBuffer, found: Inspection, findings: Sequence[Finding]) 
     from action_diffusion.datasets.edit.inspection import ranges_of, shaped
     from action_diffusion.datasets.edit.plotting import drawn
     from action_diffusion.memory import sized
-    from action_diffusion.training.evaluation.page import card, figure, grid, note, number_table, section, setting_table
+    from action_diffusion.report_page import card, figure, grid, note, number_table, section, setting_table
 
     lengths = found.lengths
     size = sum(key.n_bytes for key in found.keys) if found.n_bytes is None else found.n_bytes
@@ -86,7 +86,7 @@ def _body(buffer: ReplayBuffer, found: Inspection, findings: Sequence[Finding]) 
 
 def _findings(findings: Sequence[Finding]) -> str:
     from action_diffusion.datasets.doctor.finding import grouped, rows_of
-    from action_diffusion.training.evaluation.page import folded, note
+    from action_diffusion.report_page import folded, note
 
     if not findings:
         return note("Nothing found.")
@@ -107,7 +107,7 @@ def _episodes(buffer: ReplayBuffer, found: Inspection, findings: Sequence[Findin
     from action_diffusion.datasets.edit.plotting import small_png
     from action_diffusion.datasets.storage.tasks import episode_tasks
     from action_diffusion.progress import progress
-    from action_diffusion.training.evaluation.page import figure, folded, grid
+    from action_diffusion.report_page import figure, folded, grid
 
     counts = Counter(finding.episode for finding in findings)
     starts = buffer.episode_ends - found.lengths

@@ -77,18 +77,21 @@ def finetune(config: Finetune) -> None:
 
 def evaluate(config: Evaluate) -> None:
     """The bundles, what there is to hold them against, and an evaluation that is there already."""
+    if not config.paths:
+        raise InputError("bundle=[] names no bundle")
+    if config.robot is not None:
+        _check_trials(config)
+        return
     from action_diffusion.training.evaluation.results import check_new
 
     if config.output_dir is not None:
         check_new(Path(config.output_dir))
-    bundles = [Path(path) for path in config.bundles]
+    bundles = [Path(path) for path in config.paths]
     compare = [] if config.compare is None else [Path(config.compare)]
     for path in (*bundles, *compare):
         if read_spec(path).env is None and is_onnx(path):
             raise InputError(f"{path}: its task has no simulator, and an ONNX file not the episodes that were held out")
-        read_config(path)
-        check_intending(config.intents, acting(path, config.extensions))
-        check_sampler(path, vars(config.sampler))
+        _check_bundle(config, path)
     simulated = [path for path in (*bundles, *compare) if read_spec(path).env is not None]
     others = [path for path in (*bundles, *compare) if path not in simulated]
     if simulated and others:
@@ -101,6 +104,35 @@ def evaluate(config: Evaluate) -> None:
     trained = [trained_on(read_config(path), path) for path in others]
     if trained and config.data is None:
         _check_held_out(data_for(trained[0], others[0], None), others)
+
+
+def _check_bundle(config: Evaluate, path: Path) -> None:
+    require(path)
+    read_spec(path)
+    read_config(path)
+    check_intending(config.intents, acting(path, config.extensions))
+    check_sampler(path, vars(config.sampler))
+
+
+def _check_trials(config: Evaluate) -> None:
+    """The bundles, the robot, that all fit, a page for whoever marks, and the plan of trials that are there already."""
+    from action_diffusion.deploy.fitting import check_spec
+    from action_diffusion.deploy.trials.plan import check_together, planned
+
+    for path in config.paths:
+        _check_bundle(config, Path(path))
+    options = config.deployment(config.paths[0])
+    _check_exists("hardware", config.hardware)
+    _check_page(options)
+    if config.scheduling not in SCHEDULINGS:
+        raise unknown("scheduling", config.scheduling, SCHEDULINGS)
+    _check_robot(options.robot, config.hardware)
+    if config.page is False and _in_cell(options.robot):
+        raise InputError("page=false: somebody has to mark the runs of a real robot, on the page")
+    check_together({path: read_spec(Path(path)) for path in config.paths})
+    for path in config.paths:
+        check_spec(config.deployment(path), read_spec(Path(path)))
+    planned(config, None if config.output_dir is None else Path(config.output_dir))
 
 
 def deploy(config: Deploy) -> None:
@@ -161,10 +193,15 @@ def _check_robot(name: str, hardware: str | None) -> None:
     """That there is one of this name, and a file of a real one."""
     if name not in ROBOTS and name not in ARMS and ":" not in name:
         raise unknown("robot", name, ROBOTS)
-    if name not in ROBOTS or ROBOTS[name] == ROBOTS["ur"]:  # an arm of that name, in a cell that the file describes
+    if _in_cell(name):
         from action_diffusion.deploy.robot.cell import read_cell
 
         read_cell(hardware)
+
+
+def _in_cell(name: str) -> bool:
+    """Whether it is an arm of that name, in a cell that a file describes."""
+    return name not in ROBOTS or ROBOTS[name] == ROBOTS["ur"]
 
 
 def _check_page(config: Deploy | Collect) -> None:

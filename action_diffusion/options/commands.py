@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated
 
 from action_diffusion.errors import InputError
@@ -28,34 +28,6 @@ from action_diffusion.options.words import (
     Share,
 )
 from action_diffusion.schema import Above, Between, FilePath, OneOf, Section, Sized
-
-
-@dataclass(kw_only=True)
-class Evaluate:
-    """`action-diffusion evaluate`."""
-
-    bundle: FilePath | list[FilePath]
-    compare: FilePath | None = None
-    n_episodes: Count = 50
-    seed: Seed = 100_000
-    n_envs: Annotated[int, Between(1, 4096)] | None = None
-    policy_batch: Annotated[int, Between(1, 4096)] | None = None
-    n_videos: Annotated[int, Between(0, 1000)] = 6
-    output_dir: FilePath | None = None
-    device: Device = "auto"
-    precision: Precision = "fp32"
-    compile: bool = False
-    cuda_graph: bool = False
-    extensions: Extensions | None = None
-    intents: Intending = field(default_factory=Intending)
-    plugins: Plugins = None
-    data: Data | None = None
-    sampler: AnySampler = field(default_factory=AnySampler)
-
-    @property
-    def bundles(self) -> list[str]:
-        """`bundle`, one or several."""
-        return [self.bundle] if isinstance(self.bundle, str) else list(self.bundle)
 
 
 @dataclass(kw_only=True)
@@ -153,31 +125,17 @@ class GuardSettings:
 
 
 @dataclass(kw_only=True)
-class Deploy:
-    """`action-diffusion deploy`."""
+class OnRobot:
+    """What `deploy`, and `evaluate robot=…`, say of a policy that runs on a robot."""
 
-    bundle: FilePath | None = None
-    server: Address | None = None
-    server_timeout: Annotated[float, Above(0, 1e5)] = 5.0
-    token_file: FilePath | None = None
-    robot: str = "sim_pusht"
     hardware: FilePath | None = None
     dry_run: bool = False
-    n_episodes: Count = 1
-    seed: Seed = 100_000
     scheduling: str = "sync"
-    delay: Annotated[int, Between(0, MOST_STEPS)] | None = None
     execution_horizon: Annotated[int, Between(1, MOST_STEPS)] | None = None
-    rtc: RtcSettings = field(default_factory=RtcSettings)
+    seed: Seed = 100_000
     page: bool | Port | None = None
     page_host: str = "127.0.0.1"
     page_token_file: FilePath | None = None
-    teleop: str | None = None
-    wait: bool = False
-    record: bool = True
-    replay: FilePath | None = None
-    calibrate: bool = False
-    calibration: Calibration = field(default_factory=Calibration)
     extensions: Extensions | None = None
     intents: Intending = field(default_factory=Intending)
     plugins: Plugins = None
@@ -188,10 +146,30 @@ class Deploy:
     cuda_graph: bool = False
     limits: Section | None = None
     obstacles: Section | None = None
-    simulated: Simulated = field(default_factory=Simulated)
     safety: Safety = field(default_factory=Safety)
-    guard: GuardSettings = field(default_factory=GuardSettings)
     sampler: AnySampler = field(default_factory=AnySampler)
+
+
+@dataclass(kw_only=True)
+class Deploy(OnRobot):
+    """`action-diffusion deploy`."""
+
+    bundle: FilePath | None = None
+    server: Address | None = None
+    server_timeout: Annotated[float, Above(0, 1e5)] = 5.0
+    token_file: FilePath | None = None
+    robot: str = "sim_pusht"
+    n_episodes: Count = 1
+    delay: Annotated[int, Between(0, MOST_STEPS)] | None = None
+    rtc: RtcSettings = field(default_factory=RtcSettings)
+    teleop: str | None = None
+    wait: bool = False
+    record: bool = True
+    replay: FilePath | None = None
+    calibrate: bool = False
+    calibration: Calibration = field(default_factory=Calibration)
+    simulated: Simulated = field(default_factory=Simulated)
+    guard: GuardSettings = field(default_factory=GuardSettings)
 
     def __post_init__(self) -> None:
         chosen = [f"sampler.{name}" for name, value in vars(self.sampler).items() if value is not None]
@@ -199,6 +177,57 @@ class Deploy:
         chosen += [name for name in ("extensions", "compile", "cuda_graph") if getattr(self, name)]
         if self.server is not None and chosen:
             raise InputError(f"{chosen[0]} is for whoever predicts: give it to action-diffusion serve")
+
+
+@dataclass(kw_only=True)
+class Evaluate(OnRobot):
+    """`action-diffusion evaluate`: in simulation, on held-out episodes, or, with `robot`, on a robot."""
+
+    bundle: FilePath | list[FilePath] | None = None
+    compare: FilePath | None = None
+    n_episodes: Count = 50
+    n_envs: Annotated[int, Between(1, 4096)] | None = None
+    policy_batch: Annotated[int, Between(1, 4096)] | None = None
+    n_videos: Annotated[int, Between(0, 1000)] = 6
+    data: Data | None = None
+    robot: str | None = None
+    bundles: FilePath | list[FilePath] | None = None
+    trials: Annotated[int, Between(1, 10_000)] = 20
+
+    def __post_init__(self) -> None:
+        if self.bundle is None and self.bundles is None:
+            raise InputError("bundle is required: action-diffusion evaluate bundle=…")
+        if self.bundle is not None and self.bundles is not None:
+            raise InputError("bundle= and bundles= are the same: give one of them")
+        defaults = {
+            one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(self)
+        }
+        for name in ON_ROBOT if self.robot is None else NOT_ON_ROBOT:
+            if getattr(self, name) != defaults[name]:
+                raise InputError(
+                    f"{name}= is for a robot: give robot=…"
+                    if self.robot is None
+                    else f"{name}= means nothing with robot=…"
+                )
+
+    @property
+    def paths(self) -> list[str]:
+        """The bundles, one or several."""
+        given = self.bundle if self.bundles is None else self.bundles
+        return [given] if isinstance(given, str) else list(given or ())
+
+    def deployment(self, bundle: str) -> Deploy:
+        """What runs `bundle` on the robot."""
+        same = {one.name: getattr(self, one.name) for one in fields(OnRobot)}
+        return Deploy(bundle=bundle, robot=self.robot or "", **same)
+
+
+ON_ROBOT = (
+    *("trials", "hardware", "dry_run", "scheduling", "execution_horizon", "limits", "obstacles", "safety"),
+    *("page", "page_host", "page_token_file"),
+)
+NOT_ON_ROBOT = ("compare", "n_episodes", "n_envs", "policy_batch", "n_videos", "data")
+"""Options of `Evaluate` that mean something only with `robot`, and only without."""
 
 
 @dataclass(kw_only=True)

@@ -39,8 +39,8 @@ from action_diffusion.policy.diffusion.process import Diffusion
 from action_diffusion.policy.objectives.distillation import Distillation
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.progress import progress
+from action_diffusion.statistics import bootstrap_interval
 from action_diffusion.training.evaluation.rollouts import BATCH
-from action_diffusion.training.evaluation.statistics import bootstrap_interval
 from benchmarks.command import command, options, whole
 from benchmarks.report import machine
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from action_diffusion.deploy.loop.virtual import VirtualEpisode
 from action_diffusion.files import atomic_path
-from action_diffusion.training.evaluation.statistics import bootstrap_interval, paired_interval
+from action_diffusion.statistics import bootstrap_interval, paired_interval
 from benchmarks.report import machine
 
 DELAY = 4

@@ -130,7 +130,7 @@ def evaluate(folder: Path, *, n_episodes: int, seed: int, sampling: Sequence[str
 
 def report(folder: Path, deployed: dict[str, Any], evaluated: dict[str, Any]) -> None:
     """The table, and results.json."""
-    from action_diffusion.training.evaluation.statistics import wilson_interval
+    from action_diffusion.statistics import wilson_interval
 
     latency, scores = deployed["latency"], list(deployed["scores"].values())
     successes = sum(score >= 1 for score in scores)

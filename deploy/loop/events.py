@@ -16,6 +16,9 @@ import numpy as np
 from action_diffusion.deploy.robot.robots import Observation
 from action_diffusion.policy.action_queue import Request
 
+ENDINGS = ("stop: ", "broken: ", "the arm's process")
+"""How the reasons begin for which a robot ends an episode by itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
@@ -60,6 +63,11 @@ class StepRecord:
     guard_alarm: bool = False
     owned: int = 0
     person: list[float] | None = None
+
+
+def endings(step: StepRecord) -> list[str]:
+    """Why the robot ended the episode by itself in this step; nothing where it did not."""
+    return [reason for reason in step.interventions if reason.startswith(ENDINGS)]
 
 
 class Outcome(NamedTuple):

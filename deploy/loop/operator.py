@@ -27,26 +27,28 @@ if TYPE_CHECKING:  # the page's process imports this, and none of the simulators
 
 MOST_VALUES = 32
 """Of a command that somebody points at, or shares with the policy."""
-ORDERS: Fields = {"order": ("i4", ()), "owned": ("i8", ())}
+ORDERS: Fields = {"order": ("i4", ()), "owned": ("i8", ()), "score": ("f8", ())}
 POINTS: Fields = {"size": ("i4", ()), "values": ("f8", (MOST_VALUES,))}
 MODES: Fields = {"mode": ("i4", ()), "owned": ("i8", ())}
 EVERYTHING = -1
 """Is owned, see `bits`."""
 STALE = 0.5
 """How old (s) a person's command may be; then the robot holds."""
-_LOOK = 0.02
+LOOK = 0.02
+"""Between two looks (s) at what the person says, while nothing moves."""
 
 
 class Mode(enum.IntEnum):
-    """Who commands. OVER: no episode is under way."""
+    """Who commands. OVER: no episode is under way. RESET, MARK: nor is one in these, and the person is asked to set the
+    scene up, or how it went (`trial_operator`)."""
 
-    POLICY, PAUSED, PERSON, OVER = 0, 1, 2, 3
+    POLICY, PAUSED, PERSON, OVER, RESET, MARK = 0, 1, 2, 3, 4, 5
 
 
 class Order(enum.IntEnum):
-    """What a person may ask the loop for."""
+    """What a person may ask the loop for. SCORE, REDO, UNDO: of trials (`trial_operator`)."""
 
-    START, PAUSE, TAKE_OVER, SUCCESS, FAILURE, OWN = 1, 2, 3, 4, 5, 6
+    START, PAUSE, TAKE_OVER, SUCCESS, FAILURE, OWN, SCORE, REDO, UNDO = 1, 2, 3, 4, 5, 6, 7, 8, 9
 
 
 def bits(owned: np.ndarray | None) -> int:
@@ -61,6 +63,7 @@ def owned_of(number: int, size: int) -> np.ndarray | None:
 
 
 MARKS = {Order.SUCCESS: "success", Order.FAILURE: "failure"}
+MODE_OF = {Order.START: Mode.POLICY, Order.PAUSE: Mode.PAUSED, Order.TAKE_OVER: Mode.PERSON}
 
 
 class Teleoperator(Protocol):
@@ -213,15 +216,16 @@ class PageOperator:
                 self.owned = int(record.values["owned"])
                 self._become(self._mode)
             elif self._mode is not Mode.OVER:
-                self._obey(order)
+                self._obey(order, float(record.values["score"]))
             elif order in (Order.PAUSE, Order.START):
                 self._next_waits = order is Order.PAUSE
 
-    def _obey(self, order: Order) -> None:
+    def _obey(self, order: Order, score: float) -> None:
+        """score: of a mark that has one."""
         if order in MARKS:
             self.mark = MARKS[order]
             return
-        mode = {Order.START: Mode.POLICY, Order.PAUSE: Mode.PAUSED, Order.TAKE_OVER: Mode.PERSON}[order]
+        mode = MODE_OF.get(order, self._mode)
         if mode is not self._mode or order is Order.START:  # once more: where the guard holds, that goes on
             self._fresh = True
             self._become(mode)
@@ -232,7 +236,7 @@ class PageOperator:
         while self._mode is Mode.PAUSED and self.mark is None:
             if hold()[1]:
                 return False
-            time.sleep(_LOOK)
+            time.sleep(LOOK)
             self.listen()
         return self.mark is None
 
@@ -260,13 +264,13 @@ class Orders:
         self._orders = RingWriter(folder / "orders", fields=ORDERS, n_slots=4096)
         self._points = RingWriter(folder / "points", fields=POINTS, n_slots=64)
 
-    def give(self, order: Order) -> None:
-        """Ask the loop for it."""
-        self._orders.append(time.monotonic(), {"order": int(order), "owned": EVERYTHING})
+    def give(self, order: Order, *, score: float = 0.0) -> None:
+        """Ask the loop for it. score: of a `SCORE`, in [0, 1]."""
+        self._orders.append(time.monotonic(), {"order": int(order), "owned": EVERYTHING, "score": score})
 
     def own(self, owned: np.ndarray) -> None:
         """From now on these values, bool [A <= MOST_VALUES], are the person's while they command."""
-        self._orders.append(time.monotonic(), {"order": int(Order.OWN), "owned": bits(owned)})
+        self._orders.append(time.monotonic(), {"order": int(Order.OWN), "owned": bits(owned), "score": 0.0})
 
     def point(self, values: np.ndarray) -> None:
         """A command [A <= MOST_VALUES], for the time in which the person commands."""

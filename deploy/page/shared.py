@@ -32,7 +32,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from action_diffusion.deploy.serve.access import is_authorized, is_loopback, read_token, require_token, session
 
 STATIC = Path(__file__).resolve().parent / "static"
-COMMON = ("page.css", "shared.js", "draw.js", "stop.js")
+COMMON = ("page.css", "shared.js", "draw.js", "stop.js", "trial.js")
 """Files of `STATIC` that every page uses."""
 COOKIE = "action-diffusion"
 MOST_SOCKETS = 100
@@ -41,7 +41,7 @@ MESSAGES, BURST = 100.0, 200
 """A second, that a page may send on a socket, and at once after a silence; one that sends more is cut off."""
 PENALTY = 2.0
 """Seconds until it is, in which nothing of it is read: who comes back at once costs nothing either."""
-_HEADERS = {
+HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -180,13 +180,13 @@ class BasePage(Sockets):
         self.app = Starlette(routes=[*routes, WebSocketRoute("/live", self.live)])
 
     async def _file(self, request: Request) -> Response:
-        return FileResponse(STATIC / self._files[request.url.path], headers=_HEADERS)
+        return FileResponse(STATIC / self._files[request.url.path], headers=HEADERS)
 
     async def _tell(self, request: Request) -> Response:
         refused = self.admission.refusal(request)
         if refused is not None:
             return Response(status_code=refused)
-        return JSONResponse(dict(self._about), headers=_HEADERS)
+        return JSONResponse(dict(self._about), headers=HEADERS)
 
     async def _enter(self, request: Request) -> Response:
         refused = self.admission.refusal(request, known=False)

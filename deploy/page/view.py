@@ -16,6 +16,7 @@ from action_diffusion.deploy.ipc.channels import Phase, text
 from action_diffusion.deploy.ipc.processes import SILENCE
 from action_diffusion.deploy.ipc.rings import Moment, Record, RingReader
 from action_diffusion.deploy.loop.operator import Mode, owned_of
+from action_diffusion.deploy.page import trial
 
 if TYPE_CHECKING:
     from action_diffusion.deploy.robot.process_robot import Plane
@@ -30,7 +31,7 @@ NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 class AboutRun(TypedDict):
     """What does not change in a run. dimensions, units, low, high: of each number of a command; teleop: the device.
     parts: the numbers, one or those of a rotation, that may be a person's while the policy has the others; none where
-    nothing can be shared."""
+    nothing can be shared. trials: the page says nothing by which policies could be told apart, and takes marks."""
 
     task: str
     control_rate: float
@@ -43,6 +44,11 @@ class AboutRun(TypedDict):
     plane: Plane | None
     teleop: str | None
     parts: list[list[int]]
+    trials: bool
+
+
+BLIND = ("guard", "timing", "chunk", "advice")
+"""Of the state, what would tell policies apart that are compared: how long each thinks, and how far ahead."""
 
 
 class RunView:
@@ -84,7 +90,7 @@ class RunView:
         setpoint, mode = self._latest("setpoints"), self._latest("modes")
         phase = Phase.STILL if setpoint is None else Phase(int(setpoint.values["phase"]))
         silent = setpoint is None or now - setpoint.t > 2 * SILENCE
-        return {
+        state: dict[str, object] = {
             "mode": Mode.OVER.name if mode is None else Mode(int(mode.values["mode"])).name,
             "owned": self._owned(mode),
             "phase": "SILENT" if silent else phase.name,
@@ -104,6 +110,14 @@ class RunView:
                 for t, line, times in reversed(self._events.values())
             ],
         }
+        if self._about["trials"]:
+            state |= dict.fromkeys(BLIND)
+            state["trial"] = trial.shown(self._folder)
+        return state
+
+    def start_picture(self, camera: str) -> Path | None:
+        """Of the start that the scene is to be set up as; None where there is none."""
+        return trial.start_picture(self._folder, camera)
 
     def _owned(self, mode: Record | None) -> list[bool]:
         """Which numbers of a command are the person's while they command."""

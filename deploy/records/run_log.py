@@ -58,7 +58,7 @@ class RunLog:
             if self._file is None:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("xb", buffering=0)
-            _append(self._file, (json.dumps(plain, allow_nan=False) + "\n").encode())
+            append_line(self._file, (json.dumps(plain, allow_nan=False) + "\n").encode())
         self._lateness.append(record.lateness_ms)
         if record.inference_ms is not None:
             self._inference.append(record.inference_ms)
@@ -101,7 +101,7 @@ class RunLog:
             temporary.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
 
 
-def _append(file: FileIO, line: bytes) -> None:
+def append_line(file: FileIO, line: bytes) -> None:
     """The whole line, or nothing of it: a full disk may take a part. Raises `OSError` where it is full."""
     size = file.tell()
     try:

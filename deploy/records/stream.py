@@ -23,7 +23,7 @@ from action_diffusion.policy.spec import PolicySpec
 
 RECORD = "record.zarr"
 NO_NUMBER = float("nan")
-MARKS = (None, "success", "failure")
+MARKS = (None, "success", "failure", "partial", "redo")
 _SEEN_BYTES, _MOST_SLOTS, _LEAST_SLOTS = 32 << 20, 128, 8
 TEXT = 480
 STEPS: Fields = {

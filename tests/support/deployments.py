@@ -86,12 +86,12 @@ def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 
 class Deployment:
-    """`action-diffusion deploy` in a process of its own, with its page."""
+    """`action-diffusion deploy`, or another `command` that moves a robot, in a process of its own, with its page."""
 
-    def __init__(self, bundle: Path, output_dir: Path, *options: str) -> None:
+    def __init__(self, bundle: Path | str, output_dir: Path, *options: str, command: str = "deploy") -> None:
         words = [f"bundle={bundle}", f"output_dir={output_dir}", "device=cpu", "page=true", *options]
         self.process = Forked(
-            *("-m", "action_diffusion", "deploy", *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            *("-m", "action_diffusion", command, *words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert self.process.stdout is not None
         self.lines: list[str] = []

@@ -30,7 +30,7 @@ def run(config: Evaluate) -> Iterator[tuple[dict[str, Any], Path]]:
     Raises `InputError` for bundles that cannot be loaded or do not belong to the same task, and for an output folder
     that holds an evaluation.
     """
-    paths = [Path(path) for path in config.bundles]
+    paths = [Path(path) for path in config.paths]
     if not paths:
         raise InputError("bundle=[] names no bundle")
     stamp = f"evaluation-{datetime.now():%Y%m%d-%H%M%S}"

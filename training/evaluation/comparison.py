@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.training.evaluation import page, plots
+from action_diffusion import report_page as page
+from action_diffusion.training.evaluation import plots
 
 _PAIRED = (
     "Both policies began from the same starts, so how hard a start is cancels in the difference. The intervals "

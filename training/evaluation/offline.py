@@ -27,11 +27,11 @@ from rich.progress import Progress
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.reading import versions
+from action_diffusion.statistics import paired_interval
 from action_diffusion.training.evaluation import baselines
 from action_diffusion.training.evaluation.plots import plot_chunks, plot_episode
 from action_diffusion.training.evaluation.report import read_metrics, write_offline_report
 from action_diffusion.training.evaluation.results import against_baseline, plain, ranks, showing, write_results
-from action_diffusion.training.evaluation.statistics import paired_interval
 
 Batches = Iterable[tuple[Mapping[str, np.ndarray], np.ndarray, np.ndarray]]
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from matplotlib.image import imsave
 
+from action_diffusion import report_page as page
 from action_diffusion.errors import InputError
-from action_diffusion.training.evaluation import page, plots
+from action_diffusion.training.evaluation import plots
 
 EMBED_LIMIT = 2 * 1024**2
 """Videos of at least this many bytes are linked, not embedded."""

@@ -20,7 +20,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.policy.spec import env_words
-from action_diffusion.training.evaluation.statistics import paired_interval, spread
+from action_diffusion.statistics import (
+    counts,
+    interval_words,
+    paired_interval,
+    paired_scores,
+    sign_of,
+    signed,
+    spread,
+    verdict,
+)
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
@@ -42,22 +51,17 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str] = (
     if all("episode_ids" in result for result in (a, b)):
         return _compare_errors(a, b, names)
     _require_same_starts([a, b])
-    first, second = np.array(a["scores"]), np.array(b["scores"])
-    won, other = (first >= 1).astype(float), (second >= 1).astype(float)
-    difference, interval = float((first - second).mean()), paired_interval(first, second)
+    found = paired_scores(a["scores"], b["scores"])
+    interval = found["mean_interval"]
     return {
         "task": a["task"],
-        "n_episodes": len(first),
-        "mean_difference": difference,
-        "mean_interval": interval,
-        "success_difference": float((won - other).mean()),
-        "success_interval": paired_interval(won, other),
-        **_counts(first, second),
-        "verdict": _verdict(
+        "n_episodes": len(a["scores"]),
+        **found,
+        "verdict": verdict(
             names,
-            f"{_signed(difference, 3)} in mean score",
-            None if len(first) == 1 else [_signed(end, 3) for end in interval],
-            0 if interval[0] <= 0 <= interval[1] else interval[0],
+            f"{signed(found['mean_difference'], 3)} in mean score",
+            None if len(a["scores"]) == 1 else interval_words(interval, 3),
+            sign_of(interval),
             words=("scores higher", "scores lower"),
             pairs="starts",
         ),
@@ -186,54 +190,26 @@ def _compare_errors(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[
     )
     difference = float(((first - second) * steps).sum() / steps.sum())
     interval = paired_interval(first, second, weights=steps) if len(first) > 1 else None
-    verdict = _verdict(
+    said = verdict(
         names,
-        f"{_signed(100 * difference, 1)} % of range in mean action error",
-        interval and [_signed(100 * end, 1) for end in interval],
-        0 if interval is None or interval[0] <= 0 <= interval[1] else interval[0],
+        f"{signed(100 * difference, 1)} % of range in mean action error",
+        interval and interval_words([100 * end for end in interval], 1),
+        0 if interval is None else sign_of(interval),
         words=("errs more", "errs less"),
         pairs="episodes",
     )
     if a["origin_kind"] != "held_out":
-        verdict += f" They are {a['origin']}."
+        said += f" They are {a['origin']}."
     return {
         "task": a["task"],
         "n_episodes": len(first),
         "n_windows": a["n_windows"],
         "error_difference": difference,
         "error_interval": interval,
-        **_counts(first, second),
+        **counts(first, second),
         "origin": a["origin"],
-        "verdict": verdict,
+        "verdict": said,
     }
-
-
-def _verdict(
-    names: Sequence[str],
-    difference: str,
-    interval: Sequence[str] | None,
-    sign: float,
-    *,
-    words: tuple[str, str],
-    pairs: str,
-) -> str:
-    """Which minus which, and what it says. interval: None of a single pair. sign: 0 where the interval holds 0."""
-    begin = f"{names[0]} minus {names[1]}: {difference}"
-    if interval is None:
-        return f"{begin}; one of the {pairs} alone does not say what others would give."
-    begin += f", 95 % interval {interval[0]} to {interval[1]}. On these {pairs} "
-    if sign == 0:
-        return f"{begin}the two cannot be told apart."
-    return f"{begin}{names[0]} {words[sign < 0]}."
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{round(value, digits) + 0.0:+.{digits}f}"  # of -0 and 0, one
-
-
-def _counts(first: np.ndarray, second: np.ndarray) -> dict[str, int]:
-    pairs = {"higher": first > second, "equal": first == second, "lower": first < second}
-    return {name: int(where.sum()) for name, where in pairs.items()}
 
 
 def _require_same_windows(results: Sequence[Mapping[str, Any]]) -> None:

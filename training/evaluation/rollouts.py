@@ -24,6 +24,7 @@ from action_diffusion.envs.video import write_video
 from action_diffusion.errors import InputError
 from action_diffusion.policy.reading import versions
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
+from action_diffusion.statistics import bootstrap_interval, wilson_interval
 from action_diffusion.training.evaluation.offline import evaluate_offline
 from action_diffusion.training.evaluation.report import Clip, read_metrics, write_report
 from action_diffusion.training.evaluation.results import (
@@ -35,7 +36,6 @@ from action_diffusion.training.evaluation.results import (
     summarise_seeds,
     write_results,
 )
-from action_diffusion.training.evaluation.statistics import bootstrap_interval, wilson_interval
 
 if TYPE_CHECKING:
     from action_diffusion.policy.policy import DiffusionPolicy

@@ -2,9 +2,10 @@
 import { drawPicture, drawPlot } from "./draw.js";
 import { $, admitted, decoded, Live, pointed, REPORT, say } from "./shared.js";
 import { openStop } from "./stop.js";
+import { MARKS, openTrials, showTrial } from "./trial.js";
 
 const NAMES = {
-  OVER: "no episode", POLICY: "policy", PAUSED: "paused", PERSON: "you command",
+  OVER: "no episode", POLICY: "policy", PAUSED: "paused", PERSON: "you command", RESET: "set it up", MARK: "how was it?",
   STILL: "arm still", MOVING: "arm ready", STOPPING: "arm stopping", BROKEN: "arm broken", SILENT: "arm silent",
 };
 const ROWS = [
@@ -25,6 +26,7 @@ async function begin() {
   $("operating").hidden = false;
   build();
   owning();
+  if (about.trials) openTrials(about, live);
   live.open(() => say("mode", "the run is over"));
   openStop();
 }
@@ -96,10 +98,13 @@ function show(next) {
     say("guard", `${alarm ? "unusual" : "guard"} ${level == null ? "" : level.toFixed(1)}`);
     $("guard").dataset.state = alarm ? "ALARM" : level > 0.5 ? "UNUSUAL" : "USUAL";
   }
+  if (about.trials) showTrial(state);
   const why = reasons();
-  ORDERS.forEach((order) => { $(order).disabled = Boolean(why[order]); });
-  const named = (reason) => ORDERS.filter((order) => why[order] === reason).map((order) => $(order).textContent).join(", ");
-  say("why", [...new Set(Object.values(why))].filter(Boolean).map((reason) => `${named(reason)}: ${reason}`).join(" · "));
+  const orders = about.trials ? [...ORDERS.filter((order) => order !== "take_over"), ...MARKS] : ORDERS;
+  orders.forEach((order) => { $(order).disabled = Boolean(why[order]); });
+  const named = (reason) => orders.filter((order) => why[order] === reason).map((order) => $(order).textContent).join(", ");
+  const reasoned = [...new Set(orders.map((order) => why[order]))].filter(Boolean);
+  say("why", reasoned.map((reason) => `${named(reason)}: ${reason}`).join(" · "));
   say("advice", state.advice ?? "");
   $("owned").hidden = state.mode !== "PERSON" || about.parts.length < 2;
   document.querySelectorAll("#owned input").forEach((box) => {
@@ -110,7 +115,7 @@ function show(next) {
   $("hint").hidden = state.mode !== "PERSON";
   const where = about.teleop ? `as the ${about.teleop} says` : "where you point on the picture";
   $("hint").textContent = `You command: the arm goes ${where}. Start gives it back to the policy.`;
-  $("timing").replaceChildren(...ROWS.map(([key, name]) => row(name, state.timing[key])));
+  $("timing").replaceChildren(...ROWS.map(([key, name]) => row(name, state.timing?.[key])));
   const { steps, missed, held, interventions } = state.totals;
   $("totals").textContent =
     `${missed} deadlines missed, ${held} of ${steps} steps held, ${interventions} interventions` +
@@ -121,15 +126,16 @@ function show(next) {
 
 function reasons() {
   // Why a button is off; nothing where it is not.
-  const over = state.mode === "OVER" && "no episode is under way";
+  const over = ["OVER", "RESET"].includes(state.mode) && "no episode is under way";
+  const asked = state.mode === "MARK" && "say first how the run went";
   const stopped = state.emergency && "the emergency stop is set: clear it first";
   const nothing = !(about.plane || about.teleop) && "start deploy with teleop=, there is nothing to point at";
   return {
-    start: stopped || (state.mode === "POLICY" && !state.guard?.alarm && "the policy commands"),
-    pause: state.mode === "PAUSED" && "it is paused",
+    start: stopped || asked || (state.mode === "POLICY" && !state.guard?.alarm && "the policy commands") ||
+      (about.trials && state.mode === "OVER" && over),
+    pause: asked || (about.trials && over) || (state.mode === "PAUSED" && "it is paused"),
     take_over: stopped || nothing || over || (state.mode === "PERSON" && "you command"),
-    success: over,
-    failure: over,
+    ...Object.fromEntries(["success", "failure", ...MARKS].map((mark) => [mark, over])),
   };
 }
 

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from action_diffusion.errors import InputError
-from action_diffusion.training.evaluation.statistics import bootstrap_interval, paired_interval, spread, wilson_interval
+from action_diffusion.statistics import (
+    bootstrap_interval,
+    needed_pairs,
+    paired_interval,
+    paired_scores,
+    sign_flip_test,
+    spread,
+    wilson_interval,
+)
 
 SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=20)
 
@@ -105,3 +114,46 @@ def test_values_that_have_no_mean(values: list[float]) -> None:
     for statistic in (bootstrap_interval, spread):
         with pytest.raises(InputError, match="at least one finite number"):
             statistic(values)
+
+
+def power(effect: float, n: int) -> float:
+    """Of the paired t test at 5 %, two-sided: exact, by the noncentral t distribution."""
+    most = stats.t.ppf(0.975, n - 1)
+    shift = effect * math.sqrt(n)
+    return float(stats.nct.sf(most, n - 1, shift) + stats.nct.cdf(-most, n - 1, shift))
+
+
+@pytest.mark.parametrize(("effect", "n"), [(0.2, 199), (0.3, 90), (0.5, 34), (0.8, 15), (1.0, 10)])
+def test_needed_pairs_known_values(effect: float, n: int) -> None:
+    """As G*Power and statsmodels' TTestPower say; one less has too little power."""
+    differences = np.array([-1.0, 1.0]) / math.sqrt(2) + effect  # of standard deviation 1
+    assert needed_pairs(differences) == needed_pairs(-differences) == n
+    assert power(effect, n - 1) < 0.8 <= power(effect, n)
+
+
+@pytest.mark.parametrize("differences", [[0.4], [0.0, 0.0], [1.0, 1.0, 1.0], [-1.0, 1.0]])
+def test_needed_pairs_says_nothing_without_a_difference_or_a_spread(differences: list[float]) -> None:
+    assert needed_pairs(differences) is None
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "equal"),
+    [(3, 0, 0), (3, 0, 7), (6, 0, 0), (6, 1, 3), (2, 2, 1), (0, 0, 4), (0, 9, 0), (1, 0, 0)],
+)
+def test_the_sign_flip_test_is_mcnemars_of_successes(better: int, worse: int, equal: int) -> None:
+    differences = [1.0] * better + [-1.0] * worse + [0.0] * equal
+    known = stats.binomtest(better, better + worse, 0.5).pvalue if better + worse else 1.0
+    assert sign_flip_test(differences) == pytest.approx(known, abs=1e-9)
+
+
+def test_the_sign_flip_test_of_many_pairs_is_the_t_test_s() -> None:
+    differences = np.random.default_rng(0).normal(0.25, 1, size=60)
+    assert sign_flip_test(differences) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=0.01)
+
+
+def test_paired_scores() -> None:
+    found = paired_scores([1.0, 1.0, 0.5, 0.0], [1.0, 0.0, 0.25, 0.5])
+    assert found["mean_difference"] == pytest.approx(0.1875)
+    assert found["success_difference"] == pytest.approx(0.25)
+    assert (found["higher"], found["equal"], found["lower"]) == (2, 1, 1)
+    assert found["mean_interval"] == paired_interval([1.0, 1.0, 0.5, 0.0], [1.0, 0.0, 0.25, 0.5])

@@ -1,0 +1,1 @@
+../../action_diffusion/report_page.py
