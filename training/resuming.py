@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.configuration import BUDGETS, GROUPS, load, override
+from action_diffusion.configuration import BUDGETS, GROUPS, from_hub, load, override
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
@@ -89,7 +89,8 @@ def _composed(words: Sequence[str], config_dir: str | None) -> dict[str, Any]:
     init = given.get("init", "null").strip("'\"")
     if init == "null" or given.keys() & set(GROUPS["train"]):
         return load("train", words, config_dir)
-    path = Path(init).expanduser()
+    path = Path(from_hub("train", {"init": init})["init"]).expanduser()
+    words = [f"init='{path}'" if word.startswith("init=") else word for word in words]
     bundle = read_config(path)
     if not all(isinstance(bundle.get(section), dict) for section in ("task", "policy", "train")):
         return load("train", words, config_dir)  # one that was not trained here

@@ -18,6 +18,7 @@ from action_diffusion.datasets.batches.sources import open_data
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.training.resuming import configured
 
 TOKEN = "hf_for_tests_only"
 
@@ -103,6 +104,14 @@ def test_commands_take_bundles_from_there_once(server, bundle) -> None:
     several = load("evaluate", [f"bundle=[hf://me/it@{commit},{bundle}]", f"compare=hf://me/it@{commit}"])
     assert several["bundle"] == [found, str(bundle)]
     assert several["compare"] == found
+
+
+def test_training_goes_on_from_a_policy_there(server, bundle, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    commit = server.add("me/it", contents(bundle))
+    config = configured([f"init=hf://me/it@{commit}", "task=pusht_state"], None)
+    assert Path(config["init"]).name == commit
+    assert configured([f"init=hf://me/it@{commit}", "output_dir=a"], None)["init"] == config["init"]
 
 
 def test_a_bundle_may_lie_in_a_folder_of_a_repository(server, bundle) -> None:
