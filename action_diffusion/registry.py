@@ -275,6 +275,7 @@ ENVS = Registry(
     "environment",
     "envs",
     {
+        "gymnasium": "action_diffusion.envs.gymnasium.simulator:GymnasiumEnv",
         "pusht": "action_diffusion.envs.pusht.simulator:PushT",
         **{
             task: f"action_diffusion.envs.robosuite.tasks:{task}"
@@ -325,7 +326,15 @@ ROBOTS = Registry(
         **dict.fromkeys(("ur", "franka", "lerobot"), f"{_DEPLOY}.robot.cell:robot"),
     },
 )
-POLICY_FORMATS = Registry("policy format", "policy_formats", {"onnx": "action_diffusion.policy.interchange.onnx:ONNX"})
+POLICY_FORMATS = Registry(
+    "policy format",
+    "policy_formats",
+    {
+        "diffusion_policy": "action_diffusion.policy.interchange.diffusion_policy:DIFFUSION_POLICY",
+        "lerobot": "action_diffusion.policy.interchange.lerobot:LEROBOT",
+        "onnx": "action_diffusion.policy.interchange.onnx:ONNX",
+    },
+)
 FORMATS = Registry(
     "format",
     "formats",
@@ -338,6 +347,7 @@ FORMATS = Registry(
         "lerobot": "action_diffusion.datasets.formats.lerobot.reader:LEROBOT",
         "lerobot21": "action_diffusion.datasets.formats.lerobot.reader:LEROBOT21",
         "folder": "action_diffusion.datasets.formats.folder.format:FOLDER",
+        "mcap": "action_diffusion.datasets.formats.mcap.format:MCAP",
     },
 )
 AUGMENTATIONS = Registry("augmentation", "augmentations", {"noise": f"{_POLICY}.augment:Noise"})

@@ -20,15 +20,21 @@ from action_diffusion.registry import ARMS
 def check_spec(config: Deploy, spec: PolicySpec) -> None:
     """Raises `InputError` where the actions of `spec` are no commands of the arm, or the cell lacks a camera.
 
-    An arm that is named by its class is asked when it starts.
+    An arm that is named by its class is made for it, and not started.
     """
-    if config.robot not in ARMS:
+    if config.robot not in ARMS and ":" not in config.robot:
         return
     if config.robot == "sim_arm":
         from action_diffusion.deploy.sim.panda import check_task
 
         check_task(spec.env, absolute=bool((spec.env or {}).get("absolute")))
-    driver = ARMS.load(config.robot)
+    driver: Any = ARMS.load(config.robot) if config.robot in ARMS else None
+    rate = getattr(driver, "control_rate", spec.control_rate)
+    if rate != spec.control_rate:
+        raise InputError(
+            f"bundle={config.bundle}: the bundle's actions are meant for {spec.control_rate:g} Hz, the robot takes "
+            f"commands at {rate:g} Hz"
+        )
     if hasattr(driver, "command"):  # of all of its kind
         groups: tuple[Group, ...] = driver.command
     else:

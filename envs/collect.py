@@ -43,6 +43,7 @@ def run(config: Collect) -> dict[str, Any]:
         raise InputError(f"task={config.task.name} has no simulator to collect in")
     return collect(
         env_name=env["name"],
+        settings=_settings(env),
         # A camera whose pictures are kept under another name is rendered from the states when it is trained on.
         cameras=[key for key, value in config.task.seen.items() if value.kind == "image" and value.source == key],
         agent_name=config.agent,
@@ -55,9 +56,16 @@ def run(config: Collect) -> dict[str, Any]:
     )
 
 
+def _settings(env: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an environment of Gymnasium, which is one of many; others record with their own defaults."""
+    given = {key: value for key, value in env.items() if key != "name" and value is not None}
+    return given if env["name"] == "gymnasium" else {}
+
+
 def collect(
     *,
     env_name: str,
+    settings: Mapping[str, Any] | None = None,
     cameras: Sequence[str] = (),
     agent_name: str = "expert",
     episodes: int,
@@ -74,6 +82,8 @@ def collect(
     below `min_score` is discarded, and counted. At most `max_attempts` (3 x `episodes` + 10) episodes are tried;
     Ctrl-C ends early too. Either way the episodes so far are kept.
 
+    settings: of the simulator, where it is one of many.
+
     visited_by: a bundle; every episode begins where its policy gets to in 10 to 150 steps, instead of as usual.
     workers: processes; None for as many as there are cores, where an episode takes long enough to be worth it.
 
@@ -88,7 +98,7 @@ def collect(
     if workers is None:
         workers = (os.cpu_count() or 1) if env_name in envs.IN_PROCESSES else 1
     visited = None if visited_by is None else str(Path(visited_by).expanduser())
-    source = Source(env_name, tuple(cameras), visited)
+    source = Source(env_name, settings or {}, tuple(cameras), visited)
     kept: dict[int, Recording] = {}
     discarded, interrupted = 0, False
     try:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # importing torch takes longer than an episode, and processes
     from action_diffusion.policy.policy import DiffusionPolicy
 
 EXPERTS = {
+    "gymnasium": "action_diffusion.envs.gymnasium.metaworld:MetaWorldExpert",
     "pusht": "action_diffusion.envs.pusht.expert:PushTExpert",
     "lift": "action_diffusion.envs.robosuite.expert:lift",
     "can": "action_diffusion.envs.robosuite.expert:can",
@@ -102,24 +104,28 @@ class Recording(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What all episodes of a recording have in common. visited_by: a bundle, see `collect`."""
+    """What all episodes of a recording have in common.
+
+    settings: of the simulator. visited_by: a bundle, see `collect`.
+    """
 
     env_name: str
+    settings: Mapping[str, Any] = {}
     cameras: tuple[str, ...] = ()
     visited_by: str | None = None
 
 
 def record(source: Source, start: int) -> Recording:
     """The episode of `start`. A process makes its simulator, and loads its policy, once."""
-    env = _simulator(source.env_name)
+    env = _simulator(source.env_name, json.dumps(dict(source.settings)))
     policy = None if source.visited_by is None else _policy(source.visited_by)
     columns = episode(env, source.env_name, start, policy, source.cameras)
     return Recording(columns, env.episode_metadata(), {"control_rate": env.control_rate, **env.metadata()})
 
 
 @functools.lru_cache(maxsize=1)
-def _simulator(env_name: str) -> Simulator:
-    return cast(Simulator, envs.make(env_name, max_steps=MAX_STEPS))
+def _simulator(env_name: str, settings: str) -> Simulator:
+    return cast(Simulator, envs.make(env_name, **{"max_steps": MAX_STEPS} | json.loads(settings)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,8 +149,7 @@ def episode(
     cameras: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
     """One episode from `start`: columns of T rows. Without a row to record, its reward is a single 0."""
-    module, _, name = EXPERTS[env_name].partition(":")
-    expert: Expert = getattr(importlib.import_module(module), name)(seed=start)
+    expert = _expert(env, env_name, start)
     random = np.random.default_rng([STREAM, start])
     env.reset(start)
     expert.reset()
@@ -160,6 +165,13 @@ def episode(
         reward, done = env.step(action)
         rows.append({**observation, "action": np.float32(action), "reward": np.float32(reward)})
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _expert(env: Simulator, env_name: str, seed: int) -> Expert:
+    module, _, name = EXPERTS[env_name].partition(":")
+    part = getattr(importlib.import_module(module), name)
+    told = {"about": env.metadata()} if env_name == "gymnasium" else {}  # which of all environments it is
+    return cast(Expert, part(seed=seed, **told))
 
 
 def _begin(env: Simulator, expert: Expert, start: int, random: np.random.Generator) -> bool:

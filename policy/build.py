@@ -151,7 +151,7 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     if action_frame is not None and IN_FRAME not in spec.normalizer:
         raise InputError(f"no normaliser statistics for {IN_FRAME!r}, which policy.action_frame needs")
     normalizer = Normalizer(spec.normalizer)
-    clips = config["sampler"].get("clip", "x0") is not None
+    clips = config["sampler"].get("clip", "x0") is not None and config["sampler"].get("clip_to") != "unit"
     demonstrated = normalizer.demonstrated("action" if action_frame is None else IN_FRAME) if clips else None
     return DiffusionPolicy(
         spec=spec,

@@ -45,6 +45,7 @@ from action_diffusion.policy.reading import (
     require,
     versions,
 )
+from action_diffusion.policy.spec import action_span
 from action_diffusion.registry import required
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -229,8 +230,7 @@ def verify_golden(policy: DiffusionPolicy, path: Path) -> float:
             raise InputError(f"{file}: no {name!r} of shape {list(expected)}, so the bundle cannot be verified")
     obs = {key.removeprefix("obs."): value for key, value in golden.items() if key.startswith("obs.")}
     found = policy.predict(obs, noise=golden["noise"], generator=torch.Generator(policy.device).manual_seed(0))
-    statistics = policy.spec.normalizer["action"]
-    span = np.maximum(np.subtract(statistics["max"], statistics["min"]), 1e-6)
+    span = np.maximum(action_span(policy.spec), 1e-6)
     difference = float((np.abs(found["action_pred"] - golden["action_pred"]) / span).max())
     if not difference <= GOLDEN_TOLERANCE:
         raise InputError(

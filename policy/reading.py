@@ -124,10 +124,15 @@ def read_spec(path: Path) -> PolicySpec:
         return onnx_file.read(path).spec
     require(path)
     file = path / "spec.json"
+    return PolicySpec.from_json(read_json(file), str(file))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of plain data. Raises `InputError` for anything else."""
     data = _read(file, "JSON", json.loads)
     if not isinstance(data, dict):
         raise InputError(f"{file}: expected an object, found {type(data).__name__}")
-    return PolicySpec.from_json(data, str(file))
+    return data
 
 
 def trained_on(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -137,6 +142,16 @@ def trained_on(config: dict[str, Any], path: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path / 'config.yaml'}: {error}") from None
     return config
+
+
+def data_for(config: Mapping[str, Any], path: Path, asked: Any) -> Any:
+    """The data that is asked for, or what the bundle at `path` was trained on. config: of `trained_on`.
+
+    Raises `InputError` where neither is there, as of a policy that came from another project.
+    """
+    if asked is None and config["data"] is None:
+        raise InputError(f"{path} does not say which data it was trained on: data=PATH")
+    return config["data"] if asked is None else asked
 
 
 def refuse_targets(config: Any, where: str) -> None:

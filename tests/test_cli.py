@@ -112,7 +112,8 @@ def test_version(capsys):
         ("trian", "unknown command 'trian': did you mean train?"),
         (
             "fly",
-            "unknown command 'fly': choose from bundle, collect, data, deploy, evaluate, finetune, fit, info, serve, train",
+            "unknown command 'fly': choose from bundle, collect, data, deploy, evaluate, finetune, fit, info, serve, "
+            "train",
         ),
         ("train --resume", "unknown option --resume: options are written name=value"),
         ("train task", "'task' is not of the form name=value; see: action-diffusion train --help"),

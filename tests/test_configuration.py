@@ -22,7 +22,8 @@ from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 UNET = ["policy.denoiser.channels=[8,16]", "policy.denoiser.time_dim=16"]
 TRANSFORMER = ["policy.denoiser.width=16", "policy.denoiser.layers=2"]
 ACTIONS = {"pusht": 2, "custom": 7, "lift": 7, "can": 7, "square": 7, "transport": 14, "tool_hang": 7}
-SHAPES: dict[str, tuple[int, ...]] = {"state": (5,), "agent_pos": (2,), "image": (96, 96, 3)}
+ACTIONS |= {"metaworld": 4, "aloha_sim": 14, "kitchen": 9}
+SHAPES: dict[str, tuple[int, ...]] = {"state": (5,), "agent_pos": (2,), "image": (96, 96, 3), "top": (96, 128, 3)}
 OBJECTS = {"lift": 10, "can": 14, "square": 14, "transport": 41, "tool_hang": 44}
 ENDINGS: dict[str, tuple[int, ...]] = {"_image": (84, 84, 3), "_pos": (3,), "_quat": (4,), "_qpos": (2,)}
 CUSTOM = {"front": (48, 64, 3), "wrist": (48, 48, 3), "joints": (7,)}
@@ -105,7 +106,7 @@ def test_every_combination_builds_and_samples(row):
     statistics = fit_normalizer(config["policy"], spec, read, read_chunks)
     policy = build_policy(config["policy"], PolicySpec(**{**spec.__dict__, "normalizer": statistics})).eval()
     obs = {key: np.zeros((2, *value.shape), value.dtype) for key, value in spec.observations.items()}
-    assert policy.predict(obs)["action"].shape == (8, actions_of(row[0]))
+    assert policy.predict(obs)["action"].shape == (spec.n_action_steps, actions_of(row[0]))
 
 
 @pytest.mark.parametrize("denoiser", choices("denoiser"))

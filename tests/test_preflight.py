@@ -74,6 +74,9 @@ MISTAKES = {
     "deploy bundle=own robot=sim_arm": "robot=sim_arm does lift, can, square; this is no simulated task",
     "deploy bundle=seven robot=ur hardware=ur.yaml": "an action of 7 values is no command: the arm takes 6",
     "deploy bundle=own robot=ur hardware=junk.yaml": "arm ur: ",
+    "deploy bundle=faster": "meant for 20 Hz, the robot takes commands at 10 Hz",
+    "deploy bundle=seven robot=own_arm:Arm hardware=cell.yaml": "an action of 7 values is no command: the arm takes 6",
+    "deploy bundle=own robot=own_arm:Arms hardware=cell.yaml": "arm own_arm:Arms: module 'own_arm' has no attribute",
     "deploy bundle=own hardware=nowhere.yaml": "hardware=nowhere.yaml: no such file or folder",
     "deploy": "bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT",
     "deploy bundle=own robot=sim_push": "unknown robot 'sim_push': did you mean sim_pusht?",
@@ -88,6 +91,13 @@ MISTAKES = {
     "collect output=x.zarr visited_by=nowhere": "no bundle at nowhere",
 }
 
+OWN_ARM = """\
+from action_diffusion.deploy.hardware.protocols import Group
+
+class Arm:
+    def __init__(self):
+        self.command = (Group(name="joints", size=6, kind="linear", unit="rad"),)
+"""
 EACH = """\
 import json, sys, time
 from action_diffusion import cli
@@ -116,6 +126,12 @@ def found(tmp_path_factory) -> dict[str, list]:
     spec = json.loads((seven / "spec.json").read_text())
     spec["action"]["shape"] = [7]
     (seven / "spec.json").write_text(json.dumps(spec))
+    faster = shutil.copytree(folder / "own", folder / "faster")
+    (faster / "spec.json").write_text(
+        json.dumps(json.loads((faster / "spec.json").read_text()) | {"control_rate": 20.0})
+    )
+    (folder / "own_arm.py").write_text(OWN_ARM)
+    (folder / "cell.yaml").write_text("arm: {}\n")
     (folder / "ur.yaml").write_text("arm: {host: 127.0.0.1, model: ur5e}\n")
     (folder / "junk.yaml").write_text("arm: {hosts: 127.0.0.1}\n")
     columns: dict[str, np.ndarray] = {

@@ -21,7 +21,7 @@ from action_diffusion.datasets.storage.pieces import SAME_RATE
 from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE, ReplayBuffer
 from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.datasets.storage.times import timed
-from action_diffusion.envs import IN_PROCESSES
+from action_diffusion.envs import ROBOSUITE
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.policy import IN_FRAME
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
@@ -116,7 +116,7 @@ def _environment(env: Mapping[str, Any] | None, buffer: ReplayBuffer) -> dict[st
     """The task's simulator, as the buffer says that it was recorded."""
     if not env:
         return None
-    recorded = {key: buffer.attrs[key] for key in ("env_args",) if key in buffer.attrs and env["name"] in IN_PROCESSES}
+    recorded = {key: buffer.attrs[key] for key in ("env_args",) if key in buffer.attrs and env["name"] in ROBOSUITE}
     return recorded | dict(env)
 
 

@@ -23,7 +23,7 @@ action-diffusion data SUBCOMMAND [name=value …]     demonstrations: look at th
   action-diffusion data absolute in=DIR.zarr out=OTHER.zarr     a column of absolute actions, from relative ones
   action-diffusion data augment in=DIR.zarr out=OTHER.zarr      new episodes, put together from what was demonstrated
 
-PATH is a replay buffer, or a LeRobot folder, HDF5 or a folder of CSV and MP4, which is converted into the cache once.
+PATH is a replay buffer, or a LeRobot folder, HDF5, ROS 2 bags, CSV and MP4, which are converted into the cache once.
 `--help` after a subcommand explains it. plugins=FILE.py adds formats of your own to each: docs/extending.md.
 """
 

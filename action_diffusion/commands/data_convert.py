@@ -21,6 +21,7 @@ action-diffusion data convert in=PATH out=PATH [name=value …]     from one for
   action-diffusion data convert in=demo.hdf5 out=lift.zarr observations=object,robot0_eef_pos,agentview_image
   action-diffusion data convert in=lift.zarr out=lift.hdf5                     back, for robomimic
   action-diffusion data convert in=runs out=runs.zarr state=x,y,z action=target_x,target_y,target_z     CSV files
+  action-diffusion data convert in=bags out=bags.zarr topics=topics.yaml       ROS 2 bags (MCAP): docs/mcap.md
   action-diffusion data convert in=aloha out=aloha.zarr                        a folder of ALOHA's episode_N.hdf5
 
 What `in` holds is told from its content. Every value is compared with the source before the result takes its name, and
@@ -36,6 +37,7 @@ Options
   video=high|lossless   of lerobot, lerobot21 and folder: H.264 4:4:4 (default), or of the colours as they are
   action=COLUMN,…       of CSV files: which columns are the action, such as target_x,target_y,target_z
   state=COLUMN,…        the same for the state
+  topics=FILE.yaml      which topics of a ROS 2 bag are what, and at which rate. Default: topics.yaml in the folder
   observations=KEY,…    what the simulator renders of each recorded state of an HDF5 file. Default: nothing where the
                         file has observations; else object, robot0_eef_pos, robot0_eef_quat, robot0_gripper_qpos and
                         the same of further arms
@@ -60,6 +62,8 @@ def run(options: Mapping[str, Any]) -> Mapping[str, Any]:
     vectors = {key: [name.strip() for name in options[key].split(",")] for key in _VECTORS if key in options}
     if vectors and held != "folder":
         raise InputError(f"{next(iter(vectors))}= names columns of CSV files, and {source} is no folder of these")
+    if "topics" in options and held != "mcap":
+        raise InputError(f"topics= is for ROS 2 bags, and {source} is none")
     if held == "robomimic":
         from action_diffusion.datasets.formats.robomimic import is_ours
 
@@ -69,7 +73,8 @@ def run(options: Mapping[str, Any]) -> Mapping[str, Any]:
             return _from_hdf5(source, output, to, options.get("observations"), workers)
     if "observations" in options:
         raise InputError("observations= is for converting HDF5 to a replay buffer")
-    return _convert(source, held, output, to, rate, vectors, lossless=options.get("video") == "lossless")
+    topics = Path(options["topics"]).expanduser() if "topics" in options else None
+    return _convert(source, held, output, to, rate, vectors, topics, lossless=options.get("video") == "lossless")
 
 
 def _convert(
@@ -79,6 +84,7 @@ def _convert(
     to: str,
     rate: float | None,
     vectors: Mapping[str, Sequence[str]],
+    topics: Path | None,
     *,
     lossless: bool,
 ) -> Mapping[str, Any]:
@@ -94,6 +100,10 @@ def _convert(
         from action_diffusion.datasets.formats.folder.format import opened as open_folder
 
         opened = at_rate(open_folder(source, vectors), rate)
+    elif topics is not None:
+        from action_diffusion.datasets.formats.mcap.format import opened as open_bags
+
+        opened = at_rate(open_bags(source, topics), rate)
     else:
         opened = at_rate(named(held).open(source), rate)
     attrs = opened.buffer.attrs

@@ -11,12 +11,21 @@ from typing import Any
 
 from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.hub import is_reference
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
 from action_diffusion.options.extensions import check_intending
 from action_diffusion.options.finetune import Finetune
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.action_queue import SCHEDULINGS
-from action_diffusion.policy.reading import acting, check_sampler, read_config, read_spec, require, trained_on
+from action_diffusion.policy.reading import (
+    acting,
+    check_sampler,
+    data_for,
+    read_config,
+    read_spec,
+    require,
+    trained_on,
+)
 from action_diffusion.policy.runtime.onnx_file import is_onnx
 from action_diffusion.policy.spec import env_words
 from action_diffusion.registry import ARMS, ROBOTS
@@ -91,7 +100,7 @@ def evaluate(config: Evaluate) -> None:
     _check_held_out(config.data, [*bundles, *compare])
     trained = [trained_on(read_config(path), path) for path in others]
     if trained and config.data is None:
-        _check_held_out(trained[0]["data"], others)
+        _check_held_out(data_for(trained[0], others[0], None), others)
 
 
 def deploy(config: Deploy) -> None:
@@ -166,7 +175,7 @@ def _check_page(config: Deploy | Collect) -> None:
 
 
 def _check_exists(name: str, path: str | None) -> None:
-    if path is not None and not Path(path).expanduser().exists():
+    if path is not None and not is_reference(path) and not Path(path).expanduser().exists():
         raise InputError(f"{name}={path}: no such file or folder")
 
 
@@ -192,7 +201,7 @@ def _check_data(config: Mapping[str, Any]) -> None:
         shape = tuple(buffer[source].shape[1:]) if source in buffer.keys else ()
         if len(shape) == 3 and shape[-1] == 3:
             encoder = config["policy"]["encoder"]
-            check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"))
+            check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"), encoder.get("crop_at"))
 
 
 def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ class Convert:
     action: AsTyped | None = None
     state: AsTyped | None = None
     observations: AsTyped | None = None
+    topics: FilePath | None = None
     workers: Annotated[int, Between(1, 1024)] | None = None
     plugins: Plugins = None
 

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from action_diffusion.errors import InputError
-from action_diffusion.options.words import KINDS, MOST_STEPS, Columns, Count
+from action_diffusion.options.words import KINDS, MOST_STEPS, AsTyped, Columns, Count
 from action_diffusion.registry import ENVS
 from action_diffusion.schema import Above, Between, ByName, Matching, OneOf, Section, Sized, check
+
+Joined = dict[str, Annotated[list[AsTyped], Sized(1, 64)]]
+"""Further observations, of several of the simulator's one after the other, see `envs.joined`."""
 
 
 @dataclass
@@ -19,6 +22,7 @@ class PushTOptions:
     max_steps: Count = 300
     control_rate: Annotated[float, Above(0, 100)] = 10.0
     actuator_drift: Annotated[float, Between(0, 200)] = 0.0
+    joined: Joined | None = None
 
 
 @dataclass
@@ -28,11 +32,25 @@ class ManipulationOptions:
     env_args: Section | None = None
     absolute: bool = False
     max_steps: Count | None = None
+    joined: Joined | None = None
 
 
-Environment = Annotated[
-    Section, ByName({name: PushTOptions if name == "pusht" else ManipulationOptions for name in ENVS.own}, ENVS)
-]
+@dataclass
+class GymnasiumOptions:
+    """`task.env` of whatever is registered with Gymnasium, see `envs.gymnasium`."""
+
+    id: AsTyped
+    kwargs: Section | None = None
+    observations: dict[str, str] | None = None
+    success: str | None = None
+    success_total: Annotated[float, Above(0, 1e9)] = 1.0
+    max_steps: Count | None = None
+    control_rate: Annotated[float, Above(0, 10_000)] | None = None
+    image_size: Annotated[int, Between(8, 2048)] = 96
+
+
+OWN_ENVS = {"pusht": PushTOptions, "gymnasium": GymnasiumOptions}
+Environment = Annotated[Section, ByName({name: OWN_ENVS.get(name, ManipulationOptions) for name in ENVS.own}, ENVS)]
 Rate = Annotated[float, Above(0, 10_000)]
 Rotation = Annotated[str, Matching("a rotation, such as quaternion_xyzw or rotation_vector@3", bool)]
 """Of a column of the buffer: its representation (`action_diffusion.rotations.SIZES`), and @ where it begins."""

@@ -117,7 +117,7 @@ class Train:
 class BundleConfig:
     """What evaluation takes of a bundle's `config.yaml`, beside the policy: the data that it was trained on."""
 
-    data: Data
+    data: Data | None
     seed: Seed
     dataset: Dataset
     task: Task

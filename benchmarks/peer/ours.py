@@ -34,6 +34,7 @@ from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
 from action_diffusion.policy.inference import choose_threads
 from action_diffusion.policy.interchange.contract import made_up
+from action_diffusion.policy.interchange.lerobot.weights import from_lerobot
 from action_diffusion.policy.kernels import accelerate, check_precision, cpu_unet
 from action_diffusion.policy.model import normalizer
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -41,7 +42,6 @@ from action_diffusion.policy.runtime.onnx_file import observation_name
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.trainer import Trainer
 from benchmarks.peer.peers.serving import Say, Work, instructions, serve
-from benchmarks.peer.weights import from_lerobot
 
 THREADS = torch.get_num_threads()
 FRAME, N_KEYPOINTS = (96, 96, 3), 16

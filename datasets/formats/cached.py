@@ -38,7 +38,13 @@ CONVERTED = "converted"
 """Attribute of a buffer that was: {"from": path, "format": name}."""
 _VERSION = 1
 """Of the converters: another one converts everything anew."""
-_TITLES = {"lerobot": "a LeRobot data set", "aloha": "HDF5, ALOHA's", "robomimic": "HDF5", "folder": "a folder of CSV"}
+_TITLES = {
+    "lerobot": "a LeRobot data set",
+    "aloha": "HDF5, ALOHA's",
+    "robomimic": "HDF5",
+    "folder": "a folder of CSV",
+    "mcap": "ROS 2 bags",
+}
 _SAMPLES, _SAMPLE_BYTES, _MARGIN = 4, 2 << 20, 1.2
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from action_diffusion.datasets.formats.contract import Format
+from action_diffusion.datasets.formats.mcap.bag import is_mcap
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.registry import FORMATS
 
-_READ_ONLY = ("aloha",)
+_READ_ONLY = ("aloha", "mcap")
 NAMES = tuple(name for name in FORMATS.own if name not in _READ_ONLY)
 """Those that are written."""
 _SUFFIXES = {".zarr": "zarr", ".zip": "zarr", ".hdf5": "robomimic", ".h5": "robomimic"}
@@ -92,6 +93,7 @@ def _is_aloha(path: Path) -> bool:
 _CONTENT: dict[str, Callable[[Path], bool]] = {
     "lerobot": _is_lerobot,
     "aloha": _is_aloha,
+    "mcap": is_mcap,
     "robomimic": lambda path: path.is_file() and _begins(path, _HDF5),
     "folder": _is_folder,
     "zarr": is_zarr,

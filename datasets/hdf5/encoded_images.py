@@ -40,6 +40,13 @@ def decoded(dataset: Any, first: int, end: int, shape: tuple[int, ...], where: s
     return np.stack([_decode(_row(dataset, index), shape, f"{where} row {index}") for index in range(first, end)])
 
 
+def decoded_image(content: bytes, where: str) -> np.ndarray:
+    """A JPEG or PNG file as [H, W, C], uint8 or uint16. Raises `InputError` for another or a damaged one."""
+    with _opened(content, where) as image:
+        shape, dtype = _shape(image)
+        return np.asarray(image).astype(dtype, copy=False).reshape(shape)
+
+
 def _can_hold_images(dataset: Any) -> bool:
     import h5py
 

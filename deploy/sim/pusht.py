@@ -53,6 +53,7 @@ class PushTArm(SimulatedArm):
     """
 
     rate = 200.0
+    control_rate = 10.0
     size = 2
     command: tuple[Group, ...] = (Group(name="target", size=2, kind="hold", unit="px", at_stop="present"),)
     state: tuple[Group, ...] = (

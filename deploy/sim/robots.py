@@ -105,6 +105,7 @@ def _camera(driver: str, settings: Mapping[str, Any]) -> CameraSetup:
 
 def sim_pusht(task: RobotTask, options: RobotOptions) -> ProcessRobot:
     """PushT in real time, with the bundle's settings of the simulator, and the configuration's `simulated`."""
+    from action_diffusion.deploy.sim.pusht import PushTArm
     from action_diffusion.envs.pusht.simulator import IMAGE_SIZE, keypoints
 
     env = task.env if task.env is not None and task.env.get("name") == "pusht" else {}
@@ -120,7 +121,7 @@ def sim_pusht(task: RobotTask, options: RobotOptions) -> ProcessRobot:
             segments=segments,
             arm=ArmSetup(driver="sim_pusht", settings=world, limits=options.limits, obstacles=options.obstacles),
             cameras=cameras,
-            control_rate=10.0,
+            control_rate=PushTArm.control_rate,
             max_steps=int(env.get("max_steps", 300)),
             scene=scene,
             derived={"keypoint": ("state", lambda state: keypoints(state[None])[0])},

@@ -21,7 +21,6 @@ from action_diffusion.deploy.teleop.session import TeleopSession
 from action_diffusion.deploy.teleop.showing import open_page, teller
 from action_diffusion.deploy.teleop.steering import SignalMapping, Speeds, steering_of
 from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, World, gate_of, is_plane
-from action_diffusion.envs.demonstration import EXPERTS
 from action_diffusion.errors import InputError
 from action_diffusion.options import Collect
 
@@ -101,7 +100,7 @@ def _world(config: Collect, stack: ExitStack) -> tuple[World, Path]:
     env = task.env
     if env is None:
         raise InputError(f"task={task.name} has no simulator: robot=… and hardware=FILE.yaml drive a real arm")
-    if env["name"] not in ("pusht", *EXPERTS):
+    if env["name"] not in ("pusht", "lift", "can", "square"):
         raise InputError(f"task={task.name}: one person drives one arm, and only PushT, Lift, Can and Square are so")
     segments = Segments()
     stack.callback(segments.remove)

@@ -88,7 +88,7 @@ class Normalizer(nn.Module):
         statistics = self.statistics[key]
         if statistics.get("kind", "minmax") == "minmax":
             return None
-        if "min" not in statistics or "max" not in statistics:
+        if statistics.get("min") is None or statistics.get("max") is None:
             raise InputError(f"normaliser statistics of {key!r} lack min and max, which policy.sampler.clip needs")
         ends = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("min", "max"))
         first, second = (self.normalize(key, end) for end in ends)
@@ -112,7 +112,7 @@ def _constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _varies(statistics: Mapping[str, Any]) -> Tensor:
     """1 for each dimension that changed in the data (all of them for the identity), 0 for a constant one."""
-    if statistics.get("kind") == "identity" or "min" not in statistics:
+    if statistics.get("kind") == "identity" or statistics.get("min") is None:
         return torch.ones(len(statistics["scale"]))
     low, high = np.asarray(statistics["min"], np.float64), np.asarray(statistics["max"], np.float64)
     return torch.from_numpy(~_constant(low, high)).float()

@@ -37,7 +37,7 @@ runtimes = import_module("benchmarks.peer.runtimes")
 runtime_worker = import_module("benchmarks.peer.runtime_worker")
 serving = import_module("benchmarks.peer.peers.serving")
 session = import_module("benchmarks.peer.session")
-weights = import_module("benchmarks.peer.weights")
+weights = import_module("action_diffusion.policy.interchange.lerobot.weights")
 workers = import_module("benchmarks.peer.workers")
 
 CHANNELS = (8, 16, 32)

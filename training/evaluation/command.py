@@ -14,7 +14,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.options import Evaluate
 from action_diffusion.policy.inference import OPTIONS
 from action_diffusion.policy.opening import load
-from action_diffusion.policy.reading import acting, read_config, read_spec, trained_on
+from action_diffusion.policy.reading import acting, data_for, read_config, read_spec, trained_on
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.training.evaluation.comparison import write_comparison, write_seed_summary
 from action_diffusion.training.evaluation.results import check_new, compare, summarise_seeds, write_results
@@ -80,7 +80,7 @@ def _windows(config: Evaluate, paths: Sequence[Path]) -> _Asked | None:
     from action_diffusion.training.run import open_data
 
     trained = trained_on(read_config(paths[0]), paths[0])
-    data = names(config.data or trained["data"])
+    data = names(data_for(trained, paths[0], config.data))
     buffer = open_data({**trained, "data": data})
     own = data if config.data is None else None
     return _Asked(" and ".join(data), buffer, choose(buffer, list(zip(paths, specs, strict=True)), own_data=own))

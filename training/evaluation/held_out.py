@@ -159,7 +159,7 @@ def _by_split(buffer: ReplayBuffer, path: Path, own_data: Sequence[str] | None) 
     if own_data is None:
         return kinds
     config = trained_on(read_config(path), path)
-    if names(config["data"]) == list(own_data):
+    if names(config["data"] or []) == list(own_data):
         dataset = config["dataset"]
         subset, every = dataset.get("subset"), np.arange(buffer.n_episodes)
         chosen = every if subset is None else named_subset(buffer, subset)
