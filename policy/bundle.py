@@ -45,7 +45,7 @@ from action_diffusion.policy.reading import (
     require,
     versions,
 )
-from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.spec import action_span
 from action_diffusion.registry import required
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -238,14 +238,6 @@ def verify_golden(policy: DiffusionPolicy, path: Path) -> float:
             f"(at most {GOLDEN_TOLERANCE:g}): the weights or a library changed"
         )
     return difference
-
-
-def action_span(spec: PolicySpec) -> np.ndarray:
-    """How far each dimension of the action [A] reaches in the data; two normalised units where nobody says."""
-    statistics = spec.normalizer["action"]
-    if statistics.get("min") is None:
-        return np.asarray(2.0 / np.abs(statistics["scale"]))
-    return np.asarray(np.subtract(statistics["max"], statistics["min"]))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -205,3 +205,11 @@ class PolicySpec:
             if spec.kind == "state" and not np.isfinite(value).all():
                 raise InputError(f"observation {key!r} holds NaN or infinite values")
         return bool(batched)
+
+
+def action_span(spec: PolicySpec) -> np.ndarray:
+    """How far each dimension of the action [A] reaches in the data; two normalised units where nobody says."""
+    statistics = spec.normalizer["action"]
+    if statistics.get("min") is None:
+        return np.asarray(2.0 / np.abs(statistics["scale"]))
+    return np.asarray(np.subtract(statistics["max"], statistics["min"]))

@@ -140,9 +140,10 @@ def made_up(spec: PolicySpec, seed: int = 0) -> dict[str, np.ndarray]:
             observations[key] = random.integers(0, 256, shape, dtype=np.uint8)
             continue
         statistics = spec.normalizer[key]
+        if len(statistics["scale"]) != math.prod(value.shape):
+            observations[key] = random.uniform(-1, 1, shape).astype(value.dtype)
+            continue
         scale, offset = (np.asarray(statistics[name]) for name in ("scale", "offset"))
-        if scale.size != math.prod(value.shape):
-            scale, offset = np.ones(math.prod(value.shape)), np.zeros(math.prod(value.shape))
         normal = random.uniform(-1, 1, (*shape[:1], len(scale)))
         values = (normal - offset) / scale
         if statistics.get("min") is not None:  # which those that never changed keep to

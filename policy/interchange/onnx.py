@@ -65,7 +65,8 @@ def write(policy: DiffusionPolicy, config: Mapping[str, Any], path: Path, option
         require(library)
     accelerate(policy)  # plain layers
     model = model_of(policy, opset)
-    golden = golden_pair(policy, Path(options["in"]))
+    asked = vars(options["sampler"]) if "sampler" in options else {}
+    golden = golden_pair(policy, Path(options["in"]), own=all(value is None for value in asked.values()))
     spec = replace(policy.spec, requires={part: by for part, by in policy.spec.requires.items() if part[:4] == "env "})
     kept = {name: value for name, value in config.items() if name != "extensions"}
     onnx_file.describe(model, spec, kept, golden)
@@ -87,12 +88,13 @@ def write(policy: DiffusionPolicy, config: Mapping[str, Any], path: Path, option
     return told
 
 
-def golden_pair(policy: DiffusionPolicy, bundle: Path) -> dict[str, np.ndarray]:
+def golden_pair(policy: DiffusionPolicy, bundle: Path, *, own: bool = True) -> dict[str, np.ndarray]:
     """The input of a bundle's golden pair by the names in the file, with the noise of the steps, and the chunk that
-    torch makes of it here. Raises `InputError` where that is not the bundle's."""
+    torch makes of it here. own: by the bundle's own sampler; raises `InputError` where it is not the bundle's chunk."""
     file, golden = bundle / "golden.safetensors", {}
     if file.is_file():
-        bundles.verify_golden(policy, bundle)
+        if own:
+            bundles.verify_golden(policy, bundle)
         golden = safetensors.numpy.load_file(file)
     else:
         random, shape = np.random.default_rng(0), (1, policy.spec.horizon, *policy.spec.action.shape)
@@ -281,6 +283,7 @@ def _tables(policy: DiffusionPolicy) -> list[Any]:
         "of_x": [float(x0(zero, one, step)) for step in solver.steps],
         "of_output": [float(x0(one, zero, step)) for step in solver.steps],
         "keep": [move.keep for move in solver.moves],
+        "kept": [move.keep * step.a for move, step in zip(solver.moves, solver.steps, strict=True)],
         "spread": [move.spread for move in solver.moves],
         "low": low.numpy(),
         "high": high.numpy(),
@@ -324,6 +327,9 @@ def _loop(policy: DiffusionPolicy, step: Any, chunk: list[int], draws: bool) -> 
     for back, said_before in enumerate([estimate, *older]):
         part = add("Mul", [said_before, number(f"blend{back}")], f"loop/blended{back}")
         following = add("Add", [following, part], f"loop/sum{back}")
+    if policy.sampler.solver.keeps_noise:
+        cut = add("Sub", [estimate, "loop/x0"], "loop/cut")
+        following = add("Add", [following, add("Mul", [cut, number("kept")], "loop/cut_part")], "loop/with_noise")
     if draws:
         z = add("Gather", [STEP_NOISE, number("drawn")], "loop/z", axis=1)
         following = add("Add", [following, add("Mul", [z, number("spread")], "loop/spread_z")], "loop/noisy")

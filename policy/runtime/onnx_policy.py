@@ -22,7 +22,7 @@ from action_diffusion.policy.runtime.onnx_file import (
     read,
     require,
 )
-from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.spec import PolicySpec, action_span
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """Of ONNX Runtime, by what is before the colon of `device`."""
@@ -117,8 +117,7 @@ class OnnxPolicy:
             raise InputError(f"{self._path} has no golden pair, so that it cannot be verified")
         obs = {key: golden[observation_name(key)] for key in self.spec.observations}
         found = self.predict(obs, noise=golden[NOISE], step_noise=golden.get(STEP_NOISE))
-        statistics = self.spec.normalizer["action"]
-        span = np.maximum(np.subtract(statistics["max"], statistics["min"]), 1e-6)
+        span = np.maximum(action_span(self.spec), 1e-6)
         difference = float((np.abs(found[ACTION] - golden[ACTION][0]) / span).max())
         if not difference <= tolerance:
             raise InputError(

@@ -45,6 +45,10 @@ POLICIES: dict[str, dict[str, Any]] = {  # each part of policies once, since tra
         "action_frame": {"name": "planar_object", "observation": "state", "pose": [2, 3, 4]},
         "denoiser": UNET,
     },
+    "ddim that keeps noise": {
+        "sampler": {"scheduler": "ddim", "num_inference_steps": 5, "use_clipped_model_output": False},
+        "denoiser": UNET,
+    },
     "dpm_solver++, mish": {
         "sampler": {"scheduler": "dpm_solver++", "num_inference_steps": 6},
         "denoiser": UNET | {"activation": "mish"},
