@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated_arms import LEROBOT
 
 from action_diffusion.deploy.sim.feetech import (
     GOAL,
@@ -31,7 +32,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.files import cache_folder
 
 PEERS = cache_folder() / "peers"
-OLD, NEW = PEERS / "lerobot-drivers", PEERS / "lerobot-0.6.1"
+NEW = PEERS / "lerobot-0.6.1"
 EXTRA = PEERS / "lerobot-drivers-0.6.1"
 ROOT = Path(__file__).parents[2]
 WORD = f"python -m pip install --no-deps --target {EXTRA} -r tests/support/lerobot-0.6.1.txt"
@@ -52,7 +53,7 @@ class Host:
 
     def hear(self, n: int = 1, seconds: float = 5.0) -> list[list[int]]:
         """The next `n` answers, without ff ff, length and checksum; fewer where they do not come."""
-        heard, buffer, deadline = [], bytearray(), time.monotonic() + seconds
+        heard, buffer, deadline = list[list[int]](), bytearray(), time.monotonic() + seconds
         os.set_blocking(self.descriptor, False)
         while len(heard) < n and time.monotonic() < deadline:
             try:
@@ -172,7 +173,7 @@ def package(folder: Path) -> Path:
 @pytest.fixture(scope="module", params=["0.4.4", "0.6.1"])
 def found(request, tmp_path_factory) -> dict[str, Any]:
     new = request.param == "0.6.1"
-    python, folders = (NEW / "bin" / "python", [EXTRA]) if new else (Path(sys.executable), [OLD])
+    python, folders = (NEW / "bin" / "python", [EXTRA]) if new else (Path(sys.executable), [LEROBOT])
     if not (python.exists() and all(folder.exists() for folder in folders)):
         pytest.skip(f"no lerobot {request.param}: see test_lerobot.py, test_lerobot_policy.py, {WORD}")
     if new:
