@@ -307,6 +307,7 @@ CAMERAS = Registry(
         "sim_arm": f"{_DEPLOY}.sim.panda:PandaCamera",
         "usb": f"{_DEPLOY}.drivers.usb:UsbCamera",
         "realsense": f"{_DEPLOY}.drivers.realsense:RealSenseCamera",
+        "lerobot": f"{_DEPLOY}.drivers.lerobot_camera:LeRobotCamera",
     },
 )
 DEVICES = Registry(

@@ -19,7 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.deploy.drivers.vendor import RemoteClock, above_zero, attempt, library, numbers, one_line
+from action_diffusion.deploy.drivers.vendor import (
+    RemoteClock,
+    above_zero,
+    attempt,
+    library,
+    numbers,
+    one_line,
+    same_sockets,
+    sockets,
+)
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import ArmState, Group
 from action_diffusion.errors import InputError, unknown
@@ -107,8 +116,9 @@ class UrArm:
         self._watchdog_time, self._deceleration, self._output = watchdog_time, float(deceleration), tool_output
         self._receive: Any = None
         self._control: Any = None
+        self._sockets: dict[int, int] = {}
         self._io: Any = None
-        self._closed, self._watched = 0.0, False
+        self._closed, self._watched, self._sent = 0.0, False, 0.0
         self._clock, self._stamp, self._seen = RemoteClock(), -1.0, 0.0
 
     def connect(self) -> None:
@@ -119,7 +129,9 @@ class UrArm:
             if mode != RUNNING:
                 raise InputError(f"the arm is not running (robot mode {mode}): switch it on and release its brakes")
             self._check_stopped()
+            others = sockets()
             self._control = control.RTDEControlInterface(self._host)
+            self._sockets = {number: inode for number, inode in sockets().items() if others.get(number) != inode}
             if self._output is not None:
                 self._io = library("rtde_io", "ur").RTDEIOInterface(self._host)
                 self._grip(self._closed)
@@ -170,12 +182,16 @@ class UrArm:
     def send(self, setpoint: np.ndarray) -> None:
         """Raises `ConnectionError` where the controller takes no setpoint, `TimeoutError` where it took too long.
 
-        A library that has lost its connection makes a new one, with a new program that has no watchdog: whatever took
-        longer than the watchdog waits is therefore the end.
+        The library makes a new connection for one that it has lost, in whichever thread notices, with a new program
+        that has no watchdog. A new connection is therefore the end, and so is whatever took longer than the watchdog
+        waits.
         """
+        self._check_connection()
         if not self._watched:  # not earlier: from now on a setpoint has to come in each of its periods
             self._watch()
         began = time.monotonic()
+        if began - self._sent > self._watchdog_time:
+            raise TimeoutError(f"no setpoint was sent for {began - self._sent:.2f} s: the watchdog has struck")
         if self._dry_run:
             taken = self._control.kickWatchdog()
         else:
@@ -183,14 +199,20 @@ class UrArm:
             taken = servo(setpoint[:6].tolist(), *self._servo)
         if not taken:
             raise ConnectionError("the controller takes no setpoints: its program has ended")
-        if time.monotonic() - began > self._watchdog_time:
-            raise TimeoutError(f"a setpoint took {time.monotonic() - began:.2f} s to send")
+        self._sent = time.monotonic()
+        if self._sent - began > self._watchdog_time:
+            raise TimeoutError(f"a setpoint took {self._sent - began:.2f} s to send")
+        self._check_connection()  # the library sends what it could not send once more, over a new one
         if self._output is not None and (setpoint[6] > 0.5) != (self._closed > 0.5):
             self._grip(float(setpoint[6] > 0.5))
 
+    def _check_connection(self) -> None:
+        if not self._control.isConnected() or not same_sockets(self._sockets):
+            raise ConnectionError("the connection to the controller was lost")
+
     def _watch(self) -> None:
-        """Before the first setpoint, so that the arm has not moved where the controller refuses."""
-        self._watched = self._control.setWatchdog(1 / self._watchdog_time)
+        """Set it: before the first setpoint, so that the arm has not moved where the controller refuses."""
+        self._watched, self._sent = self._control.setWatchdog(1 / self._watchdog_time), time.monotonic()
         if not self._watched:
             raise ConnectionError("the controller does not take the RTDE watchdog, and nothing else would stop the arm")
 

@@ -7,6 +7,7 @@ its own, so that Ctrl-C reaches the parent alone, and ends by itself when its pa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -115,15 +116,27 @@ def serve(work: Callable[..., None]) -> int:
     return 0
 
 
-def prefer(priority: int) -> str:
-    """Run before others where the system lets us, in real time with a `priority` of 1 to 99; says how."""
+def prefer(priority: int, *, everything: bool = False) -> str:
+    """Run before others where the system lets us, in real time with a `priority` of 1 to 99; says how.
+
+    The calling thread does, and with `everything` all threads of this process: one that waits for a library's own
+    thread would otherwise keep it from a core.
+    """
+    tasks = Path("/proc/self/task")
+    threads = [int(path.name) for path in tasks.iterdir()] if everything and tasks.exists() else [0]
+
+    def each(call: Callable[[int], None]) -> None:
+        for thread in threads:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                call(thread)
+
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+        each(lambda thread: os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(priority)))
         return f"SCHED_FIFO {priority}"
     except (OSError, AttributeError):
         pass
     try:
-        os.setpriority(os.PRIO_PROCESS, 0, -15)
+        each(lambda thread: os.setpriority(os.PRIO_PROCESS, thread, -15))
         return "nice -15"
     except (OSError, AttributeError):
         return USUAL

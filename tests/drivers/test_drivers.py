@@ -276,7 +276,7 @@ def test_lerobot_sets_the_motors_watchdog_and_clears_it(koch):
     assert koch.told[-3:-1] == [("bus.write", ("Bus_Watchdog", name, 5)) for name in KOCH["motors"]]
     assert koch.told[-1] == ("send_action", ({"shoulder_pan.pos": 12.0, "gripper.pos": 34.0},))
     arm.stop()
-    assert koch.told[-1] == ("send_action", ({"shoulder_pan.pos": 10.0, "gripper.pos": 50.0},))
+    assert koch.told[-1] == ("send_action", ({"shoulder_pan.pos": 12.0, "gripper.pos": 34.0},))  # the last setpoint
     arm.close()
     assert koch.told[-3:-1] == [("bus.write", ("Bus_Watchdog", name, 0)) for name in KOCH["motors"]]
     assert koch.names()[-1] == "disconnect"

@@ -46,7 +46,7 @@ def test_an_so101_is_read_sent_held_and_let_go_with_its_torque_on(found):
     assert done[0] == "connect"
     assert done[done.index("connected") + 1 :] == [
         *("sync_read", "sync_write"),  # a state, a setpoint
-        *("sync_read", "sync_write"),  # the stop: hold where it is
+        "sync_write",  # the stop: rest at the last setpoint
         "disconnect",
     ]
 

@@ -53,6 +53,9 @@ class RTDEControlInterface:
     ) -> None:
         WORLD.call("RTDEControlInterface", hostname)
 
+    def isConnected(self) -> bool:
+        return bool(WORLD.answers.get("isConnected", True))
+
     def setWatchdog(self, min_frequency: float = 10.0) -> bool:
         return WORLD.call("setWatchdog", min_frequency, answer=True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from action_diffusion.deploy.drivers.lerobot import INSTALL, SIX, configuration
+from action_diffusion.deploy.drivers.lerobot import INSTALL, SIX, answered, configuration
 from action_diffusion.deploy.drivers.vendor import attempt, library, numbers, one_line
 from action_diffusion.deploy.teleop.devices.device import Signals
 from action_diffusion.errors import InputError
@@ -21,19 +21,21 @@ class Leader:
     Args:
         type: lerobot's name: "so101_leader", "koch_leader", …
         config: what its configuration takes: {port: /dev/ttyACM1, id: my_leader, …}.
+        plugin: the package that brings the type, where it is not lerobot's own; "": lerobot_teleoperator_TYPE.
         motors: names as in lerobot's actions, without ".pos", in the order of the follower's commands.
     """
 
     help = "the leader arm drives; Enter start, k keep, Backspace discard, u undo in the terminal"
 
-    def __init__(self, *, type: str, config: Mapping[str, Any], motors: Sequence[str] = SIX) -> None:
+    def __init__(self, *, type: str, config: Mapping[str, Any], plugin: str = "", motors: Sequence[str] = SIX) -> None:
         self._type, self._config, self._motors = type, dict(config), [f"{name}.pos" for name in motors]
+        self._plugin = plugin
         self._leader: Any = None
 
     def connect(self) -> None:
         library_ = library("lerobot.teleoperators", "lerobot", INSTALL)
         try:
-            settings = configuration(library_, library_.TeleoperatorConfig, self._type, self._config)
+            settings = configuration(library_, library_.TeleoperatorConfig, self._type, self._config, self._plugin)
             leader = library_.make_teleoperator_from_config(settings)
             missing = [name for name in self._motors if name not in leader.action_features]
             if missing:
@@ -50,7 +52,7 @@ class Leader:
     def poll(self) -> Signals:
         """Raises `InputError` where the leader does not answer, or says what is no number."""
         try:
-            said = self._leader.get_action()
+            said, _ = answered(self._leader, self._leader.get_action)
             values = [float(said[name]) for name in self._motors]
             return Signals(target=numbers(values, len(values), "lerobot's positions"))
         except Exception as error:
