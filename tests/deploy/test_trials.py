@@ -12,15 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deployments import save_bundle, until
+from deployments import Deployment, save_bundle, until
 from processes import Forked
 from web_pages import Page
+from websockets.sync.client import connect
 
 from action_diffusion import cli, configuration
+from action_diffusion.deploy.arm.travel import PACE, STEP, way
+from action_diffusion.deploy.hardware.command import CommandLayout
+from action_diffusion.deploy.hardware.limits import RATES, Limits
+from action_diffusion.deploy.hardware.protocols import Group
+from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.rings import RingReader
 from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.operator import Mode, Order, Orders
 from action_diffusion.deploy.loop.trial_operator import TrialOperator
+from action_diffusion.deploy.trials import session
 from action_diffusion.deploy.trials.ledger import Ledger, Run
 from action_diffusion.deploy.trials.plan import planned, read_plan, shuffled, write_plan
 from action_diffusion.deploy.trials.report import difference
@@ -199,14 +206,15 @@ def test_only_start_and_undo_end_the_wait_before_a_run(tmp_path) -> None:
     others = [Order.SUCCESS, Order.FAILURE, Order.REDO, Order.PAUSE, Order.TAKE_OVER]
     one = operator(tmp_path, *(order(which) for which in others), order(Order.START))
     one.page.give(Order.UNDO)  # pressed before it was asked for
-    assert one.ready()
+    assert one.before() is Order.START
     assert one.mode is Mode.OVER
     one.begin()
     assert (one.mode, one.mark) == (Mode.POLICY, None)  # it has been started: it does not wait once more
 
 
-def test_undo_is_no_start(tmp_path) -> None:
-    assert not operator(tmp_path, order(Order.UNDO)).ready()
+@pytest.mark.parametrize("which", [Order.UNDO, Order.HOME])
+def test_what_else_may_be_wanted_before_a_run(tmp_path, which) -> None:
+    assert operator(tmp_path, order(which)).before() is which
 
 
 @pytest.mark.parametrize(
@@ -244,8 +252,97 @@ def test_nobody_takes_over(tmp_path) -> None:
 def test_a_page_that_is_gone_ends_the_wait(tmp_path) -> None:
     Orders(tmp_path)
     with pytest.raises(InputError, match="the page is gone"):
-        TrialOperator(tmp_path, idle=lambda: False, say=print).ready()
+        TrialOperator(tmp_path, idle=lambda: False, say=print).before()
     assert RingReader(tmp_path / "modes").count == 2
+
+
+# A real arm, as far as anybody can tell: nothing measures how well it does.
+
+ARM = """\
+arm: {n_joints: 2}
+limits:
+  low: [-1.0, -1.0, 0.0]
+  high: [1.0, 1.0, 1.0]
+  velocity: [2.0, 2.0, .inf]
+  acceleration: [20.0, 20.0, .inf]
+  jerk: [400.0, 400.0, .inf]
+  max_step: [.inf, .inf, 1.0]
+observations: {state: [joints, gripper]}
+seconds: 600
+"""
+
+
+def test_the_way_back_is_slow_and_ends_at_rest() -> None:
+    layout = CommandLayout((Group(name="joints", size=2, kind="linear"), Group(name="gripper", size=1, kind="hold")))
+    rates = {name: np.full(3, value) for name, value in zip(RATES, (2.0, 20.0, 400.0), strict=True)}
+    limits = Limits(low=np.full(3, -1.0), high=np.full(3, 1.0), max_step=np.full(3, 0.3), **rates)
+    start, goal = np.array([0.8, -0.1, 1.0]), np.array([-0.2, 0.0, 0.0])
+    times, commands = way(layout, limits, start, goal)
+    assert commands[0] == pytest.approx(start)
+    assert commands[-1] == pytest.approx(goal)
+    assert times[-1] == pytest.approx(np.pi / 2 / (PACE[0] * 2.0), abs=STEP)  # 1 rad on half a cosine
+    assert np.abs(np.diff(commands[:, :2], axis=0)).max() <= PACE[0] * 2.0 * STEP * 1.001
+    assert commands[:5, 2] == pytest.approx([1.0, 0.7, 0.4, 0.1, 0.0])
+    assert way(layout, limits, goal, goal)[1] == pytest.approx(np.tile(goal, (2, 1)))
+
+
+@pytest.mark.slow
+def test_a_real_arm_is_reset_and_marked_by_a_person(tmp_path) -> None:
+    """By whoever is at the page: here a socket. The arm is brought back to where it stood, and the gripper opens."""
+    (tmp_path / "cell.yaml").write_text(ARM)
+    corners = np.array([[0.3, 0.3, 0.9], [0.8, 0.8, 1.0]])
+    made = {"state": fit(corners), "action": fit(corners)}
+    values: dict[str, Any] = {"normalizer": made, "env": None, "task": "arm", "action": ActionSpec(shape=(3,))}
+    seen = {"state": ObservationSpec(shape=(3,), source="state")}
+    paths = [
+        save_bundle(tmp_path / name, observations=seen, horizon=8 + 4 * (name == "beta"), **values)
+        for name in ("alpha", "beta")
+    ]
+    options = ("robot=ideal", f"hardware={tmp_path / 'cell.yaml'}", "trials=1", "safety.margin=5")
+    listed = f"[{paths[0]},{paths[1]}]"
+    one = Deployment(listed, tmp_path / "out", *options, command="evaluate")
+    try:
+        with connect(f"{one.url.replace('http', 'ws')}/live") as page:
+
+            def say(order: str, **more: object) -> None:
+                page.send(json.dumps({"order": order, **more}))
+
+            def asks(reset: str) -> bool:
+                said = json.loads(page.recv())
+                return said["mode"] == "RESET" and said["trial"]["home"] and said["trial"]["reset"] == reset
+
+            until(lambda: asks(session.NEW_START))
+            say("start")
+            until(lambda: one.steps.count > 5)
+            say("score", value=0.5)
+            until(lambda: asks(session.SAME_START))
+            assert np.abs(one.setpoints.latest().values["command"]).max() > 0.2
+            say("home")
+            until(lambda: np.abs(one.setpoints.latest().values["command"]).max() < 1e-6)
+            until(lambda: json.loads(page.recv())["mode"] == "OVER")
+            until(lambda: asks(session.SAME_START))
+            assert one.phase is Phase.STILL
+            say("start")
+            until(lambda: one.steps.count > 15)
+            say("failure")
+        assert one.process.wait(30) == 0
+    finally:
+        one.process.kill()
+        one.process.wait()
+    assert [(run["mark"], run["score"]) for run in lines(tmp_path / "out")] == [("partial", 0.5), ("failure", 0.0)]
+
+
+@pytest.mark.slow
+def test_nobody_can_mark_a_real_robot_s_runs_without_a_page(tmp_path) -> None:
+    """As where its extra is not installed."""
+    (tmp_path / "cell.yaml").write_text(ARM)
+    corners = np.array([[0.3, 0.3, 0.9], [0.8, 0.8, 1.0]])
+    values: dict[str, Any] = {"normalizer": {"state": fit(corners), "action": fit(corners)}, "env": None}
+    seen = {"state": ObservationSpec(shape=(3,), source="state")}
+    path = save_bundle(tmp_path / "alpha", observations=seen, action=ActionSpec(shape=(3,)), **values)
+    words = ["robot=ideal", f"hardware={tmp_path / 'cell.yaml'}", "trials=1"]
+    with pytest.raises(InputError, match="nobody can mark the runs of a real robot"):
+        run(asked([path], tmp_path / "out", *words))
 
 
 # The ledger.
