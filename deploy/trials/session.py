@@ -44,10 +44,8 @@ from action_diffusion.options import Evaluate
 from action_diffusion.policy.spec import PolicySpec
 
 NEW_START = "Set up a new start. A picture of it is kept for the other runs of this trial. Then press Start."
-SAME_START = (
-    "Set the scene up as it was at the beginning of this trial: the start’s picture lies over the live camera. Then "
-    "press Start."
-)
+SAME_START = "Set the scene up as it was at the beginning of this trial. Then press Start."
+OVERLAID = "The start’s picture lies over the live camera. "
 ONLY_START = "Set the scene up, then press Start."
 SIMULATED = "The simulator sets the scene up. Press Start."
 ASKED = "The run is over. How did it go?"
@@ -162,7 +160,9 @@ class Session:
         begun = self.ledger.has_begun(trial)
         reset = ONLY_START if len(self.actings) == 1 else SAME_START if begun else NEW_START
         seen = [name for name in self._cameras if begun and page.picture(self._starts(trial), name).is_file()]
-        self._show(trial, place, reset=self._note + (SIMULATED if self._simulated else reset), starts=seen)
+        words = SIMULATED if self._simulated else reset
+        words = OVERLAID + words if seen else words
+        self._show(trial, place, reset=self._note + words, starts=seen)
         wanted = self._operator.before()
         self._note = ""
         if wanted is Order.UNDO and self.ledger.can_undo:

@@ -184,7 +184,7 @@ def test_a_killed_session_loses_no_run(two, tmp_path) -> None:
 # Whoever marks.
 
 
-def operator(folder: Path, *said: Callable[[Orders], None]) -> TrialOperator:
+def operator(folder: Path, *said: Callable[[Orders], None]) -> tuple[TrialOperator, Orders]:
     """One whose person says these things one after the other, whenever they are waited for."""
     page, left = Orders(folder), list(said)
 
@@ -193,9 +193,7 @@ def operator(folder: Path, *said: Callable[[Orders], None]) -> TrialOperator:
             left.pop(0)(page)
         return True
 
-    made = TrialOperator(folder, idle=idle, say=lambda line: None)
-    made.page = page  # type: ignore[attr-defined]
-    return made
+    return TrialOperator(folder, idle=idle, say=lambda line: None), page
 
 
 def order(which: Order) -> Callable[[Orders], None]:
@@ -204,8 +202,8 @@ def order(which: Order) -> Callable[[Orders], None]:
 
 def test_only_start_and_undo_end_the_wait_before_a_run(tmp_path) -> None:
     others = [Order.SUCCESS, Order.FAILURE, Order.REDO, Order.PAUSE, Order.TAKE_OVER]
-    one = operator(tmp_path, *(order(which) for which in others), order(Order.START))
-    one.page.give(Order.UNDO)  # pressed before it was asked for
+    one, page = operator(tmp_path, *(order(which) for which in others), order(Order.START))
+    page.give(Order.UNDO)  # pressed before it was asked for
     assert one.before() is Order.START
     assert one.mode is Mode.OVER
     one.begin()
@@ -214,7 +212,7 @@ def test_only_start_and_undo_end_the_wait_before_a_run(tmp_path) -> None:
 
 @pytest.mark.parametrize("which", [Order.UNDO, Order.HOME])
 def test_what_else_may_be_wanted_before_a_run(tmp_path, which) -> None:
-    assert operator(tmp_path, order(which)).before() is which
+    assert operator(tmp_path, order(which))[0].before() is which
 
 
 @pytest.mark.parametrize(
@@ -227,10 +225,10 @@ def test_what_else_may_be_wanted_before_a_run(tmp_path, which) -> None:
     ],
 )
 def test_marks_while_it_runs_and_afterwards(tmp_path, said, mark, score) -> None:
-    one = operator(tmp_path, order(Order.START), order(Order.PAUSE), said)
+    one, page = operator(tmp_path, order(Order.START), order(Order.PAUSE), said)
     one.begin()
     assert one.wait(lambda: (None, False))
-    said(one.page)
+    said(page)
     assert not one.wait(lambda: (None, False))
     assert (one.mark, one.score) == (mark, score)
     one.end()
@@ -242,9 +240,9 @@ def test_marks_while_it_runs_and_afterwards(tmp_path, said, mark, score) -> None
 
 
 def test_nobody_takes_over(tmp_path) -> None:
-    one = operator(tmp_path)
+    one, page = operator(tmp_path)
     one.begin()
-    one.page.give(Order.TAKE_OVER)
+    page.give(Order.TAKE_OVER)
     assert one.wait(lambda: (None, False))
     assert one.mode is Mode.POLICY
 

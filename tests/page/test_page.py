@@ -220,6 +220,7 @@ ABOUT |= {
     "high": LIMITS["high"],
     "teleop": None,
     "parts": [[0], [1, 2]],
+    "trials": False,
 }
 
 
