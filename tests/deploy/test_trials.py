@@ -164,7 +164,7 @@ def test_what_a_power_cut_left_is_made_once_more(two, tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_session_loses_no_run(two, tmp_path) -> None:
+def test_a_killed_session_loses_no_run(two, tmp_path, capsys) -> None:
     """In real time, on the simulator in processes of its own."""
     folder, listed = tmp_path / "out", f"bundles=[{two[0]},{two[1]}]"
     words = ["robot=sim_pusht", listed, "trials=3", "page=false", "device=cpu", f"output_dir={folder}"]
@@ -179,6 +179,8 @@ def test_a_killed_session_loses_no_run(two, tmp_path) -> None:
     assert made[: len(kept)] == kept
     assert [(one["trial"], one["place"]) for one in made] == [(t, p) for t in range(3) for p in range(2)]
     assert {one["mark"] for one in made} == {"measured"}
+    assert cli.main(["deploy", f"replay={folder / 'sessions' / '002'}"]) == 2
+    assert "is of trials, in which several policies ran: it cannot be replayed" in capsys.readouterr().err
 
 
 # Whoever marks.
