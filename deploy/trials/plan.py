@@ -77,12 +77,13 @@ def planned(config: Evaluate, folder: Path | None) -> Plan:
         if [Path(one).resolve() for one in paths].count(Path(path).resolve()) > 1:
             raise InputError(f"bundles= names {path} twice")
     kept = json.loads(json.dumps({name: _plain(getattr(config, name)) for name in KEPT}))
-    new = Plan(
-        format=FORMAT,
-        bundles=[Contender(path=path, sha256=fingerprint(Path(path))) for path in paths],
-        orders=shuffled(len(paths), config.trials, config.seed),
-        settings=kept,
-    )
+    bundles = [Contender(path=path, sha256=fingerprint(Path(path))) for path in paths]
+    seeds = [
+        config.seed,
+        *(int(one.sha256[:8], 16) for one in bundles),
+    ]  # whoever knows another plan does not know this
+    orders = shuffled(len(paths), config.trials, *seeds)
+    new = Plan(format=FORMAT, bundles=bundles, orders=orders, settings=kept)
     if folder is None:
         return new
     if not (folder / NAME).exists():
@@ -114,14 +115,14 @@ def write_plan(plan: Plan, folder: Path) -> None:
         temporary.write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
 
 
-def shuffled(bundles: int, trials: int, seed: int) -> list[list[int]]:
+def shuffled(bundles: int, trials: int, *seeds: int) -> list[list[int]]:
     """Of each trial, the order of the bundles' numbers: random, and the same for the same numbers.
 
     Over all trials each bundle comes first, second, … equally often, or nearly so where the numbers do not divide:
     whoever resets gets better at it, and light and motors change. Which trials have which order is left to chance, so
     that nobody who has seen some knows the next.
     """
-    random = np.random.default_rng([STREAM, seed])
+    random = np.random.default_rng([STREAM, *seeds])
     orders: list[list[int]] = []
     while len(orders) < trials:
         drawn = random.permutation(bundles)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from action_diffusion import __version__, report_page
@@ -203,7 +204,7 @@ def _order(order: Sequence[int]) -> str:
 def _print(results: Mapping[str, Any], folder: Path) -> None:
     table = Table(*HEADS, title=f"{results['trials']} trials on {results['robot']}")
     for row in _rows(results["bundles"]):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # of rich's markup
     Console().print(table)
     for one in results["differences"]:
         print(one["verdict"])

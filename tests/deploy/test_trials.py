@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("bundles", "trials"), [(1, 3), (2, 1), (2, 20), (2, 7), (3, 20), (5, 4)])
 def test_every_bundle_runs_once_from_each_start_and_as_often_first(bundles: int, trials: int) -> None:
-    orders = shuffled(bundles, trials, seed=3)
+    orders = shuffled(bundles, trials, 3)
     assert [sorted(order) for order in orders] == [list(range(bundles))] * trials
     places = np.array([np.bincount(place, minlength=bundles) for place in np.array(orders).T])
     assert places.max() - places.min() <= 1
-    assert orders == shuffled(bundles, trials, seed=3)
+    assert orders == shuffled(bundles, trials, 3)
 
 
 def test_the_order_is_random() -> None:
@@ -112,14 +113,17 @@ def test_trials_from_the_plan_to_the_report(two, tmp_path, capsys) -> None:
     assert found["verdict"] in after
 
 
-def test_a_start_is_the_same_for_all(two, tmp_path) -> None:
-    copy = tmp_path / "copy"
+def test_a_start_is_the_same_for_all(two, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    copy = tmp_path / "copy[red]"
     shutil.copytree(two[0], copy)
-    run(asked([two[0], copy], tmp_path / "out"), clock=VirtualClock())
+    config = asked(two, tmp_path / "out")
+    run(replace(config, bundles=[str(two[0]), str(copy)]), clock=VirtualClock())
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["bundles"][0]["scores"] == results["bundles"][1]["scores"]
     assert results["differences"][0]["p"] == 1
     assert results["differences"][0]["mean_interval"] is None
+    assert capsys.readouterr().out.count("[red]") == 2  # in the table, and in the verdict
 
 
 class Interrupting(VirtualClock):
