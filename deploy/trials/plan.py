@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,12 +43,16 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """See the module. orders: of each trial, the bundles' numbers as they run. settings: options, see `KEPT`."""
+    """See the module. orders: of each trial, the bundles' numbers as they run. settings: options, see `KEPT`.
+
+    made: how many of them, the first ones, are to be made where somebody ends early; None: all, as in the file.
+    """
 
     format: Annotated[int, Between(FORMAT, FORMAT)]
     bundles: Annotated[list[Contender], Sized(1, 100)]
     orders: Annotated[list[list[int]], Sized(1, 10_000)]
     settings: Section
+    made: Annotated[int, Between(1)] | None = None
 
     def __post_init__(self) -> None:
         every = list(range(len(self.bundles)))
@@ -58,8 +62,8 @@ class Plan:
 
     @property
     def trials(self) -> int:
-        """How many starts."""
-        return len(self.orders)
+        """From how many starts."""
+        return self.made or len(self.orders)
 
     def seed(self, trial: int) -> int:
         """The start of `trial`, in a simulator, and of the policies' noise: all bundles meet the same."""
@@ -67,7 +71,7 @@ class Plan:
 
 
 def planned(config: Evaluate, folder: Path | None) -> Plan:
-    """The plan that is in `folder`, or else a new one, which is not written yet.
+    """The plan that is in `folder`, with fewer trials where fewer are asked for; else a new one, not written yet.
 
     Raises `InputError` for a bundle that is there twice, a folder that holds another plan or another evaluation, and a
     plan that cannot be read.
@@ -92,6 +96,8 @@ def planned(config: Evaluate, folder: Path | None) -> Plan:
                 raise InputError(f"{folder} holds {name} and no {NAME}: {ELSE}")
         return new
     old = read_plan(folder / NAME)
+    if config.trials < len(old.orders):
+        old = replace(old, made=config.trials)
     _check_same(new, old, folder)
     return old
 
@@ -103,7 +109,7 @@ def read_plan(path: Path) -> Plan:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     try:
-        plan: Plan = check(data, Plan, str(path))
+        plan: Plan = check({**data, "made": None} if isinstance(data, dict) else data, Plan, str(path))
     except InputError as error:
         raise InputError(f"{path} is no plan of trials: {error}") from None
     return plan
@@ -171,7 +177,7 @@ def _check_same(new: Plan, old: Plan, folder: Path) -> None:
         names, others = (",".join(one.path for one in plan.bundles) for plan in (new, old))
         raise InputError(f"{folder} holds trials of [{others}], not of [{names}]: {ELSE}")
     for name, value in new.settings.items():
-        if value != old.settings.get(name):
+        if value != old.settings.get(name) and not (name == "trials" and old.made):
             raise InputError(f"{folder} holds trials with {_option(name, old.settings.get(name), value)}: {ELSE}")
 
 

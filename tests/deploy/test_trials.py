@@ -157,6 +157,22 @@ def test_an_interrupted_session_goes_on(two, tmp_path, capsys) -> None:
     assert len(lines(folder)) == 6
 
 
+def test_trials_may_end_early(two, tmp_path) -> None:
+    folder = tmp_path / "out"
+    assert run(asked(two, folder), clock=Interrupting(52)) == 130  # in the fifth run of 12 steps
+    early = asked(two, folder, "trials=2")
+    assert run(early, clock=Interrupting(1)) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["trials"], results["planned"]) == (2, 3)
+    assert [one["n"] for one in results["bundles"]] == [2, 2]
+    assert "2 of 3 planned trials on sim_pusht" in Page(folder / "report.html").text
+    assert run(asked(two, folder), clock=VirtualClock()) == 0  # all, after all
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["trials"], results["planned"]) == (3, 3)
+    assert run(early, clock=Interrupting(1)) == 0  # runs of the third are there, and are not counted
+    assert [one["n"] for one in json.loads((folder / "results.json").read_text())["bundles"]] == [2, 2]
+
+
 def test_what_a_power_cut_left_is_made_once_more(two, tmp_path, capsys) -> None:
     folder = tmp_path / "out"
     run(asked(two, folder), clock=Interrupting(20))
