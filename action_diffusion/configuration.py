@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from action_diffusion import hub
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import COMMANDS, Address, AsTyped, Plugins, TrainSettings
 from action_diffusion.registry import use_plugins
@@ -64,7 +65,7 @@ def load(name: str, overrides: Sequence[str], config_dir: str | None = None) -> 
     if "task" in data:
         _check_task(data["task"])
     check(data, COMMANDS[name])
-    return _without_nulls(data)
+    return from_hub(name, _without_nulls(data))
 
 
 def settings(name: str, overrides: Sequence[str], config_dir: str | None = None) -> Any:
@@ -86,12 +87,47 @@ def plain(name: str, overrides: Sequence[str], beside: Mapping[str, Any]) -> dic
             raise InputError(f"{key}= is given twice")
         if one.is_sweep_override():
             raise InputError(f"{one.input_line}: give one value, or a list in [ ]")
-        data[key] = one.value()
+        section, _, inner = key.partition(".")
+        if inner:
+            inside = data.setdefault(section, {})
+            if not isinstance(inside, dict) or inner in inside:
+                raise InputError(f"{key}= is given twice")
+            inside[inner] = one.value()
+        else:
+            data[key] = one.value()
     for key in needed(COMMANDS[name]):
         if key not in data:
             raise InputError(f"{key} is required: action-diffusion {name} {key}=…")
     given = vars(check(data, COMMANDS[name]))
-    return {key.rstrip("_"): value for key, value in given.items() if value is not None}
+    return from_hub(name, {key.rstrip("_"): value for key, value in given.items() if value is not None})
+
+
+def from_hub(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the command `name`, with folders on this machine for policies on the Hub, and commits for its data.
+
+    Raises `InputError` for what is not there.
+    """
+    inspected = name in ("bundle inspect", "bundle import", "bundle export")
+    policies = ("bundle", "compare", "init", "visited_by", *(("path", "in") if inspected else ()))
+
+    def fetch(value: Any) -> Any:
+        if isinstance(value, list):
+            return [fetch(one) for one in value]
+        return str(hub.fetched(value, hub.POLICY)) if hub.is_reference(value) else value
+
+    def pin(value: Any) -> Any:
+        if isinstance(value, list):
+            return [pin(one) for one in value]
+        return hub.pinned(value, hub.DATA) if hub.is_reference(value) else value
+
+    found = {key: fetch(value) if key in policies else value for key, value in options.items()}
+    if "data" in found:
+        found["data"] = pin(found["data"])
+    policy = found.get("policy")
+    objective = policy.get("objective") if isinstance(policy, dict) else None
+    if isinstance(objective, dict) and "teacher" in objective:
+        objective["teacher"] = fetch(objective["teacher"])
+    return found
 
 
 def settings_of(name: str, overrides: Sequence[str]) -> Any:
@@ -126,7 +162,7 @@ def override(name: str, config: Mapping[str, Any], overrides: Sequence[str], whe
         if budget not in given:
             _put(data, budget, None)
     check(data, COMMANDS[name])
-    return _without_nulls(data)
+    return from_hub(name, _without_nulls(data))
 
 
 def _without_nulls(data: dict[str, Any]) -> dict[str, Any]:

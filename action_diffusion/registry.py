@@ -269,7 +269,11 @@ FEATURES = Registry(
 ACTION_FRAMES = Registry(
     "action frame",
     "action_frames",
-    {"planar_object": f"{_POLICY}.frames:PlanarObjectFrame", "position": f"{_POLICY}.frames:Position"},
+    {
+        "planar_object": f"{_POLICY}.frames:PlanarObjectFrame",
+        "pose": f"{_POLICY}.poses:Pose",
+        "position": f"{_POLICY}.frames:Position",
+    },
 )
 ENVS = Registry(
     "environment",
@@ -326,7 +330,15 @@ ROBOTS = Registry(
         **dict.fromkeys(("ur", "franka", "lerobot"), f"{_DEPLOY}.robot.cell:robot"),
     },
 )
-POLICY_FORMATS = Registry("policy format", "policy_formats", {})
+POLICY_FORMATS = Registry(
+    "policy format",
+    "policy_formats",
+    {
+        "diffusion_policy": "action_diffusion.policy.interchange.diffusion_policy:DIFFUSION_POLICY",
+        "lerobot": "action_diffusion.policy.interchange.lerobot:LEROBOT",
+        "onnx": "action_diffusion.policy.interchange.onnx:ONNX",
+    },
+)
 FORMATS = Registry(
     "format",
     "formats",

@@ -45,6 +45,8 @@ SIZES = {
 }
 """Representation that has several numbers for one rotation → how many values it takes. Signs of a quaternion do not
 depend on its order; Euler angles and single ones are right but for whole turns."""
+WIDTHS = SIZES | {"rotation_6d": 6}
+"""The same of all representations, also of the one whose numbers are always continuous."""
 _TINY = 1e-6
 _SHORTEST = 1e-3
 """Of a quaternion that still says something of a rotation."""
@@ -58,35 +60,52 @@ class RotationColumns:
     """
 
     first: Annotated[int, Between(0, 100_000)]
-    representation: Annotated[str, OneOf(*SIZES)]
+    representation: Annotated[str, OneOf(*WIDTHS)]
     reference: Annotated[tuple[Annotated[float, Between(-1e4, 1e4)], ...], Sized(0, 4)] = ()
 
     def __post_init__(self) -> None:
-        if self.representation in SIZES and len(self.reference) not in (0, SIZES[self.representation]):
+        if self.representation in WIDTHS and len(self.reference) not in (0, WIDTHS[self.representation]):
             raise InputError(f"rotation {self.representation}: its reference has {len(self.reference)} values")
 
     @property
     def columns(self) -> slice:
-        return slice(self.first, self.first + SIZES[self.representation])
+        return slice(self.first, self.first + WIDTHS[self.representation])
 
     @property
     def origin(self) -> tuple[float, ...]:
         """The reference, or the identity: (0, 0, 0, 1), or (1, 0, 0, 0) where w comes first."""
-        zeros = (0.0,) * SIZES[self.representation]
+        zeros = (0.0,) * WIDTHS[self.representation]
+        if self.representation == "rotation_6d":
+            return self.reference or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
         if self.reference or len(zeros) < 4:
             return self.reference or zeros
         return (1.0, *zeros[1:]) if self.representation == "quaternion_wxyz" else (*zeros[1:], 1.0)
 
+    @property
+    def no_rotation(self) -> str:
+        """What `missing` looks for, in words."""
+        six = self.representation == "rotation_6d"
+        return "6D rotations whose axes are zero or parallel" if six else "quaternions of zeros"
+
     def fitted(self, values: np.ndarray) -> RotationColumns:
         """With the mean rotation of rows [N, D] for its reference, so that few of them lie half a turn from it."""
+        if self.representation not in SIZES:
+            return self
         rows = np.asarray(values, np.float64)[:, self.columns]
         rows = rows[np.isfinite(rows).all(axis=1)]
         return replace(self, reference=_mean(rows, self.representation)) if len(rows) else self
 
     def missing(self, values: np.ndarray) -> np.ndarray:
-        """Which rows of `values` [N, D] hold no rotation, [N] bool: quaternions of zeros."""
-        length = np.linalg.norm(np.asarray(values, np.float64)[:, self.columns], axis=1)
-        return np.asarray((length < _SHORTEST) & (SIZES[self.representation] == 4))
+        """Which rows of `values` [N, D] hold no rotation, [N] bool: quaternions of zeros, and 6D whose axes are zero or
+        parallel."""
+        part = np.asarray(values, np.float64)[:, self.columns]
+        if self.representation == "rotation_6d":
+            first, second = part[:, :3], part[:, 3:]
+            lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+            area = np.linalg.norm(np.cross(first, second), axis=1)
+            return np.asarray(area <= _SHORTEST * np.maximum(lengths, _SHORTEST))
+        length = np.linalg.norm(part, axis=1)
+        return np.asarray((length < _SHORTEST) & (WIDTHS[self.representation] == 4))
 
 
 def parse_rotations(texts: Sequence[str], n: int, where: str) -> tuple[RotationColumns, ...]:
@@ -94,10 +113,10 @@ def parse_rotations(texts: Sequence[str], n: int, where: str) -> tuple[RotationC
     found = []
     for text in texts:
         name, _, first = text.partition("@")
-        if name not in SIZES:
-            raise unknown("rotation", name, SIZES, where)
-        if not (first or "0").isdecimal() or int(first or 0) + SIZES[name] > n:
-            raise InputError(f"{where}={text}: expected {name}@COLUMN, whose {SIZES[name]} columns are among {n}")
+        if name not in WIDTHS:
+            raise unknown("rotation", name, WIDTHS, where)
+        if not (first or "0").isdecimal() or int(first or 0) + WIDTHS[name] > n:
+            raise InputError(f"{where}={text}: expected {name}@COLUMN, whose {WIDTHS[name]} columns are among {n}")
         found.append(RotationColumns(int(first or 0), name))
     found.sort(key=lambda rotation: rotation.first)
     for one, other in pairwise(found):
@@ -113,6 +132,8 @@ def check_rotations(rotations: Sequence[RotationColumns], n: int) -> None:
 
 def nearest(values: Any, before: Any, representation: str) -> Any:
     """Of all numbers for the rotations `values` [..., n], those nearest to `before` [..., n]: arrays or tensors."""
+    if representation not in SIZES:
+        return values
     if SIZES[representation] == 4:
         return values * (1 - 2 * ((values * before).sum(-1, keepdims=True) < 0))
     if representation != "rotation_vector":
@@ -130,6 +151,8 @@ def continuous(values: Tensor, rotations: Sequence[RotationColumns]) -> Tensor:
     import torch
 
     for rotation in rotations:
+        if rotation.representation not in SIZES:
+            continue
         part = values[..., rotation.columns]
         before, steps = _filled(part[..., 0, :], rotation.origin), []
         for step in part.unbind(-2):
@@ -144,7 +167,7 @@ def valid(values: Tensor, rotations: Sequence[RotationColumns]) -> Tensor:
     import torch
 
     for rotation in rotations:
-        if SIZES[rotation.representation] == 4:
+        if WIDTHS[rotation.representation] == 4:
             part = values[..., rotation.columns]
             length = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
             unit = torch.where(length > _SHORTEST, part / length.clamp_min(_SHORTEST), _filled(part, rotation.origin))
@@ -157,7 +180,7 @@ def continuous_rows(rows: np.ndarray, rotation: RotationColumns) -> np.ndarray:
     part = np.array(rows[:, rotation.columns], np.float64)
     finite = np.flatnonzero(np.isfinite(part).all(axis=1))
     chain = np.concatenate([[rotation.origin], part[finite]])
-    if SIZES[rotation.representation] == 4:
+    if WIDTHS[rotation.representation] == 4:
         flips = np.cumsum((chain[1:] * chain[:-1]).sum(axis=1) < 0) % 2
         part[finite] *= 1 - 2 * flips[:, None]
     elif (nearest(chain[1:], chain[:-1], rotation.representation) != chain[1:]).any():

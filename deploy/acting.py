@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-
-import torch
+from typing import Any
 
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.loop.clock import Clock, MonotonicClock
@@ -20,9 +19,10 @@ from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
 from action_diffusion.errors import InputError
 from action_diffusion.options import Deploy
 from action_diffusion.policy.action_queue import ActionQueue, check_room
-from action_diffusion.policy.extensions.guard import LEVEL
+from action_diffusion.policy.extensions.watch import LEVEL
 from action_diffusion.policy.history import History
 from action_diffusion.policy.inference import choose_threads
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.policy.spec import PolicySpec
 
 
@@ -79,8 +79,11 @@ class Acting:
         keys: what is observed, where that is more than this policy looks at.
         """
         config, spec = self._config, self.policy.spec
-        if self.threads is not None and self.threads != torch.get_num_threads():
-            torch.set_num_threads(self.threads)
+        if self.threads is not None and not isinstance(self.policy, OnnxPolicy):
+            import torch
+
+            if self.threads != torch.get_num_threads():  # setting them forgets kernels
+                torch.set_num_threads(self.threads)
         waits = config.scheduling == "sync" and not isinstance(self.policy, PolicyElsewhere)
         return run_episode(
             policy=self.policy,
@@ -104,6 +107,15 @@ class Acting:
         """Let go of a policy elsewhere."""
         if isinstance(self.policy, PolicyElsewhere):
             self.policy.close()
+
+
+def ways(policy: DeployedPolicy) -> dict[str, Any]:
+    """The kernels that torch took for it, and on what machine; ONNX Runtime does not say."""
+    if isinstance(policy, OnnxPolicy):
+        return {}
+    from action_diffusion import choice
+
+    return {"ways": choice.table().taken, "machine": choice.machine()}
 
 
 def _queue(config: Deploy, spec: PolicySpec) -> ActionQueue:

@@ -11,8 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from action_diffusion import choice
-from action_diffusion.deploy.acting import Acting
+from action_diffusion.deploy.acting import Acting, ways
 from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.loop.clock import Clock
 from action_diffusion.deploy.loop.events import StepRecord, endings
@@ -39,7 +38,7 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
     robot = robots.make(config.robot, RobotTask.of(spec), config if clock is None else None)
     try:
         acting.meet(robot)
-        computing = {"threads": acting.threads, "ways": choice.table().taken, "machine": choice.machine()}
+        computing = {"threads": acting.threads} | ways(acting.policy)
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
         beside = Path(config.bundle).parent if config.bundle else Path()
         output_dir = Path(config.output_dir) if config.output_dir else beside / stamp

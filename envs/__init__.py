@@ -6,9 +6,11 @@ A simulator is imported when it is first made, so that nobody pays for the ones 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from action_diffusion.envs.base import Env
+from action_diffusion.envs.joined import Joined
 from action_diffusion.registry import ENVS, check_arguments
 
 ROBOSUITE = {"lift", "can", "square", "transport", "tool_hang"}
@@ -24,16 +26,18 @@ def at_once(name: str, n_envs: int) -> int:
     return min(n_envs, 2 * (os.cpu_count() or 1)) if name in IN_PROCESSES else n_envs
 
 
-def make(name: str, **settings: Any) -> Env:
+def make(name: str, *, joined: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> Env:
     """The simulator registered under `name`, built with `settings` (its constructor's keywords).
 
+    joined: further observations, see `Joined`.
     Raises `InputError` for a name that is not registered, and for settings that a simulator of somebody else's does
     not have.
     """
     part = ENVS.load(name)
     if name not in ENVS.own:
         check_arguments(part, settings, f"environment {name}")
-    return cast(Env, part(**settings))
+    env = cast(Env, part(**settings))
+    return cast(Env, Joined(env, joined)) if joined else env
 
 
 __all__ = ["IN_PROCESSES", "ROBOSUITE", "Env", "at_once", "make"]

@@ -19,10 +19,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from action_diffusion.envs.base import Env
 from action_diffusion.envs.running import Episode, Running, Spec, generators
@@ -46,10 +45,13 @@ class Policy(Protocol):
         self,
         obs: Mapping[str, np.ndarray],
         *,
-        noise_generator: list[torch.Generator],
-        generator: list[torch.Generator],
+        noise_generator: list[Any],
+        generator: list[Any],
     ) -> Mapping[str, np.ndarray]:
-        """From histories {key: [B, To, ...]} to at least {"action_pred": [B, H, A]} in the data's units."""
+        """From histories {key: [B, To, ...]} to at least {"action_pred": [B, H, A]} in the data's units.
+
+        Both are of `policy.noise`, one a row: of torch wherever torch is loaded.
+        """
         ...
 
 

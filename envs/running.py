@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from action_diffusion.envs.workers import EnvWorker, Executed, Start
 from action_diffusion.errors import InputError
+from action_diffusion.policy import noise
 from action_diffusion.policy.agent import Agent
 
 ATTEMPTS = 2
@@ -51,11 +51,10 @@ class Episode:
         return len(self.rewards)
 
 
-def generators(*seed: int) -> tuple[torch.Generator, torch.Generator]:
-    """Two independent CPU generators for one row: for the initial noise, and for the noise of the steps."""
-    states = np.random.SeedSequence(seed).generate_state(2, np.uint64)
-    noise, steps = (torch.Generator().manual_seed(int(state)) for state in states)
-    return noise, steps
+def generators(*seed: int) -> tuple[Any, Any]:
+    """Two independent CPU generators (`policy.noise`) for one row: for the initial noise, and for that of the steps."""
+    first, steps = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+    return noise.generator(int(first)), noise.generator(int(steps))
 
 
 class Running:

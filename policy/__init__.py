@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 _NAMES = {
-    "load": "bundle",
+    "load": "opening",
     "save": "bundle",
     "DiffusionPolicy": "policy",
     "Sample": "sample",

@@ -24,6 +24,10 @@ import numpy as np
 from action_diffusion.errors import InputError, unknown
 
 SCHEDULINGS = ("sync", "naive", "ensemble", "rtc")
+MASKS = ("exponential", "linear", "ones", "hard")
+"""How much less each step of a chunk has to agree with the running one, for rtc: `policy.rtc.weights`."""
+BETA = 5.0
+"""The published bound of rtc's guidance weight, for 5 denoising steps."""
 ENSEMBLE_DECAY = 0.01
 """Chunk i, counted from the oldest, has the weight exp(−0.01 i): Zhao et al. 2023 (ACT)."""
 

@@ -20,9 +20,9 @@ from action_diffusion.policy.model.estimator import PlanarPose
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.objectives.objective import Objective
-from action_diffusion.policy.policy import IN_FRAME, DiffusionPolicy
+from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.registry import build, parameters
-from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.spec import IN_FRAME, PolicySpec
 
 MOST_WEIGHTS = 2_000_000_000
 """Of one network: eight times the paper's."""
@@ -43,9 +43,11 @@ def build_features(config: Mapping[str, Any], spec: PolicySpec) -> dict[str, nn.
 
 
 def build_action_frame(config: Mapping[str, Any] | None, spec: PolicySpec) -> ActionFrame | None:
-    """The frame that chunks are learnt in, or None for the data's own. `config`: {name, observation, …}, or None."""
+    """The frame that chunks are learnt in, or None for the data's own. `config`: {name, …}, or None."""
     if config is None:
         return None
+    if "spec" in parameters("action_frame", config):
+        return cast(ActionFrame, build("action_frame", config, spec=spec))
     key = config.get("observation")
     if key not in spec.states:
         raise unknown("state in policy.action_frame.observation", str(key), spec.states)
@@ -72,20 +74,26 @@ def fit_normalizer(
     spec: PolicySpec,
     read: Callable[[str], np.ndarray],
     read_chunks: Callable[[str], tuple[np.ndarray, np.ndarray]],
+    weigh: Callable[[str], np.ndarray | None] = lambda _: None,
+    read_history: Callable[[str], np.ndarray] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Statistics of every state key (after its features), of the action, and of the action in its frame.
 
     `read(key)` gives all the training steps [N, D] of an observation key or of "action". `read_chunks(key)` gives, for
-    all the training windows, that key's value now [W, D] and the chunk [W, H, A]. `config`: {"default": kind, and a
-    kind for each key that differs}.
+    all the training windows, that key's value now [W, D] and the chunk [W, H, A]. `weigh(key)` says how much each of
+    the steps of a key counts [N], for `IN_FRAME` each of the windows [W] (`normalizer.fit`). `read_history(key)` gives
+    what the windows see of a key, [W, To, D]; without it, now alone. `config`: {"default": kind, and a kind for each
+    key that differs}.
     """
     kinds = dict(config["normalizer"])
     default = str(kinds.pop("default", "minmax"))
     features = build_features(config.get("features", {}), spec)
-    keys = list(spec.states)
+    frame = build_action_frame(config.get("action_frame"), spec)
+    _check_seen(frame, features)
+    keys = [key for key in spec.states if frame is None or key not in frame.observed_dims]
     for key in kinds:
-        if key not in (*keys, "action"):
-            raise unknown("key in policy.normalizer", key, (*keys, "action"))
+        if key not in (*spec.states, "action"):
+            raise unknown("key in policy.normalizer", key, (*spec.states, "action"))
     statistics = {}
     for key in (*keys, "action"):
         values = read(key)
@@ -93,13 +101,32 @@ def fit_normalizer(
         if key in features:
             with torch.no_grad():
                 values = features[key](torch.from_numpy(np.asarray(values, np.float32))).numpy()
-        statistics[key] = normalizer_module.fit(values, kinds.get(key, default))
-    frame = build_action_frame(config.get("action_frame"), spec)
-    if frame is not None:
-        now, chunks = (torch.from_numpy(np.asarray(part, np.float32)) for part in read_chunks(frame.observation))
-        values = frame.enter(chunks, now.flatten(1)).flatten(0, 1).numpy()
-        statistics[IN_FRAME] = normalizer_module.fit(values, kinds.get("action", default))
+        statistics[key] = normalizer_module.fit(values, kinds.get(key, default), weigh(key))
+    if frame is None:
+        return statistics
+    read_history = read_history or (lambda key: read_chunks(key)[0][:, None])
+    histories = {
+        key: torch.from_numpy(np.asarray(read_history(key), np.float32)).flatten(2) for key in frame.observations
+    }
+    chunks = torch.from_numpy(np.asarray(read_chunks(frame.observations[0])[1], np.float32))
+    now = torch.cat([history[:, -1] for history in histories.values()], dim=1)
+    in_frame = {"action": frame.enter(chunks, now), **frame.observe(histories)}
+    weights = weigh(IN_FRAME)
+    for key, found in in_frame.items():
+        each = None if weights is None else np.repeat(weights, found.shape[1])
+        fitted = normalizer_module.fit(found.flatten(0, 1).numpy(), kinds.get(key, default), each)
+        statistics[IN_FRAME if key == "action" else key] = fitted
     return statistics
+
+
+def _check_seen(frame: ActionFrame | None, features: Mapping[str, Any]) -> None:
+    """`InputError` where what is observed from the frame has features of its own as well."""
+    for key in {} if frame is None else frame.observed_dims:
+        if key in features:
+            raise InputError(
+                f"policy.features.{key}: the action frame observes {key!r} from where it is now: give "
+                f"policy.features.{key}=null, or policy.action_frame.observed=absolute"
+            )
 
 
 def check_sections(config: Mapping[str, Any]) -> None:
@@ -122,6 +149,9 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     features = build_features(config.get("features") or {}, spec)
     sizes = {key: math.prod(value.shape) for key, value in spec.observations.items() if value.kind == "state"}
     sizes |= {key: cast(int, features[key].output_dim) for key in sizes if key in features}
+    action_frame = build_action_frame(config.get("action_frame"), spec)
+    _check_seen(action_frame, features)
+    sizes |= {} if action_frame is None else action_frame.observed_dims
     cameras = spec.camera_order
     parts: dict[str, Any] = {
         "image_keys": cameras,
@@ -136,7 +166,8 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     condition_dim = encoder.output_dim
     if estimator is not None:
         condition_dim += features[estimator.key].output_dim if estimator.key in features else estimator.n
-    sizes = {"action_dim": spec.action.shape[0], "condition_dim": condition_dim}
+    action_dim = spec.action.shape[0] if action_frame is None else action_frame.output_dim or spec.action.shape[0]
+    sizes = {"action_dim": action_dim, "condition_dim": condition_dim}
     objective = cast(Objective, build("objective", {"name": "denoising"} | config["objective"]))
     asked = {"marked": objective.max_delay > 0, "two_times": objective.two_times}
     parts = {**sizes, **{name: True for name, needed in asked.items() if needed}}
@@ -147,11 +178,10 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     denoiser = build("denoiser", config["denoiser"], **parts)
     denoiser.check_horizon(spec.horizon)
     process = build("process", config["process"])
-    action_frame = build_action_frame(config.get("action_frame"), spec)
     if action_frame is not None and IN_FRAME not in spec.normalizer:
         raise InputError(f"no normaliser statistics for {IN_FRAME!r}, which policy.action_frame needs")
     normalizer = Normalizer(spec.normalizer)
-    clips = config["sampler"].get("clip", "x0") is not None
+    clips = config["sampler"].get("clip", "x0") is not None and config["sampler"].get("clip_to") != "unit"
     demonstrated = normalizer.demonstrated("action" if action_frame is None else IN_FRAME) if clips else None
     return DiffusionPolicy(
         spec=spec,
@@ -172,7 +202,10 @@ def check_statistics(policy: DiffusionPolicy) -> None:
     spec = policy.spec
     sizes = {key: math.prod(value.shape) for key, value in spec.states.items()} | {"action": spec.action.shape[0]}
     sizes |= {key: cast(int, feature.output_dim) for key, feature in policy.features.items()}
-    sizes |= {} if policy.action_frame is None else {IN_FRAME: spec.action.shape[0]}
+    if policy.action_frame is not None:
+        sizes |= policy.action_frame.observed_dims | {IN_FRAME: policy.action_frame.output_dim or spec.action.shape[0]}
+    elif IN_FRAME in spec.normalizer:
+        sizes[IN_FRAME] = spec.action.shape[0]
     for key, size in sizes.items():
         found = len(spec.normalizer[key]["scale"])
         if found != size:

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +36,20 @@ from action_diffusion.policy.build import build_policy, check_sections, check_st
 from action_diffusion.policy.extensions.extension import Fitted, attach, write
 from action_diffusion.policy.kernels import accelerate
 from action_diffusion.policy.policy import CRITICS, DiffusionPolicy
-from action_diffusion.policy.reading import acting, read_config, read_spec, refuse_targets, require
+from action_diffusion.policy.reading import (
+    GOLDEN_TOLERANCE,
+    acting,
+    read_config,
+    read_spec,
+    refuse_targets,
+    require,
+    versions,
+)
+from action_diffusion.policy.spec import action_span
 from action_diffusion.registry import required
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Kinds of devices that hold numbers: torch names some that do not."""
-GOLDEN_TOLERANCE = 1e-3
-"""Largest difference of a golden chunk, as a share of the action's range, that verification accepts."""
-
-
-def versions() -> dict[str, str]:
-    """The versions that shape a policy's numbers, for `spec.json` and `results.json`."""
-    names = ("action-diffusion", "torch", "torchvision", "diffusers", "numpy", "zarr", "gym-pusht", "pymunk")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def save(
@@ -121,6 +114,7 @@ def load(
     Raises `InputError` naming the file and what is wrong with it.
     """
     path = Path(path)
+    require(path)
     spec, config = read_spec(path), read_config(path)
     policy_config = config.get("policy")
     if not isinstance(policy_config, dict):
@@ -230,14 +224,13 @@ def verify_golden(policy: DiffusionPolicy, path: Path) -> float:
         golden = load_numpy(file)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a readable safetensors file: {error}") from None
-    shape = (1, policy.spec.horizon, *policy.spec.action.shape)
-    for name, expected in (("noise", shape), ("action_pred", shape[1:])):
+    chunk = (policy.spec.horizon, *policy.spec.action.shape)
+    for name, expected in (("noise", (1, *policy.spec.noise_shape)), ("action_pred", chunk)):
         if name not in golden or golden[name].shape != expected:
             raise InputError(f"{file}: no {name!r} of shape {list(expected)}, so the bundle cannot be verified")
     obs = {key.removeprefix("obs."): value for key, value in golden.items() if key.startswith("obs.")}
     found = policy.predict(obs, noise=golden["noise"], generator=torch.Generator(policy.device).manual_seed(0))
-    statistics = policy.spec.normalizer["action"]
-    span = np.maximum(np.subtract(statistics["max"], statistics["min"]), 1e-6)
+    span = np.maximum(action_span(policy.spec), 1e-6)
     difference = float((np.abs(found["action_pred"] - golden["action_pred"]) / span).max())
     if not difference <= GOLDEN_TOLERANCE:
         raise InputError(
@@ -279,8 +272,7 @@ def _golden(policy: DiffusionPolicy, state: Mapping[str, Any], obs: Mapping[str,
     training = policy.training
     policy.load_state_dict(dict(state))
     policy.eval()
-    shape = (1, policy.spec.horizon, *policy.spec.action.shape)
-    noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal((1, *policy.spec.noise_shape)).astype(np.float32)
     chunk = policy.predict(obs, noise=noise, generator=torch.Generator(policy.device).manual_seed(0))
     policy.load_state_dict(own)
     policy.train(training)

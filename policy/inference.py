@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
+
+if TYPE_CHECKING:
+    from action_diffusion.policy.policy import DiffusionPolicy
 
 OPTIONS = ("precision", "compile", "cuda_graph")
 """What `kernels.accelerate` takes, as configurations name it."""
 
 
-def choose_threads(policy: DiffusionPolicy, *, rounds: int = 5) -> int:
-    """Predict with one of torch's threads or with all of them, whichever is faster here; returns how many.
+def choose_threads(policy: DiffusionPolicy | OnnxPolicy, *, rounds: int = 5) -> int:
+    """Predict with one thread (of torch, or of ONNX Runtime) or with all, whichever is faster here; returns how many.
 
     The first prediction, which allocates memory and picks kernels, is made here too.
     A small network at batch 1 is hundreds of short operations, and handing them to a second core and waiting for it can
     take longer than doing them. All threads have to save a tenth: they also suffer more from other programs. On a
     device other than the CPU nothing changes. For the process: threads that have computed before keep their number.
     """
+    if isinstance(policy, OnnxPolicy):
+        return policy.choose_threads(rounds)
+    import torch
+
     spec, most = policy.spec, torch.get_num_threads()
     obs = {key: np.zeros((spec.n_obs_steps, *value.shape), value.dtype) for key, value in spec.observations.items()}
     policy.predict(obs)

@@ -24,13 +24,11 @@ from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.objectives.objective import Network, Objective, Teacher
 from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample, network_of
-from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.spec import IN_FRAME, PolicySpec
 from action_diffusion.rotations import continuous, valid
 
 CRITICS = "critics."
 """What names of the critics' weights begin with."""
-IN_FRAME = "action_in_frame"
-"""The normaliser's key for actions in the policy's action frame; "action" is always for those in the data's units."""
 
 
 class DiffusionPolicy(nn.Module):
@@ -132,27 +130,32 @@ class DiffusionPolicy(nn.Module):
 
     def see(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Encoded:
         """`encode`, and what the rest of the policy takes for the observations: an estimated state is among them."""
-        ready = {
-            key: self._ready(key, obs[key]) if spec.kind == "state" else obs[key]
-            for key, spec in self.spec.observations.items()
-        }
+        states = [key for key, spec in self.spec.observations.items() if spec.kind == "state"]
+        seen = {key: self._written(key, obs[key]) for key in states}
+        if self.action_frame is not None:
+            seen |= self.action_frame.observe(seen)
+        ready = {key: self._ready(key, seen[key]) if key in seen else obs[key] for key in self.spec.observations}
         embedding = self.encoder(ready, generator=generator)
         if self.estimator is None:
             return Encoded(embedding, obs)
         output = self.estimator(embedding)
         key, state = self.estimator.key, self.estimator.estimate(output.detach(), obs).unsqueeze(1)
-        condition = torch.cat([embedding, self._ready(key, state).flatten(1)], dim=1)
+        condition = torch.cat([embedding, self._ready(key, self._written(key, state)).flatten(1)], dim=1)
         return Encoded(condition, {**obs, key: state}, output)
 
+    def _written(self, key: str, value: Tensor) -> Tensor:
+        """A state [B, To, …] as a vector [B, To, n], whose rotations are continuous."""
+        return continuous(value.float().flatten(2), self.spec.states[key].rotations)
+
     def _ready(self, key: str, value: Tensor) -> Tensor:
-        """A state [B, To, …] as the encoder takes it."""
-        value = continuous(value.float().flatten(2), self.spec.states[key].rotations)
+        """Such a vector as the encoder takes it."""
         if module_name(key) in self.features:
             value = self.features[module_name(key)](value)
         return self.normalizer.normalize(key, value)
 
     def normalize_action(self, action: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
-        """Chunks [B · n, H, A] in the data's units → what the denoiser works on; rows of an observation are neighbours.
+        """Chunks [B · n, H, A] in the data's units → what the denoiser works on, [B · n, H, D] of `spec.noise_shape`;
+        rows of an observation are neighbours.
 
         obs: key → [B, To, …], of `see` where a state is estimated; a frame moves with it, so a running chunk has other
         normalised values at every step.
@@ -168,13 +171,13 @@ class DiffusionPolicy(nn.Module):
             action = self.normalizer.unnormalize("action", normalized)
         else:
             in_frame = self.normalizer.unnormalize(IN_FRAME, normalized)
-            action = self.action_frame.leave(in_frame, self._now(obs, len(normalized)))
+            action = self.action_frame.leave(in_frame, self._now(obs, normalized.shape[0]))
         return valid(action, self.spec.action.rotations)
 
     def _now(self, obs: Mapping[str, Tensor], rows: int) -> Tensor:
         assert self.action_frame is not None
-        now = obs[self.action_frame.observation][:, -1].float().flatten(1)
-        return now.repeat_interleave(rows // len(now), dim=0)
+        now = torch.cat([obs[key][:, -1].float().flatten(1) for key in self.action_frame.observations], dim=1)
+        return now.repeat_interleave(rows // now.shape[0], dim=0)
 
     def forward(
         self,
@@ -225,7 +228,8 @@ class DiffusionPolicy(nn.Module):
                 said = network_of(teacher.denoiser, teacher.encode(obs).repeat(draws, 1), prefix)
             taught["teacher"] = Teacher(said, teacher.sampler)
         pairs = self.objective.pairs(network, self.process, x0, generator, **taught)
-        return self.objective.reduced(pairs, self.process, counts, len(x0))
+        weights = self.objective.weights(self, condition, x0)
+        return self.objective.reduced(pairs, self.process, counts, len(x0), weights)
 
     def shown(
         self, obs: Mapping[str, Tensor], action: Tensor, generator: torch.Generator | None
@@ -264,7 +268,7 @@ class DiffusionPolicy(nn.Module):
         differentiated.
         """
         rows, device = n_samples * len(next(iter(obs.values()))), self.device
-        shape = (rows, self.spec.horizon, *self.spec.action.shape)
+        shape = (rows, *self.spec.noise_shape)
         if noise is None:
             noise = draw_noise(shape, noise_generator, device, torch.float32)
         elif noise.shape != shape:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,30 @@ import yaml
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import BundleConfig, check_policy
 from action_diffusion.options.policy import with_sampler
+from action_diffusion.policy.runtime import onnx_file
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.registry import EXTENSIONS
 from action_diffusion.schema import check, shown
 
 FILES = ("model.safetensors", "config.yaml", "spec.json")
+GOLDEN_TOLERANCE = 1e-3
+"""Largest difference of a golden chunk, as a share of the action's range, that verification accepts."""
 MOST_BYTES = 16 * 2**20
 """Of either file."""
 MOST_VALUES = 1_000_000
 """In either, where what YAML refers to counts as often as it is referred to."""
+
+
+def versions() -> dict[str, str]:
+    """The versions that shape a policy's numbers, for `spec.json` and `results.json`."""
+    names = ("action-diffusion", "torch", "torchvision", "diffusers", "numpy", "zarr", "gym-pusht", "pymunk")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def require(path: Path) -> None:
@@ -56,6 +73,10 @@ def require_extensions(bundle: Path, names: Iterable[str]) -> None:
     for name in names:
         if name not in EXTENSIONS:
             raise unknown("extensions", name, EXTENSIONS)
+        if onnx_file.is_onnx(bundle):
+            raise InputError(
+                f"extensions=[{name}]: {bundle} is an ONNX file, in which nothing acts: give it the bundle"
+            )
         if not extension_file(bundle, name).is_file():
             fitted = sorted(path.stem for path in (Path(bundle) / "extensions").glob("*.safetensors"))
             raise InputError(
@@ -66,6 +87,9 @@ def require_extensions(bundle: Path, names: Iterable[str]) -> None:
 
 def check_sampler(bundle: Path, changes: Mapping[str, Any]) -> None:
     """`InputError` for options that a bundle's policy cannot be sampled with, see `options.policy.with_sampler`."""
+    for name, value in changes.items():
+        if value is not None and onnx_file.is_onnx(bundle):
+            raise InputError(f"sampler.{name}: {bundle} is an ONNX file, whose steps are fixed: give it the bundle")
     if all(value is None for value in changes.values()):
         return
     policy = read_config(bundle).get("policy")
@@ -78,7 +102,9 @@ def check_sampler(bundle: Path, changes: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration of a bundle, as plain data; of what its evaluation reads, types are checked."""
+    """The resolved configuration of a bundle, or of an ONNX file, as plain data."""
+    if onnx_file.is_onnx(path):
+        return dict(onnx_file.read(path).config)
     require(path)
     return read_yaml(path / "config.yaml")
 
@@ -93,13 +119,20 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def read_spec(path: Path) -> PolicySpec:
-    """The specification of a bundle."""
+    """The specification of a bundle, or of an ONNX file."""
+    if onnx_file.is_onnx(path):
+        return onnx_file.read(path).spec
     require(path)
     file = path / "spec.json"
+    return PolicySpec.from_json(read_json(file), str(file))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of plain data. Raises `InputError` for anything else."""
     data = _read(file, "JSON", json.loads)
     if not isinstance(data, dict):
         raise InputError(f"{file}: expected an object, found {type(data).__name__}")
-    return PolicySpec.from_json(data, str(file))
+    return data
 
 
 def trained_on(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -109,6 +142,16 @@ def trained_on(config: dict[str, Any], path: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path / 'config.yaml'}: {error}") from None
     return config
+
+
+def data_for(config: Mapping[str, Any], path: Path, asked: Any) -> Any:
+    """The data that is asked for, or what the bundle at `path` was trained on. config: of `trained_on`.
+
+    Raises `InputError` where neither is there, as of a policy that came from another project.
+    """
+    if asked is None and config["data"] is None:
+        raise InputError(f"{path} does not say which data it was trained on: data=PATH")
+    return config["data"] if asked is None else asked
 
 
 def refuse_targets(config: Any, where: str) -> None:
@@ -129,23 +172,35 @@ def _read(file: Path, kind: str, parse: Callable[[str], Any]) -> Any:
     if file.stat().st_size > MOST_BYTES:
         raise InputError(f"{file} has {file.stat().st_size / 2**20:,.0f} MiB, at most {MOST_BYTES >> 20} can be")
     try:
-        data = parse(file.read_text(encoding="utf-8"))
-        _count(data, file, 0)
+        text = file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise InputError(f"{file}: not valid {kind}: {shown(error)}") from None
+    return parsed(text, str(file), kind, parse)
+
+
+def parsed(text: str, where: str, kind: str, parse: Callable[[str], Any]) -> Any:
+    """What `parse` makes of a text. Raises `InputError` for what it cannot read, for more than `MOST_BYTES` and for
+    more than `MOST_VALUES`."""
+    if len(text) > MOST_BYTES:
+        raise InputError(f"{where} has {len(text) / 2**20:,.0f} MiB, at most {MOST_BYTES >> 20} can be")
+    try:
+        data = parse(text)
+        _count(data, where, 0)
     except InputError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # also of numbers of too many digits, and of dates
-        raise InputError(f"{file}: not valid {kind}: {shown(error)}") from None
+        raise InputError(f"{where}: not valid {kind}: {shown(error)}") from None
     except RecursionError:
-        raise InputError(f"{file}: not valid {kind}: too many lists in one another") from None
+        raise InputError(f"{where}: not valid {kind}: too many lists in one another") from None
     return data
 
 
-def _count(data: Any, file: Path, before: int) -> int:
+def _count(data: Any, where: str, before: int) -> int:
     """How many values there are, which may be the same ones many times over."""
     count = before + 1
     if count > MOST_VALUES:
-        raise InputError(f"{file} holds more than {MOST_VALUES:,} values")
+        raise InputError(f"{where} holds more than {MOST_VALUES:,} values")
     inside = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple | set) else ()
     for value in inside:
-        count = _count(value, file, count)
+        count = _count(value, where, count)
     return count

@@ -47,14 +47,12 @@ import torch
 from torch import Tensor
 
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.action_queue import BETA, MASKS
 from action_diffusion.policy.diffusion.sampler import Hook, StepState
 from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Prefix
 
-MASKS = ("exponential", "linear", "ones", "hard")
-BETA = 5.0
-"""The published bound of the guidance weight, for 5 denoising steps."""
 LITTLE = 0.1
 """A round that takes away less than this share of what is left (squared) is the last one."""
 

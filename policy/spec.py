@@ -16,12 +16,16 @@ from action_diffusion.rotations import RotationColumns, check_rotations
 from action_diffusion.schema import Between, OneOf, Sized, check
 
 FORMAT = 1
+IN_FRAME = "action_in_frame"
+"""The normaliser's key for actions in the policy's action frame; "action" is always for those in the data's units."""
 MOST_VALUES = 100_000
 """Of a state, or of an action; an image may have as many pixels as `MOST_BYTES` allows."""
 MOST_BYTES = 2**30
 """Of the observations that a policy sees at once."""
 MOST_ACTION = 1e30
 """What a normalised value near 0 may stand for, in the data's units."""
+CONSTANT = 1e-6
+"""A dimension whose range is below this share of its magnitude (or below this, near zero) counts as constant."""
 DTYPES = ("float16", "float32", "float64", "uint8", "uint16", "int16", "int32", "int64", "bool")
 Side = Annotated[int, Between(1, MOST_VALUES)]
 Dtype = Annotated[str, OneOf(*DTYPES)]
@@ -131,6 +135,13 @@ class PolicySpec:
             )
 
     @property
+    def noise_shape(self) -> tuple[int, int]:
+        """[H, D] of the noise that a chunk is made of, and of the chunk as the denoiser has it: of an action in the
+        policy's frame, which may have another number of values than one in the data."""
+        in_frame = self.normalizer.get(IN_FRAME)
+        return self.horizon, self.action.shape[0] if in_frame is None else len(in_frame["scale"])
+
+    @property
     def states(self) -> dict[str, ObservationSpec]:
         """What is not an image: observed, or estimated."""
         return {key: value for key, value in self.observations.items() if value.kind == "state"} | self.estimates
@@ -194,3 +205,11 @@ class PolicySpec:
             if spec.kind == "state" and not np.isfinite(value).all():
                 raise InputError(f"observation {key!r} holds NaN or infinite values")
         return bool(batched)
+
+
+def action_span(spec: PolicySpec) -> np.ndarray:
+    """How far each dimension of the action [A] reaches in the data; two normalised units where nobody says."""
+    statistics = spec.normalizer["action"]
+    if statistics.get("min") is None:
+        return np.asarray(2.0 / np.abs(statistics["scale"]))
+    return np.asarray(np.subtract(statistics["max"], statistics["min"]))

@@ -138,7 +138,7 @@ def test_version(capsys):
         ("evaluate bundle=[]", "bundle=[] names no bundle"),
         ("evaluate bundle=nowhere", "no bundle at nowhere: expected a folder with model.safetensors, config.yaml"),
         ("evaluate bundle=x n_env=3", "unknown option 'n_env': did you mean n_envs?"),
-        ("evaluate bundle=x goal=pusht_state", "unknown option 'goal': choose from bundle, "),
+        ("evaluate bundle=x yaw=1", "unknown option 'yaw': choose from bundle, "),
         ("evaluate bundle=x sampler=null", "sampler is a section: give its values one by one, such as sampler."),
         ("collect", "output is required: action-diffusion collect output=…"),
         ("collect output=x.zarr agent=exprt", "unknown agent 'exprt': did you mean expert?"),

@@ -101,6 +101,7 @@ def test_so_it_is_where_all_is_composed(option, value):
         *("task.observations.state.kind=sound", "task.observations.state.columns=[-1]", "task.controlrate=3"),
         *("evaluation.n_episodes=-1", "evaluation.n_envs=0", "evaluation.policy_batch=0", "evaluation.seed=-1"),
         *("train.num_processes=100000", "train.warmup=-1", "train.max_steps=0", "dataset.memory_gb=-1"),
+        *("dataset.weights=[-1,1]", "dataset.weights=0", "dataset.weights=[[1]]", "dataset.task_weights={a: [1]}"),
     ],
 )
 def test_what_trained_nonsense_or_a_traceback_is_refused(word):
@@ -147,7 +148,7 @@ def test_a_component_has_the_options_of_its_constructor(kind, name):
     taken = inspect.signature(POLICY_PARTS[kind].load(name)).parameters
     declared = {field.name: field for field in dataclasses.fields(COMPONENTS[kind][name])}
     built = {"image_keys", "image_shapes", "state_dims", "n_obs_steps", "action_dim", "condition_dim"}
-    built |= {"marked", "two_times", "horizon"}
+    built |= {"marked", "two_times", "horizon", "spec"}
     assert declared.keys() == taken.keys() - built - {"n", "n_action", "embedding_dim"}
     for key, field in declared.items():
         if taken[key].default is inspect.Parameter.empty:

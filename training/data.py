@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from action_diffusion.datasets.batches.columns import seen_picture
 from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, random_crop_offsets
+from action_diffusion.datasets.batches.mixing import NONE, Draws, Parts, table
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows, split_episodes
 from action_diffusion.datasets.images.pictures import picture
 from action_diffusion.datasets.robomimic.attributes import subset as named_subset
@@ -23,8 +26,7 @@ from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.datasets.storage.times import timed
 from action_diffusion.envs import ROBOSUITE
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.policy import IN_FRAME
-from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.policy.spec import IN_FRAME, ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.rotations import RotationColumns
 from action_diffusion.training import columns
 
@@ -164,7 +166,7 @@ def _fitted(
         missing = np.flatnonzero(rotation.missing(rows))
         if len(missing):
             raise InputError(
-                f"{buffer.name}: {source!r} has quaternions of zeros, which are no rotation, in {len(missing)} rows, "
+                f"{buffer.name}: {source!r} has {rotation.no_rotation}, which are no rotation, in {len(missing)} rows, "
                 f"row {missing[0]} first: mend these, or drop their episodes (action-diffusion data doctor lists them)"
             )
     fitted = [rotation.fitted(rows) for rotation in rotations]
@@ -191,11 +193,16 @@ def _check_state(buffer: ReplayBuffer, source: str, what: str) -> None:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training windows, and the held-out ones (None where nothing is held out)."""
+    """The training windows, and the held-out ones (None where nothing is held out).
+
+    train_rows: int64 [n], the buffer's rows in the episodes that are trained on. parts: what the windows are drawn
+    from.
+    """
 
     train: BatchSource
     held_out: BatchSource | None
     train_rows: np.ndarray
+    parts: Parts
 
     def chunks(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """For every training window: the observation `key` now [W, ...] and the chunk [W, H, A]."""
@@ -203,20 +210,94 @@ class TrainingData:
         now, rows = self.train.windows.now(indices), self.train.windows.rows(indices)
         return self.train.values(key)[now], self.train.windowed("action", rows).cpu().numpy()
 
+    def history(self, key: str) -> np.ndarray:
+        """For every training window what is seen of the observation `key`, [W, To, ...]."""
+        rows = self.train.windows.rows(np.arange(len(self.train)))[:, : self.train.n_obs_steps]
+        return self.train.windowed(key, rows).cpu().numpy()
+
     def statistics_rows(self, key: str) -> np.ndarray:
         """What the training windows hold of an observation, or of "action": [n, ...], each row at least once.
 
         A rotation's row is there for each of the numbers that windows have for it.
         """
-        rows = self.train.windowed(key, self.train_rows[:, None])[:, 0].cpu().numpy()
+        return self._statistics(key)[0]
+
+    def statistics_weights(self, key: str) -> np.ndarray | None:
+        """How much each of `statistics_rows` counts, float64 [n], or for `IN_FRAME` each of `chunks`, so that a part
+        counts by its share; None where each counts as any."""
+        if self.parts.weights is None:
+            return None
+        rows = self.train.windows.now(np.arange(len(self.train))) if key == IN_FRAME else self._statistics(key)[1]
+        part = part_of_rows(self.parts, self.train.buffer, rows)
+        counts = np.bincount(part, minlength=len(self.parts.names))
+        weights: np.ndarray = np.array([float(share) for share in self.shares()])[part] / counts[part]
+        return weights
+
+    def _statistics(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Values [n, ...], and the buffer's row of each, int64 [n]."""
+        values = self.train.windowed(key, self.train_rows[:, None])[:, 0].cpu().numpy()
         if not self.train.has_rotations(key):
-            return rows
-        parts = [rows]
+            return values, self.train_rows
+        found, whose = [values], [self.train_rows]
         for indices in np.array_split(np.arange(len(self.train)), 1 + len(self.train) // _WINDOWS):
             steps = self.train.windows.rows(indices)[:, : None if key == "action" else self.train.n_obs_steps]
-            values = self.train.windowed(key, steps).cpu().numpy()
-            parts.append(values[(values != rows[np.searchsorted(self.train_rows, steps)]).any(axis=-1)])
-        return np.concatenate(parts)
+            others = self.train.windowed(key, steps).cpu().numpy()
+            differ = (others != values[np.searchsorted(self.train_rows, steps)]).any(axis=-1)
+            found.append(others[differ])
+            whose.append(steps[differ])
+        return np.concatenate(found), np.concatenate(whose)
+
+    def part_of_windows(self, source: BatchSource) -> np.ndarray:
+        """The part of each window of `source`, int64 [W]."""
+        return part_of_rows(self.parts, source.buffer, source.windows.now(np.arange(len(source))))
+
+    @functools.cached_property
+    def windows(self) -> np.ndarray:
+        """How many windows to train on each part has, int64 [P]."""
+        return np.bincount(self.part_of_windows(self.train), minlength=len(self.parts.names))
+
+    def shares(self) -> tuple[Fraction, ...]:
+        """Of each part, among the windows that are drawn."""
+        return self.parts.shares(self.windows)
+
+    def draws(self, seed: int) -> Draws | None:
+        """What says which windows a batch holds; None where each is drawn as often as any."""
+        return None if self.parts.weights is None else Draws(self.part_of_windows(self.train), self.shares(), seed)
+
+    def table(self) -> list[str]:
+        """`mixing.table`; no line where there is one part of no weight."""
+        n = len(self.parts.names)
+        if n == 1 and self.parts.weights is None:
+            return []
+
+        def episodes(source: BatchSource | None) -> np.ndarray:
+            ends = np.unique([] if source is None else source.windows.end).astype(np.int64)
+            return np.bincount(part_of_rows(self.parts, self.train.buffer, ends - 1), minlength=n)
+
+        return table(self.parts, episodes(self.train), episodes(self.held_out), self.windows)
+
+
+def part_of_rows(parts: Parts, buffer: ReplayBuffer, rows: np.ndarray) -> np.ndarray:
+    """The part that each of a buffer's `rows` is of, in their shape."""
+    found: np.ndarray = parts.of_episode[np.searchsorted(buffer.episode_ends, rows, side="right")]
+    return found
+
+
+def split(
+    buffer: ReplayBuffer, parts: Parts | None, *, val_fraction: float, seed: int, subset: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Increasing indices of the episodes to train on, and of those that are held out: of each part that has a weight,
+    else of all together; none where there is one only."""
+    chosen = np.arange(buffer.n_episodes) if subset is None else named_subset(buffer, subset)
+    groups = [chosen]
+    if parts is not None and parts.weights is not None:
+        groups = [chosen[parts.of_episode[chosen] == part] for part in np.unique(parts.of_episode) if part != NONE]
+    pairs = [
+        [group[part] for part in split_episodes(len(group), val_fraction if len(group) > 1 else 0.0, seed)]
+        for group in groups
+    ]
+    train, held_out = (np.sort(np.concatenate(parts_of_them)) for parts_of_them in zip(*pairs, strict=True))
+    return train, held_out
 
 
 def prepare(
@@ -228,6 +309,7 @@ def prepare(
     seed: int,
     max_episodes: int | None = None,
     subset: str | None = None,
+    parts: Parts | None = None,
     memory_gb: float | None = None,
     cache_dir: Path | None = None,
     gain: str | None = None,
@@ -235,16 +317,18 @@ def prepare(
 ) -> TrainingData:
     """Split by episode and load what the policy needs into the fastest memory that holds it.
 
-    Raises `InputError` where the buffer has another rate than the policy.
-    subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys). gain: the column of
-    feedback gains. rewards: what a `BatchSource` takes for `gather(critic=True)`.
+    Raises `InputError` where the buffer has another rate than the policy, and where a part that has a weight has no
+    episode to train on.
+    subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys). parts: what the
+    windows are drawn from, in which shares. gain: the column of feedback gains. rewards: what a `BatchSource` takes for
+    `gather(critic=True)`.
     """
     columns.check_rate(buffer, spec.control_rate)
-    chosen = np.arange(buffer.n_episodes) if subset is None else named_subset(buffer, subset)
-    fraction = val_fraction if len(chosen) > 1 else 0.0
-    train, held_out = (chosen[part] for part in split_episodes(len(chosen), fraction, seed))
+    train, held_out = split(buffer, parts, val_fraction=val_fraction, seed=seed, subset=subset)
     if max_episodes is not None:
         train = train[:max_episodes]
+    parts = parts or Parts((buffer.name,), None, np.zeros(buffer.n_episodes, np.int64))
+    _check_parts(parts, train, subset, max_episodes)
     sizes = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps, "n_action_steps": spec.n_action_steps}
     source = BatchSource(
         buffer=buffer,
@@ -267,7 +351,19 @@ def prepare(
     validation = None
     if len(held_out):
         validation = source.with_windows(make_windows(ends, episodes=held_out, **sizes))
-    return TrainingData(source, validation, rows)
+    return TrainingData(source, validation, rows, parts)
+
+
+def _check_parts(parts: Parts, train: np.ndarray, subset: str | None, max_episodes: int | None) -> None:
+    """Raises `InputError` where a part that has a weight has none of the episodes `train`."""
+    for part, weight in enumerate(parts.weights or ()):
+        if weight and part not in parts.of_episode[train]:
+            options = {"subset": subset, "max_episodes": max_episodes}
+            said = " and ".join(f"dataset.{name}={value}" for name, value in options.items() if value is not None)
+            raise InputError(
+                f"{parts.names[part]} has the weight {weight:g}, and no episode to train on"
+                f"{f' with {said}' if said else ''}: give it the weight 0"
+            )
 
 
 def _kind(spec: ObservationSpec) -> Any:
@@ -278,7 +374,7 @@ class StepBatches:
     """The batch of a training step: a pure function of seed, step and process.
 
     crop: (h, w) to cut at random while images are gathered, at one place for all frames of a window. Images of several
-    sizes have no such place, and are left whole, for the encoder to cut.
+    sizes have no such place, and are left whole, for the encoder to cut. draws: of parts that have weights.
     """
 
     def __init__(
@@ -289,8 +385,9 @@ class StepBatches:
         rank: int = 0,
         world: int = 1,
         crop: tuple[int, int] | None = None,
+        draws: Draws | None = None,
     ):
-        self.source, self.seed, self.rank, self.world = source, seed, rank, world
+        self.source, self.seed, self.rank, self.world, self.draws = source, seed, rank, world, draws
         self.sizes = set(source.frame_sizes.values())
         self.crop = crop if len(self.sizes) == 1 else None
 
@@ -299,7 +396,10 @@ class StepBatches:
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
         """See `trainer.StepSource`."""
-        indices = batch_indices(len(self.source), batch_size, self.seed, step, self.rank, self.world)
+        if self.draws is None:
+            indices = batch_indices(len(self.source), batch_size, self.seed, step, self.rank, self.world)
+        else:
+            indices = self.draws.batch(batch_size, step, self.rank, self.world)
         if self.crop is None:
             return self.source.gather(indices, critic=self.source.rewarded)
         (size,) = self.sizes

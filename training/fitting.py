@@ -16,7 +16,7 @@ from action_diffusion.options.extensions import Fit
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.extension import write
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.reading import read_config, trained_on
+from action_diffusion.policy.reading import data_for, read_config, trained_on
 from action_diffusion.registry import EXTENSIONS
 from action_diffusion.training import episodes
 from action_diffusion.training.data import prepare
@@ -46,7 +46,7 @@ def demonstrations(policy: DiffusionPolicy, path: Path, config: Fit) -> tuple[Ba
     others, where there is neither.
     """
     trained = trained_on(read_config(path), path)
-    data = names(config.data or trained["data"])
+    data = names(data_for(trained, path, config.data))
     buffer = open_data({**trained, "data": data})
     known = episodes.read(path)
     kinds = None if known is None else episodes.recognise(buffer, policy.spec, known)

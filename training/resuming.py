@@ -17,16 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.configuration import BUDGETS, GROUPS, load, override
+from action_diffusion.configuration import BUDGETS, GROUPS, from_hub, load, override
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
-from action_diffusion.policy.reading import read_yaml
+from action_diffusion.policy.reading import read_config, read_yaml
+
+_OF_THE_MACHINE = ("num_processes", "compile", "cuda_graph", "tensorboard", "wandb", "wandb_project")
+"""Options of `train` that a bundle's training does not hand on."""
 
 
 def configured(overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
     """The configuration of `train`. On resume=true it is the one that the run in output_dir began with, and over it
-    what is given now; a run that wrote none is composed from its words and those given now.
+    what is given now; a run that wrote none is composed from its words and those given now. With init=BUNDLE and no
+    parts (task=, denoiser=, …) given, it is the bundle's task, policy and training, and over them what is given.
     """
     given = dict(word.partition("=")[::2] for word in overrides)
     folder = Path(given.get("output_dir", "").strip("'\""))
@@ -34,7 +38,7 @@ def configured(overrides: Sequence[str], config_dir: str | None) -> dict[str, An
     if resumes and (folder / "config.yaml").is_file():
         return _began_with(folder, overrides)
     words, config_dir = _recall(folder, overrides, config_dir) if resumes else (list(overrides), config_dir)
-    return _remember(load("train", words, config_dir), words, config_dir)
+    return _remember(_composed(words, config_dir), words, config_dir)
 
 
 def check_new(config: Mapping[str, Any]) -> None:
@@ -77,6 +81,29 @@ def _began_with(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     earlier = _words(command)[0] if command.is_file() else []
     words = [word for word in overrides if not (word in earlier and word.partition("=")[0] in GROUPS["train"])]
     return override("train", whole, words, str(file))
+
+
+def _composed(words: Sequence[str], config_dir: str | None) -> dict[str, Any]:
+    """From the package's files, or what a bundle that is gone on from says."""
+    given = dict(word.partition("=")[::2] for word in words)
+    init = given.get("init", "null").strip("'\"")
+    if init == "null" or given.keys() & set(GROUPS["train"]):
+        return load("train", words, config_dir)
+    path = Path(from_hub("train", {"init": init})["init"]).expanduser()
+    words = [f"init='{path}'" if word.startswith("init=") else word for word in words]
+    bundle = read_config(path)
+    if not all(isinstance(bundle.get(section), dict) for section in ("task", "policy", "train")):
+        return load("train", words, config_dir)  # one that was not trained here
+    whole = load("train", [])
+    for section in ("task", "policy"):
+        whole[section] = bundle[section]
+    whole["train"] = bundle["train"] | {name: whole["train"][name] for name in _OF_THE_MACHINE}
+    whole |= {name: bundle[name] for name in ("data", "drop") if name in bundle}
+    # Its weights are all there is to begin with: no other file that it names is read.
+    for part, option in (("encoder", "weights"), ("objective", "teacher")):
+        if isinstance(whole["policy"].get(part), dict) and option in whole["policy"][part]:
+            whole["policy"][part] |= {option: None}
+    return override("train", whole, words, str(path / "config.yaml"))
 
 
 def _recall(folder: Path, overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], str | None]:

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -22,24 +23,37 @@ from rich.markup import escape
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from action_diffusion.datasets.batches import sources
+from action_diffusion.datasets.batches.loader import BatchSource
+from action_diffusion.datasets.batches.mixing import parts_of
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.options import Train, TrainSettings, plain
 from action_diffusion.options.policy import DiffusionQlOptions
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.build import build_policy, fit_normalizer
+from action_diffusion.policy.build import build_policy, check_statistics, fit_normalizer
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training import checkpoints, columns, episodes, resuming
-from action_diffusion.training.data import StepBatches, TrainingData, describe, learnt_from, prepare
+from action_diffusion.training.data import (
+    StepBatches,
+    TrainingData,
+    describe,
+    held_out_indices,
+    learnt_from,
+    prepare,
+)
 from action_diffusion.training.evaluation.held_out import choose, evaluate_held_out
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
 from action_diffusion.training.trainer import Trainer
 from action_diffusion.training.validation import Rollouts, Validation
 
+_LOOKED_AT = 1024
+"""Windows."""
+_MARGIN, _NOTED = 0.1, 0.01
+"""Of half the range that is normalised to; the share of actions beyond it that is worth a line."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -68,6 +82,8 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
     spec, policy = _policy(config, spec, data, newest[0] if newest else None)
     if policy.objective.rewarded:
         policy.to(accelerator.device).learn_from_rewards()
+    if config["init"] is not None and not newest and (line := _beyond(policy, data)):
+        say(f"{line} that {config['init']} was trained on")
     settings = _fit_batch(settings, len(data.train), accelerator.num_processes, say)
     say(
         f"[bold]{spec.task}[/]: {buffer.n_episodes} episodes, {buffer.n_steps:,} steps, {len(data.train):,} windows "
@@ -76,7 +92,7 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
     )
     if accelerator.device.type == "cpu" and winograd.library() is None:
         say("no C compiler was at hand at installation: training takes longer than it could (action-diffusion info)")
-    say("\n".join(map(escape, learnt_from(spec, buffer))), soft_wrap=True)
+    say("\n".join(map(escape, [*learnt_from(spec, buffer), *data.table()])), soft_wrap=True)
     earlier = newest[0] / "bundle" if newest else _path(config["init"])
     known = episodes.record(buffer, spec, data, earlier)
     trainer = _trainer(config, settings, policy, data, known, accelerator, output_dir)
@@ -197,6 +213,7 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
         seed=config["seed"],
         max_episodes=dataset["max_episodes"],
         subset=dataset["subset"],
+        parts=parts_of(buffer, dataset, sources.names(config["data"])),
         memory_gb=dataset["memory_gb"],
         cache_dir=_path(dataset["cache_dir"]),
         gain=gain,
@@ -237,7 +254,9 @@ def _policy(
     taught = config["policy"]["objective"].get("teacher")
     init = config["init"] or taught
     if init is None and checkpoint is None:
-        statistics = fit_normalizer(config["policy"], spec, data.statistics_rows, data.chunks)
+        statistics = fit_normalizer(
+            config["policy"], spec, data.statistics_rows, data.chunks, data.statistics_weights, data.history
+        )
         spec = replace(spec, normalizer=statistics)
         return spec, build_policy(config["policy"], spec)
     path = Path(init) if checkpoint is None else checkpoint / "bundle"
@@ -262,10 +281,33 @@ def _policy(
         action=_turned(spec.action, theirs.action),
     )
     policy = build_policy(config["policy"], spec)
+    try:
+        check_statistics(policy)
+    except InputError as error:
+        raise InputError(f"{what_is_it}: {error}") from None
     bundles.load_weights(policy, path, new=("denoiser.span_",) if checkpoint is None and taught else ())
     if taught:
         policy.learn_from(bundles.load(Path(taught), data.train.device))
     return spec, policy
+
+
+def _beyond(policy: DiffusionPolicy, data: TrainingData) -> str | None:
+    """How many of the actions lie where no chunk can be, with statistics that are those of other data; None: hardly
+    any."""
+    if policy.sampler.clip is None:
+        return None
+    rows = data.train.windows.rows(held_out_indices(data.train, _LOOKED_AT))
+    seen = {key: data.train.windowed(key, rows[:, : policy.spec.n_obs_steps]) for key in policy.spec.states}
+    obs = {key: value.to(policy.device) for key, value in seen.items()}
+    action = policy.normalize_action(data.train.windowed("action", rows).to(policy.device), obs).cpu()
+    low, high = policy.sampler.bounds or (-policy.sampler.clip_range, policy.sampler.clip_range)
+    share = float(((action < low - _MARGIN) | (action > high + _MARGIN)).any(-1).float().mean())
+    if share < _NOTED:
+        return None
+    return (
+        f"{100 * share:.0f} % of the actions are beyond what the policy can do, as its statistics stay and "
+        "policy.sampler.clip keeps chunks within them (null lets them out): they are unlike those"
+    )
 
 
 def _fit_batch(settings: TrainSettings, windows: int, processes: int, say: Any) -> TrainSettings:
@@ -296,11 +338,13 @@ def _trainer(
         project = settings.wandb_project if settings.wandb else None
         metrics = MetricsLog(output_dir, tensorboard=settings.tensorboard, wandb=project, run_name=output_dir.name)
     reference = data.held_out if data.held_out is not None else data.train
-    validation = Validation(policy, reference, count=config["dataset"]["val_windows"])
+    validation = Validation(
+        policy, reference, count=config["dataset"]["val_windows"], parts=_validated(data, reference)
+    )
     rollouts = None
     if spec.env is not None and settings.rollout_every:
         rollouts = Rollouts(policy, env=spec.env, n_episodes=settings.rollout_episodes)
-    first = reference.gather(validation.indices[:1]).obs
+    first = reference.gather(validation.indices[0][:1]).obs
     golden = {key: first[key][0].cpu().numpy() for key in spec.observations}
     return Trainer(
         policy=policy,
@@ -310,6 +354,7 @@ def _trainer(
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             crop=getattr(policy.encoder, "early_crop", None),
+            draws=data.draws(config["seed"]),
         ),
         settings=settings,
         accelerator=accelerator,
@@ -322,6 +367,18 @@ def _trainer(
         validate=validation if settings.validate_every else None,
         rollout=rollouts,
     )
+
+
+def _validated(data: TrainingData, reference: BatchSource) -> dict[str, tuple[np.ndarray, float]]:
+    """Of parts that have weights: the windows of each in `reference`, if there are any, and its share."""
+    if data.parts.weights is None:
+        return {}
+    of_window, found = data.part_of_windows(reference), {}
+    for part, (name, share) in enumerate(zip(data.parts.names, data.shares(), strict=True)):
+        own = np.flatnonzero(of_window == part)
+        if len(own):
+            found[name] = own, float(share)
+    return found
 
 
 def _spawn(config: dict[str, Any], processes: int) -> dict[str, Any]:

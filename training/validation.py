@@ -23,20 +23,42 @@ class Validation:
     """`validation_loss`, and `action_error`: mean absolute error of sampled actions over the executed steps.
 
     The error is in the data's units, averaged over action dimensions; the same windows, times and noise each time.
+    parts: name → its windows, int64 [n], and its share of what is drawn. Then each part is measured by itself, as
+    `validation_loss/NAME`, and the two numbers are their means by these shares.
     """
 
-    def __init__(self, policy: DiffusionPolicy, source: BatchSource, *, count: int = 256, batch_size: int = 64):
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        source: BatchSource,
+        *,
+        count: int = 256,
+        batch_size: int = 64,
+        parts: Mapping[str, tuple[np.ndarray, float]] | None = None,
+    ):
         self.policy, self.source = policy, source
-        self.indices = held_out_indices(source, count)
-        self.batches = np.array_split(self.indices, max(1, len(self.indices) // batch_size))
+        self.parts = dict(parts or {})
+        windows = [own for own, _ in self.parts.values()] or [np.arange(len(source))]
+        each = max(1, count // len(windows))
+        self.indices = [own[held_out_indices(own, each)] for own in windows]
+        self.batch_size = batch_size
+
+    def __call__(self) -> dict[str, float]:
+        measured = [self._measure(indices) for indices in self.indices]
+        if not self.parts:
+            return measured[0]
+        shares = [share for _, share in self.parts.values()]
+        whole = {key: float(np.average([one[key] for one in measured], weights=shares)) for key in measured[0]}
+        each = zip(self.parts, measured, strict=True)
+        return whole | {f"{key}/{name}": value for name, one in each for key, value in one.items()}
 
     @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
+    def _measure(self, windows: np.ndarray) -> dict[str, float]:
         spec, device = self.policy.spec, self.policy.device
         executed = slice(spec.n_obs_steps - 1, spec.n_obs_steps - 1 + spec.n_action_steps)
         generator = torch.Generator(device).manual_seed(0)
         losses, errors = [], []
-        for indices in self.batches:
+        for indices in np.array_split(windows, max(1, len(windows) // self.batch_size)):
             batch = self.source.gather(indices)
             losses.append(self.policy(batch.obs, batch.action, batch.mask, generator=generator, **batch.beside))
             chunk = self.policy.sample(batch.obs, noise_generator=generator, generator=generator).action

@@ -12,7 +12,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import COMMANDS
 from action_diffusion.options.extensions import FITS, Fit
 from action_diffusion.options.finetune import LEARNT
-from action_diffusion.policy.reading import read_config, read_spec
+from action_diffusion.policy.reading import read_config, read_spec, require
 from action_diffusion.registry import EXTENSIONS
 
 FIT_HELP = """\
@@ -44,6 +44,7 @@ def run(words: Sequence[str]) -> int:
             raise unknown("extension", words[0], EXTENSIONS)
         COMMANDS[f"fit {words[0]}"] = EXTENSIONS.load(words[0]).options
     config = settings_of(f"fit {words[0]}", words[1:])
+    require(Path(config.bundle))
     read_spec(Path(config.bundle))  # before torch is imported
     read_config(Path(config.bundle))
     from action_diffusion.training.fitting import fit

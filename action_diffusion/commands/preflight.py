@@ -11,12 +11,22 @@ from typing import Any
 
 from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.hub import is_reference
 from action_diffusion.options import Collect, Deploy, Evaluate, Serve
 from action_diffusion.options.extensions import check_intending
 from action_diffusion.options.finetune import Finetune
 from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.action_queue import SCHEDULINGS
-from action_diffusion.policy.reading import acting, check_sampler, read_config, read_spec, require, trained_on
+from action_diffusion.policy.reading import (
+    acting,
+    check_sampler,
+    data_for,
+    read_config,
+    read_spec,
+    require,
+    trained_on,
+)
+from action_diffusion.policy.runtime.onnx_file import is_onnx
 from action_diffusion.policy.spec import env_words
 from action_diffusion.registry import ARMS, ROBOTS
 
@@ -27,12 +37,14 @@ def train(config: Mapping[str, Any]) -> None:
 
     check_new(config)
     if config["init"] is not None:
+        require(Path(config["init"]).expanduser())
         read_spec(Path(config["init"]).expanduser())
     objective = config["policy"]["objective"]
     name = objective.get("name")
     if name in ("consistency", "distillation") and objective.get("teacher") is None:
         raise InputError(f"objective={name} learns from a policy: policy.objective.teacher=outputs/…/bundle")
     if objective.get("teacher") is not None:
+        require(Path(objective["teacher"]).expanduser())
         read_spec(Path(objective["teacher"]).expanduser())
     encoder = config["policy"]["encoder"]
     weights = encoder.get("weights")
@@ -45,6 +57,7 @@ def train(config: Mapping[str, Any]) -> None:
 def finetune(config: Finetune) -> None:
     """The bundle, its simulator, and a run that is there already."""
     path = Path(config.bundle)
+    require(path)
     spec = read_spec(path)
     read_config(path)
     check_sampler(path, vars(config.sampler))
@@ -76,6 +89,8 @@ def evaluate(config: Evaluate) -> None:
     bundles = [Path(path) for path in config.paths]
     compare = [] if config.compare is None else [Path(config.compare)]
     for path in (*bundles, *compare):
+        if read_spec(path).env is None and is_onnx(path):
+            raise InputError(f"{path}: its task has no simulator, and an ONNX file not the episodes that were held out")
         _check_bundle(config, path)
     simulated = [path for path in (*bundles, *compare) if read_spec(path).env is not None]
     others = [path for path in (*bundles, *compare) if path not in simulated]
@@ -88,7 +103,7 @@ def evaluate(config: Evaluate) -> None:
     _check_held_out(config.data, [*bundles, *compare])
     trained = [trained_on(read_config(path), path) for path in others]
     if trained and config.data is None:
-        _check_held_out(trained[0]["data"], others)
+        _check_held_out(data_for(trained[0], others[0], None), others)
 
 
 def _check_bundle(config: Evaluate, path: Path) -> None:
@@ -128,6 +143,11 @@ def deploy(config: Deploy) -> None:
         read_config(Path(config.bundle))
         check_intending(config.intents, acting(Path(config.bundle), config.extensions))
         check_sampler(Path(config.bundle), vars(config.sampler))
+        if config.scheduling == "rtc" and is_onnx(config.bundle):
+            raise InputError(
+                f"scheduling=rtc: chunks of {config.bundle}, an ONNX file, cannot continue running ones: choose sync, "
+                "naive or ensemble, or give it the bundle"
+            )
     _check_exists("hardware", config.hardware)
     _check_exists("replay", config.replay)
     _check_page(config)
@@ -192,16 +212,18 @@ def _check_page(config: Deploy | Collect) -> None:
 
 
 def _check_exists(name: str, path: str | None) -> None:
-    if path is not None and not Path(path).expanduser().exists():
+    if path is not None and not is_reference(path) and not Path(path).expanduser().exists():
         raise InputError(f"{name}={path}: no such file or folder")
 
 
 def _check_data(config: Mapping[str, Any]) -> None:
     """Of what training reads: named columns, that buffers go together, that crops are no larger than images."""
+    from action_diffusion.datasets.batches.mixing import check_weights, parts_of
     from action_diffusion.datasets.batches.sources import HUMAN, look_at, names
     from action_diffusion.training import columns
 
     data, task, drop = config["data"], config["task"], config["drop"]
+    check_weights(config["dataset"]["weights"], data)
     if data == HUMAN:
         return  # it may have to be downloaded
     cache_dir = config["dataset"]["cache_dir"]
@@ -210,6 +232,7 @@ def _check_data(config: Mapping[str, Any]) -> None:
     buffer = columns.together(buffers, task, drop, gain)
     columns.check_action(buffer, columns.action_source(task))
     columns.check_rate(buffer, task["control_rate"])
+    parts_of(buffer, config["dataset"], names(data))
     drawn = {key for one in buffers for key in columns.drawn(task, drop, one)}
     for key, options in columns.observed(task, drop, buffer, gain).items():
         source = options.get("source") or key
@@ -218,15 +241,17 @@ def _check_data(config: Mapping[str, Any]) -> None:
         shape = tuple(buffer[source].shape[1:]) if source in buffer.keys else ()
         if len(shape) == 3 and shape[-1] == 3:
             encoder = config["policy"]["encoder"]
-            check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"))
+            check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"), encoder.get("crop_at"))
 
 
 def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:
     """That no part of the policy is made for what it is not to see."""
     frame = policy.get("action_frame") or {}
+    named = [frame.get(option) or () for option in ("observation", "position", "rotation")]
+    framed = {key.partition("@")[0] for keys in named for key in ([keys] if isinstance(keys, str) else keys)}
     features = [key for key, options in (policy.get("features") or {}).items() if options is not None]
     for name in drop:
-        for part in ["features"] * (name in features) + ["action_frame"] * (name == frame.get("observation")):
+        for part in ["features"] * (name in features) + ["action_frame"] * (name in framed):
             raise InputError(f"drop=[{name}]: policy.{part} is made from it; give policy.{part}=null, or keep {name}")
 
 

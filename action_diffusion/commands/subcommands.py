@@ -71,7 +71,7 @@ def _options(name: str, subcommand: Subcommand, words: Sequence[str]) -> dict[st
                 value = rest.pop(0)
         elif missing and key not in options and not word.startswith("-"):
             shown, key, value = missing[0].upper(), missing[0], word
-        elif equals and key[:1] not in ("", "-") and key not in options:
+        elif equals and key[:1] not in ("", "-") and key.partition(".")[0] not in options:
             raise unknown("option", key, options)
         else:
             named.append(word)

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated
 
 from action_diffusion.errors import InputError
-from action_diffusion.options.bundle import BundleExport, BundleImport, BundleInspect
+from action_diffusion.options.bundle import BundleExport, BundleImport, BundleInspect, BundlePull, BundlePush
 from action_diffusion.options.data import Absolute, Augment, Convert, DataReport, Doctor, Edit, Inspect, View
 from action_diffusion.options.extensions import FITS, Fit, Intending
 from action_diffusion.options.finetune import Finetune
@@ -261,6 +261,8 @@ COMMANDS: dict[str, type] = {
     "serve": Serve,
     "bundle inspect": BundleInspect,
     "bundle import": BundleImport,
+    "bundle push": BundlePush,
+    "bundle pull": BundlePull,
     "bundle export": BundleExport,
     "data convert": Convert,
     "data absolute": Absolute,

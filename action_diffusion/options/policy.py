@@ -11,6 +11,9 @@ from action_diffusion.options.words import MOST_STEPS, Column, Columns, Finite, 
 from action_diffusion.registry import POLICY_PARTS
 from action_diffusion.schema import Above, Between, ByName, FilePath, Matching, OneOf, Section, Sized, check
 
+Keys = str | Annotated[list[str], Sized(1, 16)]
+"""Of observations, one for each gripper."""
+
 
 @dataclass
 class ContextOptions:
@@ -21,31 +24,50 @@ class ContextOptions:
     hidden: Annotated[int, Between(1, 4096)] = 64
 
 
+Channels = Annotated[list[Annotated[float, Between(-1e6, 1e6)]], Sized(3, 3)]
+
+
+@dataclass
+class PixelOptions:
+    """`policy.encoder.pixels.CAMERA`: mean and standard deviation of red, green and blue in [0, 1]."""
+
+    mean: Channels
+    std: Annotated[list[Annotated[float, Above(0, 1e6)]], Sized(3, 3)]
+
+
 @dataclass
 class EncoderOptions:
     """`policy.encoder`, see `policy.encoder.ObservationEncoder`."""
 
-    backbone: Annotated[str, OneOf("resnet18", "resnet34", "resnet50")] = "resnet18"
+    backbone: Annotated[str, OneOf("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")] = "resnet18"
     width: Annotated[float, Above(0, 8)] = 1.0
     stages: Annotated[int, Between(1, 4)] = 4
     pooling: Annotated[str, OneOf("spatial_softmax", "average")] = "spatial_softmax"
     keypoints: Annotated[int, Between(1, 4096)] = 32
     feature_dim: Annotated[int, Between(1, 8192)] = 64
     crop: Size | None = None
+    crop_at: Annotated[list[Annotated[int, Between(0, 8192)]], Sized(2, 2)] | None = None
     resize: Size | None = None
     color_jitter: Share | dict[str, Share] = 0.0
     augment: list[Section] | None = None
     share: bool = False
     weights: FilePath | None = None
     channels_last: bool = True
+    norm: Annotated[str, OneOf("group", "frozen_batch")] = "group"
     group_norm_channels: Annotated[int, Between(1, 1024)] = 16
+    pixels: dict[str, PixelOptions] | None = None
     context: ContextOptions | None = None
 
 
-def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None) -> None:
-    """Raises `InputError` for a crop (h, w) larger than the frames of `key`, (H, W) when they are cut."""
+def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None, corner: Sequence[int] | None = None) -> None:
+    """Raises `InputError` for a crop (h, w), from `corner` (top, left) on where there is one, that leaves the frames of
+    `key`, (H, W) when they are cut."""
+    if corner is not None and crop is None:
+        raise InputError(f"encoder.crop_at={list(corner)} needs encoder.crop")
     if crop is not None and (crop[0] > size[0] or crop[1] > size[1]):
         raise InputError(f"encoder.crop={list(crop)} is larger than the frames of {key!r}, {list(size)}")
+    if crop is not None and corner is not None and (corner[0] + crop[0] > size[0] or corner[1] + crop[1] > size[1]):
+        raise InputError(f"encoder.crop_at={list(corner)}: the crop leaves the frames of {key!r}, {list(size)}")
 
 
 @dataclass
@@ -142,6 +164,16 @@ class PositionFrameOptions:
 
 
 @dataclass
+class PoseFrameOptions:
+    """`policy.action_frame`, see `policy.model.poses.Pose`."""
+
+    position: Keys
+    rotation: Keys | None = None
+    action_positions: Columns | None = None
+    observed: Annotated[str, OneOf("relative", "absolute")] = "relative"
+
+
+@dataclass
 class PlanarObjectFrameOptions:
     """`policy.action_frame`, see `policy.frames.PlanarObjectFrame`."""
 
@@ -229,6 +261,7 @@ class DiffusionQlOptions(DenoisingOptions):
     pessimism: Annotated[float, Between(0, 1e6)] = 1.0
     quantile: Annotated[float, Above(0, 1)] = 0.95
     spread: Annotated[float, Between(0, 100)] = 0.5
+    temperature: Annotated[float, Above(0, 1e6)] | None = None
     warmup: Annotated[int, Between(0, 1_000_000_000)] = 1000
     follow: Annotated[float, Above(0, 1)] = 0.005
     reward: str | None = None
@@ -257,7 +290,11 @@ COMPONENTS: dict[str, dict[str, type]] = {
         "sobolev": SobolevOptions,
     },
     "features": {"sin_cos": SinCosOptions, "magnified": MagnifiedOptions, "planar_object": PlanarObjectOptions},
-    "action_frame": {"planar_object": PlanarObjectFrameOptions, "position": PositionFrameOptions},
+    "action_frame": {
+        "planar_object": PlanarObjectFrameOptions,
+        "pose": PoseFrameOptions,
+        "position": PositionFrameOptions,
+    },
 }
 
 
@@ -269,10 +306,12 @@ class AnySampler:
     num_inference_steps: Annotated[int, Between(1, MOST_STEPS)] | None = None
     clip: Annotated[str, OneOf("x0", "x")] | None = None
     clip_range: Annotated[float, Between(1, 1e6)] | None = None
+    clip_to: Annotated[str, OneOf("demonstrated", "unit")] | None = None
     timestep_spacing: Annotated[str, OneOf("leading", "trailing", "linspace")] | None = None
     steps_offset: Annotated[int, Between(0, 10_000)] | None = None
     eta: Share | None = None
     set_alpha_to_one: bool | None = None
+    use_clipped_model_output: bool | None = None
     thresholding: bool | None = None
     variance_type: str | None = None
     solver_order: Annotated[int, Between(1, 3)] | None = None
@@ -290,7 +329,7 @@ class AnySampler:
 SPACED = ("timestep_spacing", "steps_offset", "thresholding")
 SCHEDULERS = {
     "ddpm": (*SPACED, "variance_type"),
-    "ddim": (*SPACED, "eta", "set_alpha_to_one"),
+    "ddim": (*SPACED, "eta", "set_alpha_to_one", "use_clipped_model_output"),
     "dpm_solver++": (
         *SPACED,
         *("solver_order", "solver_type", "lower_order_final", "euler_at_final", "final_sigmas_type"),
@@ -301,7 +340,7 @@ SCHEDULERS = {
     "mip": (),
 }
 """The options of each scheduler, beside what `policy.sampler.Sampler` takes for all of them."""
-OF_ALL = ("scheduler", "num_inference_steps", "clip", "clip_range")
+OF_ALL = ("scheduler", "num_inference_steps", "clip", "clip_range", "clip_to")
 """Options of a sampler that belong to no single scheduler."""
 PROCESS_OF = {
     **dict.fromkeys(("ddpm", "ddim", "dpm_solver++"), "diffusion"),

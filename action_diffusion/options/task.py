@@ -10,6 +10,9 @@ from action_diffusion.options.words import KINDS, MOST_STEPS, AsTyped, Columns, 
 from action_diffusion.registry import ENVS
 from action_diffusion.schema import Above, Between, ByName, Matching, OneOf, Section, Sized, check
 
+Joined = dict[str, Annotated[list[AsTyped], Sized(1, 64)]]
+"""Further observations, of several of the simulator's one after the other, see `envs.joined`."""
+
 
 @dataclass
 class PushTOptions:
@@ -19,6 +22,7 @@ class PushTOptions:
     max_steps: Count = 300
     control_rate: Annotated[float, Above(0, 100)] = 10.0
     actuator_drift: Annotated[float, Between(0, 200)] = 0.0
+    joined: Joined | None = None
 
 
 @dataclass
@@ -28,6 +32,7 @@ class ManipulationOptions:
     env_args: Section | None = None
     absolute: bool = False
     max_steps: Count | None = None
+    joined: Joined | None = None
 
 
 @dataclass
@@ -48,7 +53,7 @@ OWN_ENVS = {"pusht": PushTOptions, "gymnasium": GymnasiumOptions}
 Environment = Annotated[Section, ByName({name: OWN_ENVS.get(name, ManipulationOptions) for name in ENVS.own}, ENVS)]
 Rate = Annotated[float, Above(0, 10_000)]
 Rotation = Annotated[str, Matching("a rotation, such as quaternion_xyzw or rotation_vector@3", bool)]
-"""Of a column of the buffer: its representation (`action_diffusion.rotations.SIZES`), and @ where it begins."""
+"""Of a column of the buffer: its representation (`action_diffusion.rotations.WIDTHS`), and @ where it begins."""
 Steps = Annotated[int, Between(1, MOST_STEPS)]
 
 

@@ -65,22 +65,43 @@ class TrainSettings:
 
 MOST_BUFFERS = 64
 """Together."""
+MOST_PARTS = 1024
+"""Tasks or subsets that have weights."""
 Data = FilePath | Annotated[list[FilePath], Sized(1, MOST_BUFFERS)]
 """What `data=` names, see `datasets.batches.sources`; several are trained on together."""
 Drop = Annotated[list[Word], Matching("names in brackets, such as [wrist,front]", bool)]
 """Names of observations that are not learnt from."""
 
 
+Weight = Annotated[float, Between(0, 1e6)]
+
+
 @dataclass
 class Dataset:
-    """`dataset.*` of train."""
+    """`dataset.*` of train. weights: how many windows are drawn of each data set, beside each other; of tasks and
+    subsets likewise.
+
+    Raises `InputError` for several kinds of weights, and for weights that are all 0.
+    """
 
     val_fraction: Annotated[float, Between(0, below=1)] = 0.05
     max_episodes: Annotated[int, Between(1)] | None = None
     subset: Word | None = None
+    weights: Annotated[list[Weight], Sized(1, MOST_BUFFERS)] | None = None
+    task_weights: Annotated[dict[str, Weight], Sized(1, MOST_PARTS)] | None = None
+    subset_weights: Annotated[dict[str, Weight], Sized(1, MOST_PARTS)] | None = None
     memory_gb: Annotated[float, Between(0, 1e6)] | None = None
     cache_dir: FilePath | None = None
     val_windows: Annotated[int, Between(1, 1_000_000)] = 128
+
+    def __post_init__(self) -> None:
+        kinds = ("weights", "task_weights", "subset_weights")
+        given = {f"dataset.{kind}": value for kind in kinds if (value := getattr(self, kind)) is not None}
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} are both given: a window is drawn by one of them")
+        for name, value in given.items():
+            if not any(value.values() if isinstance(value, dict) else value):
+                raise InputError(f"{name}: all weights are 0, so that nothing would be drawn")
 
 
 @dataclass
@@ -117,7 +138,7 @@ class Train:
 class BundleConfig:
     """What evaluation takes of a bundle's `config.yaml`, beside the policy: the data that it was trained on."""
 
-    data: Data
+    data: Data | None
     seed: Seed
     dataset: Dataset
     task: Task

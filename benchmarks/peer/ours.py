@@ -33,13 +33,15 @@ from action_diffusion.options import TrainSettings
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import versions
 from action_diffusion.policy.inference import choose_threads
+from action_diffusion.policy.interchange.contract import made_up
+from action_diffusion.policy.interchange.lerobot.weights import from_lerobot
 from action_diffusion.policy.kernels import accelerate, check_precision, cpu_unet
 from action_diffusion.policy.model import normalizer
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.runtime.onnx_file import observation_name
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.trainer import Trainer
 from benchmarks.peer.peers.serving import Say, Work, instructions, serve
-from benchmarks.peer.weights import from_lerobot
 
 THREADS = torch.get_num_threads()
 FRAME, N_KEYPOINTS = (96, 96, 3), 16
@@ -147,13 +149,16 @@ class Chunk(Work):
 def network(settings: dict[str, Any], *, prepared: bool = False) -> tuple[nn.Module, dict[str, Tensor]]:
     """A network of an image policy with random weights, the same in every process, and its inputs by name.
 
-    settings: channels; part: "step" (the denoiser: a chunk and what it is modulated by) or "encoder" (of the camera:
-    two frames, cropped and centred). prepared: as `deploy` and `serve` run it.
+    settings: channels; part: "step" (the denoiser: a chunk and what it is modulated by), "encoder" (of the camera: two
+    frames, cropped and centred) or "chunk" (all of it, from observations in the data's units; image and steps as
+    `build`'s). prepared: as `deploy` and `serve` run it.
     """
-    policy = build({"image": True, "channels": settings["channels"], "activation": "silu"}, Path(), weights=False)
+    policy = build({"image": True, "activation": "silu", **settings}, Path(), weights=False)
     if prepared:
         accelerate(policy, precision="fp32")
     torch.manual_seed(1)
+    if settings["part"] == "chunk":
+        return WholeChunk(policy), {"noise": torch.randn(1, 16, 2)} | _observed(policy)
     if settings["part"] == "encoder":
         return policy.encoder.get_submodule("cameras.0"), {"images": torch.rand(2, 3, 84, 84) * 2 - 1}
     denoiser = policy.denoiser
@@ -162,8 +167,26 @@ def network(settings: dict[str, Any], *, prepared: bool = False) -> tuple[nn.Mod
     return denoiser, {"x": torch.randn(1, 16, 2), "film": film}
 
 
+class WholeChunk(nn.Module):
+    """noise [B, H, A] and the observations, in order → chunks [B, H, A] in the data's units."""
+
+    def __init__(self, policy: DiffusionPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    @torch.inference_mode()
+    def forward(self, noise: Tensor, *obs: Tensor) -> Tensor:
+        return self.policy.chunk(noise, *obs)[0]
+
+
+def _observed(policy: DiffusionPolicy) -> dict[str, Tensor]:
+    """An observation by the names that it has in an ONNX file of ours."""
+    obs = made_up(policy.spec)
+    return {observation_name(key): torch.from_numpy(obs[key][None]) for key in policy.spec.observations}
+
+
 class Network(Work):
-    """One call of the denoiser at batch 1, or of the camera's encoder, alone. settings: as `network`'s."""
+    """One call of the denoiser at batch 1, or of the camera's encoder, alone, or a chunk. settings: as `network`'s."""
 
     clock = staticmethod(time.process_time if THREADS == 1 else time.perf_counter)
 

@@ -105,6 +105,11 @@ def peer_environment(name: str, folder: Path | None = None, *, say: Say = print)
     return PeerEnvironment(folder)
 
 
+def is_there(name: str) -> bool:
+    """Whether the environment of a peer is installed."""
+    return _complete(default_folder(name), PEERS[name])
+
+
 def _complete(folder: Path, peer: Peer) -> bool:
     try:
         return json.loads((folder / "complete.json").read_text())["requirements"] == list(peer.requirements)

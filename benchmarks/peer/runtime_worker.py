@@ -1,6 +1,6 @@
 """ONNX Runtime and OpenVINO on our networks. Its argument is the folder of packages that has them.
 
-Each network is exported once, as `benchmarks.peer.plain` lays it out, and kept in the folder that the settings name.
+Each network is exported once, as `policy.interchange.plain` lays it out, and kept in the folder that the settings name.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from action_diffusion.options.bundle import OPSET
+from action_diffusion.policy.interchange.onnx import model_of
+from action_diffusion.policy.interchange.plain import PlainUnet
 from action_diffusion.policy.model.unet import ConditionalUnet1d
 from benchmarks.peer import ours
 from benchmarks.peer.peers.serving import Say, Work, serve
-from benchmarks.peer.plain import PlainUnet
 
 Run = Callable[[], np.ndarray]
 
@@ -45,8 +47,12 @@ class Network(Work):
 def export(settings: dict[str, Any], say: Say) -> tuple[Path, dict[str, np.ndarray]]:
     """The network as an ONNX file, and its inputs by name."""
     layers, inputs = ours.network(settings)
-    path = Path(settings["models"]) / f"{settings['part']}-{'-'.join(map(str, settings['channels']))}.onnx"
-    if not path.exists():
+    kind = f"{settings['part']}-{'image' if settings.get('image', True) else 'states'}"
+    path = Path(settings["models"]) / f"{kind}-{'-'.join(map(str, settings['channels']))}.onnx"
+    if not path.exists() and isinstance(layers, ours.WholeChunk):
+        say("exporting")
+        path.write_bytes(model_of(layers.policy, OPSET).SerializeToString())
+    elif not path.exists():
         say("exporting")
         plain = PlainUnet(layers) if isinstance(layers, ConditionalUnet1d) else layers
         with torch.no_grad():

@@ -50,7 +50,8 @@ LEARNT = (
     "policy.objective.terminal=terminal",
     "policy.objective.hidden=[128,128]",
     "policy.objective.octaves=0",
-    "policy.objective.warmup=40",
+    "policy.objective.temperature=0.25",
+    "policy.objective.warmup=200",
     "train.max_steps=1500",
 )
 CLONED = ("policy.objective.loss=l1", "policy.sampler.num_inference_steps=5", "train.max_steps=1000")

@@ -17,7 +17,8 @@ from action_diffusion.envs.pusht.simulator import PushT
 from action_diffusion.envs.rollout import Episode, rollout
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.diffusion.solver import Step
-from action_diffusion.policy.extensions.guard import Guard, Watch
+from action_diffusion.policy.extensions.guard import Guard
+from action_diffusion.policy.extensions.watch import Watch
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training.fitting import demonstrations, fit

@@ -16,6 +16,7 @@ from action_diffusion.datasets.images.pictures import picture
 from action_diffusion.datasets.robomimic.attributes import DEMO, joined_demos
 from action_diffusion.datasets.storage.pieces import Joined, Piece, check_rates_and_units, units_of
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.datasets.storage.rotations import ROTATIONS, as_attribute, declared_rotations
 from action_diffusion.datasets.storage.store import Column
 from action_diffusion.datasets.storage.tasks import TASK, TASKS, joined_tasks, task_words
 from action_diffusion.errors import InputError
@@ -29,7 +30,7 @@ def joined(buffers: Sequence[ReplayBuffer], needed: Collection[str]) -> ReplayBu
     left out, with the reason.
 
     Raises `InputError` for a buffer that is there twice, a needed column that one lacks or has of another shape, and
-    where two say other rates or units.
+    where two say other rates, units or rotations.
     """
     _check_once(buffers)
     check_rates_and_units(buffers)
@@ -55,6 +56,7 @@ def joined(buffers: Sequence[ReplayBuffer], needed: Collection[str]) -> ReplayBu
         left_out={key: reason for buffer in buffers for key, reason in buffer.left_out.items()} | differences,
         name=" and ".join(buffer.name for buffer in buffers),
         paths=[path for buffer in buffers for path in buffer.paths],
+        parts=[buffer.n_episodes for buffer in buffers],
     )
 
 
@@ -102,7 +104,23 @@ def _attrs(buffers: Sequence[ReplayBuffer]) -> dict[str, Any]:
     attrs = {name: buffer.attrs[name] for buffer in reversed(buffers) for name in names if name in buffer.attrs}
     units = {key: unit for buffer in reversed(buffers) for key, unit in units_of(buffer).items()}
     sources = dict.fromkeys(str(buffer.attrs.get("source") or buffer.name) for buffer in buffers)
-    return attrs | {"source": " and ".join(sources)} | ({"units": units} if units else {})
+    rotations = _rotations(buffers)
+    said = {"units": units, ROTATIONS: rotations}
+    return attrs | {"source": " and ".join(sources)} | {name: value for name, value in said.items() if value}
+
+
+def _rotations(buffers: Sequence[ReplayBuffer]) -> dict[str, list[str]]:
+    """Which columns are rotations, as any of them says it. Raises `InputError` where two say otherwise of one."""
+    found: dict[str, tuple[list[str], ReplayBuffer]] = {}
+    for buffer in buffers:
+        for key, texts in as_attribute(declared_rotations(buffer)).items():
+            before, other = found.setdefault(key, (texts, buffer))
+            if before != texts:
+                raise InputError(
+                    f"{buffer.name}: {key} has the rotations {', '.join(texts)}, {other.name} has {', '.join(before)}: "
+                    "what is trained on together needs the same numbers"
+                )
+    return {key: texts for key, (texts, _) in found.items()}
 
 
 def _add_demos(buffers: Sequence[ReplayBuffer], columns: dict[str, Column], attrs: dict[str, Any]) -> None:

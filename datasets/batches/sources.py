@@ -1,4 +1,4 @@
-"""What `data=` may say: a path, or the name of a data set that ships with the package or is downloaded.
+"""What `data=` may say: a path, hf://user/name (`hub`), or the name of a data set that ships or is downloaded.
 
 What lies at a path is a replay buffer, or any format of `datasets.formats`, which is converted into the cache.
 
@@ -22,6 +22,7 @@ from action_diffusion.datasets.formats.cached import as_buffer, look
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.files import cache_folder, locked
+from action_diffusion.hub import DATA, fetched, is_reference
 from action_diffusion.parallel import cores, in_order, refuse_while_importing
 
 HUMAN = "pusht_human"
@@ -61,12 +62,14 @@ def _converted(cache_dir: Path | None) -> Path:
 
 
 def resolve(data: str | Path, *, cache_dir: Path | None = None) -> Path:
-    """Where `data`, one of `NAMES` or a path, is on this machine; downloads it to `cache_dir` if need be.
+    """Where `data`, one of `NAMES`, hf://… or a path, is on this machine; downloads it if need be.
 
     Raises `InputError` for a name that does not exist (close ones are suggested), a path that is not
     there, and a download that fails (what to do instead is said).
     """
     name, path = str(data), Path(data).expanduser()
+    if is_reference(name):
+        return fetched(name, DATA)
     if name == "pusht_expert":
         return Path(__file__).parents[1] / "embedded" / "pusht_expert.zarr.zip"
     if name == HUMAN:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from action_diffusion.datasets.doctor.finding import Finding
-from action_diffusion.rotations import SIZES, RotationColumns, nearest
+from action_diffusion.rotations import WIDTHS, RotationColumns, nearest
 
 if TYPE_CHECKING:
     from action_diffusion.datasets.doctor.survey import Survey
@@ -50,7 +50,8 @@ def renamed(survey: Survey) -> Iterator[Finding]:
             for episode, (start, end) in enumerate(zip(survey.starts, survey.ends, strict=True)):
                 none = np.flatnonzero(missing[start:end]) + start
                 if len(none):
-                    span, words = (int(none[0]), int(none[-1])), f"{where}: zeros, which are no rotation"
+                    span, what = (int(none[0]), int(none[-1])), "zeros" if size == 4 else "zero or parallel axes"
+                    words = f"{where}: {what}, which are no rotation"
                     yield Finding(
                         "rotation", key, episode, *span, len(none), words, _NONE, dimensions=dimensions, rotation=place
                     )
@@ -99,7 +100,7 @@ def recognised(
 def placed(rotation: RotationColumns, values: np.ndarray, starts: np.ndarray) -> RotationColumns:
     """Around the mean rotation of `values` [N, D], a quaternion with the sign that most episodes begin with."""
     fitted = rotation.fitted(values)
-    if SIZES[rotation.representation] == 4:
+    if WIDTHS[rotation.representation] == 4:
         signs = np.sign(values[starts][:, rotation.columns] @ np.asarray(fitted.origin))
         if np.nansum(signs) < 0:
             fitted = replace(fitted, reference=tuple(-value for value in fitted.origin))

@@ -55,7 +55,8 @@ class ReplayBuffer:
     Made by `open`, `create` or `from_arrays`. `buffer[key]` has `shape` and `dtype`, and gives numpy arrays
     when indexed by rows, in the type they are stored in. `path` is None for a buffer in memory. `left_out`: what lies
     beside the columns in data/ and is none, with the reason. `name`: what messages call it, by default its path.
-    `paths`: where its columns lie, by default at its path.
+    `paths`: where its columns lie, by default at its path. `parts`: of buffers that were joined, how many episodes each
+    has; () of one that was not.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ReplayBuffer:
         left_out: Mapping[str, str] | None = None,
         name: str | None = None,
         paths: Sequence[Path] | None = None,
+        parts: Sequence[int] = (),
     ) -> None:
         for key in columns:
             check_key(key, str(path or "a buffer in memory"))
@@ -78,6 +80,7 @@ class ReplayBuffer:
         self.left_out = dict(left_out or {})
         self.name = name or (str(path) if path else "the buffer in memory")
         self.paths = tuple(([path] if path else []) if paths is None else paths)
+        self.parts = tuple(parts)
 
     @classmethod
     def open(cls, path: str | Path) -> ReplayBuffer:
@@ -175,6 +178,7 @@ class ReplayBuffer:
             left_out=self.left_out,
             name=self.name,
             paths=self.paths,
+            parts=self.parts,
         )
 
     def episode(self, index: int) -> dict[str, np.ndarray]:

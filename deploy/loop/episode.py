@@ -26,7 +26,7 @@ from action_diffusion.deploy.robot.robots import Feedback, Observation, Robot
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.action_queue import ActionQueue, Request, Swap
-from action_diffusion.policy.extensions.guard import LEVEL
+from action_diffusion.policy.extensions.watch import LEVEL
 from action_diffusion.policy.history import History
 
 

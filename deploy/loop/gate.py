@@ -15,6 +15,7 @@ import numpy as np
 
 from action_diffusion.deploy.hardware.limits import Limits, outside
 from action_diffusion.errors import InputError
+from action_diffusion.policy.spec import CONSTANT
 
 
 def demonstrated(statistics: Mapping[str, Any], margin: float) -> Limits:
@@ -23,8 +24,6 @@ def demonstrated(statistics: Mapping[str, Any], margin: float) -> Limits:
     `statistics`: of the action, from the bundle (`policy.normalizer.fit`). A dimension that never changed in the
     demonstrations may leave its value by `margin`, in its unit.
     """
-    from action_diffusion.policy.model.normalizer import CONSTANT  # imports torch, which the arm's process never does
-
     if not 0 <= margin < np.inf:
         raise InputError(f"safety.margin={margin} must be 0 or more, and finite")
     if "min" not in statistics or "max" not in statistics:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from action_diffusion.policy.extensions.guard import LEVEL, Watch
+from action_diffusion.policy.extensions.watch import LEVEL, Watch
 
 
 class Guarding:

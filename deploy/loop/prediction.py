@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 
 from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.policy.action_queue import Request
-from action_diffusion.policy.extensions.shared import SharedControl
-from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.rtc import BETA, MASKS, RunningChunks, continuing, running_chunks
+from action_diffusion.policy.action_queue import BETA, MASKS, Request
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.policy.spec import PolicySpec
+
+if TYPE_CHECKING:
+    from action_diffusion.policy.extensions.shared import SharedControl
+    from action_diffusion.policy.policy import DiffusionPolicy
 
 METHODS = ("auto", "guidance", "trained", "both")
 SHARED_ROUNDS, SHARED_FADING = 1, 1
@@ -88,8 +89,8 @@ def predict(
     obs: Mapping[str, np.ndarray],
     requests: Sequence[Request | None],
     *,
-    noise_generator: list[torch.Generator],
-    generator: list[torch.Generator],
+    noise_generator: list[Any],
+    generator: list[Any],
     guidance: Guidance,
 ) -> Predictions:
     """Chunks for histories `obs`, key → [B, To, …].
@@ -105,9 +106,10 @@ def predict(
     if isinstance(policy, PolicyElsewhere):
         options = policy.continuing(running, delay, asdict(guidance))
     elif any(rest is not None for rest in running):
-        if not isinstance(policy, DiffusionPolicy):
-            raise InputError("scheduling=rtc differentiates through the policy's network, which this policy hides")
-        options = continued(policy, running_chunks(policy, obs, running, delay), max(delay), guidance)
+        ours = _with_network(
+            policy, "scheduling=rtc differentiates through the policy's network, which this policy hides"
+        )
+        options = continued(ours, obs, running, delay, guidance)
     try:
         predicted = policy.predict(obs, noise_generator=noise_generator, generator=generator, **options)
     except (InputError, Unavailable):
@@ -120,17 +122,30 @@ def predict(
     return Predictions(_chunks(predicted, len(requests)), _notes(predicted, len(requests)))
 
 
+def _with_network(policy: Policy, why_not: str) -> DiffusionPolicy:
+    """The policy, if hooks can look at its denoising. Raises `InputError`."""
+    if not isinstance(policy, OnnxPolicy):
+        from action_diffusion.policy.policy import DiffusionPolicy
+
+        if isinstance(policy, DiffusionPolicy):
+            return policy
+    raise InputError(why_not)
+
+
 def _shared(policy: Policy, requests: Sequence[Request | None]) -> SharedControl | None:
     """Lets the policy know what of its chunks is a person's; None where nothing is."""
     given = [request.person for request in requests if request is not None and request.owned is not None]
     longest = max((person for person in given if person is not None), key=len, default=None)
     if longest is None:
         return None
-    if not isinstance(policy, DiffusionPolicy):
-        raise InputError("a person can own a part of the action only where the policy is on this machine")
+    ours = _with_network(
+        policy, "a person can own a part of the action only where the policy is on this machine, by torch"
+    )
+    from action_diffusion.policy.extensions.shared import SharedControl
+
     nobody = np.zeros(longest.shape[1], bool), longest[:1]
     pairs = [nobody if r is None or r.owned is None or r.person is None else (r.owned, r.person) for r in requests]
-    shared = SharedControl(policy, rounds=SHARED_ROUNDS, fading=SHARED_FADING)
+    shared = SharedControl(ours, rounds=SHARED_ROUNDS, fading=SHARED_FADING)
     filled = [np.pad(person, ((0, len(longest) - len(person)), (0, 0)), mode="edge") for _, person in pairs]
     shared.own(np.stack([owned for owned, _ in pairs]), np.stack(filled))
     return shared
@@ -160,8 +175,17 @@ def _notes(predicted: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
     }
 
 
-def continued(policy: DiffusionPolicy, running: RunningChunks, delay: int, guidance: Guidance) -> dict[str, Any]:
-    """Options of `predict` with which chunks continue running ones; `delay`: the longest."""
+def continued(
+    policy: DiffusionPolicy,
+    obs: Mapping[str, np.ndarray],
+    chunks: Sequence[np.ndarray | None],
+    delays: Sequence[int],
+    guidance: Guidance,
+) -> dict[str, Any]:
+    """Options of `predict` for `obs` with which each row's chunk continues its running one, see `running_chunks`."""
+    from action_diffusion.policy.rtc import continuing, running_chunks
+
+    running, delay = running_chunks(policy, obs, chunks, delays), max(delays)
     how = asdict(guidance)
     method = how.pop("method")
     if method == "auto":
@@ -177,8 +201,8 @@ def predict_one(
     history: Mapping[str, np.ndarray],
     *,
     policy: Policy,
-    noise_generator: torch.Generator,
-    generator: torch.Generator,
+    noise_generator: Any,
+    generator: Any,
     guidance: Guidance,
 ) -> Prediction:
     """For one history, key → [To, …], by a call with a batch of one."""
@@ -188,7 +212,9 @@ def predict_one(
     return Prediction(chunks[0], {name: float(note[0]) for name, note in notes.items()})
 
 
-def rehearse(policy: DiffusionPolicy | PolicyElsewhere, guidance: Guidance, running: int | None) -> Prediction:
+def rehearse(
+    policy: DiffusionPolicy | OnnxPolicy | PolicyElsewhere, guidance: Guidance, running: int | None
+) -> Prediction:
     """A prediction from observations of zeros, which takes as long as any other, once the first is over.
 
     running: of how many steps the chunk is that it has to continue; None: of none. Raises `Unavailable`.

@@ -21,6 +21,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.files import atomic_path
 from action_diffusion.options import AnySampler, Deploy
 from action_diffusion.policy.action_queue import ActionQueue
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 
 NAME = "replay.jsonl"
 FASTER = ("precision", "compile", "cuda_graph")
@@ -73,6 +74,8 @@ def _policy(config: Deploy, settings: Mapping[str, Any], attrs: Mapping[str, Any
     choice.table().take(attrs["config"].get("ways") or {})
     kept = {name: settings[name] for name in ("extensions", *FASTER)}
     policy = open_policy(replace(config, sampler=AnySampler(**settings["sampler"]), **kept))
+    if isinstance(policy, OnnxPolicy) and attrs["config"].get("threads"):
+        policy.use(attrs["config"]["threads"])
     policy_keys, keys = list(policy.spec.observations), list(attrs["observations"])
     if policy_keys != keys or policy.spec.n_obs_steps != attrs["n_obs_steps"]:
         raise InputError(f"bundle={config.bundle} looks at {', '.join(policy_keys)}; the record has {', '.join(keys)}")

@@ -31,7 +31,7 @@ from action_diffusion.deploy.robot.robots import Feedback, Observation
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy.action_queue import ActionQueue, Request
-from action_diffusion.policy.extensions.guard import LEVEL
+from action_diffusion.policy.extensions.watch import LEVEL
 from action_diffusion.policy.history import History
 
 

@@ -21,18 +21,19 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import torch
 
 from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.deploy.serve.access import authorization
 from action_diffusion.deploy.serve.wire import EXTRA, decode_array, pack, require, shortened, unpack
 from action_diffusion.errors import InputError
-from action_diffusion.policy.diffusion.sampler import Generators, Hook, draw_noise
-from action_diffusion.policy.sample import Prefix
+from action_diffusion.policy.noise import draw, set_state, state_of
 from action_diffusion.policy.spec import PolicySpec
 
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
+
+    from action_diffusion.policy.diffusion.sampler import Hook
+    from action_diffusion.policy.sample import Prefix
 
 FIRST_WAIT, MAX_WAIT = 0.1, 2.0
 """Seconds between two attempts to connect: doubled from the one to the other, each up to a quarter longer by chance."""
@@ -86,8 +87,8 @@ class RemotePolicy:
         obs: Mapping[str, np.ndarray],
         *,
         noise: np.ndarray | None = None,
-        noise_generator: Generators = None,
-        generator: Generators = None,
+        noise_generator: Any = None,
+        generator: Any = None,
         prefix: Prefix | None = None,
         hooks: Sequence[Hook] = (),
         running: Sequence[np.ndarray | None] | None = None,
@@ -108,13 +109,13 @@ class RemotePolicy:
         batched = self.spec.check(obs)
         rows = {key: np.asarray(obs[key] if batched else np.asarray(obs[key])[None]) for key in self.spec.observations}
         n, shape = len(next(iter(rows.values()))), (self.spec.horizon, *self.spec.action.shape)
-        noise = self._noise(noise, noise_generator, (n, *shape))
+        noise = self._noise(noise, noise_generator, (n, *self.spec.noise_shape))
         drawing = _of_rows(generator, n)
         answers = []
         for row, steps in enumerate(drawing):
             extra: dict[str, object] = {"history": True, "noise": noise[row]}
             if steps is not None:
-                extra["generator"] = steps.get_state().numpy()
+                extra["generator"] = state_of(steps)
             rest = None if running is None else running[row]
             if rest is not None and len(rest):
                 extra |= {"running": np.asarray(rest, np.float32)[: shape[0]], "guidance": self._guidance(guidance)}
@@ -134,10 +135,10 @@ class RemotePolicy:
         """Options of `predict` for chunks that continue others: the server does it (`loop.prediction`)."""
         return {"running": running, "delay": delay, "guidance": guidance}
 
-    def _noise(self, given: np.ndarray | None, generator: Generators, shape: tuple[int, ...]) -> np.ndarray:
+    def _noise(self, given: np.ndarray | None, generator: Any, shape: tuple[int, ...]) -> np.ndarray:
         """[B, H, A]."""
         if given is None:
-            return draw_noise(shape, generator, torch.device("cpu"), torch.float32).numpy()
+            return draw(shape, generator)
         if np.shape(given) != shape:
             raise InputError(f"noise has shape {list(np.shape(given))}, not {list(shape)}")
         return np.asarray(given, np.float32)
@@ -204,11 +205,11 @@ class RemotePolicy:
             raise Unavailable(f"{self._url}: notes are {shortened(rows[0])}, not numbers by name")
         return {name: np.array([row[name] for row in numbers], np.float32) for name in numbers[0]}
 
-    def _advance(self, generator: torch.Generator, answer: Mapping[str, object]) -> None:
-        state = self._array(answer, "generator", tuple(generator.get_state().shape))
+    def _advance(self, generator: Any, answer: Mapping[str, object]) -> None:
+        state = self._array(answer, "generator", state_of(generator).shape)
         try:
-            generator.set_state(torch.from_numpy(state))
-        except (RuntimeError, TypeError) as error:
+            set_state(generator, state)
+        except InputError as error:
             raise Unavailable(f"{self._url}: generator: {_said(error)}") from None
 
     def _drop(self, reason: str) -> None:
@@ -287,7 +288,7 @@ class RemotePolicy:
                 time.sleep(FIRST_WAIT)
 
 
-def _of_rows(generator: Generators, n: int) -> Sequence[torch.Generator | None]:
+def _of_rows(generator: Any, n: int) -> Sequence[Any]:
     """Whose turn it is in each row."""
     if isinstance(generator, Sequence):
         if len(generator) != n:

@@ -9,16 +9,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
 from action_diffusion.deploy.serve.access import read_token
+from action_diffusion.deploy.serve.policies import open_local
 from action_diffusion.deploy.serve.server import PolicyServer
 from action_diffusion.options import Serve
-from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.inference import OPTIONS, choose_threads
-from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.inference import choose_threads
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
+
+if TYPE_CHECKING:
+    from action_diffusion.policy.policy import DiffusionPolicy
 
 LINE_SECONDS = 60.0
 STATUS_SECONDS = 1.0
@@ -57,16 +61,7 @@ def run(config: Serve) -> int:
     other machines reach without a token, and a missing extra.
     """
     token = read_token(config.token_file)
-    faster = {name: getattr(config, name) for name in OPTIONS}
-    path = Path(config.bundle)
-    policy = bundles.load(
-        path,
-        str(config.device),
-        sampler=vars(config.sampler),
-        extensions=config.extensions,
-        given={"intents": vars(config.intents)},
-        **faster,
-    ).requires_grad_(False)
+    policy = open_local(config, Path(config.bundle))
     try:
         asyncio.run(_serve(config, policy, token))
     finally:
@@ -74,7 +69,7 @@ def run(config: Serve) -> int:
     return 0
 
 
-async def _serve(config: Serve, policy: DiffusionPolicy, token: str | None) -> None:
+async def _serve(config: Serve, policy: DiffusionPolicy | OnnxPolicy, token: str | None) -> None:
     statistics = ServerStatistics()
     server = PolicyServer(
         policy=policy,

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from action_diffusion.deploy.serve.access import read_token
 from action_diffusion.deploy.serve.client import RemotePolicy
 from action_diffusion.errors import InputError
-from action_diffusion.options import Deploy
-from action_diffusion.policy import bundle as bundles
+from action_diffusion.options import Deploy, Serve
 from action_diffusion.policy.inference import OPTIONS
-from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.opening import load
+from action_diffusion.policy.reading import read_spec
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 
-DeployedPolicy = DiffusionPolicy | RemotePolicy
+if TYPE_CHECKING:
+    from action_diffusion.policy.policy import DiffusionPolicy
+
+DeployedPolicy: TypeAlias = "DiffusionPolicy | OnnxPolicy | RemotePolicy"
 
 
 def open_policy(config: Deploy) -> DeployedPolicy:
@@ -24,18 +29,23 @@ def open_policy(config: Deploy) -> DeployedPolicy:
     if server is None:
         if bundle is None:
             raise InputError("bundle is required: action-diffusion deploy bundle=…, or server=ws://HOST:PORT")
-        faster = {name: getattr(config, name) for name in OPTIONS}
-        return bundles.load(
-            Path(bundle),
-            str(config.device),
-            sampler=vars(config.sampler),
-            extensions=config.extensions,
-            given={"intents": vars(config.intents)},
-            **faster,
-        ).requires_grad_(False)
-    spec = None if bundle is None else bundles.read_spec(Path(bundle))
+        return open_local(config, Path(bundle))
+    spec = None if bundle is None else read_spec(Path(bundle))
     remote = RemotePolicy(str(server), token=read_token(config.token_file), timeout=config.server_timeout)
     if spec is not None and spec != remote.spec:
         remote.close()
         raise InputError(f"server={server} serves another policy than bundle={bundle}")
     return remote
+
+
+def open_local(config: Deploy | Serve, bundle: Path) -> DiffusionPolicy | OnnxPolicy:
+    """A bundle, or an ONNX file, as the configuration says how it is to compute. Raises `InputError`."""
+    policy = load(
+        bundle,
+        str(config.device),
+        sampler=vars(config.sampler),
+        extensions=config.extensions,
+        given={"intents": vars(config.intents)},
+        **{name: getattr(config, name) for name in OPTIONS},
+    )
+    return policy if isinstance(policy, OnnxPolicy) else policy.requires_grad_(False)

@@ -27,11 +27,13 @@ from action_diffusion.deploy.serve.access import is_authorized, require_token
 from action_diffusion.deploy.serve.session import ClientSession, Question
 from action_diffusion.deploy.serve.wire import pack, require, shortened, unpack
 from action_diffusion.errors import InputError
-from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
     from websockets.http11 import Request, Response
+
+    from action_diffusion.policy.policy import DiffusionPolicy
 
 SEND_SECONDS = 10.0
 """A client that takes an answer no faster than this is let go."""
@@ -58,7 +60,7 @@ class PolicyServer:
     def __init__(
         self,
         *,
-        policy: DiffusionPolicy,
+        policy: DiffusionPolicy | OnnxPolicy,
         host: str = "127.0.0.1",
         port: int = 8000,
         token: str | None = None,
@@ -194,7 +196,7 @@ def _header(request: Request) -> str | None:
     return given[0] if len(given) == 1 else None
 
 
-def _message_bytes(policy: DiffusionPolicy) -> int:
+def _message_bytes(policy: DiffusionPolicy | OnnxPolicy) -> int:
     """What a history of float64 takes, with a running chunk and noise, and the words around them."""
     spec = policy.spec
     values = {key: spec.n_obs_steps * (1 if value.kind == "image" else 8) for key, value in spec.observations.items()}

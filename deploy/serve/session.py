@@ -16,19 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from action_diffusion.deploy.loop.prediction import METHODS, Guidance, continued
 from action_diffusion.deploy.serve.wire import EXTRA, decode_array, shortened
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy import noise
+from action_diffusion.policy.action_queue import MASKS
 from action_diffusion.policy.agent import Agent
-from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.rtc import MASKS, running_chunks
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.policy.spec import PolicySpec
+
+if TYPE_CHECKING:
+    from action_diffusion.policy.policy import DiffusionPolicy
 
 EXTRAS = ("reset", "history", "noise", "generator", "running", "delay", "guidance")
 MAX_ROUNDS = 20
@@ -42,7 +45,7 @@ class Question:
 
     obs: dict[str, np.ndarray]
     noise: np.ndarray | None = None
-    generator: torch.Generator | None = None
+    generator: Any = None
     running: np.ndarray | None = None
     delay: int = 0
     guidance: Guidance = field(default_factory=Guidance)
@@ -114,8 +117,8 @@ class ClientSession:
         options: dict[str, Any] = {}
         if "noise" in extra:
             options["noise"] = _finite(decode_array(extra["noise"], "noise"), "noise")[None]
-            if options["noise"].shape[1:] != (horizon, n_actions):
-                raise InputError(f"noise has shape {list(options['noise'].shape[1:])}, not {[horizon, n_actions]}")
+            if options["noise"].shape[1:] != (expected := self._spec.noise_shape):
+                raise InputError(f"noise has shape {list(options['noise'].shape[1:])}, not {list(expected)}")
         if "generator" in extra:
             options["generator"] = _generator(decode_array(extra["generator"], "generator"))
         if "running" in extra:
@@ -129,14 +132,15 @@ class ClientSession:
             options["guidance"] = _guidance(extra["guidance"], horizon)
         return options
 
-    def answer(self, policy: DiffusionPolicy, question: Question) -> dict[str, Any]:
+    def answer(self, policy: DiffusionPolicy | OnnxPolicy, question: Question) -> dict[str, Any]:
         """Float32 `actions` [Ta, A] in the data's units; where `whole` is asked for, `action_pred` [H, A] too, and
         `notes` of extensions, name → number."""
         generator = question.generator or self.generator
         options: dict[str, Any] = {}
         if question.running is not None:
-            running = running_chunks(policy, question.obs, [question.running], [question.delay])
-            options = continued(policy, running, question.delay, question.guidance)
+            if isinstance(policy, OnnxPolicy):
+                raise InputError("this server's policy is an ONNX file, which cannot continue a running chunk")
+            options = continued(policy, question.obs, [question.running], [question.delay], question.guidance)
         predicted = policy.predict(
             question.obs,
             noise=question.noise,
@@ -152,7 +156,7 @@ class ClientSession:
             del predicted["action"]
             answer["notes"] = {name: float(note[0]) for name, note in predicted.items()}
         if question.generator is not None:
-            answer["generator"] = generator.get_state().numpy()
+            answer["generator"] = noise.state_of(generator)
         return answer
 
 
@@ -187,11 +191,11 @@ def _finite(value: np.ndarray, what: str) -> np.ndarray:
     return value
 
 
-def _generator(state: np.ndarray) -> torch.Generator:
-    generator = torch.Generator()
+def _generator(state: np.ndarray) -> Any:
+    generator = noise.generator()
     try:
-        generator.set_state(torch.from_numpy(state.copy()))
-    except (RuntimeError, TypeError):
+        noise.set_state(generator, state)
+    except InputError:
         raise InputError("generator is not the state of a torch.Generator on a CPU") from None
     return generator
 

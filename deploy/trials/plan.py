@@ -154,9 +154,9 @@ def check_together(specs: Mapping[str, PolicySpec]) -> None:
 
 
 def fingerprint(bundle: Path) -> str:
-    """SHA-256 of the names and contents of a bundle's files."""
+    """SHA-256 of the names and contents of a bundle's files, or of the one that it is (ONNX)."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
+    for path in sorted(path for path in (bundle, *bundle.rglob("*")) if path.is_file()):
         digest.update(path.relative_to(bundle).as_posix().encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

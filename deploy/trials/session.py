@@ -16,11 +16,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from action_diffusion import choice
-from action_diffusion.deploy.acting import Acting
+from action_diffusion.deploy.acting import Acting, ways
 from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.arm.travel import travel, way
 from action_diffusion.deploy.hardware.limits import Limits
@@ -80,7 +80,7 @@ def _session(config: Evaluate, plan: Plan, ledger: Ledger, folder: Path, clock: 
     ArmSetup(driver=options.robot, limits=options.limits, obstacles=options.obstacles).check()
     actings = [Acting(config.deployment(path)) for path in config.paths]
     spec = together([acting.policy.spec for acting in actings])
-    computing = {"threads": [acting.threads for acting in actings], "ways": choice.table().taken}
+    threads: dict[str, Any] = {"threads": [acting.threads for acting in actings]}
     number = len(list(folder.glob("sessions/*"))) + 1
     records = folder / "sessions" / f"{number:03d}"
     with ExitStack() as stack:
@@ -90,7 +90,7 @@ def _session(config: Evaluate, plan: Plan, ledger: Ledger, folder: Path, clock: 
             acting.meet(robot)
         log = stack.enter_context(RunLog(records, control_rate=spec.control_rate))
         limits = _widest([acting.limits for acting in actings])
-        computing |= {"machine": choice.machine()}
+        computing = threads | ways(actings[0].policy)
         people = Subscribers(options, robot, spec, limits=limits, output_dir=records, computing=computing, trials=True)
         stack.callback(people.close)
         session = Session(

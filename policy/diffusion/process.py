@@ -156,6 +156,7 @@ class Diffusion:
                 check_trailing(n_steps, self.num_train_timesteps)
             if name == "ddim":
                 advance["eta"] = float(options.pop("eta", 0.0))
+                advance["keeps_noise"] = not options.pop("use_clipped_model_output", True)
             cls = DDIMScheduler if name == "ddim" else DDPMScheduler
             scheduler = cls(**common, clip_sample=False, **options)
         try:

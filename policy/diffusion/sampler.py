@@ -119,6 +119,7 @@ class Sampler:
     solver_order, …). `clip`: "x0" keeps the estimate of the clean chunk in what was demonstrated, "x" keeps the sample
     itself there, None neither. demonstrated: (low, high) of each action dimension [A] in normalised units; None: −1 and
     1, as where the normaliser is min-max. clip_range: how many times its half width that range reaches from its middle.
+    clip_to: "unit" puts −1 and 1 in the place of what was demonstrated, whatever the normaliser.
     two_times: the network is told where a step begins and where it ends, and its output is of all that way.
     """
 
@@ -130,6 +131,7 @@ class Sampler:
         num_inference_steps: int,
         clip: str | None = "x0",
         clip_range: float = 1.0,
+        clip_to: str = "demonstrated",
         demonstrated: tuple[Tensor, Tensor] | None = None,
         two_times: bool = False,
         **options: Any,
@@ -140,7 +142,7 @@ class Sampler:
         self.scheduler = scheduler
         self.num_inference_steps = num_inference_steps
         self.clip = clip
-        self.bounds = _widened(demonstrated, clip_range)
+        self.bounds = _widened(demonstrated if clip_to == "demonstrated" else None, clip_range)
         self.reach = clip_range if self.bounds is None else max(float(bound.abs().max()) for bound in self.bounds)
         """The largest normalised magnitude in the range that is clipped to."""
         self.clip_range = clip_range
@@ -196,12 +198,16 @@ class Sampler:
             for step, move in zip(self.steps, self.solver.moves, strict=True):
                 with torch.set_grad_enabled(grad):
                     state = self._estimate(denoise, x, step, hooks, grad)
+                    clipped = state.x0_hat
                     for hook in hooks:
                         edited = hook.edit_x0(state)
                         if edited is not state.x0_hat:
                             state = replace(state, x0_hat=self._clip(edited, "x0"))
                     estimates.appendleft(state.x0_hat)
-                    x_next = mean = self.solver.mean(estimates, state.x, step)
+                    mean = self.solver.mean(estimates, state.x, step)
+                    if self.solver.keeps_noise:
+                        mean = mean + self.solver.kept_noise(clipped, state.x0_raw, step)
+                    x_next = mean
                     if move.spread:
                         x_next = self.solver.noisy(mean, state.x, noise_of[step.index], step)
                     x_next = self._clip(x_next, "x")
@@ -248,8 +254,12 @@ class Sampler:
     def mean(self, output: Tensor, x: Tensor, step: Step) -> Tensor:
         """The mean [B, H, A] that a step leads to, of what the network says of x [B, H, A], as `run` has it without
         hooks; of a scheduler that looks at its last estimate only."""
-        x0_hat = self._clip(self.process.x0_from_output(output, x, step), "x0")
-        return self._clip(self.solver.mean([x0_hat], x, step), "x")
+        x0_raw = self.process.x0_from_output(output, x, step)
+        x0_hat = self._clip(x0_raw, "x0")
+        mean = self.solver.mean([x0_hat], x, step)
+        if self.solver.keeps_noise:
+            mean = mean + self.solver.kept_noise(x0_hat, x0_raw, step)
+        return self._clip(mean, "x")
 
     def _clip(self, value: Tensor, target: str) -> Tensor:
         if self.clip != target:

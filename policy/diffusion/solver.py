@@ -65,16 +65,19 @@ class Solver:
     """A scheduler set to a number of steps, as the linear map that each of its steps is.
 
     `steps` lists what the network and hooks are told; `mean` goes from `x` at step i to `x` at step i + 1 up to the
-    noise, whose standard deviation is `moves[i].spread`. start: what the initial noise is multiplied by. Nothing here
-    changes, so one solver serves all chunks.
+    noise, whose standard deviation is `moves[i].spread`. start: what the initial noise is multiplied by. keeps_noise:
+    the noise of x stays what the network's own estimate says it is where that is clipped. Nothing here changes, so one
+    solver serves all chunks.
     """
 
-    def __init__(self, *, steps: list[Step], moves: list[Move], start: float = 1.0):
-        self.steps, self.moves, self.start = steps, moves, start
+    def __init__(self, *, steps: list[Step], moves: list[Move], start: float = 1.0, keeps_noise: bool = False):
+        self.steps, self.moves, self.start, self.keeps_noise = steps, moves, start, keeps_noise
         self.memory = max(len(move.blend) for move in self.moves)  # estimates that `mean` looks at
 
     @classmethod
-    def of(cls, scheduler: Any, steps: list[Step], last: Sequence[Step], **step_options: Any) -> Solver:
+    def of(
+        cls, scheduler: Any, steps: list[Step], last: Sequence[Step], *, keeps_noise: bool = False, **step_options: Any
+    ) -> Solver:
         """A diffusers scheduler's. last: the levels that the last step may end at.
 
         Raises `InputError` where levels do not meet.
@@ -82,7 +85,7 @@ class Solver:
         _check_begin(steps)
         moves = _moves(scheduler, steps, step_options)
         _check_levels(steps, moves, last)
-        return cls(steps=steps, moves=moves)
+        return cls(steps=steps, moves=moves, keeps_noise=keeps_noise)
 
     gaussian = True
     """Whether x_next ~ N(`mean`, spread²), as a recorded chain says."""
@@ -101,6 +104,14 @@ class Solver:
         for weight, x0_hat in zip(move.blend, estimates, strict=False):
             mean = torch.add(mean, x0_hat, alpha=weight)
         return mean
+
+    def kept_noise(self, clipped: Tensor, raw: Tensor, step: Step) -> Tensor:
+        """What is added to `mean` for the noise that an estimate x0 [B, H, A] implies before it is clipped.
+
+        DDIM goes on with a' · x0_hat + b' · eps. `mean` has eps = (x − a · x0_hat) / b; of x0_raw it is larger by
+        a · (x0_hat − x0_raw) / b, and b' / b is `keep`.
+        """
+        return (self.moves[step.index].keep * step.a) * (clipped - raw)
 
 
 class UnmetLevels(InputError):

@@ -39,7 +39,7 @@ class BestOf(Extension):
         sizes: dict[str, Any] = {"hidden": hidden_sizes("best_of", fitted)}
         sizes["members"] = whole("best_of", fitted, "members", 1, 64)
         sizes["octaves"] = whole("best_of", fitted, "octaves", 0, 16)
-        sizes["condition_dim"], n = condition_dim(policy), spec.action.shape[0]
+        sizes["condition_dim"], n = condition_dim(policy), spec.noise_shape[1]
         with torch.device("meta"):  # no memory before the arrays' shapes are looked at
             self.critic = Value(action_dim=spec.n_action_steps * n, **sizes)
             self.noise_critic = Value(action_dim=spec.horizon * n, **sizes)

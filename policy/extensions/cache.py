@@ -44,8 +44,9 @@ from action_diffusion.policy.diffusion.process import Process
 from action_diffusion.policy.diffusion.sampler import DenoiserCall, Hook, StepState
 from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.extensions.extension import Extension, Fitted, check_sampler, sampler_words
-from action_diffusion.policy.policy import IN_FRAME, DiffusionPolicy
+from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded
+from action_diffusion.policy.spec import IN_FRAME
 
 QUANTILE = 0.8
 """Of the deviation for a change: what is beyond it, the conformal scale makes up for."""

@@ -43,6 +43,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.diffusion.process import Process
 from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.extensions.extension import Extension, Fitted
+from action_diffusion.policy.extensions.watch import LEVEL
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded, Prefix
 
@@ -50,7 +51,6 @@ MOST_CONDITIONS, MOST_WINDOWS = 4096, 8192
 """To compare with, and to calibrate on."""
 LEAST_SCALE = 1e-2
 """Of the standard deviation of a condition's value, so that one that hardly ever changed does not decide alone."""
-LEVEL = "guard.level"
 THRESHOLDS = ("chunk", "observation", "usual", "sum")
 HALFWAY = 1.25
 """From a mean to half as much again."""
@@ -89,8 +89,7 @@ class Guard(Extension):
         conditions = torch.cat([policy.see(batch.obs).condition for batch in _batches(train, np.sort(known))])
         noise = torch.randn(
             len(options["sigmas"]),
-            policy.spec.horizon,
-            *policy.spec.action.shape,
+            *policy.spec.noise_shape,
             generator=torch.Generator().manual_seed(options["seed"]),
         )
         arrays = {
@@ -189,31 +188,6 @@ class Guard(Extension):
         return result
 
 
-class Watch:
-    """The cumulative sum of an episode's levels.
-
-    Attributes:
-        sum: >= 0; infinite once a level was no number.
-        alarm: begins where the sum is above 1, and ends with the first level of at most 0, which clears the sum.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """An episode begins, or what was before no longer counts."""
-        self.sum, self.alarm = 0.0, False
-
-    def take(self, level: float) -> bool:
-        """The level of the newest chunk. Returns whether there is an alarm."""
-        if self.alarm and level <= 0.0:
-            self.reset()
-            return False
-        self.sum = math.inf if math.isnan(level) else max(0.0, self.sum + level)
-        self.alarm = self.alarm or self.sum > 1.0
-        return self.alarm
-
-
 class Unusual(NamedTuple):
     """An episode of a buffer: how far the sum of its levels gets, and the row at which its level is the highest."""
 
@@ -276,7 +250,7 @@ def _episodes(windows: Windows, random: np.random.Generator) -> list[np.ndarray]
 def _check(policy: DiffusionPolicy, fitted: Fitted) -> None:
     """`InputError` for arrays that are not what `fit` stores."""
     count, columns = len(fitted.arrays.get("grid", ())), np.shape(fitted.arrays.get("scale", 0))
-    chunk = (count, policy.spec.horizon, *policy.spec.action.shape)
+    chunk = (count, *policy.spec.noise_shape)
     expected = {"scale": columns[:1] or (1,), "noise": chunk, "grid": (count, 3), "thresholds": (len(THRESHOLDS),)}
     expected["conditions"] = (len(fitted.arrays.get("conditions", ())), *columns)
     for name, shape in expected.items():

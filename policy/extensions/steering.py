@@ -36,7 +36,7 @@ class Steering(Extension):
         with torch.device("meta"):
             self.actor = NoiseActor(
                 condition_dim=condition_dim(policy),
-                dim=frequencies * policy.spec.action.shape[0],
+                dim=frequencies * policy.spec.noise_shape[1],
                 bound=number("steering", fitted, "bound", 1e-3, 100.0),
                 octaves=whole("steering", fitted, "octaves", 0, 16),
                 hidden=hidden_sizes("steering", fitted),

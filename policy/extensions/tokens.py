@@ -118,7 +118,7 @@ def _parts(policy: DiffusionPolicy, options: Mapping[str, Any]) -> tuple[ChunkTo
     tokens = ChunkTokens(horizon=spec.horizon, **kept)
     head = TokenHead(
         condition_dim=options["condition_dim"],
-        n_tokens=options["frequencies"] * spec.action.shape[0],
+        n_tokens=options["frequencies"] * spec.noise_shape[1],
         vocabulary=tokens.vocabulary,
         hidden=options["hidden"],
     )

@@ -144,7 +144,7 @@ def _try(run: Denoise, policy: Any, options: str) -> None:
         with torch.inference_mode():  # as `predict` calls it
             condition = policy.encode({key: torch.from_numpy(value).to(device) for key, value in obs.items()})
             film = policy.denoiser.prepare(condition, policy.sampler.times(device)).at(0)
-            channels = spec.action.shape[0] + (policy.max_delay > 0)
+            channels = spec.noise_shape[1] + (policy.max_delay > 0)
             run(torch.zeros(1, spec.horizon, channels, device=device), film)
     except (TorchDynamoException, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -58,9 +58,13 @@ def crop_windows(frames: Tensor, corners: Tensor, size: tuple[int, int]) -> Tens
     return pixels.cut(frames.flatten(0, 1).contiguous(), rows, corners.to(frames.device), size)
 
 
-def centre_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle `size` (h, w) of frames [..., H, W, 3], as a view; an odd pixel is left over below and right."""
-    top, left = ((have - want) // 2 for have, want in zip(frames.shape[-3:-1], size, strict=True))
+def crop_at(frames: Tensor, size: tuple[int, int], corner: tuple[int, int] | None = None) -> Tensor:
+    """`size` (h, w) of frames [..., H, W, 3] from `corner` (top, left) on, as a view.
+
+    Without one the middle, where an odd pixel is left over below and right.
+    """
+    middle = ((have - want) // 2 for have, want in zip(frames.shape[-3:-1], size, strict=True))
+    top, left = middle if corner is None else corner
     return frames[..., top : top + size[0], left : left + size[1], :]
 
 

@@ -81,20 +81,22 @@ class ObservationEncoder(nn.Module):
     """Encodes cameras and states for a diffusion policy (Chi et al. 2023).
 
     image_keys: cameras, in order. image_shapes: key to (H, W, 3). state_dims: state key to n, in order.
-    backbone: resnet18, resnet34 or resnet50. width, stages: thinner and shorter networks, see `resnet.ResNet`.
+    backbone: resnet18, 34, 50, 101 or 152. width, stages: thinner and shorter networks, see `resnet.ResNet`.
     pooling: "spatial_softmax" (positions of `keypoints` features) or "average". feature_dim: F, per camera.
     resize: (h, w) that frames are scaled to first. crop: (h, w) cut then, at random in training and from the centre
-    otherwise. color_jitter: see `augment.ColorJitter`; in training only.
+    otherwise, or at crop_at: (top, left). color_jitter: see `augment.ColorJitter`; in training only.
     augment: further augmentations in order, each {name, …} of `registry.AUGMENTATIONS`: called with images
     [B, To, 3, h, w] in [0, 1] and a generator, in training only.
     share: one network for all cameras, or one each.
     weights: safetensors file with torchvision weights of the backbone, to start from.
     channels_last: memory layout of the convolutions, faster on CPUs and on tensor cores.
-    group_norm_channels: channels per group of GroupNorm.
+    norm, group_norm_channels: of the backbone, see `resnet.ResNet`.
+    pixels: camera to {mean, std} of its red, green and blue in [0, 1], which then go to (pixel − mean) / std; others go
+    to [-1, 1]. Weights from ImageNet saw mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225].
     context: options of `context.Context`, which tells from all To steps what is not observed; then only the last ones
     are in the embedding. None: all To steps are.
 
-    Raises `InputError` for a key without a shape, a shape that is not (H, W, 3), a crop larger than its frame, cameras
+    Raises `InputError` for a key without a shape, a shape that is not (H, W, 3), a crop outside of its frame, cameras
     that share a network but differ in size, and what the parts refuse.
     """
 
@@ -112,13 +114,16 @@ class ObservationEncoder(nn.Module):
         keypoints: int = 32,
         feature_dim: int = 64,
         crop: Sequence[int] | None = None,
+        crop_at: Sequence[int] | None = None,
         resize: Sequence[int] | None = None,
         color_jitter: float | Mapping[str, float] = 0.0,
         augment: Sequence[Mapping[str, Any]] | None = None,
         share: bool = False,
         weights: str | None = None,
         channels_last: bool = True,
+        norm: str = "group",
         group_norm_channels: int = 16,
+        pixels: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         context: Mapping[str, int] | None = None,
     ):
         super().__init__()
@@ -126,6 +131,7 @@ class ObservationEncoder(nn.Module):
         self.state_dims = dict(state_dims)
         self.n_obs_steps = n_obs_steps
         self.crop, self.resize = _size("crop", crop), _size("resize", resize)
+        self.crop_at = None if crop_at is None else (crop_at[0], crop_at[1])
         self.jitter = augmentation.ColorJitter(strength=color_jitter)
         self.augmentations = [_augmentation(options) for options in augment or ()]
         self.image_shapes = {key: _frame_shape(key, image_shapes) for key in self.image_keys}
@@ -136,7 +142,7 @@ class ObservationEncoder(nn.Module):
 
         def camera(size: Size) -> CameraEncoder:
             trunk = resnet.ResNet(
-                backbone=backbone, width=width, stages=stages, group_norm_channels=group_norm_channels
+                backbone=backbone, width=width, stages=stages, norm=norm, group_norm_channels=group_norm_channels
             )
             if weights is not None:
                 described = f"{backbone} (width {width:g}, {stages} stages)"
@@ -149,6 +155,7 @@ class ObservationEncoder(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         self.step_dim = sum(self.state_dims.values()) + feature_dim * len(self.image_keys)
+        self._set_pixels(pixels or {})
         self.context: Context | None = None
         if context is not None:
             self.context = Context(step_dim=self.step_dim, n_obs_steps=n_obs_steps, **context)
@@ -164,10 +171,10 @@ class ObservationEncoder(nn.Module):
         parts = [self._state(key, obs) for key in self.state_dims]
         for i, key in enumerate(self.image_keys):
             frames = self._frames(key, obs)
-            images = self._prepare(frames, generator).to(memory_format=self.memory_format)
+            images = self._prepare(key, frames, generator).to(memory_format=self.memory_format)
             features = self.cameras[i % len(self.cameras)](images)
             parts.append(features.float().unflatten(0, frames.shape[:2]))
-        if len({len(part) for part in parts}) > 1:
+        if any(part.shape[0] != parts[0].shape[0] for part in parts[1:]):
             counts = ", ".join(f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys))
             raise InputError(f"observations have different numbers of windows: {counts}")
         steps = torch.cat(parts, dim=2)
@@ -178,8 +185,9 @@ class ObservationEncoder(nn.Module):
         """The random crop, where whoever gathers frames to train on may cut it: nothing comes before it."""
         return None if self.resize is not None else self.crop
 
-    def _prepare(self, frames: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Frames uint8 [B, To, H, W, 3] to images float32 [B * To, 3, h, w] in [-1, 1], resized, cropped, jittered."""
+    def _prepare(self, key: str, frames: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Frames uint8 [B, To, H, W, 3] to images float32 [B * To, 3, h, w], resized, cropped, jittered, and in [-1, 1]
+        or as `pixels` has them."""
         b, to = frames.shape[:2]
         if self.resize is not None:
             images = augmentation.resized(augmentation.to_float(frames.flatten(0, 1)), self.resize)
@@ -189,7 +197,7 @@ class ObservationEncoder(nn.Module):
                 room = (frames.shape[2] - self.crop[0], frames.shape[3] - self.crop[1])
                 frames = augmentation.crop_windows(frames, augmentation.random_corners(b, room, generator), self.crop)
             else:
-                frames = augmentation.centre_crop(frames, self.crop)
+                frames = augmentation.crop_at(frames, self.crop, self.crop_at)
         flat = frames.flatten(0, 1)
         images = augmentation.to_float(flat) if self.resize is None else rearrange(flat, "n h w c -> n c h w")
         if self.training and self.jitter:
@@ -197,7 +205,21 @@ class ObservationEncoder(nn.Module):
             images = self.jitter(images, augmentation.JitterFactors(*(f.repeat_interleave(to) for f in factors)))
         for change in self.augmentations if self.training else ():
             images = change(images.unflatten(0, (b, to)), generator).flatten(0, 1)
-        return augmentation.centred(images)
+        if key not in self.pixels:
+            return augmentation.centred(images)
+        mean, std = (getattr(self, name) for name in self.pixels[key])
+        return images.sub_(mean).div_(std)
+
+    def _set_pixels(self, pixels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Constants [3, 1, 1] of each camera that has some, out of the weights: config.yaml says them."""
+        self.pixels: dict[str, tuple[str, str]] = {}
+        for i, (key, constants) in enumerate(pixels.items()):
+            if key not in self.image_keys:
+                raise unknown("camera in encoder.pixels", key, self.image_keys)
+            self.pixels[key] = f"pixel_mean_{i}", f"pixel_std_{i}"
+            for name, constant in zip(self.pixels[key], ("mean", "std"), strict=True):
+                value = torch.tensor(constants[constant], dtype=torch.float32).view(3, 1, 1)
+                self.register_buffer(name, value, persistent=False)
 
     def _frames(self, key: str, obs: Mapping[str, Tensor]) -> Tensor:
         frames = _get(key, obs)
@@ -220,7 +242,7 @@ class ObservationEncoder(nn.Module):
     def _input_size(self, key: str) -> Size:
         """Height and width that the network sees."""
         size = self.resize or self.image_shapes[key][:2]
-        check_crop(key, size, self.crop)
+        check_crop(key, size, self.crop, self.crop_at)
         return self.crop or size
 
 

@@ -9,7 +9,7 @@ motion beside the same object is then the same numbers wherever both are, so tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,38 @@ from action_diffusion.policy.model.features import take
 
 
 class ActionFrame(nn.Module):
-    """observation: the state key that holds the frame's pose. `now` [B, n] is its value at step To-1, data's units."""
+    """observation: the state key that holds the frame's pose. `now` [B, n] is its value at step To-1, data's units; of
+    several `observations` one behind the other.
+    """
+
+    output_dim: int | None = None
+    """Values D of an action in the frame; None: as many as in the data."""
 
     def __init__(self, *, observation: str):
         super().__init__()
-        self.observation = observation
+        self.observations: tuple[str, ...] = (observation,)
 
     def enter(self, action: Tensor, now: Tensor) -> Tensor:
-        """[B, H, A] in the data's units → [B, H, A] in the frame."""
+        """[B, H, A] in the data's units → [B, H, D] in the frame."""
         raise NotImplementedError
 
     def leave(self, action: Tensor, now: Tensor) -> Tensor:
         """The inverse of `enter`."""
         raise NotImplementedError
 
+    def observe(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of states, key → [B, To, n], those that are observed from the frame, as the policy sees them: [B, To, m]."""
+        return {}
+
+    @property
+    def observed_dims(self) -> dict[str, int]:
+        """Key → m, of those."""
+        return {}
+
 
 class Position(ActionFrame):
-    """Actions that are positions, given from a position of the observation: UMI's relative actions (Chi et al. 2024).
+    """Actions that are positions, given from a position of the observation. Their axes stay the data's: rotations, and
+    positions as seen from a gripper that turns, are `policy.model.poses`.
 
     columns: of the observation, subtracted from the `action_columns` of the action, which are as many.
     """
@@ -51,7 +66,7 @@ class Position(ActionFrame):
         self.columns, self.action_columns, self.n_action = list(columns), list(action_columns), n_action
 
     def _origin(self, now: Tensor) -> Tensor:
-        zero, sources = now.new_zeros(len(now)), dict(zip(self.action_columns, self.columns, strict=True))
+        zero, sources = torch.zeros_like(now[:, 0]), dict(zip(self.action_columns, self.columns, strict=True))
         values = [now[:, sources[i]] if i in sources else zero for i in range(self.n_action)]
         return torch.stack(values, dim=-1).unsqueeze(1)
 

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.model.features import module_name
+from action_diffusion.policy.spec import CONSTANT
 
 KINDS = ("minmax", "gaussian", "identity")
-CONSTANT = 1e-6
-"""A dimension whose range is below this share of its magnitude (or below this, near zero) counts as constant."""
 
 
-def fit(values: np.ndarray, kind: str = "minmax") -> dict[str, Any]:
+def fit(values: np.ndarray, kind: str = "minmax", weights: np.ndarray | None = None) -> dict[str, Any]:
     """Statistics of `values` [N, D] as plain numbers: kind, scale, offset (normalised = x · scale + offset), min, max.
 
+    weights: float [N], how much each counts in the mean and the deviation (min and max are of all); None: as any.
     Raises `InputError` for an unknown kind or an empty array.
     """
     if kind not in KINDS:
@@ -42,9 +42,12 @@ def fit(values: np.ndarray, kind: str = "minmax") -> dict[str, Any]:
         scale = 2.0 / np.where(constant, 1.0, high - low)
         offset = -1.0 - low * scale
     elif kind == "gaussian":
-        deviation = data.std(axis=0)
+        mean, deviation = data.mean(axis=0), data.std(axis=0)
+        if weights is not None:
+            mean = np.average(data, axis=0, weights=weights)
+            deviation = np.average((data - mean) ** 2, axis=0, weights=weights) ** 0.5
         scale = 1.0 / np.where(constant, 1.0, deviation)
-        offset = -data.mean(axis=0) * scale
+        offset = -mean * scale
     else:
         scale, offset = np.ones_like(low), np.zeros_like(low)
     if kind != "identity":
@@ -89,7 +92,7 @@ class Normalizer(nn.Module):
         statistics = self.statistics[key]
         if statistics.get("kind", "minmax") == "minmax":
             return None
-        if "min" not in statistics or "max" not in statistics:
+        if statistics.get("min") is None or statistics.get("max") is None:
             raise InputError(f"normaliser statistics of {key!r} lack min and max, which policy.sampler.clip needs")
         ends = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("min", "max"))
         first, second = (self.normalize(key, end) for end in ends)
@@ -113,7 +116,7 @@ def _constant(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _varies(statistics: Mapping[str, Any]) -> Tensor:
     """1 for each dimension that changed in the data (all of them for the identity), 0 for a constant one."""
-    if statistics.get("kind") == "identity" or "min" not in statistics:
+    if statistics.get("kind") == "identity" or statistics.get("min") is None:
         return torch.ones(len(statistics["scale"]))
     low, high = np.asarray(statistics["min"], np.float64), np.asarray(statistics["max"], np.float64)
     return torch.from_numpy(~_constant(low, high)).float()

@@ -1,7 +1,8 @@
-"""ResNets without classifier and without batch statistics, for camera frames.
+"""ResNets without classifier and without statistics of the batch, for camera frames.
 
 The blocks are torchvision's (He et al. 2016), with BatchNorm replaced by GroupNorm (Wu & He 2018): the weights that run
-are an average over training steps (EMA), and batch statistics do not survive averaging (Chi et al. 2023). The trunk is
+are an average over training steps (EMA), and batch statistics do not survive averaging (Chi et al. 2023). Those of a
+network that was trained with them can be kept as constants, which they are when it runs ("frozen_batch"). The trunk is
 a `Sequential` with its weights in torchvision's places, so that these, and those of policies built on it, are found:
 
     0 convolution   1 norm   2 max pool   3 ReLU   4 5 6 7 stages, each but the first halves height and width
@@ -9,6 +10,7 @@ a `Sequential` with its weights in torchvision's places, so that these, and thos
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
 from action_diffusion.errors import InputError, unknown
 
@@ -30,6 +33,8 @@ BACKBONES = {
     "resnet18": _Kind(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _Kind(BasicBlock, (3, 4, 6, 3)),
     "resnet50": _Kind(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": _Kind(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": _Kind(Bottleneck, (3, 8, 36, 3)),
 }
 
 
@@ -37,9 +42,10 @@ class ResNet(nn.Sequential):
     """The trunk of a ResNet: images [N, 3, h, w] to features [N, out_channels, ceil(h / stride), ceil(w / stride)].
 
     width: scales all channels; half the width is about a quarter of the work. With 1, the stages have 64, 128, 256 and
-    512 channels (four times that in resnet50), as in the paper. stages: how many of the four there are; without the
-    last, a small frame keeps a feature map twice as fine (stride 16, not 32). group_norm_channels: channels that are
-    normalised together. Convolutions start as in He et al. (2015), fan-out.
+    512 channels (four times that from resnet50 on), as in the paper. stages: how many of the four there are; without
+    the last, a small frame keeps a feature map twice as fine (stride 16, not 32). norm: "group", or "frozen_batch":
+    BatchNorm whose scales, shifts and statistics are constants, for weights that were trained with it.
+    group_norm_channels: channels that are normalised together. Convolutions start as in He et al. (2015), fan-out.
 
     What it costs, resnet18, forward and backward of 128 frames of 84 x 84 on one AVX2 core (90 GFLOP/s in fp32):
 
@@ -50,29 +56,39 @@ class ResNet(nn.Sequential):
     Raises `InputError` for an unknown backbone, a number of stages out of range, and groups that do not divide.
     """
 
-    def __init__(self, *, backbone: str, width: float = 1.0, stages: int = 4, group_norm_channels: int = 16):
+    def __init__(
+        self,
+        *,
+        backbone: str,
+        width: float = 1.0,
+        stages: int = 4,
+        norm: str = "group",
+        group_norm_channels: int = 16,
+    ):
         if backbone not in BACKBONES:
             raise unknown("encoder.backbone", backbone, BACKBONES)
         if stages not in (1, 2, 3, 4):
             raise InputError(f"encoder.stages={stages}: expected 1 to 4")
         channels = round(64 * width)
+        if norm not in ("group", "frozen_batch"):
+            raise unknown("encoder.norm", norm, ("group", "frozen_batch"))
         if group_norm_channels < 1 or channels < 1 or channels % group_norm_channels:
             raise InputError(
                 f"encoder.width={width} gives {channels} channels, expected a multiple of "
                 f"encoder.group_norm_channels={group_norm_channels}"
             )
         kind = BACKBONES[backbone]
-        norm = partial(_group_norm, group_norm_channels)
+        make_norm = FrozenBatchNorm2d if norm == "frozen_batch" else partial(_group_norm, group_norm_channels)
         layers: list[nn.Module] = [
             nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False),
-            norm(channels),
+            make_norm(channels),
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
             nn.ReLU(inplace=True),  # after the pool: the same, of a quarter of the values
         ]
         entering = channels
         for stage, depth in enumerate(kind.depths[:stages]):
             planes = channels * 2**stage
-            layers.append(_stage(kind.block, entering, planes, depth, 1 if stage == 0 else 2, norm))
+            layers.append(_stage(kind.block, entering, planes, depth, 1 if stage == 0 else 2, make_norm))
             entering = planes * kind.block.expansion
         super().__init__(*layers)
         self.out_channels = entering
@@ -86,16 +102,17 @@ def load_weights(trunk: nn.Sequential, path: str | Path, *, described: str) -> N
     """Copy torchvision ResNet weights, a safetensors file, into `trunk`; `described` names the trunk in errors.
 
     Convolutions are taken as they are, and scales and shifts of BatchNorm go to GroupNorm. Its running statistics have
-    no place here, nor have the classifier `fc` and stages that the trunk leaves out. All else must match, in name and
-    shape.
+    a place in a frozen one only; the classifier `fc` and stages that the trunk leaves out have none. All else must
+    match, in name and shape.
     Raises `InputError` for an unreadable file, and for the first weight that differs, naming both sides.
     """
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"encoder.weights={path}: not a readable safetensors file: {error}") from None
-    given = {_trunk_name(name): value for name, value in state.items() if _belongs(name, len(trunk))}
     own = trunk.state_dict()
+    left_out = UNUSED if isinstance(trunk[1], FrozenBatchNorm2d) else (*UNUSED, "running_mean", "running_var")
+    given = {trunk_name(name): value for name, value in state.items() if _belongs(name, len(trunk), left_out)}
     for name in (*own, *given):
         if _shape(own, name) != _shape(given, name):
             raise InputError(
@@ -111,7 +128,7 @@ def _stage(
     planes: int,
     depth: int,
     stride: int,
-    norm: partial[nn.GroupNorm],
+    norm: Callable[[int], nn.Module],
 ) -> nn.Sequential:
     leaving = planes * block.expansion
     shortcut = None
@@ -125,17 +142,18 @@ def _group_norm(channels_per_group: int, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // channels_per_group, channels)
 
 
+UNUSED = ("num_batches_tracked",)
 _PLACES = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 
 
-def _belongs(name: str, n_places: int) -> bool:
+def _belongs(name: str, n_places: int, left_out: Sequence[str]) -> bool:
     head, last = name.partition(".")[0], name.rpartition(".")[2]
-    if head == "fc" or last in ("running_mean", "running_var", "num_batches_tracked"):
+    if head == "fc" or last in left_out:
         return False
     return int(_PLACES.get(head, 0)) < n_places
 
 
-def _trunk_name(name: str) -> str:
+def trunk_name(name: str) -> str:
     """layer2.0.conv1.weight → 5.0.conv1.weight; a name that torchvision does not use stays as it is."""
     head, _, rest = name.partition(".")
     return f"{_PLACES.get(head, head)}.{rest}"

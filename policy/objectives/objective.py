@@ -138,6 +138,13 @@ class Objective:
         """What the network says of clean chunks x0 [B, H, A], made noisy by what `generator` draws, and should say."""
         raise NotImplementedError
 
+    def weights(self, policy: Learner, condition: Tensor, x0: Tensor) -> Tensor | None:
+        """How much each example counts beside the others, [B], 1 on average; None: all alike, as here.
+
+        condition [B, C], x0 [B, H, A]: of a training batch, as `pairs` takes it.
+        """
+        return None
+
     def further_loss(
         self,
         policy: Learner,
@@ -156,9 +163,19 @@ class Objective:
         """What judges what a `DiffusionPolicy` does, for an objective that is `rewarded`; it learns with the policy."""
         raise NotImplementedError
 
-    def reduced(self, pairs: Iterable[Pair], process: Process, counts: Tensor | None, n: int) -> Tensor:
-        """The loss, a scalar: the mean over all pairs of n examples. counts: steps that do, [n, H] bool; None: all."""
+    def reduced(
+        self,
+        pairs: Iterable[Pair],
+        process: Process,
+        counts: Tensor | None,
+        n: int,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar: the mean over all pairs of n examples. counts: steps that do, [n, H] bool; None: all.
+        weights: of the examples, [n]; None: as the pairs say."""
         name = self.loss or ("l1" if process.prediction == "sample" else "mse")
+        if weights is not None:
+            pairs = [_weighted(pair, weights) for pair in pairs]
         parts = [_reduced(pair, name, counts) * _share(pair, n) for pair in pairs]
         return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
 
@@ -179,6 +196,11 @@ class TwoRegressions(Denoising):
     """The same for the process `Mip`: two regressions ("Much Ado About Noising", Pan et al. 2025)."""
 
     family = "mip"
+
+
+def _weighted(pair: Pair, weights: Tensor) -> Pair:
+    own = weights if pair.rows is None else weights[pair.rows]
+    return pair._replace(weight=own if pair.weight is None else own * pair.weight)
 
 
 def _reduced(pair: Pair, name: str, counts: Tensor | None) -> Tensor:

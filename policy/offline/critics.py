@@ -3,6 +3,7 @@
 value     Q(s, a) [n, B], an ensemble on the policy's condition and the executed part of a chunk
 target    its average, and
 actor     the policy's average: what will be done next, and what that is worth
+usual     V(s) [1, B], what recorded chunks are worth there on average
 clone     a denoiser that only imitates, and so knows what was recorded
 steps     so many batches were learnt from
 """
@@ -21,7 +22,8 @@ from action_diffusion.policy.value.networks import Value
 
 
 class OfflineCritics(nn.Module):
-    """policy: whose average the actor is. value: what judges, [n, B]. clones: whether there is a clone."""
+    """policy: whose average the actor is. value: what judges, [n, B]. usual: V, where advantages are asked for. clones:
+    whether there is a clone."""
 
     steps: Tensor
 
@@ -30,10 +32,11 @@ class OfflineCritics(nn.Module):
         policy: DiffusionPolicy,
         value: Value,
         *,
+        usual: Value | None = None,
         clones: bool,
     ) -> None:
         super().__init__()
-        self.value = value
+        self.value, self.usual = value, usual
         self.target, self.actor = averaged_copy(value), averaged_copy(policy)
         self.clone = copy.deepcopy(policy.denoiser) if clones else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))

@@ -1,7 +1,7 @@
 """Better than what was recorded, from rewards that were recorded: "Diffusion Policies as an Expressive Policy Class for
 Offline Reinforcement Learning" (Diffusion-QL, Wang et al. 2023), with DOSER's regulariser.
 
-    policy     ℓ_denoising − η · E[Q] / E|Q|,  Q = min_i Q_i(s, a),  a = the sampler's chunk, its steps differentiated
+    policy     E[w ℓ_denoising] − η · E[Q] / E|Q|,  Q = min_i Q_i(s, a),  a = the sampler's chunk, differentiated
     critics    Q_i(s, a) ← r + γⁿ · min_i Q'_i(s', a'),      a' = the average policy's chunk; s, a as recorded
                Q_i(s, a) ← the least target of the batch,    for chunks a that are unlike what was recorded
 
@@ -11,11 +11,19 @@ data, a denoiser D tells that only imitates (DOSER): how far it moves a chunk in
 of recorded ones with noise, are worth the least. (The policy's own denoiser tells it no more: it has learnt to move
 recorded chunks that are not worth much.)
 
+A gradient moves a chunk within its mode, never to a better one that lies apart. What does is to imitate good chunks
+more than others, by their advantage (AWR, Peng et al. 2019, "Advantage-Weighted Regression"; decided here: in units of
+its standard deviation in the batch, so that rewards may have any scale):
+
+    w          ∝ exp(A / (temperature · sd A)),  1 on average;   A = Q(s, a) − V(s) of recorded chunks
+    V(s)       ← Q(s, a), in the mean
+
 An episode that breaks off tells no target, since nobody saw what follows; one that ends earns nothing more.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -31,12 +39,16 @@ from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Prefix, network_of
 from action_diffusion.policy.value.networks import Value
 
+MOST_WEIGHT = 100.0
+"""Of a chunk beside one of no advantage."""
+
 
 @dataclass(kw_only=True, eq=False)
 class DiffusionQl(Denoising):
     """eta: η, of the values beside the denoising loss. pessimism: of unlike chunks beside the recorded ones, 0: none;
     quantile: of recorded chunks, above which one is unlike; spread: most noise on recorded chunks, normalised units.
-    warmup: batches that the critics learn from first, while the policy imitates. follow: share of the way to the
+    temperature: of the weights of what is imitated; None: all chunks alike. warmup: batches that the critics learn from
+    first, while the policy imitates. follow: share of the way to the
     weights that averages move by.
 
     reward: the buffer's column; None: `reward`, or what PushT's states say. counted: "success", "dense" or "given"
@@ -48,6 +60,7 @@ class DiffusionQl(Denoising):
     pessimism: float = 1.0
     quantile: float = 0.95
     spread: float = 0.5
+    temperature: float | None = None
     warmup: int = 1000
     follow: float = 0.005
     reward: str | None = None
@@ -61,14 +74,31 @@ class DiffusionQl(Denoising):
     rewarded: ClassVar[bool] = True
 
     def critics(self, policy: DiffusionPolicy) -> OfflineCritics:
-        value = Value(
-            condition_dim=condition_dim(policy),
-            action_dim=policy.spec.n_action_steps * policy.spec.action.shape[0],
-            octaves=self.octaves,
-            hidden=self.hidden,
-            members=self.members,
-        )
-        return OfflineCritics(policy, value, clones=self.pessimism > 0)
+        sizes: dict[str, Any] = {
+            "condition_dim": condition_dim(policy),
+            "octaves": self.octaves,
+            "hidden": self.hidden,
+        }
+        executed_dim = policy.spec.n_action_steps * policy.spec.noise_shape[1]
+        value = Value(action_dim=executed_dim, members=self.members, **sizes)
+        usual = None if self.temperature is None else Value(members=1, **sizes)
+        return OfflineCritics(policy, value, usual=usual, clones=self.pessimism > 0)
+
+    def weights(self, policy: Learner, condition: Tensor, x0: Tensor) -> Tensor | None:
+        """exp(A / (temperature · sd A)), at most `MOST_WEIGHT`, brought to 1 on average; None while the critics warm
+        up."""
+        critics = policy.critics
+        if self.temperature is None or not policy.training or not isinstance(critics, OfflineCritics):
+            return None
+        if critics.usual is None or int(critics.steps) < self.warmup:
+            return None
+        with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
+            condition, x0 = condition.float(), x0.float()
+            advantage = critics.value(condition, executed(policy, x0)).amin(0) - critics.usual(condition)[0]
+            spread = advantage.std(correction=0).clamp_min(1e-6)
+            weights: Tensor = (advantage / (self.temperature * spread)).clamp_max(math.log(MOST_WEIGHT)).exp()
+            result: Tensor = weights / weights.mean()
+            return result
 
     def further_loss(
         self,
@@ -103,8 +133,10 @@ class DiffusionQl(Denoising):
             condition, x0 = seen.condition, policy.normalize_action(action, seen.obs)
             target = self.target(policy, critics, outcome, generator)
         known = ~outcome.truncated
-        error = (critics.value(condition, executed(policy, x0)) - target).square().mean(0)
-        loss: Tensor = (error * known).sum() / known.sum().clamp_min(1)
+        said = critics.value(condition, executed(policy, x0))
+        loss: Tensor = ((said - target).square().mean(0) * known).sum() / known.sum().clamp_min(1)
+        if critics.usual is not None:
+            loss = loss + (critics.usual(condition)[0] - said.detach().amin(0)).square().mean()
         clone = None
         if critics.clone is not None:
             clone = network_of(critics.clone, condition, Prefix.none(x0) if self.max_delay else None)
@@ -129,9 +161,7 @@ class DiffusionQl(Denoising):
     ) -> Tensor:
         """r + γⁿ · min Q'(s', a'), [B]; r alone at the end of an episode."""
         seen = critics.actor.see(outcome.next_obs).condition
-        noise = torch.randn(
-            (len(seen), policy.spec.horizon, *policy.spec.action.shape), generator=generator, device=seen.device
-        )
+        noise = torch.randn((len(seen), *policy.spec.noise_shape), generator=generator, device=seen.device)
         chunk = critics.actor.sample(outcome.next_obs, noise=noise, generator=generator).normalized
         following = critics.target(seen, executed(policy, chunk)).amin(0)
         target: Tensor = outcome.reward + outcome.discount * ~outcome.done * following

@@ -80,7 +80,7 @@ def drift(
         )
     with torch.no_grad():
         seen = policy.see(obs).obs
-        shape = (n_samples * len(next(iter(obs.values()))), policy.spec.horizon, *policy.spec.action.shape)
+        shape = (n_samples * len(next(iter(obs.values()))), *policy.spec.noise_shape)
         restart: list[Restart] = []
         chunks, costs = [], []
         for turn in range(rounds + 1):

@@ -169,7 +169,7 @@ def choose(
     with torch.no_grad():
         embedding = policy.encode(obs)
         _check(imagination.model.spec, policy.spec, embedding.shape[1])
-        shape = (n_samples * len(embedding), policy.spec.horizon, *policy.spec.action.shape)
+        shape = (n_samples * len(embedding), *policy.spec.noise_shape)
         start = draw_noise(shape, generator, policy.device, torch.float32)
         candidates = policy.sample(obs, noise=start, n_samples=n_samples, generator=generator).action
         spec = imagination.model.spec

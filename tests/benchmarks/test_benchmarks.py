@@ -29,14 +29,15 @@ compare = import_module("benchmarks.peer.compare")
 episodes = import_module("benchmarks.peer.episodes")
 ours = import_module("benchmarks.peer.ours")
 peer_environment = import_module("benchmarks.peer.peer_environment")
-plain = import_module("benchmarks.peer.plain")
+plain = import_module("action_diffusion.policy.interchange.plain")
 reference = import_module("benchmarks.peer.reference")
 report = import_module("benchmarks.report")
 rows = import_module("benchmarks.peer.rows")
 runtimes = import_module("benchmarks.peer.runtimes")
+runtime_worker = import_module("benchmarks.peer.runtime_worker")
 serving = import_module("benchmarks.peer.peers.serving")
 session = import_module("benchmarks.peer.session")
-weights = import_module("benchmarks.peer.weights")
+weights = import_module("action_diffusion.policy.interchange.lerobot.weights")
 workers = import_module("benchmarks.peer.workers")
 
 CHANNELS = (8, 16, 32)
@@ -291,6 +292,16 @@ def test_the_network_that_is_exported_computes_what_ours_does(activation):
     x = torch.randn(3, 16, 2)
     expected = policy.denoiser(x, film.at(0))
     torch.testing.assert_close(plain.PlainUnet(policy.denoiser)(x, film.at(0)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_exported_chunk_is_the_one_that_it_is_timed_beside(tmp_path):
+    """Rows `chunk_…` of `benchmarks.peer.runtimes`, by ONNX Runtime."""
+    settings = {"channels": CHANNELS, "part": "chunk", "image": False, "steps": 10, "models": str(tmp_path)}
+    path, inputs = runtime_worker.export(settings, print)
+    run, _ = runtime_worker.MAKERS["onnxruntime"](path, inputs, 1)
+    expected = ours.Network(settings, Path(), print).outputs()["output"].numpy()
+    assert np.abs(run() - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.slow

@@ -107,6 +107,16 @@ def test_rates_and_units_must_agree(ours: dict[str, Any], theirs: dict[str, Any]
         joined([third, *pair], [])
 
 
+def test_rotations_that_one_says_are_those_of_all(tmp_path: Path) -> None:
+    said, other = ({"rotations": {"state": text}} for text in ("rotation_vector", ["rotation_vector@0"]))
+    names = ("a.zarr", "bb.zarr", "c.zarr")
+    three = [saved(tmp_path / name, [4], attrs) for name, attrs in zip(names, ({}, said, other), strict=True)]
+    assert joined(three, ["state"]).attrs["rotations"] == {"state": ["rotation_vector@0"]}
+    euler = saved(tmp_path / "euler.zarr", [4], {"rotations": {"state": "euler"}})
+    with pytest.raises(InputError, match=r"euler.zarr: state has the rotations euler@0, .*bb.zarr has rotation_v"):
+        joined([*three, euler], ["state"])
+
+
 def test_the_same_buffer_twice_is_refused(pair: list[ReplayBuffer]) -> None:
     with pytest.raises(InputError, match=r"data= names .*a.zarr twice"):
         joined([*pair, pair[0]], [])

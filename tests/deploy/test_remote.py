@@ -19,6 +19,7 @@ import pytest
 import torch
 from deployments import TO, add_guard, deploy, read_log, save_bundle
 from servers import Server, serving
+from tiny import TINY
 
 from action_diffusion import cli, configuration
 from action_diffusion.deploy.loop.clock import VirtualClock
@@ -30,7 +31,10 @@ from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.action_queue import Request
+from action_diffusion.policy.build import build_policy, fit_normalizer, with_statistics
 from action_diffusion.policy.diffusion.sampler import Hook
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.rotations import RotationColumns
 
 TOKEN = "a-token-of-more-than-16-characters"
 
@@ -74,6 +78,40 @@ def test_chunks_through_a_server_are_the_local_policys(server, bundle, guidance)
     guided = predict(remote, histories(1), [Request(4, running, 2)], guidance=guidance, **noises(1, seed=3)).chunks
     assert not np.array_equal(free, guided)
     remote.close()
+
+
+@pytest.mark.slow
+def test_noise_has_the_shape_of_chunks_in_the_policy_s_frame(tmp_path: Path) -> None:
+    """Of a pose, 9 numbers, where the data has 6."""
+    turn = RotationColumns(3, "rotation_vector")
+    spec = PolicySpec(
+        observations={"pose": ObservationSpec(shape=(6,), source="pose", rotations=(turn,))},
+        action=ActionSpec(shape=(6,), rotations=(turn,)),
+        n_obs_steps=2,
+        horizon=8,
+        n_action_steps=4,
+        control_rate=10.0,
+        versions=bundles.versions(),
+    )
+    config = TINY | {"features": {}, "action_frame": {"name": "pose", "position": "pose"}}
+    windows = np.random.default_rng(0).normal(size=(20, 8, 6)).astype(np.float32)
+    statistics = fit_normalizer(
+        config,
+        spec,
+        lambda _: windows.reshape(-1, 6),
+        lambda _: (windows[:, 1], windows),
+        read_history=lambda _: windows[:, :2],
+    )
+    bundles.save(tmp_path / "bundle", build_policy(config, with_statistics(spec, statistics)), {"policy": config})
+    local, noise = bundles.load(tmp_path / "bundle", precision="fp32"), np.zeros((1, 8, 9), np.float32)
+    with serving(tmp_path / "bundle") as server:
+        remote = RemotePolicy(server.url)
+        drawn = [policy.predict({"pose": windows[:1, :2]}, **noises(1, seed=0)) for policy in (local, remote)]
+        given = [policy.predict({"pose": windows[:1, :2]}, noise=noise) for policy in (local, remote)]
+        remote.close()
+    for one, other in (drawn, given):
+        assert one["action_pred"].shape == (1, 8, 6)
+        np.testing.assert_allclose(one["action_pred"], other["action_pred"], atol=1e-5)
 
 
 @pytest.mark.slow

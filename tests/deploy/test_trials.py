@@ -30,7 +30,7 @@ from action_diffusion.deploy.loop.operator import Mode, Order, Orders
 from action_diffusion.deploy.loop.trial_operator import TrialOperator
 from action_diffusion.deploy.trials import session
 from action_diffusion.deploy.trials.ledger import Ledger, Run
-from action_diffusion.deploy.trials.plan import planned, read_plan, shuffled, write_plan
+from action_diffusion.deploy.trials.plan import fingerprint, planned, read_plan, shuffled, write_plan
 from action_diffusion.deploy.trials.report import difference
 from action_diffusion.deploy.trials.session import run, together
 from action_diffusion.errors import InputError
@@ -85,6 +85,20 @@ def test_the_order_is_random() -> None:
     alike = np.mean([one[i] == one[i + 1] for one in orders for i in range(19)])
     assert alike == pytest.approx(9 / 19, abs=0.06)  # a trial says nothing of the next one
     assert np.mean([one[0] == [0, 1] for one in orders]) == pytest.approx(0.5, abs=0.25)
+
+
+def test_a_bundle_is_known_by_all_that_is_in_it(tmp_path) -> None:
+    """Also one that is a single file, as ONNX is."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        (folder / "inside").mkdir(parents=True)
+        (folder / "inside" / "weights").write_bytes(b"1")
+    assert fingerprint(first) == fingerprint(second)
+    (second / "inside" / "weights").rename(second / "weights")
+    assert fingerprint(first) != fingerprint(second)
+    (tmp_path / "one.onnx").write_bytes(b"1")
+    (tmp_path / "two.onnx").write_bytes(b"2")
+    assert fingerprint(tmp_path / "one.onnx") != fingerprint(tmp_path / "two.onnx")
 
 
 # Sessions, on a clock that stands still while a policy thinks.

@@ -16,7 +16,8 @@ from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.diffusion.masked import Masked
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
 from action_diffusion.policy.extensions.extension import Fitted, write
-from action_diffusion.policy.extensions.guard import THRESHOLDS, Guard, Watch, grid, reached
+from action_diffusion.policy.extensions.guard import THRESHOLDS, Guard, grid, reached
+from action_diffusion.policy.extensions.watch import Watch
 from action_diffusion.policy.model.denoiser import Film
 
 OPTIONS = {"seed": 0, "chunk": True, "quantile": 0.9, "episodes": 0.5, "sigmas": [0.1, 0.5]}

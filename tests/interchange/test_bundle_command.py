@@ -45,7 +45,13 @@ def test_inspect_says_what_a_policy_sees_and_does(bundle: Path, policy, capsys: 
         (["import", "in=EMPTY", "out=BUNDLE"], "is there already"),
         (["export", "in=BUNDLE", "out=x", "format=tensorrt"], "unknown format 'tensorrt'"),
         (["export", "in=EMPTY", "out=x", "format=lerobot"], "is not a complete bundle"),
-        (["push", "x"], "unknown subcommand of bundle 'push'"),
+        (["pushh", "x"], "unknown subcommand of bundle 'pushh'"),
+        (["push", "BUNDLE", "to=somewhere"], "somewhere: expected hf://user/name"),
+        (["push", "BUNDLE", "to=hf://me/it@v1"], "push to hf://me/it, which makes a new revision"),
+        (["push", "EMPTY", "to=hf://me/it"], "is not a complete bundle"),
+        (["pull", "hf://me", "out=x"], "hf://me: expected hf://user/name"),
+        (["pull", "hf://me/it/../../x", "out=x"], "whose name leads elsewhere"),
+        (["pull", "hf://me/it", "out=BUNDLE"], "is there already"),
     ],
 )
 def test_bad_input_gets_one_line(words, message, bundle, tmp_path, monkeypatch, capsys) -> None:

@@ -152,6 +152,42 @@ def test_names_of_weights_are_stable():
     assert names == {f"cameras.0.{name}" for name in heads | {f"backbone.{name}" for name in trunk.state_dict()}}
 
 
+# Pixels, batch statistics and crops of other projects
+
+
+def test_pixels_are_normalised_as_each_camera_asks():
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    encoder = make(pixels={"right": imagenet})
+    frames = torch.randint(256, (2, 2, 40, 48, 3), dtype=torch.uint8)
+    images = frames.flatten(0, 1).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(imagenet[name]).view(3, 1, 1) for name in ("mean", "std"))
+    torch.testing.assert_close(encoder._prepare("right", frames, None), (images - mean) / std)
+    torch.testing.assert_close(encoder._prepare("left", frames, None), 2 * images - 1)
+    assert not [name for name in encoder.state_dict() if "pixel" in name]
+    with pytest.raises(InputError, match=r"unknown camera in encoder\.pixels 'front'"):
+        make(pixels={"front": imagenet})
+
+
+def test_a_crop_may_begin_elsewhere_than_in_the_middle():
+    encoder = make(crop=(32, 36), crop_at=(5, 12)).eval()
+    frames = torch.randint(256, (1, 2, 40, 48, 3), dtype=torch.uint8)
+    cut = encoder._prepare("left", frames, None)
+    torch.testing.assert_close(cut, frames[0, :, 5:37, 12:48].permute(0, 3, 1, 2) / 127.5 - 1)
+    with pytest.raises(InputError, match=r"encoder.crop_at=\[9, 0\]: the crop leaves the frames"):
+        make(crop=(32, 36), crop_at=(9, 0))
+    with pytest.raises(InputError, match=r"needs encoder\.crop"):
+        make(crop_at=(0, 0))
+
+
+def test_frozen_batch_norm_computes_what_torchvision_does(torchvision_weights):
+    path, network = torchvision_weights
+    layers = trunk(make(width=1.0, norm="frozen_batch", weights=str(path)).cameras[0])
+    expected = nn.Sequential(*list(network.eval().children())[:-2])
+    images = torch.randn(2, 3, 40, 48)
+    torch.testing.assert_close(layers.train()(images), expected(images), atol=1e-4, rtol=1e-4)
+    assert not [name for name, _ in layers.named_parameters() if name.startswith("1.")]
+
+
 # Random crop and colour
 
 
@@ -261,6 +297,9 @@ def torchvision_weights(tmp_path_factory):
     network = torchvision.models.resnet18()
     for parameter in network.parameters():  # so that scales and shifts of the norms are not their defaults
         nn.init.normal_(parameter, std=0.1)
+    for name, value in network.named_buffers():
+        if name.endswith("running_var"):
+            nn.init.uniform_(value, 0.5, 1.5)
     path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
     save_file(network.state_dict(), path)
     return path, network

@@ -14,9 +14,8 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.model import normalizer
 from action_diffusion.policy.model.estimator import PlanarPose
-from action_diffusion.policy.policy import IN_FRAME
 from action_diffusion.policy.rtc import continuing, running_chunks
-from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.policy.spec import IN_FRAME, ActionSpec, ObservationSpec, PolicySpec
 
 POSE: dict[str, Any] = {"pose": [2, 3, 4], "known": {"agent_pos": [0, 1]}, "low": 0.0, "high": 512.0}
 

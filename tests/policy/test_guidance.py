@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch.func import vjp
 
 from action_diffusion.errors import InputError
+from action_diffusion.policy.action_queue import MASKS
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Process
 from action_diffusion.policy.diffusion.sampler import Hook, Sampler, StepState
-from action_diffusion.policy.rtc import MASKS, RealTimeChunking, continuing, running_chunks, weights
+from action_diffusion.policy.rtc import RealTimeChunking, continuing, running_chunks, weights
 
 ROWS, HORIZON, ACTIONS, BETA = 3, 8, 2, 5.0
 SHAPE = (ROWS, HORIZON, ACTIONS)

@@ -170,6 +170,32 @@ def test_equals_the_plain_loop_of_diffusers(cls, noise):
     torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_the_noise_of_a_clipped_estimate_is_as_diffusers_has_it(prediction, own, noise):
+    """diffusers keeps the noise of the estimate before it is clipped, unless told `use_clipped_model_output`."""
+    plain: Any = DDIMScheduler(
+        num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", prediction_type=prediction, clip_sample_range=1.2
+    )
+    plain.set_timesteps(10)
+
+    def network(x, k):
+        return torch.tanh(0.7 * x + 0.01 * k) * 3
+
+    x = noise
+    for k in plain.timesteps:
+        x = plain.step(network(x, float(k)), k, x, use_clipped_model_output=own).prev_sample
+    options = {"timestep_spacing": "leading", "use_clipped_model_output": own, "clip_to": "unit", "clip_range": 1.2}
+    far = (torch.tensor([-9.0, -9.0]), torch.tensor([9.0, 9.0]))  # which `clip_to` overrules
+    sampler = Sampler(
+        process=Diffusion(prediction=prediction), scheduler="ddim", num_inference_steps=10, demonstrated=far, **options
+    )
+    ours, chain = sampler.run(lambda x, step, rows: network(x, step.time), noise, return_chain=True)
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+    last = chain[-1]
+    torch.testing.assert_close(sampler.mean(network(last.x, last.step.time), last.x, last.step), last.x_next)
+
+
 SCHEDULERS: dict[str, Any] = {
     "ddpm": DDPMScheduler,
     "ddim": DDIMScheduler,

@@ -18,6 +18,7 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.model import normalizer
+from action_diffusion.policy.objectives.objective import Pair
 from action_diffusion.policy.offline.critics import OfflineCritics
 from action_diffusion.policy.offline.diffusion_ql import DiffusionQl
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -84,8 +85,8 @@ class Always(nn.Module):
         super().__init__()
         self.said = torch.tensor(said)
 
-    def forward(self, condition: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        return self.said.unsqueeze(1).expand(-1, len(action))
+    def forward(self, condition: torch.Tensor, *action: torch.Tensor) -> torch.Tensor:
+        return self.said.unsqueeze(1).expand(-1, len(condition))
 
 
 def test_targets_of_a_chain() -> None:
@@ -176,6 +177,56 @@ def test_what_is_unlike_the_recorded_is_told() -> None:
     judged = torch.cat([torch.zeros(32, 4, 1), torch.full((32, 4, 1), 0.5)])
     found = objective.unlike(clone, policy, judged, recorded, torch.Generator().manual_seed(0))
     assert found.tolist() == [False] * 32 + [True] * 32
+
+
+def test_good_chunks_are_imitated_more_by_their_advantage() -> None:
+    """w ∝ exp(A / (temperature · sd A)) with 1 on average, where A = 1, 2, 3, 4 or 1000 for the executed sum."""
+    policy, objective, critics = learner(temperature=2.0)
+    critics.value, critics.usual = Sum(1.0), Always(10.0)
+    x0 = (torch.tensor([11.0, 12.0, 13.0, 14.0]) / 2).view(4, 1, 1).expand(4, 4, 1)
+    advantage = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    expected = (advantage / (2.0 * 1.25**0.5)).exp()
+    found = objective.weights(policy, torch.zeros(4, 1), x0)
+    assert found is not None
+    torch.testing.assert_close(found, expected / expected.mean())
+    objective.temperature = 1e-3
+    most = objective.weights(policy, torch.zeros(4, 1), x0)
+    torch.testing.assert_close(most, torch.ones(4))  # all of them at the bound
+    objective.warmup = 1
+    assert objective.weights(policy, torch.zeros(4, 1), x0) is None
+    objective.warmup = 0
+    assert objective.weights(policy.eval(), torch.zeros(4, 1), x0) is None
+
+
+def test_weights_say_how_much_an_example_counts() -> None:
+    """Two examples with an error of 1 and 3: as a mean 2, and with all the weight on the second 3."""
+    policy, objective, _ = learner()
+    target = torch.zeros(2, 4, 1)
+    pairs = [Pair(torch.tensor([1.0, 3.0]).view(2, 1, 1).expand(2, 4, 1), target)]
+    objective.loss = "l1"
+    assert float(objective.reduced(pairs, policy.process, None, 2)) == 2.0
+    assert float(objective.reduced(pairs, policy.process, None, 2, torch.tensor([0.0, 2.0]))) == 3.0
+    counts = torch.tensor([[True] * 4, [False] * 4])
+    assert float(objective.reduced(pairs, policy.process, counts, 2, torch.tensor([1.5, 0.5]))) == 1.5
+
+
+def test_what_chunks_are_worth_on_average_is_learnt() -> None:
+    """V(s) of two chunks of one state, worth −1 and 3, is 1."""
+    policy, objective, critics = learner(temperature=1.0, eta=0.0, pessimism=0.0, warmup=1000)
+    critics.value, critics.target = Sum(1.0), Always(0.0)
+    critics.usual = Always(1.0)
+    obs, _, outcome = batch()
+    chunk = torch.tensor([-0.5, 1.5]).repeat(8).view(B, 1, 1).expand(B, 4, 1)
+
+    def error(said: float) -> float:
+        critics.usual = Always(said)
+        loss = objective.further_loss(policy, obs, chunk, {"outcome": outcome}, torch.Generator().manual_seed(0))
+        assert loss is not None
+        return float(loss.detach())
+
+    critics.follow = lambda *_: None
+    assert error(1.0) < min(error(0.9), error(1.1))
+    assert error(3.0) - error(1.0) == pytest.approx(4.0, abs=1e-4)
 
 
 def test_without_rewards_it_says_so() -> None:

@@ -27,12 +27,13 @@ class Server:
         *options: str,
         env: dict[str, str] | None = None,
         host: str = "127.0.0.1",
+        program: tuple[str, ...] = ("-m", "action_diffusion"),
     ) -> None:
         words = [f"bundle={bundle}", "device=cpu", "seed=7", f"host={host}", *options]
         if not any(word.startswith("port=") for word in options):
             words.append("port=0")
         self.process = Forked(
-            *("-m", "action_diffusion", "serve", *words),
+            *(*program, "serve", *words),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(env or {})},

@@ -14,6 +14,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from processes import Forked
 from safetensors.torch import load_file, save_file
@@ -187,6 +188,72 @@ def test_training_from_another_policy_starts_with_its_weights(data, tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
     spec = [json.loads((tmp_path / n / "bundle" / "spec.json").read_text())["normalizer"] for n in ("first", "second")]
     assert spec[0] == spec[1]
+
+
+@pytest.fixture(scope="module")
+def corrections(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "corrections.zarr"
+    demonstrations(2, 30, seed=1).save(path)
+    return path
+
+
+def mixed(data: Path, corrections: Path, output: Path, *extra: str) -> list[str]:
+    words = arguments(data, output, *extra)[2:]
+    return ["train", f"data=[{data},{corrections}]", *words]
+
+
+@pytest.mark.slow
+def test_a_mixture_is_resumed_bit_for_bit_and_the_bundle_names_it(data, corrections, tmp_path, capsys):
+    weights = "dataset.weights=[0.25,0.75]"
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    choice.forget()
+    assert main(mixed(data, corrections, whole, "train.max_steps=4", "train.lr_schedule=constant", weights)) == 0
+    said = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["demos.zarr", "5", "1", "185", "0.25", "25.0", "%"] in said  # 40 rows: 37 windows
+    assert ["corrections.zarr", "1", "1", "27", "0.75", "75.0", "%"] in said
+    choice.forget()
+    assert main(mixed(data, corrections, halves, "train.max_steps=2", "train.lr_schedule=constant", weights)) == 0
+    choice.forget()
+    assert main(["train", f"output_dir={halves}", "resume=true", "train.max_steps=4"]) == 0
+    assert_same_run(whole, halves)
+    measured = [row for row in lines(whole) if "action_error" in row][-1]
+    parts = [measured[f"action_error/{name}.zarr"] for name in ("demos", "corrections")]
+    assert measured["action_error"] == pytest.approx(0.25 * parts[0] + 0.75 * parts[1])
+    config = yaml.safe_load((whole / "bundle" / "config.yaml").read_text())
+    assert config["data"] == [str(data), str(corrections)]
+    assert config["dataset"]["weights"] == [0.25, 0.75]
+
+
+@pytest.mark.slow
+def test_corrections_are_one_command(data, corrections, tmp_path):
+    """What the bundle's policy and task are need not be said again; its statistics stay as they are."""
+    words = arguments(data, tmp_path / "first", "train.max_steps=4", "task.horizon=16", "train.lr=5e-4")
+    assert main([*words, "policy.action_frame=null", "train.weight_decay=0.5"]) == 0
+    first, output = tmp_path / "first" / "bundle", tmp_path / "second"
+    data_words = [f"data=[{data},{corrections}]", "dataset.weights=[0.5,0.5]", "evaluation.n_episodes=0"]
+    assert main(["train", f"init={first}", *data_words, "train.max_steps=1", f"output_dir={output}"]) == 0
+    assert main(["train", f"output_dir={output}", "resume=true", "train.max_steps=2"]) == 0
+    one, two = (yaml.safe_load((path / "config.yaml").read_text()) for path in (first, output / "bundle"))
+    for section in ("task", "policy"):
+        assert one[section] == two[section]
+    assert (two["train"]["lr"], two["train"]["weight_decay"], two["train"]["max_steps"]) == (5e-4, 0.5, 2)
+    assert two["dataset"]["val_fraction"] == 0.05
+    specs = [json.loads((path / "spec.json").read_text()) for path in (first, output / "bundle")]
+    assert specs[0]["normalizer"] == specs[1]["normalizer"]
+
+
+@pytest.mark.slow
+def test_actions_that_an_initialisation_cannot_do_are_said(data, tmp_path, capsys):
+    assert main(arguments(data, tmp_path / "first", "train.max_steps=1", "policy.action_frame=null")) == 0
+    buffer, first = ReplayBuffer.open(data), tmp_path / "first" / "bundle"
+    arrays = {"state": buffer["state"][:], "action": buffer["action"][:] + np.float32(1000)}
+    ReplayBuffer.from_arrays(arrays, buffer.episode_ends).save(tmp_path / "far.zarr")
+    capsys.readouterr()
+    for path, told in ((tmp_path / "far.zarr", True), (data, False)):
+        words = arguments(path, tmp_path / path.stem, "train.max_steps=1", f"init={first}")
+        assert main([*words, "policy.action_frame=null"]) == 0
+        said = "100 % of the actions are beyond what the policy can do" in capsys.readouterr().err
+        assert said == told
 
 
 FORKING = """

@@ -6,21 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from action_diffusion.datasets.batches.sources import names
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.options import Evaluate
-from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.inference import OPTIONS
-from action_diffusion.policy.reading import acting, trained_on
-from action_diffusion.training.data import prepare
+from action_diffusion.policy.opening import load
+from action_diffusion.policy.reading import acting, data_for, read_config, read_spec, trained_on
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.training.evaluation.comparison import write_comparison, write_seed_summary
-from action_diffusion.training.evaluation.held_out import ComparedWindows, choose, evaluate_held_out
 from action_diffusion.training.evaluation.results import check_new, compare, summarise_seeds, write_results
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
-from action_diffusion.training.run import open_data
+
+if TYPE_CHECKING:  # torch, which the simulators do without
+    from action_diffusion.training.evaluation.held_out import ComparedWindows
 
 
 def run(config: Evaluate) -> Iterator[tuple[dict[str, Any], Path]]:
@@ -72,11 +73,14 @@ class _Asked:
 
 def _windows(config: Evaluate, paths: Sequence[Path]) -> _Asked | None:
     """None for tasks with a simulator. Without `data` the episodes are those of the first bundle's training."""
-    specs = [bundles.read_spec(path) for path in paths]
+    specs = [read_spec(path) for path in paths]
     if specs[0].env is not None:
         return None
-    trained = trained_on(bundles.read_config(paths[0]), paths[0])
-    data = names(config.data or trained["data"])
+    from action_diffusion.training.evaluation.held_out import choose
+    from action_diffusion.training.run import open_data
+
+    trained = trained_on(read_config(paths[0]), paths[0])
+    data = names(data_for(trained, paths[0], config.data))
     buffer = open_data({**trained, "data": data})
     own = data if config.data is None else None
     return _Asked(" and ".join(data), buffer, choose(buffer, list(zip(paths, specs, strict=True)), own_data=own))
@@ -87,17 +91,22 @@ def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | No
     sampler = vars(config.sampler)
     extensions = acting(path, config.extensions)
     given = {"intents": vars(config.intents)}
-    policy = bundles.load(path, str(config.device), sampler=sampler, extensions=extensions, given=given, **faster)
+    policy = load(path, str(config.device), sampler=sampler, extensions=extensions, given=given, **faster)
     metrics = path.parent / "metrics.jsonl"
     where: dict[str, Any] = {"output_dir": folder, "metrics_file": metrics if metrics.exists() else None}
-    settings = {"bundle": str(path), "sampler": bundles.read_config(path)["policy"]["sampler"], **faster}
+    settings = {"bundle": str(path), "sampler": read_config(path)["policy"]["sampler"], **faster}
+    if isinstance(policy, OnnxPolicy):
+        settings["runtime"] = policy.runtime
     if extensions:
         settings["extensions"] = extensions
     if intents := {name: value for name, value in vars(config.intents).items() if value is not None}:
         settings["intents"] = intents
     settings["sampler"] |= {key: value for key, value in sampler.items() if value is not None}
-    if asked is not None:
-        memory_gb = trained_on(bundles.read_config(path), path)["dataset"]["memory_gb"]
+    if asked is not None and not isinstance(policy, OnnxPolicy):
+        from action_diffusion.training.data import prepare
+        from action_diffusion.training.evaluation.held_out import evaluate_held_out
+
+        memory_gb = trained_on(read_config(path), path)["dataset"]["memory_gb"]
         data = prepare(asked.buffer, policy.spec, device=policy.device, val_fraction=0.0, seed=0, memory_gb=memory_gb)
         return evaluate_held_out(policy, data.train, asked.chosen, settings={**settings, "data": asked.data}, **where)
     return evaluate_policy(

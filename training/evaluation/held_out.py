@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.batches.loader import BatchSource
+from action_diffusion.datasets.batches.mixing import parts_of
 from action_diffusion.datasets.batches.sources import names
-from action_diffusion.datasets.batches.windows import Windows, make_windows, split_episodes
-from action_diffusion.datasets.robomimic.attributes import subset as named_subset
+from action_diffusion.datasets.batches.windows import Windows, make_windows
 from action_diffusion.datasets.storage.dimensions import are_names
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
@@ -22,7 +22,7 @@ from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import read_config, trained_on
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training import episodes
-from action_diffusion.training.data import held_out_indices
+from action_diffusion.training.data import held_out_indices, split
 from action_diffusion.training.evaluation.offline import EpisodesOrigin, Reference, evaluate_offline
 
 MOST_WINDOWS = 512
@@ -159,13 +159,13 @@ def _by_split(buffer: ReplayBuffer, path: Path, own_data: Sequence[str] | None) 
     if own_data is None:
         return kinds
     config = trained_on(read_config(path), path)
-    if names(config["data"]) == list(own_data):
+    if names(config["data"] or []) == list(own_data):
         dataset = config["dataset"]
-        subset, every = dataset.get("subset"), np.arange(buffer.n_episodes)
-        chosen = every if subset is None else named_subset(buffer, subset)
-        fraction = dataset["val_fraction"] if len(chosen) > 1 else 0.0
-        train, held_out = split_episodes(len(chosen), fraction, config["seed"])
-        kinds[chosen[train]], kinds[chosen[held_out]] = episodes.TRAINED, episodes.HELD_OUT
+        parts = parts_of(buffer, dataset, list(own_data))
+        train, held_out = split(
+            buffer, parts, val_fraction=dataset["val_fraction"], seed=config["seed"], subset=dataset.get("subset")
+        )
+        kinds[train], kinds[held_out] = episodes.TRAINED, episodes.HELD_OUT
     return kinds
 
 

@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from action_diffusion.envs.rollout import Policy, generators
 from action_diffusion.errors import InputError
-from action_diffusion.policy.bundle import versions
+from action_diffusion.policy.reading import versions
 from action_diffusion.statistics import paired_interval
 from action_diffusion.training.evaluation import baselines
 from action_diffusion.training.evaluation.plots import plot_chunks, plot_episode

@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.progress import Progress, TaskID
@@ -22,8 +22,8 @@ from action_diffusion.envs.base import Env
 from action_diffusion.envs.rollout import Episode, Policy, replay, rollout
 from action_diffusion.envs.video import write_video
 from action_diffusion.errors import InputError
-from action_diffusion.policy.bundle import versions
-from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.reading import versions
+from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.statistics import bootstrap_interval, wilson_interval
 from action_diffusion.training.evaluation.offline import evaluate_offline
 from action_diffusion.training.evaluation.report import Clip, read_metrics, write_report
@@ -37,6 +37,9 @@ from action_diffusion.training.evaluation.results import (
     write_results,
 )
 
+if TYPE_CHECKING:
+    from action_diffusion.policy.policy import DiffusionPolicy
+
 SCORE_DEFINITION = "The score of an episode is its maximum reward, in [0, 1]; success is a score that reaches 1."
 
 VIDEO_RATE = 10.0  # pictures per second, or fewer where the control rate is lower: drawing takes most of the time
@@ -45,7 +48,12 @@ BATCH, BATCH_APART = 25, 8
 
 
 def evaluate_policy(
-    policy: DiffusionPolicy, *, settings: Mapping[str, Any], output_dir: Path, metrics_file: Path | None, **options: Any
+    policy: DiffusionPolicy | OnnxPolicy,
+    *,
+    settings: Mapping[str, Any],
+    output_dir: Path,
+    metrics_file: Path | None,
+    **options: Any,
 ) -> dict[str, Any]:
     """`evaluate` of a policy in the simulator that its bundle names; `options`: n_episodes, seed, n_envs, …"""
     env = policy.spec.env

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from action_diffusion.policy.model.conv import Conv1d, Double, Halve
 from action_diffusion.policy.model.unet import ConditionalUnet1d, ConvBlock, ResidualBlock
 
+Layer = TypeVar("Layer", bound=nn.Module)
 ACTIVATIONS = {"silu": nn.SiLU, "mish": nn.Mish, "relu": nn.ReLU, "gelu": nn.GELU}
 """By the names of our functions; an exporter does not know those of our own making."""
 
@@ -38,7 +39,8 @@ class PlainUnet(nn.Module):
         for first, second, resize in cast(Any, self.up):
             h = torch.cat([h, skips.pop()], dim=1)
             h = resize(second(first(h, next(films)), next(films)))
-        return self.out(h).mT
+        output: Tensor = self.out(h)
+        return output.mT
 
 
 class _Residual(nn.Module):
@@ -50,7 +52,8 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         scale, shift = film.chunk(2, dim=1)
-        return self.second(self.first(x) * scale + shift) + self.shortcut(x)
+        output: Tensor = self.second(self.first(x) * scale + shift) + self.shortcut(x)
+        return output
 
 
 def _level(level: nn.Module) -> nn.ModuleList:
@@ -85,8 +88,8 @@ def _pointwise(layer: nn.Linear) -> nn.Conv1d:
     return _filled(made, layer.weight.unsqueeze(-1), layer.bias)
 
 
-def _filled(made: Any, weight: Tensor, bias: Tensor) -> Any:
+def _filled(made: Layer, weight: Tensor, bias: Tensor) -> Layer:
     with torch.no_grad():
-        made.weight.copy_(weight)
-        made.bias.copy_(bias)
+        cast(Tensor, made.weight).copy_(weight)
+        cast(Tensor, made.bias).copy_(bias)
     return made

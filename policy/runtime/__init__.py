@@ -1,0 +1,1 @@
+"""Policies that other programs compute, without torch: one room for each such program."""
