@@ -25,6 +25,7 @@ import numpy as np
 import yaml
 
 from action_diffusion.deploy.arm.link import ArmLink
+from action_diffusion.deploy.arm.travel import STEP, travel
 from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.rings import RingReader, Segments
 from action_diffusion.deploy.robot.cell import arm_setup, camera_setups, read_cell
@@ -33,8 +34,6 @@ from action_diffusion.errors import InputError, unknown
 
 OPTIONS: dict[str, Any] = {"robot": "", "hardware": "", "dry_run": False}
 OPTIONS |= {"seconds": 2.0, "number": None, "distance": 0.05, "speed": 0.1}
-STEP = 0.05
-"""Between two waypoints (s)."""
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -131,20 +130,9 @@ def motion(arm: ArmLink, number: int, distance: float, speed: float) -> tuple[np
 
 def move(arm: ArmLink, times: np.ndarray, commands: np.ndarray, number: int) -> tuple[list[str], np.ndarray]:
     """Go through it, and rest. Returns what the arm's process did against it, and [n, 2]: sent and measured."""
-    arm.begin()
-    start, events, seen = time.monotonic() + 2 * STEP, list[str](), []
-    try:
-        for i in range(len(times)):
-            time.sleep(max(0.0, start + times[i] - STEP - time.monotonic()))
-            arm.follow(start + times[i : i + 8], commands[i : i + 8])
-            seen.append(_sent_and_measured(arm, number))
-            events += arm.events()
-            if events:
-                break
-        time.sleep(4 * STEP)
-    finally:
-        arm.rest()
-    return events + arm.events(), np.array(seen)
+    seen: list[tuple[float, float]] = []
+    events = travel(arm, times, commands, lambda: seen.append(_sent_and_measured(arm, number)))
+    return events, np.array(seen)
 
 
 def _sent_and_measured(arm: ArmLink, number: int) -> tuple[float, float]:

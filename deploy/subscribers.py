@@ -93,7 +93,7 @@ class Subscribers:
             return
         output = output_dir / RECORD if config.record else None
         attrs = _attrs({**asdict(config), **(computing or {})}, robot, spec, limits)
-        attrs["kind"] = "trials" if trials else "deployment"
+        attrs["trials"] = trials
         self.subscriber = self._recording = RunStream(processes.folder, spec, output=output, attrs=attrs)
         try:
             if port is not None:
@@ -190,6 +190,7 @@ def _parts(robot: ProcessRobot, size: int) -> list[list[int]]:
 def _attrs(config: Mapping[str, object], robot: Robot, spec: PolicySpec, limits: Limits) -> dict[str, object]:
     """What a replay has to know."""
     return {
+        "kind": "deployment",
         "format": 1,
         "version": __version__,
         "task": spec.task,

@@ -38,6 +38,7 @@ action-diffusion evaluate bundle=DIR [name=value …]     how good is a policy, 
   action-diffusion evaluate bundle=outputs/a/bundle n_episodes=50
   action-diffusion evaluate bundle=A/bundle compare=B/bundle         paired, on the same starts or held-out episodes
   action-diffusion evaluate bundle=[A/bundle,B/bundle,C/bundle]      several training seeds, summarised
+  action-diffusion evaluate robot=ur hardware=cell.yaml bundles=[A/bundle,B/bundle] trials=20     on your arm, blinded
 """,
     "collect": """\
 action-diffusion collect output=PATH [name=value …]     demonstrations into a replay buffer

@@ -46,9 +46,9 @@ class Mode(enum.IntEnum):
 
 
 class Order(enum.IntEnum):
-    """What a person may ask the loop for. SCORE, REDO, UNDO: of trials (`trial_operator`)."""
+    """What a person may ask the loop for. SCORE and those after it: of trials (`trial_operator`)."""
 
-    START, PAUSE, TAKE_OVER, SUCCESS, FAILURE, OWN, SCORE, REDO, UNDO = 1, 2, 3, 4, 5, 6, 7, 8, 9
+    START, PAUSE, TAKE_OVER, SUCCESS, FAILURE, OWN, SCORE, REDO, UNDO, HOME = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
 
 
 def bits(owned: np.ndarray | None) -> int:

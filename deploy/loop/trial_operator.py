@@ -1,7 +1,8 @@
 """The person in trials: sets the scene up, starts each run, and says how it went, while it runs or afterwards.
 
-    ready(): RESET ── start ─▶ run: POLICY ⇄ PAUSED ─┬─ marked ───────────────▶ OVER
-               └── undo: the last mark was wrong      └─ over by itself ─▶ ask(): MARK ── marked ─▶ OVER
+    before(): RESET ── start ─▶ run: POLICY ⇄ PAUSED ─┬─ marked ───────────────▶ OVER
+                ├── undo: the last mark was wrong      └─ over by itself ─▶ ask(): MARK ── marked ─▶ OVER
+                └── home: the arm is to go back
 
 Between runs the robot is at rest: nothing moves while somebody's hands are in the scene. Nobody takes over: a run that
 a person drove says nothing of the policy.
@@ -38,15 +39,16 @@ class TrialOperator(PageOperator):
         self._answer: Order | None = None
         self.score: float | None = None
 
-    def ready(self) -> bool:
-        """Wait for the person. Whether they start the next run; False: they take the last mark back.
+    def before(self) -> Order:
+        """Wait for what the person wants before the next run: START, UNDO or HOME.
 
         Raises `InputError` where the page is gone.
         """
         self.listen()  # what was pressed before is no answer
         self._answer = None
         self._wait_in(Mode.RESET, lambda: self._answer is not None)
-        return self._answer is Order.START
+        assert self._answer is not None
+        return self._answer
 
     def ask(self) -> None:
         """Wait for a mark of the run that is over. Raises `InputError` where the page is gone."""
@@ -68,7 +70,7 @@ class TrialOperator(PageOperator):
 
     def _obey(self, order: Order, score: float) -> None:
         if self._mode is Mode.RESET:
-            if order in (Order.START, Order.UNDO):
+            if order in (Order.START, Order.UNDO, Order.HOME):
                 self._answer = order
         elif order in TRIAL_MARKS:
             self.mark = TRIAL_MARKS[order]

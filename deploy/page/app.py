@@ -21,7 +21,7 @@ from action_diffusion.deploy.page.shared import HEADERS, Admission, BasePage, No
 from action_diffusion.deploy.page.view import AboutRun, RunView
 
 PERIOD = 0.1
-OF_TRIALS = ("score", "redo", "undo")
+OF_TRIALS = ("score", "redo", "undo", "home")
 TAKING_OVER = ("take_over", "point", "own")
 """Orders that there are in trials only, and in other runs only."""
 

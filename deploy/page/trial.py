@@ -15,7 +15,8 @@ class TrialShown(TypedDict):
     """Where trials stand, in words and numbers that name no policy.
 
     trial, trials, run, runs: "trial 7 of 20, run 2 of 2". reset, mark: what to do before this run, and after it.
-    undo: there is a mark that can be taken back. starts: cameras of which there is a picture of the start.
+    undo: there is a mark that can be taken back. home: there is an arm that can be brought back. starts: cameras of
+    which there is a picture of the start.
     """
 
     trial: int
@@ -25,6 +26,7 @@ class TrialShown(TypedDict):
     reset: str
     mark: str
     undo: bool
+    home: bool
     starts: list[str]
 
 

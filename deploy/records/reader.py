@@ -46,6 +46,8 @@ def open_record(path: Path) -> tuple[dict[str, Any], list[Recorded]]:
     buffer = ReplayBuffer.open(path)
     if buffer.attrs.get("kind") != "deployment":
         raise InputError(f"{path} is a replay buffer, but no record of a deployment")
+    if buffer.attrs.get("trials"):
+        raise InputError(f"{path} is of trials, in which several policies ran: it cannot be replayed")
     steps, chunks = read_table(path, "steps"), read_table(path, "chunks")
     episodes, first, since = [], 0, -np.inf
     for index, end in enumerate(int(end) for end in buffer.episode_ends):

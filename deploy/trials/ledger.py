@@ -69,22 +69,23 @@ class Ledger:
             run: Run = check(json.loads(line), Run)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is no run: {error}") from None
-        order = self._plan.orders[run.trial] if run.trial < self._plan.trials else []
+        order = self._plan.orders[run.trial] if run.trial < len(self._plan.orders) else []
         if run.place >= len(order) or order[run.place] != run.bundle:
             raise InputError(f"{where} is no run of this plan: {run.trial=}, {run.place=}, {run.bundle=}")
         return run
 
     @property
     def counted(self) -> dict[tuple[int, int], Run]:
-        """The runs that count, by (trial, place)."""
-        last = {(run.trial, run.place): run for run in self.lines}
+        """The runs that count, by (trial, place), of the trials that are to be made."""
+        last = {(run.trial, run.place): run for run in self.lines if run.trial < self._plan.trials}
         return {place: run for place, run in last.items() if run.score is not None}
 
     @property
     def due(self) -> tuple[int, int] | None:
         """(trial, place) of the next run; None where all are made."""
         counted = self.counted
-        every = ((trial, place) for trial, order in enumerate(self._plan.orders) for place in range(len(order)))
+        orders = enumerate(self._plan.orders[: self._plan.trials])
+        every = ((trial, place) for trial, order in orders for place in range(len(order)))
         return next((one for one in every if one not in counted), None)
 
     def has_begun(self, trial: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,12 +43,16 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """See the module. orders: of each trial, the bundles' numbers as they run. settings: options, see `KEPT`."""
+    """See the module. orders: of each trial, the bundles' numbers as they run. settings: options, see `KEPT`.
+
+    made: how many of them, the first ones, are to be made where somebody ends early; None: all, as in the file.
+    """
 
     format: Annotated[int, Between(FORMAT, FORMAT)]
     bundles: Annotated[list[Contender], Sized(1, 100)]
     orders: Annotated[list[list[int]], Sized(1, 10_000)]
     settings: Section
+    made: Annotated[int, Between(1)] | None = None
 
     def __post_init__(self) -> None:
         every = list(range(len(self.bundles)))
@@ -58,8 +62,8 @@ class Plan:
 
     @property
     def trials(self) -> int:
-        """How many starts."""
-        return len(self.orders)
+        """From how many starts."""
+        return self.made or len(self.orders)
 
     def seed(self, trial: int) -> int:
         """The start of `trial`, in a simulator, and of the policies' noise: all bundles meet the same."""
@@ -67,7 +71,7 @@ class Plan:
 
 
 def planned(config: Evaluate, folder: Path | None) -> Plan:
-    """The plan that is in `folder`, or else a new one, which is not written yet.
+    """The plan that is in `folder`, with fewer trials where fewer are asked for; else a new one, not written yet.
 
     Raises `InputError` for a bundle that is there twice, a folder that holds another plan or another evaluation, and a
     plan that cannot be read.
@@ -77,12 +81,13 @@ def planned(config: Evaluate, folder: Path | None) -> Plan:
         if [Path(one).resolve() for one in paths].count(Path(path).resolve()) > 1:
             raise InputError(f"bundles= names {path} twice")
     kept = json.loads(json.dumps({name: _plain(getattr(config, name)) for name in KEPT}))
-    new = Plan(
-        format=FORMAT,
-        bundles=[Contender(path=path, sha256=fingerprint(Path(path))) for path in paths],
-        orders=shuffled(len(paths), config.trials, config.seed),
-        settings=kept,
-    )
+    bundles = [Contender(path=path, sha256=fingerprint(Path(path))) for path in paths]
+    seeds = [
+        config.seed,
+        *(int(one.sha256[:8], 16) for one in bundles),
+    ]  # whoever knows another plan does not know this
+    orders = shuffled(len(paths), config.trials, *seeds)
+    new = Plan(format=FORMAT, bundles=bundles, orders=orders, settings=kept)
     if folder is None:
         return new
     if not (folder / NAME).exists():
@@ -91,6 +96,8 @@ def planned(config: Evaluate, folder: Path | None) -> Plan:
                 raise InputError(f"{folder} holds {name} and no {NAME}: {ELSE}")
         return new
     old = read_plan(folder / NAME)
+    if config.trials < len(old.orders):
+        old = replace(old, made=config.trials)
     _check_same(new, old, folder)
     return old
 
@@ -102,7 +109,7 @@ def read_plan(path: Path) -> Plan:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     try:
-        plan: Plan = check(data, Plan, str(path))
+        plan: Plan = check({**data, "made": None} if isinstance(data, dict) else data, Plan, str(path))
     except InputError as error:
         raise InputError(f"{path} is no plan of trials: {error}") from None
     return plan
@@ -114,14 +121,14 @@ def write_plan(plan: Plan, folder: Path) -> None:
         temporary.write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
 
 
-def shuffled(bundles: int, trials: int, seed: int) -> list[list[int]]:
+def shuffled(bundles: int, trials: int, *seeds: int) -> list[list[int]]:
     """Of each trial, the order of the bundles' numbers: random, and the same for the same numbers.
 
     Over all trials each bundle comes first, second, … equally often, or nearly so where the numbers do not divide:
     whoever resets gets better at it, and light and motors change. Which trials have which order is left to chance, so
     that nobody who has seen some knows the next.
     """
-    random = np.random.default_rng([STREAM, seed])
+    random = np.random.default_rng([STREAM, *seeds])
     orders: list[list[int]] = []
     while len(orders) < trials:
         drawn = random.permutation(bundles)
@@ -147,9 +154,9 @@ def check_together(specs: Mapping[str, PolicySpec]) -> None:
 
 
 def fingerprint(bundle: Path) -> str:
-    """SHA-256 of the names and contents of a bundle's files."""
+    """SHA-256 of the names and contents of a bundle's files, or of the one that it is (ONNX)."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
+    for path in sorted(path for path in (bundle, *bundle.rglob("*")) if path.is_file()):
         digest.update(path.relative_to(bundle).as_posix().encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -170,7 +177,7 @@ def _check_same(new: Plan, old: Plan, folder: Path) -> None:
         names, others = (",".join(one.path for one in plan.bundles) for plan in (new, old))
         raise InputError(f"{folder} holds trials of [{others}], not of [{names}]: {ELSE}")
     for name, value in new.settings.items():
-        if value != old.settings.get(name):
+        if value != old.settings.get(name) and not (name == "trials" and old.made):
             raise InputError(f"{folder} holds trials with {_option(name, old.settings.get(name), value)}: {ELSE}")
 
 

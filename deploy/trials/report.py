@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from action_diffusion import __version__, report_page
@@ -66,9 +67,10 @@ def results_of(plan: Plan, ledger: Ledger) -> dict[str, Any]:
         "version": __version__,
         "robot": plan.settings["robot"],
         "trials": plan.trials,
+        "planned": len(plan.orders),
         "bundles": bundles,
         "differences": [difference((name, names[0]), row, scores[0]) for name, row in pairs],
-        "orders": plan.orders,
+        "orders": plan.orders[: plan.trials],
         "settings": plan.settings,
     }
 
@@ -159,7 +161,7 @@ def write_report(path: Path, results: Mapping[str, Any]) -> None:
     dry = " (dry run: nothing moved)" if results["settings"]["dry_run"] else ""
     page.write_page(
         path,
-        title=f"{results['trials']} trials on {results['robot']}{dry}",
+        title=f"{_made(results)}{dry}",
         subtitle=", ".join(names),
         body=[
             page.grid(cards),
@@ -200,10 +202,16 @@ def _order(order: Sequence[int]) -> str:
     return ", ".join(str(number + 1) for number in order)
 
 
+def _made(results: Mapping[str, Any]) -> str:
+    """How many trials, and of how many that were planned."""
+    trials, planned = results["trials"], results["planned"]
+    return f"{trials}{f' of {planned} planned' if trials < planned else ''} trials on {results['robot']}"
+
+
 def _print(results: Mapping[str, Any], folder: Path) -> None:
-    table = Table(*HEADS, title=f"{results['trials']} trials on {results['robot']}")
+    table = Table(*HEADS, title=_made(results))
     for row in _rows(results["bundles"]):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # of rich's markup
     Console().print(table)
     for one in results["differences"]:
         print(one["verdict"])

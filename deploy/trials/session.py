@@ -22,10 +22,12 @@ import numpy as np
 
 from action_diffusion.deploy.acting import Acting, ways
 from action_diffusion.deploy.arm.link import ArmSetup
+from action_diffusion.deploy.arm.travel import travel, way
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.ipc.rings import RingReader
 from action_diffusion.deploy.loop.clock import Clock
 from action_diffusion.deploy.loop.events import Outcome, StepRecord, endings
+from action_diffusion.deploy.loop.operator import Order
 from action_diffusion.deploy.loop.trial_operator import TrialOperator
 from action_diffusion.deploy.page import trial as page
 from action_diffusion.deploy.page.view import jpeg
@@ -42,10 +44,8 @@ from action_diffusion.options import Evaluate
 from action_diffusion.policy.spec import PolicySpec
 
 NEW_START = "Set up a new start. A picture of it is kept for the other runs of this trial. Then press Start."
-SAME_START = (
-    "Set the scene up as it was at the beginning of this trial: the start’s picture lies over the live camera. Then "
-    "press Start."
-)
+SAME_START = "Set the scene up as it was at the beginning of this trial. Then press Start."
+OVERLAID = "The start’s picture lies over the live camera. "
 ONLY_START = "Set the scene up, then press Start."
 SIMULATED = "The simulator sets the scene up. Press Start."
 ASKED = "The run is over. How did it go?"
@@ -141,7 +141,11 @@ class Session:
         self._cameras: dict[str, RingReader] = {}
         if processes is not None:
             self._cameras = {name: RingReader(processes.folder / f"camera {name}") for name in processes.cameras}
-        self._episodes = 0
+        self._home: np.ndarray | None = None
+        if processes is not None and not self._simulated:
+            record = processes.arm.setpoints.latest()
+            self._home = None if record is None else record.values["command"].copy()
+        self._episodes, self._note = 0, ""
 
     def go_on(self) -> None:
         """Until no run is due."""
@@ -156,13 +160,28 @@ class Session:
         begun = self.ledger.has_begun(trial)
         reset = ONLY_START if len(self.actings) == 1 else SAME_START if begun else NEW_START
         seen = [name for name in self._cameras if begun and page.picture(self._starts(trial), name).is_file()]
-        self._show(trial, place, reset=SIMULATED if self._simulated else reset, starts=seen)
-        if self._operator.ready():
-            return not self.people.stopped
-        if self.ledger.can_undo:
+        words = SIMULATED if self._simulated else reset
+        words = OVERLAID + words if seen else words
+        self._show(trial, place, reset=self._note + words, starts=seen)
+        wanted = self._operator.before()
+        self._note = ""
+        if wanted is Order.UNDO and self.ledger.can_undo:
             self.ledger.undo()
             print("the last mark is taken back: that run is made once more")
-        return False
+        elif wanted is Order.HOME and not self.people.stopped:
+            self._bring_back()
+        return wanted is Order.START and not self.people.stopped
+
+    def _bring_back(self) -> None:
+        """The arm goes to where it stood when the session began."""
+        processes = self.robot.processes
+        if processes is None or self._home is None or processes.arm.limits is None:
+            return
+        record = processes.arm.setpoints.latest()
+        assert record is not None
+        times, commands = way(processes.layout, processes.arm.limits, record.values["command"], self._home)
+        why = "; ".join(travel(processes.arm, times, commands))
+        self._note = f"The arm did not get back ({why}). " if why else ""
 
     def _show(self, trial: int, place: int, *, reset: str = "", mark: str = "", starts: Sequence[str] = ()) -> None:
         """What the page says of this run."""
@@ -175,6 +194,7 @@ class Session:
             "reset": reset,
             "mark": mark,
             "undo": self.ledger.can_undo,
+            "home": self._home is not None,
             "starts": list(starts),
         }
         page.show(self.robot.processes.folder, shown, self._starts(trial))

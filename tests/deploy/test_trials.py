@@ -7,22 +7,30 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from deployments import save_bundle, until
+from deployments import Deployment, save_bundle, until
 from processes import Forked
 from web_pages import Page
+from websockets.sync.client import connect
 
 from action_diffusion import cli, configuration
+from action_diffusion.deploy.arm.travel import PACE, STEP, way
+from action_diffusion.deploy.hardware.command import CommandLayout
+from action_diffusion.deploy.hardware.limits import RATES, Limits
+from action_diffusion.deploy.hardware.protocols import Group
+from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.rings import RingReader
 from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.operator import Mode, Order, Orders
 from action_diffusion.deploy.loop.trial_operator import TrialOperator
+from action_diffusion.deploy.trials import session
 from action_diffusion.deploy.trials.ledger import Ledger, Run
-from action_diffusion.deploy.trials.plan import planned, read_plan, shuffled, write_plan
+from action_diffusion.deploy.trials.plan import fingerprint, planned, read_plan, shuffled, write_plan
 from action_diffusion.deploy.trials.report import difference
 from action_diffusion.deploy.trials.session import run, together
 from action_diffusion.errors import InputError
@@ -64,11 +72,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("bundles", "trials"), [(1, 3), (2, 1), (2, 20), (2, 7), (3, 20), (5, 4)])
 def test_every_bundle_runs_once_from_each_start_and_as_often_first(bundles: int, trials: int) -> None:
-    orders = shuffled(bundles, trials, seed=3)
+    orders = shuffled(bundles, trials, 3)
     assert [sorted(order) for order in orders] == [list(range(bundles))] * trials
     places = np.array([np.bincount(place, minlength=bundles) for place in np.array(orders).T])
     assert places.max() - places.min() <= 1
-    assert orders == shuffled(bundles, trials, seed=3)
+    assert orders == shuffled(bundles, trials, 3)
 
 
 def test_the_order_is_random() -> None:
@@ -77,6 +85,20 @@ def test_the_order_is_random() -> None:
     alike = np.mean([one[i] == one[i + 1] for one in orders for i in range(19)])
     assert alike == pytest.approx(9 / 19, abs=0.06)  # a trial says nothing of the next one
     assert np.mean([one[0] == [0, 1] for one in orders]) == pytest.approx(0.5, abs=0.25)
+
+
+def test_a_bundle_is_known_by_all_that_is_in_it(tmp_path) -> None:
+    """Also one that is a single file, as ONNX is."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        (folder / "inside").mkdir(parents=True)
+        (folder / "inside" / "weights").write_bytes(b"1")
+    assert fingerprint(first) == fingerprint(second)
+    (second / "inside" / "weights").rename(second / "weights")
+    assert fingerprint(first) != fingerprint(second)
+    (tmp_path / "one.onnx").write_bytes(b"1")
+    (tmp_path / "two.onnx").write_bytes(b"2")
+    assert fingerprint(tmp_path / "one.onnx") != fingerprint(tmp_path / "two.onnx")
 
 
 # Sessions, on a clock that stands still while a policy thinks.
@@ -105,14 +127,17 @@ def test_trials_from_the_plan_to_the_report(two, tmp_path, capsys) -> None:
     assert found["verdict"] in after
 
 
-def test_a_start_is_the_same_for_all(two, tmp_path) -> None:
-    copy = tmp_path / "copy"
+def test_a_start_is_the_same_for_all(two, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    copy = tmp_path / "copy[red]"
     shutil.copytree(two[0], copy)
-    run(asked([two[0], copy], tmp_path / "out"), clock=VirtualClock())
+    config = asked(two, tmp_path / "out")
+    run(replace(config, bundles=[str(two[0]), str(copy)]), clock=VirtualClock())
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["bundles"][0]["scores"] == results["bundles"][1]["scores"]
     assert results["differences"][0]["p"] == 1
     assert results["differences"][0]["mean_interval"] is None
+    assert capsys.readouterr().out.count("[red]") == 2  # in the table, and in the verdict
 
 
 class Interrupting(VirtualClock):
@@ -146,6 +171,22 @@ def test_an_interrupted_session_goes_on(two, tmp_path, capsys) -> None:
     assert len(lines(folder)) == 6
 
 
+def test_trials_may_end_early(two, tmp_path) -> None:
+    folder = tmp_path / "out"
+    assert run(asked(two, folder), clock=Interrupting(52)) == 130  # in the fifth run of 12 steps
+    early = asked(two, folder, "trials=2")
+    assert run(early, clock=Interrupting(1)) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["trials"], results["planned"]) == (2, 3)
+    assert [one["n"] for one in results["bundles"]] == [2, 2]
+    assert "2 of 3 planned trials on sim_pusht" in Page(folder / "report.html").text
+    assert run(asked(two, folder), clock=VirtualClock()) == 0  # all, after all
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["trials"], results["planned"]) == (3, 3)
+    assert run(early, clock=Interrupting(1)) == 0  # runs of the third are there, and are not counted
+    assert [one["n"] for one in json.loads((folder / "results.json").read_text())["bundles"]] == [2, 2]
+
+
 def test_what_a_power_cut_left_is_made_once_more(two, tmp_path, capsys) -> None:
     folder = tmp_path / "out"
     run(asked(two, folder), clock=Interrupting(20))
@@ -157,7 +198,7 @@ def test_what_a_power_cut_left_is_made_once_more(two, tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_session_loses_no_run(two, tmp_path) -> None:
+def test_a_killed_session_loses_no_run(two, tmp_path, capsys) -> None:
     """In real time, on the simulator in processes of its own."""
     folder, listed = tmp_path / "out", f"bundles=[{two[0]},{two[1]}]"
     words = ["robot=sim_pusht", listed, "trials=3", "page=false", "device=cpu", f"output_dir={folder}"]
@@ -172,12 +213,14 @@ def test_a_killed_session_loses_no_run(two, tmp_path) -> None:
     assert made[: len(kept)] == kept
     assert [(one["trial"], one["place"]) for one in made] == [(t, p) for t in range(3) for p in range(2)]
     assert {one["mark"] for one in made} == {"measured"}
+    assert cli.main(["deploy", f"replay={folder / 'sessions' / '002'}"]) == 2
+    assert "is of trials, in which several policies ran: it cannot be replayed" in capsys.readouterr().err
 
 
 # Whoever marks.
 
 
-def operator(folder: Path, *said: Callable[[Orders], None]) -> TrialOperator:
+def operator(folder: Path, *said: Callable[[Orders], None]) -> tuple[TrialOperator, Orders]:
     """One whose person says these things one after the other, whenever they are waited for."""
     page, left = Orders(folder), list(said)
 
@@ -186,9 +229,7 @@ def operator(folder: Path, *said: Callable[[Orders], None]) -> TrialOperator:
             left.pop(0)(page)
         return True
 
-    made = TrialOperator(folder, idle=idle, say=lambda line: None)
-    made.page = page  # type: ignore[attr-defined]
-    return made
+    return TrialOperator(folder, idle=idle, say=lambda line: None), page
 
 
 def order(which: Order) -> Callable[[Orders], None]:
@@ -197,16 +238,17 @@ def order(which: Order) -> Callable[[Orders], None]:
 
 def test_only_start_and_undo_end_the_wait_before_a_run(tmp_path) -> None:
     others = [Order.SUCCESS, Order.FAILURE, Order.REDO, Order.PAUSE, Order.TAKE_OVER]
-    one = operator(tmp_path, *(order(which) for which in others), order(Order.START))
-    one.page.give(Order.UNDO)  # pressed before it was asked for
-    assert one.ready()
+    one, page = operator(tmp_path, *(order(which) for which in others), order(Order.START))
+    page.give(Order.UNDO)  # pressed before it was asked for
+    assert one.before() is Order.START
     assert one.mode is Mode.OVER
     one.begin()
     assert (one.mode, one.mark) == (Mode.POLICY, None)  # it has been started: it does not wait once more
 
 
-def test_undo_is_no_start(tmp_path) -> None:
-    assert not operator(tmp_path, order(Order.UNDO)).ready()
+@pytest.mark.parametrize("which", [Order.UNDO, Order.HOME])
+def test_what_else_may_be_wanted_before_a_run(tmp_path, which) -> None:
+    assert operator(tmp_path, order(which))[0].before() is which
 
 
 @pytest.mark.parametrize(
@@ -219,10 +261,10 @@ def test_undo_is_no_start(tmp_path) -> None:
     ],
 )
 def test_marks_while_it_runs_and_afterwards(tmp_path, said, mark, score) -> None:
-    one = operator(tmp_path, order(Order.START), order(Order.PAUSE), said)
+    one, page = operator(tmp_path, order(Order.START), order(Order.PAUSE), said)
     one.begin()
     assert one.wait(lambda: (None, False))
-    said(one.page)
+    said(page)
     assert not one.wait(lambda: (None, False))
     assert (one.mark, one.score) == (mark, score)
     one.end()
@@ -234,9 +276,9 @@ def test_marks_while_it_runs_and_afterwards(tmp_path, said, mark, score) -> None
 
 
 def test_nobody_takes_over(tmp_path) -> None:
-    one = operator(tmp_path)
+    one, page = operator(tmp_path)
     one.begin()
-    one.page.give(Order.TAKE_OVER)
+    page.give(Order.TAKE_OVER)
     assert one.wait(lambda: (None, False))
     assert one.mode is Mode.POLICY
 
@@ -244,8 +286,97 @@ def test_nobody_takes_over(tmp_path) -> None:
 def test_a_page_that_is_gone_ends_the_wait(tmp_path) -> None:
     Orders(tmp_path)
     with pytest.raises(InputError, match="the page is gone"):
-        TrialOperator(tmp_path, idle=lambda: False, say=print).ready()
+        TrialOperator(tmp_path, idle=lambda: False, say=print).before()
     assert RingReader(tmp_path / "modes").count == 2
+
+
+# A real arm, as far as anybody can tell: nothing measures how well it does.
+
+ARM = """\
+arm: {n_joints: 2}
+limits:
+  low: [-1.0, -1.0, 0.0]
+  high: [1.0, 1.0, 1.0]
+  velocity: [2.0, 2.0, .inf]
+  acceleration: [20.0, 20.0, .inf]
+  jerk: [400.0, 400.0, .inf]
+  max_step: [.inf, .inf, 1.0]
+observations: {state: [joints, gripper]}
+seconds: 600
+"""
+
+
+def test_the_way_back_is_slow_and_ends_at_rest() -> None:
+    layout = CommandLayout((Group(name="joints", size=2, kind="linear"), Group(name="gripper", size=1, kind="hold")))
+    rates = {name: np.full(3, value) for name, value in zip(RATES, (2.0, 20.0, 400.0), strict=True)}
+    limits = Limits(low=np.full(3, -1.0), high=np.full(3, 1.0), max_step=np.full(3, 0.3), **rates)
+    start, goal = np.array([0.8, -0.1, 1.0]), np.array([-0.2, 0.0, 0.0])
+    times, commands = way(layout, limits, start, goal)
+    assert commands[0] == pytest.approx(start)
+    assert commands[-1] == pytest.approx(goal)
+    assert times[-1] == pytest.approx(np.pi / 2 / (PACE[0] * 2.0), abs=STEP)  # 1 rad on half a cosine
+    assert np.abs(np.diff(commands[:, :2], axis=0)).max() <= PACE[0] * 2.0 * STEP * 1.001
+    assert commands[:5, 2] == pytest.approx([1.0, 0.7, 0.4, 0.1, 0.0])
+    assert way(layout, limits, goal, goal)[1] == pytest.approx(np.tile(goal, (2, 1)))
+
+
+@pytest.mark.slow
+def test_a_real_arm_is_reset_and_marked_by_a_person(tmp_path) -> None:
+    """By whoever is at the page: here a socket. The arm is brought back to where it stood, and the gripper opens."""
+    (tmp_path / "cell.yaml").write_text(ARM)
+    corners = np.array([[0.3, 0.3, 0.9], [0.8, 0.8, 1.0]])
+    made = {"state": fit(corners), "action": fit(corners)}
+    values: dict[str, Any] = {"normalizer": made, "env": None, "task": "arm", "action": ActionSpec(shape=(3,))}
+    seen = {"state": ObservationSpec(shape=(3,), source="state")}
+    paths = [
+        save_bundle(tmp_path / name, observations=seen, horizon=8 + 4 * (name == "beta"), **values)
+        for name in ("alpha", "beta")
+    ]
+    options = ("robot=ideal", f"hardware={tmp_path / 'cell.yaml'}", "trials=1", "safety.margin=5")
+    listed = f"[{paths[0]},{paths[1]}]"
+    one = Deployment(listed, tmp_path / "out", *options, command="evaluate")
+    try:
+        with connect(f"{one.url.replace('http', 'ws')}/live") as page:
+
+            def say(order: str, **more: object) -> None:
+                page.send(json.dumps({"order": order, **more}))
+
+            def asks(reset: str) -> bool:
+                said = json.loads(page.recv())
+                return said["mode"] == "RESET" and said["trial"]["home"] and said["trial"]["reset"] == reset
+
+            until(lambda: asks(session.NEW_START))
+            say("start")
+            until(lambda: one.steps.count > 5)
+            say("score", value=0.5)
+            until(lambda: asks(session.SAME_START))
+            assert np.abs(one.setpoints.latest().values["command"]).max() > 0.2
+            say("home")
+            until(lambda: np.abs(one.setpoints.latest().values["command"]).max() < 1e-6)
+            until(lambda: json.loads(page.recv())["mode"] == "OVER")
+            until(lambda: asks(session.SAME_START))
+            assert one.phase is Phase.STILL
+            say("start")
+            until(lambda: one.steps.count > 15)
+            say("failure")
+        assert one.process.wait(30) == 0
+    finally:
+        one.process.kill()
+        one.process.wait()
+    assert [(run["mark"], run["score"]) for run in lines(tmp_path / "out")] == [("partial", 0.5), ("failure", 0.0)]
+
+
+@pytest.mark.slow
+def test_nobody_can_mark_a_real_robot_s_runs_without_a_page(tmp_path) -> None:
+    """As where its extra is not installed."""
+    (tmp_path / "cell.yaml").write_text(ARM)
+    corners = np.array([[0.3, 0.3, 0.9], [0.8, 0.8, 1.0]])
+    values: dict[str, Any] = {"normalizer": {"state": fit(corners), "action": fit(corners)}, "env": None}
+    seen = {"state": ObservationSpec(shape=(3,), source="state")}
+    path = save_bundle(tmp_path / "alpha", observations=seen, action=ActionSpec(shape=(3,)), **values)
+    words = ["robot=ideal", f"hardware={tmp_path / 'cell.yaml'}", "trials=1"]
+    with pytest.raises(InputError, match="nobody can mark the runs of a real robot"):
+        run(asked([path], tmp_path / "out", *words))
 
 
 # The ledger.

@@ -220,6 +220,7 @@ ABOUT |= {
     "high": LIMITS["high"],
     "teleop": None,
     "parts": [[0], [1, 2]],
+    "trials": False,
 }
 
 
@@ -354,6 +355,8 @@ def read_to_the_end(page: ClientConnection) -> None:
         ("/live", "{}", 1008),
         ("/live", '{"order": "fly"}', 1008),
         ("/live", '{"order": ["pause"]}', 1008),
+        ("/live", '{"order": "redo"}', 1008),
+        ("/live", '{"order": "score", "value": 0.5}', 1008),
         ("/live", '{"order": "point"}', 1008),
         ("/live", '{"order": "point", "values": [1, 2]}', 1008),
         ("/live", '{"order": "point", "values": [1, 2, NaN]}', 1008),

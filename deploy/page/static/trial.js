@@ -19,6 +19,7 @@ export function openTrials(about, live) {
   $("value").oninput = () => { $("score").textContent = `Score ${Number($("value").value).toFixed(2)}`; };
   $("score").onclick = () => live.tell({ order: "score", value: Number($("value").value) });
   $("redo").onclick = () => live.tell({ order: "redo" });
+  $("home").onclick = () => live.tell({ order: "home" });
   $("undo").onclick = () => { $("once_more").hidden = false; };
   $("once_more").onclick = () => {
     $("once_more").hidden = true;
@@ -28,12 +29,14 @@ export function openTrials(about, live) {
   $("blink").onchange = () => $("cameras").classList.toggle("blink", $("blink").checked);
 }
 
-export function showTrial({ mode, trial }) {
+export function showTrial({ mode, trial, emergency }) {
   $("trial").hidden = !trial;
   if (!trial) return;
   say("number", `Trial ${trial.trial} of ${trial.trials}, run ${trial.run} of ${trial.runs}`);
   say("words", { RESET: trial.reset, MARK: trial.mark }[mode] ?? "");
   const resets = mode === "RESET";
+  $("home").hidden = !(resets && trial.home);
+  $("home").disabled = emergency;
   $("undo").hidden = !(resets && trial.undo);
   if (!resets) $("once_more").hidden = true;
   $("overlay").hidden = !(resets && trial.starts.length);
