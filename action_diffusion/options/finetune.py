@@ -101,7 +101,7 @@ class DppoOptions:
     """`method=dppo`, see `training.reward.methods.dppo`."""
 
     chunks: Annotated[int, Between(2, 1_000_000)] = 1024
-    trained: Annotated[int, Between(1, MOST_STEPS)] | None = None
+    trained: Annotated[int, Between(1, MOST_STEPS)] | None = 1
     frequencies: Annotated[int, Between(1, MOST_STEPS)] = 3
     own: Annotated[float, Between(0, 100)] = 3.0
     floor: Annotated[float, Above(0, 10)] = 0.01

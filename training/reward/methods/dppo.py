@@ -124,7 +124,7 @@ class Dppo(OnPolicy):
         *,
         seed: int = 0,
         chunks: int = 1024,
-        trained: int | None = None,
+        trained: int | None = 1,
         frequencies: int = 3,
         own: float = 3.0,
         floor: float = 0.01,
