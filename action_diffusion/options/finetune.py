@@ -103,8 +103,8 @@ class DppoOptions:
     chunks: Annotated[int, Between(2, 1_000_000)] = 1024
     trained: Annotated[int, Between(1, MOST_STEPS)] | None = 1
     frequencies: Annotated[int, Between(1, MOST_STEPS)] = 3
-    own: Annotated[float, Between(0, 100)] = 3.0
-    floor: Annotated[float, Above(0, 10)] = 0.01
+    own: Annotated[float, Between(0, 100)] = 1.0
+    floor: Annotated[float, Above(0, 10)] = 0.015
     clip: Annotated[float, Above(0, 1)] = 0.2
     denoising_discount: Annotated[float, Above(0, 1)] = 0.95
     gae: Annotated[float, Between(0, 1)] = 0.95
