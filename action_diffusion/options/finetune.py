@@ -102,18 +102,15 @@ class DppoOptions:
 
     chunks: Annotated[int, Between(2, 1_000_000)] = 1024
     trained: Annotated[int, Between(1, MOST_STEPS)] | None = None
-    frequencies: Annotated[int, Between(1, MOST_STEPS)] = 3
-    own: Annotated[float, Between(0, 100)] = 3.0
-    floor: Annotated[float, Above(0, 10)] = 0.01
-    clip: Annotated[float, Above(0, 1)] = 0.2
+    floor: Annotated[float, Above(0, 10)] = 0.03
+    clip: Annotated[float, Above(0, 1)] = 0.1
     denoising_discount: Annotated[float, Above(0, 1)] = 0.95
     gae: Annotated[float, Between(0, 1)] = 0.95
     epochs: Annotated[int, Between(1, 1000)] = 4
     batch_size: Annotated[int, Between(2, 65_536)] = 256
-    lr: Rate = 2e-6
+    lr: Rate = 1e-5
     critic_lr: Rate = 1e-3
-    most_kl: Annotated[float, Above(0, 1e6)] = 0.05
-    warmup: Annotated[int, Between(0, 1_000_000)] = 1
+    most_kl: Annotated[float, Above(0, 1e6)] = 0.02
     hidden: Layers = field(default_factory=lambda: [256, 256])
     octaves: Octaves = 4
 

@@ -50,7 +50,7 @@ LEARNT = (
     "policy.objective.terminal=terminal",
     "policy.objective.hidden=[128,128]",
     "policy.objective.octaves=0",
-    "policy.objective.temperature=0.25",
+    "policy.objective.temperature=0.2",
     "policy.objective.warmup=200",
     "train.max_steps=1500",
 )

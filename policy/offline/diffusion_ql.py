@@ -23,7 +23,6 @@ An episode that breaks off tells no target, since nobody saw what follows; one t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -38,9 +37,6 @@ from action_diffusion.policy.offline.critics import OfflineCritics
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Prefix, network_of
 from action_diffusion.policy.value.networks import Value
-
-MOST_WEIGHT = 100.0
-"""Of a chunk beside one of no advantage."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -85,8 +81,7 @@ class DiffusionQl(Denoising):
         return OfflineCritics(policy, value, usual=usual, clones=self.pessimism > 0)
 
     def weights(self, policy: Learner, condition: Tensor, x0: Tensor) -> Tensor | None:
-        """exp(A / (temperature · sd A)), at most `MOST_WEIGHT`, brought to 1 on average; None while the critics warm
-        up."""
+        """exp(A / (temperature · sd A)), brought to 1 on average; None while the critics warm up."""
         critics = policy.critics
         if self.temperature is None or not policy.training or not isinstance(critics, OfflineCritics):
             return None
@@ -96,9 +91,8 @@ class DiffusionQl(Denoising):
             condition, x0 = condition.float(), x0.float()
             advantage = critics.value(condition, executed(policy, x0)).amin(0) - critics.usual(condition)[0]
             spread = advantage.std(correction=0).clamp_min(1e-6)
-            weights: Tensor = (advantage / (self.temperature * spread)).clamp_max(math.log(MOST_WEIGHT)).exp()
-            result: Tensor = weights / weights.mean()
-            return result
+            weights: Tensor = len(advantage) * (advantage / (self.temperature * spread)).softmax(dim=0)
+            return weights
 
     def further_loss(
         self,
