@@ -45,8 +45,8 @@ class CriticMethod(Method):
         optimizer: str = "adam",
     ) -> None:
         super().__init__(policy, seed=seed, capacity=capacity)
-        self.shape = (self.spec.horizon, *self.spec.action.shape)
-        self.action_dim = self.spec.n_action_steps * self.spec.action.shape[0]
+        self.shape = self.spec.noise_shape
+        self.action_dim = self.spec.n_action_steps * self.spec.noise_shape[1]
         self.sizes: dict[str, Any] = {"condition_dim": condition_dim(policy), "hidden": hidden, "octaves": octaves}
         torch.manual_seed(seed)
         self.critic = Value(action_dim=self.action_dim, members=members, **self.sizes).to(self.device)

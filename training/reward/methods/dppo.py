@@ -99,7 +99,7 @@ class Dppo(OnPolicy):
         self.first = total - self.n_trained
         self.spreads = [move.spread for move in solver.moves]
         self.stds = [max(spread, floor) for spread in self.spreads[self.first :]]
-        self.shape = (self.spec.horizon, *self.spec.action.shape)
+        self.shape = self.spec.noise_shape
         torch.manual_seed(seed)
         dim = condition_dim(policy)
         self.value = Value(condition_dim=dim, hidden=hidden, octaves=octaves, members=1).to(self.device)

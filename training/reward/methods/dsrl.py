@@ -68,12 +68,12 @@ class Dsrl(OnPolicy):
         super().__init__(policy, seed=seed, chunks=chunks)
         require_steerable(policy, "dsrl")
         spec = self.spec
-        self.shape = (spec.horizon, *spec.action.shape)
+        self.shape = spec.noise_shape
         self.first = min(frequencies, spec.horizon)
         self.frequencies = Frequencies(spec.horizon, self.first)
         torch.manual_seed(seed)
         sizes: dict[str, Any] = {"condition_dim": condition_dim(policy), "hidden": hidden, "octaves": octaves}
-        dim = self.first * spec.action.shape[0]
+        dim = self.first * spec.noise_shape[1]
         self.actor = NoiseActor(dim=dim, bound=bound, deviation=deviation, **sizes).to(self.device)
         self.value = Value(members=1, **sizes).to(self.device)
         self.modules = {"actor": self.actor, "value": self.value}

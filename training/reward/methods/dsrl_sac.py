@@ -63,7 +63,7 @@ class DsrlSac(CriticMethod):
         require_steerable(policy, "dsrl_sac")
         self.first = min(frequencies, self.spec.horizon)
         self.frequencies = Frequencies(self.spec.horizon, self.first)
-        noise_dim = self.first * self.spec.action.shape[0]
+        noise_dim = self.first * self.spec.noise_shape[1]
         self.noise_critic = Value(action_dim=noise_dim, members=2, **self.sizes).to(self.device)
         self.actor = NoiseActor(dim=noise_dim, bound=bound, **self.sizes).to(self.device)
         self.temperature = torch.nn.ParameterDict({"log_alpha": torch.tensor(-3.0, device=self.device)})

@@ -56,7 +56,7 @@ class Idql(CriticMethod):
                 f"method.drawn={drawn}: noises are judged before they are denoised, which needs a sampler that draws "
                 "none in its steps: sampler.scheduler=ddim with sampler.eta=0, dpm_solver++ or flow"
             )
-        noise_dim = self.spec.horizon * self.spec.action.shape[0]
+        noise_dim = self.spec.horizon * self.spec.noise_shape[1]
         self.noise_critic = Value(action_dim=noise_dim, members=self.members, **self.sizes).to(self.device)
         self.modules["noise_critic"] = self.noise_critic
         if drawn:
