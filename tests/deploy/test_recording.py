@@ -97,7 +97,7 @@ def test_a_replay_computes_with_as_many_threads_as_the_run(bundle, tmp_path, cap
     """With others, sums are added up in another order and the last bits of a chunk are others."""
     before = torch.get_num_threads()
     try:
-        monkeypatch.setattr("action_diffusion.deploy.run.choose_threads", lambda _: torch.set_num_threads(3) or 3)
+        monkeypatch.setattr("action_diffusion.deploy.acting.choose_threads", lambda _: torch.set_num_threads(3) or 3)
         assert run(deploy(bundle, tmp_path, "page=false")) == 0
         torch.set_num_threads(1)
         code, out = replayed(capsys, f"replay={tmp_path}", f"bundle={bundle}", "device=cpu")
