@@ -107,7 +107,6 @@ def evaluate(config: Evaluate) -> None:
 
 
 def _check_bundle(config: Evaluate, path: Path) -> None:
-    require(path)
     read_spec(path)
     read_config(path)
     check_intending(config.intents, acting(path, config.extensions))
