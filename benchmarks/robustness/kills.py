@@ -11,6 +11,7 @@ after that, where the arm stopped before it or for nothing, or where a record do
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -193,8 +194,11 @@ def child_of(pid: int, module: str) -> int:
 
 
 def _children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for path in found for child in path.read_text().split()]
+    children: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended since
+            children += [int(child) for child in path.read_text().split()]
+    return children
 
 
 def _until(condition: Any, seconds: float) -> None:

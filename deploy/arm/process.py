@@ -78,7 +78,7 @@ def run(
             emergency=Moment(folder / "emergency"),
             ending=lambda: _why(ending),
         )
-        priority = prefer(PRIORITY, everything=True)  # of the driver too
+        priority = prefer(PRIORITY, everything=getattr(arm, "threaded", False))
         if priority == USUAL:
             print("arm: no right to a higher priority, so setpoints may be late: docs/deploy.md", file=sys.stderr)
         told = {"rate": arm.rate, "watchdog": arm.watchdog, "limits": combined.plain(), "priority": priority}

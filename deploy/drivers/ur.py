@@ -75,6 +75,9 @@ class UrArm:
         dry_run: connect, start the program and its watchdog, read, and send no setpoint.
     """
 
+    threaded = True
+    """The library has threads of its own, which have to run before others as well."""
+
     def __init__(
         self,
         *,

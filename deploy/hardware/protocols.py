@@ -81,6 +81,7 @@ class Arm(Protocol):
             and jerk, and a held one max_step (infinity for the other kind's). Otherwise the process refuses to start.
         watchdog: in one line, how the robot itself comes to a stop when our process dies. Empty: there is no such
             thing, and the process refuses to start.
+        threaded: optional; true where its library has threads of its own, which then run before others as well.
     """
 
     rate: float
