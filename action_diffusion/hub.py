@@ -261,6 +261,7 @@ def _fetch(reference: Reference, kind: Kind, sizes: Mapping[str, int], place: Pa
     with progress(f"downloading {reference}", sum(sizes.values())) as advance, ThreadPoolExecutor(AT_ONCE) as pool:
         for name, size in zip(sizes, pool.map(one, sizes), strict=True):
             if size != sizes[name]:
+                pool.shutdown(cancel_futures=True)  # nobody writes into it any more
                 remove(partial)
                 raise InputError(f"{reference}, {name}: {size:,} bytes came, of {sizes[name]:,} that are listed")
             advance(size)
