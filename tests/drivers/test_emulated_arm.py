@@ -126,14 +126,9 @@ def test_the_bring_up_of_the_docs_goes_through(tmp_path):
             (["dry_run=true", "seconds=1", "number=0", "distance=10"], "as in a dry run it should not"),
             (["seconds=1", "number=0", "distance=10", "speed=0.3"], "and went"),
         ):
-            for _ in range(3):  # in real time: on a busy machine setpoints are late, and refused
-                done = subprocess.run(
-                    bringup + words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
-                )
-                if done.returncode == 0:
-                    break
-            if done.returncode and "refused: stale" in done.stdout:
-                pytest.skip("this machine is too busy for setpoints in time")
+            done = subprocess.run(
+                bringup + words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+            )
             assert done.returncode == 0, done.stdout + done.stderr
             assert said in done.stdout
     finally:

@@ -254,8 +254,6 @@ def test_the_bring_up_of_the_docs_goes_through(tmp_path):
             (["number=5", "distance=0.1", "speed=0.1", "seconds=1"], "it was told to go 0.1"),
         ):
             done = subprocess.run(bringup + words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-            if "refused: stale" in done.stdout:
-                pytest.skip("this machine is too busy for setpoints in time")
             assert done.returncode == 0, done.stdout + done.stderr
             assert "RTDE watchdog" in done.stdout
             assert said in done.stdout
