@@ -31,6 +31,8 @@ from pathlib import Path
 
 import numpy as np
 
+from action_diffusion.deploy.ipc.processes import prefer
+from action_diffusion.deploy.sim.world import PRIORITY
 from action_diffusion.errors import InputError, unknown
 
 NAMES = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -407,6 +409,7 @@ def main(words: Sequence[str]) -> int:
         if not 0 <= share < 1:
             raise InputError(f"faults={options['faults']} must be a share of all packets, from 0 to below 1")
         with Bus(so101(), faults=share) as bus:
+            prefer(PRIORITY, everything=True)  # motors wait for no other program
             files(Path(options["folder"]), bus)
             print(f"an SO-101 on {bus.port}: robot=lerobot hardware={options['folder']}/cell.yaml", flush=True)
             with contextlib.suppress(KeyboardInterrupt):

@@ -33,6 +33,8 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from action_diffusion.deploy.ipc.processes import prefer
+from action_diffusion.deploy.sim.world import PRIORITY
 from action_diffusion.errors import InputError, unknown
 
 DASHBOARD, SCRIPTS, RTDE = 29999, (30001, 30002, 30003), 30004
@@ -476,6 +478,7 @@ def main(words: Sequence[str]) -> int:
             options[name] = value
         folder = Path(options["folder"])
         with Controller(options["host"], series=options["series"]):
+            prefer(PRIORITY, everything=True)  # a controller waits for no other program
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "cell.yaml").write_text(CELL.format(folder=folder, host=options["host"]), encoding="utf-8")
