@@ -27,6 +27,7 @@ import yaml
 from action_diffusion.deploy.arm.link import ArmLink
 from action_diffusion.deploy.arm.travel import STEP, travel
 from action_diffusion.deploy.ipc.channels import Phase
+from action_diffusion.deploy.ipc.processes import prefer
 from action_diffusion.deploy.ipc.rings import RingReader, Segments
 from action_diffusion.deploy.robot.cell import arm_setup, camera_setups, read_cell
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
@@ -34,6 +35,8 @@ from action_diffusion.errors import InputError, unknown
 
 OPTIONS: dict[str, Any] = {"robot": "", "hardware": "", "dry_run": False}
 OPTIONS |= {"seconds": 2.0, "number": None, "distance": 0.05, "speed": 0.1}
+PRIORITY = 30
+"""Waypoints wait for no other program: only for the arm's process, and an emulated arm."""
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -129,7 +132,11 @@ def motion(arm: ArmLink, number: int, distance: float, speed: float) -> tuple[np
 
 
 def move(arm: ArmLink, times: np.ndarray, commands: np.ndarray, number: int) -> tuple[list[str], np.ndarray]:
-    """Go through it, and rest. Returns what the arm's process did against it, and [n, 2]: sent and measured."""
+    """Go through it, and rest. Returns what the arm's process did against it, and [n, 2]: sent and measured.
+
+    From here on this process runs before others, where the system lets it.
+    """
+    prefer(PRIORITY)
     seen: list[tuple[float, float]] = []
     events = travel(arm, times, commands, lambda: seen.append(_sent_and_measured(arm, number)))
     return events, np.array(seen)

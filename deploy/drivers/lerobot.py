@@ -9,6 +9,7 @@ Nothing brakes, lets go, or notices. Two ways out, one of which is required:
 
 What lerobot leaves to its users on the bus, and this driver does:
 
+- A bus that did not answer when it was opened is opened again (`OPENINGS`): one lost byte would end it.
 - A state that did not arrive is asked for again, for as long as a loose cable may take (`PATIENCE`). Meanwhile the
   motors rest at their last goal, and the next one is a setpoint's step from there.
 - An answer that comes too late would pass for that to the next question, since packets have no numbers: what has come
@@ -52,6 +53,10 @@ TICK = 0.02
 """Dynamixel's unit of the bus watchdog (s)."""
 PATIENCE = 0.3
 """How long a state may fail to arrive (s)."""
+OPENINGS = 3
+"""How often a bus is opened until it answers."""
+READ_WAIT = 0.005
+"""How long one reading of a port waits for its bytes (s); their libraries ask again until their own time is over."""
 
 
 class LeRobotArm:
@@ -129,12 +134,12 @@ class LeRobotArm:
             if bus is None:
                 raise InputError("it has no bus that could be read without switching on its torque: no dry_run")
             self._robot = robot
-            bus.connect()
+            opened(robot, bus.connect)
         else:
             self._robot = robot
             if bus is not None and not _lacking(bus, "Torque_Enable", "Goal_Position"):
-                _stay(bus)
-            robot.connect(calibrate=False)
+                opened(robot, lambda: _stay(bus))
+            opened(robot, lambda: robot.connect(calibrate=False))
         if not robot.is_calibrated:
             raise InputError(f"it is not calibrated: lerobot-calibrate --robot.type={self._type} …")
         if self._ticks:
@@ -213,6 +218,28 @@ def _stay(bus: Any) -> None:
                 bus.write("Goal_Position", name, place, normalize=False, num_retry=2)
     finally:
         bus.disconnect(disable_torque=False)
+
+
+def opened(device: Any, connect: Callable[[], None]) -> None:
+    """`connect()`, up to `OPENINGS` times where the motors of a device of lerobot's do not answer as they should.
+
+    Whoever reads from its port sleeps from then on until bytes are there. Feetech's and Dynamixel's libraries ask
+    without waiting, over and over: in real time that keeps a core from the kernel's thread that brings the bytes.
+    """
+    port = getattr(getattr(device, "bus", None), "port_handler", None)
+    for left in reversed(range(OPENINGS)):
+        try:
+            connect()
+            break
+        except (ConnectionError, RuntimeError):  # nothing came; some of its motors did not answer
+            if not left or port is None:
+                raise
+            if port.is_open:
+                port.closePort()  # which is all: what the motors do stays as it is
+            time.sleep(PATIENCE)
+    serial = getattr(port, "ser", None)
+    if serial is not None and serial.is_open:
+        serial.timeout = READ_WAIT
 
 
 def answered(device: Any, ask: Callable[[], Any]) -> tuple[Any, float]:

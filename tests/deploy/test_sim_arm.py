@@ -35,6 +35,8 @@ CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
 STATES = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "robot0_joint_pos", "object")
 LAYOUT = CommandLayout(PandaArm.command)
 
+pytestmark = pytest.mark.alone
+
 
 def panda(*keys: str, **env: Any) -> ProcessRobot:
     task = RobotTask(env={"name": "lift", "absolute": True, **env}, cameras=keys)

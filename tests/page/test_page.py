@@ -387,12 +387,12 @@ def test_a_socket_that_brings_nonsense_is_closed(one_for_all, path, message, cod
 def test_points_that_flood_push_no_order_out_and_end_their_socket(served):
     orders = RingReader(served.segments.path / "orders")
     with (
-        connect(f"ws://127.0.0.1:{served.port}/live", proxy=None) as mine,
-        connect(f"ws://127.0.0.1:{served.port}/live", proxy=None) as flooding,
+        connect(f"ws://127.0.0.1:{served.port}/live", proxy=None, max_queue=None) as mine,
+        connect(f"ws://127.0.0.1:{served.port}/live", proxy=None, max_queue=None) as flooding,
     ):
         mine.send('{"order": "pause"}')
         with contextlib.suppress(ConnectionClosed):
-            for number in range(10**6):
+            for number in range(10_000):
                 flooding.send(f'{{"order": "point", "values": [0, 1, {number}]}}')
         with pytest.raises(ConnectionClosed, match="too many messages"):
             read_to_the_end(flooding)

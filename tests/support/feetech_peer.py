@@ -56,6 +56,7 @@ def drive(folder: Path) -> dict[str, Any]:
         motors[1].write(GOAL, (3000).to_bytes(2, "little"))  # an old goal, of a motor that is limp
         before = {number: motor.at for number, motor in motors.items()}
         arm = LeRobotArm(**settings, config=where)
+        bus.damage("lost")  # the first word of the first motor
         arm.connect()
         time.sleep(0.3)
         found["jump"] = [motors[number].at - at for number, at in before.items()]
@@ -83,7 +84,9 @@ def drive(folder: Path) -> dict[str, Any]:
                 found["damaged"].append(float(np.abs(arm.read().values["joints"] - place).max()))
 
         bus.damage("late", seconds=0.1)  # the state before a motion, which must not come after it
+        busy = time.thread_time()
         arm.read()
+        found["busy"] = time.thread_time() - busy
         with bus.lock:
             motors[4].at -= 100
             motors[4].write(TORQUE, b"\0")
@@ -93,6 +96,9 @@ def drive(folder: Path) -> dict[str, Any]:
             motors[1].at += 500  # somebody pushes it while it is stopped
         goals.clear()
         arm.stop()
+        until = time.monotonic() + 5
+        while not goals and time.monotonic() < until:
+            time.sleep(0.01)  # nothing answers it
         found["stop"] = goals.copy()
         bus.damage("out", seconds=1.5)
         found["gone"] = said(arm.read)
@@ -101,6 +107,7 @@ def drive(folder: Path) -> dict[str, Any]:
 
         time.sleep(1.5)
         leader = Leader(type="so101_leader", config=where)
+        bus.damage("wrong", there=True)
         leader.connect()
         bus.damage("wrong")
         target = leader.poll().target
@@ -158,6 +165,7 @@ def plug(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    sys.setswitchinterval(2e-4)  # the motors are a thread of this process, and have 35 ms to answer
     report: dict[str, Any] = {"version": importlib.metadata.version("lerobot")}
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         report |= {"so101": drive(Path(first)), "plugins": plug(Path(second))}

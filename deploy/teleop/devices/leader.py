@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from action_diffusion.deploy.drivers.lerobot import INSTALL, SIX, answered, configuration
+from action_diffusion.deploy.drivers.lerobot import INSTALL, SIX, answered, configuration, opened
 from action_diffusion.deploy.drivers.vendor import attempt, library, numbers, one_line
 from action_diffusion.deploy.teleop.devices.device import Signals
 from action_diffusion.errors import InputError
@@ -41,7 +41,7 @@ class Leader:
             if missing:
                 raise InputError(f"it has no {', '.join(missing)}; it has {', '.join(leader.action_features)}")
             self._leader = leader
-            leader.connect(calibrate=False)
+            opened(leader, lambda: leader.connect(calibrate=False))
             if not leader.is_calibrated:
                 raise InputError(f"it is not calibrated: lerobot-calibrate --teleop.type={self._type} …")
             self.poll()
