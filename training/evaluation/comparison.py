@@ -68,7 +68,7 @@ def _compared_scores(
     rows = [(str(seed), f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}") for seed, a, b in sorted(scores, key=_difference)]
     table = page.number_table(("seed", *names, f"{names[0]} minus {names[1]}"), rows)
     scatter = page.figure(
-        plots.plot_pairs(second["scores"], first["scores"], labels=names[::-1]).decode(), shape="square"
+        plots.plot_pairs(second["scores"], first["scores"], labels=names[::-1]).decode(), shape="broad"
     )
     return (
         f"{found['mean_difference']:+.3f}",
@@ -97,7 +97,7 @@ def _compared_errors(
     rows = [(name, *(f"{100 * value:.2f} %" for value in (a, b)), f"{100 * (a - b):+.2f} %") for name, a, b in ordered]
     table = page.number_table(("episode (hash)", *names, f"{names[0]} minus {names[1]}"), rows)
     scatter = plots.plot_error_pairs(second["episode_errors"], first["episode_errors"], labels=names[::-1])
-    pairs = page.figure(scatter.decode(), shape="square") + page.folded("Every episode, the largest loss first", table)
+    pairs = page.figure(scatter.decode(), shape="broad") + page.folded("Every episode, the largest loss first", table)
     return difference, cards, _PAIRED_ERRORS, "episodes", pairs
 
 

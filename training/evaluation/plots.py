@@ -106,8 +106,9 @@ def plot_scores(scores: Sequence[float]) -> bytes:
 
 
 def plot_pairs(first: Sequence[float], second: Sequence[float], *, labels: Sequence[str]) -> bytes:
-    """Scores in [0, 1] of two policies on the same starts, a point a start, above the line where `second` wins: SVG."""
-    return _pairs(np.asarray(first), np.asarray(second), (-0.02, 1.02), [f"score of {label}" for label in labels])
+    """Scores of two policies on the same starts, a point a start, above the line where `second` wins, and the
+    differences by size: SVG."""
+    return _pairs(np.asarray(first), np.asarray(second), [f"score of {label}" for label in labels], "starts")
 
 
 def plot_error_ahead(steps_ahead: Sequence[int], errors: Sequence[float], *, n_action_steps: int) -> bytes:
@@ -215,19 +216,30 @@ def plot_episode(
 
 def plot_error_pairs(first: Sequence[float], second: Sequence[float], *, labels: Sequence[str]) -> bytes:
     """Relative errors of two policies on the same episodes, a point an episode, below the line where `second` errs
-    less: SVG."""
-    most = 100 * max(*first, *second) * 1.05 or 1.0
+    less, and the differences by size: SVG."""
     x, y = (100 * np.asarray(values) for values in (first, second))
-    return _pairs(x, y, (0.0, most), [f"error of {label}, % of range" for label in labels])
+    return _pairs(x, y, [f"error of {label}, % of range" for label in labels], "episodes")
 
 
-def _pairs(x: np.ndarray, y: np.ndarray, limits: tuple[float, float], labels: Sequence[str]) -> bytes:
+def _pairs(x: np.ndarray, y: np.ndarray, labels: Sequence[str], what: str) -> bytes:
+    """On the left y over x [n], within the range of both; on the right y - x, the smallest first."""
+    low, high = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+    margin = 0.05 * (high - low) or 0.01
+    limits = (low - margin, high + margin)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.6, 4.4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(limits, limits, color=INK, linewidth=1.0, linestyle="--")
-        axes.scatter(x, y, s=16, color=FIRST, alpha=0.7)
-        axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel=labels[0], ylabel=labels[1])
+        figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(limits, limits, color=INK, linewidth=1.0, linestyle="--")
+        left.scatter(x, y, s=16, color=FIRST, alpha=0.7)
+        left.set(xlim=limits, ylim=limits, aspect="equal", xlabel=labels[0], ylabel=labels[1])
+        left.xaxis.set_major_locator(MaxNLocator(5))
+        differences = np.sort(y - x)
+        right.axhline(0.0, color=INK, linewidth=1.0)
+        right.bar(np.arange(1, len(differences) + 1), differences, width=0.8, color=FIRST)
+        right.axhline(float(differences.mean()), color=SECOND, linewidth=1.2, linestyle="--", label="mean")
+        right.legend(frameon=False)
+        right.set(xlabel=f"{what}, by difference", ylabel="difference: first minus second policy")
+        right.xaxis.set_major_locator(MaxNLocator(integer=True))
         return _svg(figure)
 
 
