@@ -49,7 +49,6 @@ th { font-weight: 500; }
 .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums; }
 .numbers th:first-child, .numbers td:first-child { text-align: left; min-width: 9em; }
 .broad svg { min-width: 620px; }
-.square svg { max-width: 480px; }
 .numbers td:not(:first-child) { white-space: nowrap; }
 .words td, .words th { overflow-wrap: break-word; }
 .verdict { font-weight: 600; border-left: 4px solid var(--first); padding: 2px 0 2px 12px; overflow-wrap: anywhere; }
@@ -73,7 +72,7 @@ def card(label: str, value: str, below: str) -> str:
 
 def figure(content: str, *, title: str = "", caption: str = "", shape: str = "") -> str:
     """A picture or video on a card, with a line above it and one below. shape: "broad" ones scroll where there is no
-    room, "square" ones are not as large as there is room."""
+    room."""
     above = f"<h3>{escape(title)}</h3>" if title else ""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     content = f'<div class="scroll {shape}">{content}</div>' if shape else content
