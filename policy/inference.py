@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,3 +47,22 @@ def choose_threads(policy: DiffusionPolicy | OnnxPolicy, *, rounds: int = 5) -> 
     chosen = most if together < 0.9 * alone else 1
     torch.set_num_threads(chosen)
     return chosen
+
+
+def choose_shared_threads(policies: Iterable[DiffusionPolicy | OnnxPolicy]) -> None:
+    """`choose_threads` for policies that compute by turns; of those by torch all get what one of them needs."""
+    by_torch = []
+    for policy in policies:
+        if isinstance(policy, OnnxPolicy):
+            policy.choose_threads()
+        else:
+            by_torch.append(policy)
+    if not by_torch:
+        return
+    import torch
+
+    most, chosen = torch.get_num_threads(), []
+    for policy in by_torch:
+        torch.set_num_threads(most)
+        chosen.append(choose_threads(policy))
+    torch.set_num_threads(max(chosen))

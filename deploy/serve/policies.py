@@ -38,11 +38,12 @@ def open_policy(config: Deploy) -> DeployedPolicy:
     return remote
 
 
-def open_local(config: Deploy | Serve, bundle: Path) -> DiffusionPolicy | OnnxPolicy:
-    """A bundle, or an ONNX file, as the configuration says how it is to compute. Raises `InputError`."""
+def open_local(config: Deploy | Serve, bundle: Path, *, verify: bool = False) -> DiffusionPolicy | OnnxPolicy:
+    """A bundle, or an ONNX file, as the configuration says how it is to compute; see `opening.load`."""
     policy = load(
         bundle,
         str(config.device),
+        verify=verify,
         sampler=vars(config.sampler),
         extensions=config.extensions,
         given={"intents": vars(config.intents)},

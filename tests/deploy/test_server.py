@@ -44,6 +44,7 @@ from action_diffusion.deploy.serve.session import EXTRAS, ClientSession
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.files import cache_folder
+from action_diffusion.options.commands import ONLY_SERVED
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.model.normalizer import fit
@@ -455,12 +456,13 @@ class Slow:
 
     def predict(self, obs: dict[str, np.ndarray], **_: Any) -> dict[str, np.ndarray]:
         self.calls += 1
+        n = len(obs["state"])
         time.sleep(0.05)
         if obs["state"].max() > 2000:
-            return {"action": np.full((1, TA, 2), np.nan), "action_pred": np.full((1, HORIZON, 2), np.nan)}
+            return {"action": np.full((n, TA, 2), np.nan), "action_pred": np.full((n, HORIZON, 2), np.nan)}
         if obs["state"].max() > 1000:
             raise RuntimeError("out of memory\nand more")
-        return {"action": np.zeros((1, TA, 2), np.float32), "action_pred": np.zeros((1, HORIZON, 2), np.float32)}
+        return {"action": np.zeros((n, TA, 2), np.float32), "action_pred": np.zeros((n, HORIZON, 2), np.float32)}
 
 
 @contextmanager
@@ -470,7 +472,7 @@ def serving_here(policy: Any, **options: Any) -> Iterator[int]:
     holder: list[Any] = []
 
     async def main() -> None:
-        server = PolicyServer(policy=policy, port=0, **options)
+        server = PolicyServer(policies={ONLY_SERVED: policy}, port=0, **options)
         holder.extend((server, asyncio.get_running_loop()))
         await server.serve(ports.put)
 
