@@ -183,7 +183,7 @@ class PolicySpec:
         ours, theirs = (_contract(spec) for spec in (self, other))
         for key in {**ours, **theirs}:
             if ours.get(key) != theirs.get(key):
-                return f"{key} is {_or_none(theirs.get(key))}, not {_or_none(ours.get(key))}"
+                return f"{key} is {shown(theirs.get(key) or 'none')}, not {shown(ours.get(key) or 'none')}"
         return ""
 
     def check(self, observations: Mapping[str, np.ndarray]) -> bool:
@@ -221,17 +221,13 @@ class PolicySpec:
 def _contract(spec: PolicySpec) -> dict[str, Any]:
     """What a caller depends on, by name."""
     parts = {f"observation {key}": value for key, value in spec.observations.items()} | {"action": spec.action}
-    sizes = ("n_obs_steps", "horizon", "n_action_steps", "control_rate", "noise_shape")
+    sizes = ("n_obs_steps", "horizon", "n_action_steps", "control_rate")
     named = {
         f"{name}, {field}": getattr(part, field, "")
         for name, part in parts.items()
         for field in ("shape", "dtype", "unit", "kind", "rotations")
     }
-    return {name: getattr(spec, name) for name in sizes} | named
-
-
-def _or_none(value: Any) -> str:
-    return "none" if value is None else shown(value) if value != "" else "without"
+    return {name: getattr(spec, name) for name in sizes} | named | {"noise_shape": spec.noise_shape}
 
 
 def action_span(spec: PolicySpec) -> np.ndarray:

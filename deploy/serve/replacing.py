@@ -56,8 +56,10 @@ class Replacing:
         except Exception as error:  # whatever a bundle can fail with: the old one goes on
             why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             self._say(f"{name}: {path} is not taken, the bundle before it goes on: {' '.join(why.split())}")
+            server.counted(name).replaced("refused")
             return
         self._seen[name] = there
+        server.counted(name).replaced("taken")
         self._tell(f"{name}: {path} has taken its place")
 
     def _tell(self, line: str) -> None:

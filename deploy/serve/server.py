@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from action_diffusion.deploy.serve.access import is_authorized, require_token
 from action_diffusion.deploy.serve.answering import warm_up
 from action_diffusion.deploy.serve.batching import Batcher, Gone, Turns
-from action_diffusion.deploy.serve.metrics import Metrics
+from action_diffusion.deploy.serve.metrics import BundleMetrics, Metrics
 from action_diffusion.deploy.serve.session import ClientSession
 from action_diffusion.deploy.serve.wire import pack, require, shortened, unpack
 from action_diffusion.errors import InputError
@@ -144,6 +144,9 @@ class PolicyServer:
     @property
     def specs(self) -> dict[str, PolicySpec]:
         return {name: served.batcher.policy.spec for name, served in self._served.items()}
+
+    def counted(self, name: str) -> BundleMetrics:
+        return self._served[name].counted
 
     def warm_up(self) -> None:
         """Choose threads and kernels, for every number of questions that may be answered together: takes seconds."""
