@@ -49,11 +49,12 @@ def choose_threads(policy: DiffusionPolicy | OnnxPolicy, *, rounds: int = 5) -> 
     return chosen
 
 
-def choose_shared_threads(policies: Iterable[DiffusionPolicy | OnnxPolicy]) -> None:
-    """`choose_threads` for policies that compute by turns; of those by torch all get what one of them needs."""
+def choose_shared_threads(policies: Iterable[DiffusionPolicy | OnnxPolicy], *, at_once: int = 1) -> None:
+    """`choose_threads` for policies of which so many compute at once; of those by torch all get what one needs."""
     by_torch = []
     for policy in policies:
         if isinstance(policy, OnnxPolicy):
+            policy.use(max(1, policy.threads // at_once))
             policy.choose_threads()
         else:
             by_torch.append(policy)
@@ -61,7 +62,7 @@ def choose_shared_threads(policies: Iterable[DiffusionPolicy | OnnxPolicy]) -> N
         return
     import torch
 
-    most, chosen = torch.get_num_threads(), []
+    most, chosen = max(1, torch.get_num_threads() // at_once), []
     for policy in by_torch:
         torch.set_num_threads(most)
         chosen.append(choose_threads(policy))

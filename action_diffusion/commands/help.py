@@ -67,7 +67,7 @@ action-diffusion serve bundle=DIR|bundles={…} [name=value …]     a policy se
   kill -USR1 PID                                                                     take bundles that have changed
 
 Clients: WebsocketClientPolicy of openpi-client, whose api_key is the token, and `action-diffusion deploy` (its option
-server). GET /healthz, /readyz and /metrics are for load balancers and Prometheus. Needs the extra [serve]. docs/server.md
+server). GET /healthz, /readyz, /metrics are for load balancers and Prometheus. Needs the extra [serve]. docs/server.md
 has the protocol, docs/fleet.md says how to serve many robots.
 """,
 }

@@ -258,6 +258,7 @@ class Serve:
     port: Port = 8000
     token_file: FilePath | None = None
     max_connections: Annotated[int, Between(1, 10_000)] = 16
+    copies: Annotated[int, Between(1, 64)] = 1
     max_batch: Annotated[int, Between(1, 256)] | None = None
     batch_wait_ms: Annotated[float, Between(0, 1000)] = 2.0
     max_message_mb: Annotated[float, Above(0, 4096)] = 16.0

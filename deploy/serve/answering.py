@@ -21,11 +21,12 @@ from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 if TYPE_CHECKING:
     from action_diffusion.policy.policy import DiffusionPolicy
 
+Policy: TypeAlias = "DiffusionPolicy | OnnxPolicy"
 Outcome: TypeAlias = "dict[str, Any] | Exception"
 """An answer, or why there is none."""
 
 
-def kind(policy: DiffusionPolicy | OnnxPolicy, question: Question) -> Hashable:
+def kind(policy: Policy, question: Question) -> Hashable:
     """Questions of one kind can be answered together: none then is answered in another way than it would be alone."""
     guidance = question.guidance
     if question.running is not None and not isinstance(policy, OnnxPolicy):
@@ -33,7 +34,7 @@ def kind(policy: DiffusionPolicy | OnnxPolicy, question: Question) -> Hashable:
     return question.noise is None, question.running is None, guidance
 
 
-def answers(policy: DiffusionPolicy | OnnxPolicy, questions: Sequence[Question]) -> list[Outcome]:
+def answers(policy: Policy, questions: Sequence[Question]) -> list[Outcome]:
     """To questions of one kind, in their order.
 
     An answer is float32 `actions` [Ta, A] in the data's units; where `whole` is asked for, `action_pred` [H, A] too,
@@ -52,7 +53,7 @@ def answers(policy: DiffusionPolicy | OnnxPolicy, questions: Sequence[Question])
     return [answers(policy, [question])[0] for question in questions]
 
 
-def warm_up(policy: DiffusionPolicy | OnnxPolicy, rows: int) -> frozenset[str]:
+def warm_up(policy: Policy, rows: int) -> frozenset[str]:
     """A call with so many rows of zeros, so that memory and kernels are there when clients ask; what it answered, by
     name."""
     shapes = {key: (rows, policy.spec.n_obs_steps, *value.shape) for key, value in policy.spec.observations.items()}
@@ -60,7 +61,7 @@ def warm_up(policy: DiffusionPolicy | OnnxPolicy, rows: int) -> frozenset[str]:
     return frozenset(policy.predict(zeros))
 
 
-def _together(policy: DiffusionPolicy | OnnxPolicy, questions: Sequence[Question]) -> list[Outcome]:
+def _together(policy: Policy, questions: Sequence[Question]) -> list[Outcome]:
     first = questions[0]
     obs = {key: np.concatenate([question.obs[key] for question in questions]) for key in first.obs}
     options: dict[str, Any] = {}

@@ -15,54 +15,64 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from action_diffusion.deploy.serve.answering import Outcome, answers, kind
+from action_diffusion.deploy.serve.answering import Outcome, Policy, answers, kind
 from action_diffusion.deploy.serve.session import Question
-
-if TYPE_CHECKING:
-    from action_diffusion.policy.policy import DiffusionPolicy
-    from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 
 Result = TypeVar("Result")
 
 
 class Turns:
-    """The one thread in which policies compute: those of a server, and what warms up a new one, take turns."""
+    """The threads in which policies compute. Whoever has a turn has one of them, number 0 to n - 1, to itself.
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
-        self._free = asyncio.Lock()  # first come, first served
-        self._began: float | None = None
+    Made, like all here, for one event loop.
+    """
 
-    async def __aenter__(self) -> Turns:
-        await self._free.acquire()
-        return self
+    def __init__(self, n: int = 1) -> None:
+        self.n = n
+        self._threads = ThreadPoolExecutor(max_workers=n, thread_name_prefix="policy")
+        self._free: asyncio.PriorityQueue[int] = asyncio.PriorityQueue()  # those who wait are first come, first served
+        self._began: dict[int, float] = {}
+        for number in range(n):
+            self._free.put_nowait(number)
 
-    async def __aexit__(self, *_: object) -> None:
-        self._free.release()
+    @property
+    def n_free(self) -> int:
+        return self._free.qsize()
 
-    async def compute(self, work: Callable[..., Result], *given: Any) -> Result:
-        """In the thread; for whoever has the turn."""
-        self._began = time.monotonic()
+    async def get(self) -> int:
+        """The number of a thread that is free, once there is one."""
+        return await self._free.get()
+
+    def give_back(self, number: int) -> None:
+        self._free.put_nowait(number)
+
+    async def compute(self, number: int, work: Callable[..., Result], *given: Any) -> Result:
+        """By whoever has this turn."""
+        self._began[number] = time.monotonic()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
         finally:
-            self._began = None
+            del self._began[number]
 
-    async def take(self, work: Callable[..., Result], *given: Any) -> Result:
-        """`compute`, once it is their turn."""
-        async with self:
-            return await self.compute(work, *given)
+    async def alone(self, work: Callable[..., Result], *given: Any) -> Result:
+        """With all turns: what runs then may change what other threads depend on, as captures of CUDA graphs do."""
+        numbers = [await self.get() for _ in range(self.n)]
+        try:
+            return await self.compute(numbers[0], work, *given)
+        finally:
+            for number in numbers:
+                self.give_back(number)
 
     @property
     def busy_seconds(self) -> float:
-        """How long the work that is under way has taken so far."""
-        began = self._began
-        return 0.0 if began is None else time.monotonic() - began
+        """How long the oldest work that is under way has taken so far."""
+        now = time.monotonic()
+        return max((now - began for began in self._began.values()), default=0.0)
 
     def close(self) -> None:
-        self._thread.shutdown()
+        self._threads.shutdown()
 
 
 class Gone(Exception):
@@ -86,9 +96,11 @@ class _Waiting:
 
 
 class Batcher:
-    """Answers what is asked of one policy, which may be replaced at any time by another that takes and gives the same.
+    """Answers what is asked of one policy.
 
     Args:
+        policies: the policy, and as many copies of it as there are turns. They may be replaced at any time by others
+            that take and give the same.
         most: questions that are answered together (>= 1).
         wait: seconds that the first of them waits for others (>= 0).
         n_clients: how many there are that could ask.
@@ -97,7 +109,7 @@ class Batcher:
 
     def __init__(
         self,
-        policy: DiffusionPolicy | OnnxPolicy,
+        policies: Sequence[Policy],
         turns: Turns,
         *,
         most: int,
@@ -105,11 +117,13 @@ class Batcher:
         n_clients: Callable[[], int],
         computed: Callable[[float, int], None],
     ) -> None:
-        self.policy = policy
-        self._computed = computed
-        self._turns, self._most, self._wait, self._n_clients = turns, most, wait, n_clients
+        self.policies = policies
+        self._turns, self._most, self._wait = turns, most, wait
+        self._n_clients, self._computed = n_clients, computed
         self._waiting: list[_Waiting] = []
         self._came = asyncio.Event()
+        self._choosing = asyncio.Lock()
+        self._n_computed = 0
 
     @property
     def n_waiting(self) -> int:
@@ -123,26 +137,43 @@ class Batcher:
         return await waiting.computed
 
     async def run(self) -> None:
-        """Answer until cancelled."""
+        """Answer until cancelled, in all threads that there are turns for."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._turns.n):
+                group.create_task(self._answer())
+
+    async def _answer(self) -> None:
         while True:
-            if not self._waiting:
-                self._came.clear()
-                await self._came.wait()
-            async with self._turns:
+            async with self._choosing:
+                while not self._waiting:
+                    self._came.clear()
+                    await self._came.wait()
                 await self._gather()
+                number = await self._turns.get()
                 batch = self._next()
+            try:
                 if batch:
-                    questions = [one.question for one in batch]
-                    began, seconds, outcomes = await self._turns.compute(_timed, self.policy, questions)
-                    self._computed(seconds, len(batch))
-                    for one, outcome in zip(batch, outcomes, strict=True):
-                        if not one.computed.done():  # it is there still
-                            one.computed.set_result(Computed(outcome, began, seconds))
+                    await self._compute(number, batch)
+            finally:
+                self._turns.give_back(number)
+
+    async def _compute(self, number: int, batch: Sequence[_Waiting]) -> None:
+        self._n_computed += len(batch)
+        try:
+            began, seconds, outcomes = await self._turns.compute(
+                number, _timed, self.policies[number], [one.question for one in batch]
+            )
+        finally:
+            self._n_computed -= len(batch)
+        self._computed(seconds, len(batch))
+        for one, outcome in zip(batch, outcomes, strict=True):
+            if not one.computed.done():  # it is there still
+                one.computed.set_result(Computed(outcome, began, seconds))
 
     async def _gather(self) -> None:
         """Wait for others, as long as there are some that may still ask."""
         end = self._waiting[0].came + self._wait
-        while len(self._waiting) < min(self._most, self._n_clients()):
+        while len(self._waiting) < min(self._most, self._n_clients() - self._n_computed):
             self._came.clear()
             try:
                 await asyncio.wait_for(self._came.wait(), end - time.perf_counter())
@@ -150,18 +181,21 @@ class Batcher:
                 return
 
     def _next(self) -> list[_Waiting]:
-        """The first that waits, with those of its kind; the others, in their order, wait on."""
+        """The first that waits, with those of its kind; the others, in their order, wait on, some of them for the
+        turns that are free beside this one."""
         for one in self._waiting:
             if one.gone() and not one.computed.done():
                 one.computed.set_exception(Gone())
         there = [one for one in self._waiting if not one.computed.done()]
-        kinds = [kind(self.policy, one.question) for one in there]
-        batch = [one for one, its in zip(there, kinds, strict=True) if its == kinds[0]][: self._most]
+        kinds = [kind(self.policies[0], one.question) for one in there]
+        alike = [one for one, its in zip(there, kinds, strict=True) if its == kinds[0]]
+        share = -(-len(alike) // (1 + self._turns.n_free))
+        batch = alike[: min(self._most, share)]
         self._waiting = [one for one in there if one not in batch]
         return batch
 
 
-def _timed(policy: DiffusionPolicy | OnnxPolicy, questions: Sequence[Question]) -> tuple[float, float, list[Outcome]]:
+def _timed(policy: Policy, questions: Sequence[Question]) -> tuple[float, float, list[Outcome]]:
     """When it began, the seconds that it took, and `answers`."""
     began = time.perf_counter()
     outcomes = answers(policy, questions)

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from action_diffusion.deploy.serve.access import read_token
-from action_diffusion.deploy.serve.policies import open_local
+from action_diffusion.deploy.serve.policies import open_copies
 from action_diffusion.deploy.serve.replacing import REPLACE, Replacing
 from action_diffusion.deploy.serve.server import PolicyServer
 from action_diffusion.options import Serve
@@ -60,7 +60,7 @@ def run(config: Serve) -> int:
     say = _once_each(lambda line: print(line, file=sys.stderr, flush=True))
     replacing = Replacing(config, say)
     server = PolicyServer(
-        policies={name: open_local(config, Path(path)) for name, path in config.named.items()},
+        policies={name: open_copies(config, Path(path)) for name, path in config.named.items()},
         host=config.host,
         port=config.port,
         token=token,

@@ -50,3 +50,8 @@ def open_local(config: Deploy | Serve, bundle: Path, *, verify: bool = False) ->
         **{name: getattr(config, name) for name in OPTIONS},
     )
     return policy if isinstance(policy, OnnxPolicy) else policy.requires_grad_(False)
+
+
+def open_copies(config: Serve, bundle: Path, *, verify: bool = False) -> list[DiffusionPolicy | OnnxPolicy]:
+    """`open_local`, so often as it is to compute at once: a policy has memory that two computations would both use."""
+    return [open_local(config, bundle, verify=verify and not i) for i in range(config.copies)]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from action_diffusion.deploy.serve.policies import open_local
+from action_diffusion.deploy.serve.policies import open_copies
 from action_diffusion.deploy.serve.server import PolicyServer
 from action_diffusion.errors import InputError
 from action_diffusion.options import Serve
@@ -51,8 +51,8 @@ class Replacing:
             if there == self._seen[name]:
                 self._tell(f"{name}: {path} has not changed")
                 return
-            policy = await asyncio.to_thread(open_local, self._config, path, verify=True)
-            await server.replace(name, policy)
+            policies = await asyncio.to_thread(open_copies, self._config, path, verify=True)
+            await server.replace(name, policies)
         except Exception as error:  # whatever a bundle can fail with: the old one goes on
             why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             self._say(f"{name}: {path} is not taken, the bundle before it goes on: {' '.join(why.split())}")

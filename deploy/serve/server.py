@@ -20,12 +20,12 @@ import functools
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from action_diffusion.deploy.serve.access import is_authorized, require_token
-from action_diffusion.deploy.serve.answering import warm_up
+from action_diffusion.deploy.serve.answering import Policy, warm_up
 from action_diffusion.deploy.serve.batching import Batcher, Gone, Turns
 from action_diffusion.deploy.serve.metrics import BundleMetrics, Metrics
 from action_diffusion.deploy.serve.session import ClientSession
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
     from websockets.http11 import Request, Response
 
-    from action_diffusion.policy.policy import DiffusionPolicy
-
-Policy: TypeAlias = "DiffusionPolicy | OnnxPolicy"
 SEND_SECONDS = 10.0
 """A client that takes an answer no faster than this is let go."""
 PING_SECONDS = 20.0
@@ -60,7 +57,7 @@ class _Served:
     def __init__(
         self,
         name: str,
-        policy: Policy,
+        policies: Sequence[Policy],
         turns: Turns,
         metrics: Metrics,
         new_session: Callable[[], ClientSession],
@@ -72,22 +69,26 @@ class _Served:
         self.new_session = new_session
         self.counted = metrics.of(name, lambda: self.n_connections, lambda: self.batcher.n_waiting)
         self.batcher = Batcher(
-            policy, turns, most=most, wait=wait, n_clients=lambda: self.n_connections, computed=self.counted.computed
+            policies, turns, most=most, wait=wait, n_clients=lambda: self.n_connections, computed=self.counted.computed
         )
-        self.answer_with(policy)
+        self.answer_with(policies)
 
-    def answer_with(self, policy: Policy) -> None:
+    def answer_with(self, policies: Sequence[Policy]) -> None:
         """From the next call on, and with its metadata for who comes from now on."""
-        self.batcher.policy = policy
-        self.metadata = pack({"policy": "action-diffusion", **policy.spec.to_json()})
+        self.batcher.policies = policies
+        self.metadata = pack({"policy": "action-diffusion", **self.spec.to_json()})
+
+    @property
+    def spec(self) -> PolicySpec:
+        return self.batcher.policies[0].spec
 
 
 class PolicyServer:
     """Answers clients until `stop`.
 
     Args:
-        policies: by the names that clients connect to, ws://HOST:PORT/NAME; the only one wherever they connect to, if
-            it is the `DEFAULT`.
+        policies: of each the copies that compute side by side, as many of all; by the names that clients connect to,
+            ws://HOST:PORT/NAME. The only one is had wherever they connect to, if it is `ONLY_SERVED`.
         token: that clients must show; required where `host` is not this machine alone.
         max_connections: more are turned away.
         max_message_bytes: of what a client sends; a larger message ends its connection.
@@ -101,7 +102,7 @@ class PolicyServer:
     def __init__(
         self,
         *,
-        policies: Mapping[str, Policy],
+        policies: Mapping[str, Sequence[Policy]],
         host: str = "127.0.0.1",
         port: int = 8000,
         token: str | None = None,
@@ -116,7 +117,7 @@ class PolicyServer:
         turned_down: Callable[[str], None] = lambda line: None,
     ) -> None:
         require_token(host, token, option="host", files="token_file")
-        needed = max(_message_bytes(policy) for policy in policies.values())
+        needed = max(_message_bytes(copies[0]) for copies in policies.values())
         if max_message_bytes < needed:
             raise InputError(
                 f"max_message_mb={max_message_bytes / 2**20:.2g} is too little: a history takes {needed / 2**20:.2g}"
@@ -126,15 +127,15 @@ class PolicyServer:
         self._say, self._answered, self._turned_down = say, answered, turned_down
         self._closed: type[Exception] = require("websockets.exceptions").ConnectionClosed
         self._stop = asyncio.Event()
-        self.metrics, self._turns = Metrics(), Turns()
+        self.metrics, self._turns = Metrics(), Turns(len(next(iter(policies.values()))))
         self._served = {
             name: _Served(
-                *(name, policy, self._turns, self.metrics),
-                functools.partial(ClientSession, spec=policy.spec, seed=seed, remember=remember),
+                *(name, copies, self._turns, self.metrics),
+                functools.partial(ClientSession, spec=copies[0].spec, seed=seed, remember=remember),
                 most=max_batch,
                 wait=batch_wait,
             )
-            for name, policy in policies.items()
+            for name, copies in policies.items()
         }
 
     @property
@@ -143,15 +144,15 @@ class PolicyServer:
 
     @property
     def specs(self) -> dict[str, PolicySpec]:
-        return {name: served.batcher.policy.spec for name, served in self._served.items()}
+        return {name: served.spec for name, served in self._served.items()}
 
     def counted(self, name: str) -> BundleMetrics:
         return self._served[name].counted
 
     def warm_up(self) -> None:
         """Choose threads and kernels, for every number of questions that may be answered together: takes seconds."""
-        policies = [served.batcher.policy for served in self._served.values()]
-        choose_shared_threads(policies)
+        policies = [policy for served in self._served.values() for policy in served.batcher.policies]
+        choose_shared_threads(policies, at_once=self._turns.n)
         for policy in policies:
             for rows in range(1, self._max_batch + 1):
                 warm_up(policy, rows)
@@ -160,21 +161,22 @@ class PolicyServer:
         """Let `serve` return; from its own event loop."""
         self._stop.set()
 
-    async def replace(self, name: str, policy: Policy) -> None:
-        """Answer with another policy from now on, in the midst of clients' episodes.
+    async def replace(self, name: str, policies: Sequence[Policy]) -> None:
+        """Answer with another policy from now on, in the midst of clients' episodes: as many copies as before.
 
         It is warmed up first, in turns with their questions. Raises `InputError` where clients could not go on with it,
         and then the old one stays.
         """
         served = self._served[name]
-        old = served.batcher.policy
-        check_replacement(old, policy)
-        said = [await self._turns.take(warm_up, one, 1) for one in (old, policy)]
+        old, new = served.batcher.policies[0], policies[0]
+        check_replacement(old, new)
+        said = [await self._turns.alone(warm_up, one, 1) for one in (old, new)]
         if said[0] != said[1]:
             raise InputError(f"it says {', '.join(sorted(said[1]))}, and clients may need {', '.join(sorted(said[0]))}")
-        for rows in range(2, self._max_batch + 1):
-            await self._turns.take(warm_up, policy, rows)
-        served.answer_with(policy)
+        for policy in policies:
+            for rows in range(1, self._max_batch + 1):
+                await self._turns.alone(warm_up, policy, rows)
+        served.answer_with(policies)
 
     async def serve(self, ready: Callable[[int], None]) -> None:
         """Serve until `stop`; `ready` is told the port once clients can connect.

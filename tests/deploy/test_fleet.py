@@ -46,7 +46,7 @@ from benchmarks.robustness import fleet
 
 TOKEN = "a-token-of-more-than-16-characters"
 NEARLY = 1e-2
-"""px: 1e-4 of what the actions reach, which a row's neighbours may change of it, by the order in which sums are rounded."""
+"""px: 1e-4 of what the actions reach. A row's neighbours change less of it: sums are rounded in another order."""
 PEER = cache_folder() / "peers" / "openpi-client" / "bin" / "python"
 needs_openpi = pytest.mark.skipif(not PEER.exists(), reason="no openpi-client: see test_server.py")
 needs_haproxy = pytest.mark.skipif(
@@ -179,11 +179,20 @@ class Watched:
         self.rows: list[int] = []
         self.free = threading.Event()
         self.free.set()
+        self._alone = threading.Lock()
 
     def predict(self, obs: dict[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
         self.rows.append(len(obs["state"]))
-        assert self.free.wait(20)
-        return self._policy.predict(obs, **options)
+        assert self._alone.acquire(blocking=False), "two calls at once"
+        try:
+            assert self.free.wait(20)
+            return self._policy.predict(obs, **options)
+        finally:
+            self._alone.release()
+
+
+def waiting(server: Any, n: int) -> bool:
+    return metric(server, "queue") == n
 
 
 def test_what_comes_while_the_policy_is_busy_is_answered_by_one_call(policy):
@@ -193,18 +202,39 @@ def test_what_comes_while_the_policy_is_busy_is_answered_by_one_call(policy):
         clients = [connection_to(port) for _ in range(6)]
         given = states(6)
         watched.free.clear()
-
-        def busy_with(waiting: int) -> bool:
-            return bool(watched.rows) and metric(server, "queue") == waiting
-
         for place, (client, state) in enumerate(zip(clients, given, strict=True)):
             client.send(wire.pack({"state": state}))
-            until(partial(busy_with, place))
+            until(lambda: watched.rows)
+            until(partial(waiting, server, place))
         watched.free.set()
         said = [wire.unpack(client.recv(timeout=20)) for client in clients]
         for client in clients:
             client.close()
     assert watched.rows == [1, 3, 2]
+    for answer, state in zip(said, given, strict=True):
+        chunk = wire.decode_array(answer["actions"], "")
+        np.testing.assert_allclose(chunk, expected([policy], state[None])[0], rtol=0, atol=NEARLY)
+
+
+def test_copies_share_what_waits_and_compute_side_by_side(policy):
+    """No copy has two calls at once, and each answers as the policy does."""
+    copies = [Watched(policy), Watched(policy)]
+    with serving_here(copies, batch_wait=0.0, max_batch=8, seed=7) as (server, port, _):
+        clients = [connection_to(port) for _ in range(8)]
+        for copy in copies:
+            copy.free.clear()
+        given = states(8)
+        for place, (client, state) in enumerate(zip(clients, given, strict=True)):
+            client.send(wire.pack({"state": state}))
+            until(lambda: [copy for copy in copies if copy.rows])
+            until(partial(waiting, server, max(0, place - 1)))
+        assert [copy.rows for copy in copies] == [[1], [1]]
+        for copy in copies:
+            copy.free.set()
+        said = [wire.unpack(client.recv(timeout=20)) for client in clients]
+        for client in clients:
+            client.close()
+    assert sum(sum(copy.rows) for copy in copies) == 8
     for answer, state in zip(said, given, strict=True):
         chunk = wire.decode_array(answer["actions"], "")
         np.testing.assert_allclose(chunk, expected([policy], state[None])[0], rtol=0, atol=NEARLY)
@@ -453,7 +483,7 @@ def test_no_question_is_lost_while_a_bundle_is_replaced(policy, other, folder):
         for thread in threads:
             thread.start()
         for one in (new, policy, new):
-            asyncio.run_coroutine_threadsafe(server.replace("a", one), loop).result(20)
+            asyncio.run_coroutine_threadsafe(server.replace("a", [one]), loop).result(20)
         over.set()
         for thread in threads:
             thread.join(20)
@@ -495,7 +525,7 @@ def test_what_extensions_say_stays(policy, tmp_path):
     add_guard(path)
     guarded = bundles.load(path, extensions=["guard"], precision="fp32")
     with serving_here(guarded, max_batch=1) as (server, _, loop):
-        waiting = asyncio.run_coroutine_threadsafe(server.replace("default", policy), loop)
+        waiting = asyncio.run_coroutine_threadsafe(server.replace("default", [policy]), loop)
         with pytest.raises(InputError, match=r"it says action, action_pred, and clients may need .*guard\.level"):
             waiting.result(20)
 

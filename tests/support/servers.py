@@ -92,10 +92,12 @@ def serving(bundle: Path | Mapping[str, Path], *options: str, **more: Any) -> It
 
 @contextmanager
 def serving_here(policy: Any, **options: Any) -> Iterator[tuple[PolicyServer, int, asyncio.AbstractEventLoop]]:
-    """A `PolicyServer` of one policy, or of several by name, in a thread; gives it, its port and its event loop."""
+    """A `PolicyServer` of a policy, a list of copies, or several by name, in a thread; with its port and its loop."""
     ports: queue.Queue[int] = queue.Queue()
     loops: list[asyncio.AbstractEventLoop] = []
-    server = PolicyServer(policies=policy if isinstance(policy, dict) else {ONLY_SERVED: policy}, port=0, **options)
+    policies = policy if isinstance(policy, dict) else {ONLY_SERVED: policy}
+    copies = {name: one if isinstance(one, list) else [one] for name, one in policies.items()}
+    server = PolicyServer(policies=copies, port=0, **options)
 
     async def main() -> None:
         loops.append(asyncio.get_running_loop())
