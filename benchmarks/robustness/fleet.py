@@ -3,14 +3,15 @@
     python -m benchmarks.robustness.fleet [bundle=DIR] [clients=64] [rate=2] [seconds=30] [copies=2] [robots=16]
 
 Load: `action-diffusion serve` in a process of its own, asked for whole histories, as `RemotePolicy` sends them, by one
-client and then by `clients`, `rate` times a second each, at moments of their own. How late an answer is counts from when
-it was due to be asked for. Bar: 99 % come within 50 ms more than 99 % of the one client's, and none is lost.
+client and then by `clients`, `rate` times a second each, at moments of their own. How late an answer is counts from
+when it was due to be asked for. Bar: 99 % come within 50 ms more than 99 % of the one client's, and none is lost.
 
 Failover: two servers behind haproxy, and `robots` times `RemotePolicy`, which ask `rate` times a second each, and again
 after a control step of 0.1 s where there was no answer. One server gets SIGKILL. Bar: each is answered within a second.
 
-output=FILE.json takes what was measured. Without bundle=, a small PushT policy from states, which is trained first (two minutes). robots=0: without the second
-part, which needs `apt-get install haproxy`. Exit code: 0, 1 where a bar is not reached, 2 for bad input.
+Without bundle=, a small PushT policy from states, which is trained first (two minutes). robots=0: without the second
+part, which needs `apt-get install haproxy`. output=FILE.json takes what was measured. Exit code: 0, 1 where a bar is
+not reached, 2 for bad input.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ FIRST_WAIT, MAX_WAIT = 0.1, 2.0
 """Seconds between two attempts to connect: doubled from the one to the other, each up to a quarter longer by chance."""
 MOST_SECONDS = 3600.0
 PING_SECONDS = 20.0
-STATUS = {401: "it asks for a token, and not for this one", 503: "it has as many connections as it takes"}
+STATUS = {
+    401: "it asks for a token, and not for this one",
+    503: "it has as many connections as it takes, or a proxy has no server",
+}
 
 
 class RemotePolicy:

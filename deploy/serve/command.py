@@ -59,6 +59,7 @@ def run(config: Serve) -> int:
     statistics = ServerStatistics()
     say = _once_each(lambda line: print(line, file=sys.stderr, flush=True))
     replacing = Replacing(config, say)
+    signal.signal(REPLACE, lambda *_: replacing.ask())  # until the event loop takes it over
     server = PolicyServer(
         policies={name: open_copies(config, Path(path)) for name, path in config.named.items()},
         host=config.host,

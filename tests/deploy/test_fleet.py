@@ -226,8 +226,10 @@ def test_copies_share_what_waits_and_compute_side_by_side(policy):
         given = states(8)
         for place, (client, state) in enumerate(zip(clients, given, strict=True)):
             client.send(wire.pack({"state": state}))
-            until(lambda: [copy for copy in copies if copy.rows])
-            until(partial(waiting, server, max(0, place - 1)))
+            if place < 2:
+                until(partial(len, copies[place].rows))
+            else:
+                until(partial(waiting, server, place - 1))
         assert [copy.rows for copy in copies] == [[1], [1]]
         for copy in copies:
             copy.free.set()
@@ -430,11 +432,11 @@ def test_a_bundle_is_replaced_in_the_midst_of_an_episode(folder):
     """History and noise go on, by the new weights; bundles that clients could not go on with are refused."""
     old = bundles.load(folder, precision="fp32")
     given = states(5)
-    with serving(folder, "max_batch=2") as server, server.connect() as connection:
-        connection.recv()
-        remote = RemotePolicy(server.url)
+    with serving({"push": folder, "other": folder.parent / ".bundle-1"}, "max_batch=2", "copies=2") as server:
+        connection, url = connection_to(server.port, "push"), f"{server.url}/push"
+        remote = RemotePolicy(url)
         said = [ask(connection, {"state": state})["actions"] for state in given[:2]]
-        replace(server, "has not changed")
+        assert replace(server, "push: ").endswith(f"  push: {folder} has not changed")
         save_verified(folder, 2)
         new = bundles.load(folder, precision="fp32")
         replace(server, "has taken its place")
@@ -444,7 +446,7 @@ def test_a_bundle_is_replaced_in_the_midst_of_an_episode(folder):
 
         (folder / "model.safetensors").write_bytes((folder.parent / ".bundle-1" / "model.safetensors").read_bytes())
         line = replace(server, "the golden input gives a chunk that differs by")
-        assert line.startswith(f"default: {folder} is not taken, the bundle before it goes on: {folder}: the golden")
+        assert line.startswith(f"push: {folder} is not taken, the bundle before it goes on: {folder}: the golden")
         save_verified(folder, 2, control_rate=20.0)
         assert replace(server, "is not taken").endswith("it is for other robots: control_rate is 20.0, not 10.0")
         shutil.rmtree(folder)
@@ -455,12 +457,12 @@ def test_a_bundle_is_replaced_in_the_midst_of_an_episode(folder):
         obs = {"state": states(TO)[None]}
         theirs, ours = (each.predict(obs, **noises())["action_pred"] for each in (remote, new))
         assert np.array_equal(theirs, ours)
-        again = RemotePolicy(server.url)
+        again = RemotePolicy(url)
         assert (again.spec, remote.spec) == (new.spec, old.spec)
         text = get(server.port, "metrics")
-        assert 'action_diffusion_replacements_total{bundle="default",kind="taken"} 1.0' in text
-        assert 'action_diffusion_replacements_total{bundle="default",kind="refused"} 3.0' in text
-        remote.close(), again.close()
+        assert 'action_diffusion_replacements_total{bundle="push",kind="taken"} 1.0' in text
+        assert 'action_diffusion_replacements_total{bundle="push",kind="refused"} 3.0' in text
+        remote.close(), again.close(), connection.close()
 
 
 def test_no_question_is_lost_while_a_bundle_is_replaced(policy, other, folder):
