@@ -233,8 +233,9 @@ class PolicyServer:
             response.headers["Content-Type"] = self.metrics.content_type
             return response
         if self._asked_for(request) is None:
-            has = f"this server has {', '.join(sorted(self._served))}: connect to ws://HOST:PORT/NAME"
-            return connection.respond(HTTPStatus.NOT_FOUND, f"no policy {shortened(path)}; {has}\n")
+            names = ", ".join(sorted(self._served))
+            line = f"no policy {shortened(path)}; this server has {names}: connect to ws://HOST:PORT/NAME"
+            return connection.respond(HTTPStatus.NOT_FOUND, f"{line}\n")
         if self.n_connections >= self._max_connections:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections\n")
         return None
