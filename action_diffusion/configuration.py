@@ -11,12 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_origin
 
+from antlr4 import CommonTokenStream, InputStream
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
+from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -108,11 +111,13 @@ def from_hub(name: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises `InputError` for what is not there.
     """
     inspected = name in ("bundle inspect", "bundle import", "bundle export")
-    policies = ("bundle", "compare", "init", "visited_by", *(("path", "in") if inspected else ()))
+    policies = ("bundle", "bundles", "compare", "init", "visited_by", *(("path", "in") if inspected else ()))
 
     def fetch(value: Any) -> Any:
         if isinstance(value, list):
             return [fetch(one) for one in value]
+        if isinstance(value, dict):
+            return {key: fetch(one) for key, one in value.items()}
         return str(hub.fetched(value, hub.POLICY)) if hub.is_reference(value) else value
 
     def pin(value: Any) -> Any:
@@ -223,10 +228,27 @@ def _parse(name: str, word: str) -> Override:
     elif value and value[0] != "[" and value != "null" and "${" not in value and _is_list(name, key):
         word = f"{key}=[{value}]"  # of one, or with commas
     try:
-        return OverridesParser.create().parse_override(word)
+        parsed = OverridesParser.create().parse_override(word)
     except (HydraException, ValueError) as error:  # ValueError: a number of thousands of digits
         word = word if len(word) < 200 else f"{word[:200]}…"
         raise InputError(f"{word!r} cannot be read ({_short(error)[:200]}): put quotes around its value") from None
+    _refuse_twice(key, word)
+    return parsed
+
+
+def _refuse_twice(key: str, word: str) -> None:
+    """`InputError` for a section { } in a well-formed `word` that names something twice: Hydra takes the last."""
+    if "{" not in word:
+        return
+    parser = OverrideParser(CommonTokenStream(OverrideLexer(InputStream(word))))
+    trees: list[Any] = [cast(Any, parser).override()]
+    for tree in trees:
+        trees.extend(getattr(tree, "children", None) or ())
+        if isinstance(tree, OverrideParser.DictContainerContext):
+            names = [pair.dictKey().getText() for pair in tree.dictKeyValuePair()]
+            for name in names:
+                if names.count(name) > 1:
+                    raise InputError(f"{key}: {name} is named twice")
 
 
 def _is_list(name: str, key: str) -> bool:

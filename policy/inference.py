@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,3 +47,23 @@ def choose_threads(policy: DiffusionPolicy | OnnxPolicy, *, rounds: int = 5) -> 
     chosen = most if together < 0.9 * alone else 1
     torch.set_num_threads(chosen)
     return chosen
+
+
+def choose_shared_threads(policies: Iterable[DiffusionPolicy | OnnxPolicy], *, at_once: int = 1) -> None:
+    """`choose_threads` for policies of which so many compute at once; of those by torch all get what one needs."""
+    by_torch = []
+    for policy in policies:
+        if isinstance(policy, OnnxPolicy):
+            policy.use(max(1, policy.threads // at_once))
+            policy.choose_threads()
+        else:
+            by_torch.append(policy)
+    if not by_torch:
+        return
+    import torch
+
+    most, chosen = max(1, torch.get_num_threads() // at_once), []
+    for policy in by_torch:
+        torch.set_num_threads(most)
+        chosen.append(choose_threads(policy))
+    torch.set_num_threads(max(chosen))

@@ -13,7 +13,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import KINDS, Environment, Rate, Steps, check_steps
 from action_diffusion.registry import check_required
 from action_diffusion.rotations import RotationColumns, check_rotations
-from action_diffusion.schema import Between, OneOf, Sized, check
+from action_diffusion.schema import Between, OneOf, Sized, check, shown
 
 FORMAT = 1
 IN_FRAME = "action_in_frame"
@@ -175,6 +175,17 @@ class PolicySpec:
                 raise InputError(f"{where}: no normaliser statistics for {key!r}; the bundle cannot be used without")
         return spec
 
+    def difference(self, other: PolicySpec) -> str:
+        """Whether callers of this policy can go on with `other`: "" if so, else what would be new to them, in words.
+
+        Weights, statistics, and where the data lay that a policy was trained on, may differ.
+        """
+        ours, theirs = (_contract(spec) for spec in (self, other))
+        for key in {**ours, **theirs}:
+            if ours.get(key) != theirs.get(key):
+                return f"{key} is {shown(theirs.get(key) or 'none')}, not {shown(ours.get(key) or 'none')}"
+        return ""
+
     def check(self, observations: Mapping[str, np.ndarray]) -> bool:
         """Refuse observations that differ from what was trained on; returns whether they have a batch axis.
 
@@ -205,6 +216,18 @@ class PolicySpec:
             if spec.kind == "state" and not np.isfinite(value).all():
                 raise InputError(f"observation {key!r} holds NaN or infinite values")
         return bool(batched)
+
+
+def _contract(spec: PolicySpec) -> dict[str, Any]:
+    """What a caller depends on, by name."""
+    parts = {f"observation {key}": value for key, value in spec.observations.items()} | {"action": spec.action}
+    sizes = ("n_obs_steps", "horizon", "n_action_steps", "control_rate")
+    named = {
+        f"{name}, {field}": getattr(part, field, "")
+        for name, part in parts.items()
+        for field in ("shape", "dtype", "unit", "kind", "rotations")
+    }
+    return {name: getattr(spec, name) for name in sizes} | named | {"noise_shape": spec.noise_shape}
 
 
 def action_span(spec: PolicySpec) -> np.ndarray:

@@ -59,13 +59,16 @@ action-diffusion deploy bundle=DIR|server=URL [name=value …]     run a bundle 
   action-diffusion deploy calibrate=true robot=ur hardware=cell.yaml [bundle=DIR]   how late cameras, arm, policy are
 """,
     "serve": """\
-action-diffusion serve bundle=DIR [name=value …]     a policy server: this machine thinks, the robot's machine moves
+action-diffusion serve bundle=DIR|bundles={…} [name=value …]     a policy server: this machine thinks, the robot's moves
 
   action-diffusion serve bundle=outputs/a/bundle                                     for clients on this machine
   action-diffusion serve bundle=outputs/a/bundle host=0.0.0.0 token_file=~/token   for others too
+  action-diffusion serve 'bundles={a: DIR, b: DIR}' max_connections=64               several, at ws://HOST:8000/a and /b
+  kill -USR1 PID                                                                     take bundles that have changed
 
 Clients: WebsocketClientPolicy of openpi-client, whose api_key is the token, and `action-diffusion deploy` (its option
-server). GET /healthz answers OK. Needs the extra [serve]; docs/server.md has the protocol.
+server). GET /healthz, /readyz, /metrics are for load balancers and Prometheus. Needs the extra [serve]. docs/server.md
+has the protocol, docs/fleet.md says how to serve many robots.
 """,
 }
 GROUPS = ("task", "encoder", "denoiser", "scheduler", "objective")

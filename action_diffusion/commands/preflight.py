@@ -170,12 +170,14 @@ def deploy(config: Deploy) -> None:
 
 
 def serve(config: Serve) -> None:
-    """The token and the bundle."""
+    """The token and the bundles."""
+    bundles = [Path(path) for path in config.named.values()]
     require_token(config.host, read_token(config.token_file), option="host", files="token_file")
-    read_spec(Path(config.bundle))
-    read_config(Path(config.bundle))
-    check_intending(config.intents, acting(Path(config.bundle), config.extensions))
-    check_sampler(Path(config.bundle), vars(config.sampler))
+    for bundle in bundles:
+        read_spec(bundle)
+        read_config(bundle)
+        check_intending(config.intents, acting(bundle, config.extensions))
+        check_sampler(bundle, vars(config.sampler))
 
 
 def collect(config: Collect) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated
 
@@ -27,7 +28,7 @@ from action_diffusion.options.words import (
     Seed,
     Share,
 )
-from action_diffusion.schema import Above, Between, FilePath, OneOf, Section, Sized
+from action_diffusion.schema import Above, Between, FilePath, Matching, OneOf, Section, Sized
 
 
 @dataclass(kw_only=True)
@@ -230,15 +231,36 @@ NOT_ON_ROBOT = ("compare", "n_episodes", "n_envs", "policy_batch", "n_videos", "
 """Options of `Evaluate` that mean something only with `robot`, and only without."""
 
 
+ONLY_SERVED = "default"
+"""The name of a policy that was given none."""
+ANSWERED = ("healthz", "readyz", "metrics")
+"""What a server answers at itself, beside its policies by name."""
+Served = Annotated[
+    dict[str, FilePath],
+    Matching(
+        f"1 to 64 policies by name, {{a: DIR, b: DIR}}, by letters, digits, - and _, and not {' or '.join(ANSWERED)}",
+        lambda bundles: (
+            0 < len(bundles) <= 64
+            and all(re.fullmatch(r"[\w-]{1,64}", name, re.ASCII) for name in bundles)
+            and not bundles.keys() & set(ANSWERED)
+        ),
+    ),
+]
+
+
 @dataclass(kw_only=True)
 class Serve:
     """`action-diffusion serve`."""
 
-    bundle: FilePath
+    bundle: FilePath | None = None
+    bundles: Served | None = None
     host: str = "127.0.0.1"
     port: Port = 8000
     token_file: FilePath | None = None
     max_connections: Annotated[int, Between(1, 10_000)] = 16
+    copies: Annotated[int, Between(1, 64)] = 1
+    max_batch: Annotated[int, Between(1, 256)] | None = None
+    batch_wait_ms: Annotated[float, Between(0, 1000)] = 2.0
     max_message_mb: Annotated[float, Above(0, 4096)] = 16.0
     extensions: Extensions | None = None
     intents: Intending = field(default_factory=Intending)
@@ -250,6 +272,22 @@ class Serve:
     compile: bool = False
     cuda_graph: bool = False
     sampler: AnySampler = field(default_factory=AnySampler)
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Paths by the names that clients ask for. Raises `InputError` for none, and for both ways to give them."""
+        if self.bundles is not None and self.bundle is not None:
+            raise InputError("bundle= and bundles= are both given: give one bundle, or several by name")
+        if self.bundles is not None:
+            return self.bundles
+        if self.bundle is None:
+            raise InputError("bundle is required: action-diffusion serve bundle=…, or bundles={a: DIR, b: DIR}")
+        return {ONLY_SERVED: self.bundle}
+
+    @property
+    def batch_of(self) -> int:
+        """The most questions that are answered together: each number of them is compiled on its own."""
+        return self.max_batch or (1 if self.compile else 8)
 
 
 COMMANDS: dict[str, type] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -185,15 +185,20 @@ def continued(
     """Options of `predict` for `obs` with which each row's chunk continues its running one, see `running_chunks`."""
     from action_diffusion.policy.rtc import continuing, running_chunks
 
-    running, delay = running_chunks(policy, obs, chunks, delays), max(delays)
-    how = asdict(guidance)
+    running = running_chunks(policy, obs, chunks, delays)
+    how = asdict(resolved(policy, max(delays), guidance))
     method = how.pop("method")
-    if method == "auto":
-        method = "trained" if 1 <= delay <= policy.max_delay else "guidance"
     if method != "guidance" and not policy.max_delay:
         raise InputError(f"rtc.method={method} needs a policy that was trained with policy.objective.max_delay above 0")
     options: dict[str, Any] = {} if method == "guidance" else {"prefix": running.prefix()}
     return options if method == "trained" else options | {"hooks": [continuing(policy, running, **how)]}
+
+
+def resolved(policy: DiffusionPolicy, delay: int, guidance: Guidance) -> Guidance:
+    """What `guidance` comes to for a chunk that is expected after `delay` steps: its method is not "auto"."""
+    if guidance.method != "auto":
+        return guidance
+    return replace(guidance, method="trained" if 1 <= delay <= policy.max_delay else "guidance")
 
 
 def predict_one(

@@ -35,18 +35,23 @@ if TYPE_CHECKING:
     from action_diffusion.policy.diffusion.sampler import Hook
     from action_diffusion.policy.sample import Prefix
 
+LOOK_SECONDS = 0.05
+"""So often it looks whether the connection is there still: when a question comes, another one is there already."""
 FIRST_WAIT, MAX_WAIT = 0.1, 2.0
 """Seconds between two attempts to connect: doubled from the one to the other, each up to a quarter longer by chance."""
 MOST_SECONDS = 3600.0
 PING_SECONDS = 20.0
-STATUS = {401: "it asks for a token, and not for this one", 503: "it has as many connections as it takes"}
+STATUS = {
+    401: "it asks for a token, and not for this one",
+    503: "it has as many connections as it takes, or a proxy has no server",
+}
 
 
 class RemotePolicy:
     """The policy behind `action-diffusion serve` at `url`; `spec` is its specification.
 
     Args:
-        url: ws://HOST:PORT, or wss:// through a proxy that encrypts.
+        url: ws://HOST:PORT, with /NAME for one of several policies; wss:// through a proxy that encrypts.
         token: what the server asks for.
         timeout: seconds that an answer, and a connection, may take (> 0).
         patience: seconds in which the first connection must come about.
@@ -170,7 +175,7 @@ class RemotePolicy:
             answer = connection.recv(timeout=self._timeout)
         except self._lost as error:
             reason = f"no answer in {self._timeout:g} s" if isinstance(error, TimeoutError) else _said(error)
-            self._drop(reason)
+            self._drop(connection, reason)
             raise Unavailable(f"lost {self._url}: {reason}") from None
         if isinstance(answer, str):
             if answer.startswith("refused: "):
@@ -212,20 +217,25 @@ class RemotePolicy:
         except InputError as error:
             raise Unavailable(f"{self._url}: generator: {_said(error)}") from None
 
-    def _drop(self, reason: str) -> None:
+    def _drop(self, connection: ClientConnection, reason: str) -> None:
         """Leave it to the other thread to connect again."""
-        self._say(f"lost {self._url}: {reason}; connecting again")
         with self._changed:
+            if self._connection is not connection:  # it was dropped already
+                return
             self._reason, self._connection = reason, None
             self._changed.notify_all()
+        self._say(f"lost {self._url}: {reason}; connecting again")
 
     def _keep(self) -> None:
         """Connect whenever there is no connection, until `close`."""
         wait = FIRST_WAIT
         current = self._connection
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._connection is None)
+            while not self._closing and (there := self._connection) is not None:
+                if there.close_code is not None:
+                    self._drop(there, "the connection ended")
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing or self._connection is None, LOOK_SECONDS)
             with contextlib.suppress(*self._lost):
                 if current is not None:
                     current.close()
@@ -246,8 +256,8 @@ class RemotePolicy:
         except (*self._lost, InputError) as error:
             self._reason = _said(error)
             return None
-        if spec != self.spec:
-            self._reason = "it serves another policy now"
+        if difference := self.spec.difference(spec):
+            self._reason = f"it serves another policy now: {difference}"
             connection.close()
             return None
         with self._changed:
@@ -316,8 +326,11 @@ def _spec(metadata: Mapping[str, Any], url: str) -> PolicySpec:
 
 def _said(error: Exception) -> str:
     """Why, in one line."""
+    response: Any = getattr(error, "response", None)
     status = _status(error)
     text = str(error) if status is None else STATUS.get(status, str(error))
+    if status == 404:  # the server says which policies it has
+        text = (response.body or b"").decode("utf-8", "replace")
     return shortened(text, 300) or type(error).__name__
 
 

@@ -9,20 +9,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
 from action_diffusion.deploy.serve.access import read_token
-from action_diffusion.deploy.serve.policies import open_local
+from action_diffusion.deploy.serve.policies import open_copies
+from action_diffusion.deploy.serve.replacing import REPLACE, Replacing
 from action_diffusion.deploy.serve.server import PolicyServer
 from action_diffusion.options import Serve
-from action_diffusion.policy.inference import choose_threads
-from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
-
-if TYPE_CHECKING:
-    from action_diffusion.policy.policy import DiffusionPolicy
 
 LINE_SECONDS = 60.0
 STATUS_SECONDS = 1.0
@@ -61,42 +56,55 @@ def run(config: Serve) -> int:
     other machines reach without a token, and a missing extra.
     """
     token = read_token(config.token_file)
-    policy = open_local(config, Path(config.bundle))
-    try:
-        asyncio.run(_serve(config, policy, token))
-    finally:
-        print("stopped")
-    return 0
-
-
-async def _serve(config: Serve, policy: DiffusionPolicy | OnnxPolicy, token: str | None) -> None:
     statistics = ServerStatistics()
+    say = _once_each(lambda line: print(line, file=sys.stderr, flush=True))
+    replacing = Replacing(config, say)
+    signal.signal(REPLACE, lambda *_: replacing.ask())  # until the event loop takes it over
     server = PolicyServer(
-        policy=policy,
+        policies={name: open_copies(config, Path(path)) for name, path in config.named.items()},
         host=config.host,
         port=config.port,
         token=token,
         max_connections=config.max_connections,
         max_message_bytes=int(config.max_message_mb * 2**20),
+        max_batch=config.batch_of,
+        batch_wait=config.batch_wait_ms / 1e3,
         seed=config.seed,
         remember=config.remember,
-        say=_once_each(lambda line: print(line, file=sys.stderr, flush=True)),
+        say=say,
         answered=statistics.answered,
         turned_down=statistics.turned_down,
     )
-    choose_threads(policy)  # before anyone waits
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
+    try:
+        asyncio.run(_serve(config, server, statistics, replacing, bool(token)))
+    finally:
+        print("stopped")
+    return 0
+
+
+async def _serve(
+    config: Serve, server: PolicyServer, statistics: ServerStatistics, replacing: Replacing, with_token: bool
+) -> None:
+    server.warm_up()  # before anyone waits
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, server.stop)
+    loop.add_signal_handler(REPLACE, replacing.ask)
 
     def ready(port: int) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
-        name = policy.spec.task or "a policy"
-        print(f"serving {name} at ws://{host}:{port}{' with a token' if token else ''}, Ctrl-C ends", flush=True)
+        for name, spec in server.specs.items():
+            where = f"ws://{host}:{port}{'' if config.bundles is None else f'/{name}'}"
+            print(
+                f"serving {spec.task or 'a policy'} at {where}{' with a token' if with_token else ''}, Ctrl-C ends",
+                flush=True,
+            )
 
-    reporting = asyncio.create_task(_report(statistics, server))
+    beside = [asyncio.create_task(_report(statistics, server)), asyncio.create_task(replacing.run(server))]
     try:
         await server.serve(ready)
     finally:
-        reporting.cancel()
+        for task in beside:
+            task.cancel()
 
 
 async def _report(statistics: ServerStatistics, server: PolicyServer) -> None:

@@ -38,14 +38,20 @@ def open_policy(config: Deploy) -> DeployedPolicy:
     return remote
 
 
-def open_local(config: Deploy | Serve, bundle: Path) -> DiffusionPolicy | OnnxPolicy:
-    """A bundle, or an ONNX file, as the configuration says how it is to compute. Raises `InputError`."""
+def open_local(config: Deploy | Serve, bundle: Path, *, verify: bool = False) -> DiffusionPolicy | OnnxPolicy:
+    """A bundle, or an ONNX file, as the configuration says how it is to compute; see `opening.load`."""
     policy = load(
         bundle,
         str(config.device),
+        verify=verify,
         sampler=vars(config.sampler),
         extensions=config.extensions,
         given={"intents": vars(config.intents)},
         **{name: getattr(config, name) for name in OPTIONS},
     )
     return policy if isinstance(policy, OnnxPolicy) else policy.requires_grad_(False)
+
+
+def open_copies(config: Serve, bundle: Path, *, verify: bool = False) -> list[DiffusionPolicy | OnnxPolicy]:
+    """`open_local`, so often as it is to compute at once: a policy has memory that two computations would both use."""
+    return [open_local(config, bundle, verify=verify and not i) for i in range(config.copies)]

@@ -16,22 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from action_diffusion.deploy.loop.prediction import METHODS, Guidance, continued
+from action_diffusion.deploy.loop.prediction import METHODS, Guidance
 from action_diffusion.deploy.serve.wire import EXTRA, decode_array, shortened
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy import noise
 from action_diffusion.policy.action_queue import MASKS
 from action_diffusion.policy.agent import Agent
-from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.policy.spec import PolicySpec
-
-if TYPE_CHECKING:
-    from action_diffusion.policy.policy import DiffusionPolicy
 
 EXTRAS = ("reset", "history", "noise", "generator", "running", "delay", "guidance")
 MAX_ROUNDS = 20
@@ -44,13 +40,20 @@ class Question:
     """What the policy is asked: histories key → [1, To, …], with whatever the message said about noise and guidance."""
 
     obs: dict[str, np.ndarray]
+    noise_generator: Any
+    generator: Any
+    """What draws the noise of the steps: of the episode, or as the message has it; the answer then has it too."""
+    returns_generator: bool = False
     noise: np.ndarray | None = None
-    generator: Any = None
     running: np.ndarray | None = None
     delay: int = 0
     guidance: Guidance = field(default_factory=Guidance)
     whole: bool = False
     """Whether the answer is to have the whole chunk as well."""
+
+    @property
+    def generators(self) -> tuple[Any, Any]:
+        return self.noise_generator, self.generator
 
 
 class ClientSession:
@@ -91,7 +94,9 @@ class ClientSession:
                 self._agent.reset()
             self._agent.observe(obs)
             obs = self._agent.history()
-        return Question({key: value[None] for key, value in obs.items()}, whole=bool(extra), **options)
+        options.setdefault("generator", self.generator)
+        rows = {key: value[None] for key, value in obs.items()}
+        return Question(rows, self.noise_generator, whole=bool(extra), **options)
 
     def _observations(self, message: Mapping[str, object], leading: tuple[int, ...]) -> dict[str, np.ndarray]:
         obs = {}
@@ -121,6 +126,7 @@ class ClientSession:
                 raise InputError(f"noise has shape {list(options['noise'].shape[1:])}, not {list(expected)}")
         if "generator" in extra:
             options["generator"] = _generator(decode_array(extra["generator"], "generator"))
+            options["returns_generator"] = True
         if "running" in extra:
             options["running"] = _finite(decode_array(extra["running"], "running"), "running")
             shape = options["running"].shape
@@ -131,33 +137,6 @@ class ClientSession:
         if "guidance" in extra:
             options["guidance"] = _guidance(extra["guidance"], horizon)
         return options
-
-    def answer(self, policy: DiffusionPolicy | OnnxPolicy, question: Question) -> dict[str, Any]:
-        """Float32 `actions` [Ta, A] in the data's units; where `whole` is asked for, `action_pred` [H, A] too, and
-        `notes` of extensions, name → number."""
-        generator = question.generator or self.generator
-        options: dict[str, Any] = {}
-        if question.running is not None:
-            if isinstance(policy, OnnxPolicy):
-                raise InputError("this server's policy is an ONNX file, which cannot continue a running chunk")
-            options = continued(policy, question.obs, [question.running], [question.delay], question.guidance)
-        predicted = policy.predict(
-            question.obs,
-            noise=question.noise,
-            noise_generator=[self.noise_generator],
-            generator=[generator],
-            **options,
-        )
-        if not np.isfinite(predicted["action_pred"]).all():
-            raise FloatingPointError("the predicted chunk holds NaN or infinity")
-        answer: dict[str, Any] = {"actions": predicted["action"][0]}
-        if question.whole:
-            answer["action_pred"] = predicted.pop("action_pred")[0]
-            del predicted["action"]
-            answer["notes"] = {name: float(note[0]) for name, note in predicted.items()}
-        if question.generator is not None:
-            answer["generator"] = noise.state_of(generator)
-        return answer
 
 
 def _extra(value: object) -> Mapping[str, object]:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import queue
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
@@ -30,16 +27,14 @@ import pytest
 from deployments import HORIZON, TA, TO, save_bundle, save_image_bundle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import Server, ask, serving, states
+from servers import Server, ask, connection_to, serving, serving_here, states
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
 
 from action_diffusion import cli
 from action_diffusion.deploy.serve import command as serve
 from action_diffusion.deploy.serve import wire
 from action_diffusion.deploy.serve.access import is_loopback, read_token
 from action_diffusion.deploy.serve.command import ServerStatistics
-from action_diffusion.deploy.serve.server import PolicyServer
 from action_diffusion.deploy.serve.session import EXTRAS, ClientSession
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
@@ -455,46 +450,20 @@ class Slow:
 
     def predict(self, obs: dict[str, np.ndarray], **_: Any) -> dict[str, np.ndarray]:
         self.calls += 1
+        n = len(obs["state"])
         time.sleep(0.05)
         if obs["state"].max() > 2000:
-            return {"action": np.full((1, TA, 2), np.nan), "action_pred": np.full((1, HORIZON, 2), np.nan)}
+            return {"action": np.full((n, TA, 2), np.nan), "action_pred": np.full((n, HORIZON, 2), np.nan)}
         if obs["state"].max() > 1000:
             raise RuntimeError("out of memory\nand more")
-        return {"action": np.zeros((1, TA, 2), np.float32), "action_pred": np.zeros((1, HORIZON, 2), np.float32)}
-
-
-@contextmanager
-def serving_here(policy: Any, **options: Any) -> Iterator[int]:
-    """A `PolicyServer` in a thread; gives its port."""
-    ports: queue.Queue[int] = queue.Queue()
-    holder: list[Any] = []
-
-    async def main() -> None:
-        server = PolicyServer(policy=policy, port=0, **options)
-        holder.extend((server, asyncio.get_running_loop()))
-        await server.serve(ports.put)
-
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
-    thread.start()
-    try:
-        yield ports.get(timeout=10)
-    finally:
-        holder[1].call_soon_threadsafe(holder[0].stop)
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-def connection_to(port: int) -> ClientConnection:
-    connection = connect(f"ws://127.0.0.1:{port}", compression=None, proxy=None).__enter__()
-    connection.recv()
-    return connection
+        return {"action": np.zeros((n, TA, 2), np.float32), "action_pred": np.zeros((n, HORIZON, 2), np.float32)}
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 def test_clients_take_turns_and_one_that_floods_waits_for_its_own(policy):
     """A client that sends fifty questions at once does not hold up one that asks properly."""
-    with serving_here(Slow()) as port:
+    with serving_here(Slow()) as (_, port, _):
         greedy, polite, silent = (connection_to(port) for _ in range(3))
         for _ in range(50):
             greedy.send(wire.pack({"state": GOOD}))
@@ -510,7 +479,7 @@ def test_clients_take_turns_and_one_that_floods_waits_for_its_own(policy):
 
 def test_what_a_client_asked_before_it_left_is_not_computed():
     slow = Slow()
-    with serving_here(slow) as port:
+    with serving_here(slow) as (_, port, _):
         busy = connection_to(port)
         busy.send(wire.pack({"state": GOOD}))
         for _ in range(5):
@@ -526,7 +495,7 @@ def test_what_a_client_asked_before_it_left_is_not_computed():
 def test_a_policy_that_fails_is_one_line_to_its_client_and_nothing_to_the_others():
     said: list[str] = []
     turned_down: list[str] = []
-    with serving_here(Slow(), say=said.append, turned_down=turned_down.append) as port:
+    with serving_here(Slow(), say=said.append, turned_down=turned_down.append) as (_, port, _):
         one, two = connection_to(port), connection_to(port)
         assert ask(one, {"state": GOOD + 1000}) == "failed: RuntimeError: out of memory and more"
         assert ask(two, {"state": GOOD})["actions"].shape == (TA, 2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import queue
 import re
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from processes import Forked
 from websockets.sync.client import ClientConnection, connect
 
 from action_diffusion.deploy.serve import wire
+from action_diffusion.deploy.serve.server import PolicyServer
+from action_diffusion.options.commands import ONLY_SERVED
 
 
 class Server:
@@ -23,13 +27,16 @@ class Server:
 
     def __init__(
         self,
-        bundle: Path,
+        bundle: Path | Mapping[str, Path],
         *options: str,
         env: dict[str, str] | None = None,
         host: str = "127.0.0.1",
         program: tuple[str, ...] = ("-m", "action_diffusion"),
     ) -> None:
-        words = [f"bundle={bundle}", "device=cpu", "seed=7", f"host={host}", *options]
+        named = bundle if isinstance(bundle, Mapping) else {}
+        several = ", ".join(f"{name}: {path}" for name, path in named.items())
+        given = f"bundles={{{several}}}" if named else f"bundle={bundle}"
+        words = [given, "device=cpu", "seed=7", f"host={host}", *options]
         if not any(word.startswith("port=") for word in options):
             words.append("port=0")
         self.process = Forked(
@@ -74,13 +81,43 @@ class Server:
 
 
 @contextmanager
-def serving(bundle: Path, *options: str, **more: Any) -> Iterator[Server]:
+def serving(bundle: Path | Mapping[str, Path], *options: str, **more: Any) -> Iterator[Server]:
     server = Server(bundle, *options, **more)
     try:
         assert server.port, server.lines
         yield server
     finally:
         server.end()
+
+
+@contextmanager
+def serving_here(policy: Any, **options: Any) -> Iterator[tuple[PolicyServer, int, asyncio.AbstractEventLoop]]:
+    """A `PolicyServer` of a policy, a list of copies, or several by name, in a thread; with its port and its loop."""
+    ports: queue.Queue[int] = queue.Queue()
+    loops: list[asyncio.AbstractEventLoop] = []
+    policies = policy if isinstance(policy, dict) else {ONLY_SERVED: policy}
+    copies = {name: one if isinstance(one, list) else [one] for name, one in policies.items()}
+    server = PolicyServer(policies=copies, port=0, **options)
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        await server.serve(ports.put)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    try:
+        yield server, ports.get(timeout=10), loops[0]
+    finally:
+        loops[0].call_soon_threadsafe(server.stop)
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def connection_to(port: int, name: str = "") -> ClientConnection:
+    """To the policy of this name, with its metadata received."""
+    connection = connect(f"ws://127.0.0.1:{port}/{name}", compression=None, proxy=None).__enter__()
+    connection.recv()
+    return connection
 
 
 def ask(connection: ClientConnection, message: Any) -> Any:
