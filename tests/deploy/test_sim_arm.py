@@ -35,8 +35,6 @@ CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
 STATES = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "robot0_joint_pos", "object")
 LAYOUT = CommandLayout(PandaArm.command)
 
-pytestmark = pytest.mark.alone
-
 
 def panda(*keys: str, **env: Any) -> ProcessRobot:
     task = RobotTask(env={"name": "lift", "absolute": True, **env}, cameras=keys)
@@ -76,6 +74,7 @@ def drive(robot: ProcessRobot, command: np.ndarray, n: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys, monkeypatch):
     """The benchmark's small form: a demonstration, two optimiser steps, one short episode each way."""
     small = {"train": ["train.batch_size=4", "policy.encoder.width=0.25", "policy.denoiser.channels=[16,32]"]}

@@ -23,7 +23,6 @@ from benchmarks.robustness.emulated import So101, Ur, run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.alone,
     pytest.mark.skipif(not (LEROBOT / "lerobot").exists(), reason="no lerobot: see test_lerobot.py"),
 ]
 
@@ -113,6 +112,7 @@ def test_random_faults_let_no_command_out_of_the_limits(so101):
         ur.controller.close()
 
 
+@pytest.mark.alone
 def test_the_bring_up_of_the_docs_goes_through(tmp_path):
     """docs/bringup.md, without an arm."""
     environment = os.environ | {"PYTHONPATH": str(LEROBOT)}

@@ -31,7 +31,6 @@ from action_diffusion.deploy.sim.feetech import (
 from action_diffusion.errors import InputError
 from action_diffusion.files import cache_folder
 
-pytestmark = pytest.mark.alone  # motors answer within a few ms
 PEERS = cache_folder() / "peers"
 NEW = PEERS / "lerobot-0.6.1"
 EXTRA = PEERS / "lerobot-drivers-0.6.1"

@@ -27,7 +27,6 @@ from action_diffusion.errors import InputError
 from benchmarks.robustness.emulated import HERE
 
 pytest.importorskip("rtde_control")
-pytestmark = pytest.mark.alone  # a controller hears of its host every few ms
 
 HOST = f"127.1.{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"
 """An address of this process' own, since the ports are fixed."""
@@ -234,6 +233,7 @@ def test_a_robot_that_is_not_ready_is_refused_in_one_line(controller):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_bring_up_of_the_docs_goes_through(tmp_path):
     """docs/bringup.md: the emulator in a process of its own, a look, and the first motion."""
     host = f"host={HOST}"
