@@ -88,9 +88,9 @@ def _run(words: Sequence[str]) -> int:
 
         return run(words[1:])
     if words[0] == "sweep":
-        from action_diffusion.commands.sweep import run
+        from action_diffusion.commands import sweep
 
-        return run(*_split(words[1:]))
+        return sweep.run(*_split(words[1:]))
     if words[0] == "info":
         from action_diffusion.commands.info import run
 

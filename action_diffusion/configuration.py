@@ -35,6 +35,9 @@ GROUPS = {
 }
 OPEN = re.compile(r"(policy|task)\.\w+\.|sampler\.|method\.")
 """Options of components, which need not stand in a file."""
+QUOTES = ("'", '"')
+BESIDE_QUOTES = r""",(?=(?:[^'"]|'[^']*'|"[^"]*")*$)"""
+"""Commas that part values."""
 TASK_KEYS = ("name", "control_rate", "n_obs_steps", "horizon", "n_action_steps", "action")
 
 ConfigStore.instance().store(group="train", name="defaults", node=TrainSettings)
@@ -110,9 +113,9 @@ def alternatives_in(name: str, word: str) -> Override:
     """
     key, equals, value = word.partition("=")
     typed = {FilePath, Address, AsTyped} & set(alternatives(hint_at(COMMANDS[name], key)))
-    if equals and typed and value[:1] not in ("", "'", '"', "[") and not re.match(r"[a-z]+\(", value):
-        parts = (part if part == "null" else quoted(part) for part in value.split(","))
-        word = f"{key}={','.join(parts)}"
+    if equals and value and typed and not re.match(r"\[|[a-z]+\(", value):
+        parts = re.split(BESIDE_QUOTES, value)
+        word = f"{key}={','.join(part if part == 'null' or part[:1] in QUOTES else quoted(part) for part in parts)}"
     return _parse(name, word, as_typed=False)
 
 

@@ -105,8 +105,10 @@ class Sweep:
     def run(self, settings: Mapping[str, str]) -> tuple[Run, dict[str, Any]]:
         """The run of these settings, and its configuration. Raises `InputError` where that cannot be.
 
-        Its name is made of the settings, and of a hash of the whole configuration: the same one is the same folder.
+        Its name is made of the settings, and of a hash of the whole configuration: the same one is the same folder,
+        in whatever order it is typed.
         """
+        settings = dict(sorted(settings.items(), key=lambda item: (item[0] == "seed", item[0])))
         words = self.words(settings)
         compose = composed if self.command == "train" else self._load
         config = compose(words, self.config_dir)
@@ -116,7 +118,7 @@ class Sweep:
         length: Any = config
         for part in self.kind.budget.split("."):
             length = length.get(part) if isinstance(length, Mapping) else None
-        return Run(dict(settings), f"{said[:_LONGEST]}{'-' * bool(said)}{digest}", length), config
+        return Run(settings, f"{said[:_LONGEST]}{'-' * bool(said)}{digest}", length), config
 
     def _load(self, words: Sequence[str], config_dir: str | None) -> dict[str, Any]:
         return load(self.command, words, config_dir)

@@ -117,7 +117,8 @@ def multirun(
     GlobalHydra.instance().clear()
     try:
         with initialize(config_path=None, job_name="sweep", version_base="1.3"):
-            GlobalHydra.instance().hydra.multirun(None, job, words, with_log_configuration=False)
+            hydra: Any = GlobalHydra.instance().hydra
+            hydra.multirun(None, job, words, with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_one_line(error)) from error
     except Exception as error:  # of the launcher: no connection, a job that Slurm refuses or kills
@@ -228,7 +229,7 @@ def _settle(launcher: str, folder: Path, jobs: set[str], *, cancel: bool) -> Non
         if launcher == "submitit":
             import submitit
 
-            followed = submitit.SlurmJob(folder / ".submitit" / "%j", job)
+            followed: Any = submitit.SlurmJob(folder / ".submitit" / "%j", job)
             followed.cancel(check=False) if cancel else followed.wait()
         else:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):

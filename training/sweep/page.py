@@ -67,7 +67,7 @@ def write(path: Path, sweep: Sweep, runs: Sequence[Done], groups: Sequence[Group
 
 def _said(sweep: Sweep) -> list[str]:
     """Its words, as one would read them."""
-    return [*(f"{name}=…" for name in sweep.names), *sweep.fixed]
+    return [*(f"{name}=…" for name in sorted(sweep.names)), *sweep.fixed]
 
 
 def _cards(runs: Sequence[Done], done: Sequence[Done], best: Group | None) -> Iterator[str]:
