@@ -7,6 +7,7 @@ with how to start it again and its process, JOB.state with its state, as sacct s
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -40,7 +41,8 @@ def start(name: str, env: dict[str, str]) -> None:
     (PLACE / f"{name}.state").write_text("RUNNING")
     words = [sys.executable, __file__, "--run", name]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(words, env=os.environ | env, start_new_session=True, **quiet)
+    ignore = functools.partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)  # it is not for the batch script
+    process = subprocess.Popen(words, env=os.environ | env, start_new_session=True, preexec_fn=ignore, **quiet)
     (PLACE / f"{name}.json").write_text(json.dumps({"env": env, "pid": process.pid}))
 
 
@@ -80,9 +82,16 @@ def scancel(words: list[str]) -> int:
     name, number = words[0], signal.SIGTERM
     if "--signal" in words:
         number = signal.Signals[words[words.index("--signal") + 1].removeprefix("SIG").join(("SIG", ""))]
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(json.loads((PLACE / f"{name}.json").read_text())["pid"], number)
+    for pid in below(json.loads((PLACE / f"{name}.json").read_text())["pid"]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
     return 0
+
+
+def below(pid: int) -> list[int]:
+    """A process and all that it started, as Slurm knows those of a job."""
+    started = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], stdout=subprocess.PIPE, text=True).stdout.split()
+    return [pid, *(one for child in started for one in below(int(child)))]
 
 
 def scontrol(words: list[str]) -> int:

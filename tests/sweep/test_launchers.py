@@ -53,12 +53,12 @@ def test_slurm_an_array_of_jobs_and_their_options(sweep, slurm):
         SHORT,
         "launcher=submitit",
         "hydra.launcher.partition=gpu",
-        "hydra.launcher.gpus_per_node=1",
+        "hydra.launcher.mem_gb=8",
     ]
     assert sweep(*words) == 1
     assert sweep.starts() == {"seed-0": 1, "seed-91": 1, "seed-1": 1}
     script = next(slurm.glob("*_0.sh")).read_text()
-    for option in ("--array=0-2%3", "--partition=gpu", "--gpus-per-node=1"):
+    for option in ("--array=0-2%3", "--partition=gpu", "--mem=8GB"):
         assert f"#SBATCH {option}" in script
     assert sweep(*words) == 1  # the failed one alone
     assert len(list(slurm.glob("*.json"))) == 4
@@ -67,20 +67,18 @@ def test_slurm_an_array_of_jobs_and_their_options(sweep, slurm):
 @pytest.mark.slow
 def test_slurm_a_job_that_is_preempted_goes_back_into_the_queue_and_goes_on(sweep, slurm):
     def preempt() -> None:
-        while not (waits := list(sweep.folder.glob("runs/seed-93-*/waits"))):
+        while not list(sweep.folder.glob("runs/seed-93-*/waits")):
             time.sleep(0.05)
-        (job,) = (file.stem for file in slurm.glob("*.json"))
-        subprocess.run(["scancel", job, "--signal", "SIGUSR2"], check=True)
-        assert waits
+        subprocess.run(["scancel", "1000_0", "--signal", "SIGUSR2"], check=True)
 
     thread = threading.Thread(target=preempt, daemon=True)
     thread.start()
-    assert sweep("seed=93", SHORT, "launcher=submitit") == 0
+    assert sweep("seed=93,0", SHORT, "launcher=submitit") == 0
     thread.join()
     run = sweep.run("seed-93")
     assert (run / "saved").exists()
     assert "resume=true" in (run / "log.txt").read_text().splitlines()[-1]
-    assert sweep.starts() == {"seed-93": 2}
+    assert sweep.starts() == {"seed-93": 2, "seed-0": 1}
 
 
 @pytest.mark.slow
