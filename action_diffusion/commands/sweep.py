@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,6 @@ DIR/summary.json, and DIR/runs/NAME as COMMAND leaves it, with log.txt. Exit cod
 TRIALS = 20
 """Of a sweeper that chooses, where nothing else is said."""
 _HYDRA = ("hydra.launcher.", "hydra.sweeper.")
-_CHECKS: dict[str, Callable[[Any], None]] = {
-    "train": preflight.train,
-    "finetune": preflight.finetune,
-    "evaluate": preflight.evaluate,
-}
 
 
 def run(words: Sequence[str] | None, config_dir: str | None) -> int:
@@ -91,7 +86,7 @@ def run(words: Sequence[str] | None, config_dir: str | None) -> int:
 def _sweep(
     sweep: grid.Sweep, runs: Sequence[grid.Run], root: Path, launcher: str, sweeper: str, options: Sequence[str]
 ) -> int:
-    done = [path.name for path in sorted((root / "runs").glob("*")) if finished(path, sweep.kind)]
+    done = [path.name for path in sorted((root / "runs").glob("*")) if finished(path)]
     waiting = [one for one in runs if one.name not in done]
     trials = 0 if runs else max(0, _trials(options) - len(done))
     count = len(waiting) or trials
@@ -138,8 +133,7 @@ def _checked(sweep: grid.Sweep, chooses: bool) -> list[grid.Run]:
         for settings in wanted:
             try:
                 run, config = sweep.run(settings)
-                typed = config if sweep.command == "train" else check(config, COMMANDS[sweep.command])
-                _CHECKS[sweep.command](typed)
+                _check(sweep.command, config)
             except InputError as error:
                 where = f" (of {summary.label(settings)})" if len(wanted) > 1 else ""
                 raise InputError(f"{error}{where}; no run was started") from None
@@ -149,6 +143,17 @@ def _checked(sweep: grid.Sweep, chooses: bool) -> list[grid.Run]:
             runs[run.name] = run
             advance(1)
     return list(runs.values())
+
+
+def _check(command: str, config: dict[str, Any]) -> None:
+    if command == "train":
+        return preflight.train(config)
+    typed: Any = check(config, COMMANDS[command])
+    if command == "finetune":
+        return preflight.finetune(typed)
+    if typed.robot is not None:
+        raise InputError("trials on a robot are no sweep: evaluate robot=… bundles=[A,B] compares policies, blinded")
+    return preflight.evaluate(typed)
 
 
 def _trials(options: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 PLACE = Path(os.environ["SLURM_STAND_IN"])
 
@@ -40,7 +41,7 @@ def start(name: str, env: dict[str, str]) -> None:
     """Run a job behind, and write its state when it ends, unless it was begun again meanwhile."""
     (PLACE / f"{name}.state").write_text("RUNNING")
     words = [sys.executable, __file__, "--run", name]
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     ignore = functools.partial(signal.signal, signal.SIGUSR2, signal.SIG_IGN)  # it is not for the batch script
     process = subprocess.Popen(words, env=os.environ | env, start_new_session=True, preexec_fn=ignore, **quiet)
     (PLACE / f"{name}.json").write_text(json.dumps({"env": env, "pid": process.pid}))

@@ -53,11 +53,12 @@ def test_more_values_are_added_to_what_is_there(sweep):
     assert len(summary(sweep.folder)["runs"]) == 3
 
 
-def test_a_run_whose_bundle_was_removed_is_not_finished(sweep):
-    assert sweep("seed=0,1", SHORT) == 0
+def test_a_run_whose_bundle_or_evaluation_was_removed_is_not_finished(sweep):
+    assert sweep("seed=0,1,2", SHORT) == 0
     (sweep.run("seed-1") / "bundle").rmdir()
-    assert sweep("seed=0,1", SHORT) == 0
-    assert sweep.starts() == {"seed-0": 1, "seed-1": 2}
+    (sweep.run("seed-2") / "evaluation" / "results.json").unlink()
+    assert sweep("seed=0,1,2", SHORT) == 0
+    assert sweep.starts() == {"seed-0": 1, "seed-1": 2, "seed-2": 2}
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, capsys):

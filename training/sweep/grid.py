@@ -33,13 +33,14 @@ _LONGEST = 80
 class Kind(NamedTuple):
     """What a command that can be swept leaves in its output folder; "" for what it does not.
 
-    results: of its evaluation. curves: numbers while it runs, a JSON object a line, over `clock`; budget: the option
-    that says where the clock ends. begun: what is there as soon as `resume=true` can go on with it. seeded: whether its
-    seed draws another policy, over which an interval is wanted (that of `evaluate` is its first start).
+    makes: one of these is there when it ends well. results: of its evaluation. curves: numbers while it runs, a JSON
+    object a line, over `clock`; budget: the option that says where the clock ends. begun: what is there as soon as
+    `resume=true` can go on with it. seeded: whether its seed draws another policy, over which an interval is wanted
+    (that of `evaluate` is its first start).
     """
 
+    makes: tuple[str, ...]
     results: str
-    bundle: str = ""
     curves: str = ""
     clock: str = "step"
     budget: str = ""
@@ -48,11 +49,11 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "train": Kind("evaluation/results.json", "bundle", "metrics.jsonl", "step", "train.max_steps", "config.yaml"),
+    "train": Kind(("bundle",), "evaluation/results.json", "metrics.jsonl", "step", "train.max_steps", "config.yaml"),
     "finetune": Kind(
-        "evaluation/results.json", "bundle", "progress.jsonl", "env_steps", "budget.env_steps", "checkpoint"
+        ("bundle",), "evaluation/results.json", "progress.jsonl", "env_steps", "budget.env_steps", "checkpoint"
     ),
-    "evaluate": Kind("results.json", seeded=False),
+    "evaluate": Kind(("results.json", "summary.json"), "results.json", seeded=False),
 }
 
 

@@ -71,7 +71,7 @@ class Job:
             settings = {key: value for key, _, value in words}
             run, _ = sweep.run(settings)
         folder = self.root / "runs" / run.name
-        if not finished(folder, sweep.kind):
+        if not finished(folder):
             self._do(sweep, run, folder)
         found = score(folder / sweep.kind.results)
         if found is None and not self.runs:
@@ -110,19 +110,20 @@ class Job:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
             code = _wait_for(command, log, self.cwd)
-        if code == 0 and finished_files(folder, kind):
-            return {"state": "finished", "reason": None}
+        made = [name for name in dict.fromkeys((*kind.makes, kind.results)) if (folder / name).exists()]
+        if code == 0 and set(made) & set(kind.makes):
+            return {"state": "finished", "reason": None, "made": made}
         reason = _reason(code, _since(folder / "log.txt", start))
         return {"state": "interrupted" if code == _INTERRUPTED else "failed", "reason": reason}
 
 
-def finished(folder: Path, kind: Kind) -> bool:
+def finished(folder: Path) -> bool:
     """Whether a run ended well, and what it made stands."""
-    return read_outcome(folder).get("state") == "finished" and finished_files(folder, kind)
-
-
-def finished_files(folder: Path, kind: Kind) -> bool:
-    return (folder / (kind.bundle or kind.results)).exists()
+    outcome = read_outcome(folder)
+    made = outcome.get("made")
+    if outcome.get("state") != "finished" or not isinstance(made, list):
+        return False
+    return all((folder / str(name)).exists() for name in made)
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:

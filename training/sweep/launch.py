@@ -95,8 +95,8 @@ def multirun(
 ) -> None:
     """Do `runs`, or so many trials that the sweeper chooses. options: of Hydra's (`hydra.launcher.…=`).
 
-    Raises `InputError` for options that a plugin does not take, and where it cannot start runs or follow them to their
-    end; runs that fail raise nothing.
+    Raises `InputError` for options that a plugin does not take, and where it cannot start runs; runs that fail raise
+    nothing, nor do jobs that Slurm loses, which a line on stderr tells.
     """
     chosen = {"launcher": plugin("launcher", launcher, LAUNCHERS), "sweeper": plugin("sweeper", sweeper, SWEEPERS)}
     folder = job.root / "hydra"
@@ -122,8 +122,10 @@ def multirun(
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_one_line(error)) from error
     except Exception as error:  # of the launcher: no connection, a job that Slurm refuses or kills
-        _settle(launcher, folder, _submitted(folder) - earlier, cancel=False)
-        raise InputError(f"launcher={launcher}: {_one_line(error)}") from error
+        if not (jobs := _submitted(folder) - earlier):
+            raise InputError(f"launcher={launcher}: {_one_line(error)}") from error
+        print(f"launcher={launcher}: {_one_line(error)}", file=sys.stderr)
+        _settle(launcher, folder, jobs, cancel=False)
     except BaseException:
         _settle(launcher, folder, _submitted(folder) - earlier, cancel=True)
         raise
@@ -137,7 +139,7 @@ def watching(root: Path, sweep: Sweep, runs: Sequence[Run], n_trials: int) -> It
     else n_trials are coming, whose names are found."""
     total = _UNITS * (len(runs) or n_trials)
     over = threading.Event()
-    ended = {folder.name for folder in _folders(root, runs) if finished(folder, sweep.kind)}
+    ended = {folder.name for folder in _folders(root, runs) if finished(folder)}
     first = _done(root, sweep, runs)
     before = {name: read_outcome(root / "runs" / name).get("seconds") for name in _names(root, runs)}
 
@@ -191,7 +193,7 @@ def _done(root: Path, sweep: Sweep, runs: Sequence[Run]) -> int:
     done = 0.0
     for folder in _folders(root, runs):
         length = lengths.get(folder.name)
-        if finished(folder, sweep.kind):
+        if finished(folder):
             done += 1
         elif length and sweep.kind.curves and (folder / sweep.kind.curves).exists():
             done += min(0.99, _clock(folder / sweep.kind.curves, sweep.kind.clock) / length)

@@ -89,7 +89,7 @@ def look(root: Path, sweep: Sweep, runs: Iterable[Run]) -> list[Done]:
         folder = root / "runs" / name
         outcome = read_outcome(folder)
         state = str(outcome.get("state", "stopped" if folder.exists() else "not started"))
-        if state == "finished" and not finished(folder, sweep.kind):
+        if state == "finished" and not finished(folder):
             state = "not started"  # somebody removed what it made
         done = state == "finished"
         settings = coming[name].settings if name in coming else outcome.get("settings", {})
