@@ -178,7 +178,9 @@ def _write(sweep: grid.Sweep, runs: Sequence[grid.Run], root: Path) -> list[summ
 
 
 def _print(found: Sequence[summary.Done]) -> None:
-    table = Table("run", "result", "95 % over starts", "state", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for head in ("run", "result", "95 % over starts", "state"):
+        table.add_column(head, overflow="fold")
     for one in found:
         result, interval = ("", None) if one.measured is None else (f"{one.measured.mean:.3f}", one.measured.interval)
         sure = "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"

@@ -14,7 +14,7 @@ from action_diffusion.statistics import signed
 from action_diffusion.training.evaluation import plots
 from action_diffusion.training.evaluation.report import points, read_metrics
 from action_diffusion.training.sweep.grid import Kind, Sweep, shortened
-from action_diffusion.training.sweep.summary import SCORE, Done, Group, differences, label
+from action_diffusion.training.sweep.summary import SCORE, Done, Group, differences, label, unquoted
 
 MOST_DRAWN = 8
 """Groups in a picture of curves."""
@@ -97,7 +97,7 @@ def _groups(groups: Sequence[Group], sweep: Sweep) -> Iterator[str]:
     heads = [*names.values(), "runs", _MEASURES[groups[0].measured.measure], "95 % over starts", "95 % over seeds"]
     rows = [
         (
-            *(group.settings.get(name, "") for name in names),
+            *(unquoted(group.settings.get(name, "")) for name in names),
             str(len(group.runs)),
             f"{group.measured.mean:.3f}",
             _between(group.over_starts),
@@ -164,7 +164,7 @@ def _runs(runs: Sequence[Done]) -> str:
     rows = []
     for run in runs:
         found = run.measured
-        row = [*(run.settings.get(name, "") for name in names)]
+        row = [*(unquoted(run.settings.get(name, "")) for name in names)]
         row += ["", ""] if found is None else [f"{found.mean:.3f}", _between(found.interval)]
         if simulated:
             rate = None if found is None else found.results.get("success_rate")

@@ -198,7 +198,12 @@ def summarise(sweep: Sweep, runs: Sequence[Done], groups: Sequence[Group]) -> di
 def label(settings: Mapping[str, str]) -> str:
     """Settings in a few words."""
     short = shortened(list(settings))
-    return " ".join(f"{short[name]}={value}" for name, value in settings.items()) or "all runs"
+    return " ".join(f"{short[name]}={unquoted(value)}" for name, value in settings.items()) or "all runs"
+
+
+def unquoted(value: str) -> str:
+    """A value as people read it."""
+    return value[1:-1] if value[:1] == value[-1:] == "'" and len(value) > 1 else value
 
 
 def _of_run(run: Done) -> dict[str, Any]:
