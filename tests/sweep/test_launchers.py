@@ -131,6 +131,13 @@ def test_optuna_chooses_the_better_values_and_again_nothing_is_started(sweep, ca
     assert f"0 runs to do, {len(finished)} finished already" in capsys.readouterr().err
 
 
+def test_optuna_where_every_run_fails_says_so(sweep, capsys):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    words = ["sweeper=optuna", "train.lr=interval(1e-5,1e-3)", "seed=91", SHORT, "hydra.sweeper.n_trials=2"]
+    assert sweep(*words) == 1
+    assert capsys.readouterr().out.count("failed: the loss is not finite") == 2
+
+
 def test_optuna_the_ends_of_a_range_are_checked_before_any_run_starts(sweep, capsys):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     words = ["sweeper=optuna", "train.lr=interval(-1,1)", "seed=0,1"]

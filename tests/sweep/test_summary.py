@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,12 @@ def test_errors_are_best_when_small_and_weighted_by_steps(tmp_path):
     for name, errors in {"a": [0.1, 0.2], "b": [0.2, 0.4]}.items():
         run = put(tmp_path, name, {"train.lr": name}, np.zeros(2))
         steps = [30, 10]
-        of_windows = {"task": "t", "episode_errors": errors, "episode_ids": ["x", "y"], "episode_steps": steps}
+        of_windows: dict[str, Any] = {
+            "task": "t",
+            "episode_errors": errors,
+            "episode_ids": ["x", "y"],
+            "episode_steps": steps,
+        }
         of_windows |= {"action_error_relative": float(np.average(errors, weights=steps))}
         (tmp_path / "runs" / run.name / "evaluation/results.json").write_text(json.dumps(of_windows))
     _, runs, groups = found(tmp_path)
@@ -101,12 +107,29 @@ def test_errors_are_best_when_small_and_weighted_by_steps(tmp_path):
     assert summary.differences(groups)[0]["over_starts"] == pytest.approx((0.1, 0.2))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "t"}', '{"task": "t", "scores": [1], "seeds": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"task": "t"}', '{"task": "t", "scores": [1], "seeds": []}'),
+        '{"task": "t", "scores": [NaN], "seeds": [1], "mean_score": 1}',
+        '{"task": "t", "scores": [1], "seeds": [1], "mean_score": 1, "mean_interval": 5}',
+        '{"task": "t", "scores": [1], "seeds": [1], "mean_score": 1, "success_rate": "all"}',
+    ],
+)
 def test_results_that_cannot_be_read_are_no_result(tmp_path, text):
     run = put(tmp_path, "a", {"seed": "0"}, np.zeros(2))
     (tmp_path / "runs" / run.name / "evaluation/results.json").write_text(text)
     _, runs, groups = found(tmp_path)
     assert (runs[0].state, runs[0].measured, groups) == ("finished", None, [])
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"state": "finished"}', '{"state": 1, "settings": 2, "seconds": "x"}'])
+def test_an_outcome_that_somebody_broke_is_none(tmp_path, text):
+    put(tmp_path, "a", {"seed": "0"}, np.zeros(2))
+    (tmp_path / "runs/a/run.json").write_text(text)
+    _, runs, groups = found(tmp_path)
+    assert [run.state for run in runs] == ["stopped"]
+    assert groups == []
 
 
 def test_the_page_names_what_failed_and_escapes_what_it_said(tmp_path, random):

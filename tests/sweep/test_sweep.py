@@ -156,6 +156,10 @@ def test_another_sweep_s_folder_is_refused(sweep, capsys):
         assert sweep(*words) == 2
         said = capsys.readouterr().err.splitlines()[-1]
         assert "holds another sweep (train" in said
+    for text in ("{", "[]", '{"command": 1, "shared": 2, "swept": [3]}'):
+        (sweep.folder / "sweep.json").write_text(text)
+        assert sweep("seed=0,1", SHORT) == 2
+        assert "give another output_dir" in capsys.readouterr().err
     sweep.folder = sweep.folder.parent / "else"
     sweep.folder.mkdir()
     (sweep.folder / "thesis.tex").touch()

@@ -184,8 +184,8 @@ def claim(folder: Path, sweep: Sweep) -> None:
             raise InputError(f"{file} cannot be read: give another output_dir") from None
         if there != about:
             was = there if isinstance(there, dict) else {}
-            words = [*was.get("shared", ()), *(f"{name}=…" for name in was.get("swept", ()))]
-            said = " ".join(map(str, [was.get("command"), *words]))
+            shared, swept = (value if isinstance(value, list) else [] for value in map(was.get, ("shared", "swept")))
+            said = " ".join(map(str, [was.get("command"), *shared, *(f"{name}=…" for name in swept)]))
             raise InputError(f"{folder} holds another sweep ({said}): give another output_dir")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something else than a sweep: give another output_dir")

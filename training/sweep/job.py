@@ -127,17 +127,18 @@ def finished(folder: Path) -> bool:
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """What `run.json` says; {} where there is none, or none that can be read."""
+    """What `run.json` says; {} where there is none, or none of ours."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if isinstance(found, dict):
+        ours = {"state": str, "settings": dict, "seconds": int | float}
+        if isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in ours.items()):
             return found
     return {}
 
 
 def score(results: Path) -> float | None:
     """Mean score, or less the mean action error where there is no simulator: more is better. None without results."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, AttributeError):
         found = json.loads(results.read_text(encoding="utf-8"))
         value = found.get("mean_score")
         if value is None and found.get("action_error_relative") is not None:

@@ -113,7 +113,7 @@ def multirun(
     words += [f"hydra.sweep.dir={quoted(str(folder))}", "hydra.sweep.subdir=."]
     words += [f"++{option}" for option in options]
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = _submitted(folder)
+    earlier, ended = _submitted(folder), _ended(job.root)
     GlobalHydra.instance().clear()
     try:
         with initialize(config_path=None, job_name="sweep", version_base="1.3"):
@@ -122,7 +122,8 @@ def multirun(
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_one_line(error)) from error
     except Exception as error:  # of the launcher: no connection, a job that Slurm refuses or kills
-        if not (jobs := _submitted(folder) - earlier):
+        jobs = _submitted(folder) - earlier
+        if not jobs and _ended(job.root) == ended:
             raise InputError(f"launcher={launcher}: {_one_line(error)}") from error
         print(f"launcher={launcher}: {_one_line(error)}", file=sys.stderr)
         _settle(launcher, folder, jobs, cancel=False)
@@ -217,6 +218,11 @@ def _installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def _ended(root: Path) -> dict[str, int]:
+    """When each run ended last."""
+    return {file.parent.name: file.stat().st_mtime_ns for file in (root / "runs").glob("*/run.json")}
 
 
 def _submitted(folder: Path) -> set[str]:

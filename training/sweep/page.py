@@ -158,7 +158,7 @@ def _runs(runs: Sequence[Done]) -> str:
     names = _names([run.settings for run in runs])
     measured = [run.measured for run in runs if run.measured is not None]
     measure = _MEASURES[measured[0].measure] if measured else "result"
-    simulated = any("success_rate" in one.results for one in measured)
+    simulated = any(one.success_rate is not None for one in measured)
     success = ["success", "95 % (Wilson)"] if simulated else []
     heads = [*names.values(), measure, "95 % over starts", *success, "minutes", "state", "folder"]
     rows = []
@@ -167,9 +167,8 @@ def _runs(runs: Sequence[Done]) -> str:
         row = [*(unquoted(run.settings.get(name, "")) for name in names)]
         row += ["", ""] if found is None else [f"{found.mean:.3f}", _between(found.interval)]
         if simulated:
-            rate = None if found is None else found.results.get("success_rate")
-            sure = None if found is None else found.results.get("success_interval")
-            row += ["", ""] if rate is None else [f"{rate:.2f}", _between(sure)]
+            rate = None if found is None else found.success_rate
+            row += ["", ""] if found is None or rate is None else [f"{rate:.2f}", _between(found.success_interval)]
         rows.append([*row, f"{run.seconds / 60:.1f}", run.state, f"runs/{run.name}"])
     return f'<div class="card scroll">{page.number_table(heads, rows)}</div>'
 

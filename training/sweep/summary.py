@@ -27,8 +27,8 @@ _UNITS = {SCORE: ("scores", "seeds"), ERROR: ("episode_errors", "episode_ids")}
 class Measured:
     """An evaluation, unit by unit: starts of a simulator, or held-out episodes.
 
-    measure: SCORE or ERROR. values: [N], of the units `ids`; weights: [N], of their mean. results: as they were
-    written.
+    measure: SCORE or ERROR. values: [N], of the units `ids`; weights: [N], of their mean. Intervals: as the evaluation
+    found them, over its units.
     """
 
     measure: str
@@ -36,15 +36,13 @@ class Measured:
     values: np.ndarray
     weights: np.ndarray
     ids: tuple[str, ...]
-    results: Mapping[str, Any]
+    interval: tuple[float, float] | None = None
+    success_rate: float | None = None
+    success_interval: tuple[float, float] | None = None
 
     @property
     def goodness(self) -> float:
         return self.mean if self.measure == SCORE else -self.mean
-
-    @property
-    def interval(self) -> list[float] | None:
-        return self.results.get("mean_interval" if self.measure == SCORE else f"{ERROR}_interval")
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,25 @@ def read(results: Path) -> Measured | None:
         if not (values.ndim == 1 and len(values) == len(weights) == len(found[ids]) > 0 and np.isfinite(values).all()):
             return None
         where = json.dumps(found.get("env") or found["task"], sort_keys=True)
-        return Measured(measure, float(found[measure]), values, weights, (where, *map(str, found[ids])), found)
+        rate = found.get("success_rate")
+        return Measured(
+            measure=measure,
+            mean=float(np.average(values, weights=weights)),
+            values=values,
+            weights=weights,
+            ids=(where, *map(str, found[ids])),
+            interval=_pair(found.get("mean_interval" if measure == SCORE else f"{ERROR}_interval")),
+            success_rate=None if rate is None else float(rate),
+            success_interval=_pair(found.get("success_interval")),
+        )
     return None
+
+
+def _pair(interval: Any) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    low, high = map(float, interval)
+    return (low, high) if np.isfinite([low, high]).all() else None
 
 
 def grouped(runs: Sequence[Done], *, seeded: bool) -> list[Group]:
@@ -143,7 +158,7 @@ def _group(settings: Mapping[str, str], found: Sequence[Done]) -> Group:
     values = np.mean([one.values for one in same], axis=0)
     mean = float(np.mean([one.mean for one in measured]))
     runs = {run.settings.get("seed", run.name): run for run in found}
-    return Group(settings, runs, Measured(first.measure, mean, values, first.weights, first.ids, {}))
+    return Group(settings, runs, Measured(first.measure, mean, values, first.weights, first.ids))
 
 
 def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -211,7 +226,7 @@ def _of_run(run: Done) -> dict[str, Any]:
     said |= {"reason": run.reason, "seconds": round(run.seconds, 1)}
     if (one := run.measured) is not None:
         said |= {one.measure: one.mean, "interval": one.interval, "n": len(one.values)}
-        said |= {key: one.results[key] for key in ("success_rate", "success_interval") if key in one.results}
+        said |= {"success_rate": one.success_rate, "success_interval": one.success_interval}
     return said
 
 
