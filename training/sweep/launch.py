@@ -100,18 +100,12 @@ def multirun(
     """
     chosen = {"launcher": plugin("launcher", launcher, LAUNCHERS), "sweeper": plugin("sweeper", sweeper, SWEEPERS)}
     folder = job.root / "hydra"
-    words = [f"hydra/{part}={one.name}" for part, one in chosen.items()]
-    words += [f"++hydra.{part}.{key}={value}" for part, one in chosen.items() for key, value in one.defaults.items()]
-    if launcher == "submitit_local" and sweeper == "grid":
-        words.append(f"++hydra.sweeper.max_batch_size={cores()}")  # it starts all of a batch at once
-    if sweeper == "optuna":
-        words += [f"++hydra.sweeper.n_trials={n_trials}", f"++hydra.sweeper.storage={quoted(_storage(folder))}"]
-        words += [f"++{axis.input_line}" for axis in sweep.axes]
-    else:
+    words = [*_asked(chosen, folder), *(f"++{option}" for option in options)]
+    if sweeper == "grid":
         words.append(f"++run={','.join(quoted(run.name) for run in runs)}")
-    words += ["hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.output_subdir=null"]
-    words += [f"hydra.sweep.dir={quoted(str(folder))}", "hydra.sweep.subdir=."]
-    words += [f"++{option}" for option in options]
+    else:
+        os.environ.setdefault("SQLALCHEMY_SILENCE_UBER_WARNING", "1")  # that optuna 2 is not for SQLAlchemy 2
+        words += [f"++hydra.sweeper.n_trials={n_trials}", *(f"++{axis.input_line}" for axis in sweep.axes)]
     folder.mkdir(parents=True, exist_ok=True)
     earlier, ended = _submitted(folder), _ended(job.root)
     GlobalHydra.instance().clear()
@@ -123,15 +117,30 @@ def multirun(
         raise InputError(_one_line(error)) from error
     except Exception as error:  # of the launcher: no connection, a job that Slurm refuses or kills
         jobs = _submitted(folder) - earlier
+        said = f"{f'launcher={launcher}' if sweeper == 'grid' else f'sweeper={sweeper}'}: {_one_line(error)}"
         if not jobs and _ended(job.root) == ended:
-            raise InputError(f"launcher={launcher}: {_one_line(error)}") from error
-        print(f"launcher={launcher}: {_one_line(error)}", file=sys.stderr)
+            raise InputError(said) from error
+        print(said, file=sys.stderr)
         _settle(launcher, folder, jobs, cancel=False)
     except BaseException:
         _settle(launcher, folder, _submitted(folder) - earlier, cancel=True)
         raise
     finally:
         _end_ray()
+
+
+def _asked(chosen: Mapping[str, Plugin], folder: Path) -> list[str]:
+    """What Hydra is told of its plugins and of where they write, in words that the user's may replace."""
+    words = ["hydra/hydra_logging=none", "hydra/job_logging=none", "hydra.output_subdir=null"]
+    words += [f"hydra.sweep.dir={quoted(str(folder))}", "hydra.sweep.subdir=."]
+    for part, one in chosen.items():
+        words.append(f"hydra/{part}={one.name}")
+        words += [f"++hydra.{part}.{key}={value}" for key, value in one.defaults.items()]
+    if chosen["sweeper"].name == "optuna":
+        words.append(f"++hydra.sweeper.storage={quoted(f'sqlite:///{folder}/study.db')}")
+    elif chosen["launcher"].name == "submitit_local":  # it starts all of a batch at once
+        words.append(f"++hydra.sweeper.max_batch_size={cores()}")
+    return words
 
 
 @contextmanager
@@ -207,10 +216,6 @@ def _clock(curves: Path, name: str) -> float:
         file.seek(max(0, curves.stat().st_size - _TAIL))
         found = re.findall(rb'"%s": ([0-9]+)' % name.encode(), file.read())
     return float(found[-1]) if found else 0.0
-
-
-def _storage(folder: Path) -> str:
-    return f"sqlite:///{folder / 'study.db'}"
 
 
 def _installed(module: str) -> bool:
