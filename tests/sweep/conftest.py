@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from action_diffusion.cli import main
+from action_diffusion.policy import bundle
 from action_diffusion.training.sweep import job
 
 HERE = Path(__file__).resolve().parent
@@ -36,3 +37,10 @@ class Sweeping:
 def sweep(tmp_path, monkeypatch) -> Sweeping:
     monkeypatch.setattr(job, "PROGRAM", (sys.executable, str(HERE / "stand_in.py")))
     return Sweeping(tmp_path / "sweep")
+
+
+@pytest.fixture
+def first_bundle(tmp_path, policy, tiny_config) -> Path:
+    """Of a tiny policy, for words that name one."""
+    bundle.save(tmp_path / "bundle", policy, {"policy": tiny_config})
+    return tmp_path / "bundle"

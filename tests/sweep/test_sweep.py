@@ -61,6 +61,25 @@ def test_a_run_whose_bundle_or_evaluation_was_removed_is_not_finished(sweep):
     assert sweep.starts() == {"seed-0": 1, "seed-1": 2, "seed-2": 2}
 
 
+def test_an_evaluation_that_was_stopped_begins_anew(sweep, first_bundle):
+    words = [f"bundle={first_bundle}", "n_episodes=2,3"]
+    assert sweep(*words, command="evaluate") == 0
+    run = sweep.run("n_episodes-3")
+    for name in ("results.json", "run.json"):
+        (run / name).unlink()
+    (run / "bundle_0").mkdir()
+    assert sweep(*words, command="evaluate") == 0
+    assert sweep.starts() == {"n_episodes-2": 1, "n_episodes-3": 2}
+    assert not (run / "bundle_0").exists()
+    assert [group["runs"] for group in summary(sweep.folder)["groups"]] != []
+
+
+def test_trials_on_a_robot_are_no_sweep(sweep, first_bundle, capsys):
+    words = [f"bundles={first_bundle}", "robot=sim_pusht", "trials=2,3"]
+    assert sweep(*words, command="evaluate") == 2
+    assert "trials on a robot are no sweep" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, capsys):
     assert sweep("seed=91,92,0", SHORT) == 1
     runs = {run["settings"]["seed"]: run for run in summary(sweep.folder)["runs"]}

@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from action_diffusion import __version__
 from action_diffusion.errors import InputError
-from action_diffusion.files import atomic_path, writer_lock
+from action_diffusion.files import atomic_path, remove, writer_lock
 from action_diffusion.training.sweep.grid import Kind, Run, Sweep
 
 PROGRAM = (sys.executable, "-m", "action_diffusion")
@@ -101,7 +101,11 @@ class Job:
             )
         folder.mkdir(parents=True, exist_ok=True)
         own = [f"output_dir={folder}"]
-        if kind.begun and (folder / kind.begun).exists():
+        if not kind.begun:  # it begins anew, and refuses a folder with a part of its output
+            for path in folder.iterdir():
+                if path.name not in ("log.txt", "run.json"):
+                    remove(path)
+        elif (folder / kind.begun).exists():
             own.append("resume=true")
         where = [] if self.config_dir is None else ["--config-dir", self.config_dir]
         command = [*self.program, self.command, *words, *own, *where]

@@ -68,8 +68,7 @@ class Group:
 
     @property
     def over_starts(self) -> tuple[float, float] | None:
-        one = self.measured
-        return _over_units(one, None)
+        return _over_units(self.measured, None)
 
     @property
     def over_seeds(self) -> tuple[float, float] | None:
@@ -157,7 +156,10 @@ def _group(settings: Mapping[str, str], found: Sequence[Done]) -> Group:
     same = [one for one in measured if one.ids == first.ids]
     values = np.mean([one.values for one in same], axis=0)
     mean = float(np.mean([one.mean for one in measured]))
-    runs = {run.settings.get("seed", run.name): run for run in found}
+    runs = dict[str, Done]()
+    for run in found:
+        seed = run.settings.get("seed", run.name)
+        runs[run.name if seed in runs else seed] = run  # the same settings may have meant another configuration once
     return Group(settings, runs, Measured(first.measure, mean, values, first.weights, first.ids))
 
 
