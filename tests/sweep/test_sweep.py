@@ -91,6 +91,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, capsys):
     capsys.readouterr()
     assert sweep("seed=91,92,0", SHORT) == 1
     assert "2 runs to do, 1 finished already" in capsys.readouterr().err
+    assert sweep("seed=0,1", SHORT) == 0  # those that are asked for now
+    assert len(summary(sweep.folder)["runs"]) == 4
 
 
 def test_ctrl_c_saves_the_run_keeps_what_is_finished_and_the_next_time_goes_on(sweep, capsys):
