@@ -113,7 +113,7 @@ def test_version(capsys):
         (
             "fly",
             "unknown command 'fly': choose from bundle, collect, data, deploy, evaluate, finetune, fit, info, serve, "
-            "train",
+            "sweep, train",
         ),
         ("train --resume", "unknown option --resume: options are written name=value"),
         ("train task", "'task' is not of the form name=value; see: action-diffusion train --help"),
