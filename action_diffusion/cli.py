@@ -21,6 +21,7 @@ action-diffusion: demonstrations in, a diffusion policy that works on a real arm
   action-diffusion collect task=pusht_state agent=expert episodes=20 output=demos.zarr
   action-diffusion deploy bundle=outputs/…/bundle          run a bundle in real time
   action-diffusion serve bundle=outputs/…/bundle           think for robots on other machines
+  action-diffusion sweep train seed=0,1,2            many runs, here or on a cluster, and one page about them
   action-diffusion fit --help                              guards, caches, limits: what acts while chunks are made
   action-diffusion data doctor demos.zarr                  what is wrong with demonstrations; inspect, view, edit
   action-diffusion data convert in=PATH out=PATH           LeRobot, UMI, robomimic, Zarr, folders: there and back
@@ -86,12 +87,16 @@ def _run(words: Sequence[str]) -> int:
         from action_diffusion.commands.fit import run
 
         return run(words[1:])
+    if words[0] == "sweep":
+        from action_diffusion.commands import sweep
+
+        return sweep.run(*_split(words[1:]))
     if words[0] == "info":
         from action_diffusion.commands.info import run
 
         return run(words[1:])
     if words[0] not in COMMANDS:
-        raise unknown("command", words[0], [*COMMANDS, "bundle", "data", "fit", "info"])
+        raise unknown("command", words[0], [*COMMANDS, "bundle", "data", "fit", "info", "sweep"])
     overrides, config_dir = _split(words[1:])
     if overrides is None:
         from action_diffusion.commands.help import fitted, text

@@ -1,4 +1,4 @@
-"""From `name=value` on the command line to plain data: the only module that touches Hydra.
+"""From `name=value` on the command line to plain data: the only module that touches Hydra, beside `training.sweep`.
 
 words ─▶ form and quotes ─▶ groups (task=…) composed ─▶ names and types checked against them ─▶ all composed
 """
@@ -38,6 +38,9 @@ GROUPS = {
 }
 OPEN = re.compile(r"(policy|task)\.\w+\.|sampler\.|method\.")
 """Options of components, which need not stand in a file."""
+QUOTES = ("'", '"')
+BESIDE_QUOTES = r""",(?=(?:[^'"]|'[^']*'|"[^"]*")*$)"""
+"""Commas that part values."""
 TASK_KEYS = ("name", "control_rate", "n_obs_steps", "horizon", "n_action_steps", "action")
 
 ConfigStore.instance().store(group="train", name="defaults", node=TrainSettings)
@@ -55,7 +58,7 @@ def load(name: str, overrides: Sequence[str], config_dir: str | None = None) -> 
     folder = None if config_dir is None else Path(config_dir).resolve()
     if folder is not None and not folder.is_dir():
         raise InputError(f"--config-dir={config_dir}: no such folder")
-    search = [] if folder is None else [f"hydra.searchpath=[{_quoted(f'file://{folder}')}]"]
+    search = [] if folder is None else [f"hydra.searchpath=[{quoted(f'file://{folder}')}]"]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("action_diffusion.configs", version_base="1.3"):
@@ -103,6 +106,20 @@ def plain(name: str, overrides: Sequence[str], beside: Mapping[str, Any]) -> dic
             raise InputError(f"{key} is required: action-diffusion {name} {key}=…")
     given = vars(check(data, COMMANDS[name]))
     return from_hub(name, {key.rstrip("_"): value for key, value in given.items() if value is not None})
+
+
+def alternatives_in(name: str, word: str) -> Override:
+    """A word of a sweep over the command `name`, by Hydra's grammar: commas part values (`seed=0,1`), those of lists
+    (`drop=[a],[b]`) and of paths too; a path with a comma in it stands in quotes.
+
+    Raises `InputError` for what cannot be read.
+    """
+    key, equals, value = word.partition("=")
+    typed = {FilePath, Address, AsTyped} & set(alternatives(hint_at(COMMANDS[name], key)))
+    if equals and value and typed and not re.match(r"\[|[a-z]+\(", value):
+        parts = re.split(BESIDE_QUOTES, value)
+        word = f"{key}={','.join(part if part == 'null' or part[:1] in QUOTES else quoted(part) for part in parts)}"
+    return _parse(name, word, as_typed=False)
 
 
 def from_hub(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -210,22 +227,22 @@ def _files(root: Path, group: str) -> list[str]:
     return [path.stem for path in (root / group).glob("*.yaml")]
 
 
-def _parse(name: str, word: str) -> Override:
-    """One word of the command line, by Hydra's grammar, after what is taken as typed has been put in quotes."""
+def _parse(name: str, word: str, *, as_typed: bool = True) -> Override:
+    """One word of the command line, by Hydra's grammar; as_typed: after what is taken as typed was put in quotes."""
     key, equals, value = word.partition("=")
     if not equals or not key or key[0] == "-":
         raise InputError(f"{word!r} is not of the form name=value; see: action-diffusion {name} --help")
     if key[0] in "+~":
         raise InputError(f"{word!r}: write {key.lstrip('+~')}=value, without {key[0]}")
     hints = set(alternatives(hint_at(COMMANDS[name], key)))
-    if {FilePath, Address, AsTyped} & hints:  # "=" and "," in it, too
+    if {FilePath, Address, AsTyped} & hints and as_typed:  # "=" and "," in it, too
         if not value:
             raise InputError(f"{key}= is empty: give {key}={'PATH' if FilePath in hints else '…'}")
         lists = any(get_origin(without_rules(hint)) is list for hint in hints)
         listed = value[0] == "[" and (lists or value[-1] == "]")
         if value != "null" and value[0] not in "'\"" and not listed:  # in quotes already, or a list
-            word = f"{key}={_quoted(value)}"
-    elif value and value[0] != "[" and value != "null" and "${" not in value and _is_list(name, key):
+            word = f"{key}={quoted(value)}"
+    elif as_typed and value and value[0] != "[" and value != "null" and "${" not in value and _is_list(name, key):
         word = f"{key}=[{value}]"  # of one, or with commas
     try:
         parsed = OverridesParser.create().parse_override(word)
@@ -258,7 +275,8 @@ def _is_list(name: str, key: str) -> bool:
     return bool(parts) and all(get_origin(part) is list for part in parts)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Text as Hydra's grammar takes it for what it is."""
     return "'" + text.replace("'", "\\'") + "'"
 
 

@@ -111,6 +111,25 @@ def spread(values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
     }
 
 
+def t_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
+    """Student's 95 % interval of the mean of `values` [N], one for each training seed; None for a single one.
+
+        mean ± t₀.₉₇₅,ₙ₋₁ s / √N        s: their standard deviation (N - 1)
+
+    Of two or three values the bootstrap would be far too narrow; this is as wide as they deserve, if they are about
+    normal.
+
+    Raises `InputError` as `bootstrap_interval` does.
+
+    Source: Student, "The probable error of a mean" (1908).
+    """
+    data = _checked(values)
+    if len(data) == 1:
+        return None
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data))
+    return float(data.mean() - half), float(data.mean() + half)
+
+
 def paired_scores(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """Scores `a` minus scores `b`, [N] each and in [0, 1], of which 1 is a success, pair by pair.
 

@@ -113,7 +113,7 @@ def test_version(capsys):
         (
             "fly",
             "unknown command 'fly': choose from bundle, collect, data, deploy, evaluate, finetune, fit, info, serve, "
-            "train",
+            "sweep, train",
         ),
         ("train --resume", "unknown option --resume: options are written name=value"),
         ("train task", "'task' is not of the form name=value; see: action-diffusion train --help"),
@@ -291,7 +291,9 @@ def test_nobody_reading_is_no_error(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("words", ["", *cli.COMMANDS, "info", "data", *(f"data {name}" for name in SUBCOMMANDS)])
+@pytest.mark.parametrize(
+    "words", ["", *cli.COMMANDS, "info", "sweep", "data", *(f"data {name}" for name in SUBCOMMANDS)]
+)
 def test_help_fits_into_eighty_columns(words, monkeypatch, capsys):
     assert cli.main([*words.split(), "--help"]) == 0
     wide = capsys.readouterr().out

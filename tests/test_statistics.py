@@ -18,6 +18,7 @@ from action_diffusion.statistics import (
     paired_scores,
     sign_flip_test,
     spread,
+    t_interval,
     wilson_interval,
 )
 
@@ -48,6 +49,16 @@ def test_wilson_solves_its_equation(n: int, data: st.DataObject) -> None:
         assert abs(rate - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), abs=1e-6)
     mirrored = wilson_interval(n - successes, n)
     assert wilson_interval(successes, n) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]))
+
+
+def test_t_interval_known_values() -> None:
+    """scipy.stats.t.interval(0.95, n - 1, mean, scipy.stats.sem(values))"""
+    assert t_interval([0.9, 0.8]) == pytest.approx((0.2146897632, 1.4853102368))
+    assert t_interval([0.98, 0.94, 0.96]) == pytest.approx((0.9103172246, 1.0096827754))
+    assert t_interval([0.5, 0.5]) == (0.5, 0.5)
+    assert t_interval([0.5]) is None
+    with pytest.raises(InputError):
+        t_interval([])
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])

@@ -38,7 +38,7 @@ def configured(overrides: Sequence[str], config_dir: str | None) -> dict[str, An
     if resumes and (folder / "config.yaml").is_file():
         return _began_with(folder, overrides)
     words, config_dir = _recall(folder, overrides, config_dir) if resumes else (list(overrides), config_dir)
-    return _remember(_composed(words, config_dir), words, config_dir)
+    return _remember(composed(words, config_dir), words, config_dir)
 
 
 def check_new(config: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ def _began_with(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return override("train", whole, words, str(file))
 
 
-def _composed(words: Sequence[str], config_dir: str | None) -> dict[str, Any]:
+def composed(words: Sequence[str], config_dir: str | None) -> dict[str, Any]:
     """From the package's files, or what a bundle that is gone on from says."""
     given = dict(word.partition("=")[::2] for word in words)
     init = given.get("init", "null").strip("'\"")

@@ -70,15 +70,38 @@ def plot_curves(
             steps, values = _thinned(steps), _thinned(values)
             axes.plot(steps, values, color=colour, label=label, marker="o" if len(steps) < 30 else "", ms=3)
         if logarithmic and all((values > 0).all() for _, values in curves.values()):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
+            _logarithmic(axes)
         if unit_range:
             axes.set_ylim(0, 1.03)
         axes.set_xlabel("training step")
         if len(curves) > 1:
             axes.legend()
+        return _svg(figure)
+
+
+def plot_overlaid(
+    curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+    *,
+    clock: str,
+    logarithmic: bool = False,
+    unit_range: bool = False,
+) -> bytes:
+    """Groups of curves over `clock`, label -> a (steps [n], values [n]) each; a colour a group. Returns an SVG."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.8, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (label, lines) in enumerate(curves.items()):
+            for steps, values in lines:
+                steps, values = _thinned(steps), _thinned(values)
+                mark = "o" if len(steps) < 30 else ""
+                axes.plot(steps, values, color=f"C{number}", alpha=0.75, linewidth=1.2, marker=mark, ms=2.5)
+            axes.plot([], [], color=f"C{number}", label=label)
+        if logarithmic and all((values > 0).all() for lines in curves.values() for _, values in lines):
+            _logarithmic(axes)
+        if unit_range:
+            axes.set_ylim(0, 1.03)
+        axes.set_xlabel(clock)
+        figure.legend(loc="outside upper left", ncols=2 if len(curves) > 3 else 1)
         return _svg(figure)
 
 
@@ -276,6 +299,13 @@ def _show(panels: np.ndarray, camera: str, frames: np.ndarray) -> None:
 
 def _shade(axes: Axes, n_action_steps: int) -> None:
     axes.axvspan(-0.5, n_action_steps - 0.5, color=SECOND, alpha=0.1, linewidth=0, label="executed")
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:

@@ -189,8 +189,8 @@ def _dimension_table(results: Mapping[str, Any]) -> str:
     return f'<div class="card scroll">{page.number_table(heads, rows)}</div>'
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`: JSON objects with "step". A line that a kill cut short is left out.
+def read_metrics(path: Path, clock: str = "step") -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`: JSON objects with `clock`. A line that a kill cut short is left out.
 
     Raises `InputError` where the file cannot be read, or where no line is such an object.
     """
@@ -198,18 +198,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the learning curves {path}: {error}") from None
-    found = [entry for entry in map(_entry, lines) if entry is not None]
+    found = [entry for line in lines if (entry := _entry(line, clock)) is not None]
     if lines and not found:
-        raise InputError(f'{path} holds no learning curves: its lines are not JSON objects with a "step"')
+        raise InputError(f'{path} holds no learning curves: its lines are not JSON objects with a "{clock}"')
     return found
 
 
-def _entry(line: str) -> dict[str, Any] | None:
+def points(
+    metrics: Sequence[Mapping[str, Any]], name: str, clock: str = "step"
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(steps [n], values [n]) of a number in `metrics`; None where it is not there.
+
+    Of a step that was written twice, by a training that was resumed, the later counts.
+    """
+    found = {entry[clock]: float(entry[name]) for entry in metrics if _is_number(entry.get(name))}
+    steps = sorted(found)
+    return (np.array(steps), np.array([found[step] for step in steps])) if found else None
+
+
+def _entry(line: str, clock: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
     except ValueError:
         return None
-    return entry if isinstance(entry, dict) and _is_number(entry.get("step")) else None
+    return entry if isinstance(entry, dict) and _is_number(entry.get(clock)) else None
 
 
 def _closing(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -224,13 +236,7 @@ def _closing(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
 def _panel(
     metrics: Sequence[Mapping[str, Any]], title: str, names: Mapping[str, str], drawn: Mapping[str, bool]
 ) -> str:
-    curves = {}
-    for name, label in names.items():
-        # Of a step that was written twice, by a training that was resumed, the later counts.
-        points = {entry["step"]: float(entry[name]) for entry in metrics if _is_number(entry.get(name))}
-        if points:
-            steps = sorted(points)
-            curves[label] = np.array(steps), np.array([points[step] for step in steps])
+    curves = {label: found for name, label in names.items() if (found := points(metrics, name)) is not None}
     if not curves:
         return ""
     last = ", ".join(f"{label} {values[-1]:.4g}" for label, (_, values) in curves.items())
