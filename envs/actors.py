@@ -13,6 +13,7 @@ import os
 import platform
 import secrets
 import socket
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Collection
@@ -25,8 +26,8 @@ from action_diffusion.envs.workers import Died, Host, Message
 from action_diffusion.errors import InputError
 from action_diffusion.registry import PLUGINS
 
-PROBE_SECONDS, CONNECT_SECONDS = 5, 20
-"""How long a head node's port may take to answer, and Ray there."""
+PROBE_SECONDS = 5
+"""How long a head node's port may take to answer."""
 CLIENT_PORT = 10001
 ENVIRONMENT = (PLUGINS, "MUJOCO_GL", "PYOPENGL_PLATFORM")
 """Variables that workers on other machines need as they are here."""
@@ -151,15 +152,15 @@ def check(address: str) -> None:
 
 
 def connect(address: str) -> Any:
-    """Ray, connected to the cluster of `address`; once a process. Raises `InputError` within `PROBE_SECONDS` +
-    `CONNECT_SECONDS`.
+    """Ray, connected to the cluster of `address`; once a process. Raises `InputError`: within 5 s where nothing listens,
+    within 15 s where something else than Ray does, within a minute where Ray fails there.
 
     "ray": the cluster that $RAY_ADDRESS names, or that `ray start` made on this machine, else one for this run alone.
     """
     check(address)
     where = _where(address)
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
-    if where is None:
+    if where is None and "ray" not in sys.modules:  # which reads them when it is imported
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # "no cluster": it then listens on the loopback only
         if "RAY_AUTH_MODE" not in os.environ:  # other users of this machine cannot give it work
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -172,7 +173,10 @@ def connect(address: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ray.init(where or "local", **quiet)
+            try:
+                ray.init(where or "local", **quiet)
+            except ConnectionAbortedError:  # now and then a head node's server for one client dies as it starts
+                ray.init(where or "local", **quiet)
     except Exception as error:  # of many kinds, all of which mean that there is no cluster
         token = "; a cluster with tokens needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here" if where else ""
         raise InputError(
