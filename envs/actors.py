@@ -152,8 +152,10 @@ def check(address: str) -> None:
 
 
 def connect(address: str) -> Any:
-    """Ray, connected to the cluster of `address`; once a process. Raises `InputError`: within 5 s where nothing listens,
-    within 15 s where something else than Ray does, within a minute where Ray fails there.
+    """Ray, connected to the cluster of `address`; once a process.
+
+    Raises `InputError`: within 5 s where nothing listens, within 15 s where something does that is no Ray, within a
+    minute where Ray fails there.
 
     "ray": the cluster that $RAY_ADDRESS names, or that `ray start` made on this machine, else one for this run alone.
     """

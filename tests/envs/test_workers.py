@@ -5,18 +5,31 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rollouts import NoisyPolicy, assert_same, run
-from trouble import ChaoticEnv, Trouble
+from trouble import ChaoticEnv, Deadly, SlowEnv, Trouble
 
 from action_diffusion import envs
 from action_diffusion.envs.rollout import rollout
-from action_diffusion.envs.workers import Begin, Execute, Executed, Lost, Processes, Simulators, Start
+from action_diffusion.envs.workers import (
+    Begin,
+    Execute,
+    Executed,
+    Lost,
+    Processes,
+    Simulators,
+    Start,
+    each,
+    open_simulators,
+)
 from action_diffusion.errors import InputError
+from benchmarks.robustness.workers import killing
 
 PLAN = [(np.zeros(2), True)] * 3
 
@@ -73,6 +86,47 @@ def test_an_episode_that_is_lost_every_time_scores_zero_and_the_others_go_on(tmp
     assert_same([found[0], found[2]], [expected[0], expected[2]])
     assert (found[1].score, found[1].n_steps) == (0.0, 0)
     assert lost == [105, 105, 105]
+
+
+@pytest.mark.slow
+def test_workers_that_something_kills_change_no_score() -> None:
+    with killing(every=1.2) as killed:
+        found = run(NoisyPolicy(), functools.partial(SlowEnv, seconds=0.03), range(100, 124), n_envs=8, workers=3)
+    assert len(killed) >= 2
+    assert_same(found, run(NoisyPolicy(), ChaoticEnv, range(100, 124)))
+
+
+@pytest.mark.slow
+def test_neighbours_of_a_start_that_kills_its_worker_are_not_given_up(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="seed 105: its simulator was lost 3 times at step 4"):
+        found = run(NoisyPolicy(), trouble(tmp_path, "crash", 99), range(103, 108), n_envs=5, workers=1)
+    expected = run(NoisyPolicy(), ChaoticEnv, range(103, 108))
+    assert (found[2].score, found[2].n_steps) == (0.0, 0)
+    assert_same([*found[:2], *found[3:]], [*expected[:2], *expected[3:]])
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_the_slowest() -> None:
+    """The others are over before its first observation is there."""
+    over: dict[int, float] = {}
+
+    def progress(_: float, scores: Sequence[float]) -> None:
+        over.setdefault(len(scores), time.monotonic())
+
+    make_env = functools.partial(SlowEnv, seconds=0.0, straggler=103, late=1.5)
+    found = run(NoisyPolicy(), make_env, range(103, 109), n_envs=2, workers=2, progress=progress)
+    assert over[6] - over[5] > 0.5
+    assert_same(found, run(NoisyPolicy(), ChaoticEnv, range(103, 109)))
+
+
+@pytest.mark.slow
+def test_an_order_that_a_worker_dies_of_names_what_it_was(tmp_path: Path) -> None:
+    simulators = open_simulators(functools.partial(ChaoticEnv), 2, 2)
+    try:
+        with pytest.raises(InputError, match="start 7: a simulator was lost at it 3 times: the simulator's process"):
+            list(each(simulators, {start: Deadly(start) for start in (3, 7)}))
+    finally:
+        simulators.close()
 
 
 @pytest.mark.slow
