@@ -12,9 +12,11 @@ import math
 import os
 import platform
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Collection
 from importlib import import_module, metadata
@@ -172,6 +174,7 @@ def connect(address: str) -> Any:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where is None:
         quiet |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -184,6 +187,8 @@ def connect(address: str) -> Any:
         raise InputError(
             f"workers={address}: Ray does not answer at {where or 'this machine'}: {_line(error)}{token}"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's prints a trace of the stack
     # What it prints of workers that die is said here, in one line each.
     private: Any = import_module("ray._private.worker")
     if hasattr(private, "print_to_stdstream"):
