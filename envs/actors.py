@@ -78,7 +78,7 @@ class Actors:
         self._address, self._own = address, versions()
         self._class = self._ray.remote(num_cpus=1, max_restarts=0, scheduling_strategy="SPREAD")(Worker)
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        self._arguments = self._ray.put(make), {**environment, "OMP_NUM_THREADS": "1"}
+        self._arguments = self._ray.put(make), environment
         self._actors: dict[int, Any] = {}
         self._answers: dict[int, Any] = {}
 
@@ -109,10 +109,10 @@ class Actors:
                 f"workers={self._address}: the connection to the head node is lost: {_line(error)}"
             ) from None
         except self._ray.exceptions.RayError as error:
-            if "ModuleNotFoundError: No module named 'action_diffusion'" in str(error):
+            if "ModuleNotFoundError" in str(error):
                 raise InputError(
-                    f"workers={self._address}: a node has no action-diffusion: install {self._own['action-diffusion']} "
-                    "in the environment that Ray runs in on every node"
+                    f"workers={self._address}: on a node, {_line(error)}: install action-diffusion "
+                    f"{self._own['action-diffusion']} where Ray runs, on every node"
                 ) from None
             raise Died(f"the simulator's Ray actor died ({type(error).__name__})") from None
         if isinstance(answer, list):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from action_diffusion import __version__, envs
 from action_diffusion.datasets.robomimic.attributes import pack
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs.demonstration import EXPERTS, Demonstrator, Record, Recording, Source
-from action_diffusion.envs.workers import Workers, count, each, open_simulators
+from action_diffusion.envs.workers import ATTEMPTS, Lost, Workers, count, each, open_simulators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect
 from action_diffusion.progress import progress
@@ -123,16 +124,23 @@ def collect(
 def _recordings(
     source: Source, starts: range, wanted: int, min_score: float, workers: Workers
 ) -> Iterator[tuple[int, Recording]]:
-    """(start, recording) as they are done, of the first starts that it takes to get `wanted` good ones, no others."""
-    alone = workers == 1 or wanted == 1  # in this process
-    n = 1 if alone else min(count(workers), wanted)
-    simulators = open_simulators(functools.partial(Demonstrator, source), n, None if alone else workers)
+    """(start, recording) as they are done, of the first starts that it takes to get `wanted` good ones, no others.
+
+    A start that its worker dies of each time is left out, with a word.
+    """
+    if isinstance(workers, int) and min(workers, wanted) == 1:
+        workers = None
+    simulators = open_simulators(functools.partial(Demonstrator, source), min(count(workers), wanted), workers)
     try:
         good = begun = 0
         while good < wanted and begun < len(starts):
             now = starts[begun : begun + wanted - good]
             begun += len(now)
             for start, recording in each(simulators, {start: Record(start) for start in now}):
+                if isinstance(recording, Lost):
+                    lost = f"its simulator was lost {ATTEMPTS} times ({recording.reason})"
+                    warnings.warn(f"start {start}: {lost}; it is left out", stacklevel=2)
+                    continue
                 good += recording.score >= min_score
                 yield start, recording
     finally:

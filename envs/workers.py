@@ -430,7 +430,7 @@ Item = TypeVar("Item", bound=Hashable)
 def each(simulators: Simulators, orders: Mapping[Item, Order]) -> Iterator[tuple[Item, Any]]:
     """(item, answer to its order), as they are done. A worker that dies at one is replaced, and the order given again.
 
-    Raises `InputError` naming the item where that happens `ATTEMPTS` times.
+    Where that happens `ATTEMPTS` times the answer is `Lost`.
     """
     waiting, given = list(orders), dict[int, Item]()
     losses, suspects = dict.fromkeys(orders, 0), set[Item]()
@@ -442,12 +442,11 @@ def each(simulators: Simulators, orders: Mapping[Item, Order]) -> Iterator[tuple
             item = given.pop(simulator, None)  # type: ignore[assignment]
             if item is None:  # of an order that was answered before
                 continue
-            if not isinstance(answer, Lost):
-                yield item, answer
-                continue
-            losses[item] += answer.fault == 1
-            if answer.fault:
-                suspects.add(item)
-            if losses[item] == ATTEMPTS:
-                raise InputError(f"start {item}: a simulator was lost at it {ATTEMPTS} times: {answer.reason}")
-            waiting.insert(0, item)
+            if isinstance(answer, Lost):
+                losses[item] += answer.fault == 1
+                if answer.fault:
+                    suspects.add(item)
+                if losses[item] < ATTEMPTS:
+                    waiting.insert(0, item)
+                    continue
+            yield item, answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import socket
 import subprocess
@@ -88,6 +89,16 @@ def test_other_versions_on_a_node_are_one_line(cluster: Any, monkeypatch: pytest
     monkeypatch.setattr(actors, "versions", lambda own=actors.versions: own() | {"pymunk": "5.0"})
     message = rf"{socket.gethostname()} has pymunk 6\.\S+, this machine 5\.0: all need the same"
     with pytest.raises(InputError, match=message):
+        run(NoisyPolicy(), ChaoticEnv, [105], n_envs=1, workers="ray")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_without_this_package_is_one_line(cluster: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "only_here.py").write_text("class Worker:\n    def __init__(self, *_): ...\n    def about(self): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)  # after Ray was told where modules are
+    monkeypatch.setattr(actors, "Worker", importlib.import_module("only_here").Worker)
+    with pytest.raises(InputError, match="on a node, ModuleNotFoundError: No module named 'only_here': install"):
         run(NoisyPolicy(), ChaoticEnv, [105], n_envs=1, workers="ray")
 
 
