@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from action_diffusion.envs.base import Env
 from action_diffusion.envs.joined import Joined
+from action_diffusion.envs.workers import Workers, count
 from action_diffusion.registry import ENVS, check_arguments
 
 ROBOSUITE = {"lift", "can", "square", "transport", "tool_hang"}
@@ -18,12 +19,18 @@ IN_PROCESSES = ROBOSUITE | {"gymnasium"}
 """Simulators whose steps take long enough to be worth a process each (`envs.workers`)."""
 
 
-def at_once(name: str, n_envs: int) -> int:
-    """How many simulators of `name` are worth holding, at most `n_envs`.
+def spread(name: str, n_envs: int | None, workers: Workers, *, batch: int) -> tuple[int, Workers]:
+    """How many simulators of `name` are held at once, and where: what was asked for, and else what is worth it.
 
-    Those with a process each: two a core. More would wait for each other, and each takes 0.4 GB.
+    batch: rows of a policy call, which fewer simulators would leave empty; more where there are more workers. Without
+    `workers`, those that are worth a process each get two a core: more would wait for each other, each with 0.4 GB.
     """
-    return min(n_envs, 2 * (os.cpu_count() or 1)) if name in IN_PROCESSES else n_envs
+    if workers is not None:
+        return n_envs or max(batch, count(workers)), workers
+    if name not in IN_PROCESSES:
+        return n_envs or batch, None
+    n = min(n_envs or batch, 2 * (os.cpu_count() or 1))
+    return n, n
 
 
 def make(name: str, *, joined: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> Env:
@@ -40,4 +47,4 @@ def make(name: str, *, joined: Mapping[str, Sequence[str]] | None = None, **sett
     return cast(Env, Joined(env, joined)) if joined else env
 
 
-__all__ = ["IN_PROCESSES", "ROBOSUITE", "Env", "at_once", "make"]
+__all__ = ["IN_PROCESSES", "ROBOSUITE", "Env", "Workers", "make", "spread"]

@@ -1,7 +1,7 @@
 """`action-diffusion collect`: a scripted expert's episodes into a replay buffer.
 
 Where the episodes begin, and what is recorded of them, `demonstration` says. Simulators of arms record in as many
-processes as there are cores; what is collected does not depend on how many.
+processes as there are cores, or on the machines of a Ray cluster; what is collected does not depend on where.
 
 The demonstrations in the package, `datasets/embedded/pusht_expert.zarr.zip`, are 932 episodes. The first 400 are made
 anew by
@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from action_diffusion import __version__, envs, parallel
+from action_diffusion import __version__, envs
 from action_diffusion.datasets.robomimic.attributes import pack
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
-from action_diffusion.envs import demonstration
-from action_diffusion.envs.demonstration import EXPERTS, Recording, Source
+from action_diffusion.envs.demonstration import EXPERTS, Demonstrator, Record, Recording, Source
+from action_diffusion.envs.workers import ATTEMPTS, Lost, Workers, count, each, open_simulators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect
 from action_diffusion.progress import progress
@@ -74,7 +75,7 @@ def collect(
     min_score: float = 0.98,
     visited_by: str | Path | None = None,
     max_attempts: int | None = None,
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> dict[str, Any]:
     """Write `episodes` episodes of an expert to the replay buffer `output` (DIR.zarr or FILE.zarr.zip).
 
@@ -85,7 +86,8 @@ def collect(
     settings: of the simulator, where it is one of many.
 
     visited_by: a bundle; every episode begins where its policy gets to in 10 to 150 steps, instead of as usual.
-    workers: processes; None for as many as there are cores, where an episode takes long enough to be worth it.
+    workers: processes, or a Ray cluster (`workers.Workers`); None for as many as there are cores, where an episode
+    takes long enough to be worth it.
 
     Columns: what the simulator says is worth recording and the `cameras`, as observed; `action` float32 [N, A], and
     `reward` float32 [N] for the step that the action began. Returns the numbers to report. Raises `InputError` for an
@@ -95,8 +97,8 @@ def collect(
     output = Path(output).expanduser()
     limit = max_attempts if max_attempts is not None else 3 * episodes + 10
     _check(env_name, agent_name, episodes, seed, seed + limit, output)
-    if workers is None:
-        workers = (os.cpu_count() or 1) if env_name in envs.IN_PROCESSES else 1
+    if workers is None and env_name in envs.IN_PROCESSES:
+        workers = os.cpu_count()
     visited = None if visited_by is None else str(Path(visited_by).expanduser())
     source = Source(env_name, settings or {}, tuple(cameras), visited)
     kept: dict[int, Recording] = {}
@@ -111,8 +113,6 @@ def collect(
                     advance(1)
     except KeyboardInterrupt:
         interrupted = True
-    finally:
-        demonstration.forget()
     if not kept:
         raise InputError(f"nothing collected: {discarded} episodes scored below min_score={min_score}")
     recordings = [kept[start] for start in sorted(kept)]
@@ -122,17 +122,29 @@ def collect(
 
 
 def _recordings(
-    source: Source, starts: range, wanted: int, min_score: float, workers: int
+    source: Source, starts: range, wanted: int, min_score: float, workers: Workers
 ) -> Iterator[tuple[int, Recording]]:
-    """(start, recording) as they are done, of the first starts that it takes to get `wanted` good ones, no others."""
-    work = functools.partial(demonstration.record, source)
-    good = begun = 0
-    while good < wanted and begun < len(starts):
-        now = starts[begun : begun + wanted - good]
-        begun += len(now)
-        for start, recording in parallel.in_processes(work, now, workers, "collecting"):
-            good += recording.score >= min_score
-            yield start, recording
+    """(start, recording) as they are done, of the first starts that it takes to get `wanted` good ones, no others.
+
+    A start that its worker dies of each time is left out, with a word.
+    """
+    if isinstance(workers, int) and min(workers, wanted) == 1:
+        workers = None
+    simulators = open_simulators(functools.partial(Demonstrator, source), min(count(workers), wanted), workers)
+    try:
+        good = begun = 0
+        while good < wanted and begun < len(starts):
+            now = starts[begun : begun + wanted - good]
+            begun += len(now)
+            for start, recording in each(simulators, {start: Record(start) for start in now}):
+                if isinstance(recording, Lost):
+                    lost = f"its simulator was lost {ATTEMPTS} times ({recording.reason})"
+                    warnings.warn(f"start {start}: {lost}; it is left out", stacklevel=2)
+                    continue
+                good += recording.score >= min_score
+                yield start, recording
+    finally:
+        simulators.close()
 
 
 def _check(env_name: str, agent_name: str, episodes: int, first: int, end: int, output: Path) -> None:

@@ -15,9 +15,7 @@ unforeseeable pushes into the later steps of a chunk; policies trained on such e
 
 from __future__ import annotations
 
-import functools
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
@@ -115,30 +113,37 @@ class Source(NamedTuple):
     visited_by: str | None = None
 
 
-def record(source: Source, start: int) -> Recording:
-    """The episode of `start`. A process makes its simulator, and loads its policy, once."""
-    env = _simulator(source.env_name, json.dumps(dict(source.settings)))
-    policy = None if source.visited_by is None else _policy(source.visited_by)
-    columns = episode(env, source.env_name, start, policy, source.cameras)
-    return Recording(columns, env.episode_metadata(), {"control_rate": env.control_rate, **env.metadata()})
+class Demonstrator:
+    """Records the episodes of `source`. Its simulator, and its policy, are made once."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        settings = {"max_steps": MAX_STEPS} | dict(source.settings)
+        self._env = cast(Simulator, envs.make(source.env_name, **settings))
+        self._policy: DiffusionPolicy | None = None
+        if source.visited_by is not None:
+            from action_diffusion.policy.bundle import load
+
+            self._policy = load(source.visited_by)
+
+    def record(self, start: int) -> Recording:
+        """The episode of `start`."""
+        columns = episode(self._env, self._source.env_name, start, self._policy, self._source.cameras)
+        attrs = {"control_rate": self._env.control_rate, **self._env.metadata()}
+        return Recording(columns, self._env.episode_metadata(), attrs)
+
+    def close(self) -> None:
+        self._env.close()
 
 
-@functools.lru_cache(maxsize=1)
-def _simulator(env_name: str, settings: str) -> Simulator:
-    return cast(Simulator, envs.make(env_name, **{"max_steps": MAX_STEPS} | json.loads(settings)))
+class Record(NamedTuple):
+    """The order to record the episode of `start`, see `workers.Order`."""
 
+    start: int
+    seconds: float = 1800.0
 
-@functools.lru_cache(maxsize=1)
-def _policy(bundle: str) -> DiffusionPolicy:
-    from action_diffusion.policy.bundle import load
-
-    return load(bundle)
-
-
-def forget() -> None:
-    """Let go of what `record` has made in this process."""
-    _simulator.cache_clear()
-    _policy.cache_clear()
+    def run(self, demonstrator: Demonstrator, /) -> Recording:
+        return demonstrator.record(self.start)
 
 
 def episode(

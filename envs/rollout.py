@@ -9,27 +9,30 @@ always sits in the row `seed % policy_batch`, and it draws its noise from two ge
     call 1   row 0: 100000   row 1: 100001   row 2: 100002   row 3: padding
     call 2   row 0: 100000   row 1: 100001   row 2: padding  row 3: 100003      (100002 is over)
 
-A score is then a function of policy, seed and `policy_batch`: the same whatever `n_envs` is, and whichever
-other starts are evaluated. Simulators take turns of one chunk: all waiting episodes go into as few calls as
-their rows allow, then all execute their chunks, each in its `workers.EnvWorker`. One that finishes takes the next
-episode. An episode whose simulator is lost is begun again, and given up after `ATTEMPTS`.
+A score is then a function of policy, seed and `policy_batch`: the same whatever `n_envs` is, wherever simulators are,
+and whichever other starts are evaluated. A simulator that finishes an episode takes the next one. Nobody waits for the
+slowest: a call is made when its rows are full, when no simulator is at work, or when an episode has waited for as long
+as a call takes. An episode whose simulator is lost begins again, in any simulator.
 """
 
 from __future__ import annotations
 
+import math
+import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from action_diffusion.envs.base import Env
 from action_diffusion.envs.running import Episode, Running, Spec, generators
-from action_diffusion.envs.workers import EnvWorker, InlineWorker, Lost, ProcessWorker
+from action_diffusion.envs.workers import Lost, Simulators, Workers, open_simulators
 from action_diffusion.errors import InputError
 
 ProgressCallback = Callable[[float, Sequence[float]], None]
-"""Called after every turn with the share of the work that is done, in [0, 1], and the scores so far."""
+"""Called after every answer of simulators with the share of the work that is done, in [0, 1], and the scores so far."""
 
 LostCallback = Callable[[int, str], None]
 """Called with the seed of an episode whose simulator was lost, and why."""
@@ -63,7 +66,7 @@ def rollout(
     keys: Sequence[str],
     n_envs: int = 10,
     policy_batch: int = 10,
-    in_processes: bool = False,
+    workers: Workers = None,
     progress: ProgressCallback | None = None,
     on_lost: LostCallback | None = None,
 ) -> list[Episode]:
@@ -73,66 +76,109 @@ def rollout(
         keys: the observations that the policy wants; they are only built where it looks at them.
         n_envs: simulators held at once. It changes the speed, never a score.
         policy_batch: rows of every policy call. It is part of what a score depends on.
-        in_processes: each simulator in a process of its own; `make_env` must be picklable then.
+        workers: where the simulators are (`workers.Workers`): None, in this process; else `make_env` must be picklable.
 
     Raises:
-        InputError: for numbers below 1 or negative seeds, and, naming the seed, for actions that are NaN,
-            infinite, or of another shape than the simulator takes.
+        InputError: for numbers below 1 or negative seeds, for Ray that is missing or cannot be reached, and, naming the
+            seed, for actions that are NaN, infinite, or of another shape than the simulator takes.
     """
     _check_numbers(seeds, n_envs, policy_batch)
-    waiting = list(range(len(seeds)))
-    finished: dict[int, Episode] = {}
-    workers: list[EnvWorker] = []
+    simulators = open_simulators(make_env, min(n_envs, len(seeds)), workers)
     try:
-        for _ in range(min(n_envs, len(seeds))):
-            workers.append(ProcessWorker(make_env) if in_processes else InlineWorker(make_env))
-        running: list[Running] = []
-        while len(finished) < len(seeds):
-            idle = [worker for worker in workers if all(run.worker is not worker for run in running)]
-            for worker in idle[: len(waiting)]:
-                index = _next_episode(waiting, seeds, running, policy_batch)
-                waiting.remove(index)
-                running.append(Running(worker=worker, index=index, seed=seeds[index], spec=policy.spec))
-            _turn(policy, running, keys, policy_batch, on_lost)
-            finished |= {run.index: run.episode() for run in running if run.done}
-            running = [run for run in running if not run.done]
-            if progress is not None:
-                share = len(finished) + sum(len(run.rewards) / run.max_steps for run in running)
-                progress(share / len(seeds), [finished[index].score for index in sorted(finished)])
+        return _Rollout(policy, seeds, keys, policy_batch, simulators, progress, on_lost).run()
     finally:
-        for worker in workers:
-            worker.close()
-    return [finished[index] for index in range(len(seeds))]
+        simulators.close()
 
 
-def _turn(
-    policy: Policy,
-    running: Sequence[Running],
-    keys: Sequence[str],
-    policy_batch: int,
-    on_lost: LostCallback | None,
-) -> None:
-    """Begin what has not begun, then let every episode execute one chunk."""
+class _Rollout:
+    """Which episode is in which simulator, and which of them wait for a chunk."""
 
-    def answers(runs: Sequence[Running], take: Callable[[Running], None]) -> None:
-        for run in runs:
-            try:
-                take(run)
-            except Lost as lost:
-                run.begin_again()
-                if on_lost is not None:
-                    on_lost(run.seed, str(lost))
+    def __init__(
+        self,
+        policy: Policy,
+        seeds: Sequence[int],
+        keys: Sequence[str],
+        policy_batch: int,
+        simulators: Simulators,
+        progress: ProgressCallback | None,
+        on_lost: LostCallback | None,
+    ) -> None:
+        self.policy, self.seeds, self.keys, self.policy_batch = policy, seeds, list(keys), policy_batch
+        self.simulators, self.progress, self.on_lost = simulators, progress, on_lost
+        self.waiting = list(range(len(seeds)))
+        self.lost: dict[int, Running] = {}  # of those that wait, what was begun before
+        self.running: dict[int, Running] = {}  # by simulator
+        self.ready: dict[int, float] = {}  # simulators whose episodes wait for a chunk, and since when: the first first
+        self.finished: dict[int, Episode] = {}
+        self.call_seconds = self.share = 0.0
 
-    fresh = [run for run in running if not run.begun]
-    for run in fresh:
-        run.worker.begin(run.seed, keys)
-    answers(fresh, Running.take_start)
-    ready = [run for run in running if run.begun]
-    for call in _pack(ready, policy_batch):
-        _predict(policy, call, policy_batch)
-    for run in ready:
-        run.send_chunk(keys)
-    answers(ready, Running.take_outcome)
+    def run(self) -> list[Episode]:
+        while len(self.finished) < len(self.seeds):
+            self._begin()
+            if call := self._call():
+                self._predict(call)
+            for simulator, answer in self.simulators.answers(self._patience()):
+                self._take(simulator, answer)
+            if self.progress is not None:
+                under_way = sum(len(run.rewards) / run.max_steps for run in self.running.values())
+                self.share = max(self.share, (len(self.finished) + under_way) / len(self.seeds))  # lost ones begin anew
+                self.progress(self.share, [self.finished[index].score for index in sorted(self.finished)])
+        return [self.finished[index] for index in range(len(self.seeds))]
+
+    def _begin(self) -> None:
+        """Give each simulator that is there and has no episode the next one."""
+        for simulator in sorted(self.simulators.available - self.running.keys())[: len(self.waiting)]:
+            index = _next_episode(self.waiting, self.seeds, self.running.values(), self.policy_batch)
+            self.waiting.remove(index)
+            fresh = Running(index=index, seed=self.seeds[index], spec=self.policy.spec)
+            run = self.running[simulator] = self.lost.pop(index, fresh)
+            self.simulators.give(simulator, run.begin(self.keys), alone=run.suspect)
+
+    def _call(self) -> dict[int, int]:
+        """Row → simulator of the policy call to make now; {} where it is better to wait for others."""
+        call: dict[int, int] = {}
+        for simulator in self.ready:
+            call.setdefault(self.running[simulator].seed % self.policy_batch, simulator)
+        full = len(call) == self.policy_batch or not self.simulators.at_work
+        return call if full or self._patience() == 0 else {}
+
+    def _predict(self, call: Mapping[int, int]) -> None:
+        began = time.perf_counter()
+        _predict(self.policy, {row: self.running[simulator] for row, simulator in call.items()}, self.policy_batch)
+        self.call_seconds = time.perf_counter() - began
+        for simulator in call.values():
+            del self.ready[simulator]
+            run = self.running[simulator]
+            self.simulators.give(simulator, run.chunk(self.keys), alone=run.suspect)
+
+    def _patience(self) -> float:
+        """How long to wait for simulators before the policy is called with what there is."""
+        if not self.ready:
+            return math.inf
+        return max(0.0, min(self.ready.values()) + self.call_seconds - time.perf_counter())
+
+    def _take(self, simulator: int, answer: Any) -> None:
+        run = self.running.get(simulator)
+        if run is None:  # it is lost that held an episode which is over
+            return
+        if isinstance(answer, Lost):
+            run.lose(answer)
+            self.ready.pop(simulator, None)
+            if answer.fault and self.on_lost is not None:
+                self.on_lost(run.seed, answer.reason)
+            if run.given_up:
+                warnings.warn(f"seed {run.seed}: {run.given_up}", stacklevel=4)
+            else:
+                self.waiting.append(run.index)
+                self.lost[run.index] = run
+                del self.running[simulator]
+        else:
+            run.take(answer)
+            if not run.done:
+                self.ready[simulator] = time.perf_counter()
+        if run.done:
+            self.finished[run.index] = run.episode()
+            del self.running[simulator]
 
 
 def replay(*, env: Env, episode: Episode, size: int = 256, every: int = 1) -> Iterator[np.ndarray]:
@@ -168,23 +214,10 @@ def _check_numbers(seeds: Sequence[int], n_envs: int, policy_batch: int) -> None
         raise InputError(f"seed {min(seeds)} is negative; seeds start at 0")
 
 
-def _next_episode(waiting: Sequence[int], seeds: Sequence[int], running: Sequence[Running], policy_batch: int) -> int:
+def _next_episode(waiting: Sequence[int], seeds: Sequence[int], running: Collection[Running], policy_batch: int) -> int:
     """The first waiting episode whose row the fewest running episodes share: two of a row need two calls."""
     shared = Counter(run.seed % policy_batch for run in running)
     return min(waiting, key=lambda index: (shared[seeds[index] % policy_batch], index))
-
-
-def _pack(running: Sequence[Running], policy_batch: int) -> list[dict[int, Running]]:
-    """Spread episodes over as few calls as their rows allow: for each call, who sits in which row."""
-    calls: list[dict[int, Running]] = []
-    for run in running:
-        row = run.seed % policy_batch
-        call = next((call for call in calls if row not in call), None)
-        if call is None:
-            call = {}
-            calls.append(call)
-        call[row] = run
-    return calls
 
 
 def _predict(policy: Policy, call: Mapping[int, Running], policy_batch: int) -> None:

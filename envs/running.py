@@ -1,24 +1,22 @@
-"""One episode in a worker's simulator, a chunk at a time: what a rollout and learning from reward both drive.
+"""One episode in a simulator, a chunk at a time: what a rollout and learning from reward both drive.
 
-run.worker.begin(seed)      ─▶ take_start()
-accept(chunk), send_chunk() ─▶ take_outcome()       until done
+begin()                ─ order ─▶ simulator ─ answer ─▶ take()
+accept(chunk), chunk() ─ order ─▶ simulator ─ answer ─▶ take()       until done
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from action_diffusion.envs.workers import EnvWorker, Executed, Start
+from action_diffusion.envs.workers import ATTEMPTS, Begin, Execute, Executed, Lost, Start
 from action_diffusion.errors import InputError
 from action_diffusion.policy import noise
 from action_diffusion.policy.agent import Agent
-
-ATTEMPTS = 2
-"""How often an episode is begun before it is given up."""
 
 
 class Spec(Protocol):
@@ -58,29 +56,41 @@ def generators(*seed: int) -> tuple[Any, Any]:
 
 
 class Running:
-    """One episode that is under way."""
+    """One episode that is under way.
 
-    def __init__(self, *, worker: EnvWorker, index: int, seed: int, spec: Spec) -> None:
-        self.worker, self.index, self.seed, self._spec = worker, index, seed, spec
-        self._attempts, self.done = 0, False
+    suspect: a worker died while this was one of several things that it was to do. given_up: why, or "".
+    """
+
+    def __init__(self, *, index: int, seed: int, spec: Spec) -> None:
+        self.index, self.seed, self._spec = index, seed, spec
+        self._losses = Counter[int]()
+        self.suspect, self.done, self.given_up = False, False, ""
         self.max_steps = 1
-        self.begin_again()
+        self._begin_again()
 
-    def begin_again(self) -> None:
-        """As at first, with the same noise; given up when that has been tried often enough."""
-        self._attempts += 1
-        self.begun, self.done = False, self._attempts > ATTEMPTS
+    def _begin_again(self) -> None:
+        """As at first, with the same noise."""
+        self.begun = False
         self.agent = Agent(n_obs_steps=self._spec.n_obs_steps, n_action_steps=self._spec.n_action_steps)
         self.noise_generator, self.generator = generators(self.seed)
         self.rewards: list[float] = []
         self.actions: list[np.ndarray] = []
 
-    def take_start(self) -> None:
-        start = self.worker.answer()
-        assert isinstance(start, Start)
-        self.max_steps, self.action_shape = start.max_steps, start.action_shape
-        self.agent.observe(start.observation)
-        self.begun = True
+    def lose(self, lost: Lost) -> None:
+        """Back to the start. Lost at the same step `ATTEMPTS` times, by nothing but itself, it is given up: `done`.
+
+        A worker that something else kills is not counted against an episode, as it does not die at the same step.
+        """
+        place = len(self.rewards)
+        self._losses[place] += lost.fault == 1
+        self.suspect |= lost.fault > 0
+        self._begin_again()
+        if self._losses[place] >= ATTEMPTS:
+            self.done = True
+            self.given_up = f"its simulator was lost {ATTEMPTS} times at step {place} ({lost.reason}); it scores 0"
+
+    def begin(self, keys: Sequence[str]) -> Begin:
+        return Begin(self.seed, keys)
 
     def accept(self, chunk: np.ndarray) -> None:
         try:
@@ -93,20 +103,24 @@ class Running:
                 f"the simulator takes {list(self.action_shape)}"
             )
 
-    def send_chunk(self, keys: Sequence[str]) -> None:
+    def chunk(self, keys: Sequence[str]) -> Execute:
         """Let the simulator act until the agent needs another chunk or the episode ends."""
         self._plan: list[tuple[np.ndarray, bool]] = []
         while not self.agent.needs_chunk:
             self._plan.append((self.agent.act(), self.agent.will_be_seen))
-        self.worker.execute(self._plan, keys, self.max_steps - len(self.rewards))
+        return Execute(self._plan, keys, self.max_steps - len(self.rewards))
 
-    def take_outcome(self) -> None:
-        outcome = self.worker.answer()
-        assert isinstance(outcome, Executed)
-        self.actions += [action for action, _ in self._plan[: len(outcome.rewards)]]
-        self.rewards += outcome.rewards
-        self.done = outcome.done
-        for observation in outcome.observations:
+    def take(self, answer: Start | Executed) -> None:
+        """What came of the order."""
+        if isinstance(answer, Start):
+            self.max_steps, self.action_shape = answer.max_steps, answer.action_shape
+            self.agent.observe(answer.observation)
+            self.begun = True
+            return
+        self.actions += [action for action, _ in self._plan[: len(answer.rewards)]]
+        self.rewards += answer.rewards
+        self.done = answer.done
+        for observation in answer.observations:
             self.agent.observe(observation)
 
     def episode(self) -> Episode:

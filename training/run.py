@@ -149,7 +149,7 @@ def final_evaluation(
     data_names = " and ".join(sources.names(config["data"]))
     settings = {"data": data_names, "train": config["train"], "sampler": config["policy"]["sampler"]}
     if policy.spec.env is not None:
-        return evaluate_policy(policy, settings=settings, **options, **where)
+        return evaluate_policy(policy, settings=settings, workers=config.get("workers"), **options, **where)
     if data.held_out is None:
         console.print("one episode only, none held out: no evaluation")
         return {}
@@ -343,7 +343,7 @@ def _trainer(
     )
     rollouts = None
     if spec.env is not None and settings.rollout_every:
-        rollouts = Rollouts(policy, env=spec.env, n_episodes=settings.rollout_episodes)
+        rollouts = Rollouts(policy, env=spec.env, n_episodes=settings.rollout_episodes, workers=config.get("workers"))
     first = reference.gather(validation.indices[0][:1]).obs
     golden = {key: first[key][0].cpu().numpy() for key in spec.observations}
     return Trainer(

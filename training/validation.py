@@ -19,6 +19,10 @@ ROLLOUT_SEED = 50_000
 """First start of the rollouts in training: neither the demonstrations' (from 0) nor the evaluation's (from 100000)."""
 
 
+BATCH = 10
+"""Rows of every policy call of these rollouts."""
+
+
 class Validation:
     """`validation_loss`, and `action_error`: mean absolute error of sampled actions over the executed steps.
 
@@ -73,17 +77,20 @@ class Validation:
 class Rollouts:
     """`rollout_score`: mean score of a few episodes from starts that neither training nor evaluation uses."""
 
-    def __init__(self, policy: DiffusionPolicy, *, env: Mapping[str, Any], n_episodes: int):
-        self.policy, self.env, self.n_episodes = policy, dict(env), n_episodes
+    def __init__(
+        self, policy: DiffusionPolicy, *, env: Mapping[str, Any], n_episodes: int, workers: envs.Workers = None
+    ):
+        self.policy, self.env, self.n_episodes, self.workers = policy, dict(env), n_episodes, workers
 
     def __call__(self) -> dict[str, float]:
-        name = self.env["name"]
+        n_envs, workers = envs.spread(self.env["name"], None, self.workers, batch=BATCH)
         episodes = rollout(
             policy=self.policy,
             make_env=functools.partial(envs.make, **self.env),
             seeds=range(ROLLOUT_SEED, ROLLOUT_SEED + self.n_episodes),
             keys=list(self.policy.spec.observations),
-            n_envs=envs.at_once(name, 10),
-            in_processes=name in envs.IN_PROCESSES,
+            n_envs=n_envs,
+            policy_batch=BATCH,
+            workers=workers,
         )
         return {"rollout_score": float(np.mean([episode.score for episode in episodes]))}

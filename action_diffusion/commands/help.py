@@ -38,6 +38,7 @@ action-diffusion evaluate bundle=DIR [name=value …]     how good is a policy, 
   action-diffusion evaluate bundle=outputs/a/bundle n_episodes=50
   action-diffusion evaluate bundle=A/bundle compare=B/bundle         paired, on the same starts or held-out episodes
   action-diffusion evaluate bundle=[A/bundle,B/bundle,C/bundle]      several training seeds, summarised
+  action-diffusion evaluate bundle=A/bundle workers=ray://head:10001      simulators on many machines
   action-diffusion evaluate robot=ur hardware=cell.yaml bundles=[A/bundle,B/bundle] trials=20     on your arm, blinded
 """,
     "collect": """\
@@ -48,6 +49,7 @@ action-diffusion collect output=PATH [name=value …]     demonstrations into a 
   action-diffusion collect task=pusht_state agent=teleop output=mine.zarr              you drive, in a browser
   action-diffusion collect task=lift_state agent=teleop device=gamepad output=lift.zarr
   action-diffusion collect agent=teleop robot=lerobot hardware=cell.yaml device=leader task=custom output=arm.zarr
+  action-diffusion collect task=lift_state agent=expert workers=ray output=lift.zarr    on many machines
   action-diffusion collect agent=corrections from=DIR/record.zarr output=more.zarr     what a person mended in deploy
 """,
     "deploy": """\

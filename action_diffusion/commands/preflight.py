@@ -36,6 +36,7 @@ def train(config: Mapping[str, Any]) -> None:
     from action_diffusion.training.resuming import check_new
 
     check_new(config)
+    _check_workers(config["workers"])
     if config["init"] is not None:
         require(Path(config["init"]).expanduser())
         read_spec(Path(config["init"]).expanduser())
@@ -61,6 +62,7 @@ def finetune(config: Finetune) -> None:
     spec = read_spec(path)
     read_config(path)
     check_sampler(path, vars(config.sampler))
+    _check_workers(config.workers)
     if spec.env is None:
         raise InputError(f"{path}: its task, {spec.task}, has no simulator to try things in")
     if config.resume and config.output_dir is None:
@@ -84,6 +86,7 @@ def evaluate(config: Evaluate) -> None:
         return
     from action_diffusion.training.evaluation.results import check_new
 
+    _check_workers(config.workers)
     if config.output_dir is not None:
         check_new(Path(config.output_dir))
     bundles = [Path(path) for path in config.paths]
@@ -184,10 +187,19 @@ def collect(config: Collect) -> None:
     """The bundle that episodes begin with, and files that are named."""
     if config.visited_by is not None:
         require(Path(config.visited_by).expanduser())
+    _check_workers(config.workers)
     _check_exists("hardware", config.hardware)
     _check_page(config)
     if config.robot is not None and config.agent != "expert":  # which knows one robot
         _check_robot(config.robot, config.hardware)
+
+
+def _check_workers(workers: int | str | None) -> None:
+    """Of a Ray cluster: that Ray is installed, and something listens where the head node is said to be."""
+    if isinstance(workers, str):
+        from action_diffusion.envs.actors import check
+
+        check(workers)
 
 
 def _check_robot(name: str, hardware: str | None) -> None:

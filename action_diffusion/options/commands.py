@@ -27,6 +27,7 @@ from action_diffusion.options.words import (
     Seconds,
     Seed,
     Share,
+    Workers,
 )
 from action_diffusion.schema import Above, Between, FilePath, Matching, OneOf, Section, Sized
 
@@ -62,7 +63,7 @@ class Collect:
     seed: Seed = 0
     min_score: Annotated[float, Between(-1e6, 1e6)] = 0.98
     visited_by: FilePath | None = None
-    workers: Annotated[int, Between(1, 1024)] | None = None
+    workers: Workers | None = None
     device: str = "browser"
     device_index: Annotated[int, Between(0, 100)] = 0
     clutch: bool = False
@@ -189,6 +190,7 @@ class Evaluate(OnRobot):
     n_episodes: Count = 50
     n_envs: Annotated[int, Between(1, 4096)] | None = None
     policy_batch: Annotated[int, Between(1, 4096)] | None = None
+    workers: Workers | None = None
     n_videos: Annotated[int, Between(0, 1000)] = 6
     data: Data | None = None
     robot: str | None = None
@@ -227,7 +229,7 @@ ON_ROBOT = (
     *("trials", "hardware", "dry_run", "scheduling", "execution_horizon", "limits", "obstacles", "safety"),
     *("page", "page_host", "page_token_file"),
 )
-NOT_ON_ROBOT = ("compare", "n_episodes", "n_envs", "policy_batch", "n_videos", "data")
+NOT_ON_ROBOT = ("compare", "n_episodes", "n_envs", "policy_batch", "workers", "n_videos", "data")
 """Options of `Evaluate` that mean something only with `robot`, and only without."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from action_diffusion.options.policy import AnySampler
-from action_diffusion.options.words import MOST_STEPS, Count, Device, Plugins, Seed
+from action_diffusion.options.words import MOST_STEPS, Count, Device, Plugins, Seed, Workers
 from action_diffusion.schema import Above, Between, ByName, FilePath, OneOf, Section, Sized
 
 Layers = Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)]
@@ -174,6 +174,7 @@ class Finetune:
     seed: Seed = 0
     plugins: Plugins = None
     device: Device = "auto"
+    workers: Workers | None = None
     budget: BudgetSettings = field(default_factory=BudgetSettings)
     trials: Trials = field(default_factory=Trials)
     watch: Watching = field(default_factory=Watching)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from action_diffusion.errors import InputError
 from action_diffusion.options.policy import Policy
 from action_diffusion.options.task import Task
-from action_diffusion.options.words import Device, Plugins, Seed, Word
+from action_diffusion.options.words import Device, Plugins, Seed, Word, Workers
 from action_diffusion.schema import Above, Between, FilePath, Matching, OneOf, Sized, check, hints
 
 Every = Annotated[int, Between(0, 1_000_000_000)]
@@ -127,6 +127,7 @@ class Train:
     plugins: Plugins = None
     resume: bool = False
     init: FilePath | None = None
+    workers: Workers | None = None
     dataset: Dataset = field(default_factory=Dataset)
     train: TrainSettings
     policy: Policy

@@ -27,6 +27,17 @@ Device = Annotated[
     ),
 ]
 Port = Annotated[int, Matching("a whole number from 0 to 65535", lambda value: 0 <= value <= 65_535)]
+Workers = (
+    Annotated[int, Between(1, 1024)]
+    | Annotated[
+        str,
+        Matching(
+            "a number of processes, ray, or ray://HOST:10001",
+            lambda value: re.fullmatch(r"ray(://[^\s/:]+:\d{1,5})?", value) is not None,
+        ),
+    ]
+)
+"""Where simulators are, see `envs.workers`."""
 Seed = Annotated[int, Between(0, SEEDS)]
 Count = Annotated[int, Between(1, 100_000)]
 Seconds = Annotated[float, Between(0, 1e6)]

@@ -169,10 +169,10 @@ def _loop(bundle: str | None, url: str | None = None) -> Iterator[tuple[subproce
         try:
             yield loop, Path(folder) / "out"
         finally:
-            children = _children(loop.pid)
+            started = children(loop.pid)
             loop.kill()  # whatever it started ends when it is gone
             loop.wait()
-            _until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), 10)
+            _until(lambda: not any(Path(f"/proc/{child}").exists() for child in started), 10)
 
 
 def _folder(loop: subprocess.Popen[bytes]) -> Path:
@@ -187,13 +187,14 @@ def _folder(loop: subprocess.Popen[bytes]) -> Path:
 
 def child_of(pid: int, module: str) -> int:
     """The child of `pid` that runs `module`."""
-    for child in _children(pid):
+    for child in children(pid):
         if module in Path(f"/proc/{child}/cmdline").read_text():
             return child
     raise InputError(f"the loop has no {module}: a policy that sees no images has no camera to kill")
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Processes that `pid` started and that are there."""
     children: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # a thread that has ended since

@@ -90,13 +90,13 @@ def main(words: Sequence[str]) -> int:
 
     given = options(words, {"n_episodes": "20", "max_steps": "400"})
     n_episodes, max_steps = whole("n_episodes", given["n_episodes"]), whole("max_steps", given["max_steps"])
-    policy, seeds = untrained_policy(), range(100_000, 100_000 + n_episodes)
+    policy, seeds, at_once = untrained_policy(), range(100_000, 100_000 + n_episodes), 2 * (os.cpu_count() or 1)
     settings: dict[str, Any] = {"policy": policy, "seeds": seeds, "keys": CAMERAS}
     began = time.perf_counter()
     ours = rollout(
         make_env=functools.partial(envs.make, "lift", max_steps=max_steps),
-        n_envs=2 * (os.cpu_count() or 1),
-        in_processes=True,
+        n_envs=at_once,
+        workers=at_once,
         policy_batch=BATCH,
         **settings,
     )

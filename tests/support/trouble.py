@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,22 @@ class ChaoticEnv:
         self.closed = True
 
 
+class SlowEnv(ChaoticEnv):
+    """Of `seconds` a step, and as many more at the beginning of the episode of `straggler` as it says."""
+
+    def __init__(self, *, seconds: float = 0.01, straggler: int | None = None, late: float = 0.0) -> None:
+        super().__init__()
+        self.seconds, self.straggler, self.late = seconds, straggler, late
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        time.sleep(self.late if seed == self.straggler else 0.0)
+
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        time.sleep(self.seconds)
+        return super().step(action)
+
+
 class Trouble(ChaoticEnv):
     """Does `what` at step 6 of the episodes of `seed`, as often as `times` says; `folder` counts."""
 
@@ -66,3 +83,15 @@ class Trouble(ChaoticEnv):
                 raise FloatingPointError("the contact solver gave up")
             raise InputError("an action of Chaos is two numbers")
         return super().step(action)
+
+
+class Deadly(NamedTuple):
+    """An order that start 7 does not survive."""
+
+    start: int
+    seconds: float = 60.0
+
+    def run(self, env: ChaoticEnv, /) -> int:
+        if self.start == 7:
+            os._exit(11)
+        return self.start

@@ -93,10 +93,10 @@ def test_lost_simulators_and_the_demonstrations_are_named(tmp_path: Path) -> Non
             make_env=make_env,
             seed=104,
             n_episodes=2,
-            in_processes=True,
+            workers=2,
             demonstrations="scripted expert",
         )
-    assert [failure["seed"] for failure in results["simulator_failures"]] == [105, 105]
+    assert [failure["seed"] for failure in results["simulator_failures"]] == [105, 105, 105]
     assert results["scores"][1] == 0.0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "the contact solver gave up" in page

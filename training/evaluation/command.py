@@ -116,6 +116,7 @@ def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | No
         seed=config.seed,
         n_envs=config.n_envs,
         policy_batch=config.policy_batch,
+        workers=config.workers,
         n_videos=config.n_videos,
         **where,
     )

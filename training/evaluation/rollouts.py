@@ -21,6 +21,7 @@ from action_diffusion import envs
 from action_diffusion.envs.base import Env
 from action_diffusion.envs.rollout import Episode, Policy, replay, rollout
 from action_diffusion.envs.video import write_video
+from action_diffusion.envs.workers import Workers
 from action_diffusion.errors import InputError
 from action_diffusion.policy.reading import versions
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
@@ -55,22 +56,22 @@ def evaluate_policy(
     metrics_file: Path | None,
     **options: Any,
 ) -> dict[str, Any]:
-    """`evaluate` of a policy in the simulator that its bundle names; `options`: n_episodes, seed, n_envs, …"""
+    """`evaluate` of a policy in the simulator that its bundle names; `options`: n_episodes, seed, n_envs,
+    workers, …"""
     env = policy.spec.env
     if env is None:
         raise InputError(f"{policy.spec.task} has no simulator to evaluate in")
     apart = env["name"] in envs.IN_PROCESSES
     if options["policy_batch"] is None:
         options["policy_batch"] = BATCH_APART if apart else BATCH
-    if options["n_envs"] is None:  # fewer would leave rows of every policy call empty
-        options["n_envs"] = options["policy_batch"]
-    options["n_envs"] = envs.at_once(env["name"], options["n_envs"])
+    options["n_envs"], options["workers"] = envs.spread(
+        env["name"], options["n_envs"], options["workers"], batch=options["policy_batch"]
+    )
     return evaluate(
         policy=policy,
         env_name=policy.spec.task,
         env=env,
         make_env=functools.partial(envs.make, **env),
-        in_processes=apart,
         demonstrations=policy.spec.demonstrations,
         keys=list(policy.spec.observations),
         settings=settings,
@@ -91,7 +92,7 @@ def evaluate(
     seed: int = 100_000,
     n_envs: int = 10,
     policy_batch: int = 10,
-    in_processes: bool = False,
+    workers: Workers = None,
     demonstrations: str = "",
     n_videos: int = 4,
     output_dir: str | Path,
@@ -102,12 +103,13 @@ def evaluate(
     """Roll the policy out from `n_episodes` starts, the seeds from `seed` upward, and write what came of it.
 
     Writes into `output_dir`: results.json (what is returned), report.html, and videos/seed_<seed>.mp4 of the best, the
-    worst and some episodes between. Scores do not depend on `n_envs` (see `envs.rollout`).
+    worst and some episodes between. Scores depend neither on `n_envs` nor on `workers` (see
+    `envs.rollout`).
 
     Args:
         env_name: what results.json calls the task. env: the simulator's name and settings, for it.
         keys: the observations that the policy wants. demonstrations: what it learnt from, for the report.
-        in_processes: see `rollout`; a simulator that is lost is reported with its seed, and started again.
+        workers: see `rollout`; a simulator that is lost is reported with its seed, and started again.
         settings: plain data for the report and results.json; the arguments here that shape scores are added.
         metrics_file: a `metrics.jsonl`, for learning curves. progress: takes the bars; None: one is shown on stderr.
 
@@ -128,7 +130,7 @@ def evaluate(
             make_env=make_env,
             seeds=seeds,
             keys=keys,
-            in_processes=in_processes,
+            workers=workers,
             progress=_score_so_far(bars, n_episodes),
             on_lost=_note(failures),
             **sizes,

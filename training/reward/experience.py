@@ -8,7 +8,7 @@ obs of all simulators ──act──▶ chunks and what is remembered of them �
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from action_diffusion.envs.base import Env
 from action_diffusion.envs.running import Episode, Running, Spec
-from action_diffusion.envs.workers import EnvWorker, InlineWorker, Lost, ProcessWorker
+from action_diffusion.envs.workers import Lost, Workers, open_simulators
 from action_diffusion.training.reward.transitions import Rows
 
 
@@ -70,7 +70,9 @@ class _Trial:
 class Experience:
     """n_envs simulators that begin a new episode whenever one ends.
 
-    seeds: of the starts, an endless supply. Raises `InputError` as `rollout` does.
+    All take turns, so that what is learnt does not depend on where the simulators are (`workers`, see `rollout`), nor
+    on how fast; it does where one dies, as its episode begins again. seeds: of the starts, an endless supply. Raises
+    `InputError` as `rollout` does.
     """
 
     def __init__(
@@ -82,43 +84,34 @@ class Experience:
         seeds: Iterable[int],
         n_envs: int,
         reward: Reward,
-        in_processes: bool = False,
+        workers: Workers = None,
         on_lost: Callable[[int, str], None] | None = None,
     ) -> None:
         self.spec, self.keys, self.reward, self.on_lost = spec, list(keys), reward, on_lost
         self._seeds = iter(seeds)
-        self._workers: list[EnvWorker] = []
-        try:
-            for _ in range(n_envs):
-                self._workers.append(ProcessWorker(make_env) if in_processes else InlineWorker(make_env))
-        except BaseException:
-            self.close()
-            raise
-        self._trials = [self._new(worker) for worker in self._workers]
+        self._trials = [self._new() for _ in range(n_envs)]
+        self._simulators = open_simulators(make_env, n_envs, workers)
 
-    def _new(self, worker: EnvWorker) -> _Trial:
-        return _Trial(Running(worker=worker, index=0, seed=next(self._seeds), spec=self.spec))
+    def _new(self) -> _Trial:
+        return _Trial(Running(index=0, seed=next(self._seeds), spec=self.spec))
 
     def turn(self, act: Act) -> Turn:
         """Let every simulator execute one chunk."""
-        fresh = [trial for trial in self._trials if not trial.run.begun]
-        for trial in fresh:
-            trial.run.worker.begin(trial.run.seed, self.keys)
-        self._answers(fresh, Running.take_start)
-        ready = [trial for trial in self._trials if trial.run.begun]
-        histories = [trial.run.agent.history() for trial in ready]
+        ready = self._ready()
+        histories = [self._trials[simulator].run.agent.history() for simulator in ready]
         acted = act({key: np.stack([history[key] for history in histories]) for key in self.keys})
         rows: list[dict[str, Tensor]] = []
-        for index, trial in enumerate(ready):
+        for index, simulator in enumerate(ready):
+            trial = self._trials[simulator]
             now = {name: value[index].detach() for name, value in acted.remembered.items()}
-            place = {"simulator": self._workers.index(trial.run.worker), "time": len(trial.run.rewards)}
+            place = {"simulator": simulator, "time": len(trial.run.rewards)}
             now |= {name: now["condition"].new_tensor(value) for name, value in place.items()}
             if trial.waiting is not None:
                 rows.append({**trial.waiting, "next_condition": now["condition"]})
             trial.waiting, trial.counted = now, len(trial.run.rewards)
             trial.run.accept(acted.chunk[index])
-            trial.run.send_chunk(self.keys)
-        self._answers(ready, Running.take_outcome)
+            self._simulators.give(simulator, trial.run.chunk(self.keys), alone=trial.run.suspect)
+        self._answers()
         steps, episodes = 0, []
         for index, trial in enumerate(self._trials):
             if trial.waiting is None:  # lost
@@ -132,25 +125,42 @@ class Experience:
                 if discount == 0.0:  # what follows a success counts for nothing; what a time limit hides is left out
                     rows.append({**trial.waiting, "next_condition": condition})
                 episodes.append(trial.run.episode())
-                self._trials[index] = self._new(trial.run.worker)
+                self._trials[index] = self._new()
         return Turn(_stacked(rows), episodes, steps)
 
-    def _answers(self, trials: Sequence[_Trial], take: Callable[[Running], Any]) -> None:
-        for trial in trials:
-            try:
-                take(trial.run)
-            except Lost as lost:
+    def _ready(self) -> list[int]:
+        """Simulators whose episodes wait for a chunk, once there is one: all but those that are being started again."""
+        if not any(trial.run.begun for trial in self._trials):
+            self._simulators.wait()
+        while True:
+            for simulator in sorted(self._simulators.available):
+                run = self._trials[simulator].run
+                if not run.begun:
+                    self._simulators.give(simulator, run.begin(self.keys), alone=run.suspect)
+            self._answers()
+            ready = [simulator for simulator, trial in enumerate(self._trials) if trial.run.begun]
+            if ready:
+                return ready
+            self._simulators.answers()
+
+    def _answers(self) -> None:
+        """Take what comes until no simulator is at work."""
+        while self._simulators.at_work:
+            for simulator, answer in self._simulators.answers():
+                trial = self._trials[simulator]
+                if not isinstance(answer, Lost):
+                    trial.run.take(answer)
+                    continue
                 trial.waiting = None
-                trial.run.begin_again()
-                if trial.run.done:  # lost again and again: another start
-                    self._trials[self._trials.index(trial)] = self._new(trial.run.worker)
-                if self.on_lost is not None:
-                    self.on_lost(trial.run.seed, str(lost))
+                trial.run.lose(answer)
+                if answer.fault and self.on_lost is not None:
+                    self.on_lost(trial.run.seed, answer.reason)
+                if trial.run.given_up:  # another start
+                    self._trials[simulator] = self._new()
 
     def close(self) -> None:
         """Release the simulators."""
-        for worker in self._workers:
-            worker.close()
+        self._simulators.close()
 
 
 def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> Rows:

@@ -73,7 +73,7 @@ def finetune(config: Finetune) -> dict[str, Any]:
     asked = Evaluate(bundle=str(folder / "bundle"), compare=str(source), output_dir=str(folder / "evaluation"))
     for name in ("n_episodes", "seed", "n_videos"):
         setattr(asked, name, getattr(config.evaluation, name))
-    asked.device = config.device
+    asked.device, asked.workers = config.device, config.workers
     *_, (results, _) = evaluate(asked)
     return results
 
@@ -86,8 +86,7 @@ class Run:
     ) -> None:
         assert policy.spec.env is not None
         self.config, self.policy, self.method, self.folder, self.sampler = config, policy, method, folder, sampler
-        name = policy.spec.env["name"]
-        self.apart = name in envs.IN_PROCESSES
+        self.env = policy.spec.env["name"]
         self.make_env = functools.partial(envs.make, **policy.spec.env)
         self.keys = list(policy.spec.observations)
         self.steps, self.episodes, self.seconds, self.next_start = 0, 0, 0.0, config.trials.seed
@@ -105,7 +104,7 @@ class Run:
         """Until the budget is spent. Raises `Interrupted` after saving, on Ctrl-C."""
         config, budget = self.config, self.config.budget.env_steps
         trials = config.trials
-        n_envs = envs.at_once(self.policy.spec.env["name"], trials.n_envs or AT_ONCE)  # type: ignore[index]
+        n_envs, workers = envs.spread(self.env, trials.n_envs or AT_ONCE, config.workers, batch=AT_ONCE)
         experience = Experience(
             make_env=self.make_env,
             spec=self.policy.spec,
@@ -113,7 +112,8 @@ class Run:
             seeds=self._starts(),
             n_envs=n_envs,
             reward=Reward(trials.reward, trials.gamma),
-            in_processes=self.apart,
+            workers=workers,
+            on_lost=_tell,
         )
         began = time.monotonic() - self.seconds
         rewards: set[float] = set()
@@ -172,16 +172,18 @@ class Run:
             changes = {"sampler": self.sampler, "fitted": fitted, "weights": weights}
         else:
             policy = bundles.load(source, self.policy.device, precision="fp32")
-        batch = BATCH_APART if self.apart else BATCH
+        batch = BATCH_APART if self.env in envs.IN_PROCESSES else BATCH
+        n_envs, workers = envs.spread(self.env, None, self.config.workers, batch=batch)
         try:
             episodes = rollout(
                 policy=policy,
                 make_env=self.make_env,
                 seeds=list(range(watch.seed, watch.seed + watch.n_episodes)),
                 keys=self.keys,
-                n_envs=envs.at_once(self.policy.spec.env["name"], batch),  # type: ignore[index]
+                n_envs=n_envs,
                 policy_batch=batch,
-                in_processes=self.apart,
+                workers=workers,
+                on_lost=_tell,
             )
         finally:
             self.policy.extensions = []
@@ -230,6 +232,10 @@ class Run:
         with atomic_path(self.log) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept))
         console.print(f"going on from {self.steps:,} steps")
+
+
+def _tell(start: int, reason: str) -> None:
+    console.print(f"start {start}: {reason}; it begins again")
 
 
 def _set_aside(evaluation: Path) -> None:
