@@ -101,7 +101,8 @@ def fit_normalizer(
         if key in features:
             with torch.no_grad():
                 values = features[key](torch.from_numpy(np.asarray(values, np.float32))).numpy()
-        statistics[key] = normalizer_module.fit(values, kinds.get(key, default), weigh(key))
+        kind = kinds.get(key, "identity" if key in spec.texts else default)
+        statistics[key] = normalizer_module.fit(values, kind, weigh(key))
     if frame is None:
         return statistics
     read_history = read_history or (lambda key: read_chunks(key)[0][:, None])
@@ -147,7 +148,7 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     """
     check_sections(config)
     features = build_features(config.get("features") or {}, spec)
-    sizes = {key: math.prod(value.shape) for key, value in spec.observations.items() if value.kind == "state"}
+    sizes = {key: math.prod(value.shape) for key, value in spec.observations.items() if value.kind != "image"}
     sizes |= {key: cast(int, features[key].output_dim) for key in sizes if key in features}
     action_frame = build_action_frame(config.get("action_frame"), spec)
     _check_seen(action_frame, features)
@@ -159,6 +160,8 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
         "state_dims": sizes,
         "n_obs_steps": spec.n_obs_steps,
     }
+    if spec.texts and "text_dims" in parameters("encoder", config["encoder"]):
+        parts["text_dims"] = {key: sizes.pop(key) for key in spec.texts}
     empty = config["encoder"] | ({"weights": None} if config["encoder"].get("weights") else {})
     _check_weights(lambda: build("encoder", empty, **parts))
     encoder = build("encoder", config["encoder"], **parts)

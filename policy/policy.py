@@ -130,7 +130,7 @@ class DiffusionPolicy(nn.Module):
 
     def see(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Encoded:
         """`encode`, and what the rest of the policy takes for the observations: an estimated state is among them."""
-        states = [key for key, spec in self.spec.observations.items() if spec.kind == "state"]
+        states = [key for key, spec in self.spec.observations.items() if spec.kind != "image"]
         seen = {key: self._written(key, obs[key]) for key in states}
         if self.action_frame is not None:
             seen |= self.action_frame.observe(seen)

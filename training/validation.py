@@ -13,6 +13,7 @@ from action_diffusion import envs
 from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.text.words import Words
 from action_diffusion.training.data import held_out_indices
 
 ROLLOUT_SEED = 50_000
@@ -71,16 +72,19 @@ class Validation:
 
 
 class Rollouts:
-    """`rollout_score`: mean score of a few episodes from starts that neither training nor evaluation uses."""
+    """`rollout_score`: mean score of a few episodes from starts that neither training nor evaluation uses.
 
-    def __init__(self, policy: DiffusionPolicy, *, env: Mapping[str, Any], n_episodes: int):
-        self.policy, self.env, self.n_episodes = policy, dict(env), n_episodes
+    words: that the policy is told.
+    """
+
+    def __init__(self, policy: DiffusionPolicy, *, env: Mapping[str, Any], n_episodes: int, words: Words | None = None):
+        self.policy, self.env, self.n_episodes, self.words = policy, dict(env), n_episodes, words
 
     def __call__(self) -> dict[str, float]:
         name = self.env["name"]
         episodes = rollout(
             policy=self.policy,
-            make_env=functools.partial(envs.make, **self.env),
+            make_env=functools.partial(envs.make, **self.env, words=self.words),
             seeds=range(ROLLOUT_SEED, ROLLOUT_SEED + self.n_episodes),
             keys=list(self.policy.spec.observations),
             n_envs=envs.at_once(name, 10),

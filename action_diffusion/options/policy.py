@@ -57,6 +57,7 @@ class EncoderOptions:
     group_norm_channels: Annotated[int, Between(1, 1024)] = 16
     pixels: dict[str, PixelOptions] | None = None
     context: ContextOptions | None = None
+    text_feature_dim: Annotated[int, Between(1, 8192)] = 32
 
 
 def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None, corner: Sequence[int] | None = None) -> None:

@@ -20,6 +20,7 @@ from action_diffusion.deploy.serve.server import PolicyServer
 from action_diffusion.options import Serve
 from action_diffusion.policy.inference import choose_threads
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
+from action_diffusion.policy.text.words import Words
 
 if TYPE_CHECKING:
     from action_diffusion.policy.policy import DiffusionPolicy
@@ -62,14 +63,16 @@ def run(config: Serve) -> int:
     """
     token = read_token(config.token_file)
     policy = open_local(config, Path(config.bundle))
+    words = Words.of(policy.spec, config.instruction, config.text_model)
+    words.ready()
     try:
-        asyncio.run(_serve(config, policy, token))
+        asyncio.run(_serve(config, policy, token, words))
     finally:
         print("stopped")
     return 0
 
 
-async def _serve(config: Serve, policy: DiffusionPolicy | OnnxPolicy, token: str | None) -> None:
+async def _serve(config: Serve, policy: DiffusionPolicy | OnnxPolicy, token: str | None, words: Words) -> None:
     statistics = ServerStatistics()
     server = PolicyServer(
         policy=policy,
@@ -80,6 +83,7 @@ async def _serve(config: Serve, policy: DiffusionPolicy | OnnxPolicy, token: str
         max_message_bytes=int(config.max_message_mb * 2**20),
         seed=config.seed,
         remember=config.remember,
+        words=words,
         say=_once_each(lambda line: print(line, file=sys.stderr, flush=True)),
         answered=statistics.answered,
         turned_down=statistics.turned_down,

@@ -51,7 +51,7 @@ class PolicyServer:
         token: that clients must show; required where `host` is not this machine alone.
         max_connections: more are turned away.
         max_message_bytes: of what a client sends; a larger message ends its connection.
-        seed, remember: see `ClientSession`.
+        seed, remember, words: see `ClientSession`.
         say: takes a line about something that went wrong here.
         answered: is told how many seconds the policy took for an answer.
         turned_down: is told of every line of text that went out instead.
@@ -68,6 +68,7 @@ class PolicyServer:
         max_message_bytes: int = 2**24,
         seed: int | None = None,
         remember: bool = True,
+        words: Words | None = None,
         say: Callable[[str], None] = print,
         answered: Callable[[float], None] = lambda seconds: None,
         turned_down: Callable[[str], None] = lambda line: None,
@@ -80,7 +81,7 @@ class PolicyServer:
             )
         self._policy, self._host, self._port, self._token = policy, host, port, token
         self._max_connections, self._max_message_bytes = max_connections, max_message_bytes
-        self._session = functools.partial(ClientSession, spec=policy.spec, seed=seed, remember=remember)
+        self._session = functools.partial(ClientSession, spec=policy.spec, seed=seed, remember=remember, words=words)
         self._say, self._answered, self._turned_down = say, answered, turned_down
         self._metadata = pack({"policy": "action-diffusion", **policy.spec.to_json()})
         self._closed: type[Exception] = require("websockets.exceptions").ConnectionClosed

@@ -1,18 +1,20 @@
 """The observation encoder: the last To observations in, one embedding for the denoiser out.
 
     states [B, To, n]        ───────────────────────────────────────────────────────────────┐
-    frames [B, To, H, W, 3] ─▶ crop, jitter ─▶ [B*To, 3, h, w] ─▶ ResNet ─▶ pool ─▶ [., F] ──┴▶ [B, To * D]
+    frames [B, To, H, W, 3] ─▶ crop, jitter ─▶ [B*To, 3, h, w] ─▶ ResNet ─▶ pool ─▶ [., F] ──┴▶ [B, To * D] ─┐
+    words [B, To, E]         ─▶ those of the last step ─▶ projection [B, F'] ────────────────────────────────┴▶ [B, C]
 
 All To frames of all windows go through the network as one batch. An embedding is its steps one after the other, oldest
-first, and a step is its states, in order, then its cameras, in order: D = sum of n + cameras * F.
+first, and a step is its states, in order, then its cameras, in order: D = sum of n + cameras * F. What a robot is told
+does not change from step to step, so that it is there once: C = To * D + texts * F'.
 
 Names of weights: `cameras.<i>.` for camera i, or `cameras.0.` when they share a network; in it
-`backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`.
+`backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`; `texts.<i>.` for the words of text i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -95,6 +97,7 @@ class ObservationEncoder(nn.Module):
     to [-1, 1]. Weights from ImageNet saw mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225].
     context: options of `context.Context`, which tells from all To steps what is not observed; then only the last ones
     are in the embedding. None: all To steps are.
+    text_dims: key of a text to E, in order. text_feature_dim: F' of each.
 
     Raises `InputError` for a key without a shape, a shape that is not (H, W, 3), a crop outside of its frame, cameras
     that share a network but differ in size, and what the parts refuse.
@@ -125,6 +128,8 @@ class ObservationEncoder(nn.Module):
         group_norm_channels: int = 16,
         pixels: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         context: Mapping[str, int] | None = None,
+        text_dims: Mapping[str, int] | None = None,
+        text_feature_dim: int = 32,
     ):
         super().__init__()
         self.image_keys = tuple(image_keys)
@@ -160,15 +165,21 @@ class ObservationEncoder(nn.Module):
         if context is not None:
             self.context = Context(step_dim=self.step_dim, n_obs_steps=n_obs_steps, **context)
         self.output_dim = n_obs_steps * self.step_dim if self.context is None else self.context.output_dim
+        self.text_dims = dict(text_dims or {})
+        self.texts = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(n, elementwise_affine=False), nn.Linear(n, text_feature_dim))
+            for n in self.text_dims.values()  # normalised, as each of many numbers of a short vector is small
+        )
+        self.output_dim += text_feature_dim * len(self.text_dims)
 
     def forward(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Embedding [B, To * D], or [B, recent * D + size] with a `context`, float32.
+        """Embedding [B, C], or with a `context` [B, recent * D + size + texts * F'], float32.
 
-        obs: a state is a float [B, To, n], normalised already; a camera is uint8 [B, To, H, W, 3], 0 to 255, or in
+        obs: a state is a float [B, To, n], normalised already, a text likewise [B, To, E]; a camera is uint8 [B, To, H, W, 3], 0 to 255, or in
         training [B, To, h, w, 3] when the `early_crop` has been cut already. `generator` draws crops and jitter,
         camera after camera; the global one does without it. Raises `InputError` for anything else.
         """
-        parts = [self._state(key, obs) for key in self.state_dims]
+        parts = [self._vector(key, obs, n) for key, n in self.state_dims.items()]
         for i, key in enumerate(self.image_keys):
             frames = self._frames(key, obs)
             images = self._prepare(key, frames, generator).to(memory_format=self.memory_format)
@@ -178,7 +189,12 @@ class ObservationEncoder(nn.Module):
             counts = ", ".join(f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys))
             raise InputError(f"observations have different numbers of windows: {counts}")
         steps = torch.cat(parts, dim=2)
-        return steps.flatten(1) if self.context is None else cast(Tensor, self.context(steps))
+        embedding = steps.flatten(1) if self.context is None else cast(Tensor, self.context(steps))
+        told = [text(self._vector(key, obs, n)[:, -1]).float() for text, (key, n) in self._texts()]
+        return torch.cat([embedding, *told], dim=1) if told else embedding
+
+    def _texts(self) -> Iterable[tuple[nn.Module, tuple[str, int]]]:
+        return zip(self.texts, self.text_dims.items(), strict=True)
 
     @property
     def early_crop(self) -> Size | None:
@@ -233,8 +249,8 @@ class ObservationEncoder(nn.Module):
             raise InputError(f"camera {key!r} is {_describe(frames)}, expected uint8 {expected}")
         return frames
 
-    def _state(self, key: str, obs: Mapping[str, Tensor]) -> Tensor:
-        state, to, n = _get(key, obs), self.n_obs_steps, self.state_dims[key]
+    def _vector(self, key: str, obs: Mapping[str, Tensor], n: int) -> Tensor:
+        state, to = _get(key, obs), self.n_obs_steps
         if not state.is_floating_point() or state.shape[1:] != (to, n):
             raise InputError(f"state {key!r} is {_describe(state)}, expected float32 [B, {to}, {n}]")
         return state.float()

@@ -33,6 +33,7 @@ from action_diffusion.options.finetune import Finetune
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import read_config
+from action_diffusion.policy.text.words import Words
 from action_diffusion.progress import progress
 from action_diffusion.registry import EXTENSIONS, METHODS
 from action_diffusion.training.evaluation.command import run as evaluate
@@ -73,7 +74,7 @@ def finetune(config: Finetune) -> dict[str, Any]:
     asked = Evaluate(bundle=str(folder / "bundle"), compare=str(source), output_dir=str(folder / "evaluation"))
     for name in ("n_episodes", "seed", "n_videos"):
         setattr(asked, name, getattr(config.evaluation, name))
-    asked.device = config.device
+    asked.device, asked.instruction, asked.text_model = config.device, config.instruction, config.text_model
     *_, (results, _) = evaluate(asked)
     return results
 
@@ -88,7 +89,8 @@ class Run:
         self.config, self.policy, self.method, self.folder, self.sampler = config, policy, method, folder, sampler
         name = policy.spec.env["name"]
         self.apart = name in envs.IN_PROCESSES
-        self.make_env = functools.partial(envs.make, **policy.spec.env)
+        words = Words.of(policy.spec, config.instruction, config.text_model)
+        self.make_env = functools.partial(envs.make, **policy.spec.env, words=words)
         self.keys = list(policy.spec.observations)
         self.steps, self.episodes, self.seconds, self.next_start = 0, 0, 0.0, config.trials.seed
         self.best: tuple[float, float] = (-1.0, -1.0)
