@@ -145,8 +145,8 @@ def _told_words(buffer: ReplayBuffer, observations: Mapping[str, ObservationSpec
     if not told:
         several = TASK in buffer and len(set(task_words(buffer.attrs))) > 1
         return {TASK: "left out: several tasks; task.observations.task={kind: text} tells which"} if several else {}
-    (key, text), *_ = told.items()
-    some = ", ".join(f"{one!r}" for one in text.sentences[:3]) + (", …" if len(text.sentences) > 3 else "")
+    sentences = next(iter(told.values())).sentences
+    some = ", ".join(f"{one!r}" for one in sentences[:3]) + (", …" if len(sentences) > 3 else "")
     names = f"{', '.join(told)}, {', '.join(str(one.encoder['name']) for one in told.values())}"
     return {TASK: f"observed (as {names}): {some}"}
 

@@ -59,7 +59,7 @@ class Critic:
 
 
 class Told(NamedTuple):
-    """Words, as a policy takes them. vectors: float32 [n, E], one a sentence. of_row: int64 [N], each row's sentence."""
+    """Words, as a policy takes them. vectors: float32 [n, E], one a sentence. of_row: int64 [N], each row's one."""
 
     vectors: np.ndarray
     of_row: np.ndarray

@@ -73,7 +73,7 @@ def row_tasks(buffer: ReplayBuffer) -> tuple[list[str], np.ndarray]:
         first = int(np.flatnonzero(rows == words.index(""))[0])
         episode = int(np.searchsorted(buffer.episode_ends, first, side="right"))
         raise InputError(
-            f"{buffer.name}: episode {episode} does not say in words what was to be done: record with task=…, or drop it"
+            f"{buffer.name}: episode {episode} does not say in words what was to be done: give it task=…, or drop it"
         )
     return words, rows
 

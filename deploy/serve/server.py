@@ -28,6 +28,7 @@ from action_diffusion.deploy.serve.session import ClientSession, Question
 from action_diffusion.deploy.serve.wire import pack, require, shortened, unpack
 from action_diffusion.errors import InputError
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
+from action_diffusion.policy.text.words import Words
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection

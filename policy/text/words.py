@@ -15,7 +15,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,11 +72,7 @@ def _checked(text: TextSpec, model: str | None) -> _Embedding:
 
 def check_sentence(sentence: object, where: str) -> str:
     """Raises `InputError` for what is no sentence: words of at most 1000 letters, in one line."""
-    try:
-        said: str = check(sentence, Sentence, where)
-        said.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}={shown(sentence)} must be text that can be written") from None
+    said: str = check(sentence, Sentence, where)
     return said
 
 
@@ -165,8 +160,8 @@ class _Embedding:
         vector = np.asarray(self.encoder.encode(sentence))
         if vector.shape != (self.encoder.size,) or not np.isfinite(vector).all():
             raise InputError(
-                f"the text encoder made {list(vector.shape)} numbers of {shown(sentence)}, expected {self.encoder.size} "
-                "that are finite"
+                f"the text encoder made {list(vector.shape)} numbers of {shown(sentence)}, expected "
+                f"{self.encoder.size} that are finite"
             )
         return vector.astype(np.float32)
 
