@@ -98,7 +98,7 @@ class Observation:
     def __post_init__(self) -> None:
         if self.kind != "text" and self.encoder is not None:
             raise InputError("task.observations: encoder= is for kind: text")
-        if self.kind == "text" and not (self.source is self.columns is self.unit is None):
+        if self.kind == "text" and any(value is not None for value in (self.source, self.columns, self.unit)):
             raise InputError("task.observations: a text is what the episodes' tasks say: without source, columns, unit")
 
 

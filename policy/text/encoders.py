@@ -58,7 +58,9 @@ class TaskId:
     def encode(self, sentence: str) -> np.ndarray:
         if sentence not in self._tasks:
             raise unknown("task", sentence, self._tasks)
-        return np.eye(self.size, dtype=np.float32)[self._tasks.index(sentence)]
+        vector = np.zeros(self.size, np.float32)
+        vector[self._tasks.index(sentence)] = 1
+        return vector
 
 
 class _Transformer:

@@ -143,7 +143,8 @@ def vector(spec: PolicySpec, sentence: str) -> np.ndarray:
 
 
 def test_in_a_simulator(bundle: Path, tmp_path: Path) -> None:
-    policy, options = bundles.load(bundle), {"settings": {}, "metrics_file": None, "n_episodes": 2, "n_videos": 1}
+    policy = bundles.load(bundle)
+    options: dict[str, Any] = {"settings": {}, "metrics_file": None, "n_episodes": 2, "n_videos": 1}
     options |= {"n_envs": 2, "policy_batch": 2, "seed": 100_000}
     with pytest.raises(InputError, match="give instruction=…, such as 'go right', 'go left'"):
         evaluate_policy(policy, output_dir=tmp_path / "a", **options)
@@ -185,24 +186,26 @@ def test_clients_may_send_words(bundle: Path) -> None:
     spec, state = bundles.read_spec(bundle), encoded(np.zeros(5, np.float32))
     session = ClientSession(spec=spec, words=Words.of(spec, TASKS[0]))
     right, left = (vector(spec, task) for task in TASKS)
-    for message, expected in [
+    heard: list[tuple[dict[str, object], np.ndarray]] = [
         ({}, right),
         ({"told": TASKS[1]}, left),
         ({"prompt": TASKS[1]}, left),
         ({"told": TASKS[0], "prompt": TASKS[1]}, right),
         ({"told": encoded(left)}, left),
         ({"prompt": ""}, right),
-    ]:
+    ]
+    for message, expected in heard:
         question = session.take({"state": state, "action_diffusion": {"reset": True}, **message})
         np.testing.assert_array_equal(question.obs["told"], np.broadcast_to(expected, (1, TO, 26)))
     whole = {"state": encoded(np.zeros((TO, 5), np.float32)), "told": TASKS[1], "action_diffusion": {"history": True}}
     assert session.take(whole).obs["told"].shape == (1, TO, 26)
-    for message, said in [
+    refused: list[tuple[dict[str, object], str]] = [
         ({"told": "x" * 5000}, "at most 1000 letters"),
         ({"told": "12"}, "has no letters"),
         ({"told": 3}, "not a numpy array"),
         ({"told": encoded(left[:5])}, r"has shape \[5\]"),
-    ]:
+    ]
+    for message, said in refused:
         with pytest.raises(InputError, match=said):
             session.take({"state": state, **message})
     with pytest.raises(InputError, match="give instruction="):
