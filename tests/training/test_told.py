@@ -21,8 +21,9 @@ from action_diffusion.deploy.serve.session import ClientSession
 from action_diffusion.envs.told import Told
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
+from action_diffusion.policy.opening import load as open_policy
 from action_diffusion.policy.model.normalizer import fit
-from action_diffusion.policy.spec import ObservationSpec, PolicySpec
+from action_diffusion.policy.spec import ObservationSpec, PolicySpec, TextSpec
 from action_diffusion.policy.text import words
 from action_diffusion.policy.text.words import Words, describe, embed
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
@@ -63,7 +64,7 @@ def test_a_policy_does_what_it_is_told(tmp_path: Path) -> None:
     train(configured(f"[{one},{two}]", tmp_path / "run", steps=400))
     policy = bundles.load(tmp_path / "run/bundle", verify=True)
     assert policy.spec.observations["told"] == ObservationSpec(
-        (26,), kind="text", source="task_index", text=words.TextSpec({"name": "letters"}, "letters 1", TASKS)
+        (26,), kind="text", source="task_index", text=TextSpec({"name": "letters"}, "letters 1", TASKS)
     )
     assert policy.spec.normalizer["told"]["kind"] == "identity"
     assert policy.spec.buffer_columns["task_index"] == "observed (as told, letters): 'go right', 'go left'"
@@ -219,6 +220,26 @@ def test_on_a_robot(bundle: Path, tmp_path: Path) -> None:
     record = ReplayBuffer.open(tmp_path / "run/record.zarr")
     assert record.attrs["task"] == "go left"
     np.testing.assert_array_equal(record["told"][:], np.tile(vector(bundles.read_spec(bundle), "go left"), (12, 1)))
+
+
+@pytest.mark.slow
+def test_as_an_onnx_file(bundle: Path) -> None:
+    pytest.importorskip("onnxscript", reason="needs the extra [onnx]")
+    pytest.importorskip("onnxruntime")
+    file = bundle.with_name("policy.onnx")
+    assert cli.main(["bundle", "export", f"in={bundle}", f"out={file}", "format=onnx"]) == 0
+    ours, theirs = bundles.load(bundle), open_policy(file)
+    obs = {"state": np.full((1, TO, 5), 250.0, np.float32), "told": np.tile(vector(ours.spec, TASKS[1]), (1, TO, 1))}
+    noise = np.random.default_rng(0).standard_normal((1, *ours.spec.noise_shape)).astype(np.float32)
+    found = [policy.predict(obs, noise=noise)["action_pred"] for policy in (ours, theirs)]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-2)
+    assert theirs.spec.texts == ours.spec.texts
+
+
+def test_lerobot_has_no_words(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words_of = [f"in={bundle}", f"out={bundle.with_name('theirs')}", "format=lerobot"]
+    assert cli.main(["bundle", "export", *words_of]) == 2
+    assert "no counterpart" in capsys.readouterr().err
 
 
 def test_the_commands_take_an_instruction(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
