@@ -21,8 +21,8 @@ from action_diffusion.deploy.serve.session import ClientSession
 from action_diffusion.envs.told import Told
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.opening import load as open_policy
 from action_diffusion.policy.model.normalizer import fit
+from action_diffusion.policy.opening import load as open_policy
 from action_diffusion.policy.spec import ObservationSpec, PolicySpec, TextSpec
 from action_diffusion.policy.text import words
 from action_diffusion.policy.text.words import Words, describe, embed
