@@ -2,19 +2,21 @@
 
     states [B, To, n]        ───────────────────────────────────────────────────────────────┐
     frames [B, To, H, W, 3] ─▶ crop, jitter ─▶ [B*To, 3, h, w] ─▶ ResNet ─▶ pool ─▶ [., F] ──┴▶ [B, To * D] ─┐
-    words [B, To, E]         ─▶ those of the last step ─▶ projection [B, F'] ────────────────────────────────┴▶ [B, C]
+    words [B, To, E]         ─▶ those of the last step ─▶ projection [B, F'] ────────────────────────────────┤
+    series [B, To, n]        ─▶ causal convolutions over all samples, see `series` ─▶ [B, F"] ───────────────┴▶ [B, C]
 
 All To frames of all windows go through the network as one batch. An embedding is its steps one after the other, oldest
 first, and a step is its states, in order, then its cameras, in order: D = sum of n + cameras * F. What a robot is told
-does not change from step to step, so that it is there once: C = To * D + texts * F'.
+does not change from step to step, so that it is there once, as are the features of a series.
 
 Names of weights: `cameras.<i>.` for camera i, or `cameras.0.` when they share a network; in it
-`backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`; `texts.<i>.` for the words of text i.
+`backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`;
+`texts.<i>.` for the words of text i, `series.<i>.` for series i.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,6 +28,7 @@ from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.model import augment as augmentation
 from action_diffusion.policy.model import resnet
 from action_diffusion.policy.model.context import Context
+from action_diffusion.policy.model.series import Series
 from action_diffusion.registry import AUGMENTATIONS, check_arguments
 
 Size = tuple[int, int]
@@ -98,6 +101,7 @@ class ObservationEncoder(nn.Module):
     context: options of `context.Context`, which tells from all To steps what is not observed; then only the last ones
     are in the embedding. None: all To steps are.
     text_dims: key of a text to E, in order. text_feature_dim: F' of each.
+    series: state that is many samples a step, such as a wrench [T, 6], to options of `series.Series`.
 
     Raises `InputError` for a key without a shape, a shape that is not (H, W, 3), a crop outside of its frame, cameras
     that share a network but differ in size, and what the parts refuse.
@@ -130,10 +134,12 @@ class ObservationEncoder(nn.Module):
         context: Mapping[str, int] | None = None,
         text_dims: Mapping[str, int] | None = None,
         text_feature_dim: int = 32,
+        series: Mapping[str, Mapping[str, int]] | None = None,
     ):
         super().__init__()
         self.image_keys = tuple(image_keys)
-        self.state_dims = dict(state_dims)
+        self.series_dims = {key: state_dims[key] for key in _series_keys(series or {}, state_dims)}
+        self.state_dims = {key: n for key, n in state_dims.items() if key not in self.series_dims}
         self.n_obs_steps = n_obs_steps
         self.crop, self.resize = _size("crop", crop), _size("resize", resize)
         self.crop_at = None if crop_at is None else (crop_at[0], crop_at[1])
@@ -170,10 +176,14 @@ class ObservationEncoder(nn.Module):
             nn.Sequential(nn.LayerNorm(n, elementwise_affine=False), nn.Linear(n, text_feature_dim))
             for n in self.text_dims.values()  # normalised, as each of many numbers of a short vector is small
         )
+        self.series = nn.ModuleList(
+            Series(n=n, n_obs_steps=n_obs_steps, **(series or {})[key]) for key, n in self.series_dims.items()
+        )
         self.output_dim += text_feature_dim * len(self.text_dims)
+        self.output_dim += sum(cast(Series, part).output_dim for part in self.series)
 
     def forward(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Embedding [B, C], or with a `context` [B, recent * D + size + texts * F'], float32.
+        """Embedding [B, C], float32; with a `context` [B, recent * D + size] are in the place of [B, To * D].
 
         obs: a state is a float [B, To, n], normalised already, a text likewise [B, To, E]; a camera is uint8
         [B, To, H, W, 3], 0 to 255, or in training [B, To, h, w, 3] when the `early_crop` has been cut already.
@@ -189,13 +199,17 @@ class ObservationEncoder(nn.Module):
         if any(part.shape[0] != parts[0].shape[0] for part in parts[1:]):
             counts = ", ".join(f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys))
             raise InputError(f"observations have different numbers of windows: {counts}")
-        steps = torch.cat(parts, dim=2)
-        embedding = steps.flatten(1) if self.context is None else cast(Tensor, self.context(steps))
-        told = [text(self._vector(key, obs, n)[:, -1]).float() for text, (key, n) in self._texts()]
-        return torch.cat([embedding, *told], dim=1) if told else embedding
-
-    def _texts(self) -> Iterable[tuple[nn.Module, tuple[str, int]]]:
-        return zip(self.texts, self.text_dims.items(), strict=True)
+        embedding = []
+        if parts:
+            steps = torch.cat(parts, dim=2)
+            embedding = [steps.flatten(1) if self.context is None else cast(Tensor, self.context(steps))]
+        texts, series = (
+            zip(parts, dims.items(), strict=True)
+            for parts, dims in ((self.texts, self.text_dims), (self.series, self.series_dims))
+        )
+        embedding += [text(self._vector(key, obs, n)[:, -1]).float() for text, (key, n) in texts]
+        embedding += [part(self._vector(key, obs, n)).float() for part, (key, n) in series]
+        return torch.cat(embedding, dim=1)
 
     @property
     def early_crop(self) -> Size | None:
@@ -269,6 +283,13 @@ def _augmentation(options: Mapping[str, Any]) -> augmentation.Augmentation:
     part = AUGMENTATIONS.load(name, "encoder.augment name")
     check_arguments(part, rest, f"augmentation {name}")
     return cast(augmentation.Augmentation, part(**rest))
+
+
+def _series_keys(series: Mapping[str, Any], state_dims: Mapping[str, int]) -> list[str]:
+    for key in series:
+        if key not in state_dims:
+            raise unknown("state in encoder.series", key, state_dims)
+    return [key for key in state_dims if key in series]
 
 
 def _axis(n: int) -> Tensor:

@@ -102,6 +102,8 @@ def _require(policy: DiffusionPolicy, config: Mapping[str, Any]) -> None:
         _require_encoder(cast(ObservationEncoder, encoder), config["encoder"])
     elif cast(ObservationEncoder, encoder).context is not None:
         raise InputError("policy.encoder.context has no counterpart in lerobot's diffusion policy")
+    if len(cast(ObservationEncoder, encoder).series):
+        raise InputError("policy.encoder.series has no counterpart in lerobot's diffusion policy")
 
 
 def _require_unet(unet: ConditionalUnet1d, horizon: int) -> None:
