@@ -47,8 +47,8 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class ObservationSpec:
-    """One observation key. shape: of one step; images are uint8 [H, W, 3], words a vector, as `text` says. unit: of the
-    values, for people.
+    """One observation key. shape: of one step; images are uint8 [H, W, 3], depth is uint16 [H, W] in mm, 0 where it is
+    unknown, words are a vector, as `text` says. unit: of the values, for people.
 
     source and columns: the replay buffer's key and the columns of it that this key was trained on. rotations: the
     values that are some, of which the policy takes any sign and any turn.
@@ -69,7 +69,9 @@ class ObservationSpec:
             raise InputError("an observation has kind: text and says in text: how words become a vector, or neither")
         if self.kind == "image" and (len(self.shape) != 3 or self.shape[2] != 3):
             raise InputError(f"an image of shape {list(self.shape)}: images are [height, width, 3]")
-        if self.kind != "image" and values > MOST_VALUES:
+        if self.kind == "depth" and (len(self.shape) != 2 or self.dtype != "uint16"):
+            raise InputError(f"depth of shape {list(self.shape)} of {self.dtype}: it is [height, width] of uint16")
+        if self.kind not in ("image", "depth") and values > MOST_VALUES:
             raise InputError(f"a state of shape {list(self.shape)} has {values:,} values, more than {MOST_VALUES:,}")
         check_rotations(self.rotations, values)
 
@@ -159,8 +161,13 @@ class PolicySpec:
 
     @property
     def states(self) -> dict[str, ObservationSpec]:
-        """What is not an image: observed, or estimated."""
-        return {key: value for key, value in self.observations.items() if value.kind != "image"} | self.estimates
+        """Vectors, which are neither images nor depth: observed, or estimated."""
+        vectors = {key: value for key, value in self.observations.items() if value.kind in ("state", "text")}
+        return vectors | self.estimates
+
+    @property
+    def depths(self) -> dict[str, ObservationSpec]:
+        return {key: value for key, value in self.observations.items() if value.kind == "depth"}
 
     @property
     def texts(self) -> dict[str, TextSpec]:
@@ -191,7 +198,7 @@ class PolicySpec:
             raise InputError(
                 f"{where}: camera_order is {order}, but the observations list the cameras as {spec.camera_order}"
             )
-        for key in (*spec.states, "action"):
+        for key in (*spec.states, *spec.depths, "action"):
             if key not in spec.normalizer:
                 raise InputError(f"{where}: no normaliser statistics for {key!r}; the bundle cannot be used without")
         return spec

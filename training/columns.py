@@ -246,6 +246,8 @@ def became(
 
 def _what(column: Column) -> str:
     shown = picture(column.shape, column.dtype)
+    if shown is not None and shown.kind == "depth":
+        return f"depth of {shown.size[1]} × {shown.size[0]} pixels"
     return vector(column) if shown is None else _camera(column, shown)
 
 

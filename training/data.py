@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from action_diffusion.datasets.batches.columns import seen_picture
+from action_diffusion.datasets.batches.columns import depth_size, seen_picture
 from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, Told, random_crop_offsets
 from action_diffusion.datasets.batches.mixing import NONE, Draws, Parts, table
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows, split_episodes
@@ -35,6 +35,7 @@ from action_diffusion.training import columns
 
 _WINDOWS = 10_000
 """That are looked at at once."""
+_DEPTHS = 1000
 _MOST_WIDTH = 40
 """Characters of a name; what was left out together has longer ones."""
 
@@ -169,6 +170,8 @@ def _observation(
     chosen, rotations = options.get("columns"), tuple(declared.get(source, ()))
     if kind == "image":
         shape = (*seen_picture(buffer, source).size, 3)
+    elif kind == "depth":
+        shape = depth_size(buffer, source)
     elif kind == "state":
         _check_state(buffer, source, f"observation {key!r}")
         if chosen is not None:
@@ -179,7 +182,7 @@ def _observation(
         raise unknown(f"kind of observation {key!r}", kind, KINDS)
     return ObservationSpec(
         shape=shape,
-        dtype="uint8" if kind == "image" else "float32",
+        dtype={"image": "uint8", "depth": "uint16"}.get(kind, "float32"),
         unit=options.get("unit") or "",
         kind=kind,
         source=source,
@@ -250,9 +253,16 @@ class TrainingData:
 
     def statistics_rows(self, key: str) -> np.ndarray:
         """What the training windows hold of an observation, or of "action": [n, ...], each row at least once; of words,
-        each sentence. A rotation's row is there for each of the numbers that windows have for it.
+        each sentence, of depth a thousand rows at most. A rotation's row is there for each of the numbers that windows
+        have for it.
         """
-        return self.train.values(key) if key in self.train.told else self._statistics(key)[0]
+        if key in self.train.told:
+            return self.train.values(key)
+        if key in self.train.depths:
+            some = np.unique(np.linspace(0, len(self.train_rows) - 1, _DEPTHS).round().astype(np.int64))
+            depth: np.ndarray = self.train.values(key)[self.train_rows[some]]
+            return depth
+        return self._statistics(key)[0]
 
     def statistics_weights(self, key: str) -> np.ndarray | None:
         """How much each of `statistics_rows` counts, float64 [n], or for `IN_FRAME` each of `chunks`, so that a part

@@ -69,7 +69,8 @@ class Told(NamedTuple):
 class Batch:
     """B windows. On the source's device, in the data's units.
 
-    obs: float32 [B, To, ...] for states and words, uint8 [B, To, H, W, 3] for images
+    obs: float32 [B, To, ...] for states and words, uint8 [B, To, H, W, 3] for images, whole numbers [B, To, H, W] of mm
+        for depth
     action: float32 [B, horizon, A]
     mask: bool [B, horizon], False where a step repeats the first or last row of its episode
     gain: float32 [B, A · D], of the row now, where the source has a `gain_key`
@@ -191,6 +192,11 @@ class BatchSource:
         """Names of the observations that are words."""
         return self._told.keys()
 
+    @property
+    def depths(self) -> Collection[str]:
+        """Names of the observations that are depth."""
+        return [name for name, key in self._observations.items() if key.kind == "depth"]
+
     def has_rotations(self, name: str) -> bool:
         return bool(self._rotations.get(name))
 
@@ -291,9 +297,10 @@ def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], r
 
 
 def _load_on(device: torch.device, buffer: ReplayBuffer, key: ObsKey) -> Tensor:
-    dtype = torch.uint8 if key.kind == "image" else torch.float32
+    dtypes = {"image": torch.uint8, "depth": torch.int32}  # torch's uint16 cannot be indexed everywhere
+    dtype = dtypes.get(key.kind, torch.float32)
     tensor = torch.empty(array_shape(buffer, key), dtype=dtype, device=device)
-    load_into(lambda rows, values: tensor[rows].copy_(torch.tensor(values)), buffer, key)
+    load_into(lambda rows, values: tensor[rows].copy_(torch.tensor(values).to(dtype)), buffer, key)
     return tensor
 
 
