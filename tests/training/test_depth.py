@@ -114,7 +114,7 @@ def test_the_encoder_crops_it_and_has_a_network_for_it() -> None:
     obs["wrist"] = torch.randn(2, 2, 32, 40, 2)
     found = encoder(obs)
     assert found.shape == (2, encoder.output_dim) == (2, 2 * (3 + 8 + 8))
-    assert encoder.depths[0].backbone[0].in_channels == 2
+    assert encoder.depths.get_parameter("0.backbone.0.weight").shape[1] == 2
     obs["wrist"] = obs["wrist"].clone()
     obs["wrist"][:, :, :, 0] = 100.0  # beyond the crop
     torch.testing.assert_close(encoder(obs), found)
