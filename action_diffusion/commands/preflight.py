@@ -28,6 +28,7 @@ from action_diffusion.policy.reading import (
 )
 from action_diffusion.policy.runtime.onnx_file import is_onnx
 from action_diffusion.policy.spec import env_words
+from action_diffusion.policy.text.words import check_told
 from action_diffusion.registry import ARMS, ENVS, ROBOTS
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def finetune(config: Finetune) -> None:
     check_sampler(path, vars(config.sampler))
     if spec.env is None:
         raise InputError(f"{path}: its task, {spec.task}, has no simulator to try things in")
+    check_told([spec], config.instruction, config.text_model, asks=spec.env["name"] in ENVS.own)
     if config.resume and config.output_dir is None:
         raise InputError("resume=true needs output_dir=DIR, the folder of the run to go on with")
     if config.output_dir is not None:
@@ -99,6 +101,9 @@ def evaluate(config: Evaluate) -> None:
     others = [path for path in (*bundles, *compare) if path not in simulated]
     if simulated and others:
         raise InputError(f"{simulated[0]} is for a task with a simulator, {others[0]} is not: they do not compare")
+    specs = [read_spec(path) for path in (*bundles, *compare)]
+    own = any(spec.env is not None and spec.env["name"] in ENVS.own for spec in specs)
+    check_told(specs, config.instruction, config.text_model, asks=own)
     tasks = {path: env_words(env) for path in simulated if (env := read_spec(path).env) is not None}
     for path, words in tasks.items():
         if words != tasks[simulated[0]]:
@@ -132,6 +137,7 @@ def _check_trials(config: Evaluate) -> None:
     if config.page is False and _in_cell(options.robot):
         raise InputError("page=false: somebody has to mark the runs of a real robot, on the page")
     check_together({path: read_spec(Path(path)) for path in config.paths})
+    check_told([read_spec(Path(path)) for path in config.paths], config.instruction, config.text_model)
     for path in config.paths:
         check_spec(config.deployment(path), read_spec(Path(path)))
     planned(config, None if config.output_dir is None else Path(config.output_dir))
@@ -170,12 +176,13 @@ def deploy(config: Deploy) -> None:
         from action_diffusion.deploy.fitting import check_spec
 
         check_spec(config, spec)
+        check_told([spec], config.instruction, config.text_model)
 
 
 def serve(config: Serve) -> None:
     """The token and the bundle."""
     require_token(config.host, read_token(config.token_file), option="host", files="token_file")
-    read_spec(Path(config.bundle))
+    check_told([read_spec(Path(config.bundle))], config.instruction, config.text_model, asks=False)
     read_config(Path(config.bundle))
     check_intending(config.intents, acting(Path(config.bundle), config.extensions))
     check_sampler(Path(config.bundle), vars(config.sampler))

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -90,10 +90,7 @@ class Words:
 
     @classmethod
     def of(cls, spec: PolicySpec, instruction: str | None = None, model: str | None = None) -> Words:
-        """Raises `InputError` for an instruction or a folder that the policy has no use for."""
-        for name, value in {"instruction": instruction, "text_model": model}.items():
-            if value is not None and not spec.texts:
-                raise InputError(f"{name}= is for a policy that is told in words what to do, and this one is not")
+        """Of a policy; one that is told nothing has no use for an instruction."""
         return cls(spec.texts, instruction, model)
 
     @property
@@ -122,6 +119,17 @@ class Words:
         another one."""
         for text in self.texts.values():
             _checked(text, self.model).encoder.encode(text.sentences[0])
+
+
+def check_told(specs: Iterable[PolicySpec], instruction: str | None, model: str | None, *, asks: bool = True) -> None:
+    """Raises `InputError` for an instruction or a folder that none of the policies has a use for, and, where nobody but
+    the user says what to do (asks), for one that is missing."""
+    texts = [spec.texts for spec in specs if spec.texts]
+    for name, value in {"instruction": instruction, "text_model": model}.items():
+        if value is not None and not texts:
+            raise InputError(f"{name}= is for a policy that is told in words what to do, and this one is not")
+    for some in texts if asks else ():
+        Words(some, instruction, model).said()
 
 
 class _Embedding:

@@ -20,7 +20,7 @@ from action_diffusion.policy.model.encoder import ObservationEncoder
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec, TextSpec
 from action_diffusion.policy.text import words
 from action_diffusion.policy.text.encoders import Clip, MiniLm, TaskId
-from action_diffusion.policy.text.words import Words, describe, embed
+from action_diffusion.policy.text.words import Words, check_told, describe, embed
 
 TASKS = ("push it", "open the drawer")
 LETTERS = {"name": "letters"}
@@ -164,7 +164,11 @@ def test_who_says_what_to_do() -> None:
     plain = replace(spec(text), observations={"state": ObservationSpec(shape=(2,))})
     assert Words.of(plain).vectors() == {}
     with pytest.raises(InputError, match="instruction= is for a policy that is told"):
-        Words.of(plain, "push it")
+        check_told([plain], "push it", None)
+    check_told([plain, spec(text)], "push it", None)  # one of those that are compared
+    check_told([plain], None, None)
+    with pytest.raises(InputError, match="give instruction=…, such as 'push it'"):
+        check_told([plain, spec(text)], None, None)
 
 
 def test_the_projection_is_of_the_last_step_and_stands_once() -> None:

@@ -242,6 +242,13 @@ def test_lerobot_has_no_words(bundle: Path, capsys: pytest.CaptureFixture[str]) 
     assert "no counterpart" in capsys.readouterr().err
 
 
+def test_a_missing_instruction_is_asked_for_before_anything_starts(bundle: Path) -> None:
+    for check, command in ((preflight.evaluate, "evaluate"), (preflight.deploy, "deploy")):
+        with pytest.raises(InputError, match="give instruction=…, such as 'go right', 'go left'"):
+            check(settings(command, [f"bundle={bundle}"]))
+        check(settings(command, [f"bundle={bundle}", "instruction=go left"]))
+
+
 def test_the_commands_take_an_instruction(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = settings("evaluate", [f"bundle={bundle}", "instruction=push the T, then wait", "text_model=/clip"])
     assert (asked.instruction, asked.text_model) == ("push the T, then wait", "/clip")
