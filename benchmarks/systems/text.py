@@ -28,8 +28,9 @@ from benchmarks.rows.system import Measured, System
 TOLD = ("push the T to the goal", "push the T to the goal that is turned by a quarter")
 MIDDLE = 256.0
 STEPS, BATCH, EPISODES = 1000, 128, 50
-CLOSE, OTHERWISE = 0.03, 0.5
-"""How near each goal comes to a policy of its own, and the most of a goal that nobody asked for."""
+CLOSE, BY_THE_WAY = 0.03, 0.1
+"""How near each goal comes to a policy of its own, and how much more of a goal that nobody asked for is covered than by
+a policy for the other one alone: on its way there, and at its end, since the goals overlap by 0.3."""
 CORNERS = np.array([[213.57, 213.57], [298.43, 298.43], [171.15, 340.85]])
 """Of the first goal, px: `configs/task/pusht_state.yaml`."""
 
@@ -112,12 +113,14 @@ def trained(seed: int, *goals: int) -> DiffusionPolicy:
 
 def measure(seed: int) -> Measured:
     first, both = 100_000 + 1000 * seed, trained(seed, 0, 1)
-    alone = [scores(trained(seed, goal), goal, goal, first)[goal] for goal in (0, 1)]
+    apart = [scores(trained(seed, goal), goal, goal, first) for goal in (0, 1)]
+    alone = [apart[goal][goal] for goal in (0, 1)]
     right = [scores(both, goal, goal, first)[goal] for goal in (0, 1)]
     wrong = [scores(both, goal, 1 - goal, first) for goal in (0, 1)]
     asked, unasked = [float(wrong[goal][1 - goal]) for goal in (0, 1)], [float(wrong[goal][goal]) for goal in (0, 1)]
     passed = all(right[goal] >= alone[goal] - CLOSE for goal in (0, 1))
-    passed &= all(asked[goal] >= alone[1 - goal] - CLOSE and unasked[goal] < OTHERWISE for goal in (0, 1))
+    passed &= all(asked[goal] >= alone[1 - goal] - CLOSE for goal in (0, 1))
+    passed &= all(unasked[goal] <= apart[1 - goal][goal] + BY_THE_WAY for goal in (0, 1))
     return Measured(
         measured={
             "goal 0": float(right[0]),
@@ -127,7 +130,12 @@ def measure(seed: int) -> Measured:
             "goal 0 meanwhile": unasked[0],
             "goal 1 meanwhile": unasked[1],
         },
-        baseline={"goal 0 alone": float(alone[0]), "goal 1 alone": float(alone[1])},
+        baseline={
+            "goal 0 alone": float(alone[0]),
+            "goal 1 alone": float(alone[1]),
+            "goal 0 by the way": float(apart[1][0]),
+            "goal 1 by the way": float(apart[0][1]),
+        },
         passed=passed,
     )
 
