@@ -26,7 +26,7 @@ from yaml import YAMLError
 
 from action_diffusion import hub
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options import COMMANDS, Address, AsTyped, Plugins, TrainSettings
+from action_diffusion.options import COMMANDS, Address, AsTyped, Plugins, Sentence, TrainSettings
 from action_diffusion.registry import use_plugins
 from action_diffusion.schema import FilePath, alternatives, check, hint_at, needed, without_rules
 
@@ -235,7 +235,7 @@ def _parse(name: str, word: str, *, as_typed: bool = True) -> Override:
     if key[0] in "+~":
         raise InputError(f"{word!r}: write {key.lstrip('+~')}=value, without {key[0]}")
     hints = set(alternatives(hint_at(COMMANDS[name], key)))
-    if {FilePath, Address, AsTyped} & hints and as_typed:  # "=" and "," in it, too
+    if {FilePath, Address, AsTyped, Sentence} & hints and as_typed:  # "=" and "," in it, too
         if not value:
             raise InputError(f"{key}= is empty: give {key}={'PATH' if FilePath in hints else '…'}")
         lists = any(get_origin(without_rules(hint)) is list for hint in hints)

@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -205,6 +205,15 @@ DENOISERS = Registry(
         "unet1d": f"{_POLICY}.unet:ConditionalUnet1d",
     },
 )
+TEXT_ENCODERS = Registry(
+    "text encoder",
+    "text_encoders",
+    {
+        "clip": "action_diffusion.policy.text.encoders:Clip",
+        "minilm": "action_diffusion.policy.text.encoders:MiniLm",
+        "task_id": "action_diffusion.policy.text.encoders:TaskId",
+    },
+)
 ESTIMATORS = Registry("estimator", "estimators", {"planar_pose": f"{_POLICY}.estimator:PlanarPose"})
 OBJECTIVES = Registry(
     "objective",
@@ -369,12 +378,15 @@ POLICY_PARTS: Mapping[str, Registry] = {
 """By the sections of `policy.*` that name them."""
 
 
-def required(policy: Mapping[str, Any], env: Mapping[str, Any] | None) -> dict[str, str]:
+def required(
+    policy: Mapping[str, Any], env: Mapping[str, Any] | None, text_encoders: Iterable[Mapping[str, Any]] = ()
+) -> dict[str, str]:
     """Parts of somebody else's that a bundle needs: "encoder mine" → the package and its version, or the file.
 
-    policy: the section of a configuration. env: of a specification.
+    policy: the section of a configuration. env, text_encoders: of a specification.
     """
     named: list[tuple[Registry, Any]] = [] if env is None else [(ENVS, env)]
+    named += [(TEXT_ENCODERS, encoder) for encoder in text_encoders]
     for section, registry in POLICY_PARTS.items():
         chosen = policy.get(section) or {}
         named += [(registry, part) for part in (chosen.values() if section == "features" else [chosen]) if part]
@@ -387,7 +399,7 @@ def required(policy: Mapping[str, Any], env: Mapping[str, Any] | None) -> dict[s
 
 def check_required(requires: Mapping[str, str], where: str) -> None:
     """`InputError` naming the package or the file, where a part that a bundle needs is not here. Imports nothing."""
-    registries = {registry.kind: registry for registry in (ENVS, *POLICY_PARTS.values())}
+    registries = {registry.kind: registry for registry in (ENVS, TEXT_ENCODERS, *POLICY_PARTS.values())}
     for part, origin in requires.items():
         kind, _, name = part.rpartition(" ")
         if kind not in registries or name not in registries[kind]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.loop.clock import Clock, MonotonicClock
@@ -15,6 +15,7 @@ from action_diffusion.deploy.loop.operator import Operator
 from action_diffusion.deploy.loop.prediction import Guidance, PolicyElsewhere, rehearse
 from action_diffusion.deploy.robot import robots
 from action_diffusion.deploy.robot.robots import Robot
+from action_diffusion.deploy.robot.told import ToldRobot
 from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
 from action_diffusion.errors import InputError
 from action_diffusion.options import Deploy
@@ -24,6 +25,7 @@ from action_diffusion.policy.history import History
 from action_diffusion.policy.inference import choose_threads
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.text.words import Words
 
 
 class Acting:
@@ -34,7 +36,8 @@ class Acting:
         limits: of the gate, once the robot is known.
 
     Raises:
-        InputError: for a bundle that cannot be loaded, and for a scheduling that its chunks are too short for.
+        InputError: for a bundle that cannot be loaded, for a scheduling that its chunks are too short for, and where
+            nobody says what it is to do.
     """
 
     limits: Limits
@@ -44,6 +47,7 @@ class Acting:
         self.threads = None if isinstance(self.policy, PolicyElsewhere) else choose_threads(self.policy)
         self._config, self._guidance = config, Guidance(**vars(config.rtc))
         self._queue = _queue(config, self.policy.spec)
+        self._told = Words.of(self.policy.spec, config.instruction, config.text_model).vectors()
 
     def meet(self, robot: Robot) -> None:
         """The robot is there: what a policy may command, and its first prediction, which also allocates memory and
@@ -87,7 +91,7 @@ class Acting:
         waits = config.scheduling == "sync" and not isinstance(self.policy, PolicyElsewhere)
         return run_episode(
             policy=self.policy,
-            robot=robot,
+            robot=cast(Robot, ToldRobot(robot, self._told)) if self._told else robot,
             history=History(spec.n_obs_steps, list(spec.observations)),
             queue=self._queue,
             gate=Gate(limits=self.limits),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from action_diffusion import __version__
 from action_diffusion.deploy.hardware.limits import Limits
@@ -26,6 +27,7 @@ from action_diffusion.deploy.teleop.takeover import DeviceTeleoperator, teleoper
 from action_diffusion.errors import InputError
 from action_diffusion.options import Deploy
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.text.words import Words
 
 _KEPT = (
     *("robot", "seed", "n_episodes", "scheduling", "delay", "execution_horizon", "rtc", "sampler"),
@@ -187,13 +189,18 @@ def _parts(robot: ProcessRobot, size: int) -> list[list[int]]:
     return found if size <= MOST_VALUES else []
 
 
+def _said(config: Mapping[str, Any], spec: PolicySpec) -> str:
+    """What is to be done, in words, where the policy is told; else the name of its task."""
+    return Words.of(spec, config["instruction"], config["text_model"]).said() if spec.texts else spec.task
+
+
 def _attrs(config: Mapping[str, object], robot: Robot, spec: PolicySpec, limits: Limits) -> dict[str, object]:
     """What a replay has to know."""
     return {
         "kind": "deployment",
         "format": 1,
         "version": __version__,
-        "task": spec.task,
+        "task": _said(config, spec),
         "observations": {key: value.unit for key, value in spec.observations.items()},
         "control_rate": spec.control_rate,
         "n_obs_steps": spec.n_obs_steps,

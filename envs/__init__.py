@@ -11,7 +11,9 @@ from typing import Any, cast
 
 from action_diffusion.envs.base import Env
 from action_diffusion.envs.joined import Joined
+from action_diffusion.envs.told import Told
 from action_diffusion.envs.workers import Workers, count
+from action_diffusion.policy.text.words import Words
 from action_diffusion.registry import ENVS, check_arguments
 
 ROBOSUITE = {"lift", "can", "square", "transport", "tool_hang"}
@@ -33,10 +35,12 @@ def spread(name: str, n_envs: int | None, workers: Workers, *, batch: int) -> tu
     return n, n
 
 
-def make(name: str, *, joined: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> Env:
+def make(
+    name: str, *, joined: Mapping[str, Sequence[str]] | None = None, words: Words | None = None, **settings: Any
+) -> Env:
     """The simulator registered under `name`, built with `settings` (its constructor's keywords).
 
-    joined: further observations, see `Joined`.
+    joined: further observations, see `Joined`. words: of a policy that is told what to do, see `Told`.
     Raises `InputError` for a name that is not registered, and for settings that a simulator of somebody else's does
     not have.
     """
@@ -44,7 +48,8 @@ def make(name: str, *, joined: Mapping[str, Sequence[str]] | None = None, **sett
     if name not in ENVS.own:
         check_arguments(part, settings, f"environment {name}")
     env = cast(Env, part(**settings))
-    return cast(Env, Joined(env, joined)) if joined else env
+    env = cast(Env, Joined(env, joined)) if joined else env
+    return cast(Env, Told(env, words)) if words is not None and words.texts else env
 
 
 __all__ = ["IN_PROCESSES", "ROBOSUITE", "Env", "Workers", "make", "spread"]

@@ -91,17 +91,19 @@ def fit_normalizer(
     frame = build_action_frame(config.get("action_frame"), spec)
     _check_seen(frame, features)
     keys = [key for key in spec.states if frame is None or key not in frame.observed_dims]
+    known = (*spec.states, *spec.depths, "action")
     for key in kinds:
-        if key not in (*spec.states, "action"):
-            raise unknown("key in policy.normalizer", key, (*spec.states, "action"))
-    statistics = {}
+        if key not in known:
+            raise unknown("key in policy.normalizer", key, known)
+    statistics = {key: _fit_depth(key, read(key), kinds.get(key, "gaussian")) for key in spec.depths}
     for key in (*keys, "action"):
         values = read(key)
         values = values.reshape(len(values), -1)
         if key in features:
             with torch.no_grad():
                 values = features[key](torch.from_numpy(np.asarray(values, np.float32))).numpy()
-        statistics[key] = normalizer_module.fit(values, kinds.get(key, default), weigh(key))
+        kind = kinds.get(key, "identity" if key in spec.texts else default)
+        statistics[key] = normalizer_module.fit(values, kind, weigh(key))
     if frame is None:
         return statistics
     read_history = read_history or (lambda key: read_chunks(key)[0][:, None])
@@ -117,6 +119,14 @@ def fit_normalizer(
         fitted = normalizer_module.fit(found.flatten(0, 1).numpy(), kinds.get(key, default), each)
         statistics[IN_FRAME if key == "action" else key] = fitted
     return statistics
+
+
+def _fit_depth(key: str, values: np.ndarray, kind: str) -> dict[str, Any]:
+    """Of all pixels [N, H, W] together whose depth is known."""
+    known = values[values > 0].reshape(-1, 1)
+    if not len(known):
+        raise InputError(f"observation {key!r}: all of the depth is 0, which means that it is unknown")
+    return normalizer_module.fit(known, kind)
 
 
 def _check_seen(frame: ActionFrame | None, features: Mapping[str, Any]) -> None:
@@ -147,7 +157,7 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     """
     check_sections(config)
     features = build_features(config.get("features") or {}, spec)
-    sizes = {key: math.prod(value.shape) for key, value in spec.observations.items() if value.kind == "state"}
+    sizes = {key: math.prod(value.shape) for key, value in spec.states.items() if key in spec.observations}
     sizes |= {key: cast(int, features[key].output_dim) for key in sizes if key in features}
     action_frame = build_action_frame(config.get("action_frame"), spec)
     _check_seen(action_frame, features)
@@ -159,6 +169,10 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
         "state_dims": sizes,
         "n_obs_steps": spec.n_obs_steps,
     }
+    if spec.depths:
+        parts["depth_shapes"] = {key: value.shape for key, value in spec.depths.items()}
+    if spec.texts and "text_dims" in parameters("encoder", config["encoder"]):
+        parts["text_dims"] = {key: sizes.pop(key) for key in spec.texts}
     empty = config["encoder"] | ({"weights": None} if config["encoder"].get("weights") else {})
     _check_weights(lambda: build("encoder", empty, **parts))
     encoder = build("encoder", config["encoder"], **parts)
@@ -202,6 +216,7 @@ def check_statistics(policy: DiffusionPolicy) -> None:
     spec = policy.spec
     sizes = {key: math.prod(value.shape) for key, value in spec.states.items()} | {"action": spec.action.shape[0]}
     sizes |= {key: cast(int, feature.output_dim) for key, feature in policy.features.items()}
+    sizes |= dict.fromkeys(spec.depths, 1)
     if policy.action_frame is not None:
         sizes |= policy.action_frame.observed_dims | {IN_FRAME: policy.action_frame.output_dim or spec.action.shape[0]}
     elif IN_FRAME in spec.normalizer:

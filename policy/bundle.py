@@ -76,7 +76,8 @@ def save(
         acting = {name: value for name, value in state.items() if not name.startswith(CRITICS)}
         save_file(acting, folder / "model.safetensors")
         (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        spec = replace(policy.spec, requires=required(config.get("policy") or {}, policy.spec.env))
+        encoders = [text.encoder for text in policy.spec.texts.values()]
+        spec = replace(policy.spec, requires=required(config.get("policy") or {}, policy.spec.env, encoders))
         (folder / "spec.json").write_text(json.dumps(spec.to_json(), indent=1) + "\n")
         if golden_obs is not None:
             save_numpy(_golden(policy, state, golden_obs), folder / "golden.safetensors")

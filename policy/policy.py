@@ -130,11 +130,11 @@ class DiffusionPolicy(nn.Module):
 
     def see(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Encoded:
         """`encode`, and what the rest of the policy takes for the observations: an estimated state is among them."""
-        states = [key for key, spec in self.spec.observations.items() if spec.kind == "state"]
-        seen = {key: self._written(key, obs[key]) for key in states}
+        seen = {key: self._written(key, obs[key]) for key in self.spec.states if key in self.spec.observations}
         if self.action_frame is not None:
             seen |= self.action_frame.observe(seen)
         ready = {key: self._ready(key, seen[key]) if key in seen else obs[key] for key in self.spec.observations}
+        ready |= {key: self._far(key, obs[key]) for key in self.spec.depths}
         embedding = self.encoder(ready, generator=generator)
         if self.estimator is None:
             return Encoded(embedding, obs)
@@ -146,6 +146,12 @@ class DiffusionPolicy(nn.Module):
     def _written(self, key: str, value: Tensor) -> Tensor:
         """A state [B, To, …] as a vector [B, To, n], whose rotations are continuous."""
         return continuous(value.float().flatten(2), self.spec.states[key].rotations)
+
+    def _far(self, key: str, depth: Tensor) -> Tensor:
+        """Depth [B, To, H, W] in mm → [B, To, H, W, 2]: normalised, 0 where it is unknown; and 1 where it is known."""
+        depth = depth.float()
+        known = (depth > 0).float()
+        return torch.stack([self.normalizer.normalize(key, depth) * known, known], dim=-1)
 
     def _ready(self, key: str, value: Tensor) -> Tensor:
         """Such a vector as the encoder takes it."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.options import KINDS, Environment, Rate, Steps, check_steps
+from action_diffusion.options import KINDS, Environment, Rate, Sentence, Steps, TextEncoder, check_steps
 from action_diffusion.registry import check_required
 from action_diffusion.rotations import RotationColumns, check_rotations
 from action_diffusion.schema import Between, OneOf, Sized, check, shown
@@ -22,6 +22,8 @@ MOST_VALUES = 100_000
 """Of a state, or of an action; an image may have as many pixels as `MOST_BYTES` allows."""
 MOST_BYTES = 2**30
 """Of the observations that a policy sees at once."""
+MOST_SENTENCES = 1000
+"""That a bundle keeps of those that it was trained on."""
 MOST_ACTION = 1e30
 """What a normalised value near 0 may stand for, in the data's units."""
 CONSTANT = 1e-6
@@ -34,8 +36,19 @@ Vector = Annotated[tuple[Annotated[float, Between(-3e38, 3e38)], ...], Sized(1, 
 
 
 @dataclass(frozen=True)
+class TextSpec:
+    """How words become an observation's vector. encoder: {name, …} of `registry.TEXT_ENCODERS`. version: what it says
+    of itself; another one makes other vectors. None: its options say all. sentences: trained on, the first of them."""
+
+    encoder: TextEncoder
+    version: str | None = None
+    sentences: Annotated[tuple[Sentence, ...], Sized(1, MOST_SENTENCES)] = ()
+
+
+@dataclass(frozen=True)
 class ObservationSpec:
-    """One observation key. shape: of one step; images are uint8 [H, W, 3]. unit: of the values, for people.
+    """One observation key. shape: of one step; images are uint8 [H, W, 3], depth is uint16 [H, W] in mm, 0 where it is
+    unknown, words are a vector, as `text` says. unit: of the values, for people.
 
     source and columns: the replay buffer's key and the columns of it that this key was trained on. rotations: the
     values that are some, of which the policy takes any sign and any turn.
@@ -48,12 +61,17 @@ class ObservationSpec:
     source: str = ""
     columns: tuple[Annotated[int, Between(0)], ...] | None = None
     rotations: Rotations = ()
+    text: TextSpec | None = None
 
     def __post_init__(self) -> None:
         values = math.prod(self.shape)
+        if (self.kind == "text") != (self.text is not None):
+            raise InputError("an observation has kind: text and says in text: how words become a vector, or neither")
         if self.kind == "image" and (len(self.shape) != 3 or self.shape[2] != 3):
             raise InputError(f"an image of shape {list(self.shape)}: images are [height, width, 3]")
-        if self.kind != "image" and values > MOST_VALUES:
+        if self.kind == "depth" and (len(self.shape) != 2 or self.dtype != "uint16"):
+            raise InputError(f"depth of shape {list(self.shape)} of {self.dtype}: it is [height, width] of uint16")
+        if self.kind not in ("image", "depth") and values > MOST_VALUES:
             raise InputError(f"a state of shape {list(self.shape)} has {values:,} values, more than {MOST_VALUES:,}")
         check_rotations(self.rotations, values)
 
@@ -143,8 +161,18 @@ class PolicySpec:
 
     @property
     def states(self) -> dict[str, ObservationSpec]:
-        """What is not an image: observed, or estimated."""
-        return {key: value for key, value in self.observations.items() if value.kind == "state"} | self.estimates
+        """Vectors, which are neither images nor depth: observed, or estimated."""
+        vectors = {key: value for key, value in self.observations.items() if value.kind in ("state", "text")}
+        return vectors | self.estimates
+
+    @property
+    def depths(self) -> dict[str, ObservationSpec]:
+        return {key: value for key, value in self.observations.items() if value.kind == "depth"}
+
+    @property
+    def texts(self) -> dict[str, TextSpec]:
+        """The observations that are words, as vectors."""
+        return {key: value.text for key, value in self.observations.items() if value.text is not None}
 
     @property
     def camera_order(self) -> list[str]:
@@ -170,7 +198,7 @@ class PolicySpec:
             raise InputError(
                 f"{where}: camera_order is {order}, but the observations list the cameras as {spec.camera_order}"
             )
-        for key in (*spec.states, "action"):
+        for key in (*spec.states, *spec.depths, "action"):
             if key not in spec.normalizer:
                 raise InputError(f"{where}: no normaliser statistics for {key!r}; the bundle cannot be used without")
         return spec
@@ -213,7 +241,7 @@ class PolicySpec:
             batched = value.shape != expected
             if spec.kind == "image" and value.dtype != np.uint8:
                 raise InputError(f"observation {key!r} has dtype {value.dtype}, images are uint8 from 0 to 255")
-            if spec.kind == "state" and not np.isfinite(value).all():
+            if spec.kind != "image" and not np.isfinite(value).all():
                 raise InputError(f"observation {key!r} holds NaN or infinite values")
         return bool(batched)
 

@@ -114,7 +114,8 @@ def _check_number(buffer: ReplayBuffer, key: str) -> None:
 def observed(
     task: Mapping[str, Any], drop: Sequence[str] | None, buffer: ReplayBuffer, gain: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The observations of a policy, name → options: those of the task, or else those of `found`, without `drop`.
+    """The observations of a policy, name → options: those of the task, or else those of `found`, without `drop`; words
+    that the task names are beside those that are found.
 
     gain: the column of feedback gains, which is not observed. Raises `InputError` for a name in `drop` that is not
     there, where nothing is left, and for gains that are not there.
@@ -122,12 +123,14 @@ def observed(
     named, action = task.get("observations"), action_source(task)
     if gain is not None and gain not in buffer.keys:
         raise unknown("key of the buffer for policy.objective.gain", gain, buffer.keys, buffer.name)
-    known = list(named) if named else [key for key in buffer.keys if key != action]
+    texts = {key: options for key, options in (named or {}).items() if options.get("kind") == "text"}
+    named = {key: options for key, options in (named or {}).items() if key not in texts}
+    known = [*texts, *(named or [key for key in buffer.keys if key != action])]
     for name in drop or ():
         if name not in known:
             raise unknown("observation", name, known, f"drop of {buffer.name}")
     unnamed = {} if named else {key: options for key, options in found(buffer, action).items() if key != gain}
-    seen = {key: dict(options) for key, options in (named or unnamed).items() if key not in (drop or ())}
+    seen = {key: dict(options) for key, options in ((named or unnamed) | texts).items() if key not in (drop or ())}
     if drop and not seen:
         raise InputError(f"drop=[{','.join(drop)}] leaves no observation of {buffer.name}")
     return seen
@@ -155,7 +158,8 @@ def together(
     """
     if len(buffers) == 1:
         return buffers[0]
-    action, named = action_source(task), task.get("observations")
+    action = action_source(task)
+    named = {key: options for key, options in (task.get("observations") or {}).items() if options.get("kind") != "text"}
     seen = [named] if named else [found(buffer, action) for buffer in buffers]
     wanted = {key: options for some in seen for key, options in some.items() if key not in (drop or ())}
     wanted |= task.get("estimates") or {}
@@ -242,6 +246,8 @@ def became(
 
 def _what(column: Column) -> str:
     shown = picture(column.shape, column.dtype)
+    if shown is not None and shown.kind == "depth":
+        return f"depth of {shown.size[1]} × {shown.size[0]} pixels"
     return vector(column) if shown is None else _camera(column, shown)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from action_diffusion.datasets.batches.columns import seen_picture
-from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, random_crop_offsets
+from action_diffusion.datasets.batches.columns import depth_size, seen_picture
+from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, Told, random_crop_offsets
 from action_diffusion.datasets.batches.mixing import NONE, Draws, Parts, table
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows, split_episodes
 from action_diffusion.datasets.images.pictures import picture
@@ -23,15 +23,19 @@ from action_diffusion.datasets.storage.checks import check_key
 from action_diffusion.datasets.storage.pieces import SAME_RATE
 from action_diffusion.datasets.storage.replay_buffer import ASSUMED_RATE, ReplayBuffer
 from action_diffusion.datasets.storage.rotations import declared_rotations
+from action_diffusion.datasets.storage.tasks import TASK, row_tasks, task_words
 from action_diffusion.datasets.storage.times import timed
 from action_diffusion.envs import ROBOSUITE
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options import KINDS
 from action_diffusion.policy.spec import IN_FRAME, ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.policy.text import words
 from action_diffusion.rotations import RotationColumns
 from action_diffusion.training import columns
 
 _WINDOWS = 10_000
 """That are looked at at once."""
+_DEPTHS = 1000
 _MOST_WIDTH = 40
 """Characters of a name; what was left out together has longer ones."""
 
@@ -42,29 +46,36 @@ def describe(
     versions: dict[str, str],
     drop: Sequence[str] | None = None,
     gain: str | None = None,
+    text_model: str | None = None,
 ) -> PolicySpec:
     """The specification of a policy for `task` and the shapes of `buffer`, without normaliser statistics.
 
     Where the task names no observations, those of `columns.found` are seen; drop: leave out these. Where it says no
     control_rate, it is the buffer's, or that of its time stamps. gain: the column of feedback gains, which is seen only
-    by the objective.
+    by the objective. text_model: the folder of a text encoder that comes as one.
     """
     action = dict(task["action"])
     source = columns.action_source(task)
     columns.check_action(buffer, source)
     _check_state(buffer, source, "the action")
     named = columns.observed(task, drop, buffer, gain)
-    if not named:
+    if all(options.get("kind") == "text" for options in named.values()):
         reasons = ", ".join(f"{key} ({columns.why_not(buffer, key)})" for key in buffer.keys if key != source)
         raise InputError(f"{buffer.name} holds no observations beside {source!r}: {reasons or 'no other key'}")
     rotations = declared_rotations(buffer, task.get("rotations") or {})
-    observations = {key: _observation(key, dict(options), buffer, rotations) for key, options in named.items()}
+    observations = {
+        key: _text(key, options, buffer, text_model)
+        if options.get("kind") == "text"
+        else _observation(key, dict(options), buffer, rotations)
+        for key, options in named.items()
+    }
     estimates = {
         key: _observation(key, dict(options), buffer, rotations)
         for key, options in (task.get("estimates") or {}).items()
     }
-    sources = {key: spec.source for key, spec in (observations | estimates).items()}
+    sources = {key: spec.source for key, spec in (observations | estimates).items() if spec.text is None}
     became = columns.became(buffer, source, sources, rotations, _dropped(task, drop))
+    became |= _told_words(buffer, observations)
     if gain is not None:
         became[gain] = f"feedback gains: {columns.vector(buffer[gain])}"
     return PolicySpec(
@@ -122,12 +133,35 @@ def _environment(env: Mapping[str, Any] | None, buffer: ReplayBuffer) -> dict[st
     return recorded | dict(env)
 
 
-def _observation(
-    key: str, options: dict[str, Any], buffer: ReplayBuffer, declared: Mapping[str, Sequence[RotationColumns]]
-) -> ObservationSpec:
+def _text(key: str, options: Mapping[str, Any], buffer: ReplayBuffer, model: str | None) -> ObservationSpec:
+    """What the robot was to do, in words."""
+    _check_name(key)
+    sentences, _ = row_tasks(buffer)
+    return replace(words.describe(options.get("encoder"), sentences, model, buffer.name), source=TASK)
+
+
+def _told_words(buffer: ReplayBuffer, observations: Mapping[str, ObservationSpec]) -> dict[str, str]:
+    """What becomes of the words that a buffer has, by the column that says which."""
+    told = {key: spec.text for key, spec in observations.items() if spec.text is not None}
+    if not told:
+        several = TASK in buffer and len(set(task_words(buffer.attrs))) > 1
+        return {TASK: "left out: several tasks; task.observations.task={kind: text} tells which"} if several else {}
+    sentences = next(iter(told.values())).sentences
+    some = ", ".join(f"{one!r}" for one in sentences[:3]) + (", …" if len(sentences) > 3 else "")
+    names = f"{', '.join(told)}, {', '.join(str(one.encoder['name']) for one in told.values())}"
+    return {TASK: f"observed (as {names}): {some}"}
+
+
+def _check_name(key: str) -> None:
     check_key(key, "task.observations")
     if key in ("action", IN_FRAME):
         raise InputError(f"task.observations: {key!r} is what the action is called: give the observation another name")
+
+
+def _observation(
+    key: str, options: dict[str, Any], buffer: ReplayBuffer, declared: Mapping[str, Sequence[RotationColumns]]
+) -> ObservationSpec:
+    _check_name(key)
     source = options.get("source") or key
     if source not in buffer.keys:
         raise unknown(f"key of the buffer for observation {key!r}", source, buffer.keys, buffer.name)
@@ -136,6 +170,8 @@ def _observation(
     chosen, rotations = options.get("columns"), tuple(declared.get(source, ()))
     if kind == "image":
         shape = (*seen_picture(buffer, source).size, 3)
+    elif kind == "depth":
+        shape = depth_size(buffer, source)
     elif kind == "state":
         _check_state(buffer, source, f"observation {key!r}")
         if chosen is not None:
@@ -143,10 +179,10 @@ def _observation(
                 raise InputError(f"observation {key!r}: columns {chosen} do not exist in {source!r} of {list(shape)}")
             shape = (len(chosen),)
     else:
-        raise unknown(f"kind of observation {key!r}", kind, ("state", "image"))
+        raise unknown(f"kind of observation {key!r}", kind, KINDS)
     return ObservationSpec(
         shape=shape,
-        dtype="uint8" if kind == "image" else "float32",
+        dtype={"image": "uint8", "depth": "uint16"}.get(kind, "float32"),
         unit=options.get("unit") or "",
         kind=kind,
         source=source,
@@ -216,16 +252,22 @@ class TrainingData:
         return self.train.windowed(key, rows).cpu().numpy()
 
     def statistics_rows(self, key: str) -> np.ndarray:
-        """What the training windows hold of an observation, or of "action": [n, ...], each row at least once.
-
-        A rotation's row is there for each of the numbers that windows have for it.
+        """What the training windows hold of an observation, or of "action": [n, ...], each row at least once; of words,
+        each sentence, of depth a thousand rows at most. A rotation's row is there for each of the numbers that windows
+        have for it.
         """
+        if key in self.train.told:
+            return self.train.values(key)
+        if key in self.train.depths:
+            some = np.unique(np.linspace(0, len(self.train_rows) - 1, _DEPTHS).round().astype(np.int64))
+            depth: np.ndarray = self.train.values(key)[self.train_rows[some]]
+            return depth
         return self._statistics(key)[0]
 
     def statistics_weights(self, key: str) -> np.ndarray | None:
         """How much each of `statistics_rows` counts, float64 [n], or for `IN_FRAME` each of `chunks`, so that a part
         counts by its share; None where each counts as any."""
-        if self.parts.weights is None:
+        if self.parts.weights is None or key in self.train.told:
             return None
         rows = self.train.windows.now(np.arange(len(self.train))) if key == IN_FRAME else self._statistics(key)[1]
         part = part_of_rows(self.parts, self.train.buffer, rows)
@@ -314,6 +356,7 @@ def prepare(
     cache_dir: Path | None = None,
     gain: str | None = None,
     rewards: Mapping[str, Any] | None = None,
+    text_model: str | None = None,
 ) -> TrainingData:
     """Split by episode and load what the policy needs into the fastest memory that holds it.
 
@@ -321,7 +364,7 @@ def prepare(
     episode to train on.
     subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys). parts: what the
     windows are drawn from, in which shares. gain: the column of feedback gains. rewards: what a `BatchSource` takes for
-    `gather(critic=True)`.
+    `gather(critic=True)`. text_model: the folder of a text encoder that comes as one.
     """
     columns.check_rate(buffer, spec.control_rate)
     train, held_out = split(buffer, parts, val_fraction=val_fraction, seed=seed, subset=subset)
@@ -334,13 +377,16 @@ def prepare(
         buffer=buffer,
         windows=make_windows(buffer.episode_ends, episodes=train, **sizes),
         observations={
-            k: ObsKey(v.source, v.columns, _kind(v)) for k, v in (spec.observations | spec.estimates).items()
+            k: ObsKey(v.source, v.columns, _kind(v))
+            for k, v in (spec.observations | spec.estimates).items()
+            if v.text is None
         },
         action_key=spec.action.source,
         n_obs_steps=spec.n_obs_steps,
         device=device,
         memory_gb=memory_gb,
         cache_dir=cache_dir,
+        told=_told(buffer, spec, text_model),
         gain_key=gain,
         **(rewards or {}),
         rotations={k: v.rotations for k, v in spec.states.items()} | {"action": spec.action.rotations},
@@ -364,6 +410,14 @@ def _check_parts(parts: Parts, train: np.ndarray, subset: str | None, max_episod
                 f"{parts.names[part]} has the weight {weight:g}, and no episode to train on"
                 f"{f' with {said}' if said else ''}: give it the weight 0"
             )
+
+
+def _told(buffer: ReplayBuffer, spec: PolicySpec, model: str | None) -> dict[str, Told]:
+    """The words of each observation that is some."""
+    if not spec.texts:
+        return {}
+    sentences, of_row = row_tasks(buffer)
+    return {key: Told(words.embed(text, sentences, model), of_row) for key, text in spec.texts.items()}
 
 
 def _kind(spec: ObservationSpec) -> Any:

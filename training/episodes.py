@@ -97,7 +97,9 @@ def _holds(pieces: np.ndarray, hashes: np.ndarray) -> bool:
 
 def pieces(buffer: ReplayBuffer, spec: PolicySpec) -> list[np.ndarray]:
     """Of each episode: the different hashes of its pieces, uint32 [n]; one of a whole episode that is shorter."""
-    wanted = [ObsKey(value.source, value.columns, "state") for _, value in sorted(spec.states.items())]
+    wanted = [
+        ObsKey(value.source, value.columns, "state") for _, value in sorted(spec.states.items()) if not value.text
+    ]
     wanted.append(ObsKey(spec.action.source, None, "action"))
     columns = [load(buffer, key).reshape(buffer.n_steps, -1) for key in wanted]
     rows = np.concatenate(columns, axis=1, dtype="<f4") + np.float32(0)  # of -0 and 0, one

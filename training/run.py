@@ -34,7 +34,9 @@ from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy, check_statistics, fit_normalizer
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.policy import DiffusionPolicy
-from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
+from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec, TextSpec
+from action_diffusion.policy.text.words import Words
+from action_diffusion.schema import shown
 from action_diffusion.training import checkpoints, columns, episodes, resuming
 from action_diffusion.training.data import (
     StepBatches,
@@ -75,7 +77,8 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
     spec, data = _load(config, buffer, accelerator.device)
     newest = checkpoints.checkpoint_folders(output_dir)[-1:] if config["resume"] else []
     if accelerator.is_main_process:
-        states = [value.source or key for key, value in spec.states.items()] + [spec.action.source]
+        states = [value.source or key for key, value in spec.states.items() if value.text is None]
+        states.append(spec.action.source)
         changed = resuming.changed_data(output_dir, buffer, states)
         if newest and changed:
             say(changed)
@@ -149,7 +152,8 @@ def final_evaluation(
     data_names = " and ".join(sources.names(config["data"]))
     settings = {"data": data_names, "train": config["train"], "sampler": config["policy"]["sampler"]}
     if policy.spec.env is not None:
-        return evaluate_policy(policy, settings=settings, workers=config.get("workers"), **options, **where)
+        options |= {"workers": config.get("workers"), "text_model": config.get("text_model")}
+        return evaluate_policy(policy, settings=settings, **options, **where)
     if data.held_out is None:
         console.print("one episode only, none held out: no evaluation")
         return {}
@@ -203,7 +207,8 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
     dataset = config["dataset"]
     gain = columns.gain_source(config)
     learnt = columns.learnt_rewards(config)
-    spec = describe(config["task"], buffer, bundles.versions(), config.get("drop"), gain)
+    text_model = config.get("text_model")
+    spec = describe(config["task"], buffer, bundles.versions(), config.get("drop"), gain, text_model)
     spec.buffer_columns.update(columns.reward_columns(learnt))
     data = prepare(
         buffer,
@@ -218,6 +223,7 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
         cache_dir=_path(dataset["cache_dir"]),
         gain=gain,
         rewards={} if learnt is None else _rewards(learnt),
+        text_model=text_model,
     )
     if learnt is not None and (earned := data.train.rewards()).min() == earned.max():
         raise InputError(
@@ -235,6 +241,10 @@ def _rewards(learnt: DiffusionQlOptions) -> dict[str, Any]:
         "counted": learnt.counted,
         "terminal_key": learnt.terminal,
     }
+
+
+def _encoder(text: TextSpec) -> str:
+    return f"{shown(text.encoder)} ({text.version})"
 
 
 _Turned = TypeVar("_Turned", ActionSpec, ObservationSpec)
@@ -265,14 +275,20 @@ def _policy(
     theirs = bundles.read_spec(path)
     for ours, other, what in (
         (
-            [(k, v.shape) for k, v in spec.observations.items()],
-            [(k, v.shape) for k, v in theirs.observations.items()],
+            [(k, v.kind, v.shape) for k, v in spec.observations.items()],
+            [(k, v.kind, v.shape) for k, v in theirs.observations.items()],
             "observations",
         ),
         (spec.action.shape, theirs.action.shape, "action"),
     ):
         if ours != other:
             raise InputError(f"{what_is_it}: its {what} {other} differ from those of this run, {ours}")
+    for key, text in spec.texts.items():
+        if (before := theirs.texts[key]) != replace(text, sentences=before.sentences):
+            raise InputError(
+                f"{what_is_it}: its words are told by {_encoder(before)}, those of this run by {_encoder(text)}: "
+                f"give task.observations.{key}.encoder as the bundle's spec.json has it"
+            )
     # The weights mean what they mean only together with the statistics that they were trained with.
     spec = replace(
         spec,
@@ -343,7 +359,10 @@ def _trainer(
     )
     rollouts = None
     if spec.env is not None and settings.rollout_every:
-        rollouts = Rollouts(policy, env=spec.env, n_episodes=settings.rollout_episodes, workers=config.get("workers"))
+        words = Words.of(spec, config["evaluation"].get("instruction"), config.get("text_model"))
+        rollouts = Rollouts(
+            policy, env=spec.env, n_episodes=settings.rollout_episodes, words=words, workers=config.get("workers")
+        )
     first = reference.gather(validation.indices[0][:1]).obs
     golden = {key: first[key][0].cpu().numpy() for key in spec.observations}
     return Trainer(

@@ -13,6 +13,7 @@ from action_diffusion import envs
 from action_diffusion.datasets.batches.loader import BatchSource
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.policy.policy import DiffusionPolicy
+from action_diffusion.policy.text.words import Words
 from action_diffusion.training.data import held_out_indices
 
 ROLLOUT_SEED = 50_000
@@ -75,18 +76,28 @@ class Validation:
 
 
 class Rollouts:
-    """`rollout_score`: mean score of a few episodes from starts that neither training nor evaluation uses."""
+    """`rollout_score`: mean score of a few episodes from starts that neither training nor evaluation uses.
+
+    words: that the policy is told. workers: where the simulators run, see `envs.spread`.
+    """
 
     def __init__(
-        self, policy: DiffusionPolicy, *, env: Mapping[str, Any], n_episodes: int, workers: envs.Workers = None
-    ):
-        self.policy, self.env, self.n_episodes, self.workers = policy, dict(env), n_episodes, workers
+        self,
+        policy: DiffusionPolicy,
+        *,
+        env: Mapping[str, Any],
+        n_episodes: int,
+        words: Words | None = None,
+        workers: envs.Workers = None,
+    ) -> None:
+        self.policy, self.env, self.n_episodes = policy, dict(env), n_episodes
+        self.words, self.workers = words, workers
 
     def __call__(self) -> dict[str, float]:
         n_envs, workers = envs.spread(self.env["name"], None, self.workers, batch=BATCH)
         episodes = rollout(
             policy=self.policy,
-            make_env=functools.partial(envs.make, **self.env),
+            make_env=functools.partial(envs.make, **self.env, words=self.words),
             seeds=range(ROLLOUT_SEED, ROLLOUT_SEED + self.n_episodes),
             keys=list(self.policy.spec.observations),
             n_envs=n_envs,

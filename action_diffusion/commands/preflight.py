@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from action_diffusion.deploy.serve.access import is_loopback, read_token, require_token
 from action_diffusion.errors import InputError, unknown
@@ -28,7 +28,11 @@ from action_diffusion.policy.reading import (
 )
 from action_diffusion.policy.runtime.onnx_file import is_onnx
 from action_diffusion.policy.spec import env_words
-from action_diffusion.registry import ARMS, ROBOTS
+from action_diffusion.policy.text.words import check_told
+from action_diffusion.registry import ARMS, ENVS, ROBOTS
+
+if TYPE_CHECKING:
+    from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 
 
 def train(config: Mapping[str, Any]) -> None:
@@ -65,6 +69,7 @@ def finetune(config: Finetune) -> None:
     _check_workers(config.workers)
     if spec.env is None:
         raise InputError(f"{path}: its task, {spec.task}, has no simulator to try things in")
+    check_told([spec], config.instruction, config.text_model, asks=spec.env["name"] in ENVS.own)
     if config.resume and config.output_dir is None:
         raise InputError("resume=true needs output_dir=DIR, the folder of the run to go on with")
     if config.output_dir is not None:
@@ -99,6 +104,9 @@ def evaluate(config: Evaluate) -> None:
     others = [path for path in (*bundles, *compare) if path not in simulated]
     if simulated and others:
         raise InputError(f"{simulated[0]} is for a task with a simulator, {others[0]} is not: they do not compare")
+    specs = [read_spec(path) for path in (*bundles, *compare)]
+    own = any(spec.env is not None and spec.env["name"] in ENVS.own for spec in specs)
+    check_told(specs, config.instruction, config.text_model, asks=own)
     tasks = {path: env_words(env) for path in simulated if (env := read_spec(path).env) is not None}
     for path, words in tasks.items():
         if words != tasks[simulated[0]]:
@@ -132,6 +140,7 @@ def _check_trials(config: Evaluate) -> None:
     if config.page is False and _in_cell(options.robot):
         raise InputError("page=false: somebody has to mark the runs of a real robot, on the page")
     check_together({path: read_spec(Path(path)) for path in config.paths})
+    check_told([read_spec(Path(path)) for path in config.paths], config.instruction, config.text_model)
     for path in config.paths:
         check_spec(config.deployment(path), read_spec(Path(path)))
     planned(config, None if config.output_dir is None else Path(config.output_dir))
@@ -170,14 +179,16 @@ def deploy(config: Deploy) -> None:
         from action_diffusion.deploy.fitting import check_spec
 
         check_spec(config, spec)
+        check_told([spec], config.instruction, config.text_model)
 
 
 def serve(config: Serve) -> None:
     """The token and the bundles."""
     bundles = [Path(path) for path in config.named.values()]
     require_token(config.host, read_token(config.token_file), option="host", files="token_file")
+    specs = [read_spec(bundle) for bundle in bundles]
+    check_told(specs, config.instruction, config.text_model, asks=False)
     for bundle in bundles:
-        read_spec(bundle)
         read_config(bundle)
         check_intending(config.intents, acting(bundle, config.extensions))
         check_sampler(bundle, vars(config.sampler))
@@ -247,7 +258,12 @@ def _check_data(config: Mapping[str, Any]) -> None:
     columns.check_rate(buffer, task["control_rate"])
     parts_of(buffer, config["dataset"], names(data))
     drawn = {key for one in buffers for key in columns.drawn(task, drop, one)}
-    for key, options in columns.observed(task, drop, buffer, gain).items():
+    seen = columns.observed(task, drop, buffer, gain)
+    if any(options.get("kind") == "text" for options in seen.values()):
+        _check_words(config, buffer)
+    for key, options in seen.items():
+        if options.get("kind") == "text":
+            continue
         source = options.get("source") or key
         if source not in buffer.keys and source not in drawn:
             raise unknown(f"key of the buffer for observation {key!r}", source, buffer.keys, buffer.name)
@@ -255,6 +271,20 @@ def _check_data(config: Mapping[str, Any]) -> None:
         if len(shape) == 3 and shape[-1] == 3:
             encoder = config["policy"]["encoder"]
             check_crop(key, encoder.get("resize") or shape[:2], encoder.get("crop"), encoder.get("crop_at"))
+
+
+def _check_words(config: Mapping[str, Any], buffer: ReplayBuffer) -> None:
+    """That every episode says in words what was to be done, and somebody will when the policy is tried."""
+    from action_diffusion.datasets.storage.tasks import row_tasks
+
+    sentences, _ = row_tasks(buffer)
+    env, evaluation = config["task"].get("env"), config["evaluation"]
+    tried = env and (evaluation["n_episodes"] or config["train"]["rollout_every"])
+    if tried and env["name"] in ENVS.own and len(sentences) > 1 and evaluation["instruction"] is None:
+        raise InputError(
+            f"the policy will be told one of {len(sentences)} tasks, and {env['name']} does not say which to evaluate: "
+            f"give evaluation.instruction=…, such as {sentences[0]!r}"
+        )
 
 
 def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:
@@ -271,6 +301,7 @@ def _check_dropped(drop: Sequence[str], policy: Mapping[str, Any]) -> None:
 def _check_held_out(data: Any, bundles: Sequence[Path]) -> None:
     """Of what predictions are held against: that it is there, and has what the policies observe, at their rates."""
     from action_diffusion.datasets.batches.sources import HUMAN, NAMES, look_at, names
+    from action_diffusion.datasets.storage.tasks import row_tasks
     from action_diffusion.training import columns
 
     for name in names(data or []):
@@ -283,7 +314,10 @@ def _check_held_out(data: Any, bundles: Sequence[Path]) -> None:
             spec = read_spec(path)
             if spec.env is not None:
                 continue
-            seen = {key: value.source or key for key, value in (spec.observations | spec.estimates).items()}
+            looked_at = (spec.observations | spec.estimates).items()
+            seen = {key: value.source or key for key, value in looked_at if value.text is None}
+            if spec.texts:
+                row_tasks(buffer)
             for key, source in (seen | {"action": spec.action.source}).items():
                 if source not in buffer.keys:
                     raise unknown(f"key of the buffer for {key!r} of {path}", source, buffer.keys, buffer.name)

@@ -28,7 +28,17 @@ from action_diffusion.options.policy import (
     check_process,
     check_sampler,
 )
-from action_diffusion.options.task import Action, Environment, Observation, Rate, Steps, Task, check_steps
+from action_diffusion.options.task import (
+    Action,
+    Environment,
+    Observation,
+    Rate,
+    Sentence,
+    Steps,
+    Task,
+    TextEncoder,
+    check_steps,
+)
 from action_diffusion.options.train import BundleConfig, Dataset, Evaluation, Train, TrainSettings, plain
 from action_diffusion.options.words import KINDS, MOST_STEPS, Address, AsTyped, Plugins
 
@@ -57,10 +67,12 @@ __all__ = [
     "RtcSettings",
     "Safety",
     "Sampler",
+    "Sentence",
     "Serve",
     "Simulated",
     "Steps",
     "Task",
+    "TextEncoder",
     "Train",
     "TrainSettings",
     "check_policy",

@@ -12,7 +12,7 @@ from action_diffusion.options.data import Absolute, Augment, Convert, DataReport
 from action_diffusion.options.extensions import FITS, Fit, Intending
 from action_diffusion.options.finetune import Finetune
 from action_diffusion.options.policy import AnySampler
-from action_diffusion.options.task import Task
+from action_diffusion.options.task import Sentence, Task
 from action_diffusion.options.train import Data, Train
 from action_diffusion.options.words import (
     MOST_STEPS,
@@ -150,6 +150,8 @@ class OnRobot:
     obstacles: Section | None = None
     safety: Safety = field(default_factory=Safety)
     sampler: AnySampler = field(default_factory=AnySampler)
+    instruction: Sentence | None = None
+    text_model: FilePath | None = None
 
 
 @dataclass(kw_only=True)
@@ -274,6 +276,8 @@ class Serve:
     compile: bool = False
     cuda_graph: bool = False
     sampler: AnySampler = field(default_factory=AnySampler)
+    instruction: Sentence | None = None
+    text_model: FilePath | None = None
 
     @property
     def named(self) -> dict[str, str]:

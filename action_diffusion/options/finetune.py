@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from action_diffusion.options.policy import AnySampler
+from action_diffusion.options.task import Sentence
 from action_diffusion.options.words import MOST_STEPS, Count, Device, Plugins, Seed, Workers
 from action_diffusion.schema import Above, Between, ByName, FilePath, OneOf, Section, Sized
 
@@ -181,3 +182,5 @@ class Finetune:
     evaluation: Final = field(default_factory=Final)
     checkpoint_every: Annotated[int, Between(1, 1_000_000_000)] = 20_000
     sampler: AnySampler = field(default_factory=AnySampler)
+    instruction: Sentence | None = None
+    text_model: FilePath | None = None

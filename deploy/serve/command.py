@@ -18,6 +18,7 @@ from action_diffusion.deploy.serve.policies import open_copies
 from action_diffusion.deploy.serve.replacing import REPLACE, Replacing
 from action_diffusion.deploy.serve.server import PolicyServer
 from action_diffusion.options import Serve
+from action_diffusion.policy.text.words import Words
 
 LINE_SECONDS = 60.0
 STATUS_SECONDS = 1.0
@@ -56,12 +57,16 @@ def run(config: Serve) -> int:
     other machines reach without a token, and a missing extra.
     """
     token = read_token(config.token_file)
+    policies = {name: open_copies(config, Path(path)) for name, path in config.named.items()}
+    words = {name: Words.of(copies[0].spec, config.instruction, config.text_model) for name, copies in policies.items()}
+    for one in words.values():
+        one.ready()
     statistics = ServerStatistics()
     say = _once_each(lambda line: print(line, file=sys.stderr, flush=True))
     replacing = Replacing(config, say)
     signal.signal(REPLACE, lambda *_: replacing.ask())  # until the event loop takes it over
     server = PolicyServer(
-        policies={name: open_copies(config, Path(path)) for name, path in config.named.items()},
+        policies=policies,
         host=config.host,
         port=config.port,
         token=token,
@@ -71,6 +76,7 @@ def run(config: Serve) -> int:
         batch_wait=config.batch_wait_ms / 1e3,
         seed=config.seed,
         remember=config.remember,
+        words=words,
         say=say,
         answered=statistics.answered,
         turned_down=statistics.turned_down,

@@ -35,6 +35,7 @@ from action_diffusion.options.commands import ANSWERED, ONLY_SERVED
 from action_diffusion.policy.inference import choose_shared_threads
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.text.words import Words
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -93,7 +94,7 @@ class PolicyServer:
         max_connections: more are turned away.
         max_message_bytes: of what a client sends; a larger message ends its connection.
         max_batch, batch_wait: questions answered together, and seconds that the first waits for others: see `Batcher`.
-        seed, remember: see `ClientSession`.
+        seed, remember: see `ClientSession`. words: by the names of the policies that are told something else.
         say: takes a line about something that went wrong here.
         answered: is told how many seconds the policy took for an answer.
         turned_down: is told of every line of text that went out instead.
@@ -112,6 +113,7 @@ class PolicyServer:
         batch_wait: float = 0.002,
         seed: int | None = None,
         remember: bool = True,
+        words: Mapping[str, Words] | None = None,
         say: Callable[[str], None] = print,
         answered: Callable[[float], None] = lambda seconds: None,
         turned_down: Callable[[str], None] = lambda line: None,
@@ -131,7 +133,9 @@ class PolicyServer:
         self._served = {
             name: _Served(
                 *(name, copies, self._turns, self.metrics),
-                functools.partial(ClientSession, spec=copies[0].spec, seed=seed, remember=remember),
+                functools.partial(
+                    ClientSession, spec=copies[0].spec, seed=seed, remember=remember, words=(words or {}).get(name)
+                ),
                 most=max_batch,
                 wait=batch_wait,
             )

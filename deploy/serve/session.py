@@ -1,6 +1,7 @@
 """What the policy server keeps of one client, and how a message becomes a question for the policy.
 
-A client of openpi sends one observation at a time; those of a connection are its history, in an `Agent`. `RemotePolicy`
+A client of openpi sends one observation at a time; those of a connection are its history, in an `Agent`. What the
+policy is told it may send as words, under the observation's name or, as openpi has it, under `prompt`. `RemotePolicy`
 sends whole histories, and beside them under `wire.EXTRA`:
 
     reset      true: a new episode begins with this observation
@@ -15,7 +16,7 @@ sends whole histories, and beside them under `wire.EXTRA`:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,9 @@ from action_diffusion.policy import noise
 from action_diffusion.policy.action_queue import MASKS
 from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.spec import PolicySpec
+from action_diffusion.policy.text.words import Words
 
+PROMPT = "prompt"
 EXTRAS = ("reset", "history", "noise", "generator", "running", "delay", "guidance")
 MAX_ROUNDS = 20
 """Of guidance in a denoising step: a client must not keep the others waiting."""
@@ -63,10 +66,14 @@ class ClientSession:
         seed: every episode draws the noise that `envs.rollout` draws for this start; None: a new one each time.
         remember: observations come at every control step, so that the last To are the history. False: they come once a
             chunk, too far apart to be one, and each stands for its whole history, as at the start of an episode.
+        words: what the policy is told where the client says nothing.
     """
 
-    def __init__(self, *, spec: PolicySpec, seed: int | None = None, remember: bool = True) -> None:
+    def __init__(
+        self, *, spec: PolicySpec, seed: int | None = None, remember: bool = True, words: Words | None = None
+    ) -> None:
         self._spec = spec
+        self._words = words or Words.of(spec)
         self._seed = seed
         self._remember = remember
         self._agent = Agent(n_obs_steps=spec.n_obs_steps, n_action_steps=spec.n_action_steps)
@@ -101,6 +108,11 @@ class ClientSession:
     def _observations(self, message: Mapping[str, object], leading: tuple[int, ...]) -> dict[str, np.ndarray]:
         obs = {}
         for key, spec in self._spec.observations.items():
+            said = message.get(key, message.get(PROMPT, ""))
+            if spec.text is not None and isinstance(said, str):
+                told = replace(self._words, instruction=said or self._words.instruction)
+                obs[key] = np.broadcast_to(told.vectors()[key], (*leading, *spec.shape))
+                continue
             if key not in message:
                 got = shortened(", ".join(name for name in message if name != EXTRA) or "nothing")
                 raise InputError(

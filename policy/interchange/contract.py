@@ -139,6 +139,9 @@ def made_up(spec: PolicySpec, seed: int = 0) -> dict[str, np.ndarray]:
         if value.kind == "image":
             observations[key] = random.integers(0, 256, shape, dtype=np.uint8)
             continue
+        if value.kind == "depth":
+            observations[key] = random.integers(0, 2000, shape, dtype=np.uint16)
+            continue
         statistics = spec.normalizer[key]
         if len(statistics["scale"]) != math.prod(value.shape):
             observations[key] = random.uniform(-1, 1, shape).astype(value.dtype)

@@ -1,13 +1,19 @@
 """The observation encoder: the last To observations in, one embedding for the denoiser out.
 
     states [B, To, n]        ───────────────────────────────────────────────────────────────┐
-    frames [B, To, H, W, 3] ─▶ crop, jitter ─▶ [B*To, 3, h, w] ─▶ ResNet ─▶ pool ─▶ [., F] ──┴▶ [B, To * D]
+    frames [B, To, H, W, 3] ─▶ crop, jitter ─▶ [B*To, 3, h, w] ─▶ ResNet ─▶ pool ─▶ [., F] ──┴▶ [B, To * D] ─┐
+    depth [B, To, H, W, 2]   ─▶ crop ─▶ [B*To, 2, h, w] ─▶ ResNet ─▶ pool ─▶ [., F], beside those of the frames
+    words [B, To, E]         ─▶ those of the last step ─▶ projection [B, F'] ────────────────────────────────┤
+    series [B, To, n]        ─▶ causal convolutions over all samples, see `series` ─▶ [B, F"] ───────────────┴▶ [B, C]
 
 All To frames of all windows go through the network as one batch. An embedding is its steps one after the other, oldest
-first, and a step is its states, in order, then its cameras, in order: D = sum of n + cameras * F.
+first, and a step is its states, in order, its cameras, and its depth: D = sum of n + (cameras + depths) * F. What a
+robot is told does not change from step to step, so that it is there once, as are the features of a series. Where depth
+is known is a channel of its own: norms take the mean out, and it tells how far a wall is that fills the frame.
 
 Names of weights: `cameras.<i>.` for camera i, or `cameras.0.` when they share a network; in it
-`backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`.
+`backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`;
+`depths.<i>.` likewise, `texts.<i>.` for the words of text i, `series.<i>.` for series i.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.model import augment as augmentation
 from action_diffusion.policy.model import resnet
 from action_diffusion.policy.model.context import Context
+from action_diffusion.policy.model.series import Series
 from action_diffusion.registry import AUGMENTATIONS, check_arguments
 
 Size = tuple[int, int]
@@ -95,6 +102,9 @@ class ObservationEncoder(nn.Module):
     to [-1, 1]. Weights from ImageNet saw mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225].
     context: options of `context.Context`, which tells from all To steps what is not observed; then only the last ones
     are in the embedding. None: all To steps are.
+    text_dims: key of a text to E, in order. text_feature_dim: F' of each.
+    depth_shapes: depth to (H, W); cropped and resized as cameras are, each with a network of its own.
+    series: state that is many samples a step, such as a wrench [T, 6], to options of `series.Series`.
 
     Raises `InputError` for a key without a shape, a shape that is not (H, W, 3), a crop outside of its frame, cameras
     that share a network but differ in size, and what the parts refuse.
@@ -125,26 +135,37 @@ class ObservationEncoder(nn.Module):
         group_norm_channels: int = 16,
         pixels: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         context: Mapping[str, int] | None = None,
+        text_dims: Mapping[str, int] | None = None,
+        text_feature_dim: int = 32,
+        series: Mapping[str, Mapping[str, int]] | None = None,
+        depth_shapes: Mapping[str, Sequence[int]] | None = None,
     ):
         super().__init__()
         self.image_keys = tuple(image_keys)
-        self.state_dims = dict(state_dims)
+        self.series_dims = {key: state_dims[key] for key in _series_keys(series or {}, state_dims)}
+        self.state_dims = {key: n for key, n in state_dims.items() if key not in self.series_dims}
         self.n_obs_steps = n_obs_steps
         self.crop, self.resize = _size("crop", crop), _size("resize", resize)
         self.crop_at = None if crop_at is None else (crop_at[0], crop_at[1])
         self.jitter = augmentation.ColorJitter(strength=color_jitter)
         self.augmentations = [_augmentation(options) for options in augment or ()]
         self.image_shapes = {key: _frame_shape(key, image_shapes) for key in self.image_keys}
+        self.depth_shapes = {key: (size[0], size[1]) for key, size in (depth_shapes or {}).items()}
         sizes = [self._input_size(key) for key in self.image_keys]
         if share and len(set(sizes)) > 1:
             given = ", ".join(f"{key} {list(size)}" for key, size in zip(self.image_keys, sizes, strict=True))
             raise InputError(f"encoder.share=true needs frames of one size, found {given}; set encoder.resize or crop")
 
-        def camera(size: Size) -> CameraEncoder:
+        def camera(size: Size, in_channels: int = 3) -> CameraEncoder:
             trunk = resnet.ResNet(
-                backbone=backbone, width=width, stages=stages, norm=norm, group_norm_channels=group_norm_channels
+                backbone=backbone,
+                width=width,
+                stages=stages,
+                norm=norm,
+                group_norm_channels=group_norm_channels,
+                in_channels=in_channels,
             )
-            if weights is not None:
+            if weights is not None and in_channels == 3:
                 described = f"{backbone} (width {width:g}, {stages} stages)"
                 resnet.load_weights(trunk, weights, described=described)
             return CameraEncoder(
@@ -152,33 +173,60 @@ class ObservationEncoder(nn.Module):
             )
 
         self.cameras = nn.ModuleList(camera(size) for size in (sizes[:1] if share else sizes))
+        self.depths = nn.ModuleList(camera(self._input_size(key), 2) for key in self.depth_shapes)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
-        self.step_dim = sum(self.state_dims.values()) + feature_dim * len(self.image_keys)
+        self.step_dim = sum(self.state_dims.values()) + feature_dim * (len(self.image_keys) + len(self.depths))
         self._set_pixels(pixels or {})
         self.context: Context | None = None
         if context is not None:
             self.context = Context(step_dim=self.step_dim, n_obs_steps=n_obs_steps, **context)
         self.output_dim = n_obs_steps * self.step_dim if self.context is None else self.context.output_dim
+        self.text_dims = dict(text_dims or {})
+        self.texts = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(n, elementwise_affine=False), nn.Linear(n, text_feature_dim))
+            for n in self.text_dims.values()  # normalised, as each of many numbers of a short vector is small
+        )
+        self.series = nn.ModuleList(
+            Series(n=n, n_obs_steps=n_obs_steps, **(series or {})[key]) for key, n in self.series_dims.items()
+        )
+        self.output_dim += text_feature_dim * len(self.text_dims)
+        self.output_dim += sum(cast(Series, part).output_dim for part in self.series)
 
     def forward(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Embedding [B, To * D], or [B, recent * D + size] with a `context`, float32.
+        """Embedding [B, C], float32; with a `context` [B, recent * D + size] are in the place of [B, To * D].
 
-        obs: a state is a float [B, To, n], normalised already; a camera is uint8 [B, To, H, W, 3], 0 to 255, or in
-        training [B, To, h, w, 3] when the `early_crop` has been cut already. `generator` draws crops and jitter,
-        camera after camera; the global one does without it. Raises `InputError` for anything else.
+        obs: a state is a float [B, To, n], normalised already, a text likewise [B, To, E], depth
+        [B, To, H, W, 2], which has 1 where it is known; a camera is uint8
+        [B, To, H, W, 3], 0 to 255, or in training [B, To, h, w, 3] when the `early_crop` has been cut already.
+        `generator` draws crops and jitter, camera after camera; the global one does without it. Raises `InputError` for
+        anything else.
         """
-        parts = [self._state(key, obs) for key in self.state_dims]
+        parts = [self._vector(key, obs, n) for key, n in self.state_dims.items()]
         for i, key in enumerate(self.image_keys):
             frames = self._frames(key, obs)
             images = self._prepare(key, frames, generator).to(memory_format=self.memory_format)
             features = self.cameras[i % len(self.cameras)](images)
             parts.append(features.float().unflatten(0, frames.shape[:2]))
+        for depth, key in zip(self.depths, self.depth_shapes, strict=True):
+            images = self._prepare_depth(key, obs, generator).to(memory_format=self.memory_format)
+            parts.append(depth(images).float().unflatten(0, (-1, self.n_obs_steps)))
         if any(part.shape[0] != parts[0].shape[0] for part in parts[1:]):
-            counts = ", ".join(f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys))
+            counts = ", ".join(
+                f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys, *self.depth_shapes)
+            )
             raise InputError(f"observations have different numbers of windows: {counts}")
-        steps = torch.cat(parts, dim=2)
-        return steps.flatten(1) if self.context is None else cast(Tensor, self.context(steps))
+        embedding = []
+        if parts:
+            steps = torch.cat(parts, dim=2)
+            embedding = [steps.flatten(1) if self.context is None else cast(Tensor, self.context(steps))]
+        texts, series = (
+            zip(parts, dims.items(), strict=True)
+            for parts, dims in ((self.texts, self.text_dims), (self.series, self.series_dims))
+        )
+        embedding += [text(self._vector(key, obs, n)[:, -1]).float() for text, (key, n) in texts]
+        embedding += [part(self._vector(key, obs, n)).float() for part, (key, n) in series]
+        return torch.cat(embedding, dim=1)
 
     @property
     def early_crop(self) -> Size | None:
@@ -210,6 +258,25 @@ class ObservationEncoder(nn.Module):
         mean, std = (getattr(self, name) for name in self.pixels[key])
         return images.sub_(mean).div_(std)
 
+    def _prepare_depth(self, key: str, obs: Mapping[str, Tensor], generator: torch.Generator | None) -> Tensor:
+        """Depth and where it is known, float [B, To, H, W, 2], to float32 [B * To, 2, h, w], resized and cropped."""
+        frames, (height, width) = _get(key, obs), self.depth_shapes[key]
+        if not frames.is_floating_point() or frames.shape[1:] != (self.n_obs_steps, height, width, 2):
+            expected = f"[B, {self.n_obs_steps}, {height}, {width}, 2]"
+            raise InputError(f"depth {key!r} is {_describe(frames)}, expected float32 {expected}")
+        if self.resize is not None:
+            flat = rearrange(frames, "b t h w c -> (b t) c h w")
+            small = nn.functional.interpolate(flat, self.resize, mode="nearest")  # no mean of known and unknown
+            frames = rearrange(small, "(b t) c h w -> b t h w c", b=len(frames))
+        if self.crop is not None and frames.shape[2:4] != self.crop:
+            if self.training:
+                room = (frames.shape[2] - self.crop[0], frames.shape[3] - self.crop[1])
+                corners = augmentation.random_corners(len(frames), room, generator)
+                frames = augmentation.crop_windows(frames, corners, self.crop)
+            else:
+                frames = augmentation.crop_at(frames, self.crop, self.crop_at)
+        return rearrange(frames, "b t h w c -> (b t) c h w")
+
     def _set_pixels(self, pixels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
         """Constants [3, 1, 1] of each camera that has some, out of the weights: config.yaml says them."""
         self.pixels: dict[str, tuple[str, str]] = {}
@@ -233,15 +300,15 @@ class ObservationEncoder(nn.Module):
             raise InputError(f"camera {key!r} is {_describe(frames)}, expected uint8 {expected}")
         return frames
 
-    def _state(self, key: str, obs: Mapping[str, Tensor]) -> Tensor:
-        state, to, n = _get(key, obs), self.n_obs_steps, self.state_dims[key]
+    def _vector(self, key: str, obs: Mapping[str, Tensor], n: int) -> Tensor:
+        state, to = _get(key, obs), self.n_obs_steps
         if not state.is_floating_point() or state.shape[1:] != (to, n):
             raise InputError(f"state {key!r} is {_describe(state)}, expected float32 [B, {to}, {n}]")
         return state.float()
 
     def _input_size(self, key: str) -> Size:
         """Height and width that the network sees."""
-        size = self.resize or self.image_shapes[key][:2]
+        size = self.resize or (self.depth_shapes.get(key) or self.image_shapes[key][:2])
         check_crop(key, size, self.crop, self.crop_at)
         return self.crop or size
 
@@ -252,6 +319,13 @@ def _augmentation(options: Mapping[str, Any]) -> augmentation.Augmentation:
     part = AUGMENTATIONS.load(name, "encoder.augment name")
     check_arguments(part, rest, f"augmentation {name}")
     return cast(augmentation.Augmentation, part(**rest))
+
+
+def _series_keys(series: Mapping[str, Any], state_dims: Mapping[str, int]) -> list[str]:
+    for key in series:
+        if key not in state_dims:
+            raise unknown("state in encoder.series", key, state_dims)
+    return [key for key in state_dims if key in series]
 
 
 def _axis(n: int) -> Tensor:

@@ -64,6 +64,7 @@ class ResNet(nn.Sequential):
         stages: int = 4,
         norm: str = "group",
         group_norm_channels: int = 16,
+        in_channels: int = 3,
     ):
         if backbone not in BACKBONES:
             raise unknown("encoder.backbone", backbone, BACKBONES)
@@ -80,7 +81,7 @@ class ResNet(nn.Sequential):
         kind = BACKBONES[backbone]
         make_norm = FrozenBatchNorm2d if norm == "frozen_batch" else partial(_group_norm, group_norm_channels)
         layers: list[nn.Module] = [
-            nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False),
+            nn.Conv2d(in_channels, channels, kernel_size=7, stride=2, padding=3, bias=False),
             make_norm(channels),
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
             nn.ReLU(inplace=True),  # after the pool: the same, of a quarter of the values

@@ -107,7 +107,15 @@ def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | No
         from action_diffusion.training.evaluation.held_out import evaluate_held_out
 
         memory_gb = trained_on(read_config(path), path)["dataset"]["memory_gb"]
-        data = prepare(asked.buffer, policy.spec, device=policy.device, val_fraction=0.0, seed=0, memory_gb=memory_gb)
+        data = prepare(
+            asked.buffer,
+            policy.spec,
+            device=policy.device,
+            val_fraction=0.0,
+            seed=0,
+            memory_gb=memory_gb,
+            text_model=config.text_model,
+        )
         return evaluate_held_out(policy, data.train, asked.chosen, settings={**settings, "data": asked.data}, **where)
     return evaluate_policy(
         policy,
@@ -118,6 +126,8 @@ def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | No
         policy_batch=config.policy_batch,
         workers=config.workers,
         n_videos=config.n_videos,
+        instruction=config.instruction,
+        text_model=config.text_model,
         **where,
     )
 

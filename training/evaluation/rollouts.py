@@ -25,6 +25,7 @@ from action_diffusion.envs.workers import Workers
 from action_diffusion.errors import InputError
 from action_diffusion.policy.reading import versions
 from action_diffusion.policy.runtime.onnx_policy import OnnxPolicy
+from action_diffusion.policy.text.words import Words
 from action_diffusion.statistics import bootstrap_interval, wilson_interval
 from action_diffusion.training.evaluation.offline import evaluate_offline
 from action_diffusion.training.evaluation.report import Clip, read_metrics, write_report
@@ -54,13 +55,20 @@ def evaluate_policy(
     settings: Mapping[str, Any],
     output_dir: Path,
     metrics_file: Path | None,
+    instruction: str | None = None,
+    text_model: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """`evaluate` of a policy in the simulator that its bundle names; `options`: n_episodes, seed, n_envs,
-    workers, …"""
+    workers, …
+
+    instruction, text_model: of a policy that is told in words what to do, see `Words`.
+    """
     env = policy.spec.env
     if env is None:
         raise InputError(f"{policy.spec.task} has no simulator to evaluate in")
+    words = Words.of(policy.spec, instruction, text_model)
+    settings = {**settings, "instruction": instruction or words.only} if words.texts else settings
     apart = env["name"] in envs.IN_PROCESSES
     if options["policy_batch"] is None:
         options["policy_batch"] = BATCH_APART if apart else BATCH
@@ -71,7 +79,7 @@ def evaluate_policy(
         policy=policy,
         env_name=policy.spec.task,
         env=env,
-        make_env=functools.partial(envs.make, **env),
+        make_env=functools.partial(envs.make, **env, words=words),
         demonstrations=policy.spec.demonstrations,
         keys=list(policy.spec.observations),
         settings=settings,

@@ -33,6 +33,7 @@ from action_diffusion.options.finetune import Finetune
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.reading import read_config
+from action_diffusion.policy.text.words import Words
 from action_diffusion.progress import progress
 from action_diffusion.registry import EXTENSIONS, METHODS
 from action_diffusion.training.evaluation.command import run as evaluate
@@ -74,6 +75,7 @@ def finetune(config: Finetune) -> dict[str, Any]:
     for name in ("n_episodes", "seed", "n_videos"):
         setattr(asked, name, getattr(config.evaluation, name))
     asked.device, asked.workers = config.device, config.workers
+    asked.instruction, asked.text_model = config.instruction, config.text_model
     *_, (results, _) = evaluate(asked)
     return results
 
@@ -87,7 +89,8 @@ class Run:
         assert policy.spec.env is not None
         self.config, self.policy, self.method, self.folder, self.sampler = config, policy, method, folder, sampler
         self.env = policy.spec.env["name"]
-        self.make_env = functools.partial(envs.make, **policy.spec.env)
+        words = Words.of(policy.spec, config.instruction, config.text_model)
+        self.make_env = functools.partial(envs.make, **policy.spec.env, words=words)
         self.keys = list(policy.spec.observations)
         self.steps, self.episodes, self.seconds, self.next_start = 0, 0, 0.0, config.trials.seed
         self.best: tuple[float, float] = (-1.0, -1.0)

@@ -84,6 +84,8 @@ def _require(policy: DiffusionPolicy, config: Mapping[str, Any]) -> None:
         (policy.estimator is None, "policy.estimator", "no estimated states"),
         (not spec.action.rotations, "the action's rotations", "no rotations that are kept valid"),
         (not any(value.rotations for value in spec.states.values()), "a state's rotations", "no such states"),
+        (not spec.texts, "an observation that is words", "no words"),
+        (not spec.depths, "an observation that is depth", "colours"),
         (not policy.objective.two_times, "policy.objective", "a denoiser that is told one time"),
         (not policy.max_delay, "policy.objective.max_delay", "no fixed steps"),
         (type(encoder) is ObservationEncoder, "policy.encoder", "its own encoder"),
@@ -101,6 +103,8 @@ def _require(policy: DiffusionPolicy, config: Mapping[str, Any]) -> None:
         _require_encoder(cast(ObservationEncoder, encoder), config["encoder"])
     elif cast(ObservationEncoder, encoder).context is not None:
         raise InputError("policy.encoder.context has no counterpart in lerobot's diffusion policy")
+    if len(cast(ObservationEncoder, encoder).series):
+        raise InputError("policy.encoder.series has no counterpart in lerobot's diffusion policy")
 
 
 def _require_unet(unet: ConditionalUnet1d, horizon: int) -> None:
