@@ -146,7 +146,7 @@ def vector(spec: PolicySpec, sentence: str) -> np.ndarray:
 def test_in_a_simulator(bundle: Path, tmp_path: Path) -> None:
     policy = bundles.load(bundle)
     options: dict[str, Any] = {"settings": {}, "metrics_file": None, "n_episodes": 2, "n_videos": 1}
-    options |= {"n_envs": 2, "policy_batch": 2, "seed": 100_000}
+    options |= {"n_envs": 2, "policy_batch": 2, "workers": None, "seed": 100_000}
     with pytest.raises(InputError, match="give instruction=…, such as 'go right', 'go left'"):
         evaluate_policy(policy, output_dir=tmp_path / "a", **options)
     results = [
