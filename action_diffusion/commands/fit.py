@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from action_diffusion import hub
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import COMMANDS
 from action_diffusion.options.extensions import FITS, Fit
@@ -43,6 +44,12 @@ def run(words: Sequence[str]) -> int:
         if words[0] not in EXTENSIONS:
             raise unknown("extension", words[0], EXTENSIONS)
         COMMANDS[f"fit {words[0]}"] = EXTENSIONS.load(words[0]).options
+    for word in words[1:]:
+        option, _, value = word.partition("=")
+        if option == "bundle" and hub.is_reference(value):
+            raise InputError(
+                f"{word}: what is found is stored in the bundle: first action-diffusion bundle pull {value} out=DIR"
+            )
     config = settings_of(f"fit {words[0]}", words[1:])
     require(Path(config.bundle))
     read_spec(Path(config.bundle))  # before torch is imported

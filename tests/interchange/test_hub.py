@@ -106,6 +106,11 @@ def test_commands_take_bundles_from_there_once(server, bundle) -> None:
     assert several["compare"] == found
 
 
+def test_nothing_is_fitted_into_the_copy_of_somebodys_policy(capsys) -> None:
+    assert cli.main(["fit", "guard", "bundle=hf://me/it"]) == 2
+    assert "first action-diffusion bundle pull hf://me/it out=DIR" in capsys.readouterr().err
+
+
 def test_training_goes_on_from_a_policy_there(server, bundle, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     commit = server.add("me/it", contents(bundle))
