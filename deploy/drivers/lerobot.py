@@ -9,7 +9,7 @@ Nothing brakes, lets go, or notices. Two ways out, one of which is required:
 
 What lerobot leaves to its users on the bus, and this driver does:
 
-- A bus that did not answer when it was opened is opened again (`ASKED`): one lost byte would end it.
+- A bus that did not answer when it was opened is opened again (`OPENING`): one lost byte would end it.
 - A state that did not arrive is asked for again, for as long as a loose cable may take (`PATIENCE`). Meanwhile the
   motors rest at their last goal, and the next one is a setpoint's step from there.
 - An answer that comes too late would pass for that to the next question, since packets have no numbers: what has come
@@ -53,9 +53,9 @@ SIX = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll"
 TICK = 0.02
 """Dynamixel's unit of the bus watchdog (s)."""
 PATIENCE = 0.3
-"""How long a state may fail to arrive (s)."""
-ASKED = 3
-"""How often a motor is asked whether it is there, and a bus is opened until it answers."""
+"""How long an answer may fail to arrive (s)."""
+OPENING = 2.0
+"""How long a bus is opened until its motors answer (s)."""
 READ_WAIT = 0.005
 """How long one reading of a port waits for its bytes (s); their libraries ask again until their own time is over."""
 
@@ -222,22 +222,22 @@ def _stay(bus: Any) -> None:
 
 
 def opened(device: Any, connect: Callable[[], None]) -> None:
-    """`connect()`, where each motor of a device of lerobot's is asked `ASKED` times whether it is there.
+    """`connect()`, again for `OPENING` where the motors of a device of lerobot's do not answer as they should.
 
-    And the whole as often. Whoever reads from its port sleeps from then on until bytes are there: Feetech's and
-    Dynamixel's libraries ask without waiting, over and over, which in real time keeps a core from the kernel's thread
-    that brings the bytes.
+    Whoever reads from its port sleeps from then on until bytes are there. Feetech's and Dynamixel's libraries ask
+    without waiting, over and over: in real time that keeps a core from the kernel's thread that brings the bytes.
     """
     bus: Any = getattr(device, "bus", None)
     port = getattr(bus, "port_handler", None)
     if port is not None and hasattr(bus, "ping"):
         bus.ping = functools.partial(_ping, bus)
-    for left in reversed(range(ASKED)):
+    first = time.monotonic()
+    while True:
         try:
             connect()
             break
         except (ConnectionError, RuntimeError, IndexError):  # nothing came; too few motors answered; too late
-            if not left or port is None:
+            if port is None or time.monotonic() - first > OPENING:
                 raise
             if port.is_open:
                 port.closePort()  # which is all: what the motors do stays as it is
@@ -247,14 +247,17 @@ def opened(device: Any, connect: Callable[[], None]) -> None:
 
 
 def _ping(bus: Any, motor: object, **options: Any) -> int | None:
-    """The model number of a motor of `bus`, or None where it does not answer. What arrived before is forgotten."""
-    for _ in range(ASKED):
+    """The model number of a motor of `bus`, or None where it has not answered for `PATIENCE`, where lerobot gives it
+    35 ms. What arrived before is forgotten."""
+    first = time.monotonic()
+    while True:
         bus.port_handler.ser.reset_input_buffer()
         with contextlib.suppress(IndexError):  # the libraries look for numbers in a late answer that has none
             model: int | None = type(bus).ping(bus, motor, **options)
             if model is not None:
                 return model
-    return None
+        if time.monotonic() - first > PATIENCE:
+            return None
 
 
 def answered(device: Any, ask: Callable[[], Any]) -> tuple[Any, float]:
