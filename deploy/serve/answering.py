@@ -55,10 +55,15 @@ def answers(policy: Policy, questions: Sequence[Question]) -> list[Outcome]:
 
 def warm_up(policy: Policy, rows: int) -> frozenset[str]:
     """A call with so many rows of zeros, so that memory and kernels are there when clients ask; what it answered, by
-    name."""
+    name. What is met afterwards is measured for as long again."""
     shapes = {key: (rows, policy.spec.n_obs_steps, *value.shape) for key, value in policy.spec.observations.items()}
     zeros = {key: np.zeros(shape, policy.spec.observations[key].dtype) for key, shape in shapes.items()}
-    return frozenset(policy.predict(zeros))
+    answered = frozenset(policy.predict(zeros))
+    if not isinstance(policy, OnnxPolicy):
+        from action_diffusion import choice
+
+        choice.forget()
+    return answered
 
 
 def _together(policy: Policy, questions: Sequence[Question]) -> list[Outcome]:

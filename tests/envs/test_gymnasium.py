@@ -196,11 +196,11 @@ def test_only_metaworld_has_experts() -> None:
 def test_metaworlds_experts_reach_goals_that_differ_by_seed() -> None:
     code = """
 import numpy as np
-from action_diffusion.envs import demonstration
-from action_diffusion.envs.demonstration import Source, record
+from action_diffusion.envs.demonstration import Demonstrator, Source
 
 settings = {"id": "Meta-World/goal_observable", "kwargs": {"env_name": "reach-v3", "seed": 0}}
-one, two, again = (record(Source("gymnasium", settings), start) for start in (1, 4, 1))
+demonstrator = Demonstrator(Source("gymnasium", settings))
+one, two, again = map(demonstrator.record, (1, 4, 1))
 assert one.columns["state"].shape[1:] == (39,) and one.columns["action"].shape[1:] == (4,)
 assert one.score == two.score == 1.0, (one.score, two.score)
 assert np.array_equal(one.columns["state"], again.columns["state"])
