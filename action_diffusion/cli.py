@@ -33,7 +33,8 @@ Each takes name=value options; `action-diffusion train --help` explains them.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a subcommand; returns its exit code: 0, 2 for bad input, 75 where another host is gone, 130
+    after Ctrl-C."""
     # OpenMP's threads wait by spinning. With another program on the machine each then waits for a thread that the
     # other keeps from running, and training takes five times as long. Without any spin, a core falls asleep between
     # two operations, and an evaluation takes twice as long: benchmarks/results/history.md.
@@ -144,11 +145,17 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
 
     config = configured(overrides, config_dir)
     preflight.train(config)
+    if "RANK" in os.environ:  # of a peer that is gone, torch says more than we do, line by line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from action_diffusion.training.hosts import HostLost
     from action_diffusion.training.run import train
     from action_diffusion.training.signals import Interrupted
 
     try:
         results = train(config)
+    except HostLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        return HostLost.EXIT_CODE
     except Interrupted as stop:
         print(
             f"interrupted: saved at step {stop.step}. Go on with: action-diffusion train "

@@ -22,6 +22,7 @@ from action_diffusion.policy.model.estimator import PlanarPose
 from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.frames import ActionFrame
 from action_diffusion.policy.model.normalizer import Normalizer
+from action_diffusion.policy.model.shares import drawn
 from action_diffusion.policy.objectives.objective import Network, Objective, Teacher
 from action_diffusion.policy.sample import Acting, Encoded, Prefix, Sample, network_of
 from action_diffusion.policy.spec import IN_FRAME, PolicySpec
@@ -247,7 +248,8 @@ class DiffusionPolicy(nn.Module):
 
     def _draw_prefix(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Of n training examples, the steps that are given: bool [n, H]; each delay up to `max_delay` as often."""
-        delay = torch.randint(self.max_delay + 1, (n, 1), generator=generator, device=device)
+        most = self.max_delay + 1
+        delay = drawn(lambda rows, g: torch.randint(most, (rows, 1), generator=g, device=device), n, generator)
         step = torch.arange(self.spec.horizon, device=device) - (self.spec.n_obs_steps - 1)
         return (step >= 0) & (step < delay)
 

@@ -457,7 +457,9 @@ class StepBatches:
         if self.crop is None:
             return self.source.gather(indices, critic=self.source.rewarded)
         (size,) = self.sizes
-        offsets = random_crop_offsets(batch_size, size, self.crop, np.random.default_rng([self.seed, step, self.rank]))
+        random = np.random.default_rng([self.seed, step, 0])
+        whole = random_crop_offsets(batch_size * self.world, size, self.crop, random)
+        offsets = np.split(whole, self.world)[self.rank]
         return self.source.gather(indices, crop=self.crop, offsets=offsets, critic=self.source.rewarded)
 
 

@@ -23,7 +23,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 from action_diffusion.policy.reading import read_config, read_yaml
 
-_OF_THE_MACHINE = ("num_processes", "compile", "cuda_graph", "tensorboard", "wandb", "wandb_project")
+_OF_THE_MACHINE = ("num_processes", "host_timeout", "compile", "cuda_graph", "tensorboard", "wandb", "wandb_project")
 """Options of `train` that a bundle's training does not hand on."""
 
 
@@ -44,19 +44,22 @@ def configured(overrides: Sequence[str], config_dir: str | None) -> dict[str, An
 def check_new(config: Mapping[str, Any]) -> None:
     """Raises `InputError` where output_dir holds a run that would be overwritten."""
     folder = config["output_dir"]
-    if folder and not config["resume"] and "RANK" not in os.environ and (Path(folder) / "metrics.jsonl").exists():
+    if folder and not config["resume"] and (Path(folder) / "metrics.jsonl").exists():
         raise InputError(f"{folder} already holds a run: give resume=true to go on with it, or another output_dir")
 
 
-def changed_data(folder: Path, buffer: ReplayBuffer, keys: Iterable[str]) -> str | None:
-    """What is other in `buffer` than when the run in `folder` began, in one line; None at its beginning.
-
-    keys: of the columns that are hashed, which need not be images.
-    """
+def fingerprint(buffer: ReplayBuffer, keys: Iterable[str]) -> dict[str, Any]:
+    """How much data there is, and its hash. keys: of the columns that are hashed, which need not be images."""
     digest = hashlib.sha256(np.ascontiguousarray(buffer.episode_ends, "<i8").tobytes())
     for key in sorted(set(keys)):
         digest.update(np.ascontiguousarray(buffer[key][:]).tobytes())
-    now = {"episodes": buffer.n_episodes, "steps": buffer.n_steps, "sha256": digest.hexdigest()}
+    return {"episodes": buffer.n_episodes, "steps": buffer.n_steps, "sha256": digest.hexdigest()}
+
+
+def changed_data(folder: Path, buffer: ReplayBuffer, keys: Iterable[str]) -> str | None:
+    """What is other in `buffer`, by its `fingerprint`, than when the run in `folder` began, in one line; None at its
+    beginning."""
+    now = fingerprint(buffer, keys)
     file = folder / "data.json"
     if not file.is_file():
         with atomic_path(file) as partial:
@@ -139,9 +142,11 @@ def _read_json(file: Path) -> Mapping[str, Any]:
 def _remember(config: dict[str, Any], overrides: Sequence[str], config_dir: str | None) -> dict[str, Any]:
     """Settle the output folder of a run, and write down what it was started with unless a run is there."""
     task = config["task"]["name"]
+    if config["output_dir"] is None and "RANK" in os.environ:
+        raise InputError("several processes that were started apart need output_dir=DIR: all the same")
     if config["output_dir"] is None and not config["resume"]:
         config = config | {"output_dir": f"outputs/{task}-{datetime.now():%Y%m%d-%H%M%S}"}
-    if config["output_dir"] is not None:
+    if config["output_dir"] is not None and os.environ.get("RANK", "0") == "0":
         file = Path(config["output_dir"]) / "command.json"
         if not (file.parent / "metrics.jsonl").exists():  # an attempt that failed does not count
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,14 +10,15 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import accelerate
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 from rich.markup import escape
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
@@ -37,7 +38,7 @@ from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec, TextSpec
 from action_diffusion.policy.text.words import Words
 from action_diffusion.schema import shown
-from action_diffusion.training import checkpoints, columns, episodes, resuming
+from action_diffusion.training import checkpoints, columns, episodes, hosts, resuming
 from action_diffusion.training.data import (
     StepBatches,
     TrainingData,
@@ -56,6 +57,8 @@ _LOOKED_AT = 1024
 """Windows."""
 _MARGIN, _NOTED = 0.1, 0.01
 """Of half the range that is normalised to; the share of actions beyond it that is worth a line."""
+_PATIENCE = timedelta(days=7)
+"""That processes have with each other: one may be measuring rollouts. Who is gone is noticed by `hosts`."""
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -67,18 +70,35 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
     """
     config = plain(config) if isinstance(config, Train) else config
     settings = TrainSettings(**config["train"])
-    output_dir = _output_dir(config)
-    if settings.num_processes > 1 and "RANK" not in os.environ:
-        return _spawn(dict(config, output_dir=str(output_dir)), settings.num_processes)
+    place = hosts.Place.of_environment()
+    if place is None:
+        output_dir = _output_dir(config)
+        if settings.num_processes > 1 and "RANK" not in os.environ:
+            return _spawn(dict(config, output_dir=str(output_dir)), settings.num_processes)
+        return _train(config, settings, output_dir)
+    resuming.check_new(config)
+    others = hosts.Hosts(place, timeout=settings.host_timeout)
+    others.join(config, bundles.versions() | {"accelerate": accelerate.__version__})
+    with others.watching():
+        return _train(config, settings, _output_dir(config, writes=place.rank == 0), others)
+
+
+def _train(
+    config: Mapping[str, Any], settings: TrainSettings, output_dir: Path, others: hosts.Hosts | None = None
+) -> dict[str, Any]:
+    """`train` in one process, or one of several."""
     accelerator = _accelerator(config, settings)
     say = console.print if accelerator.is_main_process else (lambda *_, **__: None)
 
     buffer = open_data(config)
     spec, data = _load(config, buffer, accelerator.device)
     newest = checkpoints.checkpoint_folders(output_dir)[-1:] if config["resume"] else []
+    states = [value.source or key for key, value in spec.states.items() if value.text is None]
+    states.append(spec.action.source)
+    if others is not None:
+        others.agree("data", resuming.fingerprint(buffer, states) | {"columns": sorted(states)})
+        others.agree("checkpoints", {f"the newest in output_dir={output_dir}": newest[0].name if newest else None})
     if accelerator.is_main_process:
-        states = [value.source or key for key, value in spec.states.items() if value.text is None]
-        states.append(spec.action.source)
         changed = resuming.changed_data(output_dir, buffer, states)
         if newest and changed:
             say(changed)
@@ -100,10 +120,10 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
     known = episodes.record(buffer, spec, data, earlier)
     trainer = _trainer(config, settings, policy, data, known, accelerator, output_dir)
     if newest:
-        trainer.resume(newest[0])
-        say(f"going on from step {trainer.progress.step} ({newest[0].name})")
+        otherwise = trainer.resume(newest[0])
+        said = f"going on from step {trainer.progress.step} ({newest[0].name})"
+        say(said if otherwise is None else f"{said}, {otherwise}")
     done = trainer.run()
-    results: dict[str, Any] = {}
     if accelerator.is_main_process:
         trainer.write_bundle(output_dir / "bundle", trainer.ema_state())
         say(f"{done.step:,} steps in {done.seconds / 60:.1f} minutes; bundle in {output_dir / 'bundle'}")
@@ -111,10 +131,12 @@ def train(config: Mapping[str, Any] | Train) -> dict[str, Any]:
             say(f"this task's own settings train for {measured:,} steps: train.max_steps={measured}")
         if trainer.metrics is not None:
             trainer.metrics.close()
-        results = final_evaluation(config, output_dir, buffer, data)
+    main = accelerator.is_main_process
     accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return results
+    if others is not None:
+        others.leave()
+    accelerator.end_training()  # the others are free while this one evaluates
+    return final_evaluation(config, output_dir, buffer, data) if main else {}
 
 
 def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
@@ -170,13 +192,15 @@ def _measured_steps(task: str) -> int:
     return load("train", [f"task={task}", "data=x"])["train"]["max_steps"] or 0
 
 
-def _output_dir(config: Mapping[str, Any]) -> Path:
-    """The run's folder; an existing run there is never overwritten."""
+def _output_dir(config: Mapping[str, Any], *, writes: bool = True) -> Path:
+    """The run's folder; an existing run there is never overwritten. writes: whether this process does, there."""
     given = config["output_dir"]
     task = config["task"]["name"]
     path = Path(given) if given else Path("outputs") / f"{task}-{datetime.now():%Y%m%d-%H%M%S}"
     if config["resume"] and not given:
         raise InputError("resume=true needs output_dir=DIR, the folder of the run to go on with")
+    if not writes:
+        return path
     resuming.check_new({**config, "output_dir": path})
     path.mkdir(parents=True, exist_ok=True)
     checkpoints.clean(path)
@@ -192,11 +216,19 @@ def _accelerator(config: Mapping[str, Any], settings: TrainSettings) -> Accelera
         precision = "bf16" if device.type == "cuda" or fast else "no"
     if precision == "fp16" and device.type == "cpu":
         raise InputError("train.mixed_precision=fp16 needs a GPU: use bf16 or no on the CPU")
-    return Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-    )
+    if "RANK" in os.environ:
+        hosts.tell_accelerate(device)
+    try:
+        return Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=precision,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
+    except RuntimeError as error:
+        if "RANK" not in os.environ:
+            raise
+        raise InputError(f"the processes cannot be connected: {str(error).splitlines()[0]}") from None
 
 
 def _device(config: Mapping[str, Any]) -> torch.device:
@@ -411,7 +443,12 @@ def _spawn(config: dict[str, Any], processes: int) -> dict[str, Any]:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it says what it ends
     try:
         spawn(_process, args=(config, processes, port, failures), nprocs=processes)
-    except ProcessExitedException:
+    except ProcessExitedException as error:
+        if failures.empty() and error.signal_name is not None:
+            raise hosts.HostLost(
+                f"process {error.error_index} was killed ({error.signal_name}). Go on from the last checkpoint with "
+                "the same command and resume=true"
+            ) from None
         if failures.empty():
             raise
         kind, message = failures.get()
@@ -429,12 +466,11 @@ def _process(rank: int, config: dict[str, Any], processes: int, port: int, failu
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true" if _device(config).type == "cpu" else "false",
     }
     if _device(config).type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     try:
-        train(config)
+        _train(config, TrainSettings(**config["train"]), Path(config["output_dir"]))
     except (InputError, FloatingPointError) as error:
         failures.put((type(error).__name__, str(error)))
         sys.exit(2)

@@ -5,7 +5,8 @@
     EMA policy ─▶ validation, rollouts, checkpoint          now and then
 
 All randomness of a step (sample order, crops, times, noise) is a function of the seed, the step and the process, so
-a checkpoint needs no random states: resuming at step n does what an uninterrupted run does at step n.
+a checkpoint needs no random states: resuming at step n does what an uninterrupted run does at step n. Several processes
+share what one would draw for their batch together.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 
 from action_diffusion.errors import InputError
 from action_diffusion.options import TrainSettings
 from action_diffusion.policy import kernels
+from action_diffusion.policy.model.shares import Share
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training import checkpoints
 from action_diffusion.training.capture import CapturedGradient, check_capturable
@@ -151,7 +154,7 @@ class Trainer:
         loss = self._gradient(step) if self.captured is None else self._replayed_gradient(step, self.captured)
         self.ema.step(self.acting.values())
         self.progress.step += 1
-        self.progress.seconds = time.monotonic() - self._started
+        self.progress.seconds = self._clock()
         return loss
 
     def _gradient(self, step: int) -> torch.Tensor:
@@ -205,12 +208,17 @@ class Trainer:
 
     def _random(self, index: int) -> torch.Generator:
         """Of batch `index`; torch's own random numbers, which dropout draws, follow from it as well."""
-        torch.manual_seed(self._seed(index))
-        return torch.Generator(self.accelerator.device).manual_seed(self._seed(index))
+        rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        own = self._seed(index, rank)
+        torch.manual_seed(own)
+        if world == 1:
+            return torch.Generator(device).manual_seed(own)
+        together, rows = self._seed(index), self.settings.batch_size
+        return Share(device, own=own, together=together, rows=rows, rank=rank, world=world)
 
-    def _seed(self, index: int) -> int:
+    def _seed(self, index: int, rank: int = 0) -> int:
         """Of the random numbers of batch `index`."""
-        words = np.random.SeedSequence([self.seed, index, self.accelerator.process_index]).generate_state(2)
+        words = np.random.SeedSequence([self.seed, index, rank]).generate_state(2)
         return (int(words[0]) << 31) ^ int(words[1])
 
     @property
@@ -235,8 +243,14 @@ class Trainer:
         return min(max(shares), 1.0)
 
     def _spent(self) -> bool:
-        """All processes stop at the same step, though their clocks differ."""
-        return self._any_process(self.share >= 1.0) if self.settings.max_minutes is not None else self.share >= 1.0
+        return self.share >= 1.0
+
+    def _clock(self) -> float:
+        """Seconds since the run began, of process 0 where they count: all then have one learning rate and one end."""
+        seconds = time.monotonic() - self._started
+        if self.accelerator.num_processes == 1 or self.settings.max_minutes is None:
+            return seconds
+        return float(broadcast(torch.tensor(seconds, device=self.accelerator.device)).item())
 
     def _stop_together(self) -> bool:
         return self._any_process(self._stop_requested())
@@ -249,7 +263,8 @@ class Trainer:
     # -- now and then -----------------------------------------------------------------------------------------
 
     def _log(self, losses: list[torch.Tensor], rate: float, bar: TrainingBar) -> None:
-        loss = float(torch.stack(losses).mean())
+        mean = torch.stack(losses).mean()
+        loss = float(self.accelerator.reduce(mean, "mean") if self.accelerator.num_processes > 1 else mean)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss became {loss} at step {self.progress.step}: lower train.lr, or use mixed_precision=no"
@@ -286,7 +301,7 @@ class Trainer:
                 self.metrics.write(self.progress.step, **values)
             bar.status("")
         self.accelerator.wait_for_everyone()
-        self.progress.seconds = time.monotonic() - self._started
+        self.progress.seconds = self._clock()
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -308,6 +323,8 @@ class Trainer:
             state = {
                 "seconds": self.progress.seconds,
                 "merit": self.progress.merit,
+                "processes": self.accelerator.num_processes,
+                "batch": self._samples_per_step,
                 "ema_step": self.ema.optimization_step,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             }
@@ -327,8 +344,8 @@ class Trainer:
         shadows = dict(zip(self.acting, self.ema.shadow_params, strict=True))
         return {name: shadows.get(name, value).detach() for name, value in self.policy.state_dict().items()}
 
-    def resume(self, folder: Path) -> None:
-        """Continue from a checkpoint as if it had never stopped."""
+    def resume(self, folder: Path) -> str | None:
+        """Continue from a checkpoint as if it had never stopped; a line where that is not so to the bit."""
         weights, tensors, state = checkpoints.load_checkpoint(folder)
         self.policy.load_state_dict(weights)
         checkpoints.restore_optimizer(self.optimizer, tensors, state["optimizer"])
@@ -340,6 +357,12 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(step=state["step"], seconds=state["seconds"], merit=state["merit"])
+        before, now = state.get("processes", 1), self.accelerator.num_processes
+        if before == now:
+            return None
+        batch, whole = state.get("batch"), self._samples_per_step
+        same = f"{whole} samples a step as before" if batch == whole else f"{whole} samples a step instead of {batch}"
+        return f"in {now} processes instead of {before}, {same}: not to the bit what {before} would have done"
 
 
 def make_optimizer(policy: DiffusionPolicy, settings: TrainSettings) -> torch.optim.AdamW:

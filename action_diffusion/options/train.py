@@ -35,6 +35,7 @@ class TrainSettings:
     gradient_accumulation_steps: Part = 1
     mixed_precision: Annotated[str, OneOf("no", "bf16", "fp16", "auto")] = "no"
     num_processes: Part = 1
+    host_timeout: Annotated[float, Between(5, 86_400)] = 30  # seconds
     lr: Annotated[float, Above(0, 1e30)] = 1e-3
     weight_decay: Annotated[float, Between(0, 1e6)] = 1e-4
     betas: tuple[Beta, Beta] = (0.9, 0.95)

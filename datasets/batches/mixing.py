@@ -141,12 +141,13 @@ class Draws:
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # part → turn, and its windows in that turn's order
 
     def batch(self, batch_size: int, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """Windows that process `rank` of `world` draws at `step` (0, 1, …): int64 [batch_size], parts mixed."""
-        first = (step * world + rank) * batch_size
+        """Windows that process `rank` of `world` draws at `step` (0, 1, …): int64 [batch_size], parts mixed; its share
+        of the batch that they draw together."""
+        first, batch_size = step * world * batch_size, world * batch_size
         befores, afters = (_counts(self._shares, n) for n in (first, first + batch_size))
         drawn = [self._of_part(part, *ends) for part, ends in enumerate(zip(befores, afters, strict=True))]
-        mixed: np.ndarray = np.random.default_rng([self._seed, step, rank, world]).permutation(np.concatenate(drawn))
-        return mixed
+        mixed: np.ndarray = np.random.default_rng([self._seed, step, 0, 1]).permutation(np.concatenate(drawn))
+        return np.split(mixed, world)[rank]
 
     def _of_part(self, part: int, first: int, end: int) -> np.ndarray:
         """Draws `first` to `end` of a part's windows."""

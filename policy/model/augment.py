@@ -24,6 +24,7 @@ from torch.nn.functional import interpolate
 
 from action_diffusion.datasets.batches import pixels
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.policy.model.shares import drawn
 
 _GRAY = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in a gray level (ITU-R BT.601, as torchvision rounds them)."""
@@ -47,8 +48,11 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
 def random_corners(n: int, room: tuple[int, int], generator: torch.Generator | None) -> Tensor:
     """`n` corners (top, left), int64 [n, 2], uniform over 0..room in each direction, on the generator's device."""
     device = None if generator is None else generator.device
-    draws = [torch.randint(space + 1, (n,), generator=generator, device=device) for space in room]
-    return torch.stack(draws, dim=1)
+
+    def along(space: int) -> Tensor:
+        return drawn(lambda rows, g: torch.randint(space + 1, (rows,), generator=g, device=device), n, generator)
+
+    return torch.stack([along(space) for space in room], dim=1)
 
 
 def crop_windows(frames: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
@@ -126,7 +130,7 @@ class ColorJitter:
     def draw(self, n: int, generator: torch.Generator | None) -> JitterFactors:
         """Factors for `n` windows, float32 [n] each, on the generator's device."""
         device = None if generator is None else generator.device
-        uniform = torch.rand(4, n, generator=generator, device=device)
+        uniform = drawn(lambda rows, g: torch.rand(4, rows, generator=g, device=device).T, n, generator).T
         factors = {}
         for u, (name, s) in zip(uniform, self.strength.items(), strict=True):
             low, high = (-s, s) if name == "hue" else (max(0.0, 1.0 - s), 1.0 + s)

@@ -20,6 +20,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import check_process
 from action_diffusion.policy.diffusion.process import Process
 from action_diffusion.policy.diffusion.sampler import Sampler
+from action_diffusion.policy.model.shares import drawn
 from action_diffusion.policy.spec import PolicySpec
 
 LOSSES = {
@@ -187,8 +188,11 @@ class Denoising(Objective):
     def pairs(
         self, network: Network, process: Process, x0: Tensor, generator: torch.Generator | None
     ) -> Iterator[Pair]:
-        times = process.draw_times(len(x0), generator=generator, device=x0.device)
-        eps = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        def noise(n: int, g: torch.Generator | None) -> Tensor:
+            return torch.randn(n, *x0.shape[1:], generator=g, device=x0.device, dtype=x0.dtype)
+
+        times = drawn(lambda n, g: process.draw_times(n, generator=g, device=x0.device), len(x0), generator)
+        eps = drawn(noise, len(x0), generator)
         yield Pair(network(process.add_noise(x0, eps, times), times), process.target(x0, eps, times))
 
 
