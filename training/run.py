@@ -125,7 +125,7 @@ def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
     say = sources.tell if os.environ.get("RANK", "0") == "0" else (lambda _: None)  # one of the processes does
     buffers = []
     for name in sources.names(config["data"]):
-        buffer = sources.open_data(name, cache_dir=cache_dir, say=say)
+        buffer = sources.open_data(name, cache_dir=cache_dir, say=say, images=config["dataset"].get("images", "auto"))
         for key in columns.drawn(task, drop, buffer):
             from action_diffusion.envs.pusht.simulator import render_states
 
@@ -220,6 +220,7 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
         subset=dataset["subset"],
         parts=parts_of(buffer, dataset, sources.names(config["data"])),
         memory_gb=dataset["memory_gb"],
+        images=dataset.get("images", "auto"),
         cache_dir=_path(dataset["cache_dir"]),
         gain=gain,
         rewards={} if learnt is None else _rewards(learnt),

@@ -91,6 +91,7 @@ class Dataset:
     task_weights: Annotated[dict[str, Weight], Sized(1, MOST_PARTS)] | None = None
     subset_weights: Annotated[dict[str, Weight], Sized(1, MOST_PARTS)] | None = None
     memory_gb: Annotated[float, Between(0, 1e6)] | None = None
+    images: Annotated[str, OneOf("auto", "memory", "disk", "decode")] = "auto"
     cache_dir: FilePath | None = None
     val_windows: Annotated[int, Between(1, 1_000_000)] = 128
 

@@ -44,12 +44,15 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def open_data(data: str | Path, *, cache_dir: Path | None = None, say: Callable[[str], None] = tell) -> ReplayBuffer:
+def open_data(
+    data: str | Path, *, cache_dir: Path | None = None, say: Callable[[str], None] = tell, images: str = "disk"
+) -> ReplayBuffer:
     """The buffer that `data` names or lies at, or the copy of what lies there; see `resolve` and `formats.cached`.
 
-    say: gets a line about a conversion.
+    say: gets a line about a conversion. images: "decode", or "auto" and a disk too small for a copy, leave videos where
+    they are.
     """
-    return as_buffer(resolve(data, cache_dir=cache_dir), _converted(cache_dir), say)
+    return as_buffer(resolve(data, cache_dir=cache_dir), _converted(cache_dir), say, images)
 
 
 def look_at(data: str | Path, *, cache_dir: Path | None = None) -> ReplayBuffer:

@@ -52,6 +52,11 @@ def video_path(buffer: Path, key: str, episode: int) -> Path:
     return buffer / "videos" / key / f"episode_{episode:06d}.mp4"
 
 
+def keyframe_every(rate: float) -> int:
+    """Frames from one key frame of a video that grows to the next: a second, of `rate` Hz."""
+    return max(1, int(rate))
+
+
 def as_fraction(rate: float) -> Fraction:
     """Hz as MP4 keeps them: 29.97… is 30000/1001."""
     return Fraction(rate).limit_denominator(1001)
@@ -115,9 +120,8 @@ class GrowingVideo(VideoWriter):
     def __init__(self, disk: Disk, path: Path, *, shape: Sequence[int], rate: float) -> None:
         disk.make(path.parent)
         self._file = disk.create(path)
-        a_second = max(1, int(rate))
         size = shape[0], shape[1]
-        super().__init__(self._file, size, rate=rate, encoding=GROWING, keyframe_every=a_second)
+        super().__init__(self._file, size, rate=rate, encoding=GROWING, keyframe_every=keyframe_every(rate))
 
     def flush(self) -> int:
         """What is in the file survives a power cut. Returns its number of frames."""

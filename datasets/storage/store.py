@@ -111,6 +111,10 @@ class ZarrColumn(Rows):
                 return np.asarray(self.array[int(rows)])
             return np.asarray(self.array.oindex[rows])
 
+    def units(self) -> np.ndarray:
+        """See `InUnits`: chunks, also those within a shard."""
+        return np.arange(0, len(self), self.array.chunks[0])
+
     def absent(self) -> tuple[list[str], int]:
         """Places of the chunks that the store does not have, and how many there are with them."""
         sizes = self._info.chunks
@@ -154,6 +158,21 @@ def blocks(
         end = min(stop, (first // rows + 1) * rows)
         yield first, np.asarray(column[first:end])
         first = end
+
+
+@runtime_checkable
+class InUnits(Protocol):
+    """A column that may be read by several threads at once, and knows which rows are decoded together."""
+
+    def units(self) -> np.ndarray | None:
+        """The first row of each such unit, int64 [M], increasing from 0; None where a part of it is no such column."""
+
+
+def units(column: Column) -> np.ndarray | None:
+    """`InUnits.units`; None for a column that one thread at a time may read."""
+    if isinstance(column, np.ndarray):
+        return np.arange(len(column))
+    return column.units() if isinstance(column, InUnits) else None
 
 
 def row_bytes(column: Column) -> int:
