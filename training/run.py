@@ -122,10 +122,11 @@ def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
     once."""
     task, drop = config["task"], config.get("drop")
     cache_dir = _path(config["dataset"]["cache_dir"])
+    kept = {option: config["dataset"][option] for option in ("images", "cache_gb") if option in config["dataset"]}
     say = sources.tell if os.environ.get("RANK", "0") == "0" else (lambda _: None)  # one of the processes does
     buffers = []
     for name in sources.names(config["data"]):
-        buffer = sources.open_data(name, cache_dir=cache_dir, say=say, images=config["dataset"].get("images", "auto"))
+        buffer = sources.open_data(name, cache_dir=cache_dir, say=say, **kept)
         for key in columns.drawn(task, drop, buffer):
             from action_diffusion.envs.pusht.simulator import render_states
 

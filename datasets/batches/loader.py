@@ -109,7 +109,8 @@ class BatchSource:
     n_obs_steps: To; observations are the first To rows of a window
     memory_gb: limit (10^9 bytes) of memory for the arrays; None measures what is free. Arrays beyond it are
         decoded once into files in `cache_dir` (default: the user's cache folder) and read from there; images and depth
-        that take more than half of what is free there are decoded each time they are needed.
+        that take more than half of what is free there, or lie in an object store, are decoded each time they are
+        needed.
     rotations: name of the observation, or "action" -> its rotations, which are continuous in every window
     told: name of the observation -> its words, which are kept once a sentence
     gain_key: the column of feedback gains, for `Batch.gain`
@@ -161,7 +162,9 @@ class BatchSource:
         sizes = {key: array_bytes(buffer, key) for key in sorted(wanted, key=repr)}
         self.n_bytes = sum(sizes.values())
         pictures = sum(size for key, size in sizes.items() if key.kind in _PICTURES)
-        self.mode: Mode = mode or _place(self.n_bytes, pictures, self.device, memory_gb, cache_dir)
+        self.mode: Mode = mode or choose_mode(self.n_bytes, self.device, memory_gb)
+        if pictures and self.mode == "disk" and (buffer.remote or not (mode or fits_on_disk(pictures, cache_dir))):
+            self.mode = "decode"
         self._arrays: dict[ObsKey, np.ndarray | DecodedRows] = {}
         self._tensors: dict[ObsKey, Tensor] = {}
         if self.mode == "device":
@@ -335,12 +338,6 @@ class BatchSource:
 def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Top left corners of `n` crops (height, width) inside an image (height, width): int64 [n, 2]."""
     return rng.integers(0, np.array(image) - np.array(crop) + 1, size=(n, 2))
-
-
-def _place(n_bytes: int, pictures: int, device: torch.device, memory_gb: float | None, cache_dir: Path | None) -> Mode:
-    """`choose_mode`, and "decode" where a copy of the `pictures` (bytes) would take too much of the disk."""
-    mode = choose_mode(n_bytes, device, memory_gb)
-    return "decode" if mode == "disk" and pictures and not fits_on_disk(pictures, cache_dir) else mode
 
 
 def fits_on_disk(n_bytes: int, cache_dir: Path | None) -> bool:
