@@ -34,12 +34,16 @@ Unit = Future[np.ndarray]
 
 
 class Decoders:
-    """Threads that decode, and the units that were used last: at most `n_bytes` of them are kept."""
+    """Threads that decode, and the units that were used last: at most `n_bytes` of them are kept.
+
+    failed: the first error. Nothing is decoded after it, so that a run which ends does not wait for what it began.
+    """
 
     def __init__(self, n_bytes: float) -> None:
         self.n_bytes = n_bytes
         self.pool = ThreadPoolExecutor(max(2, cores()), thread_name_prefix="decoding")
         self.lock = threading.Lock()
+        self.failed: BaseException | None = None
         self._kept: OrderedDict[tuple[int, int], tuple[Unit, int]] = OrderedDict()  # (column, unit) → it, its bytes
         self._used = 0
 
@@ -135,6 +139,8 @@ class DecodedRows(Rows):
         """Fill these units."""
         spans = {number: (int(self._ends[number]), int(self._ends[number + 1])) for number in begun}
         try:
+            if self._decoders.failed is not None:
+                raise self._decoders.failed
             with self._alone:
                 if len(begun) == 1:
                     ((first, end),) = spans.values()
@@ -142,6 +148,7 @@ class DecodedRows(Rows):
                 else:
                     decoded = np.asarray(self._column[np.concatenate([np.arange(*span) for span in spans.values()])])
         except BaseException as error:
+            self._decoders.failed = error
             for unit in begun.values():
                 unit.set_exception(error)
             return

@@ -129,7 +129,8 @@ def object_cache(cache_dir: Path | None = None, cache_gb: float = CACHE_GB) -> O
 class Objects(ObjectStore[Any]):
     """The folder at `url`, to be read. limit: bytes of the largest file that is read.
 
-    Raises `InputError` for a store that cannot be reached, has no such bucket or folder, or refuses.
+    Raises `InputError` for a store that cannot be reached, has no such bucket or folder, or refuses. After the
+    first file that could not be read none is asked for, so that a run which ends does not wait for others.
     """
 
     def __init__(self, url: str, cache: ObjectCache) -> None:
@@ -146,6 +147,7 @@ class Objects(ObjectStore[Any]):
         self._library = _library()
         super().__init__(_client(self.scheme, found["bucket"], inside), read_only=True)
         self.limit = MAX_METADATA
+        self._failed: InputError | None = None
         self._sizes: dict[str, int] | None = None  # of every file; None where the server cannot list them
         self._versions: dict[str, str] = {}
         self._described: dict[str, bytes] = {}  # metadata, where nothing lists them
@@ -184,7 +186,13 @@ class Objects(ObjectStore[Any]):
         name = f"{self.url}/{key} {self._versions.get(key, self._versions.get(''))} {part}"
         content = self._cache.read(name)
         if content is None:
-            content = self._fetch(key, part)
+            if self._failed is not None:
+                raise self._failed
+            try:
+                content = self._fetch(key, part)
+            except InputError as error:
+                self._failed = error
+                raise
             self._cache.write(name, content)
         return content
 

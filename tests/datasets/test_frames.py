@@ -219,6 +219,24 @@ def test_little_is_decoded_ahead_where_little_is_kept() -> None:
     assert column.read == [19]
 
 
+class Broken(Counted):
+    def __getitem__(self, rows: Any, /) -> np.ndarray:
+        super().__getitem__(rows)
+        raise InputError("the disk is gone")
+
+
+def test_nothing_is_decoded_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("action_diffusion.datasets.batches.frames._TASK_BYTES", 1)
+    column = Broken()
+    rows = DecodedRows(column, Decoders(1000))
+    with pytest.raises(InputError, match="the disk is gone"):
+        rows[0]
+    for row in range(5, 100):
+        with pytest.raises(InputError, match="the disk is gone"):
+            rows[row]
+    assert column.read == [0]
+
+
 def test_where_images_are_follows_from_the_room_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = ReplayBuffer.open(WRITTEN["zstd"](tmp_path))
     room = {"disk": 10**9, "decode": pictures().nbytes}

@@ -147,11 +147,16 @@ def test_a_server_that_is_gone_ends_the_run_with_one_line(
         server.close()
     else:
         server.broken, server.slow = how == "broken", 3.0 * (how == "slow")
+    asked = len(server.asked)
     with pytest.raises(
         InputError, match=r"s3://robots/lab/a\.zarr/data/.* cannot be read, the store does not answer"
     ) as caught:
         made.gather(np.arange(9))
     assert "\n" not in str(caught.value)
+    for window in range(len(made)):
+        with pytest.raises(InputError, match="does not answer"):
+            made.gather(np.array([window]))  # at once, whatever it is
+    assert len(server.asked) - asked < 16
 
 
 def test_training_on_what_is_not_there_ends_at_once(
