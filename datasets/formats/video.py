@@ -25,7 +25,7 @@ import numpy as np
 from action_diffusion.datasets.formats.columns import PiecewiseColumn, RowRange
 from action_diffusion.datasets.formats.contract import Quality
 from action_diffusion.datasets.formats.folder.images import MOST_PIXELS
-from action_diffusion.datasets.images.video import Encoding, VideoWriter
+from action_diffusion.datasets.images.video import Encoding, Pixels, VideoWriter
 from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError
 
@@ -204,6 +204,7 @@ class _Decoder:
 
     def __init__(self, path: Path, kind: VideoKind, info: VideoInfo) -> None:
         self.path, self._kind, self._info = path, kind, info
+        self._colours = Pixels()
         with reading(str(path)):
             self._open()
 
@@ -247,7 +248,7 @@ class _Decoder:
         if (frame.height, frame.width) != size:
             raise InputError(f"{self.path}: frame {self.next} is {frame.height} x {frame.width}, expected {list(size)}")
         if len(self._kind.shape) == 3:
-            return np.asarray(frame.to_ndarray(format="rgb24"))
+            return self._colours.of(frame)
         plane, dtype = frame.planes[0], self._kind.dtype
         stored = np.frombuffer(plane, dtype.newbyteorder(">" if frame.format.is_big_endian else "<"))
         return stored.reshape(-1, plane.line_size // dtype.itemsize)[: size[0], : size[1]].astype(dtype)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from action_diffusion.datasets.images.video import FRAGMENTS, keyframe_every, video_path
+from action_diffusion.datasets.images.video import FRAGMENTS, Pixels, keyframe_every, video_path
 from action_diffusion.datasets.storage.rows import Rows
 from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError
@@ -52,7 +52,8 @@ class VideoIndex(NamedTuple):
         decoded += decoder.decode(None)
         if len(decoded) != end - first:
             raise ValueError(f"frames {first} to {end - 1} decode to {len(decoded)}")
-        return [frame.to_ndarray(format="rgb24") for frame in decoded]
+        pixels = Pixels()
+        return [pixels.of(frame) for frame in decoded]
 
 
 class VideoColumn(Rows):
