@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
+from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.datasets.formats.contract import Settings
 from action_diffusion.datasets.formats.conversion import convert
@@ -112,7 +112,31 @@ class Gathering:
         return time.perf_counter() - began
 
 
-def _trainer(source: StepBatches, size: str, batch_size: int, folder: Path) -> Steps:
+class Either:
+    """A `trainer.StepSource` of one of several, so that one network is trained on all: two are not equally fast."""
+
+    def __init__(self, sources: Sequence[StepBatches]) -> None:
+        self.sources, self.current = sources, sources[0]
+
+    def __len__(self) -> int:
+        return len(self.current)
+
+    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+        return self.current.batch(step, batch_size, generator)
+
+
+class Training:
+    """Calling gives seconds of `n` more steps on one of the sources of `either`."""
+
+    def __init__(self, trainer: Steps, either: Either, source: StepBatches, n: int) -> None:
+        self._trainer, self._either, self._source, self._n = trainer, either, source, n
+
+    def __call__(self) -> float:
+        self._either.current = self._source
+        return self._trainer.time(self._n)
+
+
+def _trainer(source: Either, size: str, batch_size: int, folder: Path) -> Steps:
     torch.manual_seed(0)
     return Steps(
         policy=policy_of(size, torch.device("cpu")),
@@ -140,8 +164,9 @@ def main(words: Sequence[str]) -> int:
             sources = [batches(path, mode, batch_size) for mode in modes]
             n = _GATHERED * steps
             gathered = _alternately([Gathering(source, batch_size, n) for source in sources], rounds)
-            trainers = [_trainer(source, given["size"], batch_size, Path(folder)) for source in sources]
-            trained = _alternately([lambda trainer=trainer: trainer.time(steps) for trainer in trainers], rounds)  # type: ignore[misc]
+            either = Either(sources)
+            trainer = _trainer(either, given["size"], batch_size, Path(folder))
+            trained = _alternately([Training(trainer, either, source, steps) for source in sources], rounds)
             cells = [
                 f"{count * batch_size / memory:10,.0f} {count * batch_size / decode:10,.0f} {memory / decode:7.2f}"
                 for count, (memory, decode) in ((n, gathered), (steps, trained))
