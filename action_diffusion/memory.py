@@ -20,7 +20,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_… in glibc's malloc.h
 LARGEST = 2**30
 """Bytes from which an array is mapped by itself, and goes back to the system when freed: data, not activations."""
 
-Mode = Literal["device", "memory", "disk"]
+Mode = Literal["device", "memory", "disk", "decode"]
 
 _MEMORY_SHARE = 0.7  # of what is free; the rest is for networks, batches and the page cache
 _DEVICE_SHARE = 0.5  # activations need more of a GPU than of the host

@@ -27,6 +27,7 @@ from action_diffusion.datasets.storage.tasks import TASK, row_tasks, task_words
 from action_diffusion.datasets.storage.times import timed
 from action_diffusion.envs import ROBOSUITE
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.memory import Mode
 from action_diffusion.options import KINDS
 from action_diffusion.policy.spec import IN_FRAME, ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.policy.text import words
@@ -36,6 +37,10 @@ from action_diffusion.training import columns
 _WINDOWS = 10_000
 """That are looked at at once."""
 _DEPTHS = 1000
+MODES: dict[str, Mode | None] = {"auto": None, "memory": "memory", "disk": "disk", "decode": "decode"}
+"""Of a `BatchSource`, by `dataset.images`."""
+_AHEAD = 2
+"""Batches that are decoded while a step is computed."""
 _MOST_WIDTH = 40
 """Characters of a name; what was left out together has longer ones."""
 
@@ -260,8 +265,7 @@ class TrainingData:
             return self.train.values(key)
         if key in self.train.depths:
             some = np.unique(np.linspace(0, len(self.train_rows) - 1, _DEPTHS).round().astype(np.int64))
-            depth: np.ndarray = self.train.values(key)[self.train_rows[some]]
-            return depth
+            return self.train.windowed(key, self.train_rows[some][:, None])[:, 0].cpu().numpy()
         return self._statistics(key)[0]
 
     def statistics_weights(self, key: str) -> np.ndarray | None:
@@ -353,6 +357,7 @@ def prepare(
     subset: str | None = None,
     parts: Parts | None = None,
     memory_gb: float | None = None,
+    images: str = "auto",
     cache_dir: Path | None = None,
     gain: str | None = None,
     rewards: Mapping[str, Any] | None = None,
@@ -363,8 +368,9 @@ def prepare(
     Raises `InputError` where the buffer has another rate than the policy, and where a part that has a weight has no
     episode to train on.
     subset: use the episodes of this named subset only (`datasets.demos`: robomimic's filter keys). parts: what the
-    windows are drawn from, in which shares. gain: the column of feedback gains. rewards: what a `BatchSource` takes for
-    `gather(critic=True)`. text_model: the folder of a text encoder that comes as one.
+    windows are drawn from, in which shares. images: where they are kept, one of `MODES`. gain: the column of feedback
+    gains. rewards: what a `BatchSource` takes for `gather(critic=True)`. text_model: the folder of a text encoder that
+    comes as one.
     """
     columns.check_rate(buffer, spec.control_rate)
     train, held_out = split(buffer, parts, val_fraction=val_fraction, seed=seed, subset=subset)
@@ -385,6 +391,7 @@ def prepare(
         n_obs_steps=spec.n_obs_steps,
         device=device,
         memory_gb=memory_gb,
+        mode=MODES[images],
         cache_dir=cache_dir,
         told=_told(buffer, spec, text_model),
         gain_key=gain,
@@ -450,10 +457,10 @@ class StepBatches:
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
         """See `trainer.StepSource`."""
-        if self.draws is None:
-            indices = batch_indices(len(self.source), batch_size, self.seed, step, self.rank, self.world)
-        else:
-            indices = self.draws.batch(batch_size, step, self.rank, self.world)
+        if self.source.mode == "decode":
+            for ahead in range(step, step + 1 + _AHEAD):
+                self.source.prefetch(self._indices(ahead, batch_size), critic=self.source.rewarded)
+        indices = self._indices(step, batch_size)
         if self.crop is None:
             return self.source.gather(indices, critic=self.source.rewarded)
         (size,) = self.sizes
@@ -461,6 +468,11 @@ class StepBatches:
         whole = random_crop_offsets(batch_size * self.world, size, self.crop, random)
         offsets = np.split(whole, self.world)[self.rank]
         return self.source.gather(indices, crop=self.crop, offsets=offsets, critic=self.source.rewarded)
+
+    def _indices(self, step: int, batch_size: int) -> np.ndarray:
+        if self.draws is None:
+            return batch_indices(len(self.source), batch_size, self.seed, step, self.rank, self.world)
+        return self.draws.batch(batch_size, step, self.rank, self.world)
 
 
 def held_out_indices(source: Sized, count: int) -> np.ndarray:

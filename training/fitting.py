@@ -62,9 +62,14 @@ def demonstrations(policy: DiffusionPolicy, path: Path, config: Fit) -> tuple[Ba
         first, second = split_episodes(len(mine), OWN_SHARE, config.seed)
         mine, others = mine[first], mine[second]
         words = f"calibrated on {len(others)} of the episodes that were trained on: training held out none"
-    memory_gb = trained["dataset"]["memory_gb"]
     source = prepare(
-        buffer, policy.spec, device=policy.device, val_fraction=0.0, seed=config.seed, memory_gb=memory_gb
+        buffer,
+        policy.spec,
+        device=policy.device,
+        val_fraction=0.0,
+        seed=config.seed,
+        memory_gb=trained["dataset"]["memory_gb"],
+        images=trained["dataset"].get("images", "auto"),
     ).train
     spec = policy.spec
     sizes = {"horizon": spec.horizon, "n_obs_steps": spec.n_obs_steps, "n_action_steps": spec.n_action_steps}

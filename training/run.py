@@ -144,10 +144,11 @@ def open_data(config: Mapping[str, Any]) -> ReplayBuffer:
     once."""
     task, drop = config["task"], config.get("drop")
     cache_dir = _path(config["dataset"]["cache_dir"])
+    kept = {option: config["dataset"][option] for option in ("images", "cache_gb") if option in config["dataset"]}
     say = sources.tell if os.environ.get("RANK", "0") == "0" else (lambda _: None)  # one of the processes does
     buffers = []
     for name in sources.names(config["data"]):
-        buffer = sources.open_data(name, cache_dir=cache_dir, say=say)
+        buffer = sources.open_data(name, cache_dir=cache_dir, say=say, **kept)
         for key in columns.drawn(task, drop, buffer):
             from action_diffusion.envs.pusht.simulator import render_states
 
@@ -252,6 +253,7 @@ def _load(config: Mapping[str, Any], buffer: ReplayBuffer, device: torch.device)
         subset=dataset["subset"],
         parts=parts_of(buffer, dataset, sources.names(config["data"])),
         memory_gb=dataset["memory_gb"],
+        images=dataset.get("images", "auto"),
         cache_dir=_path(dataset["cache_dir"]),
         gain=gain,
         rewards={} if learnt is None else _rewards(learnt),

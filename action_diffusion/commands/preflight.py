@@ -236,7 +236,11 @@ def _check_page(config: Deploy | Collect) -> None:
 
 
 def _check_exists(name: str, path: str | None) -> None:
-    if path is not None and not is_reference(path) and not Path(path).expanduser().exists():
+    if path is None or is_reference(path) or Path(path).expanduser().exists():
+        return
+    from action_diffusion.datasets.storage.objects import is_url  # and Zarr, only where it is needed
+
+    if not is_url(path):
         raise InputError(f"{name}={path}: no such file or folder")
 
 

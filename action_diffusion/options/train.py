@@ -92,6 +92,8 @@ class Dataset:
     task_weights: Annotated[dict[str, Weight], Sized(1, MOST_PARTS)] | None = None
     subset_weights: Annotated[dict[str, Weight], Sized(1, MOST_PARTS)] | None = None
     memory_gb: Annotated[float, Between(0, 1e6)] | None = None
+    images: Annotated[str, OneOf("auto", "memory", "disk", "decode")] = "auto"
+    cache_gb: Annotated[float, Between(0.001, 1e6)] = 10.0
     cache_dir: FilePath | None = None
     val_windows: Annotated[int, Between(1, 1_000_000)] = 128
 

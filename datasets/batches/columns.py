@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from action_diffusion.datasets.formats.columns import SlicedColumn
 from action_diffusion.datasets.images.pictures import Picture, picture
 from action_diffusion.datasets.storage.checks import check_finite, images_to_uint8
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.storage.store import Column, blocks
+from action_diffusion.datasets.storage.store import Column, blocks, units
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path, cache_folder, locked, require_space
 from action_diffusion.progress import progress
@@ -246,8 +246,39 @@ class SeenColumn(SlicedColumn):
         for row, rows in blocks(self._column, n_bytes, first, stop):
             yield row, self._see(rows, row)
 
+    def units(self) -> np.ndarray | None:
+        """Those of the stored column: `store.units`."""
+        return units(self._column)
+
+    def _take(self, index: Any, rows: np.ndarray) -> Any:
+        if np.ndim(rows) and self._column.dtype == np.uint8:  # no value is wrong, so no row needs its number
+            return self._see(np.asarray(self._column[index]), 0)
+        return super()._take(index, rows)
+
     def _see(self, rows: np.ndarray, first: int) -> np.ndarray:
         return _seen(rows, self._found, self._scaled(), self._key, self._where, first)
+
+
+class ShapedColumn(SlicedColumn):
+    """Rows of another shape with as many values."""
+
+    def __init__(self, column: Column, row: tuple[int, ...]) -> None:
+        super().__init__((column.shape[0], *row), column.dtype)
+        self._column = column
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        return np.asarray(self._column[first:end]).reshape(end - first, *self.shape[1:])
+
+    def units(self) -> np.ndarray | None:
+        """Those of the stored column: `store.units`."""
+        return units(self._column)
+
+
+def seen_column(buffer: ReplayBuffer, wanted: ObsKey) -> Column:
+    """Images or depth as `load` makes them, [N, H, W, 3] or [N, H, W], read where they are."""
+    if wanted.kind == "image":
+        return SeenColumn(buffer, wanted.source)
+    return ShapedColumn(buffer[wanted.source], array_shape(buffer, wanted)[1:])
 
 
 def _state_of(path: Path) -> tuple[int, int]:

@@ -57,6 +57,7 @@ def joined(buffers: Sequence[ReplayBuffer], needed: Collection[str]) -> ReplayBu
         name=" and ".join(buffer.name for buffer in buffers),
         paths=[path for buffer in buffers for path in buffer.paths],
         parts=[buffer.n_episodes for buffer in buffers],
+        remote=any(buffer.remote for buffer in buffers),
     )
 
 

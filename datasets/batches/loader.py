@@ -12,6 +12,7 @@ copied.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,20 @@ import torch
 from torch import Tensor
 
 from action_diffusion.datasets.batches import pixels
-from action_diffusion.datasets.batches.columns import ObsKey, array_bytes, array_shape, load, load_cached, load_into
+from action_diffusion.datasets.batches.columns import (
+    ObsKey,
+    array_bytes,
+    array_shape,
+    load,
+    load_cached,
+    load_into,
+    seen_column,
+)
+from action_diffusion.datasets.batches.frames import DecodedRows, Decoders
 from action_diffusion.datasets.batches.windows import Windows
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.files import cache_folder
 from action_diffusion.memory import Mode, choose_mode, memory_limit
 from action_diffusion.rotations import RotationColumns, continuous
 
@@ -37,6 +48,8 @@ COUNTED: dict[str, Callable[[Tensor], Tensor]] = {
     "success": lambda reward: (reward >= SUCCESS).to(reward.dtype) - 1.0,
 }
 """What is counted of a reward in [0, 1]: with "dense" and "success" at most 0, so that sooner is better."""
+_PICTURES = ("image", "depth")
+_DISK_SHARE = 0.5
 __all__ = ["COUNTED", "SUCCESS", "Batch", "BatchSource", "Critic", "ObsKey", "random_crop_offsets"]
 
 
@@ -95,14 +108,17 @@ class BatchSource:
     observations: name of the observation -> where it is in the buffer
     n_obs_steps: To; observations are the first To rows of a window
     memory_gb: limit (10^9 bytes) of memory for the arrays; None measures what is free. Arrays beyond it are
-        decoded once into files in `cache_dir` (default: the user's cache folder) and read from there.
+        decoded once into files in `cache_dir` (default: the user's cache folder) and read from there; images and depth
+        that take more than half of what is free there, or lie in an object store, are decoded each time they are
+        needed.
     rotations: name of the observation, or "action" -> its rotations, which are continuous in every window
     told: name of the observation -> its words, which are kept once a sentence
     gain_key: the column of feedback gains, for `Batch.gain`
     reward_key, gamma: for `gather(critic=True)`; counted: what it counts of a reward, one of `COUNTED`
     terminal_key: the column that is true in the last row of an episode that came to its end; None: it did where that
         row earned `SUCCESS`. Other episodes break off.
-    mode: None chooses
+    mode: None chooses. "disk": images and depth are read from a copy on disk also where there is memory for them;
+        "decode": they are decoded each time they are needed, and as many of them kept as fit into memory
 
     Actions of several axes become vectors, the last axis fastest. Images become what `pictures` says.
 
@@ -145,14 +161,23 @@ class BatchSource:
         wanted = {*observations.values(), self._action, *(key for key in others if key)}
         sizes = {key: array_bytes(buffer, key) for key in sorted(wanted, key=repr)}
         self.n_bytes = sum(sizes.values())
+        pictures = sum(size for key, size in sizes.items() if key.kind in _PICTURES)
         self.mode: Mode = mode or choose_mode(self.n_bytes, self.device, memory_gb)
-        self._arrays: dict[ObsKey, np.ndarray] = {}
+        if pictures and self.mode == "disk" and (buffer.remote or not (mode or fits_on_disk(pictures, cache_dir))):
+            self.mode = "decode"
+        self._arrays: dict[ObsKey, np.ndarray | DecodedRows] = {}
         self._tensors: dict[ObsKey, Tensor] = {}
         if self.mode == "device":
             self._tensors = {key: _load_on(self.device, buffer, key) for key in sizes}
         else:
-            limit = memory_limit(memory_gb) if self.mode == "disk" else self.n_bytes
-            self._arrays = _load_arrays(buffer, sizes, limit, cache_dir)
+            limit = self.n_bytes if self.mode == "memory" else memory_limit(memory_gb)
+            decoded = [key for key in sizes if self.mode == "decode" and key.kind in _PICTURES]
+            loaded = {key: size for key, size in sizes.items() if key not in decoded}
+            decoders = Decoders(max(0.0, limit - sum(loaded.values())))
+            self._arrays = {
+                **_load_arrays(buffer, loaded, limit, cache_dir, copied=mode == "disk"),
+                **{key: DecodedRows(seen_column(buffer, key), decoders) for key in decoded},
+            }
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -162,7 +187,7 @@ class BatchSource:
         """Height and width in px of every image observation."""
         arrays = self._tensors if self.mode == "device" else self._arrays
         images = {name: key for name, key in self._observations.items() if key.kind == "image"}
-        return {name: (arrays[key].shape[1], arrays[key].shape[2]) for name, key in images.items()}
+        return {name: (int(arrays[key].shape[1]), int(arrays[key].shape[2])) for name, key in images.items()}
 
     def with_windows(self, windows: Windows) -> BatchSource:
         """Other windows (validation, say) of the same arrays, which are shared."""
@@ -175,7 +200,7 @@ class BatchSource:
         if name in self._told:
             return self._vectors[name].cpu().numpy()
         key = self._action if name == "action" else self._observations[name]
-        return self._tensors[key].cpu().numpy() if self.mode == "device" else self._arrays[key]
+        return self._tensors[key].cpu().numpy() if self.mode == "device" else np.asarray(self._arrays[key])
 
     @property
     def rewarded(self) -> bool:
@@ -223,6 +248,14 @@ class BatchSource:
             gain=self._take(self._gain, self.windows.now(indices)) if self._gain else None,
         )
 
+    def prefetch(self, indices: np.ndarray, *, critic: bool = False) -> None:
+        """Begin to decode what `gather` of the windows `indices` int64 [B] will need, where images are decoded."""
+        for array in self._arrays.values():
+            if isinstance(array, DecodedRows):
+                array.prefetch(self.windows.rows(indices)[:, : self.n_obs_steps])
+                if critic:
+                    array.prefetch(self._next_rows(indices))
+
     def _observe(self, rows: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> dict[str, Tensor]:
         return {
             name: self._crop(key, rows, crop, offsets) if crop and key.kind == "image" else self.windowed(name, rows)
@@ -242,7 +275,9 @@ class BatchSource:
     def _take(self, key: ObsKey, rows: np.ndarray) -> Tensor:
         if self.mode == "device":
             return self._tensors[key][torch.from_numpy(rows).to(self.device)]
-        return torch.from_numpy(np.take(self._arrays[key], rows, axis=0)).to(self.device)
+        array = self._arrays[key]
+        taken = array.gather(rows) if isinstance(array, DecodedRows) else np.take(array, rows, axis=0)
+        return torch.from_numpy(taken).to(self.device)
 
     def _crop(self, key: ObsKey, rows: np.ndarray, crop: tuple[int, int], offsets: np.ndarray | None) -> Tensor:
         n, height, width = self._shape(key)[:3]
@@ -255,28 +290,37 @@ class BatchSource:
         if rows.size and (rows.min() < 0 or rows.max() >= n):
             raise IndexError(f"windows reach rows {rows.min()} to {rows.max()} of {n}")
         if self.mode != "device":
-            return pixels.crop(self._arrays[key], rows, corner, crop).to(self.device)
+            array = self._arrays[key]
+            if isinstance(array, DecodedRows):
+                array, rows = array.gather(rows.ravel()), np.arange(rows.size).reshape(rows.shape)
+            return pixels.crop(array, rows, corner, crop).to(self.device)
         at_rows, at_corners = (torch.from_numpy(part.copy()).to(self.device) for part in (rows, corner))
         return pixels.cut(self._tensors[key], at_rows, at_corners, crop)
 
     def _criticise(self, indices: np.ndarray, crop: tuple[int, int] | None, offsets: np.ndarray | None) -> Critic:
         if self._reward is None:
             raise InputError("a critic needs rewards: name the buffer's reward_key")
-        now, end, first = self.windows.now(indices), self.windows.end[indices], self.windows.first[indices]
+        now, end = self.windows.now(indices), self.windows.end[indices]
         n = np.minimum(self.windows.n_action_steps, end - now)
         steps = np.arange(self.windows.n_action_steps)
         executed = np.minimum(now[:, None] + steps, end[:, None] - 1)
         weights = np.where(steps < n[:, None], self.gamma**steps, 0).astype(np.float32)
-        after = (now + n)[:, None] + np.arange(1 - self.n_obs_steps, 1)
         over = torch.from_numpy(now + n >= end).to(self.device)
         ended = self._ended(end - 1)
         return Critic(
             reward=(self._earned(executed) * torch.from_numpy(weights).to(self.device)).sum(dim=1),
-            next_obs=self._observe(np.clip(after, first[:, None], end[:, None] - 1), crop, offsets),
+            next_obs=self._observe(self._next_rows(indices), crop, offsets),
             done=over & ended,
             truncated=over & ~ended,
             discount=torch.from_numpy((self.gamma**n).astype(np.float32)).to(self.device),
         )
+
+    def _next_rows(self, indices: np.ndarray) -> np.ndarray:
+        """Rows of `Critic.next_obs`, int64 [B, To]."""
+        now, end, first = self.windows.now(indices), self.windows.end[indices], self.windows.first[indices]
+        after = (now + np.minimum(self.windows.n_action_steps, end - now))[:, None] + np.arange(1 - self.n_obs_steps, 1)
+        rows: np.ndarray = np.clip(after, first[:, None], end[:, None] - 1)
+        return rows
 
     def _earned(self, rows: np.ndarray) -> Tensor:
         """What is counted of the rewards of `rows`."""
@@ -296,6 +340,13 @@ def random_crop_offsets(n: int, image: tuple[int, int], crop: tuple[int, int], r
     return rng.integers(0, np.array(image) - np.array(crop) + 1, size=(n, 2))
 
 
+def fits_on_disk(n_bytes: int, cache_dir: Path | None) -> bool:
+    """Whether a copy of so many bytes leaves half of the disk that the cache is on."""
+    folder = cache_dir or cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return n_bytes <= _DISK_SHARE * shutil.disk_usage(folder).free
+
+
 def _load_on(device: torch.device, buffer: ReplayBuffer, key: ObsKey) -> Tensor:
     dtypes = {"image": torch.uint8, "depth": torch.int32}  # torch's uint16 cannot be indexed everywhere
     dtype = dtypes.get(key.kind, torch.float32)
@@ -305,11 +356,15 @@ def _load_on(device: torch.device, buffer: ReplayBuffer, key: ObsKey) -> Tensor:
 
 
 def _load_arrays(
-    buffer: ReplayBuffer, sizes: Mapping[ObsKey, int], limit: float, cache_dir: Path | None
+    buffer: ReplayBuffer, sizes: Mapping[ObsKey, int], limit: float, cache_dir: Path | None, *, copied: bool
 ) -> dict[ObsKey, np.ndarray]:
-    """Smallest first in memory, as long as the sum stays within `limit` bytes; the others on disk."""
-    arrays, used = {}, 0
+    """Smallest first in memory, as long as the sum stays within `limit` bytes; the others on disk.
+
+    copied: images and depth are on disk whatever their size.
+    """
+    arrays, used = dict[ObsKey, np.ndarray](), 0
     for key, size in sorted(sizes.items(), key=lambda item: item[1]):
         used += size
-        arrays[key] = load(buffer, key) if used <= limit else load_cached(buffer, key, cache_dir)
+        in_memory = used <= limit and not (copied and key.kind in _PICTURES)
+        arrays[key] = load(buffer, key) if in_memory else load_cached(buffer, key, cache_dir)
     return arrays

@@ -1,4 +1,5 @@
-"""What `data=` may say: a path, hf://user/name (`hub`), or the name of a data set that ships or is downloaded.
+"""What `data=` may say: a path, hf://user/name (`hub`), s3://…, gs://… or https://… (`storage.objects`), or the name of
+a data set that ships or is downloaded.
 
 What lies at a path is a replay buffer, or any format of `datasets.formats`, which is converted into the cache.
 
@@ -19,6 +20,7 @@ import numpy as np
 from action_diffusion.datasets.batches.columns import cached_array, digest
 from action_diffusion.datasets.batches.download import download
 from action_diffusion.datasets.formats.cached import as_buffer, look
+from action_diffusion.datasets.storage.objects import CACHE_GB, is_url, object_cache
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.files import cache_folder, locked
@@ -44,16 +46,28 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def open_data(data: str | Path, *, cache_dir: Path | None = None, say: Callable[[str], None] = tell) -> ReplayBuffer:
+def open_data(
+    data: str | Path,
+    *,
+    cache_dir: Path | None = None,
+    say: Callable[[str], None] = tell,
+    images: str = "disk",
+    cache_gb: float = CACHE_GB,
+) -> ReplayBuffer:
     """The buffer that `data` names or lies at, or the copy of what lies there; see `resolve` and `formats.cached`.
 
-    say: gets a line about a conversion.
+    say: gets a line about a conversion. images: "decode", or "auto" and a disk too small for a copy, leave videos where
+    they are. cache_gb: what is kept at most (10^9 bytes) of what is read from object stores.
     """
-    return as_buffer(resolve(data, cache_dir=cache_dir), _converted(cache_dir), say)
+    if is_url(data):
+        return ReplayBuffer.open(data, object_cache(cache_dir, cache_gb))
+    return as_buffer(resolve(data, cache_dir=cache_dir), _converted(cache_dir), say, images)
 
 
 def look_at(data: str | Path, *, cache_dir: Path | None = None) -> ReplayBuffer:
     """The same without converting anything: for what is told from columns and episodes."""
+    if is_url(data):
+        return ReplayBuffer.open(data, object_cache(cache_dir))
     return look(resolve(data, cache_dir=cache_dir), _converted(cache_dir))
 
 

@@ -45,6 +45,8 @@ _TITLES = {
     "folder": "a folder of CSV",
     "mcap": "ROS 2 bags",
 }
+_IN_PLACE = ("lerobot",)
+"""Formats whose rows can be read in any order without a copy."""
 _SAMPLES, _SAMPLE_BYTES, _MARGIN = 4, 2 << 20, 1.2
 
 
@@ -72,10 +74,11 @@ def look(path: Path, cache: Path) -> ReplayBuffer:
     return _named(opened, path, kind)
 
 
-def as_buffer(path: Path, cache: Path, say: Callable[[str], None]) -> ReplayBuffer:
+def as_buffer(path: Path, cache: Path, say: Callable[[str], None], images: str = "disk") -> ReplayBuffer:
     """The replay buffer at `path`, or the copy in `cache` of what lies there in another format, made if need be.
 
-    say: gets one line about a conversion. Raises `InputError` for what is no format that is read, what cannot be
+    say: gets one line about a conversion. images: "decode" reads a LeRobot data set where it is, and so does "auto"
+    where the disk is too small for a copy. Raises `InputError` for what is no format that is read, what cannot be
     converted without a decision, and a disk that is too small.
     """
     if _is_buffer(path):
@@ -84,8 +87,14 @@ def as_buffer(path: Path, cache: Path, say: Callable[[str], None]) -> ReplayBuff
     with locked(cache / _stem(path)):
         if _is_made(copy):
             say(f"{path} is read from its copy {copy}, made of it before")
-        else:
-            _make(path, copy, say)
+            return _opened_copy(path, copy)
+        kind = detected(path)
+        layout = _layout(kind, path)
+        opened = _opened(kind, path, layout)
+        if kind in _IN_PLACE and (images == "decode" or (images == "auto" and not _fits(cache, opened.buffer))):
+            say(f"{path} is {_TITLES[kind]}, read where it is: its frames are decoded when they are needed")
+            return _named(opened, path, kind)
+        _make(path, kind, layout, opened, copy, say)
     return _opened_copy(path, copy)
 
 
@@ -130,11 +139,10 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
-def _make(path: Path, copy: Path, say: Callable[[str], None]) -> None:
-    kind = detected(path)
-    layout = _layout(kind, path)
-    opened = _opened(kind, path, layout)
-    _check_space(copy.parent, path, opened.buffer)
+def _make(
+    path: Path, kind: str, layout: FileLayout | None, opened: Opened, copy: Path, say: Callable[[str], None]
+) -> None:
+    require_space(copy.parent, _copy_bytes(copy.parent, opened.buffer), f"converting {path}")
     say(
         f"{path} is {_TITLES.get(kind, kind)}, {opened.buffer.n_episodes} episodes of {opened.buffer.n_steps} steps "
         f"together: converting it once, to {copy}; for a copy of your own: {convert_command(path)}"
@@ -203,13 +211,17 @@ def _opened(kind: str, path: Path, layout: FileLayout | None) -> Opened:
     return Opened(buffer, tuple(said(layout.left_out)))
 
 
-def _check_space(folder: Path, path: Path, buffer: ReplayBuffer) -> None:
-    """Raises `InputError` where the copy will not fit: as much as all values, or what samples of them pack to."""
+def _copy_bytes(folder: Path, buffer: ReplayBuffer) -> int:
+    """What a copy in `folder` takes at most: as much as all values; where that is too much, what samples pack to."""
     folder.mkdir(parents=True, exist_ok=True)
     size: float = sum(row_bytes(buffer[key]) * buffer.n_steps for key in buffer.keys)
     if size > shutil.disk_usage(folder).free:
         size = sum(_packed_bytes(buffer[key]) for key in buffer.keys)
-    require_space(folder, int(size), f"converting {path}")
+    return int(size)
+
+
+def _fits(folder: Path, buffer: ReplayBuffer) -> bool:
+    return _copy_bytes(folder, buffer) <= shutil.disk_usage(folder).free
 
 
 def _packed_bytes(column: Column) -> float:

@@ -13,6 +13,9 @@ Depth is grey of more than 8 bits, and comes as the codes that are stored, uint1
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +25,7 @@ import numpy as np
 from action_diffusion.datasets.formats.columns import PiecewiseColumn, RowRange
 from action_diffusion.datasets.formats.contract import Quality
 from action_diffusion.datasets.formats.folder.images import MOST_PIXELS
-from action_diffusion.datasets.images.video import Encoding, VideoWriter
+from action_diffusion.datasets.images.video import Encoding, Pixels, VideoWriter
 from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError
 
@@ -34,6 +37,7 @@ PIXELS = {"high": "yuv444p", "lossless": "gbrp"}
 """What a decoder calls the pixels of each quality."""
 TOLERANCE = 0.1
 """Of the time between two rows: how far a frame may be from its row. LeRobot allows 1e-4 s."""
+_OPEN = 4
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 
@@ -48,13 +52,19 @@ class EncodedVideoWriter(VideoWriter):
 
 
 class VideoInfo(NamedTuple):
-    """size: height and width. times: of each frame, s; NaN where the file does not say. kind: how pixels are read."""
+    """size: height and width. times: of each frame, s; NaN where the file does not say. kind: how pixels are read.
+
+    stamps: when each frame is shown, in the file's own unit, increasing; None where it does not say. keys: the numbers
+    of the frames that are decoded by themselves, from 0.
+    """
 
     frames: int
     size: tuple[int, int]
     rate: float
     times: np.ndarray
     kind: VideoKind
+    stamps: np.ndarray | None
+    keys: np.ndarray
 
 
 class VideoKind(NamedTuple):
@@ -78,7 +88,18 @@ def video_info(path: Path, *, colours: bool = True) -> VideoInfo:
         if stream.height * stream.width > MOST_PIXELS:
             raise InputError(f"{path}: frames of {stream.width} x {stream.height}, more than is read")
         rate = float(stream.average_rate or 0)
-        return VideoInfo(len(packets), size, rate, np.sort(times), _kind(stream.format, size, path, colours))
+        kind = _kind(stream.format, size, path, colours)
+        return VideoInfo(len(packets), size, rate, np.sort(times), kind, *_seekable(packets))
+
+
+def _seekable(packets: list[Any]) -> tuple[np.ndarray | None, np.ndarray]:
+    """`VideoInfo.stamps` and `keys` of the packets, which come in the order of decoding."""
+    if any(packet.pts is None for packet in packets):
+        return None, np.zeros(1, np.int64)
+    stamps = np.array([packet.pts for packet in packets], np.int64)
+    order = np.argsort(stamps, kind="stable")
+    keys = np.flatnonzero(np.array([packet.is_keyframe for packet in packets], bool)[order])
+    return stamps[order], np.unique(np.concatenate([np.zeros(1, np.int64), keys]))
 
 
 def _open(path: Path) -> Any:
@@ -133,40 +154,69 @@ def check_times(info: VideoInfo, part: Part, start: float, rate: float, episode:
 
 
 class Videos:
-    """Frames of parts of video files, one part after the other. One file is open at a time."""
+    """Frames of parts of video files, in any order; those from one key frame to the next are best read together.
 
-    def __init__(self, parts: list[Part], kind: VideoKind) -> None:
-        self._parts, self._kind = parts, kind
-        self._decoder: _Decoder | None = None
+    infos: of each file. Several threads may read at once; each keeps `_OPEN` files open.
+    """
+
+    def __init__(self, parts: list[Part], kind: VideoKind, infos: Mapping[Path, VideoInfo]) -> None:
+        self._parts, self._kind, self._infos = parts, kind, infos
+        self._local = threading.local()
 
     def read(self, piece: RowRange) -> np.ndarray:
         """[n, H, W, 3], or [n, H, W] of depth."""
         part = self._parts[piece.number]
-        first, end = part.first + piece.first, part.first + piece.end
-        if self._decoder is None or self._decoder.path != part.path or self._decoder.next > first:
-            if self._decoder is not None:
-                self._decoder.close()
-            self._decoder = _Decoder(part.path, self._kind)
-        return self._decoder.frames(first, end)
+        return self._decoder(part.path).frames(part.first + piece.first, part.first + piece.end)
+
+    def _decoder(self, path: Path) -> _Decoder:
+        decoders: dict[Path, _Decoder] = self._local.__dict__.setdefault("decoders", {})
+        decoder = decoders.pop(path, None) or _Decoder(path, self._kind, self._infos[path])
+        decoders[path] = decoder  # the one that was used last comes last
+        if len(decoders) > _OPEN:
+            decoders.pop(next(iter(decoders))).close()
+        return decoder
+
+    def units(self) -> np.ndarray:
+        """See `store.InUnits`."""
+        found, row = [], 0
+        for part in self._parts:
+            keys = self._infos[part.path].keys
+            inside = keys[(keys > part.first) & (keys < part.end)] - part.first
+            found.append(row + np.concatenate([np.zeros(1, np.int64), inside]))
+            row += part.end - part.first
+        return np.concatenate(found)
 
 
-def video_column(parts: list[Part], kind: VideoKind, ends: np.ndarray) -> PiecewiseColumn:
-    """Frames as rows; ends: the row after each part."""
-    return PiecewiseColumn(kind.shape, kind.dtype, ends, Videos(parts, kind).read)
+class VideoFilesColumn(PiecewiseColumn):
+    """Frames as rows; ends: the row after each part. infos: of each file."""
+
+    def __init__(self, parts: list[Part], kind: VideoKind, ends: np.ndarray, infos: Mapping[Path, VideoInfo]) -> None:
+        self._videos = Videos(parts, kind, infos)
+        super().__init__(kind.shape, kind.dtype, ends, self._videos.read)
+
+    def units(self) -> np.ndarray:
+        """See `store.InUnits`."""
+        return self._videos.units()
 
 
 class _Decoder:
-    """A file, decoded forwards. next: the frame that comes next."""
+    """A file, decoded forwards from any key frame. next: the frame that comes next."""
 
-    def __init__(self, path: Path, kind: VideoKind) -> None:
-        self.path, self.next, self._kind = path, 0, kind
+    def __init__(self, path: Path, kind: VideoKind, info: VideoInfo) -> None:
+        self.path, self._kind, self._info = path, kind, info
+        self._colours = Pixels()
         with reading(str(path)):
-            self._container = _open(path)
-            self._decoded = self._container.decode(_stream(self._container, path))
+            self._open()
+
+    def _open(self) -> None:
+        self._container = _open(self.path)
+        self._stream = _stream(self._container, self.path)
+        self.next, self._decoded = 0, self._container.decode(self._stream)
 
     def frames(self, first: int, end: int) -> np.ndarray:
         images = []
         with reading(str(self.path)):
+            self._approach(first)
             while self.next < end:
                 frame = next(self._decoded, None)
                 if frame is None:
@@ -176,12 +226,29 @@ class _Decoder:
                 self.next += 1
         return np.stack(images)
 
+    def _approach(self, frame: int) -> None:
+        """What comes next is `frame`, or one before it from which it can be reached."""
+        key = int(self._info.keys[np.searchsorted(self._info.keys, frame, side="right") - 1])
+        if key <= self.next <= frame:
+            return
+        if key and self._info.stamps is not None:
+            stamp = int(self._info.stamps[key])
+            self._container.seek(stamp, stream=self._stream)
+            decoded = self._container.decode(self._stream)
+            # Frames that are shown before the key frame may come after it, and need what was not decoded.
+            found = next((one for one in decoded if one.pts is None or one.pts >= stamp), None)
+            if found is not None and found.pts == stamp:
+                self.next, self._decoded = key, chain([found], decoded)
+                return
+        self._container.close()
+        self._open()
+
     def _pixels(self, frame: Any) -> np.ndarray:
         size = self._kind.shape[:2]
         if (frame.height, frame.width) != size:
             raise InputError(f"{self.path}: frame {self.next} is {frame.height} x {frame.width}, expected {list(size)}")
         if len(self._kind.shape) == 3:
-            return np.asarray(frame.to_ndarray(format="rgb24"))
+            return self._colours.of(frame)
         plane, dtype = frame.planes[0], self._kind.dtype
         stored = np.frombuffer(plane, dtype.newbyteorder(">" if frame.format.is_big_endian else "<"))
         return stored.reshape(-1, plane.line_size // dtype.itemsize)[: size[0], : size[1]].astype(dtype)

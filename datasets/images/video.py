@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from action_diffusion.disk import Disk, GrowingFile
 
@@ -50,6 +51,23 @@ GROWING = Encoding(
 
 def video_path(buffer: Path, key: str, episode: int) -> Path:
     return buffer / "videos" / key / f"episode_{episode:06d}.mp4"
+
+
+def keyframe_every(rate: float) -> int:
+    """Frames from one key frame of a video that grows to the next: a second, of `rate` Hz."""
+    return max(1, int(rate))
+
+
+class Pixels:
+    """Frames of one video as uint8 [H, W, 3]. What converts them is made once: making it takes longer than decoding."""
+
+    def __init__(self) -> None:
+        self._converter = VideoReformatter()
+
+    def of(self, frame: av.VideoFrame) -> np.ndarray:
+        if frame.format.name == "gbrp":  # these colours already, in planes
+            return np.ascontiguousarray(frame.to_ndarray())
+        return np.asarray(self._converter.reformat(frame, format="rgb24").to_ndarray())
 
 
 def as_fraction(rate: float) -> Fraction:
@@ -115,9 +133,8 @@ class GrowingVideo(VideoWriter):
     def __init__(self, disk: Disk, path: Path, *, shape: Sequence[int], rate: float) -> None:
         disk.make(path.parent)
         self._file = disk.create(path)
-        a_second = max(1, int(rate))
         size = shape[0], shape[1]
-        super().__init__(self._file, size, rate=rate, encoding=GROWING, keyframe_every=a_second)
+        super().__init__(self._file, size, rate=rate, encoding=GROWING, keyframe_every=keyframe_every(rate))
 
     def flush(self) -> int:
         """What is in the file survives a power cut. Returns its number of frames."""

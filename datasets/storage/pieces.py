@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
-from action_diffusion.datasets.storage.store import Column, blocks, write_zarr
+from action_diffusion.datasets.storage.store import Column, blocks, units, write_zarr
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
 
@@ -48,7 +48,7 @@ class Joined:
 
     def __getitem__(self, rows: Any, /) -> np.ndarray:
         if not isinstance(rows, slice):
-            return np.stack([self[row : row + 1][0] for row in np.atleast_1d(rows)])
+            return self._some(np.arange(self.shape[0])[np.atleast_1d(rows)])
         start, stop, step = rows.indices(self.shape[0])
         found = [np.empty((0, *self.shape[1:]), self.dtype)]
         place = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -60,12 +60,32 @@ class Joined:
             start, place = end, place + 1
         return np.concatenate(found, dtype=self.dtype)[::step]
 
+    def _some(self, rows: np.ndarray) -> np.ndarray:
+        """Rows [n] in any order, those of a piece at once."""
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        places = np.searchsorted(self._starts, rows, side="right") - 1
+        for place in np.unique(places):
+            column, first, _ = self._parts[place]
+            found[places == place] = column[rows[places == place] - int(self._starts[place]) + first]
+        return found
+
     def blocks(self, n_bytes: int, first: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Rows in blocks of each piece's own chunks: `store.blocks`."""
         for (column, begin, length), start in zip(self._parts, self._starts.tolist(), strict=False):
             shift = begin - start
             for row, rows in blocks(column, n_bytes, max(first, start) + shift, min(stop, start + length) + shift):
                 yield row - shift, rows.astype(self.dtype, copy=False)
+
+    def units(self) -> np.ndarray | None:
+        """Those of each piece: `store.units`."""
+        found = []
+        for (column, begin, length), start in zip(self._parts, self._starts.tolist(), strict=False):
+            own = units(column)
+            if own is None:
+                return None
+            inside = own[(own > begin) & (own < begin + length)] - begin
+            found.append(start + np.concatenate([np.zeros(1, np.int64), inside]))
+        return np.concatenate(found)
 
 
 class Changed:

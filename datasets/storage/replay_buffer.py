@@ -27,6 +27,7 @@ from action_diffusion.datasets.storage.checks import (
     check_key,
     check_lengths,
 )
+from action_diffusion.datasets.storage.objects import ObjectCache, is_url
 from action_diffusion.datasets.storage.store import (
     Column,
     ZarrColumn,
@@ -56,7 +57,7 @@ class ReplayBuffer:
     when indexed by rows, in the type they are stored in. `path` is None for a buffer in memory. `left_out`: what lies
     beside the columns in data/ and is none, with the reason. `name`: what messages call it, by default its path.
     `paths`: where its columns lie, by default at its path. `parts`: of buffers that were joined, how many episodes each
-    has; () of one that was not.
+    has; () of one that was not. remote: its rows are in an object store.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ReplayBuffer:
         name: str | None = None,
         paths: Sequence[Path] | None = None,
         parts: Sequence[int] = (),
+        remote: bool = False,
     ) -> None:
         for key in columns:
             check_key(key, str(path or "a buffer in memory"))
@@ -81,10 +83,12 @@ class ReplayBuffer:
         self.name = name or (str(path) if path else "the buffer in memory")
         self.paths = tuple(([path] if path else []) if paths is None else paths)
         self.parts = tuple(parts)
+        self.remote = remote
 
     @classmethod
-    def open(cls, path: str | Path) -> ReplayBuffer:
-        """The buffer at `path`: Zarr v2 or v3 (UMI's too), a folder or a zip. Nothing is read but its description.
+    def open(cls, path: str | Path, cache: ObjectCache | None = None) -> ReplayBuffer:
+        """The buffer at `path`: Zarr v2 or v3 (UMI's too), a folder or a zip, or a folder at s3://…, gs://… or
+        https://…, by way of `cache`. Nothing is read but its description.
 
         Arrays in groups of data/ have the groups' names before theirs: data/obs/state is the column `obs.state`. Words,
         single values, and one value an episode are `left_out`.
@@ -92,8 +96,9 @@ class ReplayBuffer:
         Raises `InputError` for a path that is missing or damaged, what `open_zarr` refuses, arrays of unequal length,
         and `episode_ends` that do not increase up to the last row.
         """
-        path = Path(path).expanduser()
-        file = open_zarr(path)
+        remote = is_url(path)
+        path = str(path) if remote else Path(path).expanduser()
+        file = open_zarr(path, cache)
         where = str(path)
         ends, interrupted = _episode_ends(file)
         columns_at, left_out = _columns_at(file, ends)
@@ -105,6 +110,12 @@ class ReplayBuffer:
         if lengths or VIDEOS not in attrs:
             check_lengths(lengths, n_rows, where, allow_longer=interrupted)
         columns: dict[str, Column] = {key: file.column(place, n_rows) for key, place in columns_at.items()}
+        if VIDEOS in attrs and isinstance(path, str):
+            raise InputError(f"{where} has videos, which are read from a disk only: fetch it")
+        if isinstance(path, str):
+            return cls(
+                columns=columns, episode_ends=ends, attrs=attrs, path=None, left_out=left_out, name=where, remote=True
+            )
         if VIDEOS in attrs:
             from action_diffusion.datasets.storage.video_column import video_columns  # which needs PyAV
 
@@ -179,6 +190,7 @@ class ReplayBuffer:
             name=self.name,
             paths=self.paths,
             parts=self.parts,
+            remote=self.remote,
         )
 
     def episode(self, index: int) -> dict[str, np.ndarray]:

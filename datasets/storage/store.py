@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import zarr
@@ -42,6 +42,9 @@ from action_diffusion.datasets.storage.zarr_metadata import (
 from action_diffusion.errors import InputError
 from action_diffusion.memory import sized
 from action_diffusion.progress import progress
+
+if TYPE_CHECKING:
+    from action_diffusion.datasets.storage.objects import ObjectCache, Objects
 
 CHUNK_BYTES = 1 << 20
 READ_BYTES = 4 << 20  # what is decoded at a time when an array is read from end to end
@@ -111,6 +114,10 @@ class ZarrColumn(Rows):
                 return np.asarray(self.array[int(rows)])
             return np.asarray(self.array.oindex[rows])
 
+    def units(self) -> np.ndarray:
+        """See `InUnits`: chunks, also those within a shard."""
+        return np.arange(0, len(self), self.array.chunks[0])
+
     def absent(self) -> tuple[list[str], int]:
         """Places of the chunks that the store does not have, and how many there are with them."""
         sizes = self._info.chunks
@@ -156,6 +163,21 @@ def blocks(
         first = end
 
 
+@runtime_checkable
+class InUnits(Protocol):
+    """A column that may be read by several threads at once, and knows which rows are decoded together."""
+
+    def units(self) -> np.ndarray | None:
+        """The first row of each such unit, int64 [M], increasing from 0; None where a part of it is no such column."""
+
+
+def units(column: Column) -> np.ndarray | None:
+    """`InUnits.units`; None for a column that one thread at a time may read."""
+    if isinstance(column, np.ndarray):
+        return np.arange(len(column))
+    return column.units() if isinstance(column, InUnits) else None
+
+
 def row_bytes(column: Column) -> int:
     return max(1, math.prod(column.shape[1:]) * column.dtype.itemsize)
 
@@ -176,7 +198,7 @@ class ZarrFile:
     whether a key is in the store.
     """
 
-    path: Path
+    path: Path | str
     group: zarr.Group
     infos: dict[str, ArrayInfo]
     places: list[str]
@@ -194,16 +216,14 @@ class ZarrFile:
         return ZarrColumn(array, self.infos[place], place=place, n_rows=n_rows, exists=self.exists, where=where)
 
 
-def open_zarr(path: Path) -> ZarrFile:
-    """Raises `InputError` for a path that is missing, no Zarr, damaged, or holds no replay buffer, for links and pipes
+def open_zarr(path: Path | str, cache: ObjectCache | None = None) -> ZarrFile:
+    """What lies at a path, or at a URL in an object store, by way of `cache` (default: the user's).
+
+    Raises `InputError` for a path that is missing, no Zarr, damaged, or holds no replay buffer, for links and pipes
     in it, for codecs that are not known to be harmless, and for sizes beyond the limits of `zarr_metadata`.
     """
-    if not path.exists():
-        previous = path.with_name(f"{path.name}.previous")
-        hint = f"; an interrupted replacement left {previous}: rename it back" if previous.exists() else ""
-        raise InputError(f"{path}: no such file or folder{hint}")
     register_codecs()
-    store, listing, exists = _folder(path) if path.is_dir() else _zip(path)
+    store, listing, exists = _remote(path, cache) if isinstance(path, str) else _local(path)
     roots = {place.removesuffix(marker) for place in listing.places for marker in _MARKERS if place.endswith(marker)}
     if len(roots) != 1:
         found = f"more than one ({', '.join(sorted(roots)[:4])})" if roots else "none"
@@ -215,6 +235,23 @@ def open_zarr(path: Path) -> ZarrFile:
     with reading(str(path)):
         group = zarr.open_group(store, path=root.strip("/"), mode="r", use_consolidated=False)
     return ZarrFile(path, group, infos, [place.removeprefix(root) for place in places], exists, listing)
+
+
+_Opened = tuple["_Limited | Objects", Listing, Callable[[str], bool]]
+
+
+def _remote(url: str, cache: ObjectCache | None) -> _Opened:
+    from action_diffusion.datasets.storage import objects  # not before it is wanted
+
+    return objects.opened(url, cache or objects.object_cache())
+
+
+def _local(path: Path) -> _Opened:
+    if not path.exists():
+        previous = path.with_name(f"{path.name}.previous")
+        hint = f"; an interrupted replacement left {previous}: rename it back" if previous.exists() else ""
+        raise InputError(f"{path}: no such file or folder{hint}")
+    return _folder(path) if path.is_dir() else _zip(path)
 
 
 class _Limited(Store):
@@ -251,11 +288,11 @@ class _Zip(_Limited, ZipStore):
         return entry.file_size if entry else 0
 
 
-def _folder(path: Path) -> tuple[_Limited, Listing, Callable[[str], bool]]:
+def _folder(path: Path) -> _Opened:
     return _Folder(path, read_only=True), list_folder(path), lambda key: (path / key).exists()
 
 
-def _zip(path: Path) -> tuple[_Limited, Listing, Callable[[str], bool]]:
+def _zip(path: Path) -> _Opened:
     is_zip = False
     if path.is_file():  # not a pipe, which nobody may write to
         with path.open("rb") as file:

@@ -166,13 +166,13 @@ def _n_entries(file: BinaryIO) -> int:
     return int(max(n, n_bytes // _ZIP_ENTRY))
 
 
-def _check_metadata_size(n_bytes: int, place: str, path: Path) -> None:
+def _check_metadata_size(n_bytes: int, place: str, path: Path | str) -> None:
     if n_bytes > MAX_METADATA:
         limit = f"at most {MAX_METADATA >> 20} MB of metadata are read"
         raise InputError(f"{path}: {place} has {n_bytes / 1e6:,.0f} MB; {limit}")
 
 
-def array_infos(listing: Listing, places: Iterable[str], path: Path) -> dict[str, ArrayInfo]:
+def array_infos(listing: Listing, places: Iterable[str], path: Path | str) -> dict[str, ArrayInfo]:
     """The arrays that the metadata at `places` describe, by their own places, such as `data/state`.
 
     Raises `InputError` for metadata that are too large or make no sense, and for codecs that are not on the list.
@@ -206,7 +206,7 @@ def array_infos(listing: Listing, places: Iterable[str], path: Path) -> dict[str
     return infos
 
 
-def _fields(content: bytes, place: str, path: Path) -> dict[str, Any]:
+def _fields(content: bytes, place: str, path: Path | str) -> dict[str, Any]:
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -289,7 +289,7 @@ def _is_number(name: str) -> bool:
     return name in _NUMBERS or name.lstrip("<>|=") in _NUMPY_NUMBERS
 
 
-def check_plan(infos: Mapping[str, ArrayInfo], listing: Listing, path: Path) -> None:
+def check_plan(infos: Mapping[str, ArrayInfo], listing: Listing, path: Path | str) -> None:
     """Whether the arrays that will be read can be: rows, chunks and bytes. Raises `InputError` before any is."""
     free = free_memory()
     for place, info in infos.items():

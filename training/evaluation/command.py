@@ -106,14 +106,15 @@ def _evaluate_one(config: Evaluate, path: Path, folder: Path, asked: _Asked | No
         from action_diffusion.training.data import prepare
         from action_diffusion.training.evaluation.held_out import evaluate_held_out
 
-        memory_gb = trained_on(read_config(path), path)["dataset"]["memory_gb"]
+        dataset = trained_on(read_config(path), path)["dataset"]
         data = prepare(
             asked.buffer,
             policy.spec,
             device=policy.device,
             val_fraction=0.0,
             seed=0,
-            memory_gb=memory_gb,
+            memory_gb=dataset["memory_gb"],
+            images=dataset.get("images", "auto"),
             text_model=config.text_model,
         )
         return evaluate_held_out(policy, data.train, asked.chosen, settings={**settings, "data": asked.data}, **where)

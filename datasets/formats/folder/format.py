@@ -35,7 +35,7 @@ from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Set
 from action_diffusion.datasets.formats.folder.csv_rows import header, read_words, write_csv
 from action_diffusion.datasets.formats.folder.episodes import FolderEpisode, description, episodes_of, unused
 from action_diffusion.datasets.formats.journal import Journal, JournalStep
-from action_diffusion.datasets.formats.video import EncodedVideoWriter, Part, check_times, video_column
+from action_diffusion.datasets.formats.video import EncodedVideoWriter, Part, VideoFilesColumn, check_times
 from action_diffusion.datasets.storage.dimensions import NAMES, are_names
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, reading, row_bytes
@@ -64,7 +64,8 @@ def opened(path: Path, vectors: Mapping[str, Sequence[str]] | None = None) -> Op
             parts = [Part(episode.keys[key].path, 0, episode.length) for episode in episodes]
             if notes is not None:  # in somebody else's frame i belongs to row i, whenever it was taken
                 _check_times(episodes, key, parts, float(notes["rate"]))
-            columns[key] = video_column(parts, kind.video.kind, ends)
+            infos = {kind.path: kind.video for kind in (episode.keys[key] for episode in episodes) if kind.video}
+            columns[key] = VideoFilesColumn(parts, kind.video.kind, ends, infos)
         else:
             read = functools.partial(_read, episodes, key)
             columns[key] = PiecewiseColumn(kind.row, kind.dtype, ends, read)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from action_diffusion.datasets.formats.columns import PiecewiseColumn
 from action_diffusion.datasets.formats.lerobot.episodes import Files, by_number, routes
 from action_diffusion.datasets.formats.lerobot.info import Feature, Info
 from action_diffusion.datasets.formats.lerobot.names import V30
-from action_diffusion.datasets.formats.video import Part, VideoInfo, check_times, video_column, video_info
+from action_diffusion.datasets.formats.video import Part, VideoFilesColumn, VideoInfo, check_times, video_info
 from action_diffusion.errors import InputError
 from action_diffusion.progress import progress
 
 
-def camera(info: Info, files: Files, name: str, feature: Feature) -> PiecewiseColumn:
+def camera(info: Info, files: Files, name: str, feature: Feature) -> VideoFilesColumn:
     """Raises `InputError` unless the episodes fill each video, frame by frame, each frame at its row's time."""
     colours = 3 in feature.shape or 4 in feature.shape
     places = _places(info, files, name)
@@ -34,7 +33,7 @@ def camera(info: Info, files: Files, name: str, feature: Feature) -> PiecewiseCo
     kind = next(iter(kinds))
     if kind.alpha:
         info.said.append(f"{name} has an alpha channel, which was dropped: the colours are as they are stored")
-    return video_column(parts, kind, files.episode_ends)
+    return VideoFilesColumn(parts, kind, files.episode_ends, videos)
 
 
 def _places(info: Info, files: Files, name: str) -> list[Path]:
