@@ -2,7 +2,7 @@
 
 The second goal is the first one turned by a quarter about the table's middle, so that its demonstrations are those of
 the first, turned, and its simulator is the same one, seen turned. Policies for one goal each, and one for both that is
-told which, have the same network, which sees where both goals are, and train for as many steps.
+told which, have the same network, which sees where both goals are, and train for as many steps for each of their goals.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def trained(seed: int, *goals: int) -> DiffusionPolicy:
     options = [f"data=[{','.join(str(demonstrations()[goal]) for goal in goals)}]", f"train.batch_size={BATCH}"]
     options += [f"policy.features.state.landmarks={corners}", "train.rollout_every=0"]
     options += ["task.observations.told={kind: text}"] * (len(goals) > 1)
-    return bundle.load(pusht(seed, *options, steps=STEPS))
+    return bundle.load(pusht(seed, *options, steps=STEPS * len(goals)))
 
 
 def measure(seed: int) -> Measured:
