@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,20 @@ class Sweeping:
 
     def __call__(self, *words: str, command: str = "train") -> int:
         return main(["sweep", command, *words, f"output_dir={self.folder}"])
+
+    def interrupted(self, waiting: str, *words: str) -> int:
+        """The same, with Ctrl-C as soon as the run `waiting` waits."""
+
+        def press() -> None:
+            while not list(self.folder.glob(f"runs/{waiting}-*/waits")):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=press, daemon=True)
+        thread.start()
+        code = self(*words)
+        thread.join()
+        return code
 
     def starts(self) -> dict[str, int]:
         """How often each run was begun, by its name without the hash."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -84,15 +83,7 @@ def test_slurm_a_job_that_is_preempted_goes_back_into_the_queue_and_goes_on(swee
 
 @pytest.mark.slow
 def test_slurm_ctrl_c_cancels_the_jobs(sweep, slurm):
-    def press() -> None:
-        while not list(sweep.folder.glob("runs/seed-93-*/waits")):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=press, daemon=True)
-    thread.start()
-    assert sweep("seed=93,0", SHORT, "launcher=submitit") == 130
-    thread.join()
+    assert sweep.interrupted("seed-93", "seed=93,0", SHORT, "launcher=submitit") == 130
     outcome = sweep.run("seed-93") / "run.json"
     while not outcome.exists():
         time.sleep(0.1)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -96,15 +92,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, capsys):
 
 
 def test_ctrl_c_saves_the_run_keeps_what_is_finished_and_the_next_time_goes_on(sweep, capsys):
-    def press() -> None:
-        while not list(sweep.folder.glob("runs/seed-93-*/waits")):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=press, daemon=True)
-    thread.start()
-    assert sweep("seed=0,93,1", SHORT) == 130
-    thread.join()
+    assert sweep.interrupted("seed-93", "seed=0,93,1", SHORT) == 130
     stopped = sweep.run("seed-93")
     assert (stopped / "saved").exists()
     states = {run["settings"]["seed"]: run["state"] for run in summary(sweep.folder)["runs"]}
