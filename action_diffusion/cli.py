@@ -169,7 +169,7 @@ def _train(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _finetune(overrides: list[str], config_dir: str | None) -> int:
-    from action_diffusion.configuration import settings
+    from action_diffusion.options.configuration import settings
 
     config = settings("finetune", overrides, config_dir)
     preflight.finetune(config)
@@ -191,7 +191,7 @@ def _finetune(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _evaluate(overrides: list[str], config_dir: str | None) -> int:
-    from action_diffusion.configuration import settings
+    from action_diffusion.options.configuration import settings
 
     config = settings("evaluate", overrides, config_dir)
     preflight.evaluate(config)
@@ -207,7 +207,7 @@ def _evaluate(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _collect(overrides: list[str], config_dir: str | None) -> int:
-    from action_diffusion.configuration import settings
+    from action_diffusion.options.configuration import settings
 
     config = settings("collect", overrides, config_dir)
     preflight.collect(config)
@@ -220,7 +220,7 @@ def _collect(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _deploy(overrides: list[str], config_dir: str | None) -> int:
-    from action_diffusion.configuration import settings
+    from action_diffusion.options.configuration import settings
 
     config = settings("deploy", overrides, config_dir)
     preflight.deploy(config)
@@ -238,7 +238,7 @@ def _deploy(overrides: list[str], config_dir: str | None) -> int:
 
 
 def _serve(overrides: list[str], config_dir: str | None) -> int:
-    from action_diffusion.configuration import settings
+    from action_diffusion.options.configuration import settings
 
     config = settings("serve", overrides, config_dir)
     preflight.serve(config)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from action_diffusion.policy.diffusion.sampler import ChainStep, Hook
-from action_diffusion.policy.model.denoiser import Film
+from action_diffusion.policy.model.denoisers.denoiser import Film
 from action_diffusion.policy.objectives.objective import Network
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from action_diffusion import configuration
 from action_diffusion.cli import main
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.options import configuration
 from action_diffusion.policy.build import build_policy, fit_normalizer, with_statistics
 from action_diffusion.training.data import describe, learnt_from, prepare
 

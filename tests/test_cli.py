@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from action_diffusion import __version__, cli, configuration
+from action_diffusion import __version__, cli
 from action_diffusion.commands.data import SUBCOMMANDS
+from action_diffusion.options import configuration
 from action_diffusion.policy import bundle as bundles
 
 REQUIRED = {

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from action_diffusion.configuration import GROUPS, _parse, choices, load
 from action_diffusion.errors import InputError
 from action_diffusion.options import TrainSettings
+from action_diffusion.options.configuration import GROUPS, _parse, choices, load
 from action_diffusion.options.policy import FAMILIES
 from action_diffusion.policy.build import build_policy, fit_normalizer
 from action_diffusion.policy.registry import build

@@ -179,7 +179,7 @@ def test_the_other_parts(world, monkeypatch):
     from action_diffusion.datasets.formats.registry import detected, named
     from action_diffusion.deploy.hardware.protocols import check_arm, make_arm, make_camera
     from action_diffusion.deploy.teleop.devices.registry import make_device
-    from action_diffusion.policy.model.encoder import ObservationEncoder
+    from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 
     np.savez(world / "demos.npz", state=np.zeros((4, 2)), action=np.ones((4, 2)), episode_ends=np.array([4]))
     assert detected(world / "demos.npz") == "npz"

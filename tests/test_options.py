@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from action_diffusion import registry
-from action_diffusion.configuration import _items, choices, load, override
 from action_diffusion.errors import InputError
 from action_diffusion.options import COMMANDS, COMPONENTS, Policy, TrainSettings, check_policy
+from action_diffusion.options.configuration import _items, choices, load, override
 from action_diffusion.options.finetune import METHODS
 from action_diffusion.policy.bundle import resolve_device
 from action_diffusion.policy.spec import PolicySpec

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.configuration import BUDGETS, GROUPS, from_hub, load, override
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
+from action_diffusion.options.configuration import BUDGETS, GROUPS, from_hub, load, override
 from action_diffusion.policy.reading import read_config, read_yaml
 
 _OF_THE_MACHINE = ("num_processes", "host_timeout", "compile", "cuda_graph", "tensorboard", "wandb", "wandb_project")

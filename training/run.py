@@ -186,7 +186,7 @@ def final_evaluation(
 
 def _measured_steps(task: str) -> int:
     """How long the task's own settings train, where it ships and its steps were chosen for it; else 0."""
-    from action_diffusion.configuration import choices, load
+    from action_diffusion.options.configuration import choices, load
 
     if task == "custom" or task not in choices("task"):
         return 0

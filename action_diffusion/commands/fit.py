@@ -30,7 +30,7 @@ def run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help") or {"-h", "--help"} & set(words):
         print(FIT_HELP + "\n".join(_lines()))
         return 0
-    from action_diffusion.configuration import plain, settings_of
+    from action_diffusion.options.configuration import plain, settings_of
 
     if words[0] in LEARNT:
         raise InputError(

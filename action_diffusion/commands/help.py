@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from importlib import resources
 
-from action_diffusion.configuration import choices
 from action_diffusion.options import TrainSettings
+from action_diffusion.options.configuration import choices
 
 EXAMPLES = {
     "train": """\

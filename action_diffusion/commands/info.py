@@ -18,8 +18,8 @@ from action_diffusion import __version__, choice, native
 from action_diffusion.datasets.batches import pixels
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.kernels import cpu_unet, layers, winograd
-from action_diffusion.policy.model.encoder import ObservationEncoder
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
+from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 from action_diffusion.progress import progress
 
 HELP = """\

@@ -54,7 +54,7 @@ def run(command: str, subcommands: Mapping[str, Subcommand], text: str, words: S
 
 def _options(name: str, subcommand: Subcommand, words: Sequence[str]) -> dict[str, Any]:
     """What was given to a subcommand ("data edit"). Only words without a name and flags are read here."""
-    from action_diffusion.configuration import plain
+    from action_diffusion.options.configuration import plain
 
     named, rest = list[str](), list(words)
     options = (*subcommand.options, "plugins")

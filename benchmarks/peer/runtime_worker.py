@@ -18,7 +18,7 @@ from torch import Tensor
 from action_diffusion.options.bundle import OPSET
 from action_diffusion.policy.interchange.onnx import model_of
 from action_diffusion.policy.interchange.plain import PlainUnet
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 from benchmarks.peer import ours
 from benchmarks.peer.peers.serving import Say, Work, serve
 

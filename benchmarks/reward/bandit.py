@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from action_diffusion.configuration import load
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.options.configuration import load
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.training.run import train
 from benchmarks.rows.system import Measured, System

@@ -19,7 +19,7 @@ from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.extensions.transport import Transport
 from action_diffusion.policy.model import normalizer
-from action_diffusion.policy.model.denoiser import Denoiser, Film
+from action_diffusion.policy.model.denoisers.denoiser import Denoiser, Film
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training.reward.methods.fisher import Fisher

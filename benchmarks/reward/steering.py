@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from action_diffusion.configuration import settings
+from action_diffusion.options.configuration import settings
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.extension import weights_hash
 from action_diffusion.training.reward.finetune import finetune

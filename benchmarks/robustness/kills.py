@@ -58,9 +58,9 @@ class Trial:
 
 def drive() -> None:
     """The scripted loop: seeded targets at 10 Hz and a picture each, for ever. It runs in a process of its own."""
-    from action_diffusion import configuration
     from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer
     from action_diffusion.deploy.robot.robots import RobotTask, make
+    from action_diffusion.options import configuration
 
     task = RobotTask(env={"name": "pusht"}, cameras=("image",))
     robot = make("sim_pusht", task, configuration.settings("deploy", []))

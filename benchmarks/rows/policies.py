@@ -15,12 +15,12 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 
 from action_diffusion import envs
-from action_diffusion.configuration import load
 from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import Windows
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.files import cache_folder
+from action_diffusion.options.configuration import load
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy import kernels
 from action_diffusion.policy.build import build_policy

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from action_diffusion.errors import unknown
 from action_diffusion.files import atomic_path
 from action_diffusion.policy.model.conv import Product
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 from action_diffusion.policy.policy import DiffusionPolicy
 from benchmarks.command import command, options, positive
 from benchmarks.peer.ours import Chunk, Train, load_inputs

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from action_diffusion import configuration
 from action_diffusion.deploy.serve import wire
 from action_diffusion.deploy.serve.client import RemotePolicy
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path
+from action_diffusion.options import configuration
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.model.normalizer import fit

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from action_diffusion.configuration import settings_of
 from action_diffusion.datasets.batches.loader import Batch
 from action_diffusion.envs.pusht.simulator import PushT
 from action_diffusion.envs.rollout import Episode, rollout
+from action_diffusion.options.configuration import settings_of
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.extensions.guard import Guard

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from action_diffusion.configuration import load
+from action_diffusion.options.configuration import load
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.run import train

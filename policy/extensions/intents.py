@@ -30,7 +30,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.options.extensions import IntentsOptions as Options
 from action_diffusion.policy.extensions.extension import Extension, Fitted
 from action_diffusion.policy.extensions.motion import clusters, motions, nearest, separation
-from action_diffusion.policy.model.denoiser import Film
+from action_diffusion.policy.model.denoisers.denoiser import Film
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Encoded, Prefix
 from action_diffusion.progress import progress

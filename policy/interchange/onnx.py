@@ -34,7 +34,7 @@ from action_diffusion.policy.diffusion.solver import Solver
 from action_diffusion.policy.interchange.contract import PolicyFormat, made_up
 from action_diffusion.policy.interchange.plain import PlainUnet
 from action_diffusion.policy.kernels import accelerate
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.runtime import onnx_file
 from action_diffusion.policy.runtime.onnx_file import ACTION, MOST_BYTES, NOISE, STEP_NOISE, observation_name, require

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from action_diffusion.policy.model.conv import Conv1d, Double, Halve
-from action_diffusion.policy.model.unet import ConditionalUnet1d, ConvBlock, ResidualBlock
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d, ConvBlock, ResidualBlock
 
 Layer = TypeVar("Layer", bound=nn.Module)
 ACTIVATIONS = {"silu": nn.SiLU, "mish": nn.Mish, "relu": nn.ReLU, "gelu": nn.GELU}

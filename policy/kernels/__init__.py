@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.kernels import cpu_unet, gpu_unet, layers
 from action_diffusion.policy.kernels.cuda_graph import CudaGraph
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 
 if TYPE_CHECKING:
     from action_diffusion.policy.policy import DiffusionPolicy

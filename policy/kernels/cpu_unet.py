@@ -23,7 +23,7 @@ from action_diffusion import native
 from action_diffusion.policy.kernels.layers import Run, UnetKernel
 from action_diffusion.policy.kernels.program import Activations, Convolve, Resize, record
 from action_diffusion.policy.model.conv import Double, GroupNorm, Halve, Linear
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 
 PANEL, BLOCK, MOST_ROWS = 32, 512, 2048
 """Channels that lie together, channels of a job at most (as in `unet.c`), rows (T · B) up to which memory is kept."""

@@ -22,7 +22,7 @@ from action_diffusion.policy.kernels.program import Activations, Convolve, Progr
 from action_diffusion.policy.model.conv import Double, Halve
 
 if TYPE_CHECKING:
-    from action_diffusion.policy.model.unet import ConditionalUnet1d
+    from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 
 SPREAD = 128
 """Channels that a program takes where nothing is normalised."""

@@ -23,8 +23,8 @@ from action_diffusion import choice, native
 from action_diffusion.policy.kernels import winograd
 from action_diffusion.policy.kernels.time_first import norm_over_time, shifted_conv
 from action_diffusion.policy.model.conv import Conv1d, GroupNorm, Product
-from action_diffusion.policy.model.denoiser import Film
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.denoiser import Film
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 
 Run = Callable[[Tensor], Tensor]
 OURS = ("winograd", "one_call")

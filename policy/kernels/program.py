@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from action_diffusion.policy.model.conv import Conv1d, Double, GroupNorm, Halve, Linear
-from action_diffusion.policy.model.unet import ConditionalUnet1d, ConvBlock, ResidualBlock
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d, ConvBlock, ResidualBlock
 
 
 @dataclass(eq=False)

@@ -15,9 +15,9 @@ import yaml
 
 from action_diffusion import policy as policy_package
 from action_diffusion.cli import main
-from action_diffusion.configuration import load
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import load
 from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.spec import PolicySpec

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import cont2discrete, lfilter, ss2tf
 
-from action_diffusion import configuration
 from action_diffusion.deploy.calibrate.command import estimate, run
 from action_diffusion.deploy.calibrate.delays import CELLS, Signal, actuation, camera, small
 from action_diffusion.deploy.calibrate.motion import Measured, Wanted, plan, shape
@@ -22,7 +21,7 @@ from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Group, make_camera
 from action_diffusion.deploy.robot import cell
 from action_diffusion.errors import InputError
-from action_diffusion.options import Deploy
+from action_diffusion.options import Deploy, configuration
 
 PERIOD, N = 1.719, 6
 EDGES = PERIOD * np.arange(1, N)

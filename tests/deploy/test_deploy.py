@@ -22,7 +22,7 @@ from deployments import HORIZON, TA, TO, deploy, read_log, save_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from action_diffusion import cli, configuration, envs
+from action_diffusion import cli, envs
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer, VirtualClock
 from action_diffusion.deploy.loop.episode import run_episode
@@ -34,6 +34,7 @@ from action_diffusion.deploy.robot.robots import Observation, SimPushT
 from action_diffusion.deploy.run import run
 from action_diffusion.envs.rollout import rollout
 from action_diffusion.errors import InputError
+from action_diffusion.options import configuration
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.action_queue import SCHEDULINGS, ActionQueue
 from action_diffusion.policy.history import History

@@ -27,7 +27,6 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from action_diffusion import cli
-from action_diffusion.configuration import load, settings
 from action_diffusion.deploy.loop.prediction import Guidance
 from action_diffusion.deploy.serve import wire
 from action_diffusion.deploy.serve.answering import answers, kind
@@ -37,6 +36,7 @@ from action_diffusion.deploy.serve.session import ClientSession, Question
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
 from action_diffusion.files import cache_folder
+from action_diffusion.options.configuration import load, settings
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.agent import Agent
 from action_diffusion.policy.policy import DiffusionPolicy

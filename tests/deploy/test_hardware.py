@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import yaml
 
-from action_diffusion import configuration
 from action_diffusion.deploy import bringup
 from action_diffusion.deploy.drivers.vendor import numbers
 from action_diffusion.deploy.hardware.command import CommandLayout
@@ -21,7 +20,7 @@ from action_diffusion.deploy.robot import cell as hardware
 from action_diffusion.deploy.robot.robots import RobotTask
 from action_diffusion.deploy.sim.pusht import IdealArm
 from action_diffusion.errors import InputError
-from action_diffusion.options import Deploy
+from action_diffusion.options import Deploy, configuration
 from action_diffusion.registry import ROBOTS
 
 LIMITS = {"low": [-1.0] * 3, "high": [1.0] * 3, "max_step": [1.0] * 3}

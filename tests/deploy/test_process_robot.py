@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from action_diffusion import configuration, envs
+from action_diffusion import envs
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm.loop import ArmLoop
 from action_diffusion.deploy.cameras.alignment import interpolated, latest_common, nearest
@@ -31,6 +31,7 @@ from action_diffusion.deploy.robot.robots import RobotTask, in_processes
 from action_diffusion.deploy.run import run
 from action_diffusion.deploy.sim.pusht import PushTArm, PushTCamera
 from action_diffusion.errors import InputError
+from action_diffusion.options import configuration
 from benchmarks.robustness.kills import child_of
 
 

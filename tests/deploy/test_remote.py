@@ -21,7 +21,7 @@ from deployments import TO, add_guard, deploy, read_log, save_bundle
 from servers import Server, serving
 from tiny import TINY
 
-from action_diffusion import cli, configuration
+from action_diffusion import cli
 from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.inference_worker import Unavailable
 from action_diffusion.deploy.loop.prediction import Guidance, predict
@@ -29,6 +29,7 @@ from action_diffusion.deploy.run import run
 from action_diffusion.deploy.serve.client import RemotePolicy
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
+from action_diffusion.options import configuration
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.action_queue import Request
 from action_diffusion.policy.build import build_policy, fit_normalizer, with_statistics

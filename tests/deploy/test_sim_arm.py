@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from action_diffusion import configuration
 from action_diffusion.cli import main
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.collect.expert import PACE, action_of, goal, within, wrong_beliefs
@@ -28,6 +27,7 @@ from action_diffusion.deploy.sim.panda import LIMITS, PandaArm, check_task
 from action_diffusion.envs.robosuite.expert import lift as lift_expert
 from action_diffusion.envs.robosuite.tasks import Manipulation
 from action_diffusion.errors import InputError
+from action_diffusion.options import configuration
 from action_diffusion.rotations import axis_angle_to_6d
 from benchmarks.scores import sim_arm
 

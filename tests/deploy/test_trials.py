@@ -18,7 +18,7 @@ from processes import Forked
 from web_pages import Page
 from websockets.sync.client import connect
 
-from action_diffusion import cli, configuration
+from action_diffusion import cli
 from action_diffusion.deploy.arm.travel import PACE, STEP, way
 from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import RATES, Limits
@@ -34,7 +34,7 @@ from action_diffusion.deploy.trials.plan import fingerprint, planned, read_plan,
 from action_diffusion.deploy.trials.report import difference
 from action_diffusion.deploy.trials.session import run, together
 from action_diffusion.errors import InputError
-from action_diffusion.options import Evaluate
+from action_diffusion.options import Evaluate, configuration
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.model.normalizer import fit
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec

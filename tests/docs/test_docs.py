@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from action_diffusion.commands.data import SUBCOMMANDS
-from action_diffusion.configuration import load
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import load
 from action_diffusion.options.extensions import FITS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ pytest.importorskip("robosuite", reason="needs the extra [robomimic]")
 
 from action_diffusion import policy as policies
 from action_diffusion.cli import main
-from action_diffusion.configuration import load
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs.collect import collect
 from action_diffusion.envs.robosuite.tasks import Manipulation
+from action_diffusion.options.configuration import load
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.model.normalizer import fit
 from action_diffusion.policy.registry import build

@@ -10,17 +10,17 @@ import torch
 from tiny import TINY, demonstrations, tiny_policy
 
 from action_diffusion.cli import main
-from action_diffusion.configuration import load
 from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import load
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
 from action_diffusion.policy.diffusion.sampler import Hook
 from action_diffusion.policy.extensions import cache
 from action_diffusion.policy.extensions.cache import Cache, Reuse, ReuseCost, conformal, said
 from action_diffusion.policy.extensions.extension import Fitted, read
-from action_diffusion.policy.model.denoiser import Denoiser, Film
+from action_diffusion.policy.model.denoisers.denoiser import Denoiser, Film
 
 STEPS = 10
 SAMPLER = {"scheduler": "ddim", "num_inference_steps": STEPS}

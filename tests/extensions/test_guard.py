@@ -18,7 +18,7 @@ from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip
 from action_diffusion.policy.extensions.extension import Fitted, write
 from action_diffusion.policy.extensions.guard import THRESHOLDS, Guard, grid, reached
 from action_diffusion.policy.extensions.watch import Watch
-from action_diffusion.policy.model.denoiser import Film
+from action_diffusion.policy.model.denoisers.denoiser import Film
 
 OPTIONS = {"seed": 0, "chunk": True, "quantile": 0.9, "episodes": 0.5, "sigmas": [0.1, 0.5]}
 

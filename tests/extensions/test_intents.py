@@ -11,12 +11,12 @@ from scipy.special import expit
 from tiny import TINY, demonstrations, tiny_policy
 
 from action_diffusion.commands import preflight
-from action_diffusion.configuration import settings
 from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs.rollout import generators
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import settings
 from action_diffusion.options.extensions import IntentsOptions as Options
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions import intents as intents_module

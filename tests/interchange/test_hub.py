@@ -13,10 +13,10 @@ import pytest
 from hub import Hub
 
 from action_diffusion import cli, hub
-from action_diffusion.configuration import load, plain
 from action_diffusion.datasets.batches.sources import open_data
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import load, plain
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.training.resuming import configured
 

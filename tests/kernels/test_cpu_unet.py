@@ -19,7 +19,7 @@ from action_diffusion.policy.kernels.cpu_unet import LEAST_HALF, CpuUnet
 from action_diffusion.policy.kernels.layers import Beginning
 from action_diffusion.policy.model.activations import ACTIVATIONS
 from action_diffusion.policy.model.conv import Product
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 
 needs_code = pytest.mark.skipif(
     cpu_unet.library() is None, reason="policy/kernels/unet.c is not compiled: install again where there is gcc"

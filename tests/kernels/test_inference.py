@@ -17,7 +17,7 @@ from action_diffusion.policy.diffusion.sampler import Hook
 from action_diffusion.policy.inference import choose_threads
 from action_diffusion.policy.kernels import accelerate, check_precision, cpu_unet, for_training, layers
 from action_diffusion.policy.kernels.cuda_graph import CudaGraph
-from action_diffusion.policy.model.encoder import ObservationEncoder
+from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 
 STATE = np.arange(10, dtype=np.float32).reshape(2, 5) + 100
 SAMPLE = {"process": {"name": "diffusion", "prediction": "sample"}}

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from action_diffusion import cli, configuration, envs
+from action_diffusion import cli, envs
 from action_diffusion.datasets.robomimic.attributes import unpack
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.arm.link import ArmSetup
@@ -44,6 +44,7 @@ from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, actio
 from action_diffusion.envs.demonstration import episode
 from action_diffusion.envs.pusht.simulator import PushT
 from action_diffusion.errors import InputError
+from action_diffusion.options import configuration
 
 PLANE = Limits(low=np.zeros(2), high=np.full(2, 512.0), max_step=np.full(2, 300.0))
 SPEEDS = Speeds()

@@ -7,12 +7,12 @@ import torch
 from tiny import TINY, demonstrations, tiny_policy
 from torch import Tensor
 
-from action_diffusion.configuration import load
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import load
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy
-from action_diffusion.policy.model.context import Context
-from action_diffusion.policy.model.encoder import ObservationEncoder
+from action_diffusion.policy.model.encoders.context import Context
+from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 
 STEPS = 16
 

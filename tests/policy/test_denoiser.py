@@ -12,7 +12,7 @@ from torch import nn
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.model.conv import Conv1d, Double, GroupNorm, Halve
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 
 
 def compare(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, tolerance: float = 2e-5) -> None:

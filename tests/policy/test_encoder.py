@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as reference
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.model import augment, resnet
-from action_diffusion.policy.model.encoder import CameraEncoder, ObservationEncoder, SpatialSoftmax
+from action_diffusion.policy.model.encoders import augment, resnet
+from action_diffusion.policy.model.encoders.encoder import CameraEncoder, ObservationEncoder, SpatialSoftmax
 
 THIN = {"width": 0.25, "keypoints": 4, "feature_dim": 8}
 

@@ -11,8 +11,8 @@ import torch
 from tiny import TINY, demonstrations, tiny_policy
 from torch import Tensor
 
-from action_diffusion.configuration import load
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import load
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Mip

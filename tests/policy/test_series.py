@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from action_diffusion.configuration import load
 from action_diffusion.errors import InputError
-from action_diffusion.policy.model.encoder import ObservationEncoder
-from action_diffusion.policy.model.series import Series
+from action_diffusion.options.configuration import load
+from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
+from action_diffusion.policy.model.encoders.series import Series
 
 TO, SAMPLES = 2, 50
 

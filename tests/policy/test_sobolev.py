@@ -11,10 +11,10 @@ import torch
 from tiny import TINY, demonstrations, tiny_policy
 from torch import Tensor
 
-from action_diffusion import configuration
 from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import make_windows
 from action_diffusion.errors import InputError
+from action_diffusion.options import configuration
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.bundle import load
 from action_diffusion.policy.diffusion.process import Diffusion, Flow, Process

@@ -16,7 +16,7 @@ from letters import Letters
 
 from action_diffusion.errors import InputError
 from action_diffusion.files import cache_folder
-from action_diffusion.policy.model.encoder import ObservationEncoder
+from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec, TextSpec
 from action_diffusion.policy.text import words
 from action_diffusion.policy.text.encoders import Clip, MiniLm, TaskId

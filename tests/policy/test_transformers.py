@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.kernels import accelerate
-from action_diffusion.policy.model.denoiser import Denoiser
-from action_diffusion.policy.model.dit import DiffusionTransformer, modulated
-from action_diffusion.policy.model.transformer import TransformerDenoiser
+from action_diffusion.policy.model.denoisers.denoiser import Denoiser
+from action_diffusion.policy.model.denoisers.dit import DiffusionTransformer, modulated
+from action_diffusion.policy.model.denoisers.transformer import TransformerDenoiser
 from action_diffusion.policy.sample import Prefix
 
 SMALL: dict[str, Any] = {"width": 16, "layers": 2, "heads": 2}

@@ -13,7 +13,7 @@ import torch
 from tiny import TINY, demonstrations, tiny_policy
 
 from action_diffusion.cli import main
-from action_diffusion.configuration import settings
+from action_diffusion.options.configuration import settings
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.best_of import BestOf
 from action_diffusion.policy.extensions.extension import Fitted

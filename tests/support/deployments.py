@@ -16,10 +16,9 @@ import torch
 from processes import Forked
 from tiny import TINY
 
-from action_diffusion import configuration
 from action_diffusion.deploy.ipc.channels import Phase
 from action_diffusion.deploy.ipc.rings import RingReader, shared_folder
-from action_diffusion.options import Deploy
+from action_diffusion.options import Deploy, configuration
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.extensions.extension import Fitted, write

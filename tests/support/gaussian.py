@@ -10,7 +10,7 @@ from action_diffusion.policy.build import build_policy
 from action_diffusion.policy.diffusion.sampler import DenoiserCall
 from action_diffusion.policy.diffusion.solver import Step
 from action_diffusion.policy.model import normalizer
-from action_diffusion.policy.model.denoiser import Denoiser, Film
+from action_diffusion.policy.model.denoisers.denoiser import Denoiser, Film
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from action_diffusion.policy.model.conv import GroupNorm
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 
 
 def unet(*, channels: Sequence[int] = (48, 96), seed: int = 0, **options: Any) -> ConditionalUnet1d:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from action_diffusion.configuration import load
 from action_diffusion.datasets.batches.columns import ObsKey, load_cached
 from action_diffusion.datasets.batches.columns import load as load_column
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import load
 from action_diffusion.policy import bundle as bundles
-from action_diffusion.policy.model.encoder import ObservationEncoder
+from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 from action_diffusion.training.run import train
 
 HEIGHT, WIDTH = 16, 20

@@ -13,9 +13,9 @@ import yaml
 from tiny import demonstrations
 
 from action_diffusion.cli import main
-from action_diffusion.configuration import override
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import override
 from action_diffusion.training.resuming import changed_data, configured
 
 SMALL = [

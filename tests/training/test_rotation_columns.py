@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from action_diffusion import configuration
 from action_diffusion.cli import main
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.rotations import declared_rotations
 from action_diffusion.errors import InputError
+from action_diffusion.options import configuration
 from action_diffusion.policy.build import build_policy, fit_normalizer, with_statistics
 from action_diffusion.policy.bundle import read_spec
 from action_diffusion.policy.spec import PolicySpec

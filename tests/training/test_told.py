@@ -14,12 +14,12 @@ from letters import Letters
 
 from action_diffusion import cli, envs
 from action_diffusion.commands import preflight
-from action_diffusion.configuration import load, settings
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.run import run
 from action_diffusion.deploy.serve.session import ClientSession
 from action_diffusion.envs.told import Told
 from action_diffusion.errors import InputError
+from action_diffusion.options.configuration import load, settings
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.model.normalizer import fit
 from action_diffusion.policy.opening import load as open_policy

@@ -23,10 +23,10 @@ from tiny import demonstrations
 from action_diffusion import choice
 from action_diffusion import policy as policy_package
 from action_diffusion.cli import main
-from action_diffusion.configuration import load
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.options import TrainSettings
+from action_diffusion.options.configuration import load
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.training import checkpoints, run
 from action_diffusion.training.data import prepare

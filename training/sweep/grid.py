@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
-from action_diffusion.configuration import alternatives_in, load
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.files import atomic_path
+from action_diffusion.options.configuration import alternatives_in, load
 from action_diffusion.training.resuming import composed
 
 MOST_RUNS = 1000

@@ -24,8 +24,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from action_diffusion.configuration import quoted
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.options.configuration import quoted
 from action_diffusion.parallel import cores
 from action_diffusion.progress import progress
 from action_diffusion.training.sweep.grid import Run, Sweep

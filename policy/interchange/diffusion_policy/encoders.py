@@ -12,7 +12,7 @@ from action_diffusion.errors import InputError
 from action_diffusion.policy.interchange.diffusion_policy import theirs, weights
 from action_diffusion.policy.interchange.diffusion_policy.normalizer import NORMALIZER, numbers
 from action_diffusion.policy.interchange.lerobot.weights import order
-from action_diffusion.policy.model.resnet import ResNet
+from action_diffusion.policy.model.encoders.resnet import ResNet
 from action_diffusion.policy.spec import ObservationSpec
 from action_diffusion.schema import check, shown
 

@@ -2,7 +2,7 @@
 
 there                                                here
 model.…  of ConditionalUnet1D                        denoiser.…: lerobot's U-Net is the same one, with other names
-model.…  of TransformerForDiffusion                  denoiser.…: see `policy.model.transformer`
+model.…  of TransformerForDiffusion                  denoiser.…: see `policy.model.denoisers.transformer`
 obs_encoder.obs_nets.<camera>.nets.  (robomimic)     encoder.cameras.<i>.
     0.nets.<0, 1, 4 to 7>.…                          backbone.<0, 1, 4 to 7>.…
     1.nets, .pos_x, .pos_y, .temperature             pool.nets, divided by the temperature, and pool.pos_grid
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.interchange.lerobot.weights import UNET, from_lerobot
-from action_diffusion.policy.model.resnet import trunk_name
+from action_diffusion.policy.model.encoders.resnet import trunk_name
 
 Weights = Mapping[str, Tensor]
 MODEL, ROBOMIMIC, TORCHVISION = "model.", "obs_encoder.obs_nets.", "obs_encoder.key_model_map."

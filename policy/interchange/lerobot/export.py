@@ -26,8 +26,8 @@ from action_diffusion.policy.interchange.lerobot.statistics import (
 )
 from action_diffusion.policy.interchange.lerobot.theirs import ACTION, ENVIRONMENT, STATE, VERSIONS, encoded
 from action_diffusion.policy.interchange.lerobot.weights import order, to_lerobot
-from action_diffusion.policy.model.encoder import ObservationEncoder
-from action_diffusion.policy.model.unet import ConditionalUnet1d
+from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
+from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 from action_diffusion.policy.policy import DiffusionPolicy
 
 IMAGES = "observation.images."

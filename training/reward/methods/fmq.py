@@ -27,7 +27,7 @@ from torch import Tensor
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.stored import executed
-from action_diffusion.policy.model.denoiser import Denoiser
+from action_diffusion.policy.model.denoisers.denoiser import Denoiser
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.training.reward.actor_critic import ActorCritic
 from action_diffusion.training.reward.critics import step

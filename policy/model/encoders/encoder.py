@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options.policy import check_crop
-from action_diffusion.policy.model import augment as augmentation
-from action_diffusion.policy.model import resnet
-from action_diffusion.policy.model.context import Context
-from action_diffusion.policy.model.series import Series
+from action_diffusion.policy.model.encoders import augment as augmentation
+from action_diffusion.policy.model.encoders import resnet
+from action_diffusion.policy.model.encoders.context import Context
+from action_diffusion.policy.model.encoders.series import Series
 from action_diffusion.registry import AUGMENTATIONS, check_arguments
 
 Size = tuple[int, int]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.policy.model.activations import ACTIVATIONS, Activation
 from action_diffusion.policy.model.conv import Conv1d, Double, GroupNorm, Halve, Linear
-from action_diffusion.policy.model.denoiser import Denoiser, Film, embed_times, time_mlp
+from action_diffusion.policy.model.denoisers.denoiser import Denoiser, Film, embed_times, time_mlp
 
 Value = TypeVar("Value")
 """What goes through the U-Net: a tensor, or what stands for one."""

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from action_diffusion.policy.model.attention import SelfAttention, check_sizes
 from action_diffusion.policy.model.conv import Linear
-from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding, embed_times, time_mlp
+from action_diffusion.policy.model.denoisers.attention import SelfAttention, check_sizes
+from action_diffusion.policy.model.denoisers.denoiser import Denoiser, Film, SinusoidalEmbedding, embed_times, time_mlp
 
 
 class DiTBlock(nn.Module):

@@ -19,9 +19,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from action_diffusion.errors import InputError
-from action_diffusion.policy.model.attention import SelfAttention, check_sizes
 from action_diffusion.policy.model.conv import Linear
-from action_diffusion.policy.model.denoiser import Denoiser, Film, SinusoidalEmbedding, embed_times
+from action_diffusion.policy.model.denoisers.attention import SelfAttention, check_sizes
+from action_diffusion.policy.model.denoisers.denoiser import Denoiser, Film, SinusoidalEmbedding, embed_times
 
 
 class MemoryAttention(nn.Module):

@@ -1,0 +1,1 @@
+"""From observations to one embedding: cameras, states, depth, words and series."""
