@@ -195,14 +195,14 @@ def _entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:
 
 _POLICY, _DEPLOY = "action_diffusion.policy.model", "action_diffusion.deploy"
 
-ENCODERS = Registry("encoder", "encoders", {"observation": f"{_POLICY}.encoder:ObservationEncoder"})
+ENCODERS = Registry("encoder", "encoders", {"observation": f"{_POLICY}.encoders.encoder:ObservationEncoder"})
 DENOISERS = Registry(
     "denoiser",
     "denoisers",
     {
-        "dit": f"{_POLICY}.dit:DiffusionTransformer",
-        "transformer": f"{_POLICY}.transformer:TransformerDenoiser",
-        "unet1d": f"{_POLICY}.unet:ConditionalUnet1d",
+        "dit": f"{_POLICY}.denoisers.dit:DiffusionTransformer",
+        "transformer": f"{_POLICY}.denoisers.transformer:TransformerDenoiser",
+        "unet1d": f"{_POLICY}.denoisers.unet:ConditionalUnet1d",
     },
 )
 TEXT_ENCODERS = Registry(
@@ -364,7 +364,7 @@ FORMATS = Registry(
         "mcap": "action_diffusion.datasets.formats.mcap.format:MCAP",
     },
 )
-AUGMENTATIONS = Registry("augmentation", "augmentations", {"noise": f"{_POLICY}.augment:Noise"})
+AUGMENTATIONS = Registry("augmentation", "augmentations", {"noise": f"{_POLICY}.encoders.augment:Noise"})
 
 POLICY_PARTS: Mapping[str, Registry] = {
     "encoder": ENCODERS,

@@ -219,7 +219,7 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
 
 def choices(group: str) -> list[str]:
     """The options of a group that ship with the package ("task" → pusht_state, pusht_image, …)."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parents[1]
     return sorted(name for root in (folder / "configs", folder.parent / "configs") for name in _files(root, group))
 
 

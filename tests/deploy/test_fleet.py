@@ -583,7 +583,7 @@ def test_the_benchmark_refuses_what_it_cannot_measure(capsys):
 @needs_openpi
 def test_openpis_client_asks_for_a_policy_by_its_path(policy, other, tmp_path):
     np.savez(tmp_path / "given.npz", state=states(3))
-    script = Path(__file__).parents[1] / "support" / "openpi_peer.py"
+    script = Path(__file__).parents[1] / "peers" / "openpi_peer.py"
     with serving_here({"a": other, "b": policy}, seed=7) as (_, port, _):
         command = [PEER, script, f"ws://127.0.0.1:{port}/b", tmp_path / "given.npz", tmp_path / "out.npz", "plain"]
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

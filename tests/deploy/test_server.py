@@ -62,7 +62,7 @@ SPEC = PolicySpec(
 )
 needs_openpi = pytest.mark.skipif(
     not PEER.exists(),
-    reason=f"no openpi-client: python3 -m venv {PEER.parents[1]} && {PEER} -m pip install -r tests/support/openpi.txt",
+    reason=f"no openpi-client: python3 -m venv {PEER.parents[1]} && {PEER} -m pip install -r tests/peers/openpi.txt",
 )
 
 
@@ -97,7 +97,7 @@ def expected(policy: DiffusionPolicy, observations: np.ndarray, seed: int = 7) -
 def openpi(server: Server, tmp_path: Path, how: str = "plain", token: str | None = None, **given: Any) -> Any:
     """What openpi's client gets for observations by key, [n, …] each."""
     np.savez(tmp_path / "given.npz", **given)
-    script = Path(__file__).parents[1].joinpath("support", "openpi_peer.py")
+    script = Path(__file__).parents[1].joinpath("peers", "openpi_peer.py")
     command = [str(PEER), str(script), server.url, str(tmp_path / "given.npz"), str(tmp_path / "out.npz"), how]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= {"OPENPI_API_KEY": token} if token else {}

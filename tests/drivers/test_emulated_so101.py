@@ -35,7 +35,7 @@ PEERS = cache_folder() / "peers"
 NEW = PEERS / "lerobot-0.6.1"
 EXTRA = PEERS / "lerobot-drivers-0.6.1"
 ROOT = Path(__file__).parents[2]
-WORD = f"python -m pip install --no-deps --target {EXTRA} -r tests/support/lerobot-0.6.1.txt"
+WORD = f"python -m pip install --no-deps --target {EXTRA} -r tests/peers/lerobot-0.6.1.txt"
 
 # The protocol.
 
@@ -179,7 +179,7 @@ def found(request, tmp_path_factory) -> dict[str, Any]:
     if new:
         folders.append(package(tmp_path_factory.mktemp("package")))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
-    script = [str(python), str(ROOT / "tests" / "support" / "feetech_peer.py")]
+    script = [str(python), str(ROOT / "tests" / "peers" / "feetech_peer.py")]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

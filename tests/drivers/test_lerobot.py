@@ -18,18 +18,18 @@ from action_diffusion.deploy.drivers.lerobot import SIX, VERSION
 from action_diffusion.files import cache_folder
 
 FOLDER = cache_folder() / "peers" / "lerobot-drivers"
-LIST = Path(__file__).parents[1].joinpath("support", "lerobot.txt")
+LIST = Path(__file__).parents[1].joinpath("peers", "lerobot.txt")
 
 pytestmark = pytest.mark.skipif(
     not (FOLDER / "lerobot").exists(),
-    reason=f"no lerobot: {sys.executable} -m pip install --no-deps --target {FOLDER} -r tests/support/lerobot.txt",
+    reason=f"no lerobot: {sys.executable} -m pip install --no-deps --target {FOLDER} -r tests/peers/lerobot.txt",
 )
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": str(FOLDER), "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, str(Path(__file__).parents[1].joinpath("support", "lerobot_peer.py"))]
+    script = [sys.executable, str(Path(__file__).parents[1].joinpath("peers", "lerobot_peer.py"))]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

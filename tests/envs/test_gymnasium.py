@@ -22,7 +22,7 @@ from action_diffusion.schema import check
 METAWORLD = cache_folder() / "peers" / "metaworld"
 needs_metaworld = pytest.mark.skipif(
     not (METAWORLD / "metaworld").is_dir(),
-    reason=f"no MetaWorld: pip install --no-deps --target {METAWORLD} -r tests/support/metaworld.txt",
+    reason=f"no MetaWorld: pip install --no-deps --target {METAWORLD} -r tests/peers/metaworld.txt",
 )
 
 

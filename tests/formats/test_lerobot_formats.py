@@ -1,6 +1,6 @@
 """What we write for LeRobot, read by lerobot 0.4.4: v3.0 as it is, v2.1 through its own converter.
 
-lerobot's bounds do not fit ours. `tests/support/lerobot.txt` says what it needs in a folder of its own, without its
+lerobot's bounds do not fit ours. `tests/peers/lerobot.txt` says what it needs in a folder of its own, without its
 older torch; where `python -m benchmarks` has made it a whole environment, that one is taken.
 """
 
@@ -28,7 +28,7 @@ FOLDER = cache_folder() / "peers" / "lerobot-drivers"
 
 pytestmark = pytest.mark.skipif(
     not HAS_PEER and not (FOLDER / "jsonlines").exists(),
-    reason=f"no lerobot: pip install --no-deps --target {FOLDER} -r tests/support/lerobot.txt, or python -m benchmarks",
+    reason=f"no lerobot: pip install --no-deps --target {FOLDER} -r tests/peers/lerobot.txt, or python -m benchmarks",
 )
 
 
@@ -67,7 +67,7 @@ def folders(buffer: ReplayBuffer, tmp_path_factory: pytest.TempPathFactory) -> d
             words = {"in": str(folder / "a.zarr"), "out": str(folder / name), "format": name, "video": quality}
             data_convert.run(words)
     python, variables = interpreter(tmp_path_factory.mktemp("lerobot"))
-    script = Path(__file__).parents[1].joinpath("support", "lerobot_formats_peer.py")
+    script = Path(__file__).parents[1].joinpath("peers", "lerobot_formats_peer.py")
     done = subprocess.run(
         [str(python), str(script), *map(str, made.values())],
         env={**os.environ, **variables},

@@ -25,7 +25,7 @@ from lerobot.motors.motors_bus import SerialMotorsBus
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.teleoperators import Teleoperator, TeleoperatorConfig, make_teleoperator_from_config
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import vendors
 
 from action_diffusion.deploy.drivers.lerobot import SIX, LeRobotArm
