@@ -10,7 +10,8 @@ import pytest
 
 from action_diffusion.cli import main
 from action_diffusion.files import writer_lock
-from action_diffusion.training.sweep import grid
+from action_diffusion.policy.reading import versions
+from action_diffusion.training.sweep import grid, job
 
 SHORT = "train.max_steps=2"
 
@@ -89,6 +90,15 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(sweep, capsys):
     assert "2 runs to do, 1 finished already" in capsys.readouterr().err
     assert sweep("seed=0,1", SHORT) == 0  # those that are asked for now
     assert len(summary(sweep.folder)["runs"]) == 4
+
+
+def test_a_machine_with_other_versions_does_no_run(sweep, monkeypatch):
+    there = versions() | {"torch": "1.0.0"}
+    monkeypatch.setattr(job, "versions", lambda: there)  # what a job finds where it runs
+    assert sweep("seed=0", SHORT) == 1
+    (run,) = summary(sweep.folder)["runs"]
+    assert f"has torch 1.0.0, where the sweep was started it is {versions()['torch']}" in run["reason"]
+    assert sweep.starts() == {}
 
 
 def test_ctrl_c_saves_the_run_keeps_what_is_finished_and_the_next_time_goes_on(sweep, capsys):

@@ -24,9 +24,9 @@ from typing import IO, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from action_diffusion import __version__
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path, remove, writer_lock
+from action_diffusion.policy.reading import versions
 from action_diffusion.training.sweep.grid import Kind, Run, Sweep
 
 PROGRAM = (sys.executable, "-m", "action_diffusion")
@@ -46,7 +46,8 @@ class Job:
     """The task function of Hydra's multirun; it goes to other processes and machines by pickle.
 
     runs: those of a grid by name, of which Hydra gives one at a time (`run=NAME`); empty where Hydra's sweeper chooses
-    the values. root, cwd: absolute, and the same on all machines.
+    the values. root, cwd: absolute, and the same on all machines. versions: of what shapes results, where the sweep was
+    started; a machine with others does no run of it.
     """
 
     command: str
@@ -56,7 +57,7 @@ class Job:
     runs: Mapping[str, Run]
     program: tuple[str, ...] = field(default_factory=lambda: PROGRAM)
     cwd: str = field(default_factory=os.getcwd)
-    version: str = __version__
+    versions: Mapping[str, str] = field(default_factory=versions)
 
     def __call__(self, config: DictConfig) -> float | None:
         """Do the run unless it is finished; the number that says how good it is, more is better.
@@ -94,21 +95,23 @@ class Job:
 
     def _outcome(self, words: list[str], folder: Path, kind: Kind) -> dict[str, Any]:
         """Run the command; how it ended."""
-        if self.version != __version__:
-            raise InputError(
-                f"{socket.gethostname()} has action-diffusion {__version__}, the sweep was started by {self.version}: "
-                "install the same on both"
-            )
+        own, host = versions(), socket.gethostname()
+        for name in sorted({*own, *self.versions}):
+            if own.get(name) != self.versions.get(name):
+                raise InputError(
+                    f"{host} has {name} {own.get(name, 'not at all')}, where the sweep was started it is "
+                    f"{self.versions.get(name, 'not installed')}: install the same on all machines"
+                )
         folder.mkdir(parents=True, exist_ok=True)
-        own = [f"output_dir={folder}"]
+        places = [f"output_dir={folder}"]
         if not kind.begun:  # it begins anew, and refuses a folder with a part of its output
             for path in folder.iterdir():
                 if path.name not in ("log.txt", "run.json"):
                     remove(path)
         elif (folder / kind.begun).exists():
-            own.append("resume=true")
+            places.append("resume=true")
         where = [] if self.config_dir is None else ["--config-dir", self.config_dir]
-        command = [*self.program, self.command, *words, *own, *where]
+        command = [*self.program, self.command, *words, *places, *where]
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             start = log.tell()
             log.write(f"$ {shlex.join(command)}\n")
