@@ -35,7 +35,12 @@ def drawn(draw: Callable[[int, torch.Generator | None], Tensor], n: int, generat
 
     n: as many rows as this process has, or several times as many, one batch behind the other.
     """
-    if not isinstance(generator, Share) or n % generator.rows:
+    return _shared(draw, n, generator) if isinstance(generator, Share) else draw(n, generator)
+
+
+@torch.compiler.disable  # which knows no members of a generator
+def _shared(draw: Callable[[int, torch.Generator | None], Tensor], n: int, generator: Share) -> Tensor:
+    if n % generator.rows:
         return draw(n, generator)
     whole = draw(n * generator.world, generator.together)
     times = n // generator.rows

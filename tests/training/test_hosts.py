@@ -314,3 +314,15 @@ def test_processes_share_what_one_draws(times):
     parts = [drawn(draw, times * 2, share).view(times, 2, 3) for share in shares]
     assert torch.equal(torch.cat(parts, 1), whole)
     assert not torch.equal(draw(2, shares[0]), draw(2, shares[1]))  # and each has its own
+
+
+def test_a_compiled_model_draws_the_same_of_a_share():
+    def noisy(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return x + drawn(lambda n, g: torch.randn(n, 3, generator=g), len(x), generator)
+
+    x = torch.zeros(2, 3)
+    plain, compiled = (
+        call(x, Share(torch.device("cpu"), own=1, together=5, rows=2, rank=1, world=3))
+        for call in (noisy, torch.compile(noisy, backend="eager"))
+    )
+    assert torch.equal(compiled, plain)
