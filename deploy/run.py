@@ -38,14 +38,20 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
     robot = robots.make(config.robot, RobotTask.of(spec), config if clock is None else None)
     try:
         acting.meet(robot)
-        computing = {"threads": acting.threads} | ways(acting.policy)
         stamp = f"deployment-{datetime.now():%Y%m%d-%H%M%S}"
         beside = Path(config.bundle).parent if config.bundle else Path()
         output_dir = Path(config.output_dir) if config.output_dir else beside / stamp
         with (
             RunLog(output_dir, control_rate=spec.control_rate) as log,
             closing(
-                Subscribers(config, robot, spec, limits=acting.limits, output_dir=output_dir, computing=computing)
+                Subscribers(
+                    config,
+                    robot,
+                    spec,
+                    limits=acting.limits,
+                    output_dir=output_dir,
+                    computing=lambda: {"threads": acting.threads} | ways(acting.policy),
+                )
             ) as subscribers,
         ):
             try:

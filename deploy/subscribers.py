@@ -56,7 +56,7 @@ class Subscribers:
         config: `configs/deploy.yaml`: page, page_host, page_token_file, wait, teleop, record and what that keeps.
         limits: of the loop's gate.
         output_dir: where the record goes.
-        computing: torch's threads and the kernels' ways, on which the last bits of a chunk depend.
+        computing: torch's threads and the kernels' ways so far, on which the last bits of a chunk depend.
         trials: the page is blinded, and a person starts and marks every run (`TrialOperator`).
         say: takes a line for whoever started the run.
 
@@ -72,7 +72,7 @@ class Subscribers:
         *,
         limits: Limits,
         output_dir: Path,
-        computing: Mapping[str, object] | None = None,
+        computing: Callable[[], Mapping[str, object]] = dict,
         trials: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -94,8 +94,12 @@ class Subscribers:
         if not config.record and port is None:
             return
         output = output_dir / RECORD if config.record else None
-        attrs = _attrs({**asdict(config), **(computing or {})}, robot, spec, limits)
-        attrs["trials"] = trials
+
+        def described() -> dict[str, object]:
+            return {**_attrs({**asdict(config), **computing()}, robot, spec, limits), "trials": trials}
+
+        attrs = described()
+        self._described = described
         self.subscriber = self._recording = RunStream(processes.folder, spec, output=output, attrs=attrs)
         try:
             if port is not None:
@@ -156,7 +160,7 @@ class Subscribers:
         if self._teleoperator is not None:
             self._teleoperator.close()
         if self._recording is not None:
-            self._recording.close()
+            self._recording.close(self._described())
 
 
 def _about(robot: ProcessRobot, spec: PolicySpec, limits: Limits, config: Deploy) -> AboutRun:

@@ -184,14 +184,18 @@ class GrowingBuffer:
         self._ends.flush()
         self.disk.flush()
 
-    def finish(self, episode_ends: Sequence[int]) -> None:
-        """The last commit: afterwards nothing shows that the buffer grew."""
+    def finish(self, episode_ends: Sequence[int], attrs: Mapping[str, Any] | None = None) -> None:
+        """The last commit: afterwards nothing shows that the buffer grew. attrs: that are known only now."""
         self.commit(episode_ends)
         with writing(str(self.path)):
             self.data.cut(self.n_rows)
             for table in (*self.tables.values(), self.data):
                 table.finish()
             self._ends.finish()
+            if attrs:
+                root = json.loads((self.path / "zarr.json").read_bytes())
+                self.attrs = root["attributes"] = {**root.get("attributes", {}), **attrs}
+                self.disk.write(self.path / "zarr.json", json.dumps(root, indent=2).encode())
             self.disk.flush()
             self._describe({})
 

@@ -42,15 +42,19 @@ Rows = dict[str, list[object]]
 
 
 class RunRecorder:
-    """Takes new records from the rings in `folder`, and puts them into a buffer at `output`."""
+    """Takes new records from the rings in `folder`, and puts them into a buffer at `output`.
 
-    def __init__(self, folder: Path, output: Path, attrs: Mapping[str, object]) -> None:
+    later: a JSON file of further attributes, there where the loop lived to the end of the run.
+    """
+
+    def __init__(self, folder: Path, output: Path, attrs: Mapping[str, object], later: Path) -> None:
         if output.exists():
             raise InputError(f"{output} exists: give another output_dir")
         names = ("seen", "steps", "chunks", "episodes", "setpoints", "events")
         self._rings = {name: RingReader(folder / name) for name in names}
         self._heard = {name: ring.count - 1 for name, ring in self._rings.items()}
         self._output, self._attrs, self._layout = output, dict(attrs), _layout(folder)
+        self._later = later
         self._rows: dict[str, Rows] = {}
         self._ends: list[int] = []
         self._lost, self._n_rows, self._last_step = 0, 0, -1
@@ -149,7 +153,9 @@ class RunRecorder:
         """The last commit."""
         self.commit()
         if self._buffer is not None:
-            self._buffer.finish(self._ends)
+            self._buffer.finish(
+                self._ends, json.loads(self._later.read_text(encoding="utf-8")) if self._later.exists() else {}
+            )
         if self._lost:
             print(f"{self._output} lacks {self._lost} steps: the recorder came too late", file=sys.stderr)
 
@@ -161,12 +167,12 @@ def _layout(folder: Path) -> CommandLayout:
     return CommandLayout([Group(**{**group, "reference": tuple(group["reference"])}) for group in groups])
 
 
-def run(*, folder: Path, name: str, output: str, attrs: Mapping[str, object]) -> None:
+def run(*, folder: Path, name: str, output: str, attrs: Mapping[str, object], later: str) -> None:
     """Record until asked to end, or until the loop is gone. Raises `InputError` where the disk refuses."""
     ending = Ending()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, 5)  # what records gives way to what moves
-    recorder = RunRecorder(folder, Path(output), attrs)
+    recorder = RunRecorder(folder, Path(output), attrs, Path(later))
     report(folder, name, {})
     committed, last = time.monotonic(), float("inf")
     while True:

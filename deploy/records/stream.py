@@ -9,6 +9,7 @@ nothing; what it did not get to in time is missing in the record, which says how
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ import numpy as np
 from action_diffusion.deploy.ipc.processes import Child
 from action_diffusion.deploy.ipc.rings import Fields, RingWriter
 from action_diffusion.deploy.loop.events import Answer, Seen, StepRecord
+from action_diffusion.files import atomic_path
 from action_diffusion.policy.spec import PolicySpec
 
 RECORD = "record.zarr"
@@ -74,6 +76,7 @@ class RunStream:
         attrs: Mapping[str, object],
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ) -> None:
+        self._later = folder / "record_attrs.json"
         (size,), horizon, seen = spec.action.shape, spec.horizon, seen_fields(spec)
         n_bytes = sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in seen.values())
         n_slots = int(np.clip(_SEEN_BYTES // n_bytes, _LEAST_SLOTS, _MOST_SLOTS))
@@ -85,7 +88,7 @@ class RunStream:
         self._block, self._size, self._seed, self._say = block[1], size, 0, say
         self._recorder: Child | None = None
         if output is not None:
-            arguments = {"output": str(output), "attrs": dict(attrs)}
+            arguments = {"output": str(output), "attrs": dict(attrs), "later": str(self._later)}
             self._recorder = Child("action_diffusion.deploy.records.recorder", folder, "recorder", arguments)
             self._recorder.wait_ready()
 
@@ -159,9 +162,12 @@ class RunStream:
             self._recorder = None
             self._say("the recorder's process has died: from now on there is no record but the log")
 
-    def close(self) -> None:
-        """The run is over: wait until all of it is on disk."""
+    def close(self, attrs: Mapping[str, object] | None = None) -> None:
+        """The run is over: wait until all of it is on disk. attrs: plain values of the record that are known now."""
         if self._recorder is not None:
+            if attrs:
+                with atomic_path(self._later) as partial:
+                    partial.write_text(json.dumps(attrs), encoding="utf-8")
             self._recorder.end(30.0)
 
 

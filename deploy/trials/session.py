@@ -90,8 +90,15 @@ def _session(config: Evaluate, plan: Plan, ledger: Ledger, folder: Path, clock: 
             acting.meet(robot)
         log = stack.enter_context(RunLog(records, control_rate=spec.control_rate))
         limits = _widest([acting.limits for acting in actings])
-        computing = threads | ways(actings[0].policy)
-        people = Subscribers(options, robot, spec, limits=limits, output_dir=records, computing=computing, trials=True)
+        people = Subscribers(
+            options,
+            robot,
+            spec,
+            limits=limits,
+            output_dir=records,
+            computing=lambda: threads | ways(actings[0].policy),
+            trials=True,
+        )
         stack.callback(people.close)
         session = Session(
             plan=plan,

@@ -38,7 +38,8 @@ def drawn(draw: Callable[[int, torch.Generator | None], Tensor], n: int, generat
     return _shared(draw, n, generator) if isinstance(generator, Share) else draw(n, generator)
 
 
-@torch.compiler.disable  # which knows no members of a generator
+# torch.compile knows no members of a generator.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _shared(draw: Callable[[int, torch.Generator | None], Tensor], n: int, generator: Share) -> Tensor:
     if n % generator.rows:
         return draw(n, generator)

@@ -21,11 +21,12 @@ from processes import Forked
 from action_diffusion import choice, cli
 from action_diffusion.datasets.storage.growing import read_table
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
+from action_diffusion.deploy.acting import ways
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.ipc.rings import RingReader, shared_folder
 from action_diffusion.deploy.records.reader import open_record, plain_limits, read_limits
 from action_diffusion.deploy.run import run
-from action_diffusion.deploy.serve.policies import open_policy
+from action_diffusion.deploy.serve.policies import DeployedPolicy, open_policy
 from action_diffusion.errors import InputError
 from action_diffusion.policy.action_queue import SCHEDULINGS
 from benchmarks.robustness.kills import child_of
@@ -112,10 +113,18 @@ def test_a_replay_computes_with_the_kernels_and_extensions_of_the_run(tmp_path, 
     bundle = save_bundle(tmp_path / "bundle", horizon=16)
     add_guard(bundle, horizon=16)
     out = tmp_path / "run"
+    asked = []
+
+    def met(policy: DeployedPolicy) -> dict:
+        """The kernels so far, of which one is met while the robot moves."""
+        asked.append(policy)
+        return {**ways(policy), "ways": choice.table().taken | ({"met later": "torch"} if len(asked) > 1 else {})}
+
+    monkeypatch.setattr("action_diffusion.deploy.run.ways", met)
     assert run(deploy(bundle, out, "extensions=[guard]", "page=false")) == 0
     kept = ReplayBuffer.open(out / "record.zarr").attrs["config"]
-    assert kept["ways"] == choice.table().taken
-    assert kept["ways"]
+    assert choice.table().taken
+    assert kept["ways"] == {**choice.table().taken, "met later": "torch"}
     opened, taken = [], []
     monkeypatch.setattr(choice.Table, "take", lambda _, ways: taken.append(ways))
     monkeypatch.setattr(
