@@ -241,20 +241,25 @@ def _seconds(happened: Callable[[], Record | None], since: float) -> float | Non
     return max(0.0, record.t - since)
 
 
+def words(bundle: Path, folder: Path) -> list[str]:
+    """Of `action-diffusion deploy`: episodes that do not end by themselves, and a page that asks for a token."""
+    run = [f"bundle={bundle}", f"output_dir={folder}/out", "n_episodes=100000", "scheduling=naive", "record=false"]
+    return [*run, "page=true", f"page_token_file={folder}/token"]
+
+
 @contextmanager
 def deployment(bundle: Path, folder: Path) -> Iterator[tuple[Path, int, str]]:
     """`action-diffusion deploy` under way: its shared memory, the page's port, and the cookie for its token."""
     token = secrets.token_urlsafe()
     (folder / "token").write_text(token)
-    words = [f"bundle={bundle}", f"output_dir={folder}/out", "n_episodes=1000000", "scheduling=naive", "record=false"]
-    words += ["page=true", f"page_token_file={folder}/token"]
-    line = [sys.executable, "-u", "-m", "action_diffusion", "deploy", *words]
-    loop = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    line = [sys.executable, "-u", "-m", "action_diffusion", "deploy", *words(bundle, folder)]
+    with (folder / "stderr").open("w") as file:
+        loop = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=file, text=True)
     try:
         assert loop.stdout is not None
         said = next((line for line in loop.stdout if "page: http" in line), None)
         if said is None:
-            raise InputError("the loop did not start: run action-diffusion deploy with the bundle to see why")
+            raise InputError(f"the loop did not start: {(folder / 'stderr').read_text().strip() or 'it said nothing'}")
         threading.Thread(target=loop.stdout.read, daemon=True).start()
         port = int(said.rpartition(":")[2])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LOST)

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from action_diffusion.options.configuration import settings
 from action_diffusion.policy import bundle as bundles
-from benchmarks.robustness import fuzz, kills
+from benchmarks.robustness import faults, fuzz, kills
 from benchmarks.scores import parity
 from benchmarks.speed import period
 
@@ -34,6 +35,10 @@ def test_a_kill_is_measured(who, what):
 def test_a_misspelt_option_is_refused(benchmark, capsys):
     assert benchmark.main(["sed=3"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown option 'sed'")
+
+
+def test_what_the_faults_are_tried_on_is_a_command_that_starts(tmp_path):
+    assert settings("deploy", faults.words(tmp_path, tmp_path)).record is False
 
 
 def test_the_fuzz_command_says_what_happened(capsys):
