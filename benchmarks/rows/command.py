@@ -20,6 +20,8 @@ from benchmarks.rows.system import System, systems
 def run(rows: Sequence[System], seed: int, output: Path | None, console: Console) -> int:
     """Measure one after the other, show, write; returns the exit code."""
     done: list[dict[str, Any]] = []
+    for system in rows:
+        system.check()
     try:
         for number, system in enumerate(rows, 1):
             console.print(f"[{number}/{len(rows)}] {system.name}: {system.what}", soft_wrap=True)

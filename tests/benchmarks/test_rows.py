@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from benchmarks.rows.command import main
-from benchmarks.rows.system import systems
+from action_diffusion.errors import InputError
+from benchmarks.rows.command import main, run
+from benchmarks.rows.system import System, systems
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,3 +23,14 @@ def test_each_file_of_rows_has_one(package, capsys):
         main(["--help"], package, "What it is.")
     assert left.value.code == 0
     assert f"python -m {package}" in capsys.readouterr().out
+
+
+def test_a_package_that_is_missing_is_said_before_anything_is_measured():
+    measured: list[int] = []
+    first = System(name="first", what="-", bar="-", measure=measured.append)
+    second = System(
+        name="second", what="-", bar="-", measure=measured.append, needs={"nowhere_at_all": "pip install x"}
+    )
+    with pytest.raises(InputError, match=r"the row second needs nowhere_at_all: pip install x, or name the other rows"):
+        run([first, second], 0, None, Console())
+    assert not measured
