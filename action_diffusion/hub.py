@@ -35,7 +35,7 @@ ORIGIN = "hub.json"
 """Beside what was fetched: where it is from."""
 
 
-class Kind(NamedTuple):
+class RepositoryKind(NamedTuple):
     """What is looked for. type: of its repositories. names: of the files that are taken. most_bytes: together."""
 
     type: str
@@ -44,7 +44,7 @@ class Kind(NamedTuple):
     most_bytes: int
 
 
-POLICY = Kind(
+POLICY = RepositoryKind(
     "model",
     "a policy",
     re.compile(
@@ -53,7 +53,7 @@ POLICY = Kind(
     ),
     20_000_000_000,
 )
-DATA = Kind(
+DATA = RepositoryKind(
     "dataset",
     "a LeRobot data set or a replay buffer",
     re.compile(
@@ -66,7 +66,7 @@ MOST_FILES = 1_000_000
 AT_ONCE = 8
 
 
-class Reference(NamedTuple):
+class HubReference(NamedTuple):
     """A repository, what of it, and as of when. revision: "" for its main branch. inside: "" for all of it."""
 
     repo: str
@@ -88,7 +88,7 @@ def is_reference(value: object) -> bool:
     return isinstance(value, str | Path) and str(value).startswith("hf:/")
 
 
-def parse(text: str | Path) -> Reference:
+def parse(text: str | Path) -> HubReference:
     """Raises `InputError` for what is no `hf://user/name[@revision][/folder]`."""
     found = REFERENCE.fullmatch(str(text))
     if found is None:
@@ -96,16 +96,16 @@ def parse(text: str | Path) -> Reference:
     inside = (found["inside"] or "").strip("/")
     if inside:
         _check_name(inside, str(text))
-    return Reference(found["repo"], unquote(found["revision"] or ""), inside)
+    return HubReference(found["repo"], unquote(found["revision"] or ""), inside)
 
 
-def pinned(text: str | Path, kind: Kind) -> str:
+def pinned(text: str | Path, kind: RepositoryKind) -> str:
     """The same with the commit that it stands for now."""
     reference = parse(text)
     return str(reference if reference.pinned else reference._replace(revision=_listing(reference, kind)[0]))
 
 
-def fetched(text: str | Path, kind: Kind) -> Path:
+def fetched(text: str | Path, kind: RepositoryKind) -> Path:
     """Where what is named lies on this machine; from the Hub unless it does already.
 
     Raises `InputError` for a repository, a revision or a file that is not there or may not be read, one that holds
@@ -124,7 +124,7 @@ def fetched(text: str | Path, kind: Kind) -> Path:
     return _chosen(place, reference)
 
 
-def pull(text: str | Path, kind: Kind, out: Path) -> str:
+def pull(text: str | Path, kind: RepositoryKind, out: Path) -> str:
     """Fetch into a folder of the user's; returns the reference with its commit."""
     place = fetched(text, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,9 @@ def origin(folder: Path) -> str | None:
     return found if isinstance(found, str) and REFERENCE.fullmatch(found) else None
 
 
-def push(text: str | Path, kind: Kind, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
+def push(
+    text: str | Path, kind: RepositoryKind, files: Mapping[str, Path | bytes], *, private: bool, message: str
+) -> str:
     """Write files, by their name there, as one commit, in a repository that is made where there is none; returns the
     reference with that commit. Files of the `kind` that are there and not among these go.
 
@@ -183,13 +185,13 @@ def _api(hub: Any) -> Any:
     return hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="action-diffusion")
 
 
-def _place(reference: Reference, kind: Kind) -> Path:
+def _place(reference: HubReference, kind: RepositoryKind) -> Path:
     part = f"-{hashlib.sha256(reference.inside.encode()).hexdigest()[:12]}" if reference.inside else ""
     repo = f"{kind.type}s--{reference.repo.replace('/', '--')}"
     return cache_folder() / "hub" / repo / f"{reference.revision or 'main'}{part}".replace("/", "--")
 
 
-def _listing(reference: Reference, kind: Kind) -> tuple[str, dict[str, int]]:
+def _listing(reference: HubReference, kind: RepositoryKind) -> tuple[str, dict[str, int]]:
     """The commit, and all files of it by name, with their sizes."""
     hub = _library()
     with _asking(reference):
@@ -216,7 +218,7 @@ def _check_name(name: str, where: str) -> None:
         raise InputError(f"{where} has a file {shown(name)!r}, whose name leads elsewhere: nothing of it is taken")
 
 
-def _taken(reference: Reference, kind: Kind, files: Mapping[str, int]) -> dict[str, int]:
+def _taken(reference: HubReference, kind: RepositoryKind, files: Mapping[str, int]) -> dict[str, int]:
     """What is fetched, and its size. Raises `InputError` where there are none, too many, or too large ones."""
     start = f"{reference.inside}/" if reference.inside else ""
     inside = [name for name in files if name == reference.inside or name.startswith(start)]
@@ -236,7 +238,7 @@ def _taken(reference: Reference, kind: Kind, files: Mapping[str, int]) -> dict[s
     return {name: files[name] for name in taken}
 
 
-def _one_of(reference: Reference, names: Sequence[str]) -> list[str]:
+def _one_of(reference: HubReference, names: Sequence[str]) -> list[str]:
     """Those of one data set: a LeRobot data set or a Zarr group that the repository is, or the buffer in it."""
     if any(name in ("meta/info.json", ".zgroup", "zarr.json") for name in names):
         return list(names)
@@ -246,7 +248,7 @@ def _one_of(reference: Reference, names: Sequence[str]) -> list[str]:
     return [name for name in names if roots and name.split("/")[0] == roots[0]]
 
 
-def _fetch(reference: Reference, kind: Kind, sizes: Mapping[str, int], place: Path) -> None:
+def _fetch(reference: HubReference, kind: RepositoryKind, sizes: Mapping[str, int], place: Path) -> None:
     """Into `place`, which is there when it is complete; what has come of it is kept for another try."""
     partial, hub = place.with_name(f".{place.name}.partial"), _library()
     api = _api(hub)
@@ -272,7 +274,7 @@ def _fetch(reference: Reference, kind: Kind, sizes: Mapping[str, int], place: Pa
         os.replace(partial, place)
 
 
-def _chosen(place: Path, reference: Reference) -> Path:
+def _chosen(place: Path, reference: HubReference) -> Path:
     """The folder, or the file, of a fetched repository that is meant."""
     if reference.inside:
         return place / reference.inside
@@ -281,7 +283,7 @@ def _chosen(place: Path, reference: Reference) -> Path:
 
 
 @contextmanager
-def _asking(reference: Reference, file: str = "") -> Iterator[None]:
+def _asking(reference: HubReference, file: str = "") -> Iterator[None]:
     """One line for whatever the library says: it has errors of its own, and those of what it speaks HTTP with."""
     try:
         yield

@@ -209,7 +209,7 @@ TEXT_ENCODERS = Registry(
     "text encoder",
     "text_encoders",
     {
-        "clip": "action_diffusion.policy.text.encoders:Clip",
+        "clip": "action_diffusion.policy.text.encoders:ClipEncoder",
         "minilm": "action_diffusion.policy.text.encoders:MiniLm",
         "task_id": "action_diffusion.policy.text.encoders:TaskId",
     },

@@ -28,7 +28,7 @@ from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.policy.text.words import Words
 
 
-class Acting:
+class EpisodeRunner:
     """Opens the policy that `config` asks for; `meet` comes before the first `episode`.
 
     Attributes:

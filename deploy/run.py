@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from action_diffusion.deploy.acting import Acting, ways
+from action_diffusion.deploy.acting import EpisodeRunner, ways
 from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.loop.clock import Clock
 from action_diffusion.deploy.loop.events import StepRecord, endings
@@ -33,7 +33,7 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
     """
     asked = ArmSetup(driver=config.robot, limits=config.limits, obstacles=config.obstacles)
     asked.check()  # before all that takes long
-    acting = Acting(config)
+    acting = EpisodeRunner(config)
     spec = acting.policy.spec
     robot = robots.make(config.robot, RobotTask.of(spec), config if clock is None else None)
     try:
@@ -72,7 +72,7 @@ def run(config: Deploy, *, clock: Clock | None = None) -> int:
 
 
 def _episodes(
-    config: Deploy, acting: Acting, robot: Robot, log: RunLog, subscribers: Subscribers, clock: Clock | None
+    config: Deploy, acting: EpisodeRunner, robot: Robot, log: RunLog, subscribers: Subscribers, clock: Clock | None
 ) -> None:
     """One episode after the other, each with a line of its outcome."""
     with progress("deploying", config.n_episodes * robot.max_steps) as advance:

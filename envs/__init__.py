@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from action_diffusion.envs.base import Env
-from action_diffusion.envs.joined import Joined
-from action_diffusion.envs.told import Told
+from action_diffusion.envs.joined import JoinedObservations
+from action_diffusion.envs.told import ToldEnv
 from action_diffusion.envs.workers import Workers, count
 from action_diffusion.policy.text.words import Words
 from action_diffusion.registry import ENVS, check_arguments
@@ -40,7 +40,7 @@ def make(
 ) -> Env:
     """The simulator registered under `name`, built with `settings` (its constructor's keywords).
 
-    joined: further observations, see `Joined`. words: of a policy that is told what to do, see `Told`.
+    joined: further observations, see `JoinedObservations`. words: of a policy that is told what to do, see `ToldEnv`.
     Raises `InputError` for a name that is not registered, and for settings that a simulator of somebody else's does
     not have.
     """
@@ -48,8 +48,8 @@ def make(
     if name not in ENVS.own:
         check_arguments(part, settings, f"environment {name}")
     env = cast(Env, part(**settings))
-    env = cast(Env, Joined(env, joined)) if joined else env
-    return cast(Env, Told(env, words)) if words is not None and words.texts else env
+    env = cast(Env, JoinedObservations(env, joined)) if joined else env
+    return cast(Env, ToldEnv(env, words)) if words is not None and words.texts else env
 
 
 __all__ = ["IN_PROCESSES", "ROBOSUITE", "Env", "Workers", "make", "spread"]

@@ -28,7 +28,7 @@ import numpy as np
 from action_diffusion import __version__, envs
 from action_diffusion.datasets.robomimic.attributes import pack
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
-from action_diffusion.envs.demonstration import EXPERTS, Demonstrator, Record, Recording, Source
+from action_diffusion.envs.demonstration import EXPERTS, Demonstrator, Recording, RecordOrder, Source
 from action_diffusion.envs.workers import ATTEMPTS, Lost, Workers, count, each, open_simulators
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect
@@ -136,7 +136,7 @@ def _recordings(
         while good < wanted and begun < len(starts):
             now = starts[begun : begun + wanted - good]
             begun += len(now)
-            for start, recording in each(simulators, {start: Record(start) for start in now}):
+            for start, recording in each(simulators, {start: RecordOrder(start) for start in now}):
                 if isinstance(recording, Lost):
                     lost = f"its simulator was lost {ATTEMPTS} times ({recording.reason})"
                     warnings.warn(f"start {start}: {lost}; it is left out", stacklevel=2)

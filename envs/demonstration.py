@@ -136,8 +136,8 @@ class Demonstrator:
         self._env.close()
 
 
-class Record(NamedTuple):
-    """The order to record the episode of `start`, see `workers.Order`."""
+class RecordOrder(NamedTuple):
+    """The order to record the episode of `start`, see `workers.SimulatorOrder`."""
 
     start: int
     seconds: float = 1800.0

@@ -10,7 +10,7 @@ import numpy as np
 from action_diffusion.envs.base import Env
 
 
-class Joined:
+class JoinedObservations:
     """`env`, which has further observations: the name in `joined` → some of its own, one after the other.
 
     They are float32 [n].

@@ -11,7 +11,7 @@ from action_diffusion.envs.base import Env
 from action_diffusion.policy.text.words import Words
 
 
-class Told:
+class ToldEnv:
     """`env`, which has further observations: the words, as vectors, that hold for all of an episode.
 
     They are `words.instruction`, or else what `env.instruction` says, a sentence, after `reset`.

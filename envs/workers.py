@@ -32,7 +32,7 @@ Workers = int | str | None
 Plan = Sequence[tuple[np.ndarray, bool]]
 """Actions [A] to execute, each with whether what is observed after it will be looked at."""
 START_SECONDS = 300.0
-"""How long a worker may take to start. What it is ordered has a time of its own (`Order.seconds`)."""
+"""How long a worker may take to start. What it is ordered has a time of its own (`SimulatorOrder.seconds`)."""
 ATTEMPTS = 3
 """How often one thing is tried that a worker dies of."""
 NOT_STARTED = (
@@ -65,7 +65,7 @@ class Lost(NamedTuple):
     fault: float
 
 
-class Order(Protocol):
+class SimulatorOrder(Protocol):
     """What a simulator is to do, as data that can be pickled."""
 
     @property
@@ -125,7 +125,7 @@ class Failed(NamedTuple):
     reason: str
 
 
-Message = Sequence[tuple[int, Order]]
+Message = Sequence[tuple[int, SimulatorOrder]]
 """Orders, each with the number of the simulator that is meant."""
 
 
@@ -140,13 +140,13 @@ class Host:
         """The answer to each order. Whatever a simulator raises is `Failed`, and another is made in its place."""
         return [self._guarded(simulator, order) for simulator, order in message]
 
-    def run(self, simulator: int, order: Order) -> Any:
+    def run(self, simulator: int, order: SimulatorOrder) -> Any:
         """The answer to one order; what it raises is raised."""
         if simulator not in self._held:
             self._held[simulator] = self._make()
         return order.run(self._held[simulator])
 
-    def _guarded(self, simulator: int, order: Order) -> Any:
+    def _guarded(self, simulator: int, order: SimulatorOrder) -> Any:
         try:
             return self.run(simulator, order)
         except InputError as error:
@@ -305,7 +305,7 @@ class Simulators:
     def __init__(self, crew: Crew, n: int) -> None:
         self.n, self._crew = n, crew
         self._up: set[int] = set()
-        self._waiting: dict[int, list[tuple[int, Order, bool]]] = {worker: [] for worker in range(crew.n)}
+        self._waiting: dict[int, list[tuple[int, SimulatorOrder, bool]]] = {worker: [] for worker in range(crew.n)}
         self._sent: dict[int, _Sent] = {}
         self._began: set[int] = set()
         self._failed_starts = 0
@@ -326,7 +326,7 @@ class Simulators:
         """Whether an order has no answer yet."""
         return any(sent.message for sent in self._sent.values()) or any(self._waiting.values())
 
-    def give(self, simulator: int, order: Order, *, alone: bool = False) -> None:
+    def give(self, simulator: int, order: SimulatorOrder, *, alone: bool = False) -> None:
         """An order for an available simulator that has none. alone: nothing else in its worker at the same time."""
         self._began.add(simulator)
         self._waiting[simulator % self._crew.n].append((simulator, order, alone))
@@ -427,7 +427,7 @@ def count(workers: Workers) -> int:
 Item = TypeVar("Item", bound=Hashable)
 
 
-def each(simulators: Simulators, orders: Mapping[Item, Order]) -> Iterator[tuple[Item, Any]]:
+def each(simulators: Simulators, orders: Mapping[Item, SimulatorOrder]) -> Iterator[tuple[Item, Any]]:
     """(item, answer to its order), as they are done. A worker that dies at one is replaced, and the order given again.
 
     Where that happens `ATTEMPTS` times the answer is `Lost`.

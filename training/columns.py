@@ -18,7 +18,7 @@ from action_diffusion.datasets.batches.columns import from_zero_to_one
 from action_diffusion.datasets.batches.joining import joined
 from action_diffusion.datasets.formats.cached import CONVERTED, convert_command
 from action_diffusion.datasets.images.pictures import Picture, picture
-from action_diffusion.datasets.storage.pieces import SAME_RATE, Joined
+from action_diffusion.datasets.storage.pieces import SAME_RATE, JoinedColumn
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, ZarrColumn
 from action_diffusion.envs.robosuite.absolute import COLUMN as ABSOLUTE
@@ -268,7 +268,7 @@ def _camera(column: Column, shown: Picture) -> str:
 
 
 def _absent(column: Column) -> str:
-    parts = column.columns if isinstance(column, Joined) else [column]
+    parts = column.columns if isinstance(column, JoinedColumn) else [column]
     found = [part.absent() for part in parts if isinstance(part, ZarrColumn)]
     n_missing, n_chunks = sum(len(missing) for missing, _ in found), sum(n_chunks for _, n_chunks in found)
     return f"; {n_missing} of {n_chunks} chunks are not in the file, which means the fill value" if n_missing else ""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from action_diffusion.datasets.batches.columns import depth_size, seen_picture
-from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, Told, random_crop_offsets
+from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, Sentences, random_crop_offsets
 from action_diffusion.datasets.batches.mixing import NONE, Draws, Parts, table
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows, split_episodes
 from action_diffusion.datasets.images.pictures import picture
@@ -419,12 +419,12 @@ def _check_parts(parts: Parts, train: np.ndarray, subset: str | None, max_episod
             )
 
 
-def _told(buffer: ReplayBuffer, spec: PolicySpec, model: str | None) -> dict[str, Told]:
+def _told(buffer: ReplayBuffer, spec: PolicySpec, model: str | None) -> dict[str, Sentences]:
     """The words of each observation that is some."""
     if not spec.texts:
         return {}
     sentences, of_row = row_tasks(buffer)
-    return {key: Told(words.embed(text, sentences, model), of_row) for key, text in spec.texts.items()}
+    return {key: Sentences(words.embed(text, sentences, model), of_row) for key, text in spec.texts.items()}
 
 
 def _kind(spec: ObservationSpec) -> Any:

@@ -84,7 +84,7 @@ def run(words: Sequence[str] | None, config_dir: str | None) -> int:
 
 
 def _sweep(
-    sweep: grid.Sweep, runs: Sequence[grid.Run], root: Path, launcher: str, sweeper: str, options: Sequence[str]
+    sweep: grid.Sweep, runs: Sequence[grid.SweepRun], root: Path, launcher: str, sweeper: str, options: Sequence[str]
 ) -> int:
     done = [path.name for path in sorted((root / "runs").glob("*")) if finished(path)]
     waiting = [one for one in runs if one.name not in done]
@@ -126,10 +126,10 @@ def _taken(words: Iterable[str], own: dict[str, str]) -> tuple[list[str], list[s
     return rest, options
 
 
-def _checked(sweep: grid.Sweep, chooses: bool) -> list[grid.Run]:
+def _checked(sweep: grid.Sweep, chooses: bool) -> list[grid.SweepRun]:
     """Every run, its configuration checked. Raises `InputError` that names the combination which cannot be."""
     wanted = list(sweep.extremes() if chooses else sweep.combinations())
-    runs: dict[str, grid.Run] = {}
+    runs: dict[str, grid.SweepRun] = {}
     with progress("checking configurations", len(wanted)) as advance:
         for settings in wanted:
             try:
@@ -165,7 +165,7 @@ def _trials(options: Sequence[str]) -> int:
     return int(value)
 
 
-def _write(sweep: grid.Sweep, runs: Sequence[grid.Run], root: Path) -> list[summary.Done]:
+def _write(sweep: grid.Sweep, runs: Sequence[grid.SweepRun], root: Path) -> list[summary.Done]:
     """The summary, the page, and a table of both on the terminal."""
     found = summary.look(root, sweep, runs)
     groups = summary.grouped(found, seeded=sweep.kind.seeded)

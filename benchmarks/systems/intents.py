@@ -14,7 +14,7 @@ import numpy as np
 from action_diffusion.datasets.batches.loader import BatchSource, ObsKey
 from action_diffusion.datasets.batches.windows import make_windows, split_episodes
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
-from action_diffusion.envs.pusht.block import GRAVITY, Pose, rotated
+from action_diffusion.envs.pusht.block import GRAVITY, BlockPose, rotated
 from action_diffusion.envs.pusht.simulator import PushT
 from action_diffusion.envs.rollout import generators
 from action_diffusion.options.extensions import IntentsOptions as Options
@@ -52,7 +52,7 @@ class Round:
 
     def _look(self) -> None:
         self._state = self._env.observe(["state"])["state"].astype(np.float64)
-        self.centre = Pose.of(self._state).centre
+        self.centre = BlockPose.of(self._state).centre
         self.finger = self._state[:2] - self.centre
 
     def observe(self) -> np.ndarray:

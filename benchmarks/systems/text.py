@@ -17,7 +17,7 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.envs.pusht.reward import SUCCESS, coverage
 from action_diffusion.envs.pusht.simulator import PushT
 from action_diffusion.envs.rollout import rollout
-from action_diffusion.envs.told import Told
+from action_diffusion.envs.told import ToldEnv
 from action_diffusion.files import atomic_path, cache_folder
 from action_diffusion.policy import bundle
 from action_diffusion.policy.policy import DiffusionPolicy
@@ -77,7 +77,7 @@ def scores(policy: DiffusionPolicy, goal: int, told: int, first: int) -> np.ndar
     words = Words(policy.spec.texts, None if told == goal else TOLD[told])
     rollout(
         policy=policy,
-        make_env=lambda: Told(Goal(goal, reached), words),
+        make_env=lambda: ToldEnv(Goal(goal, reached), words),
         seeds=range(first, first + EPISODES),
         keys=list(policy.spec.observations),
         n_envs=25,

@@ -14,7 +14,7 @@ import numpy as np
 from action_diffusion.datasets.batches.columns import SeenColumn
 from action_diffusion.datasets.images.pictures import picture
 from action_diffusion.datasets.robomimic.attributes import DEMO, joined_demos
-from action_diffusion.datasets.storage.pieces import Joined, Piece, check_rates_and_units, units_of
+from action_diffusion.datasets.storage.pieces import JoinedColumn, Piece, check_rates_and_units, units_of
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.rotations import ROTATIONS, as_attribute, declared_rotations
 from action_diffusion.datasets.storage.store import Column
@@ -41,7 +41,7 @@ def joined(buffers: Sequence[ReplayBuffer], needed: Collection[str]) -> ReplayBu
             raise InputError(f"{differences[key]}: what is trained on together needs the same columns")
     parts = [_alike(buffer, buffers, [key for key in keys if key not in differences]) for buffer in buffers]
     pieces = [Piece(part, 0, part.n_steps) for part in parts]
-    columns: dict[str, Column] = {key: Joined(key, pieces) for key in parts[0].keys}
+    columns: dict[str, Column] = {key: JoinedColumn(key, pieces) for key in parts[0].keys}
     attrs = _attrs(buffers)
     _add_demos(buffers, columns, attrs)
     _add_tasks(buffers, columns, attrs)

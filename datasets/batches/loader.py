@@ -71,7 +71,7 @@ class Critic:
     discount: Tensor
 
 
-class Told(NamedTuple):
+class Sentences(NamedTuple):
     """Words, as a policy takes them. vectors: float32 [n, E], one a sentence. of_row: int64 [N], each row's one."""
 
     vectors: np.ndarray
@@ -137,7 +137,7 @@ class BatchSource:
         memory_gb: float | None = None,
         cache_dir: Path | None = None,
         rotations: Mapping[str, Sequence[RotationColumns]] | None = None,
-        told: Mapping[str, Told] | None = None,
+        told: Mapping[str, Sentences] | None = None,
         gain_key: str | None = None,
         reward_key: str | None = None,
         gamma: float = 0.99,

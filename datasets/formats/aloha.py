@@ -25,7 +25,7 @@ from action_diffusion.datasets.robomimic.demo import (
     NAMES,
     Attributes,
     Demo,
-    Stored,
+    StoredColumn,
     columns_of,
     read_rows,
     said,
@@ -101,7 +101,7 @@ def _survey(file: Path, kept: Attributes) -> Demo:
         return demo
 
 
-def _read(files: list[Path], stored: Stored, piece: RowRange) -> np.ndarray:
+def _read(files: list[Path], stored: StoredColumn, piece: RowRange) -> np.ndarray:
     file = files[piece.number]
     with open_hdf5(file) as root, reading_hdf5(f"{file}: {stored.path}"):
         rows = read_rows(root, stored, piece.first, piece.end, str(file))

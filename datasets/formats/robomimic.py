@@ -32,7 +32,7 @@ from action_diffusion.datasets.formats.contract import MARK, Format, Opened, Set
 from action_diffusion.datasets.formats.journal import Journal
 from action_diffusion.datasets.hdf5.reading import check_sound, member, open_hdf5, reading_hdf5
 from action_diffusion.datasets.robomimic.attributes import DEMO
-from action_diffusion.datasets.robomimic.demo import PLACES, Stored, is_text, read_rows, said
+from action_diffusion.datasets.robomimic.demo import PLACES, StoredColumn, is_text, read_rows, said
 from action_diffusion.datasets.robomimic.file import FileLayout, describe
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column, row_bytes
@@ -78,7 +78,7 @@ def _notes(path: Path) -> Any:
         return json.loads(notes[()])
 
 
-def _read(layout: FileLayout, stored: Stored, piece: RowRange) -> np.ndarray:
+def _read(layout: FileLayout, stored: StoredColumn, piece: RowRange) -> np.ndarray:
     where = f"{layout.path}: {layout.group}{layout.demos[piece.number]}"
     with open_hdf5(layout.path) as file, reading_hdf5(f"{where}/{stored.path}"):
         demo = file[f"{layout.group}{layout.demos[piece.number]}"]

@@ -27,7 +27,7 @@ from zarr.storage import LocalStore
 
 from action_diffusion.datasets.hdf5.reading import dtype_of, open_hdf5, reading_hdf5
 from action_diffusion.datasets.robomimic.attributes import DEMO, TASK_INDEX
-from action_diffusion.datasets.robomimic.demo import Stored, is_observation, read_rows, said
+from action_diffusion.datasets.robomimic.demo import StoredColumn, is_observation, read_rows, said
 from action_diffusion.datasets.robomimic.file import FileLayout, describe
 from action_diffusion.datasets.robomimic.observing import Observer, observed
 from action_diffusion.datasets.storage.checks import check_finite
@@ -56,7 +56,7 @@ class Block(NamedTuple):
     """Rows `first` to `end` of a column, and the pieces that they are made of; `stored`: what it is in a demo."""
 
     column: str
-    stored: Stored
+    stored: StoredColumn
     first: int
     end: int
     pieces: list[DemoRows]
@@ -247,7 +247,7 @@ def _write_any(source: Path, folder: Path, block: Block, *, finite: bool = False
     array[block.first : block.end] = values
 
 
-def _rows(file: Any, source: Path, piece: DemoRows, stored: Stored) -> np.ndarray:
+def _rows(file: Any, source: Path, piece: DemoRows, stored: StoredColumn) -> np.ndarray:
     with reading_hdf5(f"{source}: {piece.demo}/{stored.path}"):
         return read_rows(file[piece.demo], stored, piece.first, piece.end, f"{source}: {piece.demo}")
 
@@ -305,7 +305,7 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
     return np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f")
 
 
-def _following(file: Any, source: Path, piece: DemoRows, stored: Stored) -> np.ndarray | None:
+def _following(file: Any, source: Path, piece: DemoRows, stored: StoredColumn) -> np.ndarray | None:
     """next_obs where there is one: its rows, and none where they are of another form."""
     path = f"next_{stored.path}"
     with reading_hdf5(f"{source}: {piece.demo}/{path}"):

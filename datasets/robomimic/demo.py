@@ -41,7 +41,7 @@ _ACTIONS = "robomimic's files keep them in data/demo_0/actions, ALOHA's in actio
 _RESERVED = {DEMO: "the number of the demo", "zarr.json": "a file of Zarr's"}
 
 
-class Stored(NamedTuple):
+class StoredColumn(NamedTuple):
     """What a column is in the file: the path inside a demo, the shape of a row, the type (native byte order).
 
     encoded: each row is a JPEG or PNG file, and shape and type are those of the picture.
@@ -67,7 +67,7 @@ class Demo:
 
     where: str
     n_samples: int | None = None
-    numbers: dict[str, tuple[int, Stored]] = field(default_factory=dict)
+    numbers: dict[str, tuple[int, StoredColumn]] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
     made_up: set[str] = field(default_factory=set)
     task: str | None = None
@@ -88,7 +88,7 @@ def is_observation(path: str) -> bool:
     return _OBSERVATIONS.match(path) is not None
 
 
-def read_rows(demo: Any, stored: Stored, first: int, end: int, where: str) -> np.ndarray:
+def read_rows(demo: Any, stored: StoredColumn, first: int, end: int, where: str) -> np.ndarray:
     """Rows `first` to `end` of a column of the group `demo`, as fewer as the dataset has. where: of the demo."""
     dataset, place = demo[stored.path], f"{where}/{stored.path}"
     if stored.encoded:
@@ -113,10 +113,10 @@ def survey(group: Any, where: str, budget: Budget, linked: Iterable[str] = ()) -
         if image is not None:
             shape, dtype = image
             budget.claim((len(item), *shape), dtype.itemsize, f"{where}/{path}")
-            demo.numbers[path] = len(item), Stored(path, shape, dtype, encoded=True)
+            demo.numbers[path] = len(item), StoredColumn(path, shape, dtype, encoded=True)
         elif dtype.kind in "biuf" and dtype.itemsize <= 8:
             if not is_next:
-                demo.numbers[path] = item.shape[0] if item.ndim else 0, Stored(path, item.shape[1:], dtype)
+                demo.numbers[path] = item.shape[0] if item.ndim else 0, StoredColumn(path, item.shape[1:], dtype)
                 demo.made_up |= {path} if unwritten(item) else set()
         elif is_text(item):
             words = _one_text(item) if demo.task is None and path.rpartition("/")[2] in TASK_WORDS else None
@@ -152,7 +152,7 @@ def _one_text(dataset: Any) -> str | None:
 class Columns(NamedTuple):
     """What all demos have. lengths: steps of each; left_out: path → why it is no column, or which row is not in it."""
 
-    stored: dict[str, Stored]
+    stored: dict[str, StoredColumn]
     lengths: list[int]
     left_out: dict[str, str]
 
@@ -176,7 +176,7 @@ def columns_of(demos: Sequence[Demo], first: str) -> Columns:
             left_out[f"{path}[-1]"] = "the row after the last action"
         if why is None and any(path in demo.made_up for demo in demos):
             left_out[f"rows of {path}"] = "never written: they are the file's fill value"
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredColumn] = {}
     for demo, length in zip(demos, lengths, strict=True):
         _check_lengths(demo, length, left_out)
         found = _named(demo, left_out)
@@ -219,8 +219,8 @@ def _check_lengths(demo: Demo, length: int, left_out: Mapping[str, str]) -> None
         raise InputError(f"{demo.where} has unequal lengths: actions {length}, but {others}")
 
 
-def _named(demo: Demo, left_out: Mapping[str, str]) -> dict[str, Stored]:
-    columns: dict[str, Stored] = {}
+def _named(demo: Demo, left_out: Mapping[str, str]) -> dict[str, StoredColumn]:
+    columns: dict[str, StoredColumn] = {}
     for path, (_, stored) in demo.numbers.items():
         if path in left_out:
             continue
@@ -247,7 +247,9 @@ def _column(path: str) -> str:
     return name.replace("/", ".")
 
 
-def _check_same(found: Mapping[str, Stored], expected: Mapping[str, Stored], where: str, first: str) -> None:
+def _check_same(
+    found: Mapping[str, StoredColumn], expected: Mapping[str, StoredColumn], where: str, first: str
+) -> None:
     for column in {**expected, **found}:
         one, other = found.get(column), expected.get(column)
         if one is None:

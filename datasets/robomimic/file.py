@@ -34,7 +34,7 @@ from action_diffusion.datasets.hdf5.reading import (
 from action_diffusion.datasets.robomimic.attributes import TASK_INDEX
 from action_diffusion.datasets.robomimic.demo import (
     Attributes,
-    Stored,
+    StoredColumn,
     columns_of,
     is_observation,
     is_text,
@@ -64,7 +64,7 @@ class FileLayout:
     group: str
     demos: list[str]
     ends: np.ndarray
-    columns: dict[str, Stored]
+    columns: dict[str, StoredColumn]
     subsets: dict[str, list[str]]
     env_args: dict[str, Any]
     hdf5_attributes: str

@@ -36,7 +36,7 @@ class Piece:
         return self.stop - self.first
 
 
-class Joined:
+class JoinedColumn:
     """One key of all pieces, one after the other."""
 
     def __init__(self, key: str, pieces: Sequence[Piece]) -> None:
@@ -151,6 +151,6 @@ def write_pieces(
         raise InputError(f"{path} exists: choose another path, or remove it")
     if not pieces:
         raise InputError("no episode would be left")
-    made: dict[str, Column] = {key: Joined(key, pieces) for key in pieces[0].buffer.keys}
+    made: dict[str, Column] = {key: JoinedColumn(key, pieces) for key in pieces[0].buffer.keys}
     with atomic_path(path) as temporary:
         write_zarr(temporary, made | dict(columns or {}), np.cumsum([len(piece) for piece in pieces]), attrs)

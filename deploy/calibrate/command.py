@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from action_diffusion.deploy.calibrate.delays import actuation, camera
-from action_diffusion.deploy.calibrate.motion import Measured, Wanted, move, plan
-from action_diffusion.deploy.calibrate.report import SEEN, CameraFound, Found, print_table, write
+from action_diffusion.deploy.calibrate.motion import RecordedMotion, Wanted, move, plan
+from action_diffusion.deploy.calibrate.report import SEEN, Calibrated, CameraFound, print_table, write
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.robot.robots import RobotTask, in_processes
 from action_diffusion.errors import InputError
@@ -89,7 +89,7 @@ def _robot(config: Deploy, policy: DeployedPolicy | None) -> ProcessRobot:
     return in_processes(config.robot, task, config)
 
 
-def _moved(robot: ProcessRobot, wanted: Wanted, seed: int) -> Measured:
+def _moved(robot: ProcessRobot, wanted: Wanted, seed: int) -> RecordedMotion:
     """Begin, go through the motion, and rest."""
     try:
         robot.begin(seed)
@@ -128,8 +128,8 @@ def _inference(policy: DeployedPolicy, config: Deploy) -> list[float]:
 
 
 def estimate(
-    robot: str, measured: Measured, stamp_latency: Mapping[str, float], inference: list[float] | None
-) -> Found:
+    robot: str, measured: RecordedMotion, stamp_latency: Mapping[str, float], inference: list[float] | None
+) -> Calibrated:
     """All latencies. stamp_latency: of each camera, what was taken off its stamps already (s).
 
     Raises `InputError` where the arm did not follow.
@@ -149,4 +149,4 @@ def estimate(
         if sight is not None and sight.seen < SEEN:
             sight = None
         cameras[key] = CameraFound(sight=sight, arrived=measured.arrived[key], corrected=stamp_latency[key])
-    return Found(robot=robot, measured=measured, actuation=arm, cameras=cameras, inference=inference)
+    return Calibrated(robot=robot, measured=measured, actuation=arm, cameras=cameras, inference=inference)

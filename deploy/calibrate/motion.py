@@ -73,7 +73,7 @@ class Motion(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class RecordedMotion:
     """What was recorded. `sent` and `state`: of the number that moved. `frames`: by camera, made small; `arrived`: when
     each came, relative to its stamp (s). `edges`: of whole periods (monotonic s). `events`: what the arm's process did
     against the motion; where there are any, it was given up. `lost`: seconds that a simulator did not keep up with."""
@@ -150,7 +150,7 @@ def _turning(layout: CommandLayout) -> set[int]:
     return {i for group, part in layout.slices() if group.kind == "rotation" for i in range(part.start, part.stop)}
 
 
-def move(robot: ProcessRobot, motion: Motion, number: int) -> Measured:
+def move(robot: ProcessRobot, motion: Motion, number: int) -> RecordedMotion:
     """Go through it, and record. The arm has begun, and rests in the end. Raises `InputError` where a camera dies."""
     recorder, lost = _MotionRecorder(robot, number), _lost(robot)
     arm, events = robot.arm, list[str]()
@@ -198,10 +198,10 @@ class _MotionRecorder:
                     value, arrived = small(values["image"]), float(values["arrived"]) - record.t
                 self._rows[name].append((record.t, value, arrived))
 
-    def measured(self, edges: np.ndarray, events: list[str]) -> Measured:
+    def measured(self, edges: np.ndarray, events: list[str]) -> RecordedMotion:
         signals = {name: _signal(rows) for name, rows in self._rows.items()}
         cameras = {name.removeprefix("camera "): name for name in self._rings if name.startswith("camera ")}
-        return Measured(
+        return RecordedMotion(
             sent=signals["sent"],
             state=signals["state"],
             frames={key: signals[name] for key, name in cameras.items()},

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from action_diffusion.deploy.calibrate.delays import Actuation, Estimate, Sight
-from action_diffusion.deploy.calibrate.motion import Measured
+from action_diffusion.deploy.calibrate.motion import RecordedMotion
 from action_diffusion.files import atomic_path
 
 SEEN = 0.5
@@ -51,11 +51,11 @@ class CameraFound:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Calibrated:
     """All of it. inference: seconds of each prediction; None without a policy."""
 
     robot: str
-    measured: Measured
+    measured: RecordedMotion
     actuation: Actuation
     cameras: Mapping[str, CameraFound]
     inference: list[float] | None
@@ -100,7 +100,7 @@ def _of(seconds: list[float]) -> Estimate:
     return Estimate(float(median), float(least), float(most))
 
 
-def summary(found: Found) -> dict[str, object]:
+def summary(found: Calibrated) -> dict[str, object]:
     """What goes into `latency.json`, in ms; low and high as the table says."""
     cameras: dict[str, object] = {}
     for key, camera in found.cameras.items():
@@ -132,7 +132,7 @@ def summary(found: Found) -> dict[str, object]:
     }
 
 
-def print_table(found: Found) -> None:
+def print_table(found: Calibrated) -> None:
     periods = f"{len(found.measured.edges) - 1} periods"
     table = Table("ms", "median", "from", "to", "of", title=f"latency of {found.robot}, relative to its states' time")
     for key, camera in found.cameras.items():
@@ -157,7 +157,7 @@ def _row(table: Table, name: str, estimate: Estimate, of: str) -> None:
     table.add_row(name, *(f"{1e3 * value:.1f}" for value in (estimate.median, estimate.low, estimate.high)), of)
 
 
-def write(found: Found, folder: Path) -> None:
+def write(found: Calibrated, folder: Path) -> None:
     """latency.json and latency.png."""
     with atomic_path(folder / "latency.json") as temporary:
         temporary.write_text(json.dumps(summary(found), indent=2) + "\n", encoding="utf-8")
@@ -165,7 +165,7 @@ def write(found: Found, folder: Path) -> None:
         _draw(found).savefig(temporary, dpi=120)
 
 
-def _draw(found: Found) -> Figure:
+def _draw(found: Calibrated) -> Figure:
     seen = {key: camera.sight for key, camera in found.cameras.items() if camera.sight is not None}
     figure = Figure(figsize=(9, 2.6 * (1 + 2 * len(seen))), layout="constrained")
     axes = figure.subplots(1 + 2 * len(seen), 1, squeeze=False)[:, 0]
@@ -176,7 +176,7 @@ def _draw(found: Found) -> Figure:
     return figure
 
 
-def _draw_motion(axes: Axes, found: Found) -> None:
+def _draw_motion(axes: Axes, found: Calibrated) -> None:
     measured, start = found.measured, found.measured.sent.t[0]
     axes.step(measured.sent.t - start, measured.sent.values, where="post", label="setpoints", linewidth=1)
     axes.plot(measured.state.t - start, measured.state.values, label="states", linewidth=1)
@@ -189,7 +189,7 @@ def _draw_motion(axes: Axes, found: Found) -> None:
     axes.legend(loc="upper right", fontsize=8)
 
 
-def _draw_camera(axes: Axes, found: Found, key: str, sight: Sight) -> None:
+def _draw_camera(axes: Axes, found: Calibrated, key: str, sight: Sight) -> None:
     t = sight.t - found.measured.sent.t[0]
     axes.plot(t, sight.component, ".", markersize=3, label="a component of the pictures")
     axes.plot(t, sight.predicted, linewidth=1, label=f"as the states {1e3 * sight.late.median:.1f} ms before say")

@@ -49,7 +49,7 @@ PACE = 0.7
 ACTION = 10
 
 
-class Demonstrator:
+class ExpertDriver:
     """Drives one episode after the other.
 
     Args:
@@ -154,7 +154,7 @@ def run(config: Collect) -> dict[str, object]:
     began = time.monotonic()
     try:
         keys = [*(f"robot0_{name}" for name in RECORDED), "object", *robot.cameras]
-        demonstrator = Demonstrator(robot=robot, env_name=env["name"], keys=keys)
+        demonstrator = ExpertDriver(robot=robot, env_name=env["name"], keys=keys)
         with Recorder.open(output, demonstrator.fields, _attrs(config, robot)) as recorder:
             counts = _record(demonstrator, recorder, config.seed, wanted, config.min_score)
         lost = 0.0 if robot.scene is None else robot.scene.lost
@@ -171,7 +171,7 @@ def run(config: Collect) -> dict[str, object]:
 
 
 def _record(
-    demonstrator: Demonstrator, recorder: Recorder, first: int, wanted: int, min_score: float
+    demonstrator: ExpertDriver, recorder: Recorder, first: int, wanted: int, min_score: float
 ) -> dict[str, int | float]:
     """Episodes until there are enough of them, or Ctrl-C; the counts to report."""
     discarded, lengths = 0, list[int]()

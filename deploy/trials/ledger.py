@@ -22,7 +22,7 @@ Index = Annotated[int, Between(0, 1_000_000_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrialRun:
     """One run, of `bundle` in `trial` at `place`, all counted from 0.
 
     mark: what a person said, `measured` what a simulator did, `stopped` of a robot that ended it by itself; `undone`
@@ -51,7 +51,7 @@ class Ledger:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.path, self._plan = folder / NAME, plan
-        self.lines: list[Run] = []
+        self.lines: list[TrialRun] = []
         if self.path.exists():
             self._read()
 
@@ -64,9 +64,9 @@ class Ledger:
             with writing(str(self.path)):
                 os.truncate(self.path, len(whole) + len(newline))
 
-    def _understood(self, line: bytes, where: str) -> Run:
+    def _understood(self, line: bytes, where: str) -> TrialRun:
         try:
-            run: Run = check(json.loads(line), Run)
+            run: TrialRun = check(json.loads(line), TrialRun)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is no run: {error}") from None
         order = self._plan.orders[run.trial] if run.trial < len(self._plan.orders) else []
@@ -75,7 +75,7 @@ class Ledger:
         return run
 
     @property
-    def counted(self) -> dict[tuple[int, int], Run]:
+    def counted(self) -> dict[tuple[int, int], TrialRun]:
         """The runs that count, by (trial, place), of the trials that are to be made."""
         last = {(run.trial, run.place): run for run in self.lines if run.trial < self._plan.trials}
         return {place: run for place, run in last.items() if run.score is not None}
@@ -108,7 +108,7 @@ class Ledger:
             found[run.bundle][run.trial] = run.score
         return found
 
-    def append(self, run: Run) -> None:
+    def append(self, run: TrialRun) -> None:
         """On disk when this returns. Raises `InputError` where the disk refuses."""
         run = replace(run, at=datetime.now().astimezone().isoformat(timespec="seconds"))
         with writing(str(self.path)), self.path.open("ab", buffering=0) as file:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from action_diffusion.deploy.acting import Acting, ways
+from action_diffusion.deploy.acting import EpisodeRunner, ways
 from action_diffusion.deploy.arm.link import ArmSetup
 from action_diffusion.deploy.arm.travel import travel, way
 from action_diffusion.deploy.hardware.limits import Limits
@@ -35,7 +35,7 @@ from action_diffusion.deploy.records.run_log import RunLog
 from action_diffusion.deploy.robot import robots
 from action_diffusion.deploy.robot.robots import Robot, RobotTask
 from action_diffusion.deploy.subscribers import Subscribers
-from action_diffusion.deploy.trials.ledger import Ledger, Run
+from action_diffusion.deploy.trials.ledger import Ledger, TrialRun
 from action_diffusion.deploy.trials.plan import NAME, Plan, planned, write_plan
 from action_diffusion.deploy.trials.report import finish
 from action_diffusion.errors import InputError
@@ -78,7 +78,7 @@ def _session(config: Evaluate, plan: Plan, ledger: Ledger, folder: Path, clock: 
     """Make the runs that are due. Returns the exit code: 0, or 130 after Ctrl-C."""
     options = config.deployment(config.paths[0])
     ArmSetup(driver=options.robot, limits=options.limits, obstacles=options.obstacles).check()
-    actings = [Acting(config.deployment(path)) for path in config.paths]
+    actings = [EpisodeRunner(config.deployment(path)) for path in config.paths]
     spec = together([acting.policy.spec for acting in actings])
     threads: dict[str, Any] = {"threads": [acting.threads for acting in actings]}
     number = len(list(folder.glob("sessions/*"))) + 1
@@ -132,7 +132,7 @@ class Session:
     ledger: Ledger
     folder: Path
     robot: Robot
-    actings: Sequence[Acting]
+    actings: Sequence[EpisodeRunner]
     log: RunLog
     people: Subscribers
     number: int
@@ -237,7 +237,9 @@ class Session:
         mark, score = self._marked(trial, place, outcome, why)
         if score is not None and not self.ledger.has_begun(trial):
             self._keep(trial, start)
-        made = Run(trial=trial, place=place, bundle=bundle, mark=mark, score=score, steps=outcome.steps, reason=why)
+        made = TrialRun(
+            trial=trial, place=place, bundle=bundle, mark=mark, score=score, steps=outcome.steps, reason=why
+        )
         self.ledger.append(replace(made, session=self.number, episode=self._episodes))
         self._episodes += 1
         worth = f", score {score:.4g}" if mark in ("partial", "measured") else ""

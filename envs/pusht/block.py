@@ -53,14 +53,14 @@ def rotated(points: np.ndarray, angle: np.ndarray | float) -> np.ndarray:
     return np.stack([cos * x - sin * y, sin * x + cos * y], axis=-1)
 
 
-class Pose(NamedTuple):
+class BlockPose(NamedTuple):
     """Where the block is: centre of gravity [..., 2] (px) and angle [...] (rad)."""
 
     centre: np.ndarray
     angle: np.ndarray | float
 
     @classmethod
-    def of(cls, state: np.ndarray) -> Pose:
+    def of(cls, state: np.ndarray) -> BlockPose:
         """From a state [5]: agent x, y, block x, y, angle."""
         return cls(state[2:4] + rotated(GRAVITY, state[4]), float(state[4]))
 
@@ -113,7 +113,7 @@ def all_contacts(spacing: float) -> Contacts:
     )
 
 
-def pushed(pose: Pose, contacts: Contacts, travel: np.ndarray) -> Pose:
+def pushed(pose: BlockPose, contacts: Contacts, travel: np.ndarray) -> BlockPose:
     """Where `pose` gets to, [...], when the finger at `contacts` [...] moves the face by `travel` [...] px.
 
     The finger keeps its place on the block, so that the block moves on an arc.
@@ -124,7 +124,7 @@ def pushed(pose: Pose, contacts: Contacts, travel: np.ndarray) -> Pose:
     safe = np.where(np.abs(turn) < 1e-6, 1e-6, turn)
     sideways = np.stack([-contacts.push[..., 1], contacts.push[..., 0]], axis=-1)
     chord = (np.sin(safe) / safe)[..., None] * contacts.push + ((1 - np.cos(safe)) / safe)[..., None] * sideways
-    return Pose(pose.centre + rotated(along[..., None] * chord, pose.angle), pose.angle + turn)
+    return BlockPose(pose.centre + rotated(along[..., None] * chord, pose.angle), pose.angle + turn)
 
 
 def _offsets(points: np.ndarray) -> np.ndarray:
@@ -196,7 +196,7 @@ class Ways:
         *,
         start: np.ndarray,
         targets: np.ndarray,
-        pose: Pose,
+        pose: BlockPose,
         arena: tuple[float, float],
     ) -> None:
         outside = np.clip(pose.to_world(CORNERS + _RING_DISTANCE * _OUTWARD), *arena)

@@ -23,8 +23,8 @@ import numpy as np
 from action_diffusion.envs.pusht.block import (
     CORNERS,
     GRAVITY,
+    BlockPose,
     Contacts,
-    Pose,
     Ways,
     all_contacts,
     backed_off,
@@ -34,7 +34,7 @@ from action_diffusion.envs.pusht.block import (
 )
 from action_diffusion.envs.pusht.simulator import GOAL_POSE
 
-GOAL = Pose(np.array(GOAL_POSE[:2]) + rotated(GRAVITY, GOAL_POSE[2]), GOAL_POSE[2])
+GOAL = BlockPose(np.array(GOAL_POSE[:2]) + rotated(GRAVITY, GOAL_POSE[2]), GOAL_POSE[2])
 ARENA = (1.0, 511.0)  # where the finger may go, px
 WALLS = (9.0, 503.0)  # where the block may be pushed, px
 TURN = 110.0  # finger travel that one radian takes, px / rad
@@ -53,7 +53,7 @@ def _unfinished(error: np.ndarray, tolerance: np.ndarray | float) -> np.ndarray:
     return result
 
 
-def cost_to_go(pose: Pose) -> np.ndarray:
+def cost_to_go(pose: BlockPose) -> np.ndarray:
     """What it takes from `pose` [...] to the goal, in px of finger travel, [...].
 
     Each error costs the travel that mends it, and the way to one more push while it is not done. An error is done
@@ -90,7 +90,7 @@ class PushTExpert:
         error: [5], how far off the state is believed to be.
         """
         state = np.asarray(observation["state"], np.float64) + (0.0 if error is None else error)
-        pose = Pose.of(state)
+        pose = BlockPose.of(state)
         path, contact = self._path(pose, pose.to_block(state[:2]))
         reached = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=-1))])
         # A target L px ahead means L / 2.5 px a step; it slows down before the contact, and again before the end.
@@ -112,7 +112,7 @@ class PushTExpert:
             if np.linalg.norm(finger - block[:2]) > 130:
                 return np.concatenate([finger, block])
 
-    def _path(self, pose: Pose, finger: np.ndarray) -> tuple[np.ndarray, int]:
+    def _path(self, pose: BlockPose, finger: np.ndarray) -> tuple[np.ndarray, int]:
         """The finger's path [K, 2] in the world, from where it is to the end of the best push; where contact is."""
         contacts = self._contacts
         start = backed_off(finger, CLEAR)
@@ -130,7 +130,7 @@ class PushTExpert:
         ends = pushed(pose, contact, (travel + 1.5) * np.linspace(0, 1, 9)[1:])
         return np.concatenate([pose.to_world(np.array(points)), ends.to_world(contact.at)]), len(points) - 1
 
-    def _best_push(self, pose: Pose, ways: np.ndarray) -> tuple[int, Contacts, float]:
+    def _best_push(self, pose: BlockPose, ways: np.ndarray) -> tuple[int, Contacts, float]:
         """The contact whose push is worth most given `ways` [N] (px) to all, a finer place of it, and its travel."""
         contacts = self._contacts
         worth = _worth(pose, contacts[:, None], TRAVELS, ways[:, None])
@@ -153,7 +153,7 @@ def _in_front(contacts: Contacts, finger: np.ndarray) -> np.ndarray:
     return np.where(in_front, np.hypot(np.maximum(gap, 0.0), aside), np.inf)
 
 
-def _worth(pose: Pose, contacts: Contacts, travels: np.ndarray, ways: np.ndarray) -> np.ndarray:
+def _worth(pose: BlockPose, contacts: Contacts, travels: np.ndarray, ways: np.ndarray) -> np.ndarray:
     """The worth of pushing at each of `contacts` [N, 1] by each of `travels` [T] px, [N, T]."""
     after = pushed(pose, contacts, travels)
     gain = cost_to_go(pose) - cost_to_go(after) - travels
@@ -165,7 +165,7 @@ def _worth(pose: Pose, contacts: Contacts, travels: np.ndarray, ways: np.ndarray
     return result
 
 
-def _within_walls(pose: Pose) -> np.ndarray:
+def _within_walls(pose: BlockPose) -> np.ndarray:
     """Whether the block at `pose` [...] is clear of the walls, bool [...]."""
-    corners = Pose(pose.centre[..., None, :], np.asarray(pose.angle)[..., None]).to_world(CORNERS)
+    corners = BlockPose(pose.centre[..., None, :], np.asarray(pose.angle)[..., None]).to_world(CORNERS)
     return np.asarray(((corners > WALLS[0]) & (corners < WALLS[1])).all(axis=(-1, -2)))

@@ -43,7 +43,7 @@ CLEARANCE = 0.03  # m below the height for carrying where going on slows down, a
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TaskPlan:
     """What differs between tasks. Heights are of the object's centre; lengths in m, in the world's frame.
 
     Attributes:
@@ -70,8 +70,8 @@ class Plan:
     steps: int = 0
 
 
-LIFT = Plan(grasp=(0, 0, 0), width=(0.03, 0.066), symmetry=0, carry=1.0, steps=26)
-CAN = Plan(
+LIFT = TaskPlan(grasp=(0, 0, 0), width=(0.03, 0.066), symmetry=0, carry=1.0, steps=26)
+CAN = TaskPlan(
     grasp=(0, 0, 0.02),
     width=(0.02, 0.056),
     symmetry=0,
@@ -82,7 +82,7 @@ CAN = Plan(
     low=0.88,
     steps=115,
 )
-SQUARE = Plan(
+SQUARE = TaskPlan(
     grasp=(0.054, 0, 0.006),
     width=(0.02, 0.036),
     symmetry=np.pi,
@@ -130,7 +130,7 @@ class ManipulationExpert:
 
     observations: tuple[str, ...] = OBSERVATIONS
 
-    def __init__(self, *, seed: int, plan: Plan) -> None:
+    def __init__(self, *, seed: int, plan: TaskPlan) -> None:
         self._random = np.random.default_rng(seed)
         self._plan = plan
         self.steps = plan.steps
@@ -155,7 +155,7 @@ class ManipulationExpert:
         """No state but a start is known without simulating."""
 
 
-def seen(observation: Mapping[str, np.ndarray], plan: Plan, error: np.ndarray | None = None) -> SceneView:
+def seen(observation: Mapping[str, np.ndarray], plan: TaskPlan, error: np.ndarray | None = None) -> SceneView:
     """The scene of an observation, whose `object` begins with a position [3] and a quaternion [4] (x, y, z, w)."""
     position = np.asarray(observation["object"][:3], np.float64) + (0 if error is None else error)
     pose = Rotation.from_quat(np.float64(observation["object"][3:7])).as_matrix()
@@ -171,7 +171,7 @@ def seen(observation: Mapping[str, np.ndarray], plan: Plan, error: np.ndarray | 
     )
 
 
-def decide(scene: SceneView, plan: Plan) -> RelativeMove:
+def decide(scene: SceneView, plan: TaskPlan) -> RelativeMove:
     """What to do now."""
     distance = float(np.linalg.norm(scene.grasp - scene.hand))
     if _placed(scene, plan):
@@ -187,7 +187,7 @@ def decide(scene: SceneView, plan: Plan) -> RelativeMove:
     return RelativeMove(offset, turn, 1 if close else -1)
 
 
-def _placed(scene: SceneView, plan: Plan) -> bool:
+def _placed(scene: SceneView, plan: TaskPlan) -> bool:
     if plan.goal is None:
         return False
     if scene.object[2] > plan.low + (RELEASE if scene.width < plan.width[1] else STILL_RELEASED):
@@ -195,7 +195,7 @@ def _placed(scene: SceneView, plan: Plan) -> bool:
     return bool(np.linalg.norm(scene.object[:2] - plan.goal) < 2 * plan.over)
 
 
-def _carry(scene: SceneView, plan: Plan) -> RelativeMove:
+def _carry(scene: SceneView, plan: TaskPlan) -> RelativeMove:
     closed = np.clip(1 - abs(scene.speed) / CLOSING, 0, 1)
     if plan.goal is None:
         rise = plan.carry - scene.object[2]

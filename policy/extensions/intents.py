@@ -166,7 +166,7 @@ def _probabilities(names: Sequence[str], preference: Any) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundIntents:
     """The intent of each window, int64, of those to learn from and of those held out; what intents are called.
 
     examples: of each intent an episode's place in the buffer, of clusters the one that is nearest to the centre.
@@ -180,7 +180,7 @@ class Found:
     separation: float | None = None
 
 
-def intents_of(train: BatchSource, held_out: BatchSource, options: Mapping[str, Any]) -> Found:
+def intents_of(train: BatchSource, held_out: BatchSource, options: Mapping[str, Any]) -> FoundIntents:
     """The intents of demonstrations, by labels or by clusters; options: of `options.extensions.IntentsOptions`.
 
     Raises `InputError` for labels that are no intents, and where there is nothing to cluster.
@@ -196,7 +196,7 @@ def intents_of(train: BatchSource, held_out: BatchSource, options: Mapping[str, 
                 f"labels={column}: {unseen[0]!r} is only among what is held out: there is no intent to learn"
             )
         placed = [np.array([names.index(word) for word in some], np.int64) for some in words]
-        return Found(placed[0], placed[1], names, [_episode(train, words[0].index(name)) for name in names])
+        return FoundIntents(placed[0], placed[1], names, [_episode(train, words[0].index(name)) for name in names])
     paths = [_paths(source, options["by"]) for source in sources]
     points = motions([*paths[0], *paths[1]], options["columns"], aligned=options["aligned"])
     points, others = points[: len(paths[0])], points[len(paths[0]) :]
@@ -209,7 +209,7 @@ def intents_of(train: BatchSource, held_out: BatchSource, options: Mapping[str, 
         windows = np.array([np.flatnonzero(places[0][1] == episode)[0] for episode in windows])
     names = [f"way_{number}" for number in range(1, options["count"] + 1)]
     examples = [_episode(train, int(window)) for window in windows]
-    return Found(belongs[0], belongs[1], names, examples, separation(points, centres))
+    return FoundIntents(belongs[0], belongs[1], names, examples, separation(points, centres))
 
 
 def _episode(source: BatchSource, window: int) -> int:

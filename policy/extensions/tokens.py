@@ -93,14 +93,14 @@ class Tokens(Extension):
     def hooks(self, seen: Encoded) -> Sequence[Hook]:
         said, probability = self.head.most_likely(seen.condition.float())
         self._sure = probability.mean(dim=1)
-        return [_Begin(self.tokens.decode(said), self._sure >= self.confidence, self.until)]
+        return [_SureBegin(self.tokens.decode(said), self._sure >= self.confidence, self.until)]
 
     def finish(self, seen: Encoded, normalized: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert self._sure is not None
         return normalized, {"tokens.confidence": self._sure}
 
 
-class _Begin(Hook):
+class _SureBegin(Hook):
     """chunk [B, H, A], sure: bool [B]."""
 
     def __init__(self, chunk: Tensor, sure: Tensor, until: float) -> None:

@@ -129,7 +129,9 @@ def model_of(policy: DiffusionPolicy, opset: int) -> Any:
         condition, *now = _Begin(policy)(obs)
     begin = _traced(_Begin(policy), (obs,), names, ["condition", "now"][: 1 + len(now)], opset)
     x = torch.zeros(BATCH, *chunk)
-    step = _traced(_Step(policy), (x, torch.zeros_like(condition)), ["loop/x", "loop/film"], ["loop/output"], opset)
+    step = _traced(
+        _ExportedStep(policy), (x, torch.zeros_like(condition)), ["loop/x", "loop/film"], ["loop/output"], opset
+    )
     end = _traced(_End(policy), (x, *now), ["normalized", "now"][: 1 + len(now)], [ACTION], opset)
     draws = sum(move.draws for move in solver.moves)
     inputs = [helper.make_tensor_value_info(NOISE, TensorProto.FLOAT, ["batch", *chunk])]
@@ -172,7 +174,7 @@ class _Begin(nn.Module):
         return condition, torch.cat([seen.obs[key][:, -1].float().flatten(1) for key in frame.observations], dim=1)
 
 
-class _Step(nn.Module):
+class _ExportedStep(nn.Module):
     """x [B, H, A], film [B, F] → what the denoiser says, [B, H, A]; no step of the chunk is fixed."""
 
     def __init__(self, policy: DiffusionPolicy) -> None:

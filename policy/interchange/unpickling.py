@@ -2,7 +2,7 @@
 
     FILE, a zip that is not compressed:
       NAME/data.pkl   a pickle, a program for a stack machine ─▶ here: dict, list, tuple, numbers, str, bytes,
-      NAME/data/0     the numbers of a storage, one after the other    `Stored` (a tensor), `Made` (anything else)
+      NAME/data/0     the numbers of a storage, one after the other    `StoredTensor` (a tensor), `Made` (anything else)
       NAME/data/1     …
 
 Python's unpickler imports what a pickle names, and calls it. This one has nothing to call: of the few names that a
@@ -84,7 +84,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a storage: where it begins, its sizes, and how many numbers lie between neighbours."""
 
     storage: Storage
@@ -127,7 +127,7 @@ class TorchFile:
         except InputError as error:
             raise InputError(f"{path}: {error}; nothing of it was run") from None
 
-    def tensors(self, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
         """The numbers of tensors, by name, each contiguous and by itself."""
         with _opened(self.path) as archive:
             for name, stored in wanted.items():
@@ -328,7 +328,7 @@ def _instructions(program: bytes) -> Iterator[tuple[str, Any]]:
             yield opcode.name, argument
 
 
-def _stored(storage: Any, offset: Any, size: Any, stride: Any) -> Stored:
+def _stored(storage: Any, offset: Any, size: Any, stride: Any) -> StoredTensor:
     """Raises `InputError` for a tensor that leaves its storage, or has more numbers than it."""
     numbers = (offset, *size, *stride)
     if not isinstance(storage, Storage) or not all(type(number) is int and number >= 0 for number in numbers):
@@ -338,4 +338,4 @@ def _stored(storage: Any, offset: Any, size: Any, stride: Any) -> Stored:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) > storage.count or (math.prod(size) and last >= storage.count):
         raise InputError(f"a tensor of {shown(size)} numbers leaves its storage of {storage.count:,}")
-    return Stored(storage, offset, tuple(size), tuple(stride))
+    return StoredTensor(storage, offset, tuple(size), tuple(stride))

@@ -37,7 +37,7 @@ class Network(Protocol):
         """x [R, H, A], times [R], or [R, 2] for `two_times` → [R, H, A]. rows [R]: examples that x is of; None: all."""
 
 
-class Outcome(Protocol):
+class ChunkOutcome(Protocol):
     """What came of the executed steps of a batch of B chunks, see `batches.loader.Critic`."""
 
     reward: Tensor
@@ -112,7 +112,7 @@ class Objective:
     taught: ClassVar[bool] = False
     """Whether it learns from another policy: `pairs` then takes a `teacher`, and training reads the bundle."""
     rewarded: ClassVar[bool] = False
-    """Whether it learns from rewards: `further_loss` then takes an `Outcome`, and training gives it `critics`."""
+    """Whether it learns from rewards: `further_loss` then takes a `ChunkOutcome`, and training gives it `critics`."""
     family: ClassVar[str | None] = None
     """Of the processes that it is for (`Process.family`); None: any."""
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.extensions.stored import condition_dim, executed
-from action_diffusion.policy.objectives.objective import Denoising, Learner, Network, Outcome
+from action_diffusion.policy.objectives.objective import ChunkOutcome, Denoising, Learner, Network
 from action_diffusion.policy.offline.critics import OfflineCritics
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.sample import Prefix, network_of
@@ -118,7 +118,7 @@ class DiffusionQl(Denoising):
         critics: OfflineCritics,
         obs: Mapping[str, Tensor],
         action: Tensor,
-        outcome: Outcome,
+        outcome: ChunkOutcome,
         generator: torch.Generator | None,
     ) -> Tensor:
         critics.follow(policy, self.follow)
@@ -151,7 +151,7 @@ class DiffusionQl(Denoising):
         return loss - self.eta * gain
 
     def target(
-        self, policy: Learner, critics: OfflineCritics, outcome: Outcome, generator: torch.Generator | None
+        self, policy: Learner, critics: OfflineCritics, outcome: ChunkOutcome, generator: torch.Generator | None
     ) -> Tensor:
         """r + γⁿ · min Q'(s', a'), [B]; r alone at the end of an episode."""
         seen = critics.actor.see(outcome.next_obs).condition

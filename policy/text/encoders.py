@@ -158,7 +158,7 @@ class MiniLm:
             return _array(torch.nn.functional.normalize(mean, dim=1)[0])
 
 
-class Clip:
+class ClipEncoder:
     """The projected text embedding of a CLIP, of length 1.
 
     model: its folder, with config.json, model.safetensors and tokenizer.json, as its page on the Hub has them.

@@ -20,7 +20,7 @@ from action_diffusion.datasets import ReplayBuffer
 from action_diffusion.datasets.edit import plotting
 from action_diffusion.datasets.edit.editing import numbers
 from action_diffusion.datasets.robomimic.attributes import demo_names, subset
-from action_diffusion.datasets.storage.pieces import Changed, Joined, Piece
+from action_diffusion.datasets.storage.pieces import Changed, JoinedColumn, Piece
 from action_diffusion.datasets.storage.provenance import file_hash
 
 
@@ -295,10 +295,10 @@ def test_what_cannot_be_done_is_said_in_one_line(
 def test_columns_in_pieces_read_like_arrays(buffer: ReplayBuffer) -> None:
     pieces = [Piece(buffer, 3, 9), Piece(buffer, 20, 40, {"img": 2}), Piece(buffer, 0, 4)]
     whole = rows_of(buffer, (3, 9), (20, 40), (0, 4))["state"]
-    joined = Joined("state", pieces)
+    joined = JoinedColumn("state", pieces)
     for rows in (slice(None), slice(2, 28), slice(6, 6), slice(0, 30, 3), [1, 27, 5]):
         np.testing.assert_array_equal(joined[rows], whole[rows])
-    np.testing.assert_array_equal(Joined("img", pieces)[6:26], buffer["img"][22:42])
+    np.testing.assert_array_equal(JoinedColumn("img", pieces)[6:26], buffer["img"][22:42])
     changed = Changed(buffer["action"], np.asarray([2, 5]), np.full((2, 2), 7, np.float32))
     expected = np.array(buffer["action"][:])
     expected[[2, 5]] = 7

@@ -16,7 +16,7 @@ from scipy.signal import cont2discrete, lfilter, ss2tf
 
 from action_diffusion.deploy.calibrate.command import estimate, run
 from action_diffusion.deploy.calibrate.delays import CELLS, Signal, actuation, camera, small
-from action_diffusion.deploy.calibrate.motion import Measured, Wanted, plan, shape
+from action_diffusion.deploy.calibrate.motion import RecordedMotion, Wanted, plan, shape
 from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.hardware.protocols import Group, make_camera
 from action_diffusion.deploy.robot import cell
@@ -153,7 +153,7 @@ def test_what_a_camera_does_not_see_is_not_made_up():
     still = Signal(frames.t, np.ones_like(frames.values))
     views = {"blind": Signal(frames.t, noise), "slow": few, "covered": still, "front": frames}
     arrived = {key: np.full(len(view.t), 0.002) for key, view in views.items()}
-    taken = Measured(sent=setpoints(2), state=state, frames=views, arrived=arrived, edges=EDGES, events=[])
+    taken = RecordedMotion(sent=setpoints(2), state=state, frames=views, arrived=arrived, edges=EDGES, events=[])
     found = estimate("ur", taken, dict.fromkeys(views, 0.01), None)
     assert [key for key, view in found.cameras.items() if view.sight is not None] == ["front"]
     assert found.cameras["front"].setting == pytest.approx(0.05, abs=TOLERANCE)
@@ -162,7 +162,7 @@ def test_what_a_camera_does_not_see_is_not_made_up():
     busy = estimate("sim_pusht", replace(taken, frames={}, lost=0.25), {}, None)
     assert list(busy.warnings()) == ["the simulator stood still for 0.25 s: this machine is too busy for it"]
     assert any("cameras.front.stamp_latency: 0.05" in line for line in found.settings())
-    resting = Measured(
+    resting = RecordedMotion(
         sent=taken.sent, state=Signal(state.t, 0 * state.t), frames={}, arrived={}, edges=EDGES, events=[]
     )
     with pytest.raises(InputError, match="the arm did not follow"):

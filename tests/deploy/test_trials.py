@@ -29,7 +29,7 @@ from action_diffusion.deploy.loop.clock import VirtualClock
 from action_diffusion.deploy.loop.operator import Mode, Order, Orders
 from action_diffusion.deploy.loop.trial_operator import TrialOperator
 from action_diffusion.deploy.trials import session
-from action_diffusion.deploy.trials.ledger import Ledger, Run
+from action_diffusion.deploy.trials.ledger import Ledger, TrialRun
 from action_diffusion.deploy.trials.plan import fingerprint, planned, read_plan, shuffled, write_plan
 from action_diffusion.deploy.trials.report import difference
 from action_diffusion.deploy.trials.session import run, together
@@ -392,14 +392,14 @@ def test_a_run_counts_as_its_last_line_says(two, tmp_path) -> None:
     made = ledger(tmp_path, two)
     first, second = made._plan.orders[0]
     assert made.due == (0, 0)
-    made.append(Run(trial=0, place=0, bundle=first, mark="redo", score=None))
+    made.append(TrialRun(trial=0, place=0, bundle=first, mark="redo", score=None))
     assert (made.due, made.can_undo) == ((0, 0), False)
-    made.append(Run(trial=0, place=0, bundle=first, mark="partial", score=0.5))
-    made.append(Run(trial=0, place=1, bundle=second, mark="success", score=1.0))
+    made.append(TrialRun(trial=0, place=0, bundle=first, mark="partial", score=0.5))
+    made.append(TrialRun(trial=0, place=1, bundle=second, mark="success", score=1.0))
     assert (made.due, made.can_undo) == ((1, 0), True)
     made.undo()
     assert (made.due, made.can_undo) == ((0, 1), False)
-    made.append(Run(trial=0, place=1, bundle=second, mark="failure", score=0.0))
+    made.append(TrialRun(trial=0, place=1, bundle=second, mark="failure", score=0.0))
     again = ledger(tmp_path, two)
     assert again.lines == made.lines
     assert again.due == (1, 0)

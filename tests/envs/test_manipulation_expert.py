@@ -12,7 +12,7 @@ pytest.importorskip("robosuite", reason="robosuite is not installed: pip install
 
 from action_diffusion.envs.robosuite import expert as manipulation_expert
 from action_diffusion.envs.robosuite import tasks
-from action_diffusion.envs.robosuite.expert import CAN, LIFT, SQUARE, Plan, decide, seen
+from action_diffusion.envs.robosuite.expert import CAN, LIFT, SQUARE, TaskPlan, decide, seen
 
 DOWN = Rotation.from_euler("x", np.pi)
 
@@ -28,7 +28,7 @@ def observation(hand=(0, 0, 1), object=(0, 0, 0.83), width=0.08, object_yaw=0.0)
     }
 
 
-def order(plan: Plan, **situation):
+def order(plan: TaskPlan, **situation):
     return decide(seen(observation(**situation), plan), plan)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from action_diffusion.envs.pusht.block import (
     FACES,
     FINGER,
-    Pose,
+    BlockPose,
     Ways,
     all_contacts,
     backed_off,
@@ -25,7 +25,7 @@ from action_diffusion.envs.pusht.simulator import PushT
 ANYWHERE = (-1e9, 1e9)
 
 
-def state_of(pose: Pose, finger: np.ndarray) -> np.ndarray:
+def state_of(pose: BlockPose, finger: np.ndarray) -> np.ndarray:
     origin = pose.to_world(np.array([0.0, -45.0]))
     return np.array([*pose.to_world(finger), *origin, pose.angle])
 
@@ -33,7 +33,7 @@ def state_of(pose: Pose, finger: np.ndarray) -> np.ndarray:
 @given(st.floats(0, 512), st.floats(0, 512), st.floats(-7, 7), st.floats(-200, 200), st.floats(-200, 200))
 @settings(max_examples=30, deadline=None)
 def test_frames_are_inverse(x: float, y: float, angle: float, u: float, v: float) -> None:
-    pose = Pose.of(np.array([0.0, 0.0, x, y, angle]))
+    pose = BlockPose.of(np.array([0.0, 0.0, x, y, angle]))
     point = np.array([u, v])
     np.testing.assert_allclose(pose.to_block(pose.to_world(point)), point, atol=1e-9)
     np.testing.assert_allclose(state_of(pose, point)[2:], [x, y, angle], atol=1e-9)
@@ -44,7 +44,7 @@ def test_frames_are_inverse(x: float, y: float, angle: float, u: float, v: float
 def test_pushes_move_the_simulated_block_as_predicted(face: int, share: float) -> None:
     length = float(np.linalg.norm(FACES[face, 1] - FACES[face, 0]))
     contact = on_face(face, np.array([share * length]))
-    pose = Pose(np.array([256.0, 256.0]), 0.4)
+    pose = BlockPose(np.array([256.0, 256.0]), 0.4)
     env = PushT()
     env.restore(state_of(pose, contact.at[0]))
     travels = np.linspace(0, 40, 21)[1:]
@@ -53,7 +53,7 @@ def test_pushes_move_the_simulated_block_as_predicted(face: int, share: float) -
         env.step(after.to_world(contact.at)[0])
     for _ in range(10):
         env.step(after.to_world(contact.at)[0])
-    got = Pose.of(env.observe(["state"])["state"].astype(np.float64))
+    got = BlockPose.of(env.observe(["state"])["state"].astype(np.float64))
     np.testing.assert_allclose(got.centre, after.centre[0], atol=1.5)
     (angle,) = np.asarray(after.angle)
     assert got.angle == pytest.approx(float(angle), abs=0.03)
@@ -95,7 +95,7 @@ def test_ways_reach_every_contact_without_touching_the_block(x: float, y: float,
         return
     contacts = all_contacts(16.0)
     targets = contacts.at - 10.0 * contacts.push
-    pose = Pose(np.array([256.0, 256.0]), angle)
+    pose = BlockPose(np.array([256.0, 256.0]), angle)
     ways = Ways(start=start, targets=targets, pose=pose, arena=ANYWHERE)
     assert (ways.lengths.min(axis=0) < 1000).all()
     for way, target in np.argwhere(ways.lengths < 1000):
@@ -108,8 +108,8 @@ def test_ways_reach_every_contact_without_touching_the_block(x: float, y: float,
 
 def test_cost_falls_towards_the_goal() -> None:
     assert cost_to_go(GOAL) == 0.0
-    turned = Pose(np.stack([GOAL.centre] * 3), np.array(GOAL.angle) + np.array([0.1, 0.5, 3.0]))
-    shifted = Pose(GOAL.centre + np.array([[3.0, 0.0], [30.0, 0.0], [150.0, 0.0]]), np.full(3, GOAL.angle))
+    turned = BlockPose(np.stack([GOAL.centre] * 3), np.array(GOAL.angle) + np.array([0.1, 0.5, 3.0]))
+    shifted = BlockPose(GOAL.centre + np.array([[3.0, 0.0], [30.0, 0.0], [150.0, 0.0]]), np.full(3, GOAL.angle))
     for poses in (turned, shifted):
         costs = cost_to_go(poses)
         assert (np.diff(costs) > 0).all()
@@ -150,12 +150,12 @@ def test_same_seed_same_episode_and_another_seed_may_go_round_the_other_way() ->
     np.testing.assert_array_equal(states, again[1])
     np.testing.assert_array_equal(actions, again[2])
     # The block's foot points at the finger, which has to get behind it: as long to the left as to the right.
-    behind = state_of(Pose(GOAL.centre + np.array([-60.0, 60.0]), GOAL.angle + 0.02), np.array([0.0, -150.0]))
+    behind = state_of(BlockPose(GOAL.centre + np.array([-60.0, 60.0]), GOAL.angle + 0.02), np.array([0.0, -150.0]))
     firsts = []
     for seed in range(12):
         expert = PushTExpert(seed=seed)
         expert.reset()
-        firsts.append(Pose.of(behind).to_block(expert.act({"state": behind}))[0])
+        firsts.append(BlockPose.of(behind).to_block(expert.act({"state": behind}))[0])
     assert min(firsts) < -1
     assert max(firsts) > 1
 

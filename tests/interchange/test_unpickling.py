@@ -17,7 +17,7 @@ from torch import nn
 
 from action_diffusion.errors import InputError
 from action_diffusion.policy.interchange.diffusion_policy.form import holds, read
-from action_diffusion.policy.interchange.unpickling import MOST_BYTES, Made, Stored, TorchFile
+from action_diffusion.policy.interchange.unpickling import MOST_BYTES, Made, StoredTensor, TorchFile
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_plain_values_and_tensors_come_out_as_they_went_in(path: Path) -> None:
     values["a"][5] = file.content["values"]["a"][5]
     assert isinstance(values["a"][5], Made)  # bytes, which nothing needs
     assert file.content["values"] == values
-    assert all(isinstance(stored, Stored) for stored in file.content["tensors"].values())
+    assert all(isinstance(stored, StoredTensor) for stored in file.content["tensors"].values())
     found = dict(file.tensors(file.content["tensors"]))
     assert list(found) == list(tensors)
     for name, value in tensors.items():

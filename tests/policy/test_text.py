@@ -19,7 +19,7 @@ from action_diffusion.files import cache_folder
 from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec, TextSpec
 from action_diffusion.policy.text import words
-from action_diffusion.policy.text.encoders import Clip, MiniLm, TaskId
+from action_diffusion.policy.text.encoders import ClipEncoder, MiniLm, TaskId
 from action_diffusion.policy.text.words import Words, check_told, describe, embed
 
 TASKS = ("push it", "open the drawer")
@@ -240,7 +240,7 @@ def test_clip_from_a_folder_is_what_transformers_says(tmp_path: Path) -> None:
     import transformers
 
     network = transformers.CLIPModel.from_pretrained(folder).eval()
-    ids = Clip(model=folder)._part.tokens("push it")
+    ids = ClipEncoder(model=folder)._part.tokens("push it")
     with torch.inference_mode():
         theirs = torch.nn.functional.normalize(network.get_text_features(ids).pooler_output, dim=1)[0]
     np.testing.assert_allclose(embed(found.text, ["push it"], str(folder))[0], theirs, atol=1e-6)

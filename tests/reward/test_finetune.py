@@ -17,7 +17,7 @@ from action_diffusion.options.configuration import settings
 from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.extensions.best_of import BestOf
 from action_diffusion.policy.extensions.extension import Fitted
-from action_diffusion.training.reward.finetune import Run
+from action_diffusion.training.reward.finetune import FinetuneRun
 from action_diffusion.training.reward.methods.idql import Idql
 
 SHORT = (
@@ -137,6 +137,6 @@ def test_no_start_is_tried_twice_or_evaluated_on(bundle, tmp_path):
     options = ["trials.seed=10", "watch.seed=12", "watch.n_episodes=2", "evaluation.seed=15", "evaluation.n_episodes=1"]
     config = settings("finetune", [f"bundle={bundle}", *options])
     policy = bundles.load(bundle)
-    run = Run(config, policy, Idql(policy), tmp_path, {})
+    run = FinetuneRun(config, policy, Idql(policy), tmp_path, {})
     assert list(itertools.islice(run._starts(), 4)) == [10, 11, 14, 16]
     assert next(run._starts()) == 17, "another iterator goes on"

@@ -11,12 +11,14 @@ import pytest
 
 from action_diffusion.statistics import paired_interval, t_interval
 from action_diffusion.training.sweep import page, summary
-from action_diffusion.training.sweep.grid import Run, read
+from action_diffusion.training.sweep.grid import SweepRun, read
 
 STARTS = list(range(100, 110))
 
 
-def put(root: Path, name: str, settings: dict[str, str], scores: np.ndarray | None, *, seeds=STARTS, **more) -> Run:
+def put(
+    root: Path, name: str, settings: dict[str, str], scores: np.ndarray | None, *, seeds=STARTS, **more
+) -> SweepRun:
     """A finished run with these scores; without, one that failed."""
     folder = root / "runs" / name
     (folder / "evaluation").mkdir(parents=True)
@@ -28,7 +30,7 @@ def put(root: Path, name: str, settings: dict[str, str], scores: np.ndarray | No
         (folder / "evaluation/results.json").write_text(json.dumps(found))
         outcome |= {"state": "finished", "reason": None, "made": ["evaluation/results.json"]}
     (folder / "run.json").write_text(json.dumps(outcome))
-    return Run(settings, name)
+    return SweepRun(settings, name)
 
 
 @pytest.fixture

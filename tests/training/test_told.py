@@ -17,7 +17,7 @@ from action_diffusion.commands import preflight
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.deploy.run import run
 from action_diffusion.deploy.serve.session import ClientSession
-from action_diffusion.envs.told import Told
+from action_diffusion.envs.told import ToldEnv
 from action_diffusion.errors import InputError
 from action_diffusion.options.configuration import load, settings
 from action_diffusion.policy import bundle as bundles
@@ -173,7 +173,7 @@ def test_a_simulator_may_say_what_to_do_itself(bundle: Path) -> None:
         def observe(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
             return {key: np.zeros(5, np.float32) for key in keys}
 
-    env: Any = Told(Speaking(), Words.of(spec))
+    env: Any = ToldEnv(Speaking(), Words.of(spec))
     for seed in (0, 1):
         env.reset(seed)
         np.testing.assert_array_equal(env.observe(["told"])["told"], vector(spec, TASKS[seed]))

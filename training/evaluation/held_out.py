@@ -23,7 +23,7 @@ from action_diffusion.policy.reading import read_config, trained_on
 from action_diffusion.policy.spec import PolicySpec
 from action_diffusion.training import episodes
 from action_diffusion.training.data import held_out_indices, split
-from action_diffusion.training.evaluation.offline import EpisodesOrigin, Reference, evaluate_offline
+from action_diffusion.training.evaluation.offline import EpisodesOrigin, WindowReference, evaluate_offline
 
 MOST_WINDOWS = 512
 _BATCH = 64
@@ -110,7 +110,7 @@ def evaluate_held_out(
         now = np.arange(firsts[index], whose[index], chosen.n_action_steps)[:MOST_WINDOWS]
         return _batches(source.with_windows(windows_at(now, chosen.ends, policy.spec)), list(policy.spec.observations))
 
-    reference = Reference(
+    reference = WindowReference(
         origin=chosen.origin,
         ids=[hashlib.blake2b(part.astype("<f4").tobytes(), digest_size=8).hexdigest() for part in rows],
         episode=episode,

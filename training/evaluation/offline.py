@@ -7,9 +7,10 @@ results.json holds `task`, `n_windows`, `n_steps`, `n_action_steps`, `names`, `u
 error, in the data's units, averaged over dimensions), `action_error_relative` (the same as a share of range; None where
 every dimension is constant), `errors` (by name: `mae`, `rmse`, `range`, `relative_mae`, `relative_rmse`), `steps_ahead`
 [H], `mae_ahead` [H][A], `relative_ahead` [H] (None where no step is left or every dimension is constant), `settings`,
-`versions`, `seconds`. With a `Reference` also `origin`, `origin_kind`, `n_episodes`, `episode_ids`, `episode_errors`
-(relative; None where every dimension is constant), `episode_steps`, `action_error_relative_interval` (95 %, bootstrap
-over episodes; None where there is but one) and `baselines` (`baselines.chunks`, `results.against_baseline`).
+`versions`, `seconds`. With a `WindowReference` also `origin`, `origin_kind`, `n_episodes`, `episode_ids`,
+`episode_errors` (relative; None where every dimension is constant), `episode_steps`, `action_error_relative_interval`
+(95 %, bootstrap over episodes; None where there is but one) and `baselines` (`baselines.chunks`,
+`results.against_baseline`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class EpisodesOrigin:
 
 
 @dataclass(frozen=True)
-class Reference:
+class WindowReference:
     """Which episodes the N windows are of, and what these hold beside them.
 
     ids: a hash of each of the E episodes. episode: int [N], which one each window is of. before: float [N, A], the
@@ -72,7 +73,7 @@ def evaluate_offline(
     batches: Batches,
     output_dir: str | Path,
     settings: Mapping[str, Any],
-    reference: Reference | None = None,
+    reference: WindowReference | None = None,
     task: str = "held-out data",
     names: Sequence[str] = (),
     units: Sequence[str] = (),
@@ -153,7 +154,7 @@ class _Errors(NamedTuple):
     span: np.ndarray
 
 
-def _errors(sampled: _Sampled, now: int, count: int, reference: Reference | None) -> _Errors:
+def _errors(sampled: _Sampled, now: int, count: int, reference: WindowReference | None) -> _Errors:
     executed = sampled.mask.copy()
     executed[:, :now] = executed[:, now + count :] = False
     if not executed.any():
@@ -248,7 +249,7 @@ def _by_step(errors: _Errors, mask: np.ndarray, now: int) -> dict[str, Any]:
     }
 
 
-def _by_episode(errors: _Errors, reference: Reference) -> dict[str, Any]:
+def _by_episode(errors: _Errors, reference: WindowReference) -> dict[str, Any]:
     """Mean relative error of each episode, and the interval over episodes of their mean, each step counted once."""
     error, executed, span = errors
     episode, n = np.repeat(reference.episode, executed.sum(axis=1)), len(reference.ids)
@@ -275,7 +276,7 @@ def _baselines(
     results: Mapping[str, Any],
     sampled: _Sampled,
     errors: _Errors,
-    reference: Reference,
+    reference: WindowReference,
     names: Sequence[str],
     now: int,
 ) -> dict[str, Any]:
@@ -293,7 +294,7 @@ def _baselines(
 
 def _along(
     policy: Policy,
-    reference: Reference,
+    reference: WindowReference,
     results: Mapping[str, Any],
     labels: Sequence[str],
     count: int,

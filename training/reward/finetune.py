@@ -65,7 +65,7 @@ def finetune(config: Finetune) -> dict[str, Any]:
         raise InputError(f"{source}: {policy.spec.task} has no simulator to try things in")
     options = {name: value for name, value in config.method.items() if name != "name"}
     method: Method = METHODS.load(config.method["name"])(policy, seed=config.seed, **options)
-    run = Run(config, policy, method, folder, sampler)
+    run = FinetuneRun(config, policy, method, folder, sampler)
     run.learn()
     console.print(f"the best is in {folder / 'bundle'}: {run.words()}")
     if not config.evaluation.n_episodes:
@@ -80,7 +80,7 @@ def finetune(config: Finetune) -> dict[str, Any]:
     return results
 
 
-class Run:
+class FinetuneRun:
     """One run of `finetune`: its parts, and how far it is."""
 
     def __init__(

@@ -30,7 +30,7 @@ _OWN = {"output_dir": "give the sweep's", "resume": "run the same words again: a
 _LONGEST = 80
 
 
-class Kind(NamedTuple):
+class CommandOutput(NamedTuple):
     """What a command that can be swept leaves in its output folder; "" for what it does not.
 
     makes: one of these is there when it ends well. results: of its evaluation. curves: numbers while it runs, a JSON
@@ -49,17 +49,20 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "train": Kind(("bundle",), "evaluation/results.json", "metrics.jsonl", "step", "train.max_steps", "config.yaml"),
-    "finetune": Kind(
+    "train": CommandOutput(
+        ("bundle",), "evaluation/results.json", "metrics.jsonl", "step", "train.max_steps", "config.yaml"
+    ),
+    "finetune": CommandOutput(
         ("bundle",), "evaluation/results.json", "progress.jsonl", "env_steps", "budget.env_steps", "checkpoint"
     ),
-    "evaluate": Kind(("results.json", "summary.json"), "results.json", seeded=False),
+    "evaluate": CommandOutput(("results.json", "summary.json"), "results.json", seeded=False),
 }
 
 
 @dataclass(frozen=True)
-class Run:
-    """One of the combinations: what is its own, by option, in words; the folder's name; how long, in `Kind.clock`."""
+class SweepRun:
+    """One of the combinations: what is its own, by option, in words; the folder's name; how long, in
+    `CommandOutput.clock`."""
 
     settings: Mapping[str, str]
     name: str
@@ -76,7 +79,7 @@ class Sweep:
     config_dir: str | None = None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> CommandOutput:
         return KINDS[self.command]
 
     @property
@@ -103,7 +106,7 @@ class Sweep:
         for name, found in zip(self.names, values, strict=True):
             yield from (first | {name: value} for value in found[1:])
 
-    def run(self, settings: Mapping[str, str]) -> tuple[Run, dict[str, Any]]:
+    def run(self, settings: Mapping[str, str]) -> tuple[SweepRun, dict[str, Any]]:
         """The run of these settings, and its configuration. Raises `InputError` where that cannot be.
 
         Its name is made of the settings, and of a hash of the whole configuration: the same one is the same folder,
@@ -119,7 +122,7 @@ class Sweep:
         length: Any = config
         for part in self.kind.budget.split("."):
             length = length.get(part) if isinstance(length, Mapping) else None
-        return Run(settings, f"{said[:_LONGEST]}{'-' * bool(said)}{digest}", length), config
+        return SweepRun(settings, f"{said[:_LONGEST]}{'-' * bool(said)}{digest}", length), config
 
     def _load(self, words: Sequence[str], config_dir: str | None) -> dict[str, Any]:
         return load(self.command, words, config_dir)

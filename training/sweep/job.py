@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from action_diffusion.errors import InputError
 from action_diffusion.files import atomic_path, remove, writer_lock
 from action_diffusion.policy.reading import versions
-from action_diffusion.training.sweep.grid import Kind, Run, Sweep
+from action_diffusion.training.sweep.grid import CommandOutput, Sweep, SweepRun
 
 PROGRAM = (sys.executable, "-m", "action_diffusion")
 SAVE_SECONDS = 120.0
@@ -54,7 +54,7 @@ class Job:
     fixed: tuple[str, ...]
     config_dir: str | None
     root: Path
-    runs: Mapping[str, Run]
+    runs: Mapping[str, SweepRun]
     program: tuple[str, ...] = field(default_factory=lambda: PROGRAM)
     cwd: str = field(default_factory=os.getcwd)
     versions: Mapping[str, str] = field(default_factory=versions)
@@ -79,7 +79,7 @@ class Job:
             raise RunFailed(read_outcome(folder).get("reason") or f"{run.name} has no score")
         return found
 
-    def _do(self, sweep: Sweep, run: Run, folder: Path) -> None:
+    def _do(self, sweep: Sweep, run: SweepRun, folder: Path) -> None:
         began = time.time()
         outcome: dict[str, Any] = {"command": self.command, "settings": dict(run.settings), "length": run.length}
         outcome |= {"host": socket.gethostname(), "state": "failed"}
@@ -93,7 +93,7 @@ class Job:
             earlier = read_outcome(folder).get("seconds") or 0.0
             _write(folder / "run.json", outcome | {"seconds": earlier + time.time() - began})
 
-    def _outcome(self, words: list[str], folder: Path, kind: Kind) -> dict[str, Any]:
+    def _outcome(self, words: list[str], folder: Path, kind: CommandOutput) -> dict[str, Any]:
         """Run the command; how it ended."""
         own, host = versions(), socket.gethostname()
         for name in sorted({*own, *self.versions}):

@@ -28,7 +28,7 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.options.configuration import quoted
 from action_diffusion.parallel import cores
 from action_diffusion.progress import progress
-from action_diffusion.training.sweep.grid import Run, Sweep
+from action_diffusion.training.sweep.grid import Sweep, SweepRun
 from action_diffusion.training.sweep.job import Job, finished, read_outcome, score
 
 
@@ -87,7 +87,7 @@ def multirun(
     job: Job,
     sweep: Sweep,
     *,
-    runs: Sequence[Run],
+    runs: Sequence[SweepRun],
     launcher: str,
     sweeper: str,
     n_trials: int,
@@ -144,7 +144,7 @@ def _asked(chosen: Mapping[str, Plugin], folder: Path) -> list[str]:
 
 
 @contextmanager
-def watching(root: Path, sweep: Sweep, runs: Sequence[Run], n_trials: int) -> Iterator[None]:
+def watching(root: Path, sweep: Sweep, runs: Sequence[SweepRun], n_trials: int) -> Iterator[None]:
     """Meanwhile, show on stderr how far all runs are, the time left, and each that ends. runs: of a grid, all of them;
     else n_trials are coming, whose names are found."""
     total = _UNITS * (len(runs) or n_trials)
@@ -187,17 +187,17 @@ def _said(outcome: Mapping[str, Any], folder: Path, sweep: Sweep) -> str:
     return minutes if found is None else f"{minutes}, {'score' if found >= 0 else 'error'} {abs(found):.3f}"
 
 
-def _names(root: Path, runs: Iterable[Run]) -> list[str]:
+def _names(root: Path, runs: Iterable[SweepRun]) -> list[str]:
     return [folder.name for folder in _folders(root, runs)]
 
 
-def _folders(root: Path, runs: Iterable[Run]) -> list[Path]:
+def _folders(root: Path, runs: Iterable[SweepRun]) -> list[Path]:
     """Of the runs of a grid, or those that are there."""
     names = [root / "runs" / run.name for run in runs]
     return names or sorted(path for path in (root / "runs").glob("*") if path.is_dir())
 
 
-def _done(root: Path, sweep: Sweep, runs: Sequence[Run]) -> int:
+def _done(root: Path, sweep: Sweep, runs: Sequence[SweepRun]) -> int:
     """Of all runs, in _UNITS a run: those that ended wholly, the others by their clock."""
     lengths = {run.name: run.length for run in runs}
     done = 0.0

@@ -13,8 +13,8 @@ from action_diffusion.errors import InputError
 from action_diffusion.statistics import signed
 from action_diffusion.training.evaluation import plots
 from action_diffusion.training.evaluation.report import points, read_metrics
-from action_diffusion.training.sweep.grid import Kind, Sweep, shortened
-from action_diffusion.training.sweep.summary import SCORE, Done, Group, differences, label, unquoted
+from action_diffusion.training.sweep.grid import CommandOutput, Sweep, shortened
+from action_diffusion.training.sweep.summary import SCORE, Done, SeedGroup, differences, label, unquoted
 
 MOST_DRAWN = 8
 """Groups in a picture of curves."""
@@ -44,7 +44,7 @@ _PAIRED = (
 )
 
 
-def write(path: Path, sweep: Sweep, runs: Sequence[Done], groups: Sequence[Group]) -> None:
+def write(path: Path, sweep: Sweep, runs: Sequence[Done], groups: Sequence[SeedGroup]) -> None:
     """Write the page; `runs` and `groups` best first."""
     done = [run for run in runs if run.state == "finished"]
     best = groups[0] if groups else None
@@ -70,7 +70,7 @@ def _said(sweep: Sweep) -> list[str]:
     return [*(f"{name}=…" for name in sorted(sweep.names)), *sweep.fixed]
 
 
-def _cards(runs: Sequence[Done], done: Sequence[Done], best: Group | None) -> Iterator[str]:
+def _cards(runs: Sequence[Done], done: Sequence[Done], best: SeedGroup | None) -> Iterator[str]:
     if best is not None:
         sure = best.over_seeds or best.over_starts
         over = f"over {len(best.runs)} seeds" if best.over_seeds else "over starts"
@@ -90,7 +90,7 @@ def _trouble(run: Done) -> str:
     return page.verdict(f"{label(run.settings)} {run.state}{why}", warning=True)
 
 
-def _groups(groups: Sequence[Group], sweep: Sweep) -> Iterator[str]:
+def _groups(groups: Sequence[SeedGroup], sweep: Sweep) -> Iterator[str]:
     if not groups:
         return
     names = _names([group.settings for group in groups])
@@ -125,7 +125,7 @@ def _groups(groups: Sequence[Group], sweep: Sweep) -> Iterator[str]:
         yield page.section("Paired differences from the best", shown + page.note(_PAIRED))
 
 
-def _curves(groups: Sequence[Group], kind: Kind) -> Iterator[str]:
+def _curves(groups: Sequence[SeedGroup], kind: CommandOutput) -> Iterator[str]:
     """Overlaid: a colour a group, a line a run."""
     if not kind.curves:
         return
@@ -144,7 +144,7 @@ def _curves(groups: Sequence[Group], kind: Kind) -> Iterator[str]:
         yield page.section(f"Curves{rest}", page.grid(figures, wide=True))
 
 
-def _logs(group: Group, kind: Kind) -> list[list[dict[str, Any]]]:
+def _logs(group: SeedGroup, kind: CommandOutput) -> list[list[dict[str, Any]]]:
     logs = []
     for run in group.runs.values():
         try:

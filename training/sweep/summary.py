@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.statistics import paired_interval, t_interval
-from action_diffusion.training.sweep.grid import Run, Sweep, shortened
+from action_diffusion.training.sweep.grid import Sweep, SweepRun, shortened
 from action_diffusion.training.sweep.job import finished, read_outcome
 
 SCORE, ERROR = "mean_score", "action_error_relative"
@@ -24,7 +24,7 @@ _UNITS = {SCORE: ("scores", "seeds"), ERROR: ("episode_errors", "episode_ids")}
 
 
 @dataclass(frozen=True)
-class Measured:
+class UnitScores:
     """An evaluation, unit by unit: starts of a simulator, or held-out episodes.
 
     measure: SCORE or ERROR. values: [N], of the units `ids`; weights: [N], of their mean. Intervals: as the evaluation
@@ -55,16 +55,16 @@ class Done:
     state: str
     reason: str | None
     seconds: float
-    measured: Measured | None
+    measured: UnitScores | None
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs that differ in the seed only, by seed; together they are measured on the mean over them."""
 
     settings: Mapping[str, str]
     runs: Mapping[str, Done]
-    measured: Measured
+    measured: UnitScores
 
     @property
     def over_starts(self) -> tuple[float, float] | None:
@@ -77,7 +77,7 @@ class Group:
         return None if found is None else (max(found[0], 0.0), min(found[1], most))
 
 
-def look(root: Path, sweep: Sweep, runs: Iterable[Run]) -> list[Done]:
+def look(root: Path, sweep: Sweep, runs: Iterable[SweepRun]) -> list[Done]:
     """Every run that is there or is to come, best first, those without a result last."""
     coming = {run.name: run for run in runs}
     there = {path.name for path in (root / "runs").glob("*") if (path / "run.json").is_file()}
@@ -104,7 +104,7 @@ def look(root: Path, sweep: Sweep, runs: Iterable[Run]) -> list[Done]:
     return sorted(found, key=lambda run: -np.inf if run.measured is None else run.measured.goodness, reverse=True)
 
 
-def read(results: Path) -> Measured | None:
+def read(results: Path) -> UnitScores | None:
     """The evaluation in a `results.json`; None where there is none that says what it measured."""
     with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         found = json.loads(results.read_text(encoding="utf-8"))
@@ -116,7 +116,7 @@ def read(results: Path) -> Measured | None:
             return None
         where = json.dumps(found.get("env") or found["task"], sort_keys=True)
         rate = found.get("success_rate")
-        return Measured(
+        return UnitScores(
             measure=measure,
             mean=float(np.average(values, weights=weights)),
             values=values,
@@ -136,7 +136,7 @@ def _pair(interval: Any) -> tuple[float, float] | None:
     return (low, high) if np.isfinite([low, high]).all() else None
 
 
-def grouped(runs: Sequence[Done], *, seeded: bool) -> list[Group]:
+def grouped(runs: Sequence[Done], *, seeded: bool) -> list[SeedGroup]:
     """Runs with a result, by all settings but the seed (by all, unless it draws another policy), best first.
 
     Where starts differ within a group, those of its best run count.
@@ -150,7 +150,7 @@ def grouped(runs: Sequence[Done], *, seeded: bool) -> list[Group]:
     return sorted(groups, key=lambda group: group.measured.goodness, reverse=True)
 
 
-def _group(settings: Mapping[str, str], found: Sequence[Done]) -> Group:
+def _group(settings: Mapping[str, str], found: Sequence[Done]) -> SeedGroup:
     measured = [run.measured for run in found if run.measured is not None]
     first = measured[0]
     same = [one for one in measured if one.ids == first.ids]
@@ -160,10 +160,10 @@ def _group(settings: Mapping[str, str], found: Sequence[Done]) -> Group:
     for run in found:
         seed = run.settings.get("seed", run.name)
         runs[run.name if seed in runs else seed] = run  # the same settings may have meant another configuration once
-    return Group(settings, runs, Measured(first.measure, mean, values, first.weights, first.ids))
+    return SeedGroup(settings, runs, UnitScores(first.measure, mean, values, first.weights, first.ids))
 
 
-def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
+def differences(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
     """Each group minus the best one, on the same starts: `difference`, `over_starts` (paired bootstrap), `over_seeds`
     (Student's t, paired by seed) and `apart`: "yes", "no", or "on these starts" where other seeds may say otherwise."""
     found = []
@@ -192,7 +192,7 @@ def differences(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return found
 
 
-def summarise(sweep: Sweep, runs: Sequence[Done], groups: Sequence[Group]) -> dict[str, Any]:
+def summarise(sweep: Sweep, runs: Sequence[Done], groups: Sequence[SeedGroup]) -> dict[str, Any]:
     """All of it as plain data, for `summary.json`."""
     return {
         "command": sweep.command,
@@ -232,7 +232,7 @@ def _of_run(run: Done) -> dict[str, Any]:
     return said
 
 
-def _over_units(one: Measured, other: Measured | None) -> tuple[float, float] | None:
+def _over_units(one: UnitScores, other: UnitScores | None) -> tuple[float, float] | None:
     if len(one.values) == 1:
         return None
     against = np.zeros_like(one.values) if other is None else other.values

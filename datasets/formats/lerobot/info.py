@@ -32,7 +32,7 @@ _HIGHEST_RATE = 1e4
 _LONGEST = 200
 
 
-class Feature(NamedTuple):
+class FeatureInfo(NamedTuple):
     """shape: of a row, as it is declared. names: of the values of a vector, where each has one."""
 
     dtype: str
@@ -50,7 +50,7 @@ class Info:
     root: Path
     version: str
     rate: float
-    features: dict[str, Feature]
+    features: dict[str, FeatureInfo]
     templates: dict[str, str]
     chunk: int
     totals: tuple[Any, Any]
@@ -127,7 +127,7 @@ def _rate(file: Path, found: object) -> float:
     return rate
 
 
-def _features(file: Path, found: object) -> dict[str, Feature]:
+def _features(file: Path, found: object) -> dict[str, FeatureInfo]:
     if not isinstance(found, Mapping) or not found:
         raise InputError(f"{file}: expected features, each with dtype and shape")
     features = {}
@@ -139,7 +139,7 @@ def _features(file: Path, found: object) -> dict[str, Feature]:
             raise InputError(f"{file}: feature {_short(name)} must have a dtype and a shape of whole numbers")
         if not isinstance(feature.get("dtype"), str):
             raise InputError(f"{file}: feature {_short(name)} must have a dtype, such as float32")
-        features[name] = Feature(feature["dtype"], tuple(shape), _names(feature.get("names"), shape))
+        features[name] = FeatureInfo(feature["dtype"], tuple(shape), _names(feature.get("names"), shape))
     return features
 
 

@@ -16,7 +16,7 @@ from action_diffusion.datasets.formats.columns import PiecewiseColumn, RowRange
 from action_diffusion.datasets.formats.contract import Opened, restored
 from action_diffusion.datasets.formats.folder.images import ImageFile, picture
 from action_diffusion.datasets.formats.lerobot.episodes import Files, check_rows, files_of
-from action_diffusion.datasets.formats.lerobot.info import Feature, Info, read_info
+from action_diffusion.datasets.formats.lerobot.info import FeatureInfo, Info, read_info
 from action_diffusion.datasets.formats.lerobot.names import INFO, OWN, keys_for
 from action_diffusion.datasets.formats.lerobot.tasks import check_indices, read_tasks
 from action_diffusion.datasets.formats.lerobot.video import camera
@@ -45,7 +45,7 @@ def opened(path: Path) -> Opened:
 def _opened(path: Path) -> Opened:
     info = read_info(path)
     files = files_of(info)
-    check_rows(info, files, lambda name: _numbers(info, files, name, Feature("", (1,))))
+    check_rows(info, files, lambda name: _numbers(info, files, name, FeatureInfo("", (1,))))
     stored: dict[str, Column] = {}
     left_out = [f"{name} (not in meta/info.json)" for name in files.tables[0].types if name not in info.features]
     for name, feature in info.features.items():
@@ -61,7 +61,7 @@ def _opened(path: Path) -> Opened:
             stored[name] = _column(info, files, name, feature)
     tasks = read_tasks(info)
     if TASK in files.tables[0].types and tasks:
-        column = _numbers(info, files, TASK, Feature("int64", (1,)))
+        column = _numbers(info, files, TASK, FeatureInfo("int64", (1,)))
         check_indices(info, column, tasks)
         if len(tasks) > 1 or _noted(info, TASK):
             stored[TASK] = column
@@ -85,7 +85,7 @@ def _noted(info: Info, name: str) -> bool:
     return isinstance(columns, dict) and any(note.get("name") == name for note in columns.values())
 
 
-def _reason(files: Files, name: str, feature: Feature) -> str | None:
+def _reason(files: Files, name: str, feature: FeatureInfo) -> str | None:
     """Why a feature is no column of ours. Raises `InputError` where only some of the files have it."""
     holding = [name in table.types for table in files.tables]
     if not any(holding):
@@ -100,13 +100,13 @@ def _reason(files: Files, name: str, feature: Feature) -> str | None:
     return "words" if "string" in str(kind) else f"no numbers but {str(kind)[:40]}"
 
 
-def _column(info: Info, files: Files, name: str, feature: Feature) -> PiecewiseColumn:
+def _column(info: Info, files: Files, name: str, feature: FeatureInfo) -> PiecewiseColumn:
     if is_picture(files.tables[0].types[name]):
         return _pictures(info, files, name, feature)
     return _numbers(info, files, name, feature)
 
 
-def _numbers(info: Info, files: Files, name: str, feature: Feature) -> PiecewiseColumn:
+def _numbers(info: Info, files: Files, name: str, feature: FeatureInfo) -> PiecewiseColumn:
     """A feature of numbers, in the type that the files have. An empty `feature.dtype`: whatever that is."""
     row = () if name.startswith("next.") and feature.shape == (1,) else feature.shape
     dtypes = []
@@ -135,7 +135,7 @@ def _read_numbers(
     return numbers(array, row, f"{path}: {name}").astype(dtype, copy=False)
 
 
-def _pictures(info: Info, files: Files, name: str, feature: Feature) -> PiecewiseColumn:
+def _pictures(info: Info, files: Files, name: str, feature: FeatureInfo) -> PiecewiseColumn:
     """Encoded images, of the first one's shape and type."""
     rows, path = ParquetRows(name), files.tables[0].path
     colours = len(feature.shape) == 3 and 3 in (feature.shape[0], feature.shape[-1])

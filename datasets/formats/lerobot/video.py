@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from action_diffusion.datasets.formats.lerobot.episodes import Files, by_number, routes
-from action_diffusion.datasets.formats.lerobot.info import Feature, Info
+from action_diffusion.datasets.formats.lerobot.info import FeatureInfo, Info
 from action_diffusion.datasets.formats.lerobot.names import V30
 from action_diffusion.datasets.formats.video import Part, VideoFilesColumn, VideoInfo, check_times, video_info
 from action_diffusion.errors import InputError
 from action_diffusion.progress import progress
 
 
-def camera(info: Info, files: Files, name: str, feature: Feature) -> VideoFilesColumn:
+def camera(info: Info, files: Files, name: str, feature: FeatureInfo) -> VideoFilesColumn:
     """Raises `InputError` unless the episodes fill each video, frame by frame, each frame at its row's time."""
     colours = 3 in feature.shape or 4 in feature.shape
     places = _places(info, files, name)

@@ -34,7 +34,7 @@ class Topic(NamedTuple):
     rate: float
 
 
-class Message(NamedTuple):
+class BagMessage(NamedTuple):
     """stamp: of its header, ns, None without one. logged: when it was recorded, ns. file and order: which one it is."""
 
     topic: str
@@ -90,7 +90,7 @@ class Bag:
         files: Sequence[Path] | None = None,
         between: tuple[int, int] | None = None,
         stamps_only: Sequence[str] = (),
-    ) -> Iterator[Message]:
+    ) -> Iterator[BagMessage]:
         """Messages of some topics, decoded, as they were recorded.
 
         between: log times, ns, both included. stamps_only: topics of pictures, of which only the header is read.
@@ -114,7 +114,7 @@ class Bag:
                         value = known[channel.id](message.data)
                         stamp = getattr(getattr(value, "header", None), "stamp", None)
                         at = 0 if stamp is None else stamp.sec * 10**9 + stamp.nanosec
-                    yield Message(topic, at or None, message.log_time, value, file, orders[topic])
+                    yield BagMessage(topic, at or None, message.log_time, value, file, orders[topic])
                     orders[topic] += 1
 
 

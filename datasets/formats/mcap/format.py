@@ -22,7 +22,7 @@ from action_diffusion.datasets.formats.columns import PiecewiseColumn, RowRange
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal
 from action_diffusion.datasets.formats.mcap.bag import Bag, bags, field, numbers
-from action_diffusion.datasets.formats.mcap.topics import NAME, Signal, Topics, read_topics
+from action_diffusion.datasets.formats.mcap.topics import NAME, Topics, TopicSignal, read_topics
 from action_diffusion.datasets.hdf5.encoded_images import decoded_image
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column
@@ -52,7 +52,7 @@ class Heard(NamedTuple):
     places: list[tuple[Path, int, int]]
 
 
-class Run(NamedTuple):
+class BagEpisode(NamedTuple):
     """One episode: its bag, and of each topic which message each row holds, int64 [T]."""
 
     bag: Bag
@@ -76,7 +76,7 @@ def opened(path: Path, topics: Path | None = None) -> Opened:
             f"{path}: which topics are what? topics=FILE.yaml says it (docs/mcap.md); it has {found[0].listed()}"
         )
     asked = read_topics(file)
-    runs: list[Run] = []
+    runs: list[BagEpisode] = []
     with progress(f"reading {path.name}", len(found)) as advance:
         for bag in found:
             bag.check(asked.names)
@@ -136,7 +136,7 @@ def _stacked(bag: Bag, topic: str, rows: list[np.ndarray]) -> np.ndarray:
     return np.stack(rows)
 
 
-def _runs(bag: Bag, heard: Mapping[str, Heard], asked: Topics) -> Iterator[Run]:
+def _runs(bag: Bag, heard: Mapping[str, Heard], asked: Topics) -> Iterator[BagEpisode]:
     """The bag's episodes. Raises `InputError` where a topic says nothing for longer than `max_age`."""
     signals = {signal.topic for signal in asked.columns.values()}
     first = max(int(heard[name].times[0]) for name in signals)
@@ -159,7 +159,7 @@ def _runs(bag: Bag, heard: Mapping[str, Heard], asked: Topics) -> Iterator[Run]:
                     f"{(times[worst] - first) / 1e9:.3f} s, more than max_age={asked.max_age:g}"
                 )
             held[name] = index
-        yield Run(bag, heard, held)
+        yield BagEpisode(bag, heard, held)
 
 
 def _spans(heard: Mapping[str, Heard], asked: Topics, rows: np.ndarray) -> list[tuple[int, int]]:
@@ -173,7 +173,7 @@ def _spans(heard: Mapping[str, Heard], asked: Topics, rows: np.ndarray) -> list[
     return [(int(begin), int(end)) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _column(runs: Sequence[Run], signal: Signal, ends: np.ndarray, key: str) -> Column:
+def _column(runs: Sequence[BagEpisode], signal: TopicSignal, ends: np.ndarray, key: str) -> Column:
     if signal.fields:
         parts = [run.heard[signal.topic].values[signal.fields][run.held[signal.topic]] for run in runs]
         widths = sorted({part.shape[1] for part in parts})
@@ -185,7 +185,7 @@ def _column(runs: Sequence[Run], signal: Signal, ends: np.ndarray, key: str) -> 
     return PiecewiseColumn(first.shape[1:], first.dtype, ends, read)
 
 
-def _pictures(runs: Sequence[Run], topic: str, piece: RowRange) -> np.ndarray:
+def _pictures(runs: Sequence[BagEpisode], topic: str, piece: RowRange) -> np.ndarray:
     """Some rows' pictures [n, H, W, C]; those that follow one another in the bag are read in one go."""
     run = runs[piece.number]
     wanted = run.held[topic][piece.first : piece.end]

@@ -31,7 +31,7 @@ Field = Annotated[str, Matching("names with dots, such as pose.position", bool)]
 
 
 @dataclass(frozen=True)
-class Signal:
+class TopicSignal:
     """A topic, and what of its messages: fields, one after the other; none for a picture."""
 
     topic: str
@@ -47,8 +47,8 @@ class Topics:
     """See the module."""
 
     rate: Annotated[float, Above(0, 10_000)]
-    columns: Annotated[dict[str, Signal], Sized(1, 256)]
-    episodes: Signal | None = None
+    columns: Annotated[dict[str, TopicSignal], Sized(1, 256)]
+    episodes: TopicSignal | None = None
     time: Annotated[str, OneOf("header", "log")] = "header"
     max_age: Annotated[float, Above(0, 3600)] = 0.5
     task: str | None = None

@@ -42,7 +42,7 @@ class Encoder(NamedTuple):
 
 
 def encoder_of(
-    options: theirs.Policy, state: Mapping[str, Tensor], observations: Mapping[str, ObservationSpec]
+    options: theirs.TheirPolicy, state: Mapping[str, Tensor], observations: Mapping[str, ObservationSpec]
 ) -> Encoder:
     """Raises `InputError` for parts of theirs that there are not here."""
     cameras = {key: value for key, value in observations.items() if value.kind == "image"}

@@ -1,6 +1,6 @@
 """A checkpoint of diffusion_policy as a policy of ours.
 
-    latest.ckpt ─▶ `unpickling.TorchFile` ─▶ cfg          ─▶ `theirs.Policy` ─▶ observations, parts and their options
+    latest.ckpt ─▶ `unpickling.TorchFile` ─▶ cfg          ─▶ `theirs.TheirPolicy` ─▶ observations, parts and options
                                             state_dicts  ─▶ of the EMA where there is one: weights, and the normaliser
 
 A chunk begins there as here, at the first step that is observed, and is executed from the last one on.
@@ -22,7 +22,7 @@ from action_diffusion.policy.interchange.diffusion_policy import theirs, weights
 from action_diffusion.policy.interchange.diffusion_policy.encoders import ENCODER, Encoder, encoder_of
 from action_diffusion.policy.interchange.diffusion_policy.normalizer import NORMALIZER, statistics
 from action_diffusion.policy.interchange.diffusion_policy.simulators import simulator_of
-from action_diffusion.policy.interchange.unpickling import PICKLE, ZIP, Stored, TorchFile
+from action_diffusion.policy.interchange.unpickling import PICKLE, ZIP, StoredTensor, TorchFile
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
 from action_diffusion.schema import check, shown
 
@@ -98,7 +98,7 @@ class _Observed(NamedTuple):
     sizes: dict[str, int]
 
 
-def _observed(options: theirs.Policy) -> _Observed:
+def _observed(options: theirs.TheirPolicy) -> _Observed:
     if isinstance(options, theirs.Lowdim):
         keys = {"obs": ObservationSpec(shape=(options.obs_dim,), source="obs")}
         return _Observed(keys, {"obs": options.obs_dim, "action": options.action_dim})
@@ -120,7 +120,7 @@ def _observed(options: theirs.Policy) -> _Observed:
     return _Observed(keys, sizes)
 
 
-def _refuse(options: theirs.Policy, network: theirs.Unet | theirs.Transformer) -> None:
+def _refuse(options: theirs.TheirPolicy, network: theirs.Unet | theirs.Transformer) -> None:
     """`InputError` for what would be another policy here."""
     refused = {
         "obs_as_local_cond": (True, "observations beside each step of a chunk"),
@@ -142,7 +142,7 @@ def _state(file: TorchFile, states: Any) -> tuple[str, dict[str, Tensor]]:
         raise InputError("state_dicts has neither ema_model nor model")
     wanted, left = {}, MOST_COPIES * file.path.stat().st_size
     for name, value in states[which].items():
-        if not isinstance(name, str) or not isinstance(value, Stored):
+        if not isinstance(name, str) or not isinstance(value, StoredTensor):
             raise InputError(f"state_dicts.{which}: {shown(name)} is no tensor")
         if weights.UNUSED.fullmatch(name):
             continue
@@ -163,7 +163,7 @@ class _Sampling(NamedTuple):
     said: tuple[str, ...]
 
 
-def _sampling(options: theirs.Policy) -> _Sampling:
+def _sampling(options: theirs.TheirPolicy) -> _Sampling:
     """Sampler and process of their scheduler, and what there is to say."""
     where = "cfg.policy.noise_scheduler"
     name, section = theirs.targeted(options.noise_scheduler, where)

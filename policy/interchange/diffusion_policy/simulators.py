@@ -17,7 +17,7 @@ PUSHT_OBS = {"obs": (20,)}
 """Nine points of the T, and where the finger is."""
 
 
-class Simulator(NamedTuple):
+class KnownSimulator(NamedTuple):
     """env: as a specification names it, or None. said: about what has no counterpart."""
 
     task: str
@@ -27,7 +27,7 @@ class Simulator(NamedTuple):
     said: tuple[str, ...]
 
 
-def simulator_of(config: Mapping[str, Any], observations: Mapping[str, ObservationSpec]) -> Simulator:
+def simulator_of(config: Mapping[str, Any], observations: Mapping[str, ObservationSpec]) -> KnownSimulator:
     """Of `cfg.task`; where there is none, what is usual."""
     task = config.get("task")
     task = task if isinstance(task, dict) else {}
@@ -49,7 +49,7 @@ def simulator_of(config: Mapping[str, Any], observations: Mapping[str, Observati
     rate = rate or USUAL_RATE
     if env is not None and env["name"] == "pusht":
         env["control_rate"] = rate
-    return Simulator(name, env, rate, demonstrations, tuple(said))
+    return KnownSimulator(name, env, rate, demonstrations, tuple(said))
 
 
 def _runner(task: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

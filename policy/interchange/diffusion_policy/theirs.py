@@ -134,7 +134,7 @@ class ImageEncoder:
 
 
 @dataclass(kw_only=True)
-class Policy:
+class TheirPolicy:
     """What all policies have. eta, use_clipped_model_output: theirs pass these on to the scheduler."""
 
     noise_scheduler: Section
@@ -147,7 +147,7 @@ class Policy:
 
 
 @dataclass(kw_only=True)
-class Lowdim(Policy):
+class Lowdim(TheirPolicy):
     """Policies of states, one vector of them: the observation `obs`."""
 
     model: Section
@@ -173,7 +173,7 @@ class TransformerLowdim(Lowdim):
 
 
 @dataclass(kw_only=True)
-class Image(Policy):
+class Image(TheirPolicy):
     """Policies of images."""
 
     shape_meta: ShapeMeta
@@ -211,7 +211,7 @@ class TransformerHybrid(Hybrid, Transformer):
     pred_action_steps_only: bool = False
 
 
-POLICIES: dict[str, type[Policy]] = {
+POLICIES: dict[str, type[TheirPolicy]] = {
     "DiffusionUnetLowdimPolicy": UnetLowdim,
     "DiffusionTransformerLowdimPolicy": TransformerLowdim,
     "DiffusionUnetImagePolicy": UnetImage,
@@ -226,17 +226,17 @@ MODELS = {
 """Of policies that are given a network: its class, and its options."""
 
 
-def policy_options(config: Mapping[str, Any]) -> Policy:
+def policy_options(config: Mapping[str, Any]) -> TheirPolicy:
     """The options of the policy that `config` (`plain`) describes. Raises `InputError` for one that is not known."""
     options = config.get("policy")
     name, rest = targeted(options, "cfg.policy")
     if name not in POLICIES:
         raise unknown("policy", name, POLICIES, "cfg.policy._target_")
-    found: Policy = check(rest, POLICIES[name], "cfg.policy")
+    found: TheirPolicy = check(rest, POLICIES[name], "cfg.policy")
     return found
 
 
-def network_options(options: Policy) -> Unet | Transformer:
+def network_options(options: TheirPolicy) -> Unet | Transformer:
     """Of the network that denoises."""
     if isinstance(options, Unet | Transformer):
         return options
