@@ -109,8 +109,7 @@ def motion(arm: ArmLink, number: int, distance: float, speed: float) -> tuple[np
 
     Slow enough for `speed` of its largest velocity, and for half of its acceleration and jerk.
     """
-    record, limits = arm.setpoints.latest(), arm.limits
-    assert record is not None
+    record, limits = arm.last_setpoint(), arm.limits
     kinds = [group.kind for group in arm.command for _ in range(group.size)]
     if not 0 <= number < len(kinds) or kinds[number] != "linear":
         moving = [i for i, kind in enumerate(kinds) if kind == "linear"]
@@ -145,8 +144,7 @@ def move(arm: ArmLink, times: np.ndarray, commands: np.ndarray, number: int) -> 
 def _sent_and_measured(arm: ArmLink, number: int) -> tuple[float, float]:
     """Where number `number` is now, by the last setpoint and by the arm's own encoders."""
     name, index = [(group.name, i) for group in arm.command for i in range(group.size)][number]
-    sent, measured = arm.setpoints.latest(), arm.states.latest()
-    assert sent is not None
+    sent, measured = arm.last_setpoint(), arm.states.latest()
     assert measured is not None
     return float(sent.values["command"][number]), float(measured.values[name][index])
 

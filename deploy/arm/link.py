@@ -16,7 +16,7 @@ from action_diffusion.deploy.hardware.obstacles import Obstacles
 from action_diffusion.deploy.hardware.protocols import Group
 from action_diffusion.deploy.ipc.channels import CommandWriter, Phase, text
 from action_diffusion.deploy.ipc.processes import Child, Heartbeat
-from action_diffusion.deploy.ipc.rings import Moment, RingReader
+from action_diffusion.deploy.ipc.rings import Moment, Record, RingReader
 from action_diffusion.errors import InputError
 
 LEASE = 10.0
@@ -95,6 +95,18 @@ class ArmLink:
             if refused or not self.child.alive or time.monotonic() > deadline:
                 raise InputError(f"the arm does not begin: {'; '.join(refused) or 'its process does not answer'}")
             time.sleep(0.002)
+
+    def last_setpoint(self) -> Record:
+        """What the arm was sent last. Right after its start that may take a moment; raises `InputError` if it does not
+        come."""
+        deadline = time.monotonic() + _PATIENCE
+        while (record := self.setpoints.latest()) is None:
+            if not self.child.alive or time.monotonic() > deadline:
+                raise InputError(
+                    f"the arm was sent nothing: {'; '.join(self.events()) or 'its process does not answer'}"
+                )
+            time.sleep(0.002)
+        return record
 
     def follow(self, times: np.ndarray, values: np.ndarray) -> None:
         """Be at commands `values` [n, A] at `times` [n] (monotonic s)."""

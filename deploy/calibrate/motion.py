@@ -108,9 +108,7 @@ def plan(arm: ArmLink, wanted: Wanted) -> Motion:
     moving = [int(i) for i in (*layout.smooth, *layout.recalled) if int(i) not in _turning(layout)]
     if number not in moving:
         raise InputError(f"calibration.number={number} is none that may move; those are {sorted(moving)}")
-    record = arm.setpoints.latest()
-    assert record is not None
-    start = record.values["command"]
+    start = arm.last_setpoint().values["command"]
     distance = wanted.distance or 0.1 * float(limits.high[number] - limits.low[number])
     phase = np.linspace(0, wanted.n_periods, 400 * wanted.n_periods + 1)
     unit = shape(phase, wanted.n_periods)

@@ -150,8 +150,7 @@ class Session:
             self._cameras = {name: RingReader(processes.folder / f"camera {name}") for name in processes.cameras}
         self._home: np.ndarray | None = None
         if processes is not None and not self._simulated:
-            record = processes.arm.setpoints.latest()
-            self._home = None if record is None else record.values["command"].copy()
+            self._home = processes.arm.last_setpoint().values["command"].copy()
         self._episodes, self._note = 0, ""
 
     def go_on(self) -> None:
@@ -184,9 +183,8 @@ class Session:
         processes = self.robot.processes
         if processes is None or self._home is None or processes.arm.limits is None:
             return
-        record = processes.arm.setpoints.latest()
-        assert record is not None
-        times, commands = way(processes.layout, processes.arm.limits, record.values["command"], self._home)
+        now = processes.arm.last_setpoint().values["command"]
+        times, commands = way(processes.layout, processes.arm.limits, now, self._home)
         why = "; ".join(travel(processes.arm, times, commands))
         self._note = f"The arm did not get back ({why}). " if why else ""
 

@@ -198,7 +198,7 @@ def arm(*start: float) -> Any:
         Group(name="gripper", size=1, kind="hold"),
     )
     latest = SimpleNamespace(values={"command": np.array([*start, *[0.0] * (6 - len(start))])})
-    return SimpleNamespace(rate=200.0, command=command, limits=LIMITS, setpoints=SimpleNamespace(latest=lambda: latest))
+    return SimpleNamespace(rate=200.0, command=command, limits=LIMITS, last_setpoint=lambda: latest)
 
 
 @pytest.mark.parametrize(("number", "start"), [(0, [0.0]), (0, [0.85]), (1, [0.0, -0.89])])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +189,22 @@ def test_another_sweep_s_folder_is_refused(sweep, capsys):
     assert sweep("seed=0,1", SHORT) == 2
     assert "holds something else than a sweep" in capsys.readouterr().err
     assert [path.name for path in sweep.folder.iterdir()] == ["thesis.tex"]
+
+
+def test_ctrl_c_while_a_run_starts_is_passed_on_to_it(sweep, monkeypatch):
+    start = subprocess.Popen
+
+    def slowly(*words, **options):
+        process = start(*words, **options)
+        deadline = time.monotonic() + 20
+        while not list(sweep.folder.glob("runs/*/waits")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", slowly)
+    assert sweep("seed=93", SHORT) == 130
+    assert list(sweep.folder.glob("runs/*/saved"))
 
 
 def test_two_at_once_in_one_folder_are_refused(sweep, capsys):

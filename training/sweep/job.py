@@ -15,8 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -156,16 +157,24 @@ def score(results: Path) -> float | None:
 
 def _wait_for(command: list[str], log: IO[str], cwd: str) -> int:
     """Run it to its end. What interrupts us makes it save and end first."""
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        cwd=cwd,
-        start_new_session=True,  # a terminal's Ctrl-C is for us, who pass it on once: the second would not save
-        preexec_fn=_begin,
-    )
+    pressed, restore = _ctrl_c_later()  # while it starts, nobody could pass it on
     try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            start_new_session=True,  # a terminal's Ctrl-C is for us, who pass it on once: the second would not save
+            preexec_fn=_begin,
+        )
+    except BaseException:
+        restore()
+        raise
+    try:
+        restore()
+        if pressed:
+            raise KeyboardInterrupt
         code = process.wait()
         if code == _INTERRUPTED and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             time.sleep(SAVE_SECONDS)  # Slurm told it: its next signal is ours, and puts the job back into the queue
@@ -179,6 +188,15 @@ def _wait_for(command: list[str], log: IO[str], cwd: str) -> int:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _ctrl_c_later() -> tuple[list[int], Callable[[], object]]:
+    """Signals of Ctrl-C are kept in the list from now on, until the function is called."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        return pressed, lambda: None
+    earlier = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    return pressed, lambda: signal.signal(signal.SIGINT, earlier)
 
 
 def _begin() -> None:
