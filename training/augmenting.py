@@ -1,15 +1,18 @@
 """More demonstrations of the demonstrations: ways into and out of their states, imagined, put together and filtered.
 
                       backward model        forward model
-    demonstrated      ─ ─ ─ ─ ─ ─ ─ ─ ▶ s   s ─ ─ ─ ─ ─ ─ ─ ─ ▶     s: an anchor, where one ends or begins
-    a new episode     s₋ₖ … s₋₂ s₋₁       s       s₁ s₂ … sₘ        states, by two diffusion models
+    demonstrated      b ─ ─ ─ ─ ─ ─ ─ ▶ s   s ─ ─ ─ ─ ─ ─ ─ ▶ e     s: an anchor, where one ends or begins
+    a new episode     s₋ₖ … s₋₂ s₋₁       s       s₁ s₂ … sₘ        states, by two diffusion models, told of b and e
                       a = g(s, s') between any two of them          actions, by the inverse dynamics
-    kept where        something comes before s, and after it; |f(s, a) - s'| ≤ tolerance · a typical step; and each
-                      state is about as near to a demonstrated one as those of different episodes are to each other
+    kept where        it begins near b and ends near e; |f(s, a) - s'| ≤ tolerance · a typical step; and each state
+                      is about as near to a demonstrated one as those of different episodes are to each other
 
-Where episodes meet, the way in may be of one and the way out of another: what is put together goes from where one
-begins to where the other ends ("BiTrajDiff: Bidirectional Trajectory Generation with Diffusion Models for Offline
-Reinforcement Learning", 2025, has the two models and the stitching; its rewards and its filter by them are left out).
+b is where an episode begins that comes near s, and e is where one ends, often another one; what is put together goes
+from b to e. Only such pairs are taken as no demonstration has (`Joints`): what goes from where one begins to where the
+same one ends is there already. The models are told of b and e, and not only of s, because else they prefer the middle
+of where episodes end, and the ends of new ones would be less diverse than the demonstrated ones. ("BiTrajDiff:
+Bidirectional Trajectory Generation with Diffusion Models for Offline Reinforcement Learning", 2025, has the two models
+and the stitching; its rewards and its filter by them are left out, and what the models are told is decided here.)
 g and f are learnt; whoever has a simulator gives its step as `dynamics`.
 """
 
@@ -50,7 +53,9 @@ SLACK = 0.05
 """Of their range, by which actions may be beyond the demonstrated ones."""
 KEPT = (PROVENANCE, "control_rate", "fps", "units", "task", "source")
 """Attributes of a buffer that hold for new episodes as well."""
-_BATCH, _LR, _TRIES, _AT_ONCE, _LOOKED_AT = 128, 1e-3, 100, 256, 200
+_BATCH, _LR, _TRIES, _AT_ONCE, _LOOKED_AT = 128, 1e-3, 20, 256, 200
+_DRAWS = 100
+"""How many times `_AT_ONCE` joints are drawn, until so many are new."""
 
 
 class Episodes(NamedTuple):
@@ -149,24 +154,28 @@ def generated(
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """New episodes, states [T + 1, D] and actions [T, A] each, as many as `options` wants or `_TRIES` times as many
     tries have given; and the number of tries. Raises `InputError` where there is none."""
+    joints = Joints(given, options.anchors)
+    joints.draw(1, random)  # before anything is learnt
     models = [trajectories(given, options, backward) for backward in (False, True)]
     act, learnt = inverse_and_forward(given, options)
     accept = Filter(given, dynamics or learnt, options.tolerance)
     generator = torch.Generator().manual_seed(options.seed)
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     tried = 0
-    anchored = np.union1d(given.starts, given.ends - 1) if options.anchors == "ends" else np.arange(len(given.states))
     with progress("generating", options.episodes) as advance:
         while len(kept) < options.episodes and tried < _TRIES * options.episodes:
-            anchors = given.states[random.choice(anchored, _AT_ONCE)]
-            after, before = (imagined(model, anchors, generator) for model in models)
-            for anchor, ahead, behind in zip(anchors, after, before, strict=True):
+            anchors, begins, ends = joints.draw(_AT_ONCE, random)
+            after = imagined(models[0], anchors, ends, generator)
+            before = imagined(models[1], anchors, begins, generator)
+            for anchor, ahead, behind, begin, end in zip(anchors, after, before, begins, ends, strict=True):
                 if len(kept) == options.episodes:
                     break
                 tried += 1
                 states = np.concatenate([behind[::-1], anchor[None], ahead])
+                if not len(behind) or not len(ahead) or not accept.near(states[[0, -1]], np.stack([begin, end])):
+                    continue
                 actions = act(states[:-1], states[1:])
-                if len(behind) and len(ahead) and accept(states, actions):
+                if accept(states, actions):
                     kept.append((states, actions))
                     advance(1)
     if not kept:
@@ -174,6 +183,53 @@ def generated(
             f"none of {tried} imagined episodes passes the filter: give more steps=, or a larger tolerance="
         )
     return kept, tried
+
+
+class Joints:
+    """Where two episodes meet so that one's way in and the other's way out are a way that none has shown.
+
+    They meet at an anchor where both come as near to it as states of different episodes are to each other. New is a
+    pair of a beginning and an end if each demonstration is farther from it, in one of the two, than demonstrations are
+    from each other (quantile `NEAR`).
+    """
+
+    def __init__(self, given: Episodes, anchors: str) -> None:
+        self._given, self._spread = given, spread(given.states)
+        ends = np.union1d(given.starts, given.ends - 1)
+        self._anchors = ends if anchors == "ends" else np.arange(len(given.states))
+        self._tree = cKDTree(given.states / self._spread)
+        self._reach = apart(given)
+        self._pairs = cKDTree(self._pair(given.starts, given.ends - 1))
+        nearest = self._pairs.query(self._pairs.data, k=2, p=np.inf)[0][:, 1]
+        self._new = FARTHER * float(np.quantile(nearest, NEAR))
+
+    def _pair(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Of rows [n] and [n], their states side by side in units of `spread`: [n, 2 D]."""
+        return np.concatenate([self._given.states[rows] / self._spread for rows in (first, last)], axis=1)
+
+    def draw(self, n: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Up to n anchors, where episodes that come there begin, and where others end: [n, D] each.
+
+        Raises `InputError` where none is found.
+        """
+        given, found = self._given, []
+        for _ in range(_DRAWS):
+            at = random.choice(self._anchors, _AT_ONCE)
+            near = self._tree.query_ball_point(given.states[at] / self._spread, self._reach)
+            into, out_of = (np.array([random.choice(rows) for rows in near]) for _ in range(2))
+            first, last = given.first[into], given.last[out_of]
+            new = self._pairs.query(self._pair(first, last), p=np.inf)[0] > self._new
+            ways = new & (into > first) & (out_of < last)
+            found.append(np.stack([at, first, last], axis=1)[ways])
+            if sum(map(len, found)) >= n:
+                break
+        rows = np.concatenate(found)[:n]
+        if not len(rows):
+            raise InputError(
+                "no two demonstrations meet such that they make a new one: one has to end where another one begins; "
+                "if they cross on their way, use anchors=all"
+            )
+        return given.states[rows[:, 0]], given.states[rows[:, 1]], given.states[rows[:, 2]]
 
 
 def windows(given: Episodes, horizon: int, backward: bool) -> np.ndarray:
@@ -189,11 +245,11 @@ def windows(given: Episodes, horizon: int, backward: bool) -> np.ndarray:
 
 
 def trajectories(given: Episodes, options: Augment, backward: bool) -> DiffusionPolicy:
-    """A diffusion model of `windows`, given the state that they begin at."""
+    """A diffusion model of `windows`, given the state that they begin at, and where their episode ends (or begins)."""
     chunks = windows(given, options.horizon, backward)
     size = given.states.shape[1]
     spec = PolicySpec(
-        observations={"state": ObservationSpec(shape=(size,))},
+        observations={"state": ObservationSpec(shape=(size,)), "target": ObservationSpec(shape=(size,))},
         action=ActionSpec(shape=(size + 1,)),
         n_obs_steps=1,
         horizon=options.horizon,
@@ -208,26 +264,32 @@ def trajectories(given: Episodes, options: Augment, backward: bool) -> Diffusion
         "objective": {"name": "denoising"},
         "normalizer": {"default": "minmax"},
     }
-    values = {"state": given.states, "action": chunks.reshape(-1, size + 1)}
+    obs = {"state": given.states, "target": given.states[given.first if backward else given.last]}
+    values = {**obs, "action": chunks.reshape(-1, size + 1)}
     statistics = fit_normalizer(config, spec, values.__getitem__, lambda _: (given.states, chunks))
     model = build_policy(config, replace(spec, normalizer=statistics))
     kernels.for_training(model.train())
-    states, targets = torch.from_numpy(given.states).unsqueeze(1), torch.from_numpy(chunks)
+    seen, targets = _observed(**obs), torch.from_numpy(chunks)
     _descend(
         model,
-        lambda rows: model({"state": states[rows]}, targets[rows]),
-        len(states),
+        lambda rows: model({key: value[rows] for key, value in seen.items()}, targets[rows]),
+        len(targets),
         options.steps,
         "learning what came before" if backward else "learning what comes after",
     )
     return model.eval().requires_grad_(False)
 
 
-def imagined(model: DiffusionPolicy, states: np.ndarray, generator: torch.Generator) -> list[np.ndarray]:
-    """From each of the states [n, D] on, the states up to where the episode is over: [k, D] each."""
-    now = torch.from_numpy(states).unsqueeze(1)
+def _observed(**values: np.ndarray) -> dict[str, Tensor]:
+    return {key: torch.from_numpy(value).unsqueeze(1) for key, value in values.items()}
+
+
+def imagined(
+    model: DiffusionPolicy, states: np.ndarray, targets: np.ndarray, generator: torch.Generator
+) -> list[np.ndarray]:
+    """From each of the states [n, D] on, the states up to where the episode is over, near its target: [k, D] each."""
     with torch.inference_mode():
-        chunks = model.sample({"state": now}, noise_generator=generator).action.numpy()
+        chunks = model.sample(_observed(state=states, target=targets), noise_generator=generator).action.numpy()
     lasts = np.logical_and.accumulate(chunks[..., -1] > 0.5, axis=1).sum(axis=1)
     ways = states[:, None] + np.cumsum(chunks[..., :-1], axis=1)
     return [way[:length] for way, length in zip(ways, lasts, strict=True)]
@@ -292,6 +354,16 @@ class _Regression:
         return result
 
 
+def apart(given: Episodes) -> float:
+    """How far a state is from the nearest one of another episode, in units of `spread`: the quantile `NEAR`."""
+    scaled, found = given.states / spread(given.states), []
+    every = -(-len(given.ends) // _LOOKED_AT)
+    for start, end in zip(given.starts[::every], given.ends[::every], strict=True):
+        others = np.delete(scaled, np.s_[start:end], axis=0)
+        found.append(cKDTree(others).query(scaled[start:end])[0])
+    return float(np.quantile(np.concatenate(found), NEAR))
+
+
 class Filter:
     """Whether an episode could have been: it obeys the dynamics, and is where demonstrations are.
 
@@ -305,16 +377,11 @@ class Filter:
         steps = (given.states[rows + 1] - given.states[rows]) / self._spread
         self.most = tolerance * float(np.sqrt((steps**2).sum(axis=1).mean()))
         self._tree = cKDTree(given.states / self._spread)
-        self.reach = self._reach(given)
+        self.reach = FARTHER * apart(given)
 
-    def _reach(self, given: Episodes) -> float:
-        """How far a state may be from the nearest demonstrated one."""
-        found = []
-        every = -(-len(given.ends) // _LOOKED_AT)
-        for start, end in zip(given.starts[::every], given.ends[::every], strict=True):
-            others = np.delete(given.states, np.s_[start:end], axis=0) / self._spread
-            found.append(cKDTree(others).query(given.states[start:end] / self._spread)[0])
-        return FARTHER * float(np.quantile(np.concatenate(found), NEAR))
+    def near(self, states: np.ndarray, targets: np.ndarray) -> bool:
+        """Whether states are as near to targets, [n, D] both, as they have to be to demonstrated ones."""
+        return bool(np.linalg.norm((states - targets) / self._spread, axis=1).max() <= self.reach)
 
     def __call__(self, states: np.ndarray, actions: np.ndarray) -> bool:
         """states [T + 1, D], actions [T, A]."""
