@@ -154,11 +154,12 @@ def generated(
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """New episodes, states [T + 1, D] and actions [T, A] each, as many as `options` wants or `_TRIES` times as many
     tries have given; and the number of tries. Raises `InputError` where there is none."""
-    joints = Joints(given, options.anchors)
+    near = apart(given)
+    joints = Joints(given, options.anchors, near)
     joints.draw(1, random)  # before anything is learnt
     models = [trajectories(given, options, backward) for backward in (False, True)]
     act, learnt = inverse_and_forward(given, options)
-    accept = Filter(given, dynamics or learnt, options.tolerance)
+    accept = Filter(given, dynamics or learnt, options.tolerance, near)
     generator = torch.Generator().manual_seed(options.seed)
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     tried = 0
@@ -190,15 +191,15 @@ class Joints:
 
     They meet at an anchor where both come as near to it as states of different episodes are to each other. New is a
     pair of a beginning and an end if each demonstration is farther from it, in one of the two, than demonstrations are
-    from each other (quantile `NEAR`).
+    from each other (quantile `NEAR`). near: of states, see `apart`.
     """
 
-    def __init__(self, given: Episodes, anchors: str) -> None:
+    def __init__(self, given: Episodes, anchors: str, near: float) -> None:
         self._given, self._spread = given, spread(given.states)
         ends = np.union1d(given.starts, given.ends - 1)
         self._anchors = ends if anchors == "ends" else np.arange(len(given.states))
         self._tree = cKDTree(given.states / self._spread)
-        self._reach = apart(given)
+        self._anywhere, self._reach = anchors != "ends", near
         self._pairs = cKDTree(self._pair(given.starts, given.ends - 1))
         nearest = self._pairs.query(self._pairs.data, k=2, p=np.inf)[0][:, 1]
         self._new = FARTHER * float(np.quantile(nearest, NEAR))
@@ -225,10 +226,9 @@ class Joints:
                 break
         rows = np.concatenate(found)[:n]
         if not len(rows):
-            raise InputError(
-                "no two demonstrations meet such that they make a new one: one has to end where another one begins; "
-                "if they cross on their way, use anchors=all"
-            )
+            ends = "end where another one begins; if they cross on their way, use anchors=all"
+            how = "cross" if self._anywhere else ends
+            raise InputError(f"no two demonstrations meet such that they make a new one: they have to {how}")
         return given.states[rows[:, 0]], given.states[rows[:, 1]], given.states[rows[:, 2]]
 
 
@@ -368,16 +368,17 @@ class Filter:
     """Whether an episode could have been: it obeys the dynamics, and is where demonstrations are.
 
     tolerance: how far a step may end beside where the dynamics say, in root mean squares of a demonstrated step.
+    near: of states, see `apart`.
     """
 
-    def __init__(self, given: Episodes, dynamics: Dynamics, tolerance: float) -> None:
+    def __init__(self, given: Episodes, dynamics: Dynamics, tolerance: float, near: float) -> None:
         self._dynamics = dynamics
         self._spread = spread(given.states)
         rows = given.followed
         steps = (given.states[rows + 1] - given.states[rows]) / self._spread
         self.most = tolerance * float(np.sqrt((steps**2).sum(axis=1).mean()))
         self._tree = cKDTree(given.states / self._spread)
-        self.reach = FARTHER * apart(given)
+        self.reach = FARTHER * near
 
     def near(self, states: np.ndarray, targets: np.ndarray) -> bool:
         """Whether states are as near to targets, [n, D] both, as they have to be to demonstrated ones."""

@@ -6,6 +6,7 @@ by the words in their names, and by values that only count. Whoever means one na
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -303,7 +304,8 @@ def _without_action(buffer: ReplayBuffer, action: str) -> str:
         return f"; say which columns of the CSV files it is: {command}"
     parts = [key for key in sorted(buffer.keys) if UMI.fullmatch(key)]
     if not parts:
-        return ""
+        close = difflib.get_close_matches(action, buffer.keys, n=1)
+        return f" task.action.source={close[0]} takes it" if close else ""
     return (
         f"; these are UMI's keys, and its actions are where the hand is next: add a column action [N, A] with the next "
         f"row's {', '.join(parts)} (docs/training.md shows how)"

@@ -50,6 +50,7 @@ from action_diffusion.training.data import (
 from action_diffusion.training.evaluation.held_out import choose, evaluate_held_out
 from action_diffusion.training.evaluation.rollouts import evaluate_policy
 from action_diffusion.training.metrics import MetricsLog
+from action_diffusion.training.progress import spoken
 from action_diffusion.training.trainer import Trainer
 from action_diffusion.training.validation import Rollouts, Validation
 
@@ -126,7 +127,7 @@ def _train(
     done = trainer.run()
     if accelerator.is_main_process:
         trainer.write_bundle(output_dir / "bundle", trainer.ema_state())
-        say(f"{done.step:,} steps in {done.seconds / 60:.1f} minutes; bundle in {output_dir / 'bundle'}")
+        say(f"{done.step:,} steps in {spoken(done.seconds)}; bundle in {output_dir / 'bundle'}")
         if (measured := _measured_steps(config["task"]["name"])) > done.step:
             say(f"this task's own settings train for {measured:,} steps: train.max_steps={measured}")
         if trainer.metrics is not None:

@@ -115,6 +115,7 @@ def inspect(options: Mapping[str, Any]) -> int:
     show(found)
     if "plot" in options:
         plot(buffer, found, episode[0], Path(options["plot"]).expanduser())
+        print(f"picture: {options['plot']}")
     return 0
 
 

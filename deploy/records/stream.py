@@ -165,10 +165,12 @@ class RunStream:
     def close(self, attrs: Mapping[str, object] | None = None) -> None:
         """The run is over: wait until all of it is on disk. attrs: plain values of the record that are known now."""
         if self._recorder is not None:
-            if attrs:
-                with atomic_path(self._later) as partial:
-                    partial.write_text(json.dumps(attrs), encoding="utf-8")
-            self._recorder.end(30.0)
+            try:
+                if attrs:
+                    with atomic_path(self._later) as partial:
+                        partial.write_text(json.dumps(attrs), encoding="utf-8")
+            finally:
+                self._recorder.end(30.0)
 
 
 def _number(value: float | None) -> float:

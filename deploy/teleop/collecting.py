@@ -40,13 +40,13 @@ def run(config: Collect) -> dict[str, object]:
         world, folder = _world(config, stack)
         _check_device(config, world)
         clock, countdown = _clock(config, world)
+        sink = stack.enter_context(_recorder(config, world))  # which may refuse, before anybody sees a page
         shown, page = open_page(config, world, driver, folder)
         if page is not None:
             stack.callback(page.end)
         device = everything(driver, folder, page, points=is_plane(world))
         stack.callback(device.close)
         device.connect()
-        sink = stack.enter_context(_recorder(config, world))
         already = sink.n_episodes
         session = TeleopSession(
             world=world,

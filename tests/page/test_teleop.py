@@ -44,6 +44,7 @@ from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, actio
 from action_diffusion.envs.demonstration import episode
 from action_diffusion.envs.pusht.simulator import PushT
 from action_diffusion.errors import InputError
+from action_diffusion.files import writer_lock
 from action_diffusion.options import configuration
 
 PLANE = Limits(low=np.zeros(2), high=np.full(2, 512.0), max_step=np.full(2, 300.0))
@@ -338,6 +339,16 @@ def test_bad_options(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     assert cli.main(["collect", "task=pusht_state", "agent=teleop", "output=a.zarr", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_output_that_another_process_writes_is_refused_before_a_page_opens(tmp_path, capsys):
+    with writer_lock(tmp_path / "a.zarr"):
+        words = ["task=pusht_state", "agent=teleop", "device=browser", f"output={tmp_path}/a.zarr"]
+        assert cli.main(["collect", *words]) == 2
+    said = capsys.readouterr()
+    assert "a.zarr is being written by process" in said.err
+    assert said.err.count("\n") == 1
+    assert "page:" not in said.out
 
 
 @pytest.mark.parametrize("line", ["jump", "1 two", "start now"])

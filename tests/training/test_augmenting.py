@@ -13,7 +13,7 @@ from action_diffusion.cli import main
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.options.data import Augment
-from action_diffusion.training.augmenting import Episodes, Filter, Joints, augment, inverse_and_forward, windows
+from action_diffusion.training.augmenting import Episodes, Filter, Joints, apart, augment, inverse_and_forward, windows
 
 
 def chain(n: int = 24, length: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
@@ -82,7 +82,7 @@ def test_dynamics_are_learnt_from_steps_within_episodes() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     given = episodes()
-    accept = Filter(given, lambda states, actions: states + 0.5 * actions, tolerance=0.25)
+    accept = Filter(given, lambda states, actions: states + 0.5 * actions, 0.25, apart(given))
     states = given.states[:8]
     actions = given.actions[:7]
     assert accept(states, actions)
@@ -97,14 +97,15 @@ def test_only_pairs_that_no_demonstration_has_are_put_together() -> None:
     """On a line, half of them end at x = 0, where the others begin: what is new goes from before -0.4 to after 0.4."""
     given = episodes()
     given.states[:, 1] = 0.0
-    anchors, begins, ends = Joints(given, "ends").draw(300, np.random.default_rng(0))
+    anchors, begins, ends = Joints(given, "ends", apart(given)).draw(300, np.random.default_rng(0))
     assert len(anchors) == 300
     assert (np.abs(anchors[:, 0]) < 0.1).all()
     assert (begins[:, 0] < -0.4).all()
     assert (ends[:, 0] > 0.4).all()
     given.states.reshape(24, 8, 2)[1::2, :, 0] += 5.0  # nothing meets any more
-    with pytest.raises(InputError, match="no two demonstrations meet"):
-        Joints(given, "ends").draw(1, np.random.default_rng(0))
+    for anchors, hint in (("ends", "end where another one begins"), ("all", "they have to cross")):
+        with pytest.raises(InputError, match=f"no two demonstrations meet .*{hint}"):
+            Joints(given, anchors, apart(given)).draw(1, np.random.default_rng(0))
 
 
 @pytest.mark.slow

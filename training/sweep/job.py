@@ -196,7 +196,7 @@ def _ctrl_c_later() -> tuple[list[int], Callable[[], object]]:
     if threading.current_thread() is not threading.main_thread():
         return pressed, lambda: None
     earlier = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    return pressed, lambda: signal.signal(signal.SIGINT, earlier)
+    return pressed, lambda: signal.signal(signal.SIGINT, signal.SIG_DFL if earlier is None else earlier)
 
 
 def _begin() -> None:
