@@ -103,9 +103,9 @@ def test_only_pairs_that_no_demonstration_has_are_put_together() -> None:
     assert (begins[:, 0] < -0.4).all()
     assert (ends[:, 0] > 0.4).all()
     given.states.reshape(24, 8, 2)[1::2, :, 0] += 5.0  # nothing meets any more
-    for anchors, hint in (("ends", "end where another one begins"), ("all", "they have to cross")):
+    for where, hint in (("ends", "end where another one begins"), ("all", "they have to cross")):
         with pytest.raises(InputError, match=f"no two demonstrations meet .*{hint}"):
-            Joints(given, anchors, apart(given)).draw(1, np.random.default_rng(0))
+            Joints(given, where, apart(given)).draw(1, np.random.default_rng(0))
 
 
 @pytest.mark.slow
