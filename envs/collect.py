@@ -34,6 +34,8 @@ from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect
 from action_diffusion.progress import progress
 
+SEEN = ("image", "depth", "points")
+"""Kinds of observations that are recorded where a task names them."""
 FIRST_TEST_SEED = 100_000  # evaluations begin here; no demonstration does
 
 
@@ -46,7 +48,7 @@ def run(config: Collect) -> dict[str, Any]:
         env_name=env["name"],
         settings=_settings(env),
         # A camera whose pictures are kept under another name is rendered from the states when it is trained on.
-        cameras=[key for key, value in config.task.seen.items() if value.kind == "image" and value.source == key],
+        cameras=[key for key, value in config.task.seen.items() if value.kind in SEEN and value.source == key],
         agent_name=config.agent,
         episodes=config.episodes,
         seed=config.seed,
@@ -58,9 +60,10 @@ def run(config: Collect) -> dict[str, Any]:
 
 
 def _settings(env: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an environment of Gymnasium, which is one of many; others record with their own defaults."""
+    """Of an environment of Gymnasium, which is one of many; others record with their own defaults, but for how they are
+    seen."""
     given = {key: value for key, value in env.items() if key != "name" and value is not None}
-    return given if env["name"] == "gymnasium" else {}
+    return given if env["name"] == "gymnasium" else {key: given[key] for key in ("points", "turned") if key in given}
 
 
 def collect(

@@ -91,11 +91,14 @@ def fit_normalizer(
     frame = build_action_frame(config.get("action_frame"), spec)
     _check_seen(frame, features)
     keys = [key for key in spec.states if frame is None or key not in frame.observed_dims]
-    known = (*spec.states, *spec.depths, "action")
+    known = (*spec.states, *spec.depths, *spec.points, "action")
     for key in kinds:
         if key not in known:
             raise unknown("key in policy.normalizer", key, known)
     statistics = {key: _fit_depth(key, read(key), kinds.get(key, "gaussian")) for key in spec.depths}
+    for key, cloud in spec.points.items():  # one for all of the points: their order means nothing
+        values = read(key).reshape(-1, cloud.shape[1])
+        statistics[key] = normalizer_module.fit(values, kinds.get(key, default))
     for key in (*keys, "action"):
         values = read(key)
         values = values.reshape(len(values), -1)
@@ -171,6 +174,8 @@ def build_policy(config: Mapping[str, Any], spec: PolicySpec) -> DiffusionPolicy
     }
     if spec.depths:
         parts["depth_shapes"] = {key: value.shape for key, value in spec.depths.items()}
+    if spec.points:
+        parts["point_shapes"] = {key: value.shape for key, value in spec.points.items()}
     if spec.texts and "text_dims" in parameters("encoder", config["encoder"]):
         parts["text_dims"] = {key: sizes.pop(key) for key in spec.texts}
     empty = config["encoder"] | ({"weights": None} if config["encoder"].get("weights") else {})
@@ -216,7 +221,7 @@ def check_statistics(policy: DiffusionPolicy) -> None:
     spec = policy.spec
     sizes = {key: math.prod(value.shape) for key, value in spec.states.items()} | {"action": spec.action.shape[0]}
     sizes |= {key: cast(int, feature.output_dim) for key, feature in policy.features.items()}
-    sizes |= dict.fromkeys(spec.depths, 1)
+    sizes |= dict.fromkeys(spec.depths, 1) | {key: value.shape[1] for key, value in spec.points.items()}
     if policy.action_frame is not None:
         sizes |= policy.action_frame.observed_dims | {IN_FRAME: policy.action_frame.output_dim or spec.action.shape[0]}
     elif IN_FRAME in spec.normalizer:

@@ -136,6 +136,7 @@ class DiffusionPolicy(nn.Module):
             seen |= self.action_frame.observe(seen)
         ready = {key: self._ready(key, seen[key]) if key in seen else obs[key] for key in self.spec.observations}
         ready |= {key: self._far(key, obs[key]) for key in self.spec.depths}
+        ready |= {key: self.normalizer.normalize(key, obs[key].float()) for key in self.spec.points}
         embedding = self.encoder(ready, generator=generator)
         if self.estimator is None:
             return Encoded(embedding, obs)

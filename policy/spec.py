@@ -48,7 +48,7 @@ class TextSpec:
 @dataclass(frozen=True)
 class ObservationSpec:
     """One observation key. shape: of one step; images are uint8 [H, W, 3], depth is uint16 [H, W] in mm, 0 where it is
-    unknown, words are a vector, as `text` says. unit: of the values, for people.
+    unknown, points are [P, 3] in one frame or [P, 6] with colours, words are a vector, as `text` says. unit: of the values, for people.
 
     source and columns: the replay buffer's key and the columns of it that this key was trained on. rotations: the
     values that are some, of which the policy takes any sign and any turn.
@@ -71,6 +71,8 @@ class ObservationSpec:
             raise InputError(f"an image of shape {list(self.shape)}: images are [height, width, 3]")
         if self.kind == "depth" and (len(self.shape) != 2 or self.dtype != "uint16"):
             raise InputError(f"depth of shape {list(self.shape)} of {self.dtype}: it is [height, width] of uint16")
+        if self.kind == "points" and (len(self.shape) != 2 or self.shape[1] not in (3, 6)):
+            raise InputError(f"points of shape {list(self.shape)}: they are [points, 3], or [points, 6] with colours")
         if self.kind not in ("image", "depth") and values > MOST_VALUES:
             raise InputError(f"a state of shape {list(self.shape)} has {values:,} values, more than {MOST_VALUES:,}")
         check_rotations(self.rotations, values)
@@ -161,13 +163,17 @@ class PolicySpec:
 
     @property
     def states(self) -> dict[str, ObservationSpec]:
-        """Vectors, which are neither images nor depth: observed, or estimated."""
+        """Vectors, which are neither images nor depth nor points: observed, or estimated."""
         vectors = {key: value for key, value in self.observations.items() if value.kind in ("state", "text")}
         return vectors | self.estimates
 
     @property
     def depths(self) -> dict[str, ObservationSpec]:
         return {key: value for key, value in self.observations.items() if value.kind == "depth"}
+
+    @property
+    def points(self) -> dict[str, ObservationSpec]:
+        return {key: value for key, value in self.observations.items() if value.kind == "points"}
 
     @property
     def texts(self) -> dict[str, TextSpec]:
@@ -198,7 +204,7 @@ class PolicySpec:
             raise InputError(
                 f"{where}: camera_order is {order}, but the observations list the cameras as {spec.camera_order}"
             )
-        for key in (*spec.states, *spec.depths, "action"):
+        for key in (*spec.states, *spec.depths, *spec.points, "action"):
             if key not in spec.normalizer:
                 raise InputError(f"{where}: no normaliser statistics for {key!r}; the bundle cannot be used without")
         return spec

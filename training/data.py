@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from action_diffusion.datasets.batches.columns import depth_size, seen_picture
+from action_diffusion.datasets.batches.columns import cloud_shape, depth_size, seen_picture
 from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, Sentences, random_crop_offsets
 from action_diffusion.datasets.batches.mixing import NONE, Draws, Parts, table
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows, split_episodes
@@ -80,6 +80,11 @@ def describe(
     }
     sources = {key: spec.source for key, spec in (observations | estimates).items() if spec.text is None}
     became = columns.became(buffer, source, sources, rotations, _dropped(task, drop))
+    became |= {
+        spec.source: f"observed: {spec.shape[0]} points{' with colours' if spec.shape[1] == 6 else ''}"
+        for spec in observations.values()
+        if spec.kind == "points"
+    }
     became |= _told_words(buffer, observations)
     if gain is not None:
         became[gain] = f"feedback gains: {columns.vector(buffer[gain])}"
@@ -177,6 +182,8 @@ def _observation(
         shape = (*seen_picture(buffer, source).size, 3)
     elif kind == "depth":
         shape = depth_size(buffer, source)
+    elif kind == "points":
+        shape = cloud_shape(buffer, source)
     elif kind == "state":
         _check_state(buffer, source, f"observation {key!r}")
         if chosen is not None:

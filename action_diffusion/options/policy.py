@@ -45,6 +45,16 @@ class SeriesOptions:
 
 
 @dataclass
+class PointOptions:
+    """`policy.encoder.points`, see `policy.points.PointEncoder`."""
+
+    hidden: Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)] = field(
+        default_factory=lambda: [64, 128, 256]
+    )
+    feature_dim: Annotated[int, Between(1, 8192)] = 64
+
+
+@dataclass
 class EncoderOptions:
     """`policy.encoder`, see `policy.encoder.ObservationEncoder`."""
 
@@ -68,6 +78,7 @@ class EncoderOptions:
     context: ContextOptions | None = None
     text_feature_dim: Annotated[int, Between(1, 8192)] = 32
     series: dict[str, SeriesOptions] | None = None
+    points: PointOptions | None = None
 
 
 def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None, corner: Sequence[int] | None = None) -> None:

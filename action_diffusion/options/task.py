@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from action_diffusion.errors import InputError
-from action_diffusion.options.words import KINDS, MOST_STEPS, AsTyped, Columns, Count
+from action_diffusion.options.words import KINDS, MOST_STEPS, AsTyped, Columns, Count, Finite
 from action_diffusion.registry import ENVS, TEXT_ENCODERS
 from action_diffusion.schema import Above, Between, ByName, Matching, OneOf, Section, Sized, check
 
@@ -26,12 +26,25 @@ class PushTOptions:
 
 
 @dataclass
+class CloudOptions:
+    """`task.env.points` of robosuite's tasks, see `envs.robosuite.clouds.Cloud`."""
+
+    cameras: Annotated[list[str], Sized(1, 16)] | None = None
+    low: Annotated[list[Finite], Sized(3, 3)] | None = None
+    high: Annotated[list[Finite], Sized(3, 3)] | None = None
+    n: Annotated[int, Between(1, 16_384)] = 128
+    colours: bool = True
+
+
+@dataclass
 class ManipulationOptions:
     """`task.env` of robosuite's tasks, see `envs.manipulation.Manipulation`."""
 
     env_args: Section | None = None
     absolute: bool = False
     max_steps: Count | None = None
+    points: CloudOptions | None = None
+    turned: dict[str, Annotated[float, Between(-180, 180)]] | None = None
     joined: Joined | None = None
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from action_diffusion.schema import Between, FilePath, Matching, OneOf, Sized
 
-KINDS = ("state", "image", "text", "depth")
+KINDS = ("state", "image", "text", "depth", "points")
 """Of observations."""
 MOST_STEPS = 1024
 """Of a chunk, and of denoising: far beyond what robots use, and soon computed."""

@@ -3,6 +3,7 @@
     state    float32 [N, ...]        robot state, key points, actions, rewards: must be finite
     image    uint8 [N, H, W, 3]      0 to 255; float images are converted where that loses nothing
     depth    uint16 [N, H, W]        mm, 0 where it is unknown
+    points   float32 [N, P, 3 or 6]  places in one frame, and colours behind them: must be finite
 
 Blocks of rows go through memory one at a time, so that converting a 2.8 GB float array to 0.7 GB of uint8
 never holds the former. Where the result does not fit either, it is written once to an uncompressed file in
@@ -40,7 +41,7 @@ class ObsKey(NamedTuple):
 
     source: str
     columns: tuple[int, ...] | None
-    kind: Literal["state", "image", "depth", "action"]
+    kind: Literal["state", "image", "depth", "points", "action"]
 
     @property
     def dtype(self) -> np.dtype:
@@ -75,6 +76,17 @@ def depth_size(buffer: ReplayBuffer, key: str) -> tuple[int, int]:
     return found.size
 
 
+def cloud_shape(buffer: ReplayBuffer, key: str) -> tuple[int, int]:
+    """How many points a column holds in a row, and how many values each has. Raises `InputError` where it holds none."""
+    column = buffer[key]
+    if len(column.shape) != 3 or column.shape[2] not in (3, 6) or column.dtype.kind != "f":
+        raise InputError(
+            f"{buffer.name}: data/{key} has shape {list(column.shape)} of {column.dtype}, points must be floats "
+            "[N, P, 3], or [N, P, 6] with their colours from 0 to 1"
+        )
+    return column.shape[1], column.shape[2]
+
+
 def from_zero_to_one(column: Column) -> bool:
     """Whether a picture of floats is from 0 to 1, and not to 255. Reads on until it is sure."""
     if column.dtype.kind != "f":
@@ -95,6 +107,8 @@ def array_shape(buffer: ReplayBuffer, wanted: ObsKey) -> tuple[int, ...]:
         return (shape[0], *seen_picture(buffer, wanted.source).size, 3)
     if wanted.kind == "depth":
         return (shape[0], *depth_size(buffer, wanted.source))
+    if wanted.kind == "points":
+        return (shape[0], *cloud_shape(buffer, wanted.source))
     if len(shape) == 1:
         shape = (*shape, 1)
     if wanted.kind == "action":

@@ -108,7 +108,20 @@ class Renderer:
         model, data: MuJoCo's `MjModel` and `MjData`, of which positions are current.
         Raises `InputError` where OpenGL does not work.
         """
-        mj = self._mujoco
+        pixels = np.empty((size, size, 3), np.uint8)
+        self._draw(model, data, camera, pixels, None)
+        return np.ascontiguousarray(pixels[::-1])  # OpenGL's first row is the lowest
+
+    def depth(self, model: Any, data: Any, camera: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `picture`, and how far along the camera's axis everything in it is: float32 [size, size] in m."""
+        pixels, buffer = np.empty((size, size, 3), np.uint8), np.empty((size, size), np.float32)
+        self._draw(model, data, camera, pixels, buffer)
+        near, far = (model.stat.extent * share for share in (model.vis.map.znear, model.vis.map.zfar))
+        metres = near / (1 - np.float64(buffer) * (1 - near / far))
+        return np.ascontiguousarray(pixels[::-1]), np.float32(metres[::-1])
+
+    def _draw(self, model: Any, data: Any, camera: int, pixels: np.ndarray, depth: np.ndarray | None) -> None:
+        mj, size = self._mujoco, len(pixels)
         if model is not self._model:
             self._model, self._scene = model, mj.MjvScene(model, maxgeom=MAX_GEOMS)
             self._scene.flags[mj.mjtRndFlag.mjRND_REFLECTION] = self._settings.reflections
@@ -121,10 +134,8 @@ class Renderer:
         everything = mj.mjtCatBit.mjCAT_ALL
         mj.mjv_updateScene(model, data, options, mj.MjvPerturb(), view, everything, self._scene)
         viewport = mj.MjrRect(0, 0, size, size)
-        pixels = np.empty((size, size, 3), np.uint8)
         mj.mjr_render(viewport, self._scene, context.drawing)
-        mj.mjr_readPixels(pixels, None, viewport, context.drawing)
-        return np.ascontiguousarray(pixels[::-1])  # OpenGL's first row is the lowest
+        mj.mjr_readPixels(pixels, depth, viewport, context.drawing)
 
 
 def _context(mj: Any, model: Any, samples: int, size: int) -> _Context:

@@ -18,15 +18,17 @@ Actions of one arm, and of two one after the other (TwoArmTransport):
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from action_diffusion.envs import recorded
+from action_diffusion.envs.robosuite.clouds import Cloud, View
 from action_diffusion.envs.robosuite.headless import Renderer, RenderSettings
 from action_diffusion.errors import InputError, unknown
+from action_diffusion.points import orbited, pinhole
 from action_diffusion.rotations import axis_angle_to_6d, matrix_to_6d, six_d_to_axis_angle, six_d_to_matrix
 
 PER_ARM = 10  # values of an absolute action
@@ -37,7 +39,8 @@ class Manipulation:
     """One episode at a time of one of `recorded.TASKS`.
 
     Observations are float32 under robomimic's names: `object`, `robot0_eef_pos` (m), `robot0_eef_quat` (x, y, z, w),
-    `robot0_gripper_qpos` (m), `robot0_joint_pos` (rad), … and `<camera>_image`, uint8 [size, size, 3].
+    `robot0_gripper_qpos` (m), `robot0_joint_pos` (rad), … and `<camera>_image`, uint8 [size, size, 3],
+    `<camera>_depth`, uint16 [size, size] in mm, and `points`, float32 [n, 3 or 6], as `clouds.Cloud` makes them.
 
     Source: robosuite (Zhu et al. 2020), robomimic (Mandlekar et al. 2021).
     """
@@ -49,9 +52,12 @@ class Manipulation:
         env_args: Mapping[str, Any] | None = None,
         absolute: bool = False,
         max_steps: int | None = None,
+        points: Mapping[str, Any] | None = None,
+        turned: Mapping[str, float] | None = None,
     ) -> None:
         """task: a name in `recorded.TASKS`; `env_args`, metadata as `recorded.complete` gives or a file holds, says it
-        too. absolute: whether actions are.
+        too. absolute: whether actions are. points: options of `clouds.Cloud`. turned: cameras that stand elsewhere, by
+        degrees about the world's vertical axis, which in Lift goes through the middle of the table.
 
         Raises `InputError` for a task, robot, controller or setting that does not exist, and without robosuite.
         """
@@ -72,6 +78,8 @@ class Manipulation:
         n_arms = sum(len(robot.arms) for robot in self._sim.robots)
         self.action_shape: tuple[int, ...] = (PER_ARM * n_arms if absolute else int(self._sim.action_dim),)
         self._renderer = Renderer(RenderSettings(**self.env_args["render"]))
+        self._cloud, self._turned = Cloud(**(points or {})), dict(turned or {})
+        self._turn_cameras()
         self._lags = self.env_args["object_layout"] == "1.5"
         self._found: dict[str, np.ndarray] = {}
         self._steps = 0
@@ -108,6 +116,7 @@ class Manipulation:
             self._sim.reset()
         finally:
             np.random.set_state(before)
+        self._turn_cameras()
         self._begin()
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
@@ -142,6 +151,7 @@ class Manipulation:
         Raises `InputError` for others, and for images without OpenGL.
         """
         cameras = {f"{name}_image": name for name in self._sim.sim.model.camera_names}
+        depths = {f"{name}_depth": name for name in cameras.values()}
         if not self._lags:
             self._look()
             self._look()  # robosuite computes where the hand sees the object before it computes where that is
@@ -152,10 +162,17 @@ class Manipulation:
                 values[key] = self.state()
             elif key in cameras:
                 values[key] = self._picture(cameras[key], size)
+            elif key in depths:
+                metres = self._depth(depths[key], size).depth
+                values[key] = np.uint16(np.rint(1000 * metres).clip(0, 65_535))
+            elif key == "points":
+                self._refresh()
+                views = [self._depth(name, size) for name in self._seen_by(self._cloud.cameras)]
+                values[key] = self._cloud.points(views)
             elif key in self._found:
                 values[key] = self._found[key].astype(np.float32)
             else:
-                raise unknown(f"observation of {self._task.env_name}", key, ["states", *self._found, *cameras])
+                raise unknown(f"observation of {self._task.env_name}", key, ["states", "points", *self._found, *cameras, *depths])
         return values
 
     def _look(self) -> None:
@@ -262,6 +279,35 @@ class Manipulation:
     def _picture(self, camera: str, size: int) -> np.ndarray:
         model, data = self._sim.sim.model, self._sim.sim.data
         return self._renderer.picture(model._model, data._data, model.camera_name2id(camera), size)
+
+    def _depth(self, camera: str, size: int) -> View:
+        model, data = self._sim.sim.model, self._sim.sim.data
+        pixels, metres = self._renderer.depth(model._model, data._data, model.camera_name2id(camera), size)
+        pose = np.eye(4)
+        pose[:3, :3] = data.get_camera_xmat(camera) @ np.diag([1.0, -1.0, -1.0])  # MuJoCo's look along -z, y up
+        pose[:3, 3] = data.get_camera_xpos(camera)
+        return View(pixels, metres, pinhole((size, size), model._model.cam_fovy[model.camera_name2id(camera)]), pose)
+
+    def _turn_cameras(self) -> None:
+        """Put the cameras that are `turned` where they stand."""
+        model = self._sim.sim.model
+        for camera, degrees in zip(self._seen_by(self._turned), self._turned.values(), strict=True):
+            index = model.camera_name2id(camera)
+            if model._model.cam_bodyid[index] != 0:
+                raise InputError(f"turned: {camera} is fixed to a part that moves, not to the world")
+            pose = np.eye(4)
+            pose[:3, :3] = Rotation.from_quat(np.roll(model._model.cam_quat[index], -1)).as_matrix()
+            pose[:3, 3] = model._model.cam_pos[index]
+            pose = orbited(pose, degrees)
+            model._model.cam_pos[index] = pose[:3, 3]
+            model._model.cam_quat[index] = np.roll(Rotation.from_matrix(pose[:3, :3]).as_quat(), 1)
+
+    def _seen_by(self, cameras: Iterable[str]) -> list[str]:
+        """The cameras, which must be there."""
+        for camera in cameras:
+            if camera not in self.cameras:
+                raise unknown(f"camera of {self._task.env_name}", camera, self.cameras)
+        return list(cameras)
 
     def _refresh(self) -> None:
         """Put bodies where the positions of their joints say. What comes next does not depend on it."""

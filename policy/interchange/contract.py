@@ -143,11 +143,11 @@ def made_up(spec: PolicySpec, seed: int = 0) -> dict[str, np.ndarray]:
             observations[key] = random.integers(0, 2000, shape, dtype=np.uint16)
             continue
         statistics = spec.normalizer[key]
-        if len(statistics["scale"]) != math.prod(value.shape):
+        if value.kind != "points" and len(statistics["scale"]) != math.prod(value.shape):
             observations[key] = random.uniform(-1, 1, shape).astype(value.dtype)
             continue
         scale, offset = (np.asarray(statistics[name]) for name in ("scale", "offset"))
-        normal = random.uniform(-1, 1, (*shape[:1], len(scale)))
+        normal = random.uniform(-1, 1, (*(shape[:-1] if value.kind == "points" else shape[:1]), len(scale)))
         values = (normal - offset) / scale
         if statistics.get("min") is not None:  # which those that never changed keep to
             values = np.clip(values, statistics["min"], statistics["max"])

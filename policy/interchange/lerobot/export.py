@@ -86,6 +86,7 @@ def _require(policy: DiffusionPolicy, config: Mapping[str, Any]) -> None:
         (not any(value.rotations for value in spec.states.values()), "a state's rotations", "no such states"),
         (not spec.texts, "an observation that is words", "no words"),
         (not spec.depths, "an observation that is depth", "colours"),
+        (not spec.points, "an observation that is points", "colours"),
         (not policy.objective.two_times, "policy.objective", "a denoiser that is told one time"),
         (not policy.max_delay, "policy.objective.max_delay", "no fixed steps"),
         (type(encoder) is ObservationEncoder, "policy.encoder", "its own encoder"),

@@ -3,17 +3,19 @@
     states [B, To, n]        ───────────────────────────────────────────────────────────────┐
     frames [B, To, H, W, 3] ─▶ crop, jitter ─▶ [B*To, 3, h, w] ─▶ ResNet ─▶ pool ─▶ [., F] ──┴▶ [B, To * D] ─┐
     depth [B, To, H, W, 2]   ─▶ crop ─▶ [B*To, 2, h, w] ─▶ ResNet ─▶ pool ─▶ [., F], beside those of the frames
+    points [B, To, P, C]     ─▶ for each point, then the maximum, see `points` ─▶ [., F'], beside them as well
     words [B, To, E]         ─▶ those of the last step ─▶ projection [B, F'] ────────────────────────────────┤
     series [B, To, n]        ─▶ causal convolutions over all samples, see `series` ─▶ [B, F"] ───────────────┴▶ [B, C]
 
 All To frames of all windows go through the network as one batch. An embedding is its steps one after the other, oldest
-first, and a step is its states, in order, its cameras, and its depth: D = sum of n + (cameras + depths) * F. What a
+first, and a step is its states, in order, its cameras, its depth and its points: D = sum of n + (cameras + depths) * F
++ clouds * F'. What a
 robot is told does not change from step to step, so that it is there once, as are the features of a series. Where depth
 is known is a channel of its own: norms take the mean out, and it tells how far a wall is that fills the frame.
 
 Names of weights: `cameras.<i>.` for camera i, or `cameras.0.` when they share a network; in it
 `backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`;
-`depths.<i>.` likewise, `texts.<i>.` for the words of text i, `series.<i>.` for series i.
+`depths.<i>.` likewise, `clouds.<i>.` for points i, `texts.<i>.` for the words of text i, `series.<i>.` for series i.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from action_diffusion.options.policy import check_crop
 from action_diffusion.policy.model.encoders import augment as augmentation
 from action_diffusion.policy.model.encoders import resnet
 from action_diffusion.policy.model.encoders.context import Context
+from action_diffusion.policy.model.encoders.points import PointEncoder
 from action_diffusion.policy.model.encoders.series import Series
 from action_diffusion.registry import AUGMENTATIONS, check_arguments
 
@@ -104,6 +107,7 @@ class ObservationEncoder(nn.Module):
     are in the embedding. None: all To steps are.
     text_dims: key of a text to E, in order. text_feature_dim: F' of each.
     depth_shapes: depth to (H, W); cropped and resized as cameras are, each with a network of its own.
+    point_shapes: points to (P, C). points: options of `points.PointEncoder`, of which each has one of its own.
     series: state that is many samples a step, such as a wrench [T, 6], to options of `series.Series`.
 
     Raises `InputError` for a key without a shape, a shape that is not (H, W, 3), a crop outside of its frame, cameras
@@ -139,6 +143,8 @@ class ObservationEncoder(nn.Module):
         text_feature_dim: int = 32,
         series: Mapping[str, Mapping[str, int]] | None = None,
         depth_shapes: Mapping[str, Sequence[int]] | None = None,
+        points: Mapping[str, Any] | None = None,
+        point_shapes: Mapping[str, Sequence[int]] | None = None,
     ):
         super().__init__()
         self.image_keys = tuple(image_keys)
@@ -176,7 +182,12 @@ class ObservationEncoder(nn.Module):
         self.depths = nn.ModuleList(camera(self._input_size(key), 2) for key in self.depth_shapes)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
+        self.point_shapes = {key: (shape[0], shape[1]) for key, shape in (point_shapes or {}).items()}
+        self.clouds = nn.ModuleList(
+            PointEncoder(channels=channels, **(points or {})) for _, channels in self.point_shapes.values()
+        )
         self.step_dim = sum(self.state_dims.values()) + feature_dim * (len(self.image_keys) + len(self.depths))
+        self.step_dim += sum(cast(PointEncoder, part).output_dim for part in self.clouds)
         self._set_pixels(pixels or {})
         self.context: Context | None = None
         if context is not None:
@@ -197,7 +208,7 @@ class ObservationEncoder(nn.Module):
         """Embedding [B, C], float32; with a `context` [B, recent * D + size] are in the place of [B, To * D].
 
         obs: a state is a float [B, To, n], normalised already, a text likewise [B, To, E], depth
-        [B, To, H, W, 2], which has 1 where it is known; a camera is uint8
+        [B, To, H, W, 2], which has 1 where it is known, points float [B, To, P, C]; a camera is uint8
         [B, To, H, W, 3], 0 to 255, or in training [B, To, h, w, 3] when the `early_crop` has been cut already.
         `generator` draws crops and jitter, camera after camera; the global one does without it. Raises `InputError` for
         anything else.
@@ -211,9 +222,11 @@ class ObservationEncoder(nn.Module):
         for depth, key in zip(self.depths, self.depth_shapes, strict=True):
             images = self._prepare_depth(key, obs, generator).to(memory_format=self.memory_format)
             parts.append(depth(images).float().unflatten(0, (-1, self.n_obs_steps)))
+        for cloud, (key, shape) in zip(self.clouds, self.point_shapes.items(), strict=True):
+            parts.append(cloud(self._vector(key, obs, *shape)).float())
         if any(part.shape[0] != parts[0].shape[0] for part in parts[1:]):
             counts = ", ".join(
-                f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys, *self.depth_shapes)
+                f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys, *self.depth_shapes, *self.point_shapes)
             )
             raise InputError(f"observations have different numbers of windows: {counts}")
         embedding = []
@@ -300,10 +313,13 @@ class ObservationEncoder(nn.Module):
             raise InputError(f"camera {key!r} is {_describe(frames)}, expected uint8 {expected}")
         return frames
 
-    def _vector(self, key: str, obs: Mapping[str, Tensor], n: int) -> Tensor:
-        state, to = _get(key, obs), self.n_obs_steps
-        if not state.is_floating_point() or state.shape[1:] != (to, n):
-            raise InputError(f"state {key!r} is {_describe(state)}, expected float32 [B, {to}, {n}]")
+    def _vector(self, key: str, obs: Mapping[str, Tensor], *shape: int) -> Tensor:
+        state, expected = _get(key, obs), (self.n_obs_steps, *shape)
+        if not state.is_floating_point() or state.shape[1:] != expected:
+            what = "state" if len(shape) == 1 else "points"
+            raise InputError(
+                f"{what} {key!r} is {_describe(state)}, expected float32 [B, {', '.join(map(str, expected))}]"
+            )
         return state.float()
 
     def _input_size(self, key: str) -> Size:
