@@ -2,7 +2,7 @@
 
     depth [H, W] ─▶ `from_depth`: along each pixel's ray, then by the camera's pose ─▶ `within` a box ─▶ `farthest` [n]
 
-A camera looks along its z, with x to the right and y down, as OpenCV has it; pixels are counted from 0 at their centres:
+A camera looks along its z, with x to the right and y down, as OpenCV has it; the centres of pixels count from 0:
 
     u = fx · x / z + cx        v = fy · y / z + cy
 """
@@ -16,7 +16,7 @@ from action_diffusion.errors import InputError
 
 
 def pinhole(size: tuple[int, int], field_of_view: float) -> np.ndarray:
-    """Intrinsics [3, 3] of a camera of `size` (height, width) px that sees `field_of_view` degrees from top to bottom."""
+    """Intrinsics [3, 3] of a camera of `size` (height, width) px with a `field_of_view` in degrees, from top to bottom."""
     height, width = size
     if not 0 < field_of_view < 180:
         raise InputError(f"a field of view of {field_of_view} degrees: expected more than 0 and less than 180")
@@ -27,7 +27,7 @@ def pinhole(size: tuple[int, int], field_of_view: float) -> np.ndarray:
 def from_depth(depth: np.ndarray, intrinsics: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """Where pixels see something: float64 [H, W, 3] in m, in the frame that the camera's pose is in.
 
-    depth: [H, W] in m along the camera's z, 0 where it is unknown, which gives NaN. intrinsics: [3, 3]. pose: [4, 4], the
+    depth: [H, W] in m along the camera's z, 0 where it is unknown, which gives NaN. intrinsics: [3, 3]. pose: [4, 4], of the
     camera in that frame. Raises `InputError` for other shapes, intrinsics without a focal length, and a pose that is
     no rotation and translation.
     """

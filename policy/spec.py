@@ -48,7 +48,8 @@ class TextSpec:
 @dataclass(frozen=True)
 class ObservationSpec:
     """One observation key. shape: of one step; images are uint8 [H, W, 3], depth is uint16 [H, W] in mm, 0 where it is
-    unknown, points are [P, 3] in one frame or [P, 6] with colours, words are a vector, as `text` says. unit: of the values, for people.
+    unknown, points are [P, 3] in one frame or [P, 6] with colours, words are a vector, as `text` says. unit: of the
+    values, for people.
 
     source and columns: the replay buffer's key and the columns of it that this key was trained on. rotations: the
     values that are some, of which the policy takes any sign and any turn.

@@ -77,7 +77,7 @@ def depth_size(buffer: ReplayBuffer, key: str) -> tuple[int, int]:
 
 
 def cloud_shape(buffer: ReplayBuffer, key: str) -> tuple[int, int]:
-    """How many points a column holds in a row, and how many values each has. Raises `InputError` where it holds none."""
+    """How many points a row of a column has, and values each of them. Raises `InputError` where it has none."""
     column = buffer[key]
     if len(column.shape) != 3 or column.shape[2] not in (3, 6) or column.dtype.kind != "f":
         raise InputError(

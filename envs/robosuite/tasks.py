@@ -172,7 +172,9 @@ class Manipulation:
             elif key in self._found:
                 values[key] = self._found[key].astype(np.float32)
             else:
-                raise unknown(f"observation of {self._task.env_name}", key, ["states", "points", *self._found, *cameras, *depths])
+                raise unknown(
+                    f"observation of {self._task.env_name}", key, ["states", "points", *self._found, *cameras, *depths]
+                )
         return values
 
     def _look(self) -> None:

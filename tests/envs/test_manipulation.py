@@ -348,3 +348,27 @@ def test_the_first_that_works_is_chosen(monkeypatch, working):
 
 def test_a_backend_that_breaks_does_not_work():
     assert not headless._works("no_such_backend")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pictures")
+def test_points_are_where_things_are_wherever_the_camera_stands() -> None:
+    args = recorded.complete(recorded.TASKS["lift"], {"env_name": "Lift", "env_version": "1.5.1", "env_kwargs": {}})
+    points, pictures = {}, {}
+    for degrees in (0.0, 10.0):
+        env = Manipulation(env_args=args, points={"n": 256}, turned={"agentview": degrees})
+        env.reset(5)
+        found = env.observe(["points", "object", "agentview_image", "agentview_depth"])
+        cube, half = found["object"][:3], cube_size(env)[:3]
+        red = found["points"][(found["points"][:, 3] > 0.4) & (found["points"][:, 4] < 0.25), :3]
+        assert len(red) >= 5
+        assert red[:, 2].max() == pytest.approx(cube[2] + half[2], abs=0.002)
+        assert (np.linalg.norm(red[:, :2] - cube[:2], axis=1) < 1.5 * half[0]).all()
+        assert 300 < found["agentview_depth"].min() < 1000
+        points[degrees], pictures[degrees] = found["points"], found["agentview_image"]
+        env.close()
+    assert not np.array_equal(pictures[0.0], pictures[10.0])
+    with pytest.raises(InputError, match="robot0_eye_in_hand is fixed to a part that moves"):
+        Manipulation(env_args=args, turned={"robot0_eye_in_hand": 10.0})
+    with pytest.raises(InputError, match="unknown camera of Lift 'front'"):
+        Manipulation(env_args=args, turned={"front": 10.0})

@@ -225,9 +225,8 @@ class ObservationEncoder(nn.Module):
         for cloud, (key, shape) in zip(self.clouds, self.point_shapes.items(), strict=True):
             parts.append(cloud(self._vector(key, obs, *shape)).float())
         if any(part.shape[0] != parts[0].shape[0] for part in parts[1:]):
-            counts = ", ".join(
-                f"{key} {len(obs[key])}" for key in (*self.state_dims, *self.image_keys, *self.depth_shapes, *self.point_shapes)
-            )
+            keys = (*self.state_dims, *self.image_keys, *self.depth_shapes, *self.point_shapes)
+            counts = ", ".join(f"{key} {len(obs[key])}" for key in keys)
             raise InputError(f"observations have different numbers of windows: {counts}")
         embedding = []
         if parts:
