@@ -16,7 +16,7 @@ from action_diffusion.errors import InputError
 
 
 def pinhole(size: tuple[int, int], field_of_view: float) -> np.ndarray:
-    """Intrinsics [3, 3] of a camera of `size` (height, width) px with a `field_of_view` in degrees, from top to bottom."""
+    """Intrinsics [3, 3] of a camera of `size` (height, width) px. field_of_view: degrees from top to bottom."""
     height, width = size
     if not 0 < field_of_view < 180:
         raise InputError(f"a field of view of {field_of_view} degrees: expected more than 0 and less than 180")
@@ -27,9 +27,9 @@ def pinhole(size: tuple[int, int], field_of_view: float) -> np.ndarray:
 def from_depth(depth: np.ndarray, intrinsics: np.ndarray, pose: np.ndarray) -> np.ndarray:
     """Where pixels see something: float64 [H, W, 3] in m, in the frame that the camera's pose is in.
 
-    depth: [H, W] in m along the camera's z, 0 where it is unknown, which gives NaN. intrinsics: [3, 3]. pose: [4, 4], of the
-    camera in that frame. Raises `InputError` for other shapes, intrinsics without a focal length, and a pose that is
-    no rotation and translation.
+    depth: [H, W] in m along the camera's z, 0 where it is unknown, which gives NaN. intrinsics: [3, 3]. pose: [4, 4] of
+    the camera in that frame. Raises `InputError` for other shapes, intrinsics without a focal length, and a pose that
+    is no rotation and translation.
     """
     depth, intrinsics, pose = (np.asarray(value, np.float64) for value in (depth, intrinsics, pose))
     if depth.ndim != 2 or intrinsics.shape != (3, 3) or pose.shape != (4, 4):
