@@ -148,7 +148,7 @@ def test_a_component_has_the_options_of_its_constructor(kind, name):
     taken = inspect.signature(POLICY_PARTS[kind].load(name)).parameters
     declared = {field.name: field for field in dataclasses.fields(COMPONENTS[kind][name])}
     built = {"image_keys", "image_shapes", "state_dims", "n_obs_steps", "action_dim", "condition_dim"}
-    built |= {"marked", "two_times", "horizon", "spec", "text_dims", "depth_shapes"}
+    built |= {"marked", "two_times", "horizon", "spec", "text_dims", "depth_shapes", "point_shapes"}
     assert declared.keys() == taken.keys() - built - {"n", "n_action", "embedding_dim"}
     for key, field in declared.items():
         if taken[key].default is inspect.Parameter.empty:
