@@ -10,6 +10,7 @@ A camera looks along its z, with x to the right and y down, as OpenCV has it; th
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.spatial.transform import Rotation
 
 from action_diffusion.errors import InputError
@@ -75,10 +76,10 @@ def farthest(points: np.ndarray, n: int) -> np.ndarray:
     return points[chosen]
 
 
-def orbited(pose: np.ndarray, degrees: float, centre: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
+def orbited(pose: np.ndarray, degrees: float, centre: ArrayLike = (0.0, 0.0)) -> np.ndarray:
     """The pose [4, 4] after a turn about the vertical through `centre` (x, y): what was in the middle of the picture on
     that line still is."""
-    turn, shift = np.eye(4), np.array([*centre, 0.0])
+    turn, shift = np.eye(4), np.append(centre, 0.0)
     turn[:3, :3] = Rotation.from_euler("z", degrees, degrees=True).as_matrix()
     turn[:3, 3] = shift - turn[:3, :3] @ shift
     result: np.ndarray = turn @ pose

@@ -63,7 +63,11 @@ def _settings(env: Mapping[str, Any]) -> dict[str, Any]:
     """Of an environment of Gymnasium, which is one of many; others record with their own defaults, but for how they are
     seen."""
     given = {key: value for key, value in env.items() if key != "name" and value is not None}
-    return given if env["name"] == "gymnasium" else {key: given[key] for key in ("points", "turned") if key in given}
+    return (
+        given
+        if env["name"] == "gymnasium"
+        else {key: given[key] for key in ("points", "turned", "panned") if key in given}
+    )
 
 
 def collect(

@@ -25,6 +25,10 @@ class PushTOptions:
     joined: Joined | None = None
 
 
+Degrees = dict[str, Annotated[float, Between(-180, 180)]]
+"""By which cameras are turned, by their names."""
+
+
 @dataclass
 class CloudOptions:
     """`task.env.points` of robosuite's tasks, see `envs.robosuite.clouds.Cloud`."""
@@ -44,7 +48,8 @@ class ManipulationOptions:
     absolute: bool = False
     max_steps: Count | None = None
     points: CloudOptions | None = None
-    turned: dict[str, Annotated[float, Between(-180, 180)]] | None = None
+    turned: Degrees | None = None
+    panned: Degrees | None = None
     joined: Joined | None = None
 
 

@@ -54,10 +54,12 @@ class Manipulation:
         max_steps: int | None = None,
         points: Mapping[str, Any] | None = None,
         turned: Mapping[str, float] | None = None,
+        panned: Mapping[str, float] | None = None,
     ) -> None:
         """task: a name in `recorded.TASKS`; `env_args`, metadata as `recorded.complete` gives or a file holds, says it
         too. absolute: whether actions are. points: options of `clouds.Cloud`. turned: cameras that stand elsewhere, by
-        degrees about the world's vertical axis, which in Lift goes through the middle of the table.
+        degrees about the world's vertical axis, which in Lift goes through the middle of the table. panned: cameras
+        that look elsewhere, by degrees about the vertical through themselves.
 
         Raises `InputError` for a task, robot, controller or setting that does not exist, and without robosuite.
         """
@@ -78,7 +80,9 @@ class Manipulation:
         n_arms = sum(len(robot.arms) for robot in self._sim.robots)
         self.action_shape: tuple[int, ...] = (PER_ARM * n_arms if absolute else int(self._sim.action_dim),)
         self._renderer = Renderer(RenderSettings(**self.env_args["render"]))
-        self._cloud, self._turned = Cloud(**(points or {})), dict(turned or {})
+        self._cloud = Cloud(**(points or {}))
+        self._moved = [(name, degrees, False) for name, degrees in (turned or {}).items()]
+        self._moved += [(name, degrees, True) for name, degrees in (panned or {}).items()]
         self._turn_cameras()
         self._lags = self.env_args["object_layout"] == "1.5"
         self._found: dict[str, np.ndarray] = {}
@@ -291,16 +295,17 @@ class Manipulation:
         return View(pixels, metres, pinhole((size, size), model._model.cam_fovy[model.camera_name2id(camera)]), pose)
 
     def _turn_cameras(self) -> None:
-        """Put the cameras that are `turned` where they stand."""
+        """Put the cameras that are `turned` or `panned` where they stand."""
         model = self._sim.sim.model
-        for camera, degrees in zip(self._seen_by(self._turned), self._turned.values(), strict=True):
+        self._seen_by(camera for camera, _, _ in self._moved)
+        for camera, degrees, on_the_spot in self._moved:
             index = model.camera_name2id(camera)
             if model._model.cam_bodyid[index] != 0:
-                raise InputError(f"turned: {camera} is fixed to a part that moves, not to the world")
+                raise InputError(f"turned, panned: {camera} is fixed to a part that moves, not to the world")
             pose = np.eye(4)
             pose[:3, :3] = Rotation.from_quat(np.roll(model._model.cam_quat[index], -1)).as_matrix()
             pose[:3, 3] = model._model.cam_pos[index]
-            pose = orbited(pose, degrees)
+            pose = orbited(pose, degrees, pose[:2, 3] if on_the_spot else (0.0, 0.0))
             model._model.cam_pos[index] = pose[:3, 3]
             model._model.cam_quat[index] = np.roll(Rotation.from_matrix(pose[:3, :3]).as_quat(), 1)
 
