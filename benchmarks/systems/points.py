@@ -95,7 +95,7 @@ def lifted(policy: DiffusionPolicy, place: Mapping[str, Any], seed: int) -> np.n
 
 SYSTEM = System(
     name="points",
-    what="Lift whose camera is carried around the table by 10° after training, or turned on the spot: success by points",
+    what="Lift whose camera is carried around the table by 10° after training, or turned by that on the spot",
     bar="points lose at most half of the success that pictures lose; where the camera was, both lift at least 0.5",
     measure=measure,
     needs={"robosuite": "pip install 'action-diffusion[robomimic]'"},
