@@ -61,7 +61,7 @@ def test_the_farthest_points_are_spread_and_the_same_in_any_frame() -> None:
     cloud = np.concatenate([random.normal(0, 0.01, (500, 3)), [[1, 0, 0], [0, 1, 0], [-1, -1, 0]]]).astype(np.float32)
     chosen = farthest(cloud, 4)
     np.testing.assert_array_equal(chosen[:3], cloud[[502, 500, 501]])
-    turned = np.float32(cloud @ Rotation.from_rotvec([0.3, -0.8, 0.5]).as_matrix().T + 0.2)
+    turned = (cloud @ Rotation.from_rotvec([0.3, -0.8, 0.5]).as_matrix().T + 0.2).astype(np.float32)
     order = random.permutation(len(cloud))
     places = [np.flatnonzero((turned[order] == point).all(axis=1))[0] for point in farthest(turned[order], 40)]
     np.testing.assert_array_equal(cloud[order[places]], farthest(cloud, 40))

@@ -88,8 +88,7 @@ def lifted(policy: DiffusionPolicy, place: Mapping[str, Any], seed: int) -> np.n
     env = {**policy.spec.env, **place, "max_steps": LIMIT}
     starts = range(100_000 + 1000 * seed, 100_000 + 1000 * seed + STARTS)
     make, keys = functools.partial(envs.make, **env), list(policy.spec.observations)
-    n = {"n_envs": 6, "policy_batch": 6, "workers": 2}
-    episodes = rollout(policy=policy, make_env=make, seeds=starts, keys=keys, **n)
+    episodes = rollout(policy=policy, make_env=make, seeds=starts, keys=keys, n_envs=6, policy_batch=6, workers=2)
     return np.array([episode.score for episode in episodes])
 
 

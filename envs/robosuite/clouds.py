@@ -51,4 +51,4 @@ class Cloud:
             position = from_depth(view.depth, view.intrinsics, view.pose).reshape(-1, 3)
             seen.append(np.concatenate([position, view.pixels.reshape(-1, 3) / 255], axis=1))
         kept = within(np.concatenate(seen), self.low, self.high)
-        return np.float32(farthest(kept, self.n)[:, : 6 if self.colours else 3])
+        return farthest(kept, self.n)[:, : 6 if self.colours else 3].astype(np.float32)

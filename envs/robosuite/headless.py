@@ -118,7 +118,7 @@ class Renderer:
         self._draw(model, data, camera, pixels, buffer)
         near, far = (model.stat.extent * share for share in (model.vis.map.znear, model.vis.map.zfar))
         metres = near / (1 - np.float64(buffer) * (1 - near / far))
-        return np.ascontiguousarray(pixels[::-1]), np.float32(metres[::-1])
+        return np.ascontiguousarray(pixels[::-1]), metres[::-1].astype(np.float32)
 
     def _draw(self, model: Any, data: Any, camera: int, pixels: np.ndarray, depth: np.ndarray | None) -> None:
         mj, size = self._mujoco, len(pixels)

@@ -168,7 +168,7 @@ class Manipulation:
                 values[key] = self._picture(cameras[key], size)
             elif key in depths:
                 metres = self._depth(depths[key], size).depth
-                values[key] = np.uint16(np.rint(1000 * metres).clip(0, 65_535))
+                values[key] = np.rint(1000 * metres).clip(0, 65_535).astype(np.uint16)
             elif key == "points":
                 self._refresh()
                 views = [self._depth(name, size) for name in self._seen_by(self._cloud.cameras)]

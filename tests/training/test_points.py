@@ -21,7 +21,7 @@ P = 12
 
 def clouds(place: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """float32 [n, P, 3]: points around `place` [n, 3]."""
-    return np.float32(place[:, None] + random.normal(0, 0.02, (len(place), P, 3)))
+    return (place[:, None] + random.normal(0, 0.02, (len(place), P, 3))).astype(np.float32)
 
 
 def configured(tmp_path: Path, cloud: Any = lambda values: values, *options: str, steps: int = 2) -> dict[str, Any]:
