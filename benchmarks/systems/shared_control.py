@@ -20,13 +20,13 @@ from benchmarks.rows.policies import pusht, trained
 from benchmarks.rows.system import Measured, System
 
 STARTS, STEPS = 20, 300
-EVERY = 4
-"""Control steps from one chunk to the next."""
+EVERY = 1
+"""Control steps from one chunk to the next: what a person does now, the policy's values have to follow now."""
 DELAY, TREMBLE, KEEPS = 1, 20.0, 0.8
 """The person acts on what was DELAY control steps ago; their hand is TREMBLE px off (sd), KEEPS of it from the last."""
 AXIS = np.array([True, False])
 """Of the person: x."""
-ROUNDS, FADING = 1, 1
+ROUNDS, FADING = 2, 1
 """The person's hand shakes, so that what it does now says little of what it does next."""
 
 

@@ -67,7 +67,7 @@ def _of_key(survey: Survey, key: str, low: Values) -> Iterator[Finding]:
         worst = dimensions[int(np.argmax(ratio[rows, dimensions].max(axis=0)))]
         step, times = float(low.steps[rows, worst].max()), float(ratio[rows, worst].max())
         where = named(dimensions, low.raw.shape[1])
-        words = f"{where}a step of {step:.4g}, {times:.1f} times what 99.9 % stay below"
+        words = f"{where}a step of {step:.4g}, {times:.3g} times what 99.9 % stay below"
         yield Finding(
             kind, key, int(survey.episode[first]), first, last, times / LIMIT, words, dimensions=tuple(dimensions)
         )
