@@ -147,7 +147,7 @@ def show(found: Inspection) -> None:
     print(f"episodes: {len(lengths)}, steps: {lengths.sum()}")
     print(f"lengths: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}")
     if found.rate is None:
-        print("rate: not said (attribute control_rate)")
+        print("rate: not said (attribute control_rate); data convert rate=HZ says it, else 10 Hz is taken")
     else:
         print(f"rate: {found.rate:g} Hz, {lengths.sum() / found.rate / 60:.1f} minutes")
     raw = sum(key.n_bytes for key in found.keys)
