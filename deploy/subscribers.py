@@ -126,7 +126,8 @@ class Subscribers:
         else:
             waits, teleoperator = config.wait, self._teleoperator
             self.operator = PageOperator(robot.folder, waits=waits, teleoperator=teleoperator, say=self._say)
-        self._say(f"the operator's page: {self._page.url}")
+        hint = "" if config.wait or about["trials"] else " (wait=true waits there for Start)"
+        self._say(f"the operator's page: {self._page.url}{hint}")
 
     def _idle(self, robot: ProcessRobot) -> bool:
         """Whether there is a page for the person who is waited for."""
