@@ -118,7 +118,8 @@ def _print(log: RunLog) -> None:
     print(f"deadline misses: {summary['deadline_misses']} beside {summary['steps']} commands")
     print(f"steps without a command of their own, in which the robot held: {summary['holds']}")
     print(f"interventions of the safety gate: {summary['interventions']}")
-    if (lost := log.notes.get("simulator_lost_s") or 0.0) >= LOST:
+    lost = log.notes.get("simulator_lost_s")
+    if isinstance(lost, float) and lost >= LOST:
         print(f"the simulator stood still for {lost:.2f} s: this machine is too busy for it")
     print(f"log: {log.path}")
     if (log.path.parent / RECORD).exists():
