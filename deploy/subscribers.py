@@ -126,8 +126,9 @@ class Subscribers:
         else:
             waits, teleoperator = config.wait, self._teleoperator
             self.operator = PageOperator(robot.folder, waits=waits, teleoperator=teleoperator, say=self._say)
-        hint = "" if config.wait or about["trials"] else " (wait=true waits there for Start)"
-        self._say(f"the operator's page: {self._page.url}{hint}")
+        self._say(f"the operator's page: {self._page.url}")
+        if not (config.wait or about["trials"]):
+            self._say("it begins at once; wait=true waits for Start on the page")
 
     def _idle(self, robot: ProcessRobot) -> bool:
         """Whether there is a page for the person who is waited for."""
