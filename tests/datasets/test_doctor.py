@@ -437,6 +437,8 @@ def test_many_findings_are_a_line_unless_each_is_asked_for(
     show(many, details=details)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("jump") for line in lines) == (41 if details else 2)  # and what to do
+    assert any(" observation.gripper_width_" in line for line in lines)  # parted between words
+    assert any(" of_the_left_arm" in line for line in lines)
     text = "".join(line[11:].rstrip() for line in lines)
     assert "0-39" in text or details
     assert "39.5" in " ".join(lines)
