@@ -11,9 +11,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from action_diffusion.deploy.hardware.protocols import make_camera
+import numpy as np
+
+from action_diffusion.deploy.hardware.protocols import Frame, frame_dtype, make_camera
 from action_diffusion.deploy.ipc.processes import Ending, Heartbeat, report, serve
-from action_diffusion.deploy.ipc.rings import RingWriter
+from action_diffusion.deploy.ipc.rings import Fields, RingWriter
 from action_diffusion.errors import InputError
 
 PATIENCE = 1.0
@@ -32,7 +34,9 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, object],
     camera = make_camera(driver, **settings)
     camera.connect()
     try:
-        ring = RingWriter(folder / name, fields={"image": ("u1", camera.shape), "arrived": ("f8", ())}, n_slots=16)
+        dtype = frame_dtype(camera.shape)
+        fields: Fields = {"image": (dtype.str, camera.shape), "arrived": ("f8", ())}
+        ring = RingWriter(folder / name, fields=fields, n_slots=16)
         patience = max(PATIENCE, 10 / camera.rate)
         heart = Heartbeat(folder / f"{name}.beat", lease=patience)
         began = time.monotonic()
@@ -43,6 +47,7 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, object],
                 if time.monotonic() - began > patience:
                     raise InputError(f"no frame for {patience:g} s") from None
                 continue
+            _check(frame, camera.shape, dtype)
             began = time.monotonic()
             ring.append(frame.t - stamp_latency, {"image": frame.image, "arrived": began})
             heart.renew()
@@ -50,6 +55,13 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, object],
                 report(folder, name, {"shape": list(camera.shape), "rate": camera.rate})
     finally:
         camera.close()
+
+
+def _check(frame: Frame, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Raises `InputError` for a frame that a ring would cut off or round, such as depth in m."""
+    if frame.image.shape != shape or frame.image.dtype != dtype:
+        got = f"{frame.image.dtype} {list(frame.image.shape)}"
+        raise InputError(f"a frame is {got}, and this camera's are {dtype} {list(shape)}")
 
 
 def main() -> int:

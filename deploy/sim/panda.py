@@ -32,6 +32,8 @@ RATE = 100.0
 SCENE, SIZES = "scene.mjb", "sizes"
 TASKS = ("lift", "can", "square")
 """Those with one arm and an expert."""
+WRENCH = "robot0_wrench"
+"""What the hand's sensor feels, in its own frame: force (N) and torque (Nm)."""
 POINTING_DOWN = (np.pi / np.sqrt(2), np.pi / np.sqrt(2), 0.0)
 """The hand's rotation vector when an episode begins, but for a few degrees; limits of its rotation count from it."""
 _EACH = 1 / np.sqrt(3)
@@ -74,7 +76,7 @@ class PandaWorld(SimulatedWorld):
 
     @property
     def cameras(self) -> list[str]:
-        return [f"{name}_image" for name in self._env.cameras]
+        return [f"{name}_{kind}" for kind in ("image", "depth") for name in self._env.cameras]
 
     def reset(self, seed: int) -> None:
         self._env.reset(seed)
@@ -103,7 +105,7 @@ class PandaWorld(SimulatedWorld):
     def values(self) -> Mapping[str, np.ndarray | int]:
         seen, (hand,) = self._env.observe(self._keys), self._env.hands()
         pose = {"position": hand[:3], "rotation": hand[3:], "gripper": np.array([self._gripper])}
-        return {**pose, **seen, "scene": self._scene}
+        return {**pose, **seen, WRENCH: self._env.wrench(), "scene": self._scene}
 
 
 def run(*, folder: Path, name: str, env: Mapping[str, Any], latency: float = 0.0) -> None:
@@ -142,11 +144,22 @@ class PandaArm(SimulatedArm):
 
 
 class PandaCamera(SimulatedCamera):
-    """One of the task's cameras. camera: its name. render: see `RenderSettings`."""
+    """One of the task's cameras. camera: its name. render: see `RenderSettings`. depth: it measures how far things
+    are, uint16 in mm, and shows no colours."""
 
-    def __init__(self, *, world: str, camera: str, image_size: int, render: Mapping[str, Any], **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        world: str,
+        camera: str,
+        image_size: int,
+        render: Mapping[str, Any],
+        depth: bool = False,
+        **settings: Any,
+    ) -> None:
         super().__init__(world=world, image_size=image_size, **settings)
-        self._camera, self._render = camera, dict(render)
+        self._camera, self._render, self._depth = camera, dict(render), depth
+        self.shape = self.shape[:2] if depth else self.shape
 
     def prepare(self) -> None:
         self._mujoco = importlib.import_module("mujoco")
@@ -167,7 +180,8 @@ class PandaCamera(SimulatedCamera):
         data.qpos[:] = record.values["states"][1 : 1 + model.nq]
         for compute in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_camlight):
             compute(model, data)
-        return self._renderer.picture(model, data, model.camera(self._camera).id, self.shape[0])
+        draw = self._renderer.depth if self._depth else self._renderer.picture
+        return draw(model, data, model.camera(self._camera).id, self.shape[0])
 
 
 def check_task(env: Mapping[str, Any] | None, absolute: bool) -> Mapping[str, Any]:

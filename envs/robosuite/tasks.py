@@ -241,6 +241,12 @@ class Manipulation:
     def cameras(self) -> tuple[str, ...]:
         return tuple(self._sim.sim.model.camera_names)
 
+    def wrench(self) -> np.ndarray:
+        """What the first arm's hand feels, in its sensor's frame: force (N) and torque (Nm), float64 [6]."""
+        robot = self._sim.robots[0]
+        (arm,) = robot.arms[:1]
+        return np.concatenate([robot.ee_force[arm], robot.ee_torque[arm]]).astype(np.float64)
+
     @property
     def compiled(self) -> Any:
         """The scene of this episode, MuJoCo's `MjModel`."""
