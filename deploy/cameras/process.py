@@ -11,9 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
-from action_diffusion.deploy.hardware.protocols import Frame, frame_dtype, make_camera
+from action_diffusion.deploy.hardware.protocols import check_frame, frame_dtype, make_camera
 from action_diffusion.deploy.ipc.processes import Ending, Heartbeat, report, serve
 from action_diffusion.deploy.ipc.rings import Fields, RingWriter
 from action_diffusion.errors import InputError
@@ -34,8 +32,7 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, object],
     camera = make_camera(driver, **settings)
     camera.connect()
     try:
-        dtype = frame_dtype(camera.shape)
-        fields: Fields = {"image": (dtype.str, camera.shape), "arrived": ("f8", ())}
+        fields: Fields = {"image": (frame_dtype(camera.shape).str, camera.shape), "arrived": ("f8", ())}
         ring = RingWriter(folder / name, fields=fields, n_slots=16)
         patience = max(PATIENCE, 10 / camera.rate)
         heart = Heartbeat(folder / f"{name}.beat", lease=patience)
@@ -47,7 +44,7 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, object],
                 if time.monotonic() - began > patience:
                     raise InputError(f"no frame for {patience:g} s") from None
                 continue
-            _check(frame, camera.shape, dtype)
+            check_frame(frame, camera.shape)
             began = time.monotonic()
             ring.append(frame.t - stamp_latency, {"image": frame.image, "arrived": began})
             heart.renew()
@@ -55,13 +52,6 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, object],
                 report(folder, name, {"shape": list(camera.shape), "rate": camera.rate})
     finally:
         camera.close()
-
-
-def _check(frame: Frame, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Raises `InputError` for a frame that a ring would cut off or round, such as depth in m."""
-    if frame.image.shape != shape or frame.image.dtype != dtype:
-        got = f"{frame.image.dtype} {list(frame.image.shape)}"
-        raise InputError(f"a frame is {got}, and this camera's are {dtype} {list(shape)}")
 
 
 def main() -> int:

@@ -33,11 +33,11 @@ from action_diffusion.deploy.hardware.limits import Limits
 from action_diffusion.deploy.loop.clock import MonotonicClock, Pacer
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.robot.robots import RobotTask, in_processes
-from action_diffusion.deploy.sim.panda import WRENCH, check_task
+from action_diffusion.deploy.sim.panda import check_task
 from action_diffusion.deploy.sim.robots import SimulatedScene
 from action_diffusion.envs.demonstration import EXPERTS, STREAM, WANDERED, Expert
 from action_diffusion.envs.robosuite.expert import STEP, TURN
-from action_diffusion.envs.robosuite.tasks import RECORDED
+from action_diffusion.envs.robosuite.tasks import RECORDED, WRENCH
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect
 from action_diffusion.progress import progress
@@ -172,7 +172,7 @@ def run(config: Collect) -> dict[str, object]:
 
 def _wrench(config: Collect) -> list[str]:
     """What the hand feels, where the task wants to know it."""
-    return [WRENCH] if any(value.source == WRENCH for value in config.task.seen.values()) else []
+    return [WRENCH] if any((value.source or key) == WRENCH for key, value in config.task.seen.items()) else []
 
 
 def _record(

@@ -149,6 +149,16 @@ def frame_dtype(shape: tuple[int, ...]) -> np.dtype:
     raise InputError(f"frames of shape {list(shape)}: a camera's are uint8 [H, W, 3], depth is uint16 [H, W] in mm")
 
 
+def check_frame(frame: Frame, shape: tuple[int, ...]) -> None:
+    """Raises `InputError` for a frame that would be cut off or rounded where it is kept, such as depth in m."""
+    dtype = frame_dtype(shape)
+    if frame.image.shape != shape or frame.image.dtype != dtype:
+        unit = ", in mm" if len(shape) == 2 else ""
+        raise InputError(
+            f"a frame is {frame.image.dtype} {list(frame.image.shape)}; this camera's are {dtype} {list(shape)}{unit}"
+        )
+
+
 def make_arm(name: str, **settings: object) -> Arm:
     """The arm driver called `name`, or "module:Class" of the user's own.
 

@@ -32,8 +32,6 @@ RATE = 100.0
 SCENE, SIZES = "scene.mjb", "sizes"
 TASKS = ("lift", "can", "square")
 """Those with one arm and an expert."""
-WRENCH = "robot0_wrench"
-"""What the hand's sensor feels, in its own frame: force (N) and torque (Nm)."""
 POINTING_DOWN = (np.pi / np.sqrt(2), np.pi / np.sqrt(2), 0.0)
 """The hand's rotation vector when an episode begins, but for a few degrees; limits of its rotation count from it."""
 _EACH = 1 / np.sqrt(3)
@@ -65,7 +63,7 @@ class PandaWorld(SimulatedWorld):
         quick["env_kwargs"]["control_freq"] = RATE
         self._env = tasks.Manipulation(env_args=quick, absolute=True, max_steps=10**9)
         self._gripper_every = round(RATE / self.env_args["env_kwargs"]["control_freq"])
-        self._keys = self._env.recorded
+        self._keys = [*self._env.recorded, tasks.WRENCH]
         self._env.reset(0)
         model = self._env.compiled
         importlib.import_module("mujoco").mj_saveModel(model, str(folder / SCENE))
@@ -105,7 +103,7 @@ class PandaWorld(SimulatedWorld):
     def values(self) -> Mapping[str, np.ndarray | int]:
         seen, (hand,) = self._env.observe(self._keys), self._env.hands()
         pose = {"position": hand[:3], "rotation": hand[3:], "gripper": np.array([self._gripper])}
-        return {**pose, **seen, WRENCH: self._env.wrench(), "scene": self._scene}
+        return {**pose, **seen, "scene": self._scene}
 
 
 def run(*, folder: Path, name: str, env: Mapping[str, Any], latency: float = 0.0) -> None:

@@ -161,9 +161,7 @@ def sim_arm(task: RobotTask, options: RobotOptions) -> ProcessRobot:
         return ProcessRobot(
             segments=segments,
             arm=ArmSetup(driver="sim_arm", settings=world, limits=options.limits, obstacles=options.obstacles),
-            cameras={
-                key: _camera("sim_arm", {**world, **_which(key), **look}) for key in images
-            },
+            cameras={key: _camera("sim_arm", {**world, **_which(key), **look}) for key in images},
             control_rate=float(said["control_rate"]),
             max_steps=int(said["max_steps"]),
             scene=scene,

@@ -15,13 +15,13 @@ from action_diffusion.deploy.loop.clock import Clock, MonotonicClock, VirtualClo
 from action_diffusion.deploy.robot.cell import read_cell
 from action_diffusion.deploy.robot.process_robot import ProcessRobot
 from action_diffusion.deploy.robot.robots import RobotTask, in_processes
-from action_diffusion.deploy.sim.panda import WRENCH
 from action_diffusion.deploy.teleop.devices.registry import SHOWS_PLACES, everything, make_device
 from action_diffusion.deploy.teleop.scenes import describe
 from action_diffusion.deploy.teleop.session import TeleopSession
 from action_diffusion.deploy.teleop.showing import open_page, teller
 from action_diffusion.deploy.teleop.steering import SignalMapping, Speeds, steering_of
 from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, World, gate_of, is_plane
+from action_diffusion.envs.robosuite.tasks import WRENCH
 from action_diffusion.errors import InputError
 from action_diffusion.options import Collect
 
@@ -129,7 +129,7 @@ def _keys(config: Collect, robot: ProcessRobot) -> list[str]:
     if config.robot == "sim_pusht":
         states = ["state"]
     elif config.robot == "sim_arm":
-        named = {value.source for value in config.task.seen.values()}
+        named = [value.source or key for key, value in config.task.seen.items()]
         states = [name for name in states if name == "object" or name.startswith("robot0_")]
         states = [name for name in states if name != WRENCH or WRENCH in named]
     elif config.hardware:

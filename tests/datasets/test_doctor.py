@@ -205,6 +205,17 @@ def test_states_that_follow_the_action_tell_nothing(buffer: ReplayBuffer, smooth
     assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends), ("leak",)) == []
 
 
+def test_depth_is_a_camera_and_a_wrench_may_jump(buffer: ReplayBuffer) -> None:
+    rows, touches = arrays(buffer), np.arange(buffer.n_steps) % 40 > 36
+    rows["depth"] = rows.pop("img")[..., 0].astype(np.uint16) * 9 + 400
+    random = np.random.default_rng(0)
+    rows["wrench"] = (random.normal(size=(len(touches), 6)) + 50 * touches[:, None]).astype(np.float32)
+    assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)) == []
+    rows["depth"][50] = 60_000 - rows["depth"][50]
+    found = only(examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)))
+    assert (found.kind, found.key, found.first, found.last) == ("outlier", "depth", 50, 50)
+
+
 @pytest.mark.parametrize("layout", ["colours first", "grey"])
 def test_pictures_of_other_layouts_are_cameras(buffer: ReplayBuffer, layout: str) -> None:
     rows = arrays(buffer)
