@@ -9,7 +9,7 @@ from emulated_arms import LEROBOT
 from action_diffusion import cli
 from action_diffusion.datasets.storage.growing import read_table
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
-from action_diffusion.deploy.sim.feetech import STEPS, Bus, files, so101
+from action_diffusion.deploy.sim.feetech import Bus, calibration, files, so101
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,7 +18,8 @@ pytestmark = [
 
 TOLD = [*np.linspace(0, 10, 6), *[10.0] * 6]
 """Of the first joint (°): it goes, and stays for half a second, in which the arm comes to rest."""
-MOTOR = 360 / STEPS
+MOTOR = 360 / 4095
+"""A step of a motor, as lerobot counts it (°)."""
 ROBOT = ["robot=lerobot", "hardware=emulated/cell.yaml", "page=false"]
 TINY = ["policy.denoiser.channels=[16]", "policy.denoiser.time_dim=16", "task.horizon=8", "task.n_action_steps=4"]
 TRAIN = ["train.max_steps=2", "train.tensorboard=false", "evaluation.n_episodes=0", "device=cpu", *TINY]
@@ -42,7 +43,7 @@ def test_demonstrations_a_policy_and_its_run_on_one_arm(tmp_path, monkeypatch, c
         does("collect", "task=custom", "agent=teleop", *ROBOT, *demonstrate)
         recorded = ReplayBuffer.open(tmp_path / "arm.zarr")
         np.testing.assert_allclose(recorded["action"][1:, 0], TOLD[:-1], atol=1e-4)  # a row's is due at its own instant
-        np.testing.assert_allclose(recorded["state"][-1], recorded["action"][-1], atol=2 * MOTOR)
+        np.testing.assert_allclose(recorded["state"][-1], recorded["action"][-1], atol=MOTOR)
 
         does("train", "task=custom", "data=arm.zarr", "output_dir=policy", *TRAIN)
 
@@ -50,7 +51,8 @@ def test_demonstrations_a_policy_and_its_run_on_one_arm(tmp_path, monkeypatch, c
         does("deploy", "bundle=policy/bundle", *ROBOT, *sampler, "output_dir=run")
         setpoints = read_table(tmp_path / "run" / "record.zarr", "setpoints")["command"]
         assert len(np.unique(setpoints[:, 0])) > 3
-        at = [(motor.goal - STEPS / 2) * MOTOR for motor in bus.motors.values()]
-        np.testing.assert_allclose(at[:4], setpoints[-1, :4], atol=2 * MOTOR)
+        ranges = [each["range_min"] + each["range_max"] for each in calibration(bus.motors).values()]
+        at = [(motor.goal - middle / 2) * MOTOR for motor, middle in zip(bus.motors.values(), ranges, strict=True)]
+        np.testing.assert_allclose(at[:5], setpoints[-1, :5], atol=MOTOR)
         assert all(motor.torque for motor in bus.motors.values())
     assert "bit for bit" in does("deploy", "replay=run", "bundle=policy/bundle")
