@@ -394,7 +394,7 @@ def test_realsense_shows_depth_in_mm(realsense):
     assert (image.shape, image.dtype) == (camera.shape, np.uint16)
     assert camera.shape == (240, 320)
     assert (image == 2000).all()  # of 20 000 units of 0.1 mm
-    realsense.answers["get_data"] = np.repeat(np.uint16([[0, 60_000]]), 320, axis=1).repeat(480, axis=0)
+    realsense.answers["get_data"] = np.repeat(np.array([[0, 60_000]], np.uint16), 320, axis=1).repeat(480, axis=0)
     assert np.unique(camera.read().image).tolist() == [0, 6000]  # nothing between the two sides of an edge
 
 
