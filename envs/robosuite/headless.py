@@ -108,6 +108,24 @@ class Renderer:
         model, data: MuJoCo's `MjModel` and `MjData`, of which positions are current.
         Raises `InputError` where OpenGL does not work.
         """
+        pixels = np.empty((size, size, 3), np.uint8)
+        self._read(model, data, camera, size, pixels, None)
+        return np.ascontiguousarray(pixels[::-1])  # OpenGL's first row is the lowest
+
+    def depth(self, model: Any, data: Any, camera: int, size: int) -> np.ndarray:
+        """How far away what camera number `camera` sees is, along its axis: uint16 [size, size] in mm, the top row
+        first; 0 where there is nothing, or where it is farther than 65.535 m. Arguments are those of `picture`."""
+        buffer = np.empty((size, size), np.float32)
+        self._read(model, data, camera, size, None, buffer)
+        near, far = (model.stat.extent * plane for plane in (model.vis.map.znear, model.vis.map.zfar))
+        distance = near / (1 - buffer[::-1].astype(np.float64) * (1 - near / far))  # m: OpenGL's is one of 1 / distance
+        mm = np.round(1000 * distance)
+        return np.where((buffer[::-1] < 1) & (mm <= np.iinfo(np.uint16).max), mm, 0).astype(np.uint16)
+
+    def _read(
+        self, model: Any, data: Any, camera: int, size: int, pixels: np.ndarray | None, depth: np.ndarray | None
+    ) -> None:
+        """Draw, and fill `pixels` or `depth`."""
         mj = self._mujoco
         if model is not self._model:
             self._model, self._scene = model, mj.MjvScene(model, maxgeom=MAX_GEOMS)
@@ -121,10 +139,8 @@ class Renderer:
         everything = mj.mjtCatBit.mjCAT_ALL
         mj.mjv_updateScene(model, data, options, mj.MjvPerturb(), view, everything, self._scene)
         viewport = mj.MjrRect(0, 0, size, size)
-        pixels = np.empty((size, size, 3), np.uint8)
         mj.mjr_render(viewport, self._scene, context.drawing)
-        mj.mjr_readPixels(pixels, None, viewport, context.drawing)
-        return np.ascontiguousarray(pixels[::-1])  # OpenGL's first row is the lowest
+        mj.mjr_readPixels(pixels, depth, viewport, context.drawing)
 
 
 def _context(mj: Any, model: Any, samples: int, size: int) -> _Context:
