@@ -201,7 +201,11 @@ def _evaluate(overrides: list[str], config_dir: str | None) -> int:
         return session.run(config)
     from action_diffusion.training.evaluation.command import run
 
+    several = len(config.paths) > 1 or config.compare is not None
     for results, folder in run(config):
+        settings_of = results.get("settings")
+        if several and isinstance(settings_of, dict):
+            print(f"bundle: {settings_of['bundle']}")
         print_results(results, folder)
     return 0
 

@@ -29,13 +29,15 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
 
 class _Meter:
     def __init__(self, description: str, total: int, done: int) -> None:
-        self._description, self._total, self._done, self._first = description, max(total, 1), done, done
+        self._description, self._total, self._done = description, max(total, 1), done
         self._started = self._line = time.monotonic()
+        self._since: tuple[float, int] | None = None  # the first advance: what came before may have waited for somebody
         self._bar: Progress | None = None
 
     def advance(self, amount: int) -> None:
         self._done = min(self._done + amount, self._total)
         now = time.monotonic()
+        began, first = self._since = self._since or (now, self._done)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=self._done)
         elif now - self._started > _QUIET_SECONDS:
@@ -43,8 +45,10 @@ class _Meter:
                 self._open_bar()
             elif now - self._line > _LINE_SECONDS:
                 self._line = now
-                left = (now - self._started) * (self._total - self._done) / max(self._done - self._first, 1)
-                print(f"{self._description}: {self._done / self._total:.0%}, {left:.0f} s left", file=sys.stderr)
+                said = f"{self._description}: {self._done / self._total:.0%}"
+                if self._done > first:
+                    said += f", {(now - began) * (self._total - self._done) / (self._done - first):.0f} s left"
+                print(said, file=sys.stderr)
 
     def _open_bar(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

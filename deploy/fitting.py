@@ -47,6 +47,6 @@ def check_spec(config: Deploy, spec: PolicySpec) -> None:
 
 def _in_cell(config: Deploy, cell: Mapping[str, Any], spec: PolicySpec) -> tuple[Group, ...]:
     """The groups of a command of the arm, as the file sets it up."""
-    check_cameras(spec.camera_order, camera_setups(cell), config.hardware)
+    check_cameras(spec.cameras, camera_setups(cell), config.hardware)
     setup = arm_setup(config.robot, cell, dry_run=config.dry_run)
     return make_arm(config.robot, **setup.settings).command

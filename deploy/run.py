@@ -99,6 +99,10 @@ def _episodes(
             print(f"seed {seed}: {outcome.steps} steps{score}{mark}")
 
 
+LOST = 0.005
+"""s that a simulator may stand still without a word: less is shown as 0.00."""
+
+
 def _print(log: RunLog) -> None:
     summary = log.summary()
     table = Table("ms", "median", "95 %", "max", title=f"period {summary['period_ms']:g} ms")
@@ -114,8 +118,9 @@ def _print(log: RunLog) -> None:
     print(f"deadline misses: {summary['deadline_misses']} beside {summary['steps']} commands")
     print(f"steps without a command of their own, in which the robot held: {summary['holds']}")
     print(f"interventions of the safety gate: {summary['interventions']}")
-    if log.notes.get("simulator_lost_s"):
-        print(f"the simulator stood still for {log.notes['simulator_lost_s']:.2f} s: this machine is too busy for it")
+    lost = log.notes.get("simulator_lost_s")
+    if isinstance(lost, float) and lost >= LOST:
+        print(f"the simulator stood still for {lost:.2f} s: this machine is too busy for it")
     print(f"log: {log.path}")
     if (log.path.parent / RECORD).exists():
         print(f"the same once more, offline: action-diffusion deploy replay={shlex.quote(str(log.path.parent))}")

@@ -127,6 +127,8 @@ class Subscribers:
             waits, teleoperator = config.wait, self._teleoperator
             self.operator = PageOperator(robot.folder, waits=waits, teleoperator=teleoperator, say=self._say)
         self._say(f"the operator's page: {self._page.url}")
+        if not (config.wait or about["trials"]):
+            self._say("it begins at once; wait=true waits for Start on the page")
 
     def _idle(self, robot: ProcessRobot) -> bool:
         """Whether there is a page for the person who is waited for."""

@@ -22,7 +22,7 @@ from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.objectives.objective import Objective
 from action_diffusion.policy.policy import DiffusionPolicy
 from action_diffusion.policy.registry import build, parameters
-from action_diffusion.policy.spec import IN_FRAME, PolicySpec
+from action_diffusion.policy.spec import IN_FRAME, PolicySpec, Statistics
 
 MOST_WEIGHTS = 2_000_000_000
 """Of one network: eight times the paper's."""
@@ -106,7 +106,7 @@ def fit_normalizer(
             with torch.no_grad():
                 values = features[key](torch.from_numpy(np.asarray(values, np.float32))).numpy()
         kind = kinds.get(key, "identity" if key in spec.texts else default)
-        statistics[key] = normalizer_module.fit(values, kind, weigh(key))
+        statistics[key] = _fit(key, values, kind, weigh(key))
     if frame is None:
         return statistics
     read_history = read_history or (lambda key: read_chunks(key)[0][:, None])
@@ -119,7 +119,7 @@ def fit_normalizer(
     weights = weigh(IN_FRAME)
     for key, found in in_frame.items():
         each = None if weights is None else np.repeat(weights, found.shape[1])
-        fitted = normalizer_module.fit(found.flatten(0, 1).numpy(), kinds.get(key, default), each)
+        fitted = _fit(key, found.flatten(0, 1).numpy(), kinds.get(key, default), each)
         statistics[IN_FRAME if key == "action" else key] = fitted
     return statistics
 
@@ -129,7 +129,20 @@ def _fit_depth(key: str, values: np.ndarray, kind: str) -> dict[str, Any]:
     known = values[values > 0].reshape(-1, 1)
     if not len(known):
         raise InputError(f"observation {key!r}: all of the depth is 0, which means that it is unknown")
-    return normalizer_module.fit(known, kind)
+    return _fit(key, known, kind)
+
+
+def _fit(key: str, values: np.ndarray, kind: str, weights: np.ndarray | None = None) -> dict[str, Any]:
+    """`normalizer.fit`; `InputError` for values that are too far apart to be numbers when they are mapped back."""
+    found = normalizer_module.fit(values, kind, weights)
+    try:
+        Statistics(**found)
+    except InputError:
+        raise InputError(
+            f"{key!r} has values from {values.min():.3g} to {values.max():.3g}, too far apart to be learnt: look for "
+            "wrong ones (action-diffusion data doctor)"
+        ) from None
+    return found
 
 
 def _check_seen(frame: ActionFrame | None, features: Mapping[str, Any]) -> None:

@@ -182,7 +182,13 @@ class PolicySpec:
         return {key: value.text for key, value in self.observations.items() if value.text is not None}
 
     @property
+    def cameras(self) -> list[str]:
+        """What cameras have to show: images, and depth."""
+        return [*self.camera_order, *self.depths]
+
+    @property
     def camera_order(self) -> list[str]:
+        """Images, which the encoder sees in this order."""
         return [key for key, value in self.observations.items() if value.kind == "image"]
 
     def to_json(self) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from collections.abc import Callable, Generator, Iterator
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import hypothesis
 import pytest
 import torch
 from tiny import TINY, demonstrations, tiny_policy
@@ -29,6 +30,8 @@ from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.policy.policy import DiffusionPolicy
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("shared machine", deadline=None)  # other workers and programs take their time
+hypothesis.settings.load_profile("shared machine")
 
 if "benchmarks" not in sys.modules:  # not a package that installs, and the root is not on the path
     package = ModuleSpec("benchmarks", None, is_package=True)
@@ -45,18 +48,31 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: measures real time; no other worker runs a test meanwhile")
 
 
+def _alone(item: pytest.Item | None) -> bool:
+    return item is not None and item.get_closest_marker("alone") is not None
+
+
+_held: list[IO[str]] = []
+"""Locked for the test that runs, and for the next one where both are marked `alone`: it need not wait once more."""
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
     """Shared by all tests, held by one that is marked `alone`, whose turn comes before that of later ones."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if run is None:  # one process, one test at a time
         return (yield)
-    folder = Path(tempfile.gettempdir())
-    with open(folder / f"{run}.turn", "w") as turn, open(folder / f"{run}.cores", "w") as cores:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(cores, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
+    if not _held:
+        folder = Path(tempfile.gettempdir())
+        _held.append(open(folder / f"{run}.cores", "w"))  # noqa: SIM115
+        with open(folder / f"{run}.turn", "w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            fcntl.flock(_held[0], fcntl.LOCK_EX if _alone(item) else fcntl.LOCK_SH)
+    try:
         return (yield)
+    finally:
+        if not (_alone(item) and _alone(nextitem)):
+            _held.pop().close()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -66,6 +82,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not _alone(item))  # those that are marked come first, one after the other
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

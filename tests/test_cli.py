@@ -293,7 +293,7 @@ def test_nobody_reading_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["", *cli.COMMANDS, "info", "sweep", "data", *(f"data {name}" for name in SUBCOMMANDS)]
+    "words", ["", *cli.COMMANDS, "fit", "info", "sweep", "data", *(f"data {name}" for name in SUBCOMMANDS)]
 )
 def test_help_fits_into_eighty_columns(words, monkeypatch, capsys):
     assert cli.main([*words.split(), "--help"]) == 0

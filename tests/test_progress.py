@@ -74,4 +74,24 @@ def test_more_than_was_expected_is_all_of_it(monkeypatch, capsys):
         for amount in (20, 60, 74):
             now += 20
             advance(amount)
-    assert capsys.readouterr().err == "reading: 20%, 80 s left\nreading: 80%, 10 s left\nreading: 100%, 0 s left\n"
+    assert capsys.readouterr().err == "reading: 20%\nreading: 80%, 7 s left\nreading: 100%, 0 s left\n"
+
+
+def test_who_waited_before_the_first_step_is_not_told_to_wait_as_long_again(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with meters.progress("deploying", 100) as advance:
+        for seconds in (600, 11, 11):
+            now += seconds
+            advance(10)
+    assert capsys.readouterr().err.splitlines()[-1] == "deploying: 30%, 77 s left"
+
+
+def test_one_slow_while_does_not_change_the_time_left(monkeypatch):
+    out, now = io.StringIO(), 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with TrainingBar(console=Console(file=out, width=200)) as bar:
+        for step in range(10, 81, 10):
+            now += 40
+            bar.update(share=step / 100, step=step, loss=0.5, rate=64, step_seconds=30.0 if step == 70 else 4.0)
+    assert "step 70 of about 100, loss 0.5000, 2 min left" in out.getvalue()

@@ -1,7 +1,8 @@
 """Which columns of a buffer a policy sees where its task names none, and what is said of the others.
 
 A policy must not be told the answer: another version of the command, or how far the recording is. Such columns are told
-by the words in their names, and by values that only count. Whoever means one names it in `task.observations`.
+by the words in their names, by values that only count, and by values that are the action's own. Whoever means one names
+it in `task.observations`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from action_diffusion.options.policy import DiffusionQlOptions, SobolevOptions
 from action_diffusion.rotations import RotationColumns
 
 _WORDS = {
-    "another version of the action": "action actions command commands commanded cmd ctrl setpoint setpoints desired",
+    "another version of the action": "action actions command commands commanded cmd ctrl setpoint setpoints desired "
+    "leader leaders master masters teleop",
     "it belongs to the row after": "next future",
     "a time": "time times timestamp timestamps stamp clock",
     "it counts": "index indices idx id ids counter tick ticks seq",
@@ -43,6 +45,10 @@ _NAMES = {
 """Reason → what the whole name is."""
 REWARD = "reward"
 """The column of rewards that is learnt from where none is named."""
+_LOOKED_AT = 64
+"""Rows."""
+_FLAT = 192
+"""Bytes a row, 8 × 8 pixels: as many are a picture, not a state."""
 _STRAIGHT = 1e-4
 """Of its step from row to row, by which what counts may be off."""
 UMI = re.compile(r"robot\d+_(eef_pos|eef_rot_axis_angle|gripper_width)")
@@ -179,12 +185,12 @@ def found(buffer: ReplayBuffer, action: str) -> dict[str, dict[str, Any]]:
     return {
         key: {"source": key, "kind": kind_of(buffer[key])}
         for key in sorted(buffer.keys)
-        if key != action and why_not(buffer, key) is None
+        if key != action and why_not(buffer, key, action) is None
     }
 
 
-def why_not(buffer: ReplayBuffer, key: str) -> str | None:
-    """Why a column is no observation unless a task names it."""
+def why_not(buffer: ReplayBuffer, key: str, action: str) -> str | None:
+    """Why a column is no observation unless a task names it. action: the column that is learnt."""
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", key)]
     for reason, bad in _WORDS.items():
         if set(words) & set(bad.split()):
@@ -197,11 +203,25 @@ def why_not(buffer: ReplayBuffer, key: str) -> str | None:
         return "a flag"
     shown = picture(column.shape, column.dtype)
     if shown is not None and not shown.seen:
-        what = "depth" if shown.kind == "depth" else "a picture of no layout that is known"
+        is_depth = column.dtype == np.uint16 or "depth" in key.lower()
+        one_channel = "depth" if is_depth else "a map of one channel"
+        what = one_channel if shown.kind == "depth" else "a picture of no layout that is known"
         return f"{what}, which is not learnt from ({list(column.shape[1:])} {column.dtype})"
+    if column.dtype == np.uint8 and column.shape[1:] >= (_FLAT,) and len(column.shape) == 2:
+        return f"a picture in one row, which is not learnt from ({column.shape[1]} uint8): store it as [N, H, W, 3]"
     if column.shape[1:] in ((), (1,)) and _counts(np.asarray(column[:]).ravel(), buffer.episode_ends):
         return "it only counts rows or episodes"
+    if action in buffer.keys and _same(column, buffer[action]):
+        return "it holds the action's own values"
     return None
+
+
+def _same(column: Column, other: Column) -> bool:
+    """Whether all values are equal, but for what float32 rounds."""
+    if column.shape != other.shape or column.dtype.kind not in "iuf" or other.dtype.kind not in "iuf":
+        return False
+    parts = (slice(0, _LOOKED_AT), slice(None))  # most differ at once
+    return all(np.allclose(column[part], other[part], rtol=1e-6, atol=1e-9) for part in parts)
 
 
 def _counts(values: np.ndarray, ends: np.ndarray) -> bool:
@@ -237,7 +257,7 @@ def became(
         elif key in dropped:
             words[key] = "left out: drop"
         else:
-            words[key] = f"left out: {why_not(buffer, key) or 'the task does not name it'}"
+            words[key] = f"left out: {why_not(buffer, key, action) or 'the task does not name it'}"
         for rotation in (rotations or {}).get(key, ()):
             last = rotation.columns.stop - 1
             words[key] += f", {rotation.first} to {last} a rotation ({rotation.representation})"

@@ -65,7 +65,7 @@ def describe(
     _check_state(buffer, source, "the action")
     named = columns.observed(task, drop, buffer, gain)
     if all(options.get("kind") == "text" for options in named.values()):
-        reasons = ", ".join(f"{key} ({columns.why_not(buffer, key)})" for key in buffer.keys if key != source)
+        reasons = ", ".join(f"{key} ({columns.why_not(buffer, key, source)})" for key in buffer.keys if key != source)
         raise InputError(f"{buffer.name} holds no observations beside {source!r}: {reasons or 'no other key'}")
     rotations = declared_rotations(buffer, task.get("rotations") or {})
     observations = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from types import TracebackType
 
 from rich.console import Console
@@ -12,6 +14,8 @@ LINE_SECONDS = 30.0
 """Between two lines where there is no terminal."""
 LONG_SECONDS = 4 * 3600.0
 """From here on it is said what takes less."""
+RECENT = 9
+"""Updates of whose seconds a step the median tells the time left: a computer is busy now and then."""
 
 
 class TrainingBar:
@@ -24,6 +28,7 @@ class TrainingBar:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._enabled = enabled
         self._updates, self._line = 0, time.monotonic()
+        self._recent: deque[float] = deque(maxlen=RECENT)
         self._bar = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
@@ -52,10 +57,12 @@ class TrainingBar:
         self._updates += 1
         self._bar.update(self._task, completed=share, step=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}")
         steps = max(step, step / max(share, 1e-9))  # a budget of time ends a little late
-        left = spoken((steps - step) * step_seconds)
+        self._recent.append(step_seconds)
+        usual = statistics.median(self._recent)
+        left = spoken((steps - step) * usual)
         if self._enabled and self._updates == 2:  # the first steps also choose the fastest kernels
-            said = f"{step_seconds:.2g} s a step: about {steps:,.0f} steps in all, {left} left"
-            if (steps - step) * step_seconds > LONG_SECONDS:
+            said = f"{usual:.2g} s a step: about {steps:,.0f} steps in all, {left} left"
+            if (steps - step) * usual > LONG_SECONDS:
                 said += "; for less, train.max_steps=N, denoiser=unet_small or with cameras encoder=resnet18_small"
             self._console.print(said, highlight=False)
         elif self._enabled and not self._console.is_terminal and time.monotonic() - self._line > LINE_SECONDS:

@@ -90,7 +90,7 @@ def _inspect(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
     path = Path(options["path"]).expanduser()
     if is_bundle(path) or is_onnx(path):
-        return _described(read_spec(path), read_config(path))
+        return _described(read_spec(path), read_config(path)) | _stored(path)
     form = detected(path)
     assert form.read is not None  # `detected` leaves out the others
     foreign = form.read(path)
@@ -194,6 +194,12 @@ def _described(spec: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         "demonstrations": config.get("data") or spec.demonstrations or "not said",
         "extensions": ", ".join(config.get("extensions") or ()) or "none",
     }
+
+
+def _stored(path: Path) -> dict[str, str]:
+    """The extensions that were fitted to the bundle at `path`, whether they act or not."""
+    names = sorted(file.stem for file in (path / "extensions").glob("*.safetensors"))
+    return {"fitted": f"{', '.join(names)} (extensions=[NAME] switches one on)"} if names else {}
 
 
 def _said(said: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from action_diffusion.options.extensions import FITS, Fit
 from action_diffusion.options.finetune import LEARNT
 from action_diffusion.policy.reading import read_config, read_spec, require
 from action_diffusion.registry import EXTENSIONS
+from action_diffusion.terminal import width
 
 FIT_HELP = """\
 action-diffusion fit NAME bundle=DIR [name=value …]     fit what acts while chunks are made, and store it in the bundle
@@ -28,7 +29,9 @@ data=PATH takes other demonstrations than those of the training. docs/extensions
 def run(words: Sequence[str]) -> int:
     """`action-diffusion fit` with the words after it; returns the exit code. Raises `InputError` for bad ones."""
     if not words or words[0] in ("-h", "--help", "help") or {"-h", "--help"} & set(words):
-        print(FIT_HELP + "\n".join(_lines()))
+        from action_diffusion.commands.help import fitted
+
+        print(fitted(FIT_HELP), *_lines(), sep="\n")
         return 0
     from action_diffusion.options.configuration import plain, settings_of
 
@@ -67,7 +70,13 @@ def _lines() -> list[str]:
     for name, takes in FITS.items():
         given = [f"{field.name}={_shown(field)}" for field in fields(takes) if field.name not in common]
         words = {f"  fit {name} {' '.join(given)}": 8, f"      {' '.join((takes.__doc__ or '').split())}": 6}
-        lines += ["", *(textwrap.fill(text, 100, subsequent_indent=" " * n) for text, n in words.items())]
+        lines += [
+            "",
+            *(
+                textwrap.fill(text, min(100, width()), subsequent_indent=" " * n, break_on_hyphens=False)
+                for text, n in words.items()
+            ),
+        ]
     return lines
 
 

@@ -21,6 +21,7 @@ from action_diffusion.policy.kernels import cpu_unet, layers, winograd
 from action_diffusion.policy.model.denoisers.unet import ConditionalUnet1d
 from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 from action_diffusion.progress import progress
+from action_diffusion.terminal import parted, width
 
 HELP = """\
 action-diffusion info [measure=true|false|again]     what this machine has, which code runs on it, and why
@@ -121,11 +122,17 @@ def _table(seconds: Mapping[str, Mapping[str, float]]) -> Table:
     """A line an operation: what each way takes, and the one that is taken."""
     table = Table(box=None, pad_edge=False, show_edge=False)
     for heading in ("operation", "size", "threads", "taken", "ms"):
-        table.add_column(heading, justify="right" if heading in ("threads",) else "left", overflow="fold")
+        table.add_column(heading, justify="right" if heading == "threads" else "left", no_wrap=heading != "ms")
     for key in sorted(seconds):
         operation, size, threads = key.rsplit(" ", 2)
         ways = sorted(seconds[key].items(), key=lambda item: item[1])
         others = ", ".join(f"{name} {1e3 * value:.3g}" for name, value in ways[1:])
         taken, least = ways[0]
-        table.add_row(operation, size, threads.partition("=")[2], taken, f"{1e3 * least:.3g} ({others})")
+        table.add_row(
+            operation,
+            parted(size, max(20, width() - 60)),
+            threads.partition("=")[2],
+            taken,
+            f"{1e3 * least:.3g} ({others})",
+        )
     return table

@@ -59,7 +59,7 @@ class Score:
 
 
 @dataclass
-class Result:
+class Detection:
     scores: dict[str, Score]
     original: list[Finding]
     false_alarms: list[Finding]
@@ -89,7 +89,7 @@ def in_memory(buffer: ReplayBuffer) -> ReplayBuffer:
     return ReplayBuffer.from_arrays(arrays, buffer.episode_ends, buffer.attrs)
 
 
-def measure(buffer: ReplayBuffer, n_faults: int, seed: int) -> Result:
+def measure(buffer: ReplayBuffer, n_faults: int, seed: int) -> Detection:
     """Plant, examine and count, as often as it takes for `n_faults`; buffer: in memory."""
     began, random = time.perf_counter(), np.random.default_rng(seed)
     original = examine(buffer)
@@ -106,7 +106,7 @@ def measure(buffer: ReplayBuffer, n_faults: int, seed: int) -> Result:
             kinds += _not_planted(now, planted)
             wrong += _count(scores, planted, examine(faulty), known)
             print(f"{n_faults - len(kinds)} of {n_faults}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
-    return Result(scores, original, wrong, time.perf_counter() - began)
+    return Detection(scores, original, wrong, time.perf_counter() - began)
 
 
 def _not_planted(wanted: Sequence[str], planted: Sequence[Planted]) -> list[str]:
@@ -159,7 +159,7 @@ def _near(fault: Planted, finding: Finding) -> bool:
     return finding.episode == fault.episode and overlap
 
 
-def show(result: Result) -> None:
+def show(result: Detection) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("kind")
     for heading in ("planted", "found", "share", "of the smallest", "echoes", "false alarms"):
@@ -196,7 +196,7 @@ def parse(words: Sequence[str]) -> dict[str, str]:
     return options
 
 
-def as_plain(result: Result) -> dict[str, Any]:
+def as_plain(result: Detection) -> dict[str, Any]:
     scores = {kind: asdict(score) for kind, score in result.scores.items()}
     return {
         "share": result.share,

@@ -52,7 +52,7 @@ TRIES = 5
 
 
 @dataclass
-class Found:
+class FaultCounts:
     """What happened. faults: by kind, of them went_on and ended; reasons: of ends; wrong: what must not be."""
 
     faults: Counter[str] = field(default_factory=Counter)
@@ -89,7 +89,7 @@ class Emulated(ABC):
     setup: ArmSetup
 
     def __init__(self) -> None:
-        self.found, self.segments = Found(), Segments()
+        self.found, self.segments = FaultCounts(), Segments()
         self._last: tuple[float, np.ndarray] | None = None
 
     def checked(self, now: float, values: np.ndarray, present: np.ndarray) -> None:
@@ -238,7 +238,7 @@ class Ur(Emulated):
         self.controller.joints = np.clip(self.controller.joints, self.limits["low"], self.limits["high"])
 
 
-def run(arm: Emulated, n: int, seed: int) -> Found:
+def run(arm: Emulated, n: int, seed: int) -> FaultCounts:
     """`n` faults, one after the other."""
     random, found = np.random.default_rng(seed), arm.found
     kinds, weights = list(arm.kinds), np.array(list(arm.kinds.values()), dtype=np.float64)
@@ -346,7 +346,7 @@ def main(words: Sequence[str]) -> int:
     """See the module."""
     given = options(words, {"so101": "700", "ur": "300", "seed": "0", "json": ""})
     numbers = {name: whole(name, given[name], least=0) for name in ("so101", "ur", "seed")}
-    began, results = time.monotonic(), dict[str, Found]()
+    began, results = time.monotonic(), dict[str, FaultCounts]()
     with tempfile.TemporaryDirectory() as folder:
         if numbers["so101"]:
             results["so101"] = run(So101(Path(folder)), numbers["so101"], numbers["seed"])

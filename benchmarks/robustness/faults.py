@@ -158,7 +158,7 @@ def crowd(port: int, cookie: str, *, tabs: int, floods: int, strange: int, busy:
 # Who stops and pauses.
 
 
-class Person:
+class PersonAtPage:
     """At a page at `port`, whose run has its shared memory in `folder`; who may come in with `cookie`."""
 
     def __init__(self, folder: Path, port: int, cookie: str) -> None:
@@ -294,7 +294,7 @@ def main(words: Sequence[str]) -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         bundle = Path(given["bundle"]).resolve() if given["bundle"] else untrained(folder / "bundle")
         shared, port, cookie = stack.enter_context(deployment(bundle, folder))
-        person = Person(shared, port, cookie)
+        person = PersonAtPage(shared, port, cookie)
         around = {"tabs": many["tabs"], "floods": many["floods"], "strange": many["strangers"], "busy": many["busy"]}
         stack.enter_context(crowd(port, cookie, **around))
         time.sleep(5)

@@ -185,7 +185,7 @@ def measure_load(bundle: Path, clients: int, rate: float, seconds: float, copies
 
 
 @dataclass
-class Robot:
+class FleetRobot:
     """Asks a server by `RemotePolicy`, in a thread of its own. answers: (when it asked, when it was answered)."""
 
     remote: RemotePolicy
@@ -221,7 +221,7 @@ def measure_failover(bundle: Path, robots: int, *, settle: float = 3.0) -> dict[
         (first, one), (_, two) = (stack.enter_context(serving(bundle, *words)) for _ in range(2))
         url = f"ws://127.0.0.1:{stack.enter_context(proxied((one, two)))}"
         phases = np.random.default_rng(0).uniform(0, 1 / ROBOT_RATE, robots)
-        fleet = [Robot(RemotePolicy(url, timeout=5.0, say=lost.append), ROBOT_RATE, phase) for phase in phases]
+        fleet = [FleetRobot(RemotePolicy(url, timeout=5.0, say=lost.append), ROBOT_RATE, phase) for phase in phases]
         over = threading.Event()
         threads = [threading.Thread(target=robot.run, args=(over,)) for robot in fleet]
         try:

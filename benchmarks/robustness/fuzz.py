@@ -32,7 +32,7 @@ RATES = ("velocity", "acceleration", "jerk")
 
 
 @dataclass
-class Outcome:
+class FuzzOutcome:
     """messages, setpoints: how many. followed: messages that passed. reasons: of refusals, counted by how
     they begin. worst: the largest share of each limit that a setpoint used. broken: why the loop broke, or None."""
 
@@ -78,7 +78,7 @@ class _Noted(IdealArm):
         self._rows = self._rows[-4:]
 
 
-def fuzz(n: int, seed: int, folder: Path, progress: Callable[[int], None] = lambda done: None) -> Outcome:
+def fuzz(n: int, seed: int, folder: Path, progress: Callable[[int], None] = lambda done: None) -> FuzzOutcome:
     """Send `n` messages; `folder` is for the rings."""
     random, clock = np.random.default_rng(seed), VirtualClock()
     clock.advance(100.0)
@@ -88,7 +88,7 @@ def fuzz(n: int, seed: int, folder: Path, progress: Callable[[int], None] = lamb
     writer = CommandWriter(folder, clock.now)
     loop = ArmLoop(arm=arm, limits=limits, folder=folder)
     events, heard = RingReader(folder / "events"), -1
-    outcome = Outcome()
+    outcome = FuzzOutcome()
     for number in range(n):
         if loop.phase is Phase.STILL:
             writer.begin()

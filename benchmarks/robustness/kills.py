@@ -43,7 +43,7 @@ SIGNALS = {"kill": signal.SIGKILL, "halt": signal.SIGSTOP}
 
 
 @dataclass(frozen=True)
-class Trial:
+class Kill:
     """Who got what, the seconds until the stop began (None: it did not), and the reason that the arm's process gave."""
 
     who: str
@@ -75,7 +75,7 @@ def drive() -> None:
         robot.command([target], tick)
 
 
-def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Trial:
+def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Kill:
     """Start a loop, let it run for `wait` seconds, do `what` ("kill", "halt") to `who`.
 
     who: "loop", one of `MODULES`, or "server", which then computes the chunks.
@@ -91,7 +91,7 @@ def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Tri
         time.sleep(wait)
         before = events.last(10)
         if before:
-            return Trial(who, what, None, f"before anything was done: {text(before[0].values['why'])}")
+            return Kill(who, what, None, f"before anything was done: {text(before[0].values['why'])}")
         pid = server.pid if server else loop.pid if who == "loop" else child_of(loop.pid, MODULES[who])
         moment = time.monotonic()
         os.kill(pid, SIGNALS[what])
@@ -99,7 +99,7 @@ def trial(who: str, what: str, *, wait: float, bundle: str | None = None) -> Tri
             _until(lambda: bool(_stops(events)), 1 if who in HARMLESS else 2)
             seconds, why = _result(who, moment, _stops(events))
             unopened = _unopened(output) if bundle else None
-            return Trial(who, what, seconds if unopened is None else None, unopened or why)
+            return Kill(who, what, seconds if unopened is None else None, unopened or why)
         finally:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)  # one that is halted would outlive its parent

@@ -73,7 +73,7 @@ def record(path: str, video: str, seed: str) -> None:
 
 
 @dataclass(frozen=True)
-class Found:
+class AfterKill:
     """After a kill: what is wrong, seconds of the open episode that were lost, and seconds that opening took."""
 
     wrong: str | None
@@ -87,14 +87,14 @@ class Found:
 
 
 @dataclass
-class Trial:
+class KilledRecording:
     """A file that is recorded to and killed, again and again. `episodes` are those that must be there."""
 
     path: Path
     video: tuple[str, ...]
     episodes: Episodes = field(default_factory=list)
 
-    def run(self, *, wait: float, seed: int) -> Found:
+    def run(self, *, wait: float, seed: int) -> AfterKill:
         """Record for `wait` seconds, kill, look, and keep what was open."""
         call = "import sys; from benchmarks.robustness.recording_kills import record; record(*sys.argv[1:])"
         words = [sys.executable, "-c", call, str(self.path), ",".join(self.video), str(seed)]
@@ -102,7 +102,7 @@ class Trial:
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as process:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
-                return Found("it did not start", 0.0, 0.0, 0)
+                return AfterKill("it did not start", 0.0, 0.0, 0)
             time.sleep(wait)
             process.kill()
             said = process.stdout.read().split("\n")[:-1]
@@ -110,7 +110,7 @@ class Trial:
         try:
             return self._look(possible, added, is_dropped)
         except Exception as error:  # whatever it is, the file is spoiled
-            return Found(f"{type(error).__name__}: {error}", 0.0, 0.0, 0)
+            return AfterKill(f"{type(error).__name__}: {error}", 0.0, 0.0, 0)
 
     def _possible(self, said: list[str]) -> tuple[list[Episodes], tuple[int, ...], bool]:
         """What the file may hold, without the deed under way and with it; the open episode, and if it is dropped."""
@@ -124,13 +124,13 @@ class Trial:
                 under_way = line
         return [episodes, _after(under_way, episodes, added)], tuple(added), under_way == "discard"
 
-    def _look(self, possible: list[Episodes], added: tuple[int, ...], is_dropped: bool) -> Found:
+    def _look(self, possible: list[Episodes], added: tuple[int, ...], is_dropped: bool) -> AfterKill:
         started = time.monotonic()
         buffer = opened(self.path)
         seconds = time.monotonic() - started
         there = [numbers(buffer, index) for index in range(buffer.n_episodes)] if buffer else []
         if there not in possible:
-            return Found(f"it has {there}, not {possible[0]} or {possible[1]}", 0.0, seconds, len(there))
+            return AfterKill(f"it has {there}, not {possible[0]} or {possible[1]}", 0.0, seconds, len(there))
         left = 0 if there == possible[0] else len(added)  # what was under way was done
         with Recorder.open(self.path, FIELDS, ATTRS, video=self.video) as recorder:
             if there == possible[0] and recorder.n_steps:
@@ -140,9 +140,9 @@ class Trial:
         self.episodes = there
         buffer = opened(self.path)
         if there and (buffer is None or numbers(buffer, -1) != there[-1] or buffer.n_episodes != len(there)):
-            return Found(f"the open episode is not {there[-1]}", 0.0, seconds, len(there))
+            return AfterKill(f"the open episode is not {there[-1]}", 0.0, seconds, len(there))
         lost = 0.0 if is_dropped else max(0, len(added) - left) / HZ
-        return Found(f"{lost:.2f} s were lost" if lost > MOST_LOST else None, lost, seconds, len(there))
+        return AfterKill(f"{lost:.2f} s were lost" if lost > MOST_LOST else None, lost, seconds, len(there))
 
 
 def opened(path: Path) -> ReplayBuffer | None:

@@ -60,7 +60,7 @@ ROUNDS = 25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class FewStepsPlan:
     bundles: list[Path]
     output: Path
     n_episodes: int
@@ -92,14 +92,14 @@ class Way:
         }
 
 
-def parse(words: Sequence[str]) -> Plan:
+def parse(words: Sequence[str]) -> FewStepsPlan:
     """From `name=value` words. Raises `InputError`."""
     given = options(words, DEFAULTS)
     if not given["bundle"] or not given["output"].endswith(".json"):
         raise InputError(
             "bundle and output are required: python -m benchmarks.scores.few_steps bundle=DIR output=FILE.json"
         )
-    return Plan(
+    return FewStepsPlan(
         bundles=[Path(word) for word in given["bundle"].strip("[]").split(",")],
         output=Path(given["output"]),
         n_episodes=whole("n_episodes", given["n_episodes"]),
@@ -108,7 +108,7 @@ def parse(words: Sequence[str]) -> Plan:
     )
 
 
-def ways(plan: Plan) -> list[Way]:
+def ways(plan: FewStepsPlan) -> list[Way]:
     """All that is to be measured. Raises `InputError` for a bundle that cannot be loaded or has no simulator."""
     found, names = [], _names(plan.bundles)
     for path in plan.bundles:
@@ -164,7 +164,7 @@ def _cost(way: Way) -> int:
     return 100 * (3 + int(way.sampler["num_inference_steps"]))
 
 
-def evaluate(way: Way, plan: Plan, advance: Callable[[int], None]) -> None:
+def evaluate(way: Way, plan: FewStepsPlan, advance: Callable[[int], None]) -> None:
     """Fill in `scores`: of the same starts, each with its own noise, whichever the way."""
     env = way.policy.spec.env
     assert env is not None
@@ -187,7 +187,7 @@ def evaluate(way: Way, plan: Plan, advance: Callable[[int], None]) -> None:
     way.scores = [episode.score for episode in episodes]
 
 
-def write(plan: Plan, found: Sequence[Way]) -> None:
+def write(plan: FewStepsPlan, found: Sequence[Way]) -> None:
     """FILE.json and, beside it, FILE.png."""
     settings = {"n_episodes": plan.n_episodes, "seed": plan.seed, "bundles": [str(path) for path in plan.bundles]}
     content: Mapping[str, Any] = {

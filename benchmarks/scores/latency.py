@@ -39,7 +39,7 @@ from action_diffusion.policy import bundle as bundles
 from action_diffusion.policy.action_queue import SCHEDULINGS, check_room
 from action_diffusion.progress import progress
 from benchmarks.command import command, whole
-from benchmarks.scores.latency_report import Cell, Result, show, write
+from benchmarks.scores.latency_report import Cell, CellResult, show, write
 
 DELAYS = (0, 1, 2, 4, 8)
 OPTIONS = (
@@ -51,7 +51,7 @@ COST = {"rtc": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class LatencySettings:
     """What is the same in all cells."""
 
     bundle: Path
@@ -63,16 +63,16 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class LatencyPlan:
     """What is asked for."""
 
-    settings: Settings
+    settings: LatencySettings
     cells: list[Cell]
     output: Path
     processes: int
 
 
-def parse(words: Sequence[str]) -> Plan:
+def parse(words: Sequence[str]) -> LatencyPlan:
     """From `name=value` words. Raises `InputError`, also for cells that the policy's chunks are too short for."""
     given: dict[str, str] = {}
     for word in words:
@@ -91,7 +91,7 @@ def parse(words: Sequence[str]) -> Plan:
     if output.is_dir() or output.suffix != ".json":
         raise InputError(f"output={output} must be a file named *.json")
     spec = bundles.read_spec(Path(given["bundle"]))
-    settings = Settings(
+    settings = LatencySettings(
         bundle=Path(given["bundle"]),
         n_episodes=_whole(given, "n_episodes", 50, least=1),
         seed=_whole(given, "seed", 100_000, least=0),
@@ -110,7 +110,7 @@ def parse(words: Sequence[str]) -> Plan:
     for cell in cells:
         steps = {"execution_horizon": settings.execution_horizon, "delay": cell.delay}
         check_room(cell.scheduling, horizon=spec.horizon, n_obs_steps=spec.n_obs_steps, **steps)
-    return Plan(
+    return LatencyPlan(
         settings=settings,
         cells=cells,
         output=output,
@@ -160,7 +160,7 @@ def _switch(given: Mapping[str, str], name: str, default: bool) -> bool:
 class Bench:
     """A loaded policy on its simulator, one core."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LatencySettings) -> None:
         torch.set_num_threads(1)  # a process a core, and the same bits however many processes there are
         self._settings = settings
         # Nothing is trained, and guidance differentiates with respect to chunks alone.
@@ -169,7 +169,7 @@ class Bench:
             robots.make, _robot_name(self._policy.spec.env), robots.RobotTask.of(self._policy.spec)
         )
 
-    def run(self, cell: Cell, advance: Callable[[int], None]) -> Result:
+    def run(self, cell: Cell, advance: Callable[[int], None]) -> CellResult:
         settings = self._settings
         began = time.monotonic()
         episodes = run_episodes(
@@ -183,7 +183,7 @@ class Bench:
             guidance=settings.guidance,
             progress=lambda steps: advance(steps * COST.get(cell.scheduling, 1)),
         )
-        return Result.of(cell, episodes, time.monotonic() - began)
+        return CellResult.of(cell, episodes, time.monotonic() - began)
 
 
 def _robot_name(env: Mapping[str, Any] | None) -> str:
@@ -193,7 +193,7 @@ def _robot_name(env: Mapping[str, Any] | None) -> str:
     return name
 
 
-def results(plan: Plan) -> Iterator[Result]:
+def results(plan: LatencyPlan) -> Iterator[CellResult]:
     """Every cell as it is done, the slow ones first; on as many cores as there are processes."""
     bench = Bench(plan.settings)  # what cannot be loaded is said here, once
     robot = bench._robot()
@@ -208,7 +208,7 @@ def results(plan: Plan) -> Iterator[Result]:
             yield from _in_processes(plan, cells, advance)
 
 
-def _in_processes(plan: Plan, cells: Sequence[Cell], advance: Callable[[int], None]) -> Iterator[Result]:
+def _in_processes(plan: LatencyPlan, cells: Sequence[Cell], advance: Callable[[int], None]) -> Iterator[CellResult]:
     context = multiprocessing.get_context("spawn")
     done, stop, told = context.Value("q", 0), context.Event(), 0
     with ProcessPoolExecutor(
@@ -230,12 +230,12 @@ def _in_processes(plan: Plan, cells: Sequence[Cell], advance: Callable[[int], No
 _process: dict[str, Any] = {}
 
 
-def _begin(settings: Settings, done: Any, stop: Any) -> None:
+def _begin(settings: LatencySettings, done: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells us
     _process.update(bench=Bench(settings), done=done, stop=stop)
 
 
-def _run(cell: Cell) -> Result:
+def _run(cell: Cell) -> CellResult:
     def advance(steps: int) -> None:
         if _process["stop"].is_set():
             raise RuntimeError("stopped")
@@ -248,7 +248,7 @@ def _run(cell: Cell) -> Result:
 @command
 def main(words: Sequence[str]) -> int:
     """Measure, show, write; returns the exit code."""
-    plan, found = parse(words), list[Result]()
+    plan, found = parse(words), list[CellResult]()
     try:
         for result in results(plan):
             found.append(result)

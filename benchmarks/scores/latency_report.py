@@ -31,7 +31,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class CellResult:
     """Scores of a cell's episodes, start by start; jumps of all their swaps; the share of the steps that were held."""
 
     cell: Cell
@@ -41,7 +41,7 @@ class Result:
     seconds: float
 
     @classmethod
-    def of(cls, cell: Cell, episodes: Sequence[VirtualEpisode], seconds: float) -> Result:
+    def of(cls, cell: Cell, episodes: Sequence[VirtualEpisode], seconds: float) -> CellResult:
         held = np.concatenate([np.isnan(episode.commands).any(axis=1) for episode in episodes])
         return cls(
             cell=cell,
@@ -86,7 +86,7 @@ class Result:
         return f"{name}: score {self.score:.3f} [{low:.3f}, {high:.3f}]{jump} ({self.seconds:.0f} s)"
 
 
-def write(path: Path, results: Sequence[Result], settings: Any) -> None:
+def write(path: Path, results: Sequence[CellResult], settings: Any) -> None:
     """FILE.json and, beside it, FILE.png; each takes its place when it is complete."""
     content = {
         "machine": machine(),
@@ -99,7 +99,7 @@ def write(path: Path, results: Sequence[Result], settings: Any) -> None:
         _figure(results).savefig(temporary, format="png", dpi=150)
 
 
-def _figure(results: Sequence[Result]) -> Figure:
+def _figure(results: Sequence[CellResult]) -> Figure:
     figure = Figure(figsize=(9.0, 3.4), layout="constrained")
     scores, jumps = figure.subplots(1, 2)
     for scheduling in dict.fromkeys(result.cell.scheduling for result in results):
@@ -120,7 +120,7 @@ def _figure(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def show(results: Sequence[Result]) -> None:
+def show(results: Sequence[CellResult]) -> None:
     """The table, and what is to be reached of which the cells are there."""
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False)
@@ -142,7 +142,7 @@ def show(results: Sequence[Result]) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-def bounds(found: Mapping[Cell, Result]) -> list[str]:
+def bounds(found: Mapping[Cell, CellResult]) -> list[str]:
     """A line for each bound whose cells are there."""
     lines = []
     late, prompt = found.get(Cell("rtc", DELAY)), found.get(Cell("rtc", 0))

@@ -54,7 +54,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Found:
+class Floor:
     """A work: what it reads and computes, both floors, and what it takes, in ms."""
 
     name: str
@@ -118,7 +118,7 @@ def _encoder_operations(policy: DiffusionPolicy, obs: dict[str, Tensor]) -> int:
     return int(counter.get_total_flops())
 
 
-def chunk(size: str, on: Machine, folder: Path, seconds: float) -> list[Found]:
+def chunk(size: str, on: Machine, folder: Path, seconds: float) -> list[Floor]:
     """Encoder, denoising step and chunk (DDIM 10) of an image policy at batch 1."""
     settings: dict[str, Any] = {"image": True, "channels": SIZES[size], "steps": 10, "batch": 1, "precisions": ["fp32"]}
     work = Chunk(_prepared(settings, folder), folder, lambda _: None)
@@ -142,11 +142,11 @@ def chunk(size: str, on: Machine, folder: Path, seconds: float) -> list[Found]:
         # Each part is bound by its larger floor, whichever that is; here both columns hold their sum.
         bound = sum(max(part.reading_ms, part.computing_ms) for part in whole)
         measured = 1e3 * _median(work.call, seconds)
-        found.append(Found(f"chunk, DDIM 10, {size}", megabytes, gflop, bound, bound, measured))
+        found.append(Floor(f"chunk, DDIM 10, {size}", megabytes, gflop, bound, bound, measured))
     return found
 
 
-def training(name: str, settings: dict[str, Any], on: Machine, folder: Path, seconds: float) -> Found:
+def training(name: str, settings: dict[str, Any], on: Machine, folder: Path, seconds: float) -> Floor:
     """A training step of a state or image policy."""
     work = Train(_prepared(settings, folder), folder, lambda _: None)
     policy = work._policy.eval()
@@ -172,13 +172,13 @@ def _median(work: Callable[[], Any], seconds: float) -> float:
     return statistics.median(_times(work, seconds))
 
 
-def _found(name: str, read: int, operations: int, on: Machine, seconds: float) -> Found:
-    return Found(
+def _found(name: str, read: int, operations: int, on: Machine, seconds: float) -> Floor:
+    return Floor(
         name, read / 1e6, operations / 1e9, 1e3 * read / on.bandwidth, 1e3 * operations / on.peak, 1e3 * seconds
     )
 
 
-def show(on: Machine, found: Sequence[Found]) -> None:
+def show(on: Machine, found: Sequence[Floor]) -> None:
     print(
         f"memory {on.bandwidth / 1e9:.1f} GB/s, products {on.peak / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads"
     )
@@ -192,9 +192,9 @@ def show(on: Machine, found: Sequence[Found]) -> None:
     Console(highlight=False).print(table)
 
 
-def measure(sizes: Sequence[str], seconds: float) -> tuple[Machine, list[Found]]:
+def measure(sizes: Sequence[str], seconds: float) -> tuple[Machine, list[Floor]]:
     """Chunks of these sizes and two training steps, one after the other."""
-    found: list[Found] = []
+    found: list[Floor] = []
     with tempfile.TemporaryDirectory() as name:
         folder, on = Path(name), measure_machine(seconds)
         for size in sizes:

@@ -82,7 +82,7 @@ _TRAINING: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class Found:
+class GpuTime:
     """A work with some options: ms of a call, samples/s or None, and the largest error of a chunk or None."""
 
     work: str
@@ -184,7 +184,7 @@ def policy_of(size: str, device: torch.device) -> DiffusionPolicy:
     return build(settings, Path(), weights=False).to(device)
 
 
-def chunks(size: str, device: torch.device, seconds: float, *, compiled: bool) -> Iterator[Found]:
+def chunks(size: str, device: torch.device, seconds: float, *, compiled: bool) -> Iterator[GpuTime]:
     """A chunk at batch 1 with each set of options."""
     policy = policy_of(size, device).eval()
     arrays, _ = demonstrations()
@@ -198,10 +198,10 @@ def chunks(size: str, device: torch.device, seconds: float, *, compiled: bool) -
         chunk = policy.predict(obs, noise=noise)["action_pred"] / 256  # pixels from 0 to 512 are 2 when normalised
         expected = chunk if expected is None else expected
         ms = median_ms(lambda: policy.predict(obs, noise=noise), device, seconds)
-        yield Found(f"chunk, {size}", _words(chosen), ms, error=float(np.abs(chunk - expected).max()))
+        yield GpuTime(f"chunk, {size}", _words(chosen), ms, error=float(np.abs(chunk - expected).max()))
 
 
-def training(size: str, batch: int, device: torch.device, seconds: float, *, compiled: bool) -> Iterator[Found]:
+def training(size: str, batch: int, device: torch.device, seconds: float, *, compiled: bool) -> Iterator[GpuTime]:
     """A training step, plain and with each set of options."""
     arrays, windows = demonstrations()
     workers = max(1, cores() - 1)
@@ -225,7 +225,7 @@ def training(size: str, batch: int, device: torch.device, seconds: float, *, com
 
 def _training(
     size: str, batch: int, device: torch.device, seconds: float, source: Any, chosen: dict[str, Any], what: str
-) -> Found:
+) -> GpuTime:
     torch.manual_seed(0)
     settings = TrainSettings(max_steps=1, batch_size=batch, checkpoint_every=0, rollout_every=0, **chosen)
     with tempfile.TemporaryDirectory() as folder:
@@ -244,7 +244,7 @@ def _training(
         steps = max(2, min(50, int(seconds / 4 / (trainer.time(2) / 2))))
         ms = 1e3 * statistics.median(trainer.time(steps) / steps for _ in range(5))
     AcceleratorState._reset_state()  # it keeps the precision of a process
-    return Found(f"training, {size}, batch {batch}", what, ms, samples_per_second=1e3 * batch / ms)
+    return GpuTime(f"training, {size}, batch {batch}", what, ms, samples_per_second=1e3 * batch / ms)
 
 
 def _accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
@@ -265,7 +265,7 @@ def ceilings(device: torch.device, seconds: float) -> dict[str, float]:
     return {"bandwidth": 2 * source.nbytes / copying * 1e3, "bf16_peak": 2 * side**3 / product * 1e3}
 
 
-def show(found: Sequence[Found]) -> None:
+def show(found: Sequence[GpuTime]) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("work", "options"):
         table.add_column(heading)
@@ -277,7 +277,7 @@ def show(found: Sequence[Found]) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def bounds(found: Sequence[Found]) -> dict[str, bool]:
+def bounds(found: Sequence[GpuTime]) -> dict[str, bool]:
     """What is asked of a GPU, in words, and whether it is kept."""
     kept: dict[str, bool] = {}
     times = [row.ms for row in found if row.samples_per_second is None]
@@ -304,7 +304,7 @@ def main(words: Sequence[str]) -> int:
             raise unknown("only", name, WORKS)
     if given["compile"] not in ("true", "false"):
         raise unknown("compile", given["compile"], ("true", "false"))
-    on, found, compiled = ceilings(device, seconds / 4), list[Found](), given["compile"] == "true"
+    on, found, compiled = ceilings(device, seconds / 4), list[GpuTime](), given["compile"] == "true"
     works = {
         "chunk": chunks(size, device, seconds, compiled=compiled),
         "training": training(size, batch, device, seconds, compiled=compiled),

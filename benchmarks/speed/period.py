@@ -27,7 +27,7 @@ LIMITS |= {"velocity": [2.0] * 7, "acceleration": [10.0] * 7, "jerk": [200.0] * 
 
 
 @dataclass(frozen=True)
-class Measured:
+class Periods:
     """periods: all of them (s). events: what the arm's process said. priority: how it runs."""
 
     periods: np.ndarray
@@ -41,7 +41,7 @@ class Measured:
         return float(np.percentile(np.abs(self.periods - self.period), 99))
 
 
-def measure(*, seconds: float, load: int, rate: float) -> Measured:
+def measure(*, seconds: float, load: int, rate: float) -> Periods:
     """Run it. Raises `InputError` where the arm does not start."""
     segments = Segments()
     spinning = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(load)]
@@ -58,7 +58,7 @@ def measure(*, seconds: float, load: int, rate: float) -> Measured:
             process.kill()
             process.wait()
         segments.remove()
-    return Measured(np.diff(times), events, arm.priority, 1 / rate)
+    return Periods(np.diff(times), events, arm.priority, 1 / rate)
 
 
 def _follow(arm: ArmLink, seconds: float) -> tuple[np.ndarray, list[str]]:

@@ -27,7 +27,7 @@ import numpy as np
 from action_diffusion.datasets.record.recorder import Recorder
 from benchmarks.command import command, options, positive, whole
 from benchmarks.robustness import power_cuts
-from benchmarks.robustness.recording_kills import ATTRS, CAMERAS, FIELDS, HZ, Trial, pictures, step
+from benchmarks.robustness.recording_kills import ATTRS, CAMERAS, FIELDS, HZ, KilledRecording, pictures, step
 
 LATE = 0.005
 MOST_LATE = 0.001
@@ -87,7 +87,7 @@ def _kills(n: int, seed: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(n):
             if number % 5 == 0:  # what was killed is recorded to again
-                recording = Trial(Path(folder) / f"{number}.zarr", CAMERAS if number // 5 % 2 else ())
+                recording = KilledRecording(Path(folder) / f"{number}.zarr", CAMERAS if number // 5 % 2 else ())
             found = recording.run(wait=random.uniform(0.2, 5.0), seed=int(random.integers(1 << 30)))
             good += found.wrong is None
             lost.append(found.lost)

@@ -31,7 +31,7 @@ AWAY = 20.0
 ENDED = 1.0
 
 
-class Gone(PushT):
+class BlockGone(PushT):
     """PushT in which, after `GONE_AT` steps of every other start, somebody takes the block off the table."""
 
     def reset(self, seed: int) -> None:
@@ -136,7 +136,7 @@ def deployed(policy: DiffusionPolicy, seed: int) -> tuple[dict[str, float], dict
         listening = Listening(policy)
         episodes += rollout(
             policy=listening,
-            make_env=functools.partial(Gone, **settings),
+            make_env=functools.partial(BlockGone, **settings),
             seeds=range(first, first + rows),
             keys=list(policy.spec.observations),
             n_envs=rows,

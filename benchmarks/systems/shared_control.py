@@ -20,17 +20,17 @@ from benchmarks.rows.policies import pusht, trained
 from benchmarks.rows.system import Measured, System
 
 STARTS, STEPS = 20, 300
-EVERY = 4
-"""Control steps from one chunk to the next."""
+EVERY = 1
+"""Control steps from one chunk to the next: what a person does now, the policy's values have to follow now."""
 DELAY, TREMBLE, KEEPS = 1, 20.0, 0.8
 """The person acts on what was DELAY control steps ago; their hand is TREMBLE px off (sd), KEEPS of it from the last."""
 AXIS = np.array([True, False])
 """Of the person: x."""
-ROUNDS, FADING = 1, 1
+ROUNDS, FADING = 2, 1
 """The person's hand shakes, so that what it does now says little of what it does next."""
 
 
-class Person:
+class ShakyPerson:
     """The scripted expert of PushT, late and shaky."""
 
     def __init__(self, seed: int) -> None:
@@ -50,7 +50,7 @@ class Person:
 
 
 @dataclass(frozen=True)
-class Done:
+class Driven:
     """success: share of episodes with a score of 1. seconds: until then, STEPS where never, mean. score: mean."""
 
     success: float
@@ -58,9 +58,9 @@ class Done:
     score: float
 
 
-def episodes(policy: DiffusionPolicy, seeds: Sequence[int], owned: np.ndarray, *, told: bool = True) -> Done:
+def episodes(policy: DiffusionPolicy, seeds: Sequence[int], owned: np.ndarray, *, told: bool = True) -> Driven:
     """An episode from every start; what is not `owned` [2] is the policy's. told: of what the person does."""
-    envs, people = [PushT(max_steps=STEPS) for _ in seeds], [Person(seed) for seed in seeds]
+    envs, people = [PushT(max_steps=STEPS) for _ in seeds], [ShakyPerson(seed) for seed in seeds]
     noise = [generators(seed) for seed in seeds]
     histories = [History(policy.spec.n_obs_steps) for _ in seeds]
     keys, now = list(policy.spec.observations), policy.spec.n_obs_steps - 1
@@ -93,7 +93,7 @@ def episodes(policy: DiffusionPolicy, seeds: Sequence[int], owned: np.ndarray, *
             if done and reward >= 1.0:
                 length[row] = step + 1
     shared.own(None)
-    return Done(float((best >= 1.0).mean()), float(length.mean() / envs[0].control_rate), float(best.mean()))
+    return Driven(float((best >= 1.0).mean()), float(length.mean() / envs[0].control_rate), float(best.mean()))
 
 
 def two_ways(n: int, random: np.random.Generator) -> np.ndarray:

@@ -28,7 +28,7 @@ _LEAST_SOUND = 0.3
 
 def examine(buffer: ReplayBuffer, kinds: Sequence[str] = tuple(KINDS)) -> list[Finding]:
     """What is wrong with `buffer`, by row. Raises `InputError` where it cannot be read."""
-    with temporary_folder() as folder:
+    with np.errstate(all="ignore"), temporary_folder() as folder:  # what is beyond numbers is a finding by itself
         surveyed = survey(buffer, Path(folder))
         return ordered([finding for finding in _all(buffer, surveyed) if finding.kind in kinds])
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from action_diffusion.terminal import parted
+
 KINDS = {
     "nan": "interpolate, or drop the episode",
     "dropped": "split the episode there: a window must not span the gap",
@@ -122,22 +124,22 @@ def show(findings: Sequence[Finding], *, details: bool = False) -> None:
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("kind", no_wrap=True)
-    table.add_column("key", overflow="fold")
+    table.add_column("key", no_wrap=True)
     if details:
         for heading in ("episode", "rows"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("how bad", overflow="fold")
         for finding in findings:
             episode = "all" if finding.episode is None else str(finding.episode)
-            table.add_row(finding.kind, finding.key, episode, rows_of(finding), finding.how_bad)
+            table.add_row(finding.kind, parted(finding.key), episode, rows_of(finding), finding.how_bad)
     else:
         table.add_column("found", justify="right", no_wrap=True)
         table.add_column("episodes", overflow="fold")
         table.add_column("the worst", overflow="fold")
         for group in grouped(findings):
             worst = f"rows {rows_of(group.worst)}: {group.worst.how_bad}"
-            table.add_row(group.kind, group.key, str(len(group.findings)), group.episodes, worst)
-    console = Console(highlight=False)
+            table.add_row(group.kind, parted(group.key), str(len(group.findings)), group.episodes, worst)
+    console = Console(highlight=False, markup=False)
     console.print(table)
     print()
     advice = Table(box=None, pad_edge=False, show_header=False)

@@ -22,11 +22,13 @@ LIMIT = 2.5
 USUAL = 0.999
 SPIKE_ROWS = 3
 FRAME_LIMIT = 2.0
+SUDDEN = ("force", "torque", "wrench", "effort")
+"""In names of columns that rise at once when something is touched, so that no step is too large."""
 
 
 def jumps_and_outliers(survey: Survey) -> Iterator[Finding]:
     for key, low in survey.low.items():
-        if low.motion.any() and survey.n_rows > 10:
+        if low.motion.any() and survey.n_rows > 10 and not any(word in key for word in SUDDEN):
             yield from _of_key(survey, key, low)
     for key, camera in survey.cameras.items():
         yield from _frames(survey, key, camera.points, camera.steps)
@@ -67,7 +69,7 @@ def _of_key(survey: Survey, key: str, low: Values) -> Iterator[Finding]:
         worst = dimensions[int(np.argmax(ratio[rows, dimensions].max(axis=0)))]
         step, times = float(low.steps[rows, worst].max()), float(ratio[rows, worst].max())
         where = named(dimensions, low.raw.shape[1])
-        words = f"{where}a step of {step:.4g}, {times:.1f} times what 99.9 % stay below"
+        words = f"{where}a step of {step:.4g}, {times:.3g} times what 99.9 % stay below"
         yield Finding(
             kind, key, int(survey.episode[first]), first, last, times / LIMIT, words, dimensions=tuple(dimensions)
         )

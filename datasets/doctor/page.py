@@ -13,6 +13,7 @@ import numpy as np
 
 from action_diffusion.datasets.doctor.finding import Finding
 from action_diffusion.datasets.doctor.survey import is_image
+from action_diffusion.datasets.images.pictures import preview
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.files import atomic_path
 from action_diffusion.progress import progress
@@ -94,6 +95,8 @@ def _frames(pyplot: Any, buffer: ReplayBuffer, key: str, finding: Finding, first
     figure, axes = pyplot.subplots(1, len(rows), figsize=(9, 1.6), squeeze=False, layout="constrained")
     for axis, row in zip(axes[0], rows, strict=True):
         frame = np.nan_to_num(np.asarray(buffer[key][row], np.float32))
+        if frame.ndim == 2 and buffer[key].dtype != np.uint8:
+            frame = preview(frame).astype(np.float32)
         scale = 255 if buffer[key].dtype.kind in "iu" or frame.max() > 2 else 1
         axis.imshow(np.clip(frame / scale, 0, 1).squeeze(), cmap="gray")
         axis.set_title(str(row), fontsize=8, color="tab:red" if finding.first <= row <= finding.last else "black")

@@ -61,7 +61,7 @@ def repeated(survey: Survey) -> Iterator[Finding]:
         if share > RARE:
             if key in survey.cameras:
                 words = f"{share:.0%} of the frames repeat the one before while other things move"
-                advice = "the camera is slower than the recording: record at its rate"
+                advice = "the camera is slower than the recording: record at its rate; or what moves is not in its view"
                 yield Finding("dropped", key, None, 0, survey.n_rows - 1, share / RARE, words, advice)
             continue
         for episode, first, last in runs_in_episodes(repeats, survey):

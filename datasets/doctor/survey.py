@@ -117,7 +117,7 @@ def survey(buffer: ReplayBuffer, folder: Path) -> Survey:
             if shown is not None and shown.kind == "unknown":
                 continue
             column = buffer[key] if shown is None or is_image(buffer[key]) else _colours_last(buffer[key], shown)
-            camera = _Camera(column, folder)
+            camera = _Camera(column, folder, depth=shown is not None and shown.kind == "depth")
             for row, frames in blocks(column):
                 camera.add(row, frames)
                 advance(len(frames))
@@ -190,11 +190,12 @@ def _period(column: np.ndarray, first: np.ndarray) -> float | None:
 
 
 class _Camera:
-    """Takes frames in order."""
+    """Takes frames in order. depth: values are distances, of which the largest is taken as 1, as 255 is of colours."""
 
-    def __init__(self, column: Column, folder: Path) -> None:
+    def __init__(self, column: Column, folder: Path, *, depth: bool = False) -> None:
         n, height, width, colours = column.shape
-        self._scale = 1.0 / 255 if column.dtype.kind in "iu" else 1.0
+        self._depth = depth
+        self._scale = 1.0 / 255 if column.dtype.kind in "iu" and not depth else 1.0
         self._down, self._across = _hats(height), _hats(width)
         file = folder / f"points-{id(self)}.npy"
         size = POINTS * POINTS * colours
@@ -221,7 +222,10 @@ class _Camera:
             self.points[row + i : row + i + len(part)] = points.reshape(len(part), -1)
 
     def finish(self, first: np.ndarray) -> CameraColumn:
-        if self._scale == 1.0 and float(self.points.max()) > 2:  # floats from 0 to 255
+        most = float(self.points.max())
+        if self._depth and most > 0:
+            self.points /= most
+        elif self._scale == 1.0 and most > 2:  # floats from 0 to 255
             self.points /= 255
         steps = np.zeros(len(self.points))
         for i in range(1, len(self.points), 4096):

@@ -24,6 +24,7 @@ from action_diffusion.datasets.storage.tasks import TASKS, episode_tasks
 from action_diffusion.datasets.storage.times import is_time
 from action_diffusion.memory import sized
 from action_diffusion.progress import progress
+from action_diffusion.terminal import parted, width, wrapped
 
 SAMPLE_ROWS = 2000
 """Frames of a camera that are looked at, evenly over the buffer."""
@@ -33,6 +34,8 @@ _ELSEWHERE = ("task", TASKS, NAMES, "control_rate", CONVERTED, "hdf5_attributes"
 """Attributes that have lines of their own, and what only conversions back need."""
 DIMENSIONS = 8
 """Of a key, that are listed and plotted."""
+ATTRIBUTE = 400
+"""Characters of an attribute that are shown."""
 
 
 @dataclass
@@ -83,7 +86,7 @@ def inspect(buffer: ReplayBuffer) -> Inspection:
             keys[-1].names = dimension_names(buffer.attrs, key, len(keys[-1].least))
             advance(1)
     time = next((np.ravel(buffer[key][:]) for key in buffer.keys if is_time(key)), None)
-    attrs = {name: _short(value) for name, value in buffer.attrs.items() if name not in _ELSEWHERE}
+    attrs = {name: _short(value, ATTRIBUTE) for name, value in buffer.attrs.items() if name not in _ELSEWHERE}
     if buffer.left_out:
         attrs["left out"] = "; ".join(f"{key}: {reason}" for key, reason in buffer.left_out.items())
     size = _size(buffer.path) if buffer.path else None
@@ -129,10 +132,12 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _short(value: object) -> str:
-    """For one line; bytes that are written as text are only counted."""
+def _short(value: object, most: int = 80) -> str:
+    """In `most` characters; bytes that are written as text are only counted."""
+    if isinstance(value, dict):
+        value = ", ".join(f"{name}: {of_name}" for name, of_name in value.items())
     text = _BYTES.sub(lambda found: f"({len(found[0])} characters of base64)", " ".join(str(value).split()))
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return text if len(text) <= most else f"{text[: most - 3]}…"
 
 
 def show(found: Inspection) -> None:
@@ -142,17 +147,19 @@ def show(found: Inspection) -> None:
     print(f"episodes: {len(lengths)}, steps: {lengths.sum()}")
     print(f"lengths: {lengths.min()} to {lengths.max()}, median {np.median(lengths):g}")
     if found.rate is None:
-        print("rate: not said (attribute control_rate)")
+        print("rate: not said (attribute control_rate); data convert rate=HZ says it, else 10 Hz is taken")
     else:
         print(f"rate: {found.rate:g} Hz, {lengths.sum() / found.rate / 60:.1f} minutes")
     raw = sum(key.n_bytes for key in found.keys)
     if found.n_bytes is not None:
         print(f"on disk: {sized(found.n_bytes)}, {sized(raw)} unpacked")
     for name, text in found.attrs.items():
-        print(f"{name}: {text}")
+        print(wrapped(f"{name}: {text}"))
     for words, episodes in found.tasks.items():
-        print(f"task {_short(words)!r}: {len(episodes)} of {len(lengths)} episodes ({_short(spans(episodes))})")
-    console = Console(highlight=False)
+        print(
+            wrapped(f"task {_short(words)!r}: {len(episodes)} of {len(lengths)} episodes ({_short(spans(episodes))})")
+        )
+    console = Console(highlight=False, markup=False)
     console.print(_key_table(found.keys))
     print()
     console.print(_range_table(found.keys))
@@ -160,25 +167,29 @@ def show(found: Inspection) -> None:
 
 def _key_table(keys: Sequence[Key]) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("key", overflow="fold")
+    table.add_column("key", no_wrap=True)
     for heading in ("shape", "type"):
         table.add_column(heading, no_wrap=True)
     table.add_column("unpacked", justify="right", no_wrap=True)
     for key in keys:
-        table.add_row(key.name, shaped(key), key.dtype, sized(key.n_bytes))
+        table.add_row(parted(key.name, width() // 2), shaped(key), key.dtype, sized(key.n_bytes))
     return table
 
 
 def _range_table(keys: Sequence[Key]) -> Table:
-    """Where a line is short the names of keys are folded, and numbers stay whole."""
+    """Where a line is short the names of keys and dimensions are parted, and numbers stay whole."""
+    headings = ("key", "dimension", "least", "most", "mean", "median step")
+    rows = [("" if n else key.name, *cells) for key in keys for n, cells in enumerate(ranges_of(key))]
+    widths = [2 + max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    room = max(24, width() - sum(widths[2:]))
+    of_places = min(widths[1], max(room // 2, room - widths[0])) - 2
+    of_keys = room - of_places - 4
     table = Table(box=None, pad_edge=False)
-    table.add_column("key", overflow="fold")
-    table.add_column("dimension", justify="right", overflow="fold")
-    for heading in ("least", "most", "mean", "median step"):
+    table.add_column("key", no_wrap=True)
+    for heading in headings[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
-    for key in keys:
-        for number, cells in enumerate(ranges_of(key)):
-            table.add_row("" if number else key.name, *cells)
+    for name, place, *cells in rows:
+        table.add_row(parted(name, of_keys), parted(place, of_places), *cells)
     return table
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from action_diffusion.datasets.edit.inspection import DIMENSIONS, Inspection, Key
-from action_diffusion.datasets.images.pictures import picture
+from action_diffusion.datasets.images.pictures import picture, preview
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.datasets.storage.store import Column
 from action_diffusion.files import atomic_path
@@ -76,13 +76,11 @@ def shown_frame(column: Column, row: int) -> np.ndarray | None:
     shown = picture(column.shape, column.dtype)
     if shown is None or shown.kind == "unknown":
         return None
-    frame = np.nan_to_num(
-        np.asarray(shown.pixels(np.asarray(column[row : row + 1]))[0], np.float64), posinf=0, neginf=0
-    )
-    most = frame.max(initial=0)
+    pixels = shown.pixels(np.asarray(column[row : row + 1]))[0]
     if shown.kind == "depth":
-        frame = frame * (255 / most) if most > 0 else frame
-    elif column.dtype.kind == "f" and most <= 1:
+        return preview(pixels[..., 0])
+    frame = np.nan_to_num(np.asarray(pixels, np.float64), posinf=0, neginf=0)
+    if column.dtype.kind == "f" and frame.max(initial=0) <= 1:
         frame = frame * 255
     return frame.clip(0, 255).astype(np.uint8)
 

@@ -19,6 +19,7 @@ import numpy as np
 from action_diffusion.datasets.formats.columns import PiecewiseColumn, RowRange, check_rows
 from action_diffusion.datasets.formats.contract import Format, Opened, Settings
 from action_diffusion.datasets.formats.journal import Journal
+from action_diffusion.datasets.formats.paths import matching
 from action_diffusion.datasets.hdf5.reading import Budget, check_sound, members, open_hdf5, reading_hdf5
 from action_diffusion.datasets.robomimic.attributes import TASK_INDEX
 from action_diffusion.datasets.robomimic.demo import (
@@ -44,7 +45,7 @@ SUFFIXES = (".hdf5", ".h5")
 def is_aloha(path: Path) -> bool:
     """Whether `path` is a folder with HDF5 files in it, or an HDF5 file whose root holds the actions."""
     if path.is_dir():
-        return any(file.suffix in SUFFIXES for file in path.iterdir())
+        return any(file.suffix in SUFFIXES for file in matching(path, "*"))
     check_sound(path)
     with open_hdf5(path) as file, reading_hdf5(str(path)):
         return any(name in NAMES and not hasattr(item, "keys") for name, item in members(file, str(path)))
@@ -88,8 +89,8 @@ def _files(path: Path) -> list[Path]:
     links = [file for file in path.rglob("*") if file.is_symlink()]
     if links:
         raise InputError(f"{links[0]} is a link; links are not followed: put the file itself there")
-    found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
-    return sorted(found, key=lambda file: [int(number) for number in re.findall("[0-9]+", file.stem)[-1:]] or [-1])
+    files = [file for file in matching(path, "*") if file.suffix in SUFFIXES]
+    return sorted(files, key=lambda file: [int(number) for number in re.findall("[0-9]+", file.stem)[-1:]] or [-1])
 
 
 def _survey(file: Path, kept: Attributes) -> Demo:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from action_diffusion.errors import InputError
@@ -19,6 +19,12 @@ TEXT_BYTES = 1 << 28
 """Of a description or a CSV, which are read as a whole."""
 _FIELD = re.compile(r"\{(?P<name>\w+)(?::(?:0(?P<width>\d))?d?)?\}")
 _POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def matching(folder: Path, *patterns: str) -> Iterator[Path]:
+    """What `Path.glob` finds, pattern by pattern, but for the `._NAME` that a Mac writes beside NAME on other disks."""
+    for pattern in patterns:
+        yield from (path for path in folder.glob(pattern) if not path.name.startswith("._"))
 
 
 def inside(root: Path, name: str | Path, *, most: int | None = None) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from action_diffusion.datasets.formats.contract import Format
 from action_diffusion.datasets.formats.mcap.bag import is_mcap
+from action_diffusion.datasets.formats.paths import matching
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.registry import FORMATS
 
@@ -75,7 +76,7 @@ def _is_lerobot(path: Path) -> bool:
 
 
 def _is_folder(path: Path) -> bool:
-    return path.is_dir() and any(next(path.glob(pattern), None) for pattern in ("*.csv", "*/*.csv"))
+    return path.is_dir() and any(matching(path, "*.csv", "*/*.csv"))
 
 
 def _begins(path: Path, signature: bytes) -> bool:

@@ -46,6 +46,16 @@ class Picture(NamedTuple):
         return np.broadcast_to(rows, (*rows.shape[:3], 3))
 
 
+def preview(depth: np.ndarray) -> np.ndarray:
+    """Depth [H, W] in any unit, 0 or not finite where it is unknown, for people: uint8 [H, W, 3], grey.
+
+    What is near is dark, what is farthest white, and what is unknown black.
+    """
+    known = np.nan_to_num(np.asarray(depth, np.float32), posinf=0.0, neginf=0.0)
+    grey = (known * (255 / max(float(known.max(initial=0)), 1e-12))).clip(0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
 def picture(shape: tuple[int, ...], dtype: np.dtype) -> Picture | None:
     """What an array [N, …] shows; None where it is no picture."""
     row = shape[1:]

@@ -74,6 +74,10 @@ class ArrayInfo(NamedTuple):
         return math.prod(self.chunks) * self.dtype.itemsize if self.dtype else 0
 
 
+_OF_A_MAC = "__MACOSX/"
+"""Where a zip that was made on a Mac has what its files are called there."""
+
+
 class Listing(NamedTuple):
     """Places of the metadata, how to read one, and the bytes that lie in the store."""
 
@@ -123,7 +127,7 @@ def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
 
 def list_zip(archive: zipfile.ZipFile, path: Path) -> Listing:
     """Raises `InputError` for names that leave the zip."""
-    sizes = {info.filename: info.file_size for info in archive.infolist()}
+    sizes = {info.filename: info.file_size for info in archive.infolist() if not info.filename.startswith(_OF_A_MAC)}
     for name in sizes:
         if name.startswith("/") or (".." in name and ".." in PurePosixPath(name).parts):
             raise InputError(f"{path}: {name!r} in it is no name of a file in a data set")

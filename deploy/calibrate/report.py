@@ -69,7 +69,7 @@ class Calibrated:
         delay = self.actuation.delay
         if delay.high - delay.low > UNSURE or self.actuation.unexplained > UNEXPLAINED:
             yield "the arm does not follow as the model has it: trust the total, not how it is shared out"
-        if self.measured.lost > 0:
+        if self.measured.lost >= 0.005:
             yield f"the simulator stood still for {self.measured.lost:.2f} s: this machine is too busy for it"
 
     def settings(self) -> Iterator[str]:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from action_diffusion.deploy.hardware.protocols import make_camera
+from action_diffusion.deploy.hardware.protocols import check_frame, frame_dtype, make_camera
 from action_diffusion.deploy.ipc.processes import Ending, Heartbeat, report, serve
-from action_diffusion.deploy.ipc.rings import RingWriter
+from action_diffusion.deploy.ipc.rings import Fields, RingWriter
 from action_diffusion.errors import InputError
 
 PATIENCE = 1.0
@@ -32,7 +32,8 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, object],
     camera = make_camera(driver, **settings)
     camera.connect()
     try:
-        ring = RingWriter(folder / name, fields={"image": ("u1", camera.shape), "arrived": ("f8", ())}, n_slots=16)
+        fields: Fields = {"image": (frame_dtype(camera.shape).str, camera.shape), "arrived": ("f8", ())}
+        ring = RingWriter(folder / name, fields=fields, n_slots=16)
         patience = max(PATIENCE, 10 / camera.rate)
         heart = Heartbeat(folder / f"{name}.beat", lease=patience)
         began = time.monotonic()
@@ -43,6 +44,7 @@ def run(*, folder: Path, name: str, driver: str, settings: Mapping[str, object],
                 if time.monotonic() - began > patience:
                     raise InputError(f"no frame for {patience:g} s") from None
                 continue
+            check_frame(frame, camera.shape)
             began = time.monotonic()
             ring.append(frame.t - stamp_latency, {"image": frame.image, "arrived": began})
             heart.renew()

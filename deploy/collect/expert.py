@@ -37,7 +37,7 @@ from action_diffusion.deploy.sim.panda import check_task
 from action_diffusion.deploy.sim.robots import SimulatedScene
 from action_diffusion.envs.demonstration import EXPERTS, STREAM, WANDERED, Expert
 from action_diffusion.envs.robosuite.expert import STEP, TURN
-from action_diffusion.envs.robosuite.tasks import RECORDED
+from action_diffusion.envs.robosuite.tasks import RECORDED, WRENCH
 from action_diffusion.errors import InputError, unknown
 from action_diffusion.options import Collect
 from action_diffusion.progress import progress
@@ -148,12 +148,12 @@ def run(config: Collect) -> dict[str, object]:
     keeps what there is. Raises `InputError` for another robot or task, and for an output that exists.
     """
     env, wanted, output = _checked(config), config.episodes, Path(config.output).expanduser()
-    images = tuple(key for key, value in config.task.seen.items() if value.kind == "image")
+    images = tuple(key for key, value in config.task.seen.items() if value.kind in ("image", "depth"))
     task = RobotTask(control_rate=float(config.task.control_rate or ASSUMED_RATE), env=env, cameras=images)
     robot = in_processes(str(config.robot), task, config)
     began = time.monotonic()
     try:
-        keys = [*(f"robot0_{name}" for name in RECORDED), "object", *robot.cameras]
+        keys = [*(f"robot0_{name}" for name in RECORDED), "object", *_wrench(config), *robot.cameras]
         demonstrator = ExpertDriver(robot=robot, env_name=env["name"], keys=keys)
         with Recorder.open(output, demonstrator.fields, _attrs(config, robot)) as recorder:
             counts = _record(demonstrator, recorder, config.seed, wanted, config.min_score)
@@ -168,6 +168,11 @@ def run(config: Collect) -> dict[str, object]:
         "simulator_lost_s": round(lost, 3),
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _wrench(config: Collect) -> list[str]:
+    """What the hand feels, where the task wants to know it."""
+    return [WRENCH] if any((value.source or key) == WRENCH for key, value in config.task.seen.items()) else []
 
 
 def _record(

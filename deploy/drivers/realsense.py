@@ -1,4 +1,4 @@
-"""RealSense cameras through `pyrealsense2`: their color stream.
+"""RealSense cameras through `pyrealsense2`: their color stream, or their depth.
 
 The time of a frame is what the camera measured. librealsense gives it in one of three ways (`timestamp_domain`):
 
@@ -20,13 +20,16 @@ import numpy as np
 from action_diffusion.deploy.drivers.images import fitted, image_shape
 from action_diffusion.deploy.drivers.vendor import RemoteClock, above_zero, attempt, library, one_line
 from action_diffusion.deploy.hardware.protocols import Frame
-from action_diffusion.errors import InputError
+from action_diffusion.errors import InputError, unknown
+
+STREAMS = ("color", "depth")
 
 
 class RealSenseCamera:
-    """Frames of `image_size` [height, width] from the middle of the color stream, RGB.
+    """Frames of `image_size` [height, width] from the middle of a stream: RGB, or depth in mm, 0 where it is unknown.
 
     Args:
+        stream: "color" or "depth". Both of one device at once, as two cameras of a cell, are untried.
         serial: the camera's serial number; "": the only one there is.
         width, height, rate: of the stream (px, Hz).
         image_size: [height, width] (px); null: as the stream has them.
@@ -36,6 +39,7 @@ class RealSenseCamera:
     def __init__(
         self,
         *,
+        stream: str = "color",
         serial: str = "",
         width: int = 640,
         height: int = 480,
@@ -44,7 +48,12 @@ class RealSenseCamera:
         exposure: float | None = None,
     ) -> None:
         above_zero("camera realsense", width=width, height=height, rate=rate)
-        self.shape, self.rate = image_shape(image_size, height, width), float(rate)
+        if stream not in STREAMS:
+            raise unknown("stream", stream, STREAMS, "camera realsense")
+        shape = image_shape(image_size, height, width)
+        self._is_depth, self._unit = stream == "depth", 1e-3
+        self.shape: tuple[int, ...] = shape[:2] if self._is_depth else shape
+        self.rate = float(rate)
         self._serial, self._size, self._exposure = str(serial), (int(width), int(height), int(rate)), exposure
         self._rs: Any = None
         self._cv2: Any = None
@@ -58,13 +67,17 @@ class RealSenseCamera:
         if self._serial:
             config.enable_device(self._serial)
         width, height, rate = self._size
-        config.enable_stream(rs.stream.color, width, height, rs.format.rgb8, rate)
+        stream, form = (rs.stream.depth, rs.format.z16) if self._is_depth else (rs.stream.color, rs.format.rgb8)
+        config.enable_stream(stream, width, height, form, rate)
         pipeline = rs.pipeline()
         try:
             config.resolve(rs.pipeline_wrapper(pipeline))  # `start` waits 15 s for a camera that is not there
             profile = pipeline.start(config)
             self._pipeline = pipeline
-            sensor = profile.get_device().first_color_sensor()
+            device = profile.get_device()
+            sensor = device.first_depth_sensor() if self._is_depth else device.first_color_sensor()
+            if self._is_depth:
+                self._unit = sensor.get_depth_scale()
             if sensor.supports(rs.option.global_time_enabled):
                 sensor.set_option(rs.option.global_time_enabled, 1.0)
             if self._exposure is not None:
@@ -80,12 +93,19 @@ class RealSenseCamera:
     def read(self) -> Frame:
         """The next frame. Raises `TimeoutError` where none came for two periods."""
         came, frames = self._pipeline.try_wait_for_frames(int(2e3 / self.rate) + 1)
-        frame = frames.get_color_frame() if came else None
+        took = (frames.get_depth_frame if self._is_depth else frames.get_color_frame) if came else None
+        frame = took() if took is not None else None
         if not frame:
             raise TimeoutError(f"no frame for {2 / self.rate:g} s")
         self._last = max(self._last, self._exposed(frame, time.monotonic()))
-        image = np.array(frame.get_data(), dtype=np.uint8)  # a copy: the frame's memory is the camera's
+        # A copy: the frame's memory is the camera's.
+        image = self._in_mm(frame) if self._is_depth else np.array(frame.get_data(), dtype=np.uint8)
         return Frame(self._last, fitted(self._cv2, image, self.shape))
+
+    def _in_mm(self, frame: Any) -> np.ndarray:
+        """uint16 [h, w]; what is farther than 65.535 m is unknown."""
+        mm = np.round(np.asarray(frame.get_data(), np.float32) * np.float32(1e3 * self._unit))
+        return np.where(mm <= np.iinfo(np.uint16).max, mm, 0).astype(np.uint16)
 
     def _exposed(self, frame: Any, now: float) -> float:
         """When (monotonic s); never later than `now`."""

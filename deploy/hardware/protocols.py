@@ -111,7 +111,8 @@ class Arm(Protocol):
 
 
 class Frame(NamedTuple):
-    """image: uint8 [H, W, 3], RGB, exposed at `t` (monotonic s; where the camera does not say, when it arrived)."""
+    """image: uint8 [H, W, 3], RGB, or depth, uint16 [H, W] in mm, 0 where it is unknown; exposed at `t` (monotonic s;
+    where the camera does not say, when it arrived)."""
 
     t: float
     image: np.ndarray
@@ -121,11 +122,11 @@ class Camera(Protocol):
     """A camera, as its process sees it.
 
     Attributes:
-        shape: (H, W, 3) of its frames; known after `connect` at the latest.
+        shape: (H, W, 3) of its frames, or (H, W) of depth; known after `connect` at the latest.
         rate: frames per second (Hz).
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     rate: float
 
     def connect(self) -> None:
@@ -137,6 +138,25 @@ class Camera(Protocol):
 
     def close(self) -> None:
         """Let go of the camera."""
+
+
+def frame_dtype(shape: tuple[int, ...]) -> np.dtype:
+    """Of a camera's frames: uint8 of [H, W, 3], uint16 of depth [H, W]. Raises `InputError` for another shape."""
+    if len(shape) == 2:
+        return np.dtype(np.uint16)
+    if len(shape) == 3 and shape[2] == 3:
+        return np.dtype(np.uint8)
+    raise InputError(f"frames of shape {list(shape)}: a camera's are uint8 [H, W, 3], depth is uint16 [H, W] in mm")
+
+
+def check_frame(frame: Frame, shape: tuple[int, ...]) -> None:
+    """Raises `InputError` for a frame that would be cut off or rounded where it is kept, such as depth in m."""
+    dtype = frame_dtype(shape)
+    if frame.image.shape != shape or frame.image.dtype != dtype:
+        unit = ", in mm" if len(shape) == 2 else ""
+        raise InputError(
+            f"a frame is {frame.image.dtype} {list(frame.image.shape)}; this camera's are {dtype} {list(shape)}{unit}"
+        )
 
 
 def make_arm(name: str, **settings: object) -> Arm:

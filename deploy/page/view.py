@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from action_diffusion.datasets.images.pictures import preview
 from action_diffusion.deploy.ipc.channels import Phase, text
 from action_diffusion.deploy.ipc.processes import SILENCE
 from action_diffusion.deploy.ipc.rings import Moment, Record, RingReader
@@ -218,11 +219,11 @@ class RunView:
 
 
 def jpeg(picture: np.ndarray, *, quality: int) -> bytes:
-    """`picture` uint8 [H, W, 3] as a file."""
+    """`picture` uint8 [H, W, 3] as a file; depth [H, W] as grey (`pictures.preview`)."""
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    Image.fromarray(preview(picture) if picture.ndim == 2 else picture).save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 

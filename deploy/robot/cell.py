@@ -88,7 +88,7 @@ def camera_setups(cell: Mapping[str, Any]) -> dict[str, CameraSetup]:
 
 
 def check_cameras(keys: Sequence[str], cameras: Mapping[str, CameraSetup], hardware: str | None) -> None:
-    """Raises `InputError` for an image that a policy sees, and that no camera of the file takes."""
+    """Raises `InputError` for an image, or depth, that a policy sees, and that no camera of the file takes."""
     for key in keys:
         if key not in cameras:
             raise unknown("camera", key, cameras, f"hardware={hardware}, and the policy needs it")

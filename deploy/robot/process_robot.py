@@ -188,7 +188,7 @@ class ProcessRobot:
             time.sleep(0.002)
 
     def observe(self, keys: Sequence[str], t: float) -> Observation:
-        """States are interpolated, and float32; images are the frames nearest to the instant."""
+        """States are interpolated, and float32; images and depth are the frames nearest to the instant."""
         self.arm.renew()
         states = {group.name for group in self.arm.state}
         for key in keys:

@@ -39,7 +39,7 @@ class RobotTask:
     """What a robot must know of what it is for, with or without a policy.
 
     control_rate: commands per second (Hz). env: the simulator of the task, its name and settings, if it has one.
-    cameras: keys of the images that are looked at.
+    cameras: keys of the images, and of the depth, that are looked at.
     """
 
     control_rate: float = 10.0
@@ -49,7 +49,7 @@ class RobotTask:
     @classmethod
     def of(cls, spec: PolicySpec) -> RobotTask:
         """For a policy."""
-        return cls(control_rate=spec.control_rate, env=spec.env, cameras=tuple(spec.camera_order))
+        return cls(control_rate=spec.control_rate, env=spec.env, cameras=tuple(spec.cameras))
 
 
 class RobotOptions(Protocol):

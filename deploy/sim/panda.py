@@ -63,7 +63,7 @@ class PandaWorld(SimulatedWorld):
         quick["env_kwargs"]["control_freq"] = RATE
         self._env = tasks.Manipulation(env_args=quick, absolute=True, max_steps=10**9)
         self._gripper_every = round(RATE / self.env_args["env_kwargs"]["control_freq"])
-        self._keys = self._env.recorded
+        self._keys = [*self._env.recorded, tasks.WRENCH]
         self._env.reset(0)
         model = self._env.compiled
         importlib.import_module("mujoco").mj_saveModel(model, str(folder / SCENE))
@@ -74,7 +74,7 @@ class PandaWorld(SimulatedWorld):
 
     @property
     def cameras(self) -> list[str]:
-        return [f"{name}_image" for name in self._env.cameras]
+        return [f"{name}_{kind}" for kind in ("image", "depth") for name in self._env.cameras]
 
     def reset(self, seed: int) -> None:
         self._env.reset(seed)
@@ -142,11 +142,22 @@ class PandaArm(SimulatedArm):
 
 
 class PandaCamera(SimulatedCamera):
-    """One of the task's cameras. camera: its name. render: see `RenderSettings`."""
+    """One of the task's cameras. camera: its name. render: see `RenderSettings`. depth: it measures how far things
+    are, uint16 in mm, and shows no colours."""
 
-    def __init__(self, *, world: str, camera: str, image_size: int, render: Mapping[str, Any], **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        world: str,
+        camera: str,
+        image_size: int,
+        render: Mapping[str, Any],
+        depth: bool = False,
+        **settings: Any,
+    ) -> None:
         super().__init__(world=world, image_size=image_size, **settings)
-        self._camera, self._render = camera, dict(render)
+        self._camera, self._render, self._depth = camera, dict(render), depth
+        self.shape = self.shape[:2] if depth else self.shape
 
     def prepare(self) -> None:
         self._mujoco = importlib.import_module("mujoco")
@@ -167,7 +178,8 @@ class PandaCamera(SimulatedCamera):
         data.qpos[:] = record.values["states"][1 : 1 + model.nq]
         for compute in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_camlight):
             compute(model, data)
-        return self._renderer.picture(model, data, model.camera(self._camera).id, self.shape[0])
+        draw = self._renderer.depth if self._depth else self._renderer.picture
+        return draw(model, data, model.camera(self._camera).id, self.shape[0])
 
 
 def check_task(env: Mapping[str, Any] | None, absolute: bool) -> Mapping[str, Any]:

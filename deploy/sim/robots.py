@@ -103,6 +103,12 @@ def _camera(driver: str, settings: Mapping[str, Any]) -> CameraSetup:
     return CameraSetup(driver=driver, settings=rest, stamp_latency=late)
 
 
+def _which(key: str) -> dict[str, object]:
+    """`front_image` is what the camera `front` sees, `front_depth` how far away that is."""
+    name, _, kind = key.rpartition("_")
+    return {"camera": name, "depth": kind == "depth"}
+
+
 def sim_pusht(task: RobotTask, options: RobotOptions) -> ProcessRobot:
     """PushT in real time, with the bundle's settings of the simulator, and the configuration's `simulated`."""
     from action_diffusion.deploy.sim.pusht import PushTArm
@@ -133,7 +139,7 @@ def sim_pusht(task: RobotTask, options: RobotOptions) -> ProcessRobot:
 
 
 def sim_arm(task: RobotTask, options: RobotOptions) -> ProcessRobot:
-    """robosuite's Panda in real time on the bundle's task, with the images that it looks at as cameras.
+    """robosuite's Panda in real time on the bundle's task, with the images, and the depth, that it looks at as cameras.
 
     Raises `InputError` for a policy of another robot, and for one of relative actions.
     """
@@ -155,9 +161,7 @@ def sim_arm(task: RobotTask, options: RobotOptions) -> ProcessRobot:
         return ProcessRobot(
             segments=segments,
             arm=ArmSetup(driver="sim_arm", settings=world, limits=options.limits, obstacles=options.obstacles),
-            cameras={
-                key: _camera("sim_arm", {**world, "camera": key.removesuffix("_image"), **look}) for key in images
-            },
+            cameras={key: _camera("sim_arm", {**world, **_which(key), **look}) for key in images},
             control_rate=float(said["control_rate"]),
             max_steps=int(said["max_steps"]),
             scene=scene,

@@ -197,7 +197,8 @@ class SimulatedCamera(ABC):
     ) -> None:
         if not (0 < rate <= 1000 and 0 <= latency <= MOST_LATENCY and 0 <= jitter <= MOST_LATENCY and 0 <= drop < 1):
             raise InputError(f"a camera with rate={rate}, latency={latency}, jitter={jitter}, drop={drop} cannot be")
-        self.shape, self.rate = (image_size, image_size, 3), rate
+        self.shape: tuple[int, ...] = (image_size, image_size, 3)
+        self.rate = rate
         self._folder, self._latency, self._jitter, self._drop = Path(world), latency, jitter, drop
         if stamped not in STAMPED:
             raise unknown("simulated.camera.stamped", stamped, STAMPED)
@@ -215,7 +216,7 @@ class SimulatedCamera(ABC):
 
     @abstractmethod
     def drawn(self, record: Record) -> np.ndarray:
-        """The picture of a record of the world, uint8 [H, W, 3]."""
+        """The picture of a record of the world, as `shape` has it: see `protocols.Frame`."""
 
     def read(self) -> Frame:
         """The next frame. Raises `TimeoutError` for one that is dropped, and while a world that runs is silent."""

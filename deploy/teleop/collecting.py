@@ -21,6 +21,7 @@ from action_diffusion.deploy.teleop.session import TeleopSession
 from action_diffusion.deploy.teleop.showing import open_page, teller
 from action_diffusion.deploy.teleop.steering import SignalMapping, Speeds, steering_of
 from action_diffusion.deploy.teleop.world import RobotWorld, SteppedWorld, World, gate_of, is_plane
+from action_diffusion.envs.robosuite.tasks import WRENCH
 from action_diffusion.errors import InputError
 from action_diffusion.options import Collect
 
@@ -114,7 +115,7 @@ def _world(config: Collect, stack: ExitStack) -> tuple[World, Path]:
 def _task(config: Collect) -> RobotTask:
     """What a robot wants to know of a task; there is no policy."""
     task, simulated = config.task, config.robot == "sim_arm"
-    images = [key for key, value in task.seen.items() if value.kind == "image"] if simulated else []
+    images = [key for key, value in task.seen.items() if value.kind in ("image", "depth")] if simulated else []
     env = {**(task.env or {}), "absolute": True} if simulated else task.env
     return RobotTask(control_rate=float(task.control_rate or ASSUMED_RATE), env=env, cameras=tuple(images))
 
@@ -128,7 +129,9 @@ def _keys(config: Collect, robot: ProcessRobot) -> list[str]:
     if config.robot == "sim_pusht":
         states = ["state"]
     elif config.robot == "sim_arm":
+        named = [value.source or key for key, value in config.task.seen.items()]
         states = [name for name in states if name == "object" or name.startswith("robot0_")]
+        states = [name for name in states if name != WRENCH or WRENCH in named]
     elif config.hardware:
         states = list(read_cell(config.hardware).get("observations") or {}) or states
     return [*states, *robot.cameras]

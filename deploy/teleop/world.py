@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from action_diffusion.datasets.images.pictures import preview
 from action_diffusion.datasets.storage.growing_column import Fields
 from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
@@ -233,7 +234,8 @@ class RobotWorld:
     def picture(self) -> np.ndarray | None:
         if self._camera is None or self._robot.plane is not None:
             return None
-        return self._robot.observe([self._camera], time.monotonic()).values[self._camera]
+        seen = self._robot.observe([self._camera], time.monotonic()).values[self._camera]
+        return preview(seen) if seen.ndim == 2 else seen
 
     def events(self) -> list[str]:
         return self._robot.events()

@@ -258,7 +258,7 @@ class Session:
         return self._operator.mark, self._operator.score
 
     def _look(self) -> dict[str, np.ndarray]:
-        """What each camera sees now, uint8 [H, W, 3]."""
+        """What each camera sees now, uint8 [H, W, 3], or depth, uint16 [H, W]."""
         return {name: frame.values["image"] for name, ring in self._cameras.items() if (frame := ring.latest())}
 
     def _keep(self, trial: int, start: Mapping[str, np.ndarray]) -> None:

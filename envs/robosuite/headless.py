@@ -109,19 +109,30 @@ class Renderer:
         Raises `InputError` where OpenGL does not work.
         """
         pixels = np.empty((size, size, 3), np.uint8)
-        self._draw(model, data, camera, pixels, None)
+        self._read(model, data, camera, size, pixels, None)
         return np.ascontiguousarray(pixels[::-1])  # OpenGL's first row is the lowest
 
-    def depth(self, model: Any, data: Any, camera: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `picture`, and how far along the camera's axis everything in it is: float32 [size, size] in m."""
+    def seen(self, model: Any, data: Any, camera: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `picture`, and how far away all that it shows is, along the camera's axis: float32 [size, size] in m; 0
+        where there is nothing."""
         pixels, buffer = np.empty((size, size, 3), np.uint8), np.empty((size, size), np.float32)
-        self._draw(model, data, camera, pixels, buffer)
-        near, far = (model.stat.extent * share for share in (model.vis.map.znear, model.vis.map.zfar))
-        metres = near / (1 - np.float64(buffer) * (1 - near / far))
+        self._read(model, data, camera, size, pixels, buffer)
+        near, far = (model.stat.extent * plane for plane in (model.vis.map.znear, model.vis.map.zfar))
+        metres = near / (1 - buffer.astype(np.float64) * (1 - near / far))  # OpenGL's is one of 1 / distance
+        metres[buffer >= 1] = 0
         return np.ascontiguousarray(pixels[::-1]), metres[::-1].astype(np.float32)
 
-    def _draw(self, model: Any, data: Any, camera: int, pixels: np.ndarray, depth: np.ndarray | None) -> None:
-        mj, size = self._mujoco, len(pixels)
+    def depth(self, model: Any, data: Any, camera: int, size: int) -> np.ndarray:
+        """How far away what camera number `camera` sees is, along its axis: uint16 [size, size] in mm, the top row
+        first; 0 where there is nothing, or where it is farther than 65.535 m. Arguments are those of `picture`."""
+        mm = np.round(1000 * self.seen(model, data, camera, size)[1])
+        return np.where(mm <= np.iinfo(np.uint16).max, mm, 0).astype(np.uint16)
+
+    def _read(
+        self, model: Any, data: Any, camera: int, size: int, pixels: np.ndarray | None, depth: np.ndarray | None
+    ) -> None:
+        """Draw, and fill `pixels` or `depth`, or both."""
+        mj = self._mujoco
         if model is not self._model:
             self._model, self._scene = model, mj.MjvScene(model, maxgeom=MAX_GEOMS)
             self._scene.flags[mj.mjtRndFlag.mjRND_REFLECTION] = self._settings.reflections

@@ -32,6 +32,7 @@ from action_diffusion.points import orbited, pinhole
 from action_diffusion.rotations import axis_angle_to_6d, matrix_to_6d, six_d_to_axis_angle, six_d_to_matrix
 
 PER_ARM = 10  # values of an absolute action
+WRENCH = "robot0_wrench"
 RECORDED = ("eef_pos", "eef_quat", "gripper_qpos", "gripper_qvel", "joint_pos", "joint_vel")
 
 
@@ -39,8 +40,9 @@ class Manipulation:
     """One episode at a time of one of `recorded.TASKS`.
 
     Observations are float32 under robomimic's names: `object`, `robot0_eef_pos` (m), `robot0_eef_quat` (x, y, z, w),
-    `robot0_gripper_qpos` (m), `robot0_joint_pos` (rad), … and `<camera>_image`, uint8 [size, size, 3],
-    `<camera>_depth`, uint16 [size, size] in mm, and `points`, float32 [n, 3 or 6], as `clouds.Cloud` makes them.
+    `robot0_gripper_qpos` (m), `robot0_joint_pos` (rad), … and `<camera>_image`, uint8 [size, size, 3]. Not robomimic's
+    are `<camera>_depth`, uint16 [size, size] (mm, see `headless.Renderer.depth`), `points`, float32 [n, 3 or 6] (see
+    `clouds.Cloud`), and `robot0_wrench`, what the first hand's sensor feels in its own frame: force (N), torque (Nm).
 
     Source: robosuite (Zhu et al. 2020), robomimic (Mandlekar et al. 2021).
     """
@@ -154,8 +156,7 @@ class Manipulation:
 
         Raises `InputError` for others, and for images without OpenGL.
         """
-        cameras = {f"{name}_image": name for name in self._sim.sim.model.camera_names}
-        depths = {f"{name}_depth": name for name in cameras.values()}
+        cameras = {f"{name}_{kind}": (name, kind) for name in self.cameras for kind in ("image", "depth")}
         if not self._lags:
             self._look()
             self._look()  # robosuite computes where the hand sees the object before it computes where that is
@@ -165,20 +166,19 @@ class Manipulation:
             if key == "states":
                 values[key] = self.state()
             elif key in cameras:
-                values[key] = self._picture(cameras[key], size)
-            elif key in depths:
-                metres = self._depth(depths[key], size).depth
-                values[key] = np.rint(1000 * metres).clip(0, 65_535).astype(np.uint16)
+                values[key] = self._picture(*cameras[key], size)
             elif key == "points":
                 self._refresh()
-                views = [self._depth(name, size) for name in self._seen_by(self._cloud.cameras)]
-                values[key] = self._cloud.points(views)
+                values[key] = self._cloud.points(
+                    [self._view(name, size) for name in self._seen_by(self._cloud.cameras)]
+                )
+            elif key == WRENCH:
+                values[key] = self._wrench().astype(np.float32)
             elif key in self._found:
                 values[key] = self._found[key].astype(np.float32)
             else:
-                raise unknown(
-                    f"observation of {self._task.env_name}", key, ["states", "points", *self._found, *cameras, *depths]
-                )
+                known = ["states", "points", *self._found, WRENCH, *cameras]
+                raise unknown(f"observation of {self._task.env_name}", key, known)
         return values
 
     def _look(self) -> None:
@@ -191,7 +191,7 @@ class Manipulation:
     def render(self, size: int = 256) -> np.ndarray:
         """The scene for people, uint8 [size, size, 3]. Raises `InputError` without OpenGL."""
         self._refresh()
-        return self._picture(self._task.camera, size)
+        return self._picture(self._task.camera, "image", size)
 
     def state(self) -> np.ndarray:
         """MuJoCo's time, positions and velocities, float64 [S]: a row of robomimic's `states`."""
@@ -282,13 +282,19 @@ class Manipulation:
         """Release the simulator."""
         self._sim.close()
 
-    def _picture(self, camera: str, size: int) -> np.ndarray:
+    def _picture(self, camera: str, kind: str, size: int) -> np.ndarray:
         model, data = self._sim.sim.model, self._sim.sim.data
-        return self._renderer.picture(model._model, data._data, model.camera_name2id(camera), size)
+        draw = self._renderer.depth if kind == "depth" else self._renderer.picture
+        return draw(model._model, data._data, model.camera_name2id(camera), size)
 
-    def _depth(self, camera: str, size: int) -> View:
+    def _wrench(self) -> np.ndarray:
+        robot = self._sim.robots[0]
+        arm = robot.arms[0]
+        return np.concatenate([robot.ee_force[arm], robot.ee_torque[arm]])
+
+    def _view(self, camera: str, size: int) -> View:
         model, data = self._sim.sim.model, self._sim.sim.data
-        pixels, metres = self._renderer.depth(model._model, data._data, model.camera_name2id(camera), size)
+        pixels, metres = self._renderer.seen(model._model, data._data, model.camera_name2id(camera), size)
         pose = np.eye(4)
         pose[:3, :3] = data.get_camera_xmat(camera) @ np.diag([1.0, -1.0, -1.0])  # MuJoCo's look along -z, y up
         pose[:3, 3] = data.get_camera_xpos(camera)

@@ -68,17 +68,19 @@ def test_bundles_in_folders_of_one_name_are_told_apart():
 def test_regressions_are_measured_in_the_steps_that_they_have(bundle, tmp_path):
     mip = {"process": {"name": "mip", "prediction": "sample"}, "objective": {"name": "mip"}}
     path = bundle("mip", **mip, sampler={"scheduler": "mip", "num_inference_steps": 2})
-    found = few_steps.ways(few_steps.Plan(bundles=[path], output=tmp_path, n_episodes=1, seed=0, steps=[1, 2, 4, 8]))
+    found = few_steps.ways(
+        few_steps.FewStepsPlan(bundles=[path], output=tmp_path, n_episodes=1, seed=0, steps=[1, 2, 4, 8])
+    )
     assert [way.sampler["num_inference_steps"] for way in found] == [1, 2]
 
 
 def test_a_distilled_policy_is_measured_in_its_one_step(bundle, tmp_path):
     mip = {"process": {"name": "mip", "prediction": "sample"}, "objective": {"name": "distillation"}}
     path = bundle("one", **mip, sampler={"scheduler": "mip", "num_inference_steps": 1})
-    plan = few_steps.Plan(bundles=[path], output=tmp_path, n_episodes=1, seed=0, steps=[1, 2])
+    plan = few_steps.FewStepsPlan(bundles=[path], output=tmp_path, n_episodes=1, seed=0, steps=[1, 2])
     assert [way.sampler["num_inference_steps"] for way in few_steps.ways(plan)] == [1]
     with pytest.raises(InputError, match="steps=2: none of the bundles"):
-        few_steps.ways(few_steps.Plan(**vars(plan) | {"steps": [2]}))
+        few_steps.ways(few_steps.FewStepsPlan(**vars(plan) | {"steps": [2]}))
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def test_what_is_done_is_kept_when_it_is_stopped(bundle, tmp_path, monkeypatch):
 def test_bounds_are_judged_on_the_cells_that_are_there():
     def result(scheduling: str, delay: int, scores: list[float], jumps: list[float]) -> Any:
         cell = latency_report.Cell(scheduling, delay)
-        return latency_report.Result(cell=cell, scores=scores, jumps=jumps, held=0.0, seconds=1.0)
+        return latency_report.CellResult(cell=cell, scores=scores, jumps=jumps, held=0.0, seconds=1.0)
 
     results = [
         result("rtc", 0, [0.9, 1.0], [1.0]),

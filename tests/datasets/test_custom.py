@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from action_diffusion.cli import main
 from action_diffusion.datasets.storage.replay_buffer import ReplayBuffer
 from action_diffusion.errors import InputError
 from action_diffusion.options.configuration import load
+from action_diffusion.policy.build import fit_normalizer
 from action_diffusion.policy.model.features import module_name
 from action_diffusion.policy.model.normalizer import Normalizer
 from action_diffusion.policy.spec import PolicySpec
@@ -236,6 +238,30 @@ def test_what_tells_the_answer_is_no_observation_unless_it_is_named() -> None:
     assert named.buffer_columns["action_abs"] == "observed (as command): 2 values"
     assert named.buffer_columns["joints"] == "left out: the task does not name it"
     assert PolicySpec.from_json(json.loads(json.dumps(with_statistics(spec))), "here").buffer_columns
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "reason"),
+    [
+        ("target", lambda action: action.astype(np.float64), "it holds the action's own values"),
+        ("leader_qpos", lambda action: action + 1, "another version of the action"),
+        ("cam", lambda action: np.zeros((len(action), 12 * 9 * 3), np.uint8), "a picture in one row"),
+    ],
+)
+def test_a_column_that_is_the_answer_or_no_state(name: str, make: Callable[[np.ndarray], np.ndarray], reason: str):
+    arrays = {key: value for key, value in leaky().items() if key in ("action", "joints")}
+    buffer = buffer_of(arrays | {name: make(arrays["action"])}, control_rate=30)
+    spec = describe(TASK, buffer, {})
+    assert set(spec.observations) == {"joints"}
+    assert spec.buffer_columns[name].startswith(f"left out: {reason}")
+    assert set(describe({**TASK, "observations": {name: {"kind": "state"}}}, buffer, {}).observations) == {name}
+
+
+def test_values_that_are_no_numbers_once_mapped_are_refused_before_training() -> None:
+    values = 1e38 * np.cos(np.arange(EPISODES * LENGTH))[:, None]
+    spec = describe(TASK, buffer_of({"action": leaky()["action"], "joints": values}), {})
+    with pytest.raises(InputError, match=r"'joints' has values from -\S+e\+3\d to 1e\+38, too far apart to be learnt"):
+        fit_normalizer({"normalizer": {}}, spec, lambda key: values, lambda key: (values, values[:, None]))
 
 
 def with_statistics(spec: PolicySpec) -> dict:

@@ -70,7 +70,8 @@ def test_inspect_keeps_numbers_and_names_whole_in_narrow_lines(
     keys = [f"observation.of_the_left_arm.joint_velocities_{side}" for side in ("one", "other")]
     arrays = {key: np.asarray([[-1.2341e-12, 1.7e38], [5.4321e-12, -0.55512]]) for key in keys}
     bytes_ = base64.b64encode(bytes(range(256)) * 4).decode()
-    attrs = {"task": "x", "thumbnail": bytes_, "made": {"by": f"me {bytes_}"}, "sha256": "a1" * 32}
+    columns = {f"arm_{n}": f"observations/arm_{n}/joints" for n in range(8)}
+    attrs = {"columns": columns, "task": "x", "thumbnail": bytes_, "made": {"by": f"me {bytes_}"}, "sha256": "a1" * 32}
     ReplayBuffer.from_arrays(arrays, [2], attrs).save(tmp_path / "a.zarr")
     assert run("inspect", str(tmp_path / "a.zarr")) == 0
     out = capsys.readouterr().out
@@ -80,6 +81,8 @@ def test_inspect_keeps_numbers_and_names_whole_in_narrow_lines(
         assert words.count(number) >= 2, number
     for key in keys:
         assert "".join(line.split(" ")[0] for line in out.splitlines() if not line.startswith("  ")).count(key) == 2
+    assert max(map(len, out.partition("unpacked\n")[2].splitlines())) <= 80
+    assert "arm_7: observations/arm_7/joints" in " ".join(words)
     assert bytes_[:40] not in out
     assert "thumbnail: (1368 characters of base64)" in out
     assert "a1" * 32 in out

@@ -16,6 +16,7 @@ from action_diffusion.datasets import ReplayBuffer
 from action_diffusion.datasets.doctor.examine import examine
 from action_diffusion.datasets.doctor.finding import KINDS, Finding, as_json, ordered, show
 from action_diffusion.datasets.doctor.repair import repair
+from action_diffusion.datasets.doctor.survey import survey
 from benchmarks.robustness import doctor as benchmark
 
 
@@ -203,6 +204,18 @@ def test_states_that_follow_the_action_tell_nothing(buffer: ReplayBuffer, smooth
         "with noise": before + np.random.default_rng(0).normal(0, 0.05, before.shape),
     }[seen]
     assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends), ("leak",)) == []
+
+
+def test_depth_is_a_camera_and_a_wrench_may_jump(buffer: ReplayBuffer, tmp_path: Path) -> None:
+    rows, touches = arrays(buffer), np.abs(np.arange(buffer.n_steps) - 60) < 2
+    rows["depth"] = rows.pop("img")[..., 0].astype(np.uint16) * 9 + 400
+    random = np.random.default_rng(0)
+    rows["wrench"] = (random.normal(size=(len(touches), 6)) + 50 * touches[:, None]).astype(np.float32)
+    assert examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)) == []
+    assert survey(ReplayBuffer.from_arrays(rows, buffer.episode_ends), tmp_path).cameras["depth"].points.max() == 1
+    rows["depth"][50] = 60_000 - rows["depth"][50]
+    found = only(examine(ReplayBuffer.from_arrays(rows, buffer.episode_ends)))
+    assert (found.kind, found.key, found.first, found.last) == ("outlier", "depth", 50, 50)
 
 
 @pytest.mark.parametrize("layout", ["colours first", "grey"])
@@ -437,6 +450,8 @@ def test_many_findings_are_a_line_unless_each_is_asked_for(
     show(many, details=details)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("jump") for line in lines) == (41 if details else 2)  # and what to do
+    assert any(" observation.gripper_width_" in line for line in lines)  # parted between words
+    assert any(" of_the_left_arm" in line for line in lines)
     text = "".join(line[11:].rstrip() for line in lines)
     assert "0-39" in text or details
     assert "39.5" in " ".join(lines)

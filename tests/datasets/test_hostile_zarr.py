@@ -381,6 +381,16 @@ def test_names_that_leave_the_zip_are_refused(store: Path, name: str) -> None:
     refuse(path, "is no name of a file in a data set")
 
 
+def test_what_a_mac_adds_to_a_zip_is_none_of_the_data(store: Path) -> None:
+    path = store.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(file for file in store.rglob("*") if file.is_file()):
+            place = file.relative_to(store.parent).as_posix()
+            archive.write(file, place)
+            archive.writestr(f"__MACOSX/{place}", b"\0\x05\x16\x07")
+    assert ReplayBuffer.open(path)["state"][:].shape == (ROWS, 3)
+
+
 @pytest.mark.parametrize("key", ["", ".", "..", "a/b", "../x", "a\\b", "a\nb", ".hidden", "x" * 300])
 def test_keys_that_are_no_names_are_refused(key: str) -> None:
     with pytest.raises(InputError, match="is no key") as caught:

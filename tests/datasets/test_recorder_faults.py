@@ -10,14 +10,14 @@ import pytest
 from action_diffusion import disk
 from action_diffusion.datasets.record.recorder import Recorder
 from benchmarks.robustness import power_cuts
-from benchmarks.robustness.recording_kills import ATTRS, CAMERAS, FIELDS, Trial
+from benchmarks.robustness.recording_kills import ATTRS, CAMERAS, FIELDS, KilledRecording
 from benchmarks.speed import recording
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("video", [(), CAMERAS])
 def test_a_kill_loses_a_second_of_the_open_episode_at_most(tmp_path, video):
-    recorded = Trial(tmp_path / "a.zarr", video)
+    recorded = KilledRecording(tmp_path / "a.zarr", video)
     for seed, wait in enumerate((0.3, 1.5)):
         found = recorded.run(wait=wait, seed=seed)
         assert found.wrong is None, found

@@ -544,7 +544,7 @@ def test_robots_of_a_server_that_dies_are_served_by_the_other(folder):
     over = threading.Event()
     with serving(folder) as first, serving(folder) as second, fleet.proxied((first.port, second.port)) as port:
         url = f"ws://127.0.0.1:{port}"
-        robots = [fleet.Robot(RemotePolicy(url, say=lines.append), 4.0, 0.06 * i) for i in range(4)]
+        robots = [fleet.FleetRobot(RemotePolicy(url, say=lines.append), 4.0, 0.06 * i) for i in range(4)]
         local = robots[0].remote.predict({"state": states(TO)[None]}, **noises())["action_pred"]
         threads = [threading.Thread(target=robot.run, args=(over,)) for robot in robots]
         for thread in threads:

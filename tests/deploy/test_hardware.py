@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from action_diffusion.deploy import bringup
 from action_diffusion.deploy.drivers.vendor import numbers
 from action_diffusion.deploy.hardware.command import CommandLayout
 from action_diffusion.deploy.hardware.limits import Limits
-from action_diffusion.deploy.hardware.protocols import Frame, make_arm, make_camera
+from action_diffusion.deploy.hardware.protocols import Frame, check_frame, make_arm, make_camera
+from action_diffusion.deploy.page.view import RunView
 from action_diffusion.deploy.robot import cell as hardware
 from action_diffusion.deploy.robot.robots import RobotTask
 from action_diffusion.deploy.sim.pusht import IdealArm
+from action_diffusion.deploy.teleop.world import RobotWorld
 from action_diffusion.errors import InputError
 from action_diffusion.options import Deploy, configuration
 from action_diffusion.registry import ROBOTS
@@ -50,10 +54,10 @@ class BreakingArm(StillArm):
 
 
 class GreyCamera:
-    """So many frames, and no more."""
+    """So many frames, and no more. depth: each 40 m away."""
 
-    def __init__(self, *, size: int, frames: int = 10**9) -> None:
-        self.shape, self.rate, self._left = (size, size, 3), 50.0, frames
+    def __init__(self, *, size: int, frames: int = 10**9, depth: bool = False) -> None:
+        self.shape, self.rate, self._left = (size, size) if depth else (size, size, 3), 50.0, frames
 
     def connect(self) -> None:
         pass
@@ -63,7 +67,8 @@ class GreyCamera:
         if self._left < 0:
             raise InputError("somebody pulled the cable")
         time.sleep(1 / self.rate)
-        return Frame(time.monotonic(), np.full(self.shape, 128, np.uint8))
+        far = len(self.shape) == 2
+        return Frame(time.monotonic(), np.full(self.shape, 40_000 if far else 128, np.uint16 if far else np.uint8))
 
     def close(self) -> None:
         pass
@@ -81,8 +86,9 @@ def options(path: str) -> Deploy:
 
 @pytest.mark.slow
 def test_a_file_becomes_an_arm_and_a_camera(tmp_path):
-    path = write(tmp_path, cameras={"front": {"driver": "test_hardware:GreyCamera", "size": 24}})
-    robot = hardware.robot(RobotTask(cameras=("front",)), options(path))
+    grey = {"driver": "test_hardware:GreyCamera", "size": 24}
+    path = write(tmp_path, cameras={"front": grey, "far": {**grey, "depth": True}})
+    robot = hardware.robot(RobotTask(cameras=("front", "far")), options(path))
     try:
         assert (robot.max_steps, robot.control_rate) == (30, 10.0)
         time.sleep(0.2)
@@ -90,8 +96,27 @@ def test_a_file_becomes_an_arm_and_a_camera(tmp_path):
         assert list(seen.values) == ["state", "front", "gripper"]
         assert seen.values["state"].tolist() == [0.0, 0.0, 0.0]
         assert seen.values["front"].shape == (24, 24, 3)
+        world = RobotWorld(robot, ["state", "far"], {})
+        assert world.fields["far"] == ("<u2", (24, 24))
+        assert (world.observe()["far"] == 40_000).all()
+        about: Any = {"trials": False}
+        _, shown = RunView(robot.folder, about).picture("far") or (0, b"")
+        assert np.asarray(Image.open(io.BytesIO(shown))).tolist() == np.full((24, 24, 3), 255).tolist()
     finally:
         robot.close()
+
+
+@pytest.mark.parametrize(
+    ("shape", "image", "message"),
+    [
+        ((2, 2), np.ones((2, 2), np.float32), "a frame is float32 [2, 2]; this camera's are uint16 [2, 2], in mm"),
+        ((2, 2, 3), np.ones((2, 2), np.uint8), "a frame is uint8 [2, 2]; this camera's are uint8 [2, 2, 3]"),
+        ((2, 2, 1), np.ones((2, 2, 1), np.uint16), "frames of shape [2, 2, 1]: a camera's are uint8 [H, W, 3], depth"),
+    ],
+)
+def test_a_frame_that_would_be_cut_off_is_refused(shape, image, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_frame(Frame(0.0, image), shape)
 
 
 def test_the_guides_cell_is_complete(tmp_path):

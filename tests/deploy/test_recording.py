@@ -211,6 +211,7 @@ def running(bundle, tmp_path):
         folder = next(shared_folder().glob(pattern))
         steps = RingReader(folder / "steps")
         until(lambda: steps.count > 15)
+        until((tmp_path / "run" / "record.zarr").exists)
         yield process, steps
     finally:
         process.kill()

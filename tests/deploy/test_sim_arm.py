@@ -77,8 +77,9 @@ def drive(robot: ProcessRobot, command: np.ndarray, n: int) -> None:
 @pytest.mark.alone
 def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys, monkeypatch):
     """The benchmark's small form: a demonstration, two optimiser steps, one short episode each way."""
+    felt = ["task.observations.agentview_depth={kind: depth}", "task.observations.robot0_wrench={}"]
     small = {"train": ["train.batch_size=4", "policy.encoder.width=0.25", "policy.denoiser.channels=[16,32]"]}
-    small["train"].append("dataset.val_windows=4")
+    small = {"train": [*small["train"], "dataset.val_windows=4", *felt], "collect": felt}
     monkeypatch.setattr(sim_arm, "action_diffusion", lambda words: main([*words, *small.get(words[0], [])]))
     words = ["episodes=1", "steps=2", "n_episodes=1", "max_steps=10", "sampling=2", f"output_dir={tmp_path}"]
     assert sim_arm.main(words) == 0
@@ -92,6 +93,8 @@ def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys, monkeypatch):
     assert (episode["reward"][:-1] == 0).all()
     assert episode["action"].shape[1:] == (10,)
     assert episode["agentview_image"].shape[1:] == (84, 84, 3)
+    assert (episode["agentview_depth"].shape[1:], episode["agentview_depth"].dtype) == ((84, 84), np.uint16)
+    assert episode["robot0_wrench"].shape[1:] == (6,)
     # The hand follows what it was told to, a little later.
     lag = episode["action"][:-4, :3] - episode["robot0_eef_pos"][4:]
     assert np.abs(lag).max() < 0.06
@@ -99,7 +102,11 @@ def test_recorded_trained_deployed_and_evaluated(tmp_path, capsys, monkeypatch):
     assert np.abs(steps).max() <= PACE * LIMITS.velocity[0] / 20 + 1e-6
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["deploy"]["latency"]["steps"] == 10
-    assert ReplayBuffer.open(tmp_path / "deploy" / "record.zarr")["action"].shape == (10, 10)
+    record = ReplayBuffer.open(tmp_path / "deploy" / "record.zarr")
+    assert record["action"].shape == (10, 10)
+    depth = record["agentview_depth"]
+    assert (depth.shape, depth.dtype) == ((10, 84, 84), np.uint16)
+    assert 500 < np.median(depth[:]) < 2000  # mm, from a camera that stands 0.7 m from the table's middle
     assert set(results["deploy"]["cores"]) >= {"policy", "simulator", "arm", "camera agentview_image"}
     assert sim_arm.main(words) == 2
     assert "is there already" in capsys.readouterr().err

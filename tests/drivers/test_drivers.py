@@ -387,6 +387,17 @@ def test_realsense_brings_each_clock_to_ours(realsense):
     assert realsense.names().count("pipeline.stop") == 1
 
 
+def test_realsense_shows_depth_in_mm(realsense):
+    camera = RealSenseCamera(stream="depth", image_size=[240, 320])
+    camera.connect()
+    image = camera.read().image
+    assert (image.shape, image.dtype) == (camera.shape, np.uint16)
+    assert camera.shape == (240, 320)
+    assert (image == 2000).all()  # of 20 000 units of 0.1 mm
+    realsense.answers["get_data"] = np.repeat(np.array([[0, 60_000]], np.uint16), 320, axis=1).repeat(480, axis=0)
+    assert np.unique(camera.read().image).tolist() == [0, 6000]  # nothing between the two sides of an edge
+
+
 def test_realsense_says_what_is_missing(realsense):
     for step in ("resolve", "start"):
         realsense.breaks[step] = RuntimeError("No device\nconnected")
@@ -460,6 +471,7 @@ def test_where_nothing_answers_the_installed_library_is_heard(make):
         (lambda: make_arm("lerobot", type="x", config={}, bus_watchdog=9), "bus_watchdog=9"),
         (lambda: make_camera("usb", device=0, format="JPEGS"), "four letters"),
         (lambda: make_camera("realsense", rate=0), "rate=0"),
+        (lambda: make_camera("realsense", stream="dept"), "unknown stream 'dept' in camera realsense"),
     ],
 )
 def test_settings_are_checked_before_any_hardware(make, message):

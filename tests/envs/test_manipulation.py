@@ -12,6 +12,8 @@ from scipy.spatial.transform import Rotation
 
 pytest.importorskip("robosuite", reason="robosuite is not installed: pip install 'action-diffusion[robomimic]'")
 
+import mujoco
+
 from action_diffusion.envs import recorded
 from action_diffusion.envs.robosuite import headless
 from action_diffusion.envs.robosuite.tasks import Manipulation
@@ -95,6 +97,23 @@ def test_the_image_is_upright(lift, pictures):
     rows, _ = np.nonzero(red)
     assert 20 < rows.mean() < 32  # the cube lies in the middle of the table
     assert picture[40:].mean() > picture[:8].mean() + 40  # the white table below, the dark robot above
+
+
+@pytest.mark.slow
+def test_depth_is_what_a_ray_finds_to_a_millimetre(lift, pictures):
+    """Along the camera's axis, not along the ray."""
+    lift.reset(0)
+    depth = lift.observe(["agentview_depth"])["agentview_depth"]
+    model, data = lift.compiled, lift._sim.sim.data._data
+    camera, size, seen = model.camera("agentview").id, len(depth), np.array([0, 1, 1, 1, 1, 1], np.uint8)
+    assert depth.dtype == np.uint16
+    for row, column in ((size // 2, size // 2), (10, 20), (size - 5, 10), (60, 60)):
+        across, down = (np.array([column, row]) + 0.5 - size / 2) * 2 / size
+        slope = np.tan(np.radians(model.cam_fovy[camera]) / 2)
+        ray = np.array([across * slope, -down * slope, -1.0])
+        turned = data.cam_xmat[camera].reshape(3, 3) @ ray  # of length 1 along the axis
+        found = mujoco.mj_ray(model, data, data.cam_xpos[camera], turned, seen, 1, -1, np.zeros(1, np.int32))
+        assert depth[row, column] == pytest.approx(1000 * found, abs=1)
 
 
 @pytest.mark.slow

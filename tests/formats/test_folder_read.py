@@ -155,6 +155,22 @@ def test_what_is_no_number_is_said(names: list[str], column: list[str], message:
     assert message in str(caught.value)
 
 
+def test_what_pandas_and_spreadsheets_write(tmp_path: Path) -> None:
+    """An index without a name, UTF-16, columns between bars, and what a Mac leaves beside each file."""
+    root = runs(tmp_path / "runs", ["", *(f"joint_{n}" for n in range(5))])
+    (root / "._run0.csv").write_bytes(b"\0\x05\x16\x07\xff")
+    found = opened(root).buffer
+    assert found.n_episodes == 2
+    assert found["joint"].shape == (10, 5)
+    assert found["index"].shape == (10,)
+    (root / "run1.csv").write_text((root / "run1.csv").read_text(), encoding="utf-16")
+    with pytest.raises(InputError, match=r"run1\.csv: text in UTF-16: save it as UTF-8"):
+        opened(root)
+    bars = runs(tmp_path / "bars", list("abcdef"), between="|")
+    with pytest.raises(InputError, match="columns that are not between commas, semicolons or tabs"):
+        opened(bars)
+
+
 def test_empty_lines_at_the_end_are_no_rows(tmp_path: Path) -> None:
     root = runs(tmp_path / "runs", list("abcdef"))
     (root / "run0.csv").write_text((root / "run0.csv").read_text() + "\n\n")

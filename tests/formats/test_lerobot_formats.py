@@ -52,6 +52,7 @@ def buffer() -> ReplayBuffer:
         "reward": random.normal(size=n).astype(np.float32),
         "done": random.random(n) > 0.5,
         "keypoint": random.normal(size=(n, 3, 2)).astype(np.float32),
+        "depth": random.integers(0, 65_536, size=(n, 9, 16)).astype(np.uint16),
         "img": random.integers(0, 256, size=(n, 18, 25, 3)).astype(np.float32),
     }
     return ReplayBuffer.from_arrays(columns, np.cumsum(lengths), {"control_rate": 12.0, "task": "push the block"})
@@ -98,6 +99,7 @@ def test_lerobot_reads_the_same_rows_and_frames(name: str, read: Any, buffer: Re
     for there, here in rows.items():
         assert np.array_equal(columns[there], buffer[here][:]), there
     assert np.array_equal(columns["observation.keypoint"], buffer["keypoint"][:].reshape(-1, 6))
+    assert np.array_equal(columns["observation.depth"], buffer["depth"][:].reshape(-1, 144))
     assert columns["episode_index"].tolist() == [0] * 4 + [1] + [2] * 7
     frames = (columns["observation.images.img"] * 255).round().transpose(0, 2, 3, 1)
     errors = ((frames - buffer["img"][:]) ** 2).reshape(len(frames), -1).mean(1)

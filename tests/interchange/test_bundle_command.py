@@ -27,8 +27,11 @@ def test_help_of_a_subcommand_names_its_options(name: str, capsys: pytest.Captur
 
 
 def test_inspect_says_what_a_policy_sees_and_does(bundle: Path, policy, capsys: pytest.CaptureFixture[str]) -> None:
+    (bundle / "extensions").mkdir()
+    (bundle / "extensions" / "guard.safetensors").touch()
     assert cli.main(["bundle", "inspect", str(bundle)]) == 0
     out = capsys.readouterr().out
+    assert "fitted: guard (extensions=[NAME] switches one on)" in out
     for key in policy.spec.observations:
         assert f"{key} {list(policy.spec.observations[key].shape)}" in out
     assert f"control_rate: {policy.spec.control_rate:g} Hz" in out

@@ -191,7 +191,10 @@ def test_chunks_of_our_own_policies_are_the_same_there(camera, kind, constant, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "policy.features has no counterpart"),
+        (
+            {},
+            "policy.features has no counterpart in lerobot's diffusion policy, which has no features of states: docs/",
+        ),
         ({"features": {}}, "policy.denoiser.activation=silu: lerobot's U-Net has mish"),
         (
             {"features": {}, "process": {"name": "flow"}, "sampler": {"scheduler": "flow", "num_inference_steps": 2}},

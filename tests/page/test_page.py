@@ -38,7 +38,7 @@ from action_diffusion.deploy.robot.robots import Observation
 from action_diffusion.deploy.sim.robots import board
 from action_diffusion.errors import InputError
 from action_diffusion.policy.spec import ActionSpec, ObservationSpec, PolicySpec
-from benchmarks.robustness.faults import WITHIN, Person, crowd, untrained
+from benchmarks.robustness.faults import WITHIN, PersonAtPage, crowd, untrained
 from benchmarks.robustness.kills import child_of
 
 
@@ -442,7 +442,7 @@ def test_whoever_gets_nowhere_is_let_go(one_for_all):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_stop_needs_no_page(served, number):
     """Whose process is dead, or hangs with all that it was given."""
-    person = Person(served.segments.path, served.port, "")
+    person = PersonAtPage(served.segments.path, served.port, "")
     os.kill(child_of(os.getpid(), "page.process"), number)
     waiting = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(500)]
     for connection in waiting:
@@ -468,7 +468,7 @@ def test_the_stop_waits_for_nobody(tmp_path):
     try:
         cookie = served.request("POST", "/session", Authorization=f"Api-Key {secret}").getheader("Set-Cookie")
         assert cookie is not None
-        person = Person(served.segments.path, served.port, cookie.split(";")[0])
+        person = PersonAtPage(served.segments.path, served.port, cookie.split(";")[0])
         with crowd(served.port, cookie.split(";")[0], tabs=20, floods=2, strange=1100, busy=0):
             time.sleep(4)
             for number in range(10):

@@ -237,11 +237,13 @@ class Gripper:
 
 
 class stream(enum.Enum):
-    color = 1
+    depth = 1
+    color = 2
 
 
 class format(enum.Enum):
-    rgb8 = 1
+    z16 = 1
+    rgb8 = 5
 
 
 class option(enum.Enum):
@@ -277,7 +279,15 @@ class video_frame:
         return WORLD.call("get_frame_timestamp_domain", answer=timestamp_domain.hardware_clock)
 
 
+class depth_frame(video_frame):
+    def get_data(self) -> np.ndarray:
+        return WORLD.call("get_data", answer=np.full((480, 640), 20_000, np.uint16))
+
+
 class composite_frame:
+    def get_depth_frame(self) -> depth_frame:
+        return WORLD.call("get_depth_frame", answer=depth_frame())
+
     def get_color_frame(self, index: int = 0) -> video_frame:
         return WORLD.call("get_color_frame", answer=video_frame())
 
@@ -290,7 +300,15 @@ class color_sensor:
         return WORLD.call("set_option", option, value)
 
 
+class depth_sensor(color_sensor):
+    def get_depth_scale(self) -> float:
+        return WORLD.call("get_depth_scale", answer=1e-4)
+
+
 class device:
+    def first_depth_sensor(self) -> depth_sensor:
+        return WORLD.call("first_depth_sensor", answer=depth_sensor())
+
     def first_color_sensor(self) -> color_sensor:
         return WORLD.call("first_color_sensor", answer=color_sensor())
 
@@ -453,8 +471,8 @@ FRANKA: dict[str, list[type]] = {
 }
 REALSENSE: dict[str, list[type]] = {
     "pyrealsense2": [
-        *(stream, format, option, timestamp_domain, config, video_frame, composite_frame),
-        *(color_sensor, device, pipeline_profile, pipeline_wrapper, pipeline),
+        *(stream, format, option, timestamp_domain, config, video_frame, depth_frame, composite_frame),
+        *(color_sensor, depth_sensor, device, pipeline_profile, pipeline_wrapper, pipeline),
     ]
 }
 

@@ -76,6 +76,9 @@ def test_the_command_compares_and_summarises(make_policy, tiny_config, tmp_path,
     summary = json.loads((out / "summary.json").read_text())
     assert summary["mean_score"]["mean"] == pytest.approx((one["mean_score"] + other["mean_score"]) / 2)
     printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("bundle: ")] == [
+        f"bundle: {tmp_path / name}" for name in ("a", "b", "b")
+    ]
     for folder in (out, out / "comparison"):
         assert f"report: {folder}/report.html" in printed
         Page(folder / "report.html")

@@ -5,6 +5,7 @@ state.0,state.1,action.0,action.1,reward        one column a number: `reward` is
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,9 +51,14 @@ def _texts(values: np.ndarray) -> np.ndarray:
 
 
 def read_header(path: Path) -> list[str]:
-    """Raises `InputError` for a file that is empty, and for a name that comes twice."""
+    """Raises `InputError` for a file that is empty, and for a name that comes twice.
+
+    A first column without a name is what pandas writes of its index, and is called so.
+    """
     with _lines(path) as lines:
         names = [name.strip() for name in next(lines, [])]
+    if len(names) > 1 and names[0] == "" and "index" not in names:
+        names[0] = "index"
     if not names or "" in names or len(set(names)) < len(names):
         twice = next((name for name in names if names.count(name) > 1), None)
         problem = f"column {twice!r} is there twice" if twice else "no header, or a column without a name"
@@ -63,6 +69,9 @@ def read_header(path: Path) -> list[str]:
 @contextmanager
 def _lines(path: Path) -> Iterator[Any]:
     """Its lines, between commas, semicolons or tabs, whichever the header has most of."""
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise InputError(f"{path}: text in UTF-16: save it as UTF-8")
     with reading(str(path)), path.open(newline="", encoding=_ENCODING) as file:
         header = file.readline()
         file.seek(0)

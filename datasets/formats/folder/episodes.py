@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from action_diffusion.datasets.formats.folder.csv_rows import grouped, guessed, parse, read_csv, read_header
-from action_diffusion.datasets.formats.paths import TEXT_BYTES, inside, natural
+from action_diffusion.datasets.formats.paths import TEXT_BYTES, inside, matching, natural
 from action_diffusion.datasets.formats.video import VideoInfo, video_info
 from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError, unknown
@@ -106,8 +106,8 @@ def _csv_files(path: Path, notes: Mapping[str, Any] | None) -> list[Path]:
         if not folders or len(set(folders)) < len(folders):
             raise InputError(f"{path / 'dataset.json'}: expected a folder for each episode, none of them twice")
         return [inside(path, Path(folder) / "rows.csv", most=TEXT_BYTES) for folder in folders]
-    found = list(path.glob("*.csv")) or list(path.glob("*/*.csv"))
-    names = sorted((file.relative_to(path).as_posix() for file in found), key=natural)
+    files = list(matching(path, "*.csv")) or list(matching(path, "*/*.csv"))
+    names = sorted((file.relative_to(path).as_posix() for file in files), key=natural)
     return [inside(path, name, most=TEXT_BYTES) for name in names]
 
 
@@ -141,7 +141,7 @@ def _episode(
             what = "rows" if file.suffix == ".npy" else "frames"
             raise InputError(f"{file}: {length} {what}, but {csv.name} has {len(texts)} rows: not one recording")
     if not keys:
-        raise InputError(f"{csv}: holds no numbers")
+        raise InputError(f"{csv}: holds no numbers, or columns that are not between commas, semicolons or tabs")
     return FolderEpisode(csv, len(texts), keys, columns, words)
 
 
@@ -178,17 +178,17 @@ def _known(csv: Path, names: list[str], known: Mapping[str, Any]) -> dict[str, l
 
 def _beside(csv: Path, *, ours: bool) -> dict[str, Path]:
     """Key → its file. In a folder with one CSV all of them; else those that begin with its name."""
-    files = sorted(file for file in csv.parent.iterdir() if file.suffix in _BESIDE)
+    files = sorted(file for file in matching(csv.parent, "*") if file.suffix in _BESIDE)
     if ours:
         return {file.stem: file for file in files}
-    if len(list(csv.parent.glob("*.csv"))) == 1:
+    if len(list(matching(csv.parent, "*.csv"))) == 1:
         return {file.stem.removeprefix(f"{csv.stem}_").removeprefix(f"{csv.stem}."): file for file in files}
-    found = {}
+    beside = {}
     for file in files:
         rest = file.stem.removeprefix(csv.stem)
         if file.stem.startswith(csv.stem) and (not rest or rest[0] in "._-"):
-            found[rest[1:] or "video"] = file
-    return found
+            beside[rest[1:] or "video"] = file
+    return beside
 
 
 def _array(file: Path) -> tuple[FolderColumn, int]:
@@ -231,5 +231,5 @@ def unused(path: Path, episodes: list[FolderEpisode]) -> list[str]:
     """Columns of words, and videos and arrays that belong to no episode."""
     words = dict.fromkeys(f"{name} (words)" for episode in episodes for name in episode.words)
     used = {kind.path for episode in episodes for kind in episode.keys.values()}
-    found = (file for depth in ("*", "*/*") for suffix in _BESIDE for file in path.glob(depth + suffix))
-    return [*words, *sorted(file.relative_to(path).as_posix() for file in found if file not in used)]
+    files = matching(path, *(depth + suffix for depth in ("*", "*/*") for suffix in _BESIDE))
+    return [*words, *sorted(file.relative_to(path).as_posix() for file in files if file not in used)]

@@ -17,7 +17,7 @@ from action_diffusion.datasets.formats.columns import PiecewiseColumn, spans
 from action_diffusion.datasets.formats.lerobot.info import Info
 from action_diffusion.datasets.formats.lerobot.names import V30
 from action_diffusion.datasets.formats.parquet import ParquetTable, described, open_parquet
-from action_diffusion.datasets.formats.paths import TEXT_BYTES, inside, natural
+from action_diffusion.datasets.formats.paths import TEXT_BYTES, inside, matching, natural
 from action_diffusion.datasets.formats.video import TOLERANCE
 from action_diffusion.datasets.storage.store import reading
 from action_diffusion.errors import InputError
@@ -55,7 +55,7 @@ def files_of(info: Info) -> Files:
     if (found.lengths < 1).any():
         raise InputError(f"{info.root}: episode {int(np.argmax(found.lengths < 1))} has no steps: leave it out")
     used = {table.path for table in found.tables}
-    unused = [file for file in info.root.glob("data/*/*.parquet") if file not in used]
+    unused = [file for file in matching(info.root, "data/*/*.parquet") if file not in used]
     info.said += [f"{file.relative_to(info.root)} belongs to no episode, and was left out" for file in sorted(unused)]
     return found
 
@@ -146,7 +146,7 @@ def routes(episodes: list[dict[str, Any]], what: str) -> list[tuple[int, int]] |
 
 def by_number(root: Path, folder: str, ending: str = "parquet") -> list[Path]:
     """Files two levels down; file-10 comes after file-9."""
-    found = (root / folder).glob(f"*/*.{ending}")
+    found = matching(root / folder, f"*/*.{ending}")
     names = sorted((file.relative_to(root).as_posix() for file in found), key=natural)
     return [inside(root, name) for name in names]
 

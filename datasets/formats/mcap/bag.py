@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from action_diffusion.datasets.formats.paths import matching
 from action_diffusion.errors import InputError
 from action_diffusion.memory import free_memory
 
@@ -130,10 +131,10 @@ def bags(path: Path) -> list[Bag]:
         return [Bag(path.name, [path])]
     if path.is_symlink() or any(inner.is_symlink() for inner in path.rglob("*")):
         raise InputError(f"{path} holds links; links are not followed: put the files themselves there")
-    folders = sorted({file.parent for file in path.rglob("*.mcap")})
+    folders = sorted({file.parent for file in matching(path, "**/*.mcap")})
     found = []
     for folder in folders:
-        files = sorted(folder.glob("*.mcap"), key=_numbered)
+        files = sorted(matching(folder, "*.mcap"), key=_numbered)
         whole = (folder / "metadata.yaml").is_file()
         found += [Bag(folder.name, files)] if whole else [Bag(file.name, [file]) for file in files]
     if not found:
@@ -146,7 +147,7 @@ def is_mcap(path: Path) -> bool:
     if path.is_file():
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
-    return path.is_dir() and any(next(path.glob(pattern), None) for pattern in ("*.mcap", "*/*.mcap"))
+    return path.is_dir() and any(matching(path, "*.mcap", "*/*.mcap"))
 
 
 def _numbered(file: Path) -> tuple[int, str]:

@@ -109,10 +109,11 @@ export function drawPlot(canvas, index, { low, high, rate }, state) {
     [context.textAlign, context.textBaseline] = [align, baseline];
     context.fillText(text, left, top);
   };
-  label(short(high), "left", "top", 0, 2 * scale);
-  label(short(low), "left", "bottom", 0, height);
+  const digits = [3, 4, 5, 6, 7].find((n) => short(low, n) !== short(high, n)) ?? 3; // 0.999 to 1.001 are two numbers
+  label(short(high, digits), "left", "top", 0, 2 * scale);
+  label(short(low, digits), "left", "bottom", 0, height);
   label("now", "left", "bottom", x(now) + 3 * scale, height);
   label("+2.5 s", "right", "bottom", width, height);
 }
 
-const short = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3));
+const short = (value, digits) => (Math.abs(value) >= 100 ? value.toFixed(digits - 3) : value.toPrecision(digits));

@@ -31,6 +31,7 @@ from action_diffusion.policy.model.encoders.encoder import ObservationEncoder
 from action_diffusion.policy.policy import DiffusionPolicy
 
 IMAGES = "observation.images."
+TRAIN = "docs/interchange.md has the command that trains one for it"
 
 
 class Features(NamedTuple):
@@ -97,7 +98,7 @@ def _require(policy: DiffusionPolicy, config: Mapping[str, Any]) -> None:
     ]
     for fits, part, has in shared:
         if not fits:
-            raise InputError(f"{part} has no counterpart in lerobot's diffusion policy, which has {has}")
+            raise InputError(f"{part} has no counterpart in lerobot's diffusion policy, which has {has}: {TRAIN}")
     _require_unet(cast(ConditionalUnet1d, denoiser), spec.horizon)
     _require_sampler(policy, config["sampler"], config["process"])
     if cast(ObservationEncoder, encoder).image_keys:
@@ -110,7 +111,7 @@ def _require(policy: DiffusionPolicy, config: Mapping[str, Any]) -> None:
 
 def _require_unet(unet: ConditionalUnet1d, horizon: int) -> None:
     if unet.activation != "mish":
-        raise InputError(f"policy.denoiser.activation={unet.activation}: lerobot's U-Net has mish")
+        raise InputError(f"policy.denoiser.activation={unet.activation}: lerobot's U-Net has mish: {TRAIN}")
     if unet.n_groups != 8:
         raise InputError(f"policy.denoiser.n_groups={unet.n_groups}: the last block of lerobot's U-Net has 8")
     if horizon % 2 ** len(unet.channels):
