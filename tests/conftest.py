@@ -1,4 +1,4 @@
-"""Shared parts of the tests. One thread a worker: `pytest -n 2` then uses both cores without a fight over them."""
+"""Shared parts of the tests. One thread a worker: `pytest -n 3` then keeps two cores busy without a fight over them."""
 
 from __future__ import annotations
 
