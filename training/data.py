@@ -66,7 +66,8 @@ def describe(
     named = columns.observed(task, drop, buffer, gain)
     if all(options.get("kind") == "text" for options in named.values()):
         reasons = ", ".join(f"{key} ({columns.why_not(buffer, key, source)})" for key in buffer.keys if key != source)
-        raise InputError(f"{buffer.name} holds no observations beside {source!r}: {reasons or 'no other key'}")
+        hint = "; name what it sees all the same: task.observations={KEY: {}}" if reasons else ""
+        raise InputError(f"{buffer.name} holds no observations beside {source!r}: {reasons or 'no other key'}{hint}")
     rotations = declared_rotations(buffer, task.get("rotations") or {})
     observations = {
         key: _text(key, options, buffer, text_model)

@@ -212,6 +212,8 @@ def running(bundle, tmp_path):
         steps = RingReader(folder / "steps")
         until(lambda: steps.count > 15)
         until((tmp_path / "run" / "record.zarr").exists)
+        recorded = steps.count
+        until(lambda: steps.count > recorded + 10)
         yield process, steps
     finally:
         process.kill()

@@ -42,12 +42,12 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def recorded(path: Path, tasks: Sequence[str | None] = TASKS, episodes: int = 8) -> Path:
-    """Actions are the state, or, when told to go left, its opposite."""
+    """Actions are half the state, or, when told to go left, its opposite."""
     random, buffer = np.random.default_rng(0), ReplayBuffer.create(path, attrs={"control_rate": 10})
     for number in range(episodes):
         state = random.uniform(-1, 1, (12, 2)).astype(np.float32)
         task = tasks[number % len(tasks)]
-        buffer.append({"state": state, "action": -state if task == TASKS[1] else state}, task=task)
+        buffer.append({"state": state, "action": -state / 2 if task == TASKS[1] else state / 2}, task=task)
     return path
 
 
