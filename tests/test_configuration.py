@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ UNET = ["policy.denoiser.channels=[8,16]", "policy.denoiser.time_dim=16"]
 TRANSFORMER = ["policy.denoiser.width=16", "policy.denoiser.layers=2"]
 ACTIONS = {"pusht": 2, "custom": 7, "lift": 7, "can": 7, "square": 7, "transport": 14, "tool_hang": 7}
 ACTIONS |= {"metaworld": 4, "aloha_sim": 14, "kitchen": 9}
-SHAPES: dict[str, tuple[int, ...]] = {"state": (5,), "agent_pos": (2,), "image": (96, 96, 3), "top": (96, 128, 3)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "state": (5,),
+    "agent_pos": (2,),
+    "image": (96, 96, 3),
+    "top": (96, 128, 3),
+    "points": (128, 6),
+}
 OBJECTS = {"lift": 10, "can": 14, "square": 14, "transport": 41, "tool_hang": 44}
 ENDINGS: dict[str, tuple[int, ...]] = {"_image": (84, 84, 3), "_pos": (3,), "_quat": (4,), "_qpos": (2,)}
 CUSTOM = {"front": (48, 64, 3), "wrist": (48, 48, 3), "joints": (7,)}
@@ -55,7 +62,11 @@ def shape_of(key: str, task: str) -> tuple[int, ...]:
 
 
 def actions_of(task: str) -> int:
-    return ACTIONS[task.removesuffix("_generic").removesuffix("_state").removesuffix("_image")]
+    return ACTIONS[re.sub("(_(state|image|points|generic))+$", "", task)]
+
+
+def kind_of(key: str, shape: tuple[int, ...]) -> str:
+    return "points" if key == "points" else "image" if len(shape) == 3 else "state"
 
 
 def specification(task: dict[str, Any]) -> PolicySpec:
@@ -64,7 +75,7 @@ def specification(task: dict[str, Any]) -> PolicySpec:
         observations={
             key: ObservationSpec(
                 shape=shape,
-                kind="image" if len(shape) == 3 else "state",
+                kind=kind_of(key, shape),
                 dtype="uint8" if len(shape) == 3 else "float32",
             )
             for key, shape in shapes.items()
@@ -97,7 +108,7 @@ def test_every_combination_builds_and_samples(row):
     random = np.random.default_rng(0)
 
     def read(key: str) -> np.ndarray:
-        shape = spec.action.shape if key == "action" else spec.states[key].shape
+        shape = spec.action.shape if key == "action" else (spec.states | spec.points)[key].shape
         return random.normal(size=(20, *shape)).astype(np.float32)
 
     def read_chunks(key: str) -> tuple[np.ndarray, np.ndarray]:
