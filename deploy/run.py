@@ -19,6 +19,7 @@ from action_diffusion.deploy.records.run_log import RunLog
 from action_diffusion.deploy.records.stream import RECORD
 from action_diffusion.deploy.robot import robots
 from action_diffusion.deploy.robot.robots import Robot, RobotTask
+from action_diffusion.deploy.sim.world import stood_still
 from action_diffusion.deploy.subscribers import Subscribers
 from action_diffusion.options import Deploy
 from action_diffusion.progress import progress
@@ -99,10 +100,6 @@ def _episodes(
             print(f"seed {seed}: {outcome.steps} steps{score}{mark}")
 
 
-LOST = 0.005
-"""s that a simulator may stand still without a word: less is shown as 0.00."""
-
-
 def _print(log: RunLog) -> None:
     summary = log.summary()
     table = Table("ms", "median", "95 %", "max", title=f"period {summary['period_ms']:g} ms")
@@ -119,8 +116,8 @@ def _print(log: RunLog) -> None:
     print(f"steps without a command of their own, in which the robot held: {summary['holds']}")
     print(f"interventions of the safety gate: {summary['interventions']}")
     lost = log.notes.get("simulator_lost_s")
-    if isinstance(lost, float) and lost >= LOST:
-        print(f"the simulator stood still for {lost:.2f} s: this machine is too busy for it")
+    if isinstance(lost, float) and (words := stood_still(lost)):
+        print(words)
     print(f"log: {log.path}")
     if (log.path.parent / RECORD).exists():
         print(f"the same once more, offline: action-diffusion deploy replay={shlex.quote(str(log.path.parent))}")

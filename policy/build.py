@@ -96,8 +96,8 @@ def fit_normalizer(
         if key not in known:
             raise unknown("key in policy.normalizer", key, known)
     statistics = {key: _fit_depth(key, read(key), kinds.get(key, "gaussian")) for key in spec.depths}
-    for key, cloud in spec.points.items():  # one for all of the points: their order means nothing
-        values = read(key).reshape(-1, cloud.shape[1])
+    for key, seen in spec.points.items():  # one for all of the points: their order means nothing
+        values = read(key).reshape(-1, seen.shape[1])
         statistics[key] = normalizer_module.fit(values, kinds.get(key, default))
     for key in (*keys, "action"):
         values = read(key)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import hypothesis
 import pytest
@@ -52,8 +52,8 @@ def _alone(item: pytest.Item | None) -> bool:
     return item is not None and item.get_closest_marker("alone") is not None
 
 
-_held: list[IO[str]] = []
-"""Locked for the test that runs, and for the next one where both are marked `alone`: it need not wait once more."""
+_held: list[int] = []
+"""A locked file, of the test that runs, and of the next one where both are marked `alone`: it need not wait again."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -64,7 +64,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return (yield)
     if not _held:
         folder = Path(tempfile.gettempdir())
-        _held.append(open(folder / f"{run}.cores", "w"))  # noqa: SIM115
+        _held.append(os.open(folder / f"{run}.cores", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))
         with open(folder / f"{run}.turn", "w") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
             fcntl.flock(_held[0], fcntl.LOCK_EX if _alone(item) else fcntl.LOCK_SH)
@@ -72,7 +72,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return (yield)
     finally:
         if not (_alone(item) and _alone(nextitem)):
-            _held.pop().close()
+            os.close(_held.pop())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from action_diffusion.datasets.batches.columns import cloud_shape, depth_size, seen_picture
+from action_diffusion.datasets.batches.columns import depth_size, points_shape, seen_picture
 from action_diffusion.datasets.batches.loader import Batch, BatchSource, ObsKey, Sentences, random_crop_offsets
 from action_diffusion.datasets.batches.mixing import NONE, Draws, Parts, table
 from action_diffusion.datasets.batches.windows import batch_indices, make_windows, split_episodes
@@ -184,7 +184,7 @@ def _observation(
     elif kind == "depth":
         shape = depth_size(buffer, source)
     elif kind == "points":
-        shape = cloud_shape(buffer, source)
+        shape = points_shape(buffer, source)
     elif kind == "state":
         _check_state(buffer, source, f"observation {key!r}")
         if chosen is not None:

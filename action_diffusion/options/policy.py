@@ -45,8 +45,8 @@ class SeriesOptions:
 
 
 @dataclass
-class PointOptions:
-    """`policy.encoder.points`, see `policy.points.PointEncoder`."""
+class PointEncoderOptions:
+    """`policy.encoder.points`, see `policy.model.encoders.points.PointEncoder`."""
 
     hidden: Annotated[list[Annotated[int, Between(1, 8192)]], Sized(1, 8)] = field(
         default_factory=lambda: [64, 128, 256]
@@ -78,7 +78,7 @@ class EncoderOptions:
     context: ContextOptions | None = None
     text_feature_dim: Annotated[int, Between(1, 8192)] = 32
     series: dict[str, SeriesOptions] | None = None
-    points: PointOptions | None = None
+    points: PointEncoderOptions | None = None
 
 
 def check_crop(key: str, size: Sequence[int], crop: Sequence[int] | None, corner: Sequence[int] | None = None) -> None:

@@ -30,8 +30,8 @@ Degrees = dict[str, Annotated[float, Between(-180, 180)]]
 
 
 @dataclass
-class CloudOptions:
-    """`task.env.points` of robosuite's tasks, see `envs.robosuite.clouds.Cloud`."""
+class PointCloudOptions:
+    """`task.env.points` of robosuite's tasks, see `envs.robosuite.points.PointCloud`."""
 
     cameras: Annotated[list[str], Sized(1, 16)] | None = None
     low: Annotated[list[Finite], Sized(3, 3)] | None = None
@@ -47,7 +47,7 @@ class ManipulationOptions:
     env_args: Section | None = None
     absolute: bool = False
     max_steps: Count | None = None
-    points: CloudOptions | None = None
+    points: PointCloudOptions | None = None
     turned: Degrees | None = None
     panned: Degrees | None = None
     joined: Joined | None = None

@@ -76,7 +76,7 @@ def depth_size(buffer: ReplayBuffer, key: str) -> tuple[int, int]:
     return found.size
 
 
-def cloud_shape(buffer: ReplayBuffer, key: str) -> tuple[int, int]:
+def points_shape(buffer: ReplayBuffer, key: str) -> tuple[int, int]:
     """How many points a row of a column has, and values each of them. Raises `InputError` where it has none."""
     column = buffer[key]
     if len(column.shape) != 3 or column.shape[2] not in (3, 6) or column.dtype.kind != "f":
@@ -108,7 +108,7 @@ def array_shape(buffer: ReplayBuffer, wanted: ObsKey) -> tuple[int, ...]:
     if wanted.kind == "depth":
         return (shape[0], *depth_size(buffer, wanted.source))
     if wanted.kind == "points":
-        return (shape[0], *cloud_shape(buffer, wanted.source))
+        return (shape[0], *points_shape(buffer, wanted.source))
     if len(shape) == 1:
         shape = (*shape, 1)
     if wanted.kind == "action":

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from action_diffusion.deploy.calibrate.delays import Actuation, Estimate, Sight
 from action_diffusion.deploy.calibrate.motion import RecordedMotion
+from action_diffusion.deploy.sim.world import stood_still
 from action_diffusion.files import atomic_path
 
 SEEN = 0.5
@@ -69,8 +70,8 @@ class Calibrated:
         delay = self.actuation.delay
         if delay.high - delay.low > UNSURE or self.actuation.unexplained > UNEXPLAINED:
             yield "the arm does not follow as the model has it: trust the total, not how it is shared out"
-        if self.measured.lost >= 0.005:
-            yield f"the simulator stood still for {self.measured.lost:.2f} s: this machine is too busy for it"
+        if words := stood_still(self.measured.lost):
+            yield words
 
     def settings(self) -> Iterator[str]:
         """A line for each setting, and where it goes."""

@@ -44,6 +44,13 @@ _CATCH_UP = 0.05
 _NEVER = float("inf")
 
 
+def stood_still(seconds: float) -> str | None:
+    """What is said of a world that stood still as its process was not woken; None for what is shown as 0.00 s."""
+    return (
+        f"the simulator stood still for {seconds:.2f} s: this machine is too busy for it" if seconds >= 0.005 else None
+    )
+
+
 class SimulatedWorld(ABC):
     """The simulator: reads the rings `starts` and `targets`, and writes `world`, with a record each period.
 

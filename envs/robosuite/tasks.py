@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from action_diffusion.datasets.images.points import orbited, pinhole
 from action_diffusion.envs import recorded
-from action_diffusion.envs.robosuite.clouds import Cloud, View
 from action_diffusion.envs.robosuite.headless import Renderer, RenderSettings
+from action_diffusion.envs.robosuite.points import PointCloud, View
 from action_diffusion.errors import InputError, unknown
-from action_diffusion.points import orbited, pinhole
 from action_diffusion.rotations import axis_angle_to_6d, matrix_to_6d, six_d_to_axis_angle, six_d_to_matrix
 
 PER_ARM = 10  # values of an absolute action
@@ -42,7 +42,8 @@ class Manipulation:
     Observations are float32 under robomimic's names: `object`, `robot0_eef_pos` (m), `robot0_eef_quat` (x, y, z, w),
     `robot0_gripper_qpos` (m), `robot0_joint_pos` (rad), … and `<camera>_image`, uint8 [size, size, 3]. Not robomimic's
     are `<camera>_depth`, uint16 [size, size] (mm, see `headless.Renderer.depth`), `points`, float32 [n, 3 or 6] (see
-    `clouds.Cloud`), and `robot0_wrench`, what the first hand's sensor feels in its own frame: force (N), torque (Nm).
+    `points.PointCloud`), and `robot0_wrench`, what the first hand's sensor feels in its own frame: force (N) and torque
+    (Nm).
 
     Source: robosuite (Zhu et al. 2020), robomimic (Mandlekar et al. 2021).
     """
@@ -59,9 +60,9 @@ class Manipulation:
         panned: Mapping[str, float] | None = None,
     ) -> None:
         """task: a name in `recorded.TASKS`; `env_args`, metadata as `recorded.complete` gives or a file holds, says it
-        too. absolute: whether actions are. points: options of `clouds.Cloud`. turned: cameras that stand elsewhere, by
-        degrees about the world's vertical axis, which in Lift goes through the middle of the table. panned: cameras
-        that look elsewhere, by degrees about the vertical through themselves.
+        too. absolute: whether actions are. points: options of `points.PointCloud`. turned: cameras that stand
+        elsewhere, by degrees about the world's vertical axis, which in Lift goes through the middle of the table.
+        panned: cameras that look elsewhere, by degrees about the vertical through themselves.
 
         Raises `InputError` for a task, robot, controller or setting that does not exist, and without robosuite.
         """
@@ -82,7 +83,7 @@ class Manipulation:
         n_arms = sum(len(robot.arms) for robot in self._sim.robots)
         self.action_shape: tuple[int, ...] = (PER_ARM * n_arms if absolute else int(self._sim.action_dim),)
         self._renderer = Renderer(RenderSettings(**self.env_args["render"]))
-        self._cloud = Cloud(**(points or {}))
+        self._cloud = PointCloud(**(points or {}))
         self._moved = [(name, degrees, False) for name, degrees in (turned or {}).items()]
         self._moved += [(name, degrees, True) for name, degrees in (panned or {}).items()]
         self._turn_cameras()

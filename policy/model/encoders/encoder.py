@@ -3,19 +3,18 @@
     states [B, To, n]        ───────────────────────────────────────────────────────────────┐
     frames [B, To, H, W, 3] ─▶ crop, jitter ─▶ [B*To, 3, h, w] ─▶ ResNet ─▶ pool ─▶ [., F] ──┴▶ [B, To * D] ─┐
     depth [B, To, H, W, 2]   ─▶ crop ─▶ [B*To, 2, h, w] ─▶ ResNet ─▶ pool ─▶ [., F], beside those of the frames
-    points [B, To, P, C]     ─▶ for each point, then the maximum, see `points` ─▶ [., F'], beside them as well
+    points [B, To, P, C]     ─▶ for each point, then the maximum, see `points` ─▶ [., F], beside them as well
     words [B, To, E]         ─▶ those of the last step ─▶ projection [B, F'] ────────────────────────────────┤
     series [B, To, n]        ─▶ causal convolutions over all samples, see `series` ─▶ [B, F"] ───────────────┴▶ [B, C]
 
 All To frames of all windows go through the network as one batch. An embedding is its steps one after the other, oldest
-first, and a step is its states, in order, its cameras, its depth and its points: D = sum of n + (cameras + depths) * F
-+ clouds * F'. What a
-robot is told does not change from step to step, so that it is there once, as are the features of a series. Where depth
-is known is a channel of its own: norms take the mean out, and it tells how far a wall is that fills the frame.
+first, and a step is its states, in order, its cameras, its depth and its points: D is the sum of all n and of all F.
+What a robot is told does not change from step to step, so that it is there once, as are the features of a series. Where
+depth is known is a channel of its own: norms take the mean out, and it tells how far a wall is that fills the frame.
 
 Names of weights: `cameras.<i>.` for camera i, or `cameras.0.` when they share a network; in it
 `backbone.<0, 1, 4 to 7>` (see `resnet`), `pool.nets`, `pool.pos_grid` and `out`;
-`depths.<i>.` likewise, `clouds.<i>.` for points i, `texts.<i>.` for the words of text i, `series.<i>.` for series i.
+`depths.<i>.` likewise, `points.<i>.` for points i, `texts.<i>.` for the words of text i, `series.<i>.` for series i.
 """
 
 from __future__ import annotations
@@ -183,11 +182,11 @@ class ObservationEncoder(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         self.point_shapes = {key: (shape[0], shape[1]) for key, shape in (point_shapes or {}).items()}
-        self.clouds = nn.ModuleList(
+        self.points = nn.ModuleList(
             PointEncoder(channels=channels, **(points or {})) for _, channels in self.point_shapes.values()
         )
         self.step_dim = sum(self.state_dims.values()) + feature_dim * (len(self.image_keys) + len(self.depths))
-        self.step_dim += sum(cast(PointEncoder, part).output_dim for part in self.clouds)
+        self.step_dim += sum(cast(PointEncoder, part).output_dim for part in self.points)
         self._set_pixels(pixels or {})
         self.context: Context | None = None
         if context is not None:
@@ -222,8 +221,8 @@ class ObservationEncoder(nn.Module):
         for depth, key in zip(self.depths, self.depth_shapes, strict=True):
             images = self._prepare_depth(key, obs, generator).to(memory_format=self.memory_format)
             parts.append(depth(images).float().unflatten(0, (-1, self.n_obs_steps)))
-        for cloud, (key, shape) in zip(self.clouds, self.point_shapes.items(), strict=True):
-            parts.append(cloud(self._vector(key, obs, *shape)).float())
+        for part, (key, shape) in zip(self.points, self.point_shapes.items(), strict=True):
+            parts.append(part(self._vector(key, obs, *shape)).float())
         if any(part.shape[0] != parts[0].shape[0] for part in parts[1:]):
             keys = (*self.state_dims, *self.image_keys, *self.depth_shapes, *self.point_shapes)
             counts = ", ".join(f"{key} {len(obs[key])}" for key in keys)

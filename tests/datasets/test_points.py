@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from action_diffusion.datasets.images.points import farthest, from_depth, orbited, pinhole, within
 from action_diffusion.errors import InputError
-from action_diffusion.points import farthest, from_depth, orbited, pinhole, within
 
 
 def looking(position: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from action_diffusion.datasets.images.points import farthest, from_depth, within
 from action_diffusion.errors import InputError
-from action_diffusion.points import farthest, from_depth, within
 
 LOW, HIGH = (-0.2, -0.2, 0.805), (0.2, 0.2, 1.1)
 """Above the middle of Lift's table, which is 0.8 m high, m."""
@@ -23,7 +23,7 @@ class View(NamedTuple):
     pose: np.ndarray
 
 
-class Cloud:
+class PointCloud:
     """cameras: whose depth it is made of. low, high: corners [3] of the box that points are kept in, m. n: how many.
     colours: whether each point has red, green and blue, 0 to 1, behind its position.
 

@@ -74,8 +74,8 @@ def test_the_encoder_takes_the_maximum_over_points() -> None:
     twice = torch.cat([obs["cloud"][:, :, :4], obs["cloud"][:, :, :1]], dim=2)
     other = torch.cat([obs["cloud"][:, :, :4], obs["cloud"][:, :, 1:2]], dim=2)
     torch.testing.assert_close(encoder(obs | {"cloud": twice}), encoder(obs | {"cloud": other}))
-    layers = encoder.clouds.get_submodule("0.layers")(obs["cloud"])
-    by_hand = encoder.clouds.get_submodule("0.out")(layers.max(dim=2).values)
+    layers = encoder.points.get_submodule("0.layers")(obs["cloud"])
+    by_hand = encoder.points.get_submodule("0.out")(layers.max(dim=2).values)
     torch.testing.assert_close(found.view(2, 2, 7)[..., 3:], by_hand)
     with pytest.raises(InputError, match=r"points 'cloud' is float32 .2, 2, 5, 3., expected float32 .B, 2, 5, 6."):
         encoder(obs | {"cloud": torch.zeros(2, 2, 5, 3)})

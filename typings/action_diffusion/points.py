@@ -1,1 +1,0 @@
-../../action_diffusion/points.py
